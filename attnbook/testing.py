@@ -8,6 +8,7 @@ import math, os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 import torch
+import torch._dynamo
 from torch import Tensor
 
 # %% auto #0

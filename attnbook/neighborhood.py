@@ -16,7 +16,6 @@ __all__ = ['FLOATS', 'NAT_KINDS', 'PROBLEMS', 'NATTEN_H100', 'axis_classes', 'ax
 
 # %% ../nbs/3_locality/neighborhood.ipynb #9f27e846
 import math
-import time
 from functools import lru_cache, partial
 from itertools import product
 from typing import NamedTuple
@@ -341,6 +340,16 @@ def _check_shape(name, x, want):
     if x.dim() != len(want) or any(w is not None and n != w for n, w in zip(x.shape, want)):
         raise ValueError(f"{name} must have shape ({', '.join('*' if w is None else str(w) for w in want)}), got {tuple(x.shape)}")
 
+# %% ../nbs/3_locality/neighborhood.ipynb #90fcfa59
+def _autocast(q, *others):
+    "Under `torch.autocast` q, k, v and the additional tokens take its type, as they do in torch's own attention; float64 stays."
+    kind = q.device.type
+    if not torch.is_autocast_enabled(kind):
+        return q, *others
+    to = torch.get_autocast_dtype(kind)
+    cast = lambda x: x.to(to) if isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16, torch.float32) else x
+    return tuple(map(cast, (q, *others)))
+
 # %% ../nbs/3_locality/neighborhood.ipynb #5a8d5ae5
 def _check_inputs(q, k, v, scale, rel_pos_bias, additional_keys, additional_values, window):
     "Types, devices and shapes of all tensors; `window` are the checked per-axis windows."
@@ -393,13 +402,17 @@ def neighborhood_attention(q, k, v, window_size, *, stride=1, dilation=1, is_cau
     backend = resolve_backend(backend, q)
     axes = neighborhood_axes(q.shape[2:-1], window_size, stride, dilation, is_causal)
     _, window, stride, dilation, causal = zip(*axes)
+    q, k, v, additional_keys, additional_values = _autocast(q, k, v, additional_keys, additional_values)
     _check_inputs(q, k, v, scale, rel_pos_bias, additional_keys, additional_values, window)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if backend == "triton":
-        out, lse = _neighborhood_triton(q, k, v, window, stride, dilation, causal, scale, rel_pos_bias, additional_keys, additional_values)
-        return (out, lse) if return_lse else out
-    return neighborhood_attention_reference(q, k, v, window, stride=stride, dilation=dilation, is_causal=causal, scale=scale, rel_pos_bias=rel_pos_bias,
-                                            additional_keys=additional_keys, additional_values=additional_values, return_lse=return_lse)
+    with torch.autocast(q.device.type, enabled=False):
+        if backend == "triton":
+            out, lse = _neighborhood_triton(q, k, v, window, stride, dilation, causal, scale, rel_pos_bias, additional_keys, additional_values)
+        else:
+            out, lse = neighborhood_attention_reference(
+                q, k, v, window, stride=stride, dilation=dilation, is_causal=causal, scale=scale, rel_pos_bias=rel_pos_bias,
+                additional_keys=additional_keys, additional_values=additional_values, return_lse=True)
+    return (out, lse) if return_lse else out
 
 # %% ../nbs/3_locality/neighborhood.ipynb #3f871aa3
 def _with_rank(rank, q, *args, **kwargs):

@@ -15,7 +15,6 @@ import pickle
 import random
 import sys
 import time
-import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -206,13 +205,12 @@ def to_device(batch, device):
 def autocast(
     device: str | torch.device,
     amp: bool | torch.dtype | None = None,  # None: bfloat16 on a GPU, off elsewhere; or True, False, torch.bfloat16
-):
+) -> torch.autocast:
     """Context for mixed precision. float16 is refused: it would need loss scaling, which bfloat16's range makes superfluous."""
     if not (amp is None or isinstance(amp, bool) or amp is torch.bfloat16):
         raise ValueError(f"amp={amp!r} must be None, True, False or torch.bfloat16")
-    device = torch.device(device)
-    use = device.type == "cuda" if amp is None else bool(amp)
-    return torch.autocast(device.type, torch.bfloat16, enabled=use)
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda" if amp is None else bool(amp))
 
 # %% ../nbs/1_foundations/04_train.ipynb #485774d6
 def watched() -> bool:
@@ -243,9 +241,11 @@ def check_settings(model, loss_fn, *, steps, lr, weight_decay, warmup, schedule,
             raise TypeError(f"{name}={value!r} must be an int")
         if value is not None and value < low:
             raise ValueError(f"{name}={value} must be at least {low}")
-    for name, value, low in [("lr", lr, 0), ("weight_decay", weight_decay, -1e-300), ("clip", clip, 0)]:
-        if value is not None and not (low < value < math.inf):
-            raise ValueError(f"{name}={value!r} must be a {'positive' if low == 0 else 'non-negative'} finite number")
+    for name, value, zero in [("lr", lr, False), ("weight_decay", weight_decay, True), ("clip", clip, False)]:
+        if name == "clip" and value is None:
+            continue
+        if not isinstance(value, (int, float)) or not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
+            raise ValueError(f"{name}={value!r} must be a {'non-negative' if zero else 'positive'} finite number")
     if warmup > steps:
         raise ValueError(f"warmup={warmup} must not exceed steps={steps}")
     if not callable(schedule) and schedule not in ("cosine", "linear", "constant"):
@@ -294,7 +294,7 @@ def fit(
     name = lambda f: f if isinstance(f, str) else getattr(f, "__qualname__", type(f).__name__)
     history = History(settings=dict(
         steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=name(schedule), seed=seed, clip=clip,
-        optimizer=type(opt).__name__, loss_fn=name(loss_fn), amp=precision._enabled,
+        optimizer=type(opt).__name__, loss_fn=name(loss_fn), amp=device.type == "cuda" if amp is None else bool(amp),
         model=digest([(k, v.dtype, tuple(v.shape)) for k, v in model.state_dict().items()]),
         first_batch=digest(batches(0)) if callable(batches) else None))
     path = prepare(checkpoint)

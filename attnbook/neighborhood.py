@@ -27,8 +27,8 @@ import torch.nn.functional as F
 
 # %% ../nbs/3_locality/neighborhood.ipynb #64df5f9a
 from .attention import attention_reference
-from .bench import compare, flex, load_results, measure, record, sdpa
-from .data import image_tensor, mnist5k, mnist_m, photos
+from .bench import compare, flex, load_results, measure, sdpa
+from .data import image_tensor, mnist5k, mnist_m
 from .train import fit
 
 # %% ../nbs/3_locality/neighborhood.ipynb #0e8075b4
@@ -163,15 +163,14 @@ def neighborhood_tables(axes):
 
 # %% ../nbs/3_locality/neighborhood.ipynb #5ab1e02d
 def neighborhood_attention_reference(q, k, v, window_size, *, stride=1, dilation=1, is_causal=False, scale=None,
-                                     rel_pos_bias=None,
-                                     additional_keys=None, additional_values=None, return_lse=False):
+                                     rel_pos_bias=None, additional_keys=None, additional_values=None,
+                                     return_lse=False):
     """Neighborhood attention in plain PyTorch, O(N W) memory; same arguments as `neighborhood_attention`.
 
     q `(B, H, *X, D)`, k `(B, Hk, *X, D)`, v `(B, Hk, *X, Dv)` with 1 to 3 axes X; out `(B, H, *X, Dv)` in v's type,
-    lse `(B, H, *X)` in float32
-    (float64 for float64). Computes in float32 at least. Source: NAT, DiNAT, GNA.
+    lse `(B, H, *X)` in float32 (float64 for float64). Computes in float32 at least. Source: NAT, DiNAT, GNA.
     """
-    (B, H), (Hk, X), D = q.shape[:2], (k.shape[1], q.shape[2:-1]), q.shape[-1]
+    H, Hk, X, D = q.shape[1], k.shape[1], q.shape[2:-1], q.shape[-1]
     axes = neighborhood_axes(X, window_size, stride, dilation, is_causal)
     key, seen, bias = (t.to(q.device) for t in neighborhood_tables(axes))
     full = torch.promote_types(q.dtype, torch.float32)
@@ -206,8 +205,8 @@ def neighborhood_pairs(shape, window_size, *, stride=1, dilation=1, is_causal=Fa
 def neighborhood_cost(shape, window_size, *, batch=1, heads=1, head_dim=64, value_dim=None, element_size=2,
                       **neighborhood):
     """Least work of one call, as a dict: FLOPs forward, backward and backward as executed by two kernels; bytes
-    forward and backward;
-    and the bytes of two tensors that must never exist: `naive_weights` (B, H, N, W) and `unfolded` keys and values."""
+    forward and backward; and the bytes of two tensors that must never exist: `naive_weights` (B, H, N, W) and
+    `unfolded` keys and values."""
     D, Dv, N = head_dim, value_dim or head_dim, math.prod(shape) if not isinstance(shape, int) else shape
     pairs = batch * heads * neighborhood_pairs(shape, window_size, **neighborhood)
     tokens, flops = batch * heads * N, 2 * (D + Dv) * pairs
@@ -255,16 +254,14 @@ def _aligned_pairs(axes, q_tile, kv_tile, transpose):
 def _row_major_pairs(axes, block_m, block_n):
     "Tiles of consecutive queries times tiles of consecutive keys, when they share at least one pair."
     length, w, _, d, _ = axes[-1]
-    # keys on all axes but the last: [N', W']
-    outer, seen, _ = neighborhood_tables(axes[:-1])
+    outer, seen, _ = neighborhood_tables(axes[:-1])                                       # other axes' keys: [N', W']
     index, ok = axis_keys(*axes[-1])
-    runs = [(index[:, 0], index.masked_fill(~ok, -1).amax(1))] if d <= block_n else [(index[:, i], index[:, i])
-        for i in range(w)]
+    whole = [(index[:, 0], index.masked_fill(~ok, -1).amax(1))]
+    runs = whole if d <= block_n else [(index[:, i], index[:, i]) for i in range(w)]      # else keys skip whole tiles
     query = torch.arange(outer.shape[0] * length).view(-1, 1, length) // block_m          # [N', 1, L]
     width = -(-outer.shape[0] * length // block_n)
     edges = torch.zeros((int(query.max()) + 1) * (width + 1), dtype=torch.int32)
-    # a run of keys marks a run of tiles
-    for a, b in runs:
+    for a, b in runs:                                                                     # of keys, and so of tiles
         lo, hi = ((outer[:, :, None] * length + x) // block_n for x in (a, b))            # [N', W', L]
         row = (query * (width + 1)).expand_as(lo)
         on = seen[:, :, None].expand_as(lo).int().flatten()
@@ -385,8 +382,7 @@ def _autocast(q, *others):
     if not torch.is_autocast_enabled(kind):
         return q, *others
     to = torch.get_autocast_dtype(kind)
-    cast = lambda x: x.to(to) if isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16,
-        torch.float32) else x
+    cast = lambda x: x.to(to) if isinstance(x, torch.Tensor) and x.dtype in FLOATS[:3] else x
     return tuple(map(cast, (q, *others)))
 
 # %% ../nbs/3_locality/neighborhood.ipynb #5a8d5ae5
@@ -422,27 +418,28 @@ def _check_inputs(q, k, v, scale, rel_pos_bias, additional_keys, additional_valu
 
 # %% ../nbs/3_locality/neighborhood.ipynb #363fcd0b
 def neighborhood_attention(q, k, v, window_size, *, stride=1, dilation=1, is_causal=False, scale=None,
-                           rel_pos_bias=None,
-                           additional_keys=None, additional_values=None, return_lse=False, backend="auto"):
+                           rel_pos_bias=None, additional_keys=None, additional_values=None, return_lse=False,
+                           backend="auto"):
     """Attention of every token to the window around it, on maps of 1, 2 or 3 axes.
 
-    q `(B, H, *X, D)`, k `(B, Hk, *X, D)`, v `(B, Hk, *X, Dv)` with `H % Hk == 0`, all of one floating-point type, any
-    strides.
-    Returns out `(B, H, *X, Dv)` in that type; with `return_lse=True` also the natural-log LSE `(B, H, *X)`, float32
-    (float64 for float64), differentiable.
+    q `(B, H, *X, D)`, k `(B, Hk, *X, D)`, v `(B, Hk, *X, Dv)` with `H % Hk == 0`, of one floating-point type, any
+    strides. Returns out `(B, H, *X, Dv)` in that type; with `return_lse=True` also the natural-log LSE `(B, H, *X)`,
+    float32 (float64 for float64), differentiable.
 
-    Per axis, one value for all or one per axis: `window_size` (keys per query, `window_size * dilation <= X`),
-    `stride` (queries per shared window,
-    1 to window_size), `dilation` (distance between a window's keys), `is_causal` (no key after the query).
-    `scale` multiplies scores, default `D**-0.5`; 0 is allowed. `rel_pos_bias` `(H, 2*window_size[0]-1, ...)` is added
-    to them, entry
-    `(key - query) / dilation + window_size - 1` on each axis; its gradient is computed. `additional_keys` `(B, Hk, M,
-    D)` and `additional_values`
-    `(B, Hk, M, Dv)` are seen by every query, without bias. `backend`: "triton", "torch" (the reference), "auto"
-    (triton on a GPU).
+    Per axis, one value for all or one per axis:
 
-    Raises ValueError or TypeError that names the argument, before any work. Source: NAT (CVPR 2023), DiNAT, FNA
-    (NeurIPS 2024), GNA (arXiv 2504.16922).
+    - `window_size`: keys per query, with `window_size * dilation <= X`;
+    - `stride`: queries that share a window, 1 to window_size;
+    - `dilation`: distance between a window's keys;
+    - `is_causal`: no key after the query.
+
+    `scale` multiplies the scores, default `D**-0.5`; 0 is allowed. `rel_pos_bias` `(H, 2*window_size[0]-1, ...)` is
+    added to them, entry `(key - query) / dilation + window_size - 1` on each axis. `additional_keys` `(B, Hk, M, D)`
+    and `additional_values` `(B, Hk, M, Dv)` are seen by every query, without bias. All tensors get gradients.
+    `backend`: "triton", "torch" (the reference) or "auto" (triton on a GPU). Under autocast q, k, v take its type.
+
+    Raises ValueError or TypeError that names the argument, before any work.
+    Source: NAT (CVPR 2023), DiNAT, FNA (NeurIPS 2024), GNA (arXiv 2504.16922).
     """
     if not isinstance(q, torch.Tensor):
         raise TypeError(f"q must be a tensor, got {type(q).__name__}")
@@ -492,8 +489,8 @@ def fit_neighborhood(shape, window_size, stride=1, dilation=1):
     """Per axis the largest dilation, then window, that fit the map, and a stride within that window: three tuples of
     integers."""
     rank = len(shape)
-    window, stride, dilation = (_per_axis(n, x, rank, int) for n,
-                                x in (("window_size", window_size), ("stride", stride), ("dilation", dilation)))
+    window, stride = _per_axis("window_size", window_size, rank, int), _per_axis("stride", stride, rank, int)
+    dilation = _per_axis("dilation", dilation, rank, int)
     dilation = tuple(min(d, max(L // w, 1)) for L, w, d in zip(shape, window, dilation))
     window = tuple(min(w, L) for L, w in zip(shape, window))
     return window, tuple(min(s, w) for s, w in zip(stride, window)), dilation
@@ -550,10 +547,9 @@ class NeighborhoodAttention1d(_NeighborhoodAttention):
     """Multi-head neighborhood attention on sequences `(B, X, embed_dim)`.
 
     `window_size`, `stride`, `dilation`, `is_causal`: as in `neighborhood_attention`. `qk_scale` default
-    `head_dim**-0.5`. `rel_pos_bias=True` learns a bias
-    `(num_heads, 2*window_size-1)`, initialised with a truncated normal of std 0.02. `fit=True` shrinks dilation and
-    window to maps that are too small
-    (otherwise a ValueError). Source: NAT, NATTEN's module of the same name."""
+    `head_dim**-0.5`. `rel_pos_bias=True` learns a bias `(num_heads, 2*window_size-1)`, initialised with a truncated
+    normal of std 0.02. `fit=True` shrinks dilation and window to maps that are too small (else a ValueError).
+    Source: NAT, NATTEN's module of the same name."""
     rank = 1
 
 
@@ -606,8 +602,8 @@ class Downsample(nn.Module):
     `widths[-1]`."""
     def __init__(self, *widths, bias):
         super().__init__()
-        self.convs = nn.Sequential(*(nn.Conv2d(a, b, 3, stride=2, padding=1, bias=bias) for a,
-                                     b in zip(widths, widths[1:])))
+        self.convs = nn.Sequential(*(nn.Conv2d(*ab, 3, stride=2, padding=1, bias=bias)
+                                     for ab in zip(widths, widths[1:])))
         self.norm = nn.LayerNorm(widths[-1])
 
     def forward(self, x):
@@ -618,15 +614,14 @@ class NAT(nn.Module):
     """Neighborhood Attention Transformer: images `(B, in_chans, height, width)` -> logits `(B, num_classes)`, from
     images of any size.
 
-    `depths`, `num_heads`: per level; `dim`: width of the first level, doubled at each next. `dilations`: None, or per
-    level a sequence with one dilation per block.
-    `stride`: of every block's neighbourhood. `stem`: number of stride-2 convolutions before the first level.
-    Neighbourhoods are fitted to small maps.
-    Defaults are NAT-Mini's. Source: NAT (CVPR 2023) and its official repository; DiNAT."""
+    `depths`, `num_heads`: per level; `dim`: width of the first level, doubled at each next; `dilations`: None, or per
+    level a sequence with one dilation per block; `stride`: of every block's neighbourhood; `stem`: number of stride-2
+    convolutions before the first level. Neighbourhoods are fitted to small maps. Defaults are NAT-Mini's.
+    Source: NAT (CVPR 2023) and its official repository; DiNAT."""
 
     def __init__(self, dim=64, depths=(3, 4, 6, 5), num_heads=(2, 4, 8, 16), mlp_ratio=3.0, window_size=7,
-                 dilations=None, stride=1, layer_scale=None,
-                 drop_path_rate=0.2, num_classes=1000, in_chans=3, stem=2, rel_pos_bias=True, backend="auto"):
+                 dilations=None, stride=1, layer_scale=None, drop_path_rate=0.2, num_classes=1000, in_chans=3, stem=2,
+                 rel_pos_bias=True, backend="auto"):
         super().__init__()
         if len(depths) != len(num_heads) or dilations is not None and [len(d) for d in dilations] != list(depths):
             raise ValueError("depths, num_heads and dilations must describe the same levels and blocks, "
@@ -798,8 +793,9 @@ def flex_peer(shape, window_size, *, device="cuda", tile=None, **neighborhood):
 
 # %% ../nbs/3_locality/neighborhood.ipynb #412fa9bc
 def photo_features(image, side, dim, corner=(0, 0)):
-    """Whitened principal components of the 5x5 patches of a photograph `(height, width, 3)` uint8: a feature map `(1,
-    1, side, side, dim)`, dim up to 75, in units of one standard deviation."""
+    """Whitened principal components of the 5x5 patches of a photograph `(height, width, 3)` uint8.
+
+    A feature map `(1, 1, side, side, dim)`, dim up to 75, in units of one standard deviation."""
     crop = np.array(image[corner[0]:corner[0] + side + 4, corner[1]:corner[1] + side + 4], dtype=np.float32)
     pixels = torch.from_numpy(crop).permute(2, 0, 1)[None] / 255
     patches = F.unfold(pixels, 5)[0].T.double()                                     # [side*side, 75]
@@ -829,16 +825,15 @@ def stride_experiment(features, window, device="cpu"):
 
 # %% ../nbs/3_locality/neighborhood.ipynb #2cdc5c25
 def equivariance_experiment(image, side, window, dilation, stride, corner=(60, 100)):
-    """Interior equivariance error against shifts of 1..
+    """Interior equivariance error of several neighbourhoods, for shifts up to two windows; one dict per shift.
 
-    pixels for several neighbourhoods; one dict per shift. Interior: no window touches a border.
+    Interior: no window touches a border. A shift of t pixels is a crop of the same photograph t pixels further.
     """
     block, halo = 4, 2
     kinds = {"NA": dict(window_size=window), f"NA, dilation {dilation}": dict(window_size=window, dilation=dilation),
              f"stride {stride}": dict(window_size=window, stride=stride),
-             "blocked": dict(window_size=window,
-                             stride=window), f"halo (block {block}, halo {halo})": dict(window_size=block + 2 * halo,
-                                 stride=block)}
+             "blocked": dict(window_size=window, stride=window),
+             f"halo (block {block}, halo {halo})": dict(window_size=block + 2 * halo, stride=block)}
     g = torch.Generator().manual_seed(0)
     embed = torch.randn(3, 16, generator=g, dtype=torch.float64)                                # colours to 16 channels
 
@@ -884,9 +879,9 @@ def border_experiment(image, side, window, corner=(60, 100)):
     edge = torch.minimum(torch.minimum(i, side - 1 - i)[:, None], torch.minimum(i, side - 1 - i))
     for distance in range(r + 2):
         ring = edge == distance
-        rows.append(dict(distance=distance, window=window, side=side,
-                         **{n: float((o - truth)[0, 0][ring].norm() / truth[0, 0][ring].norm()) for n,
-                            o in out.items()}))
+        size = truth[0, 0][ring].norm()
+        error = {name: float((o - truth)[0, 0][ring].norm() / size) for name, o in out.items()}
+        rows.append(dict(distance=distance, window=window, side=side, **error))
     return rows
 
 # %% ../nbs/3_locality/neighborhood.ipynb #e510d565
@@ -898,8 +893,8 @@ def small_nat(kind, side, dim, depths, backend="auto"):
     of one of `NAT_KINDS`."""
     if kind not in NAT_KINDS:
         raise ValueError(f"kind must be one of {NAT_KINDS}, got {kind!r}")
-    dilations = [[max(side // 2 ** (i + 1) // 5, 1) if j % 2 or n == 1 else 1 for j in range(n)] for i,
-                 n in enumerate(depths)]
+    widest = [max(side // 2 ** (i + 1) // 5, 1) for i in range(len(depths))]          # largest dilation that fits
+    dilations = [[d if j % 2 or n == 1 else 1 for j in range(n)] for d, n in zip(widest, depths)]
     return NAT(dim=dim, depths=depths, num_heads=(dim // 32, dim // 16) if dim >= 64 else (2, 4),
                window_size=side // 2 if kind == "global" else 5,
                dilations=dilations if kind == "NA + dilated" else None, stride=5 if kind == "blocked" else 1,
@@ -920,8 +915,8 @@ def nat_data(name, side, copies=1, seed=0):
     x, tx = (F.interpolate(image_tensor(a), size=(side, side), mode="bilinear", antialias=True, align_corners=False)
              for a in (x, tx))
     mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
-    return *(((t - mean) / std).expand(-1, 3, -1, -1) if i % 2 == 0 else torch.as_tensor(t) for i,
-             t in enumerate((x, y, tx, ty))),
+    x, tx = (((t - mean) / std).expand(-1, 3, -1, -1) for t in (x, tx))
+    return x, torch.as_tensor(y), tx, torch.as_tensor(ty)
 
 
 def nat_experiment(kind, data, *, side, dim, depths, steps, batch, seed=0, device="cpu", progress=False):
@@ -975,8 +970,8 @@ def compare_problem(bench, problem, *, peers=("ours", "flex", "flex tiles", "cud
                 **sizes}
     yield from compare(describe, {n: known[n] for n in peers if n in known}, inputs,
                        grad_out="random" if backward else None, chapter="neighborhood", bench=bench,
-                       flops={"fwd": cost["flops_fwd"], "bwd": cost["flops_bwd"]}, bytes={"fwd": cost["bytes_fwd"],
-                           "bwd": cost["bytes_bwd"]},
+                       flops={"fwd": cost["flops_fwd"], "bwd": cost["flops_bwd"]},
+                       bytes={"fwd": cost["bytes_fwd"], "bwd": cost["bytes_bwd"]},
                        useful=neighborhood_pairs(shape, window, **kw) / math.prod(shape)**2, **fields)
 
 # %% ../nbs/3_locality/neighborhood.ipynb #e92f6c48
@@ -1019,8 +1014,8 @@ NATTEN_H100 = {
 
 def bench_natten():
     "NATTEN's seven H100 rows (head_dim 128, forward): ours beside cuDNN's dense attention."
-    for name, (shape, window, stride, heads, kernel, total,
-               bound) in NATTEN_H100.items() if torch.cuda.is_available() else ():
+    for name, row in NATTEN_H100.items() if torch.cuda.is_available() else ():
+        shape, window, stride, heads, kernel, total, bound = row
         problem = dict(shape=shape, window_size=window, stride=stride, batch=1, heads=heads, head_dim=128)
         yield from compare_problem("natten", problem, peers=("ours", "cudnn dense"), backward=False, problem=name,
                                    natten_kernel=kernel, natten_total=total, bound=bound)

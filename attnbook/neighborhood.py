@@ -16,6 +16,7 @@ __all__ = ['FLOATS', 'NAT_KINDS', 'PROBLEMS', 'NATTEN_H100', 'OUT_OF_REACH', 'ax
 
 # %% ../nbs/3_locality/neighborhood.ipynb #9f27e846
 import math
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from itertools import product
 from typing import NamedTuple
@@ -375,13 +376,17 @@ def _check_shape(name, x, want):
         raise ValueError(f"{name} must have shape ({want}), got {tuple(x.shape)}")
 
 # %% ../nbs/3_locality/neighborhood.ipynb #90fcfa59
+def _autocasting(kind):
+    "Is autocast on for this kind of device? (`meta` has none.)"
+    return kind in ("cuda", "cpu") and torch.is_autocast_enabled(kind)
+
+
 def _autocast(q, *others):
     """Under `torch.autocast` q, k, v and the additional tokens take its type, as they do in torch's own attention;
     float64 stays."""
-    kind = q.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not _autocasting(q.device.type):
         return q, *others
-    to = torch.get_autocast_dtype(kind)
+    to = torch.get_autocast_dtype(q.device.type)
     cast = lambda x: x.to(to) if isinstance(x, torch.Tensor) and x.dtype in FLOATS[:3] else x
     return tuple(map(cast, (q, *others)))
 
@@ -451,7 +456,7 @@ def neighborhood_attention(q, k, v, window_size, *, stride=1, dilation=1, is_cau
     q, k, v, additional_keys, additional_values = _autocast(q, k, v, additional_keys, additional_values)
     _check_inputs(q, k, v, scale, rel_pos_bias, additional_keys, additional_values, window)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False) if _autocasting(q.device.type) else nullcontext():
         if backend == "triton":
             out, lse = _neighborhood_triton(q, k, v, window, stride, dilation, causal, scale, rel_pos_bias,
                                             additional_keys, additional_values)

@@ -1,0 +1,185 @@
+# Written from the test cells of nbs/1_foundations/05_book.ipynb by `attnbook export`. Do not edit.
+import json
+import re
+import tempfile
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from attnbook.book import CHAPTERS, Claim, PARTS, Parameter, RunFailed, Verdict, _free_names, _kinds, _test_source, chapters_table, check_parameters, claims_table, example_notebook, find_chapter, markdown_table, read_parameters, require, run_chapter, run_summary, test_module_source, to_html, to_markdown
+
+
+def test_require_says_what_to_install():
+    assert require("json") is json
+    with pytest.raises(ModuleNotFoundError, match=r"'no_such_package'.*pip install 'attnbook\[book\]'"):
+        require("no_such_package")
+
+
+def test_registry():
+    assert len([c for c in CHAPTERS.values() if c.paper]) == 22
+    assert {c.part for c in CHAPTERS.values()} == set(PARTS)
+    assert find_chapter("attention").notebook == "nbs/1_foundations/00_attention.ipynb"
+    assert find_chapter("halo").notebook == "nbs/3_locality/halo.ipynb"
+    assert find_chapter("book").status == "ready"
+
+def test_unknown_chapter_names_the_closest():
+    with pytest.raises(ValueError, match="did you mean neighborhood"):
+        find_chapter("neighbourhood")
+    with pytest.raises(ValueError, match="there are attention, engine"):
+        find_chapter("zzz")
+
+
+def test_tables_escape_bars_and_lines():
+    table = markdown_table(["a"], [["x | y\n z"]])
+    assert table.splitlines() == ["| a |", "| --- |", "| x \\| y z |"] and table._repr_markdown_() == table
+    assert "[The book itself](nbs/1_foundations/05_book.ipynb)" in chapters_table()
+
+
+def test_annotations():
+    assert _kinds("int") == ((int,), ()) and _kinds("list[int]") == ((list,), ())
+    assert _kinds("int | None") == ((int, type(None)), ()) == _kinds("Optional[int]")
+    assert _kinds("Literal['a', 'b']") == ((str,), ("a", "b"))
+    assert _kinds("torch.dtype") == ((), ())
+
+def test_parameters_are_read_from_text():
+    of = lambda kinds, text: check_parameters({"x": text}, {"x": Parameter("x", kinds, None)}, text=True)["x"]
+    assert [of((int,), "3"), of((float,), "1e-3"), of((bool,), "False"), of((str,), "3"), of((list,), "[1, 2]")] == [3, 1e-3, False, "3", [1, 2]]
+    assert of((int, type(None)), "none") is None and of((int, str), "7") == 7 and of((), "7") == 7 and of((), "a b") == "a b"
+    for kinds, text in (((int,), "3.5"), ((int,), "abc"), ((bool,), "1"), ((list,), "3"), ((float,), "x")):
+        with pytest.raises(TypeError, match="parameter x"):
+            of(kinds, text)
+
+def test_bad_parameters_are_refused():
+    declared = {"steps": Parameter("steps", (int,), 3), "preset": Parameter("preset", (str,), "cpu", choices=("cpu", "gpu")), "rate": Parameter("rate", (float,), 0.1)}
+    with pytest.raises(ValueError, match=r"no parameter 'step' \(did you mean 'steps'\?\); it has steps \(int\), preset \('cpu' \| 'gpu'\)"):
+        check_parameters({"step": 3}, declared)
+    with pytest.raises(ValueError, match="'tpu'"):
+        check_parameters({"preset": "tpu"}, declared)
+    for bad in ("3", 3.0, True, None):
+        with pytest.raises(TypeError, match=r"steps \(int\)"):
+            check_parameters({"steps": bad}, declared)
+    assert check_parameters({"rate": 1, "steps": 2}, declared) == {"rate": 1, "steps": 2}
+    with pytest.raises(ValueError, match="no cell tagged"):
+        check_parameters({"a": 1}, {})
+
+
+def test_parameters_of_a_notebook():
+    with tempfile.TemporaryDirectory() as folder:
+        declared = read_parameters(example_notebook(Path(folder) / "small.ipynb"))
+    assert [str(p) for p in declared.values()] == ["preset ('cpu' | 'gpu')", "n (int)", "scale (float)"]
+    assert (declared["n"].default, declared["n"].help) == (5, "terms")
+
+
+def test_page_is_self_contained():
+    png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    nb = new_notebook(cells=[
+        new_markdown_cell("# Title\n\nInline $a_i$ and\n\n$$\n\\sum_i a_i\n$$ {#eq-sum}\n\nSee @eq-sum. Cost: \\$5.\n\n| a | b |\n|---|---|\n| $x$ | 2 |"),
+        new_code_cell("#| echo: false\n#| fig-alt: a dot\nplot()", outputs=[new_output("display_data", {"image/png": png})]),
+        new_code_cell("#| hide\nsecret = 1"),
+        new_code_cell("#| exports\nvisible = 1", outputs=[new_output("display_data", {"text/markdown": "| $y$ |\n|---|\n| 1 |"})]),
+    ])
+    with tempfile.TemporaryDirectory() as folder:
+        nbformat.write(nb, f"{folder}/a.ipynb")
+        page = to_html(f"{folder}/a.ipynb", f"{folder}/a.html").read_text()
+    assert page.count("<math") == 4 and "Eq. (1)" in page and "$$" not in page and "Cost: $5" in page
+    assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", page) and "<script" not in page and "@import" not in page
+    assert "data:image/png;base64" in page and 'alt="a dot"' in page
+    assert "visible" in page and "secret" not in page and "plot()" not in page and "#|" not in page and "<title>Title" in page
+
+
+def test_verdicts_come_from_rules():
+    rule = lambda x: "holds" if x > 1 else ("does not hold here", "too small")
+    judge = lambda measured: Claim("c", "1", "Table 1", rule, measured=measured).judge()
+    assert judge(2) == Verdict("holds", "", 2) and judge(lambda: 0) == Verdict("does not hold here", "too small", 0)
+    assert judge(None) == Verdict("out of reach here", "not measured") == judge(lambda: None)
+    with pytest.raises(ValueError, match="'maybe'.*holds in part"):
+        Claim("c", "1", "t", lambda x: "maybe", measured=1).judge()
+
+def test_claims_table():
+    table = claims_table([Claim("a | b", "2x", "Fig. 1", lambda m: "holds", measured={"ours": 1.23456, "theirs": 12345.6}), Claim("c", "", "", lambda m: "holds")])
+    assert "| a \\| b | 2x | Fig. 1 | ours 1.23, theirs 12346 |  | **holds** |" in table
+    assert table.splitlines()[-1].endswith("| – |  | **out of reach here**: not measured |")
+
+
+def test_run_leaves_everything_in_one_folder():
+    with tempfile.TemporaryDirectory() as folder:
+        source = example_notebook(Path(folder) / "small.ipynb")
+        run = run_chapter(source, {"n": "7"}, text=True, preset="cpu", out=Path(folder) / "runs", progress=False)
+        row = json.loads((run.folder / "results" / "small.jsonl").read_text())
+        summary = json.loads((run.folder / "summary.json").read_text())
+        page = run.page.read_text()
+        files = {p.name for p in run.folder.iterdir()}
+    assert row == {"name": "sum", "n": 7, "sum": 21.0} and run.rows == {"small.jsonl": 1}
+    assert files == {"small.ipynb", "small.html", "summary.json", "results"} and run.folder.name.startswith("small-2")
+    assert summary["parameters"] == {"n": 7, "preset": "cpu"} and summary["error"] == "" and "21" in page and "<math" in page
+    assert "small finished" in run_summary(run) and "1 rows in small.jsonl" in run_summary(run)
+
+def test_failed_run_says_where_and_keeps_the_rest():
+    with tempfile.TemporaryDirectory() as folder:
+        source = example_notebook(Path(folder) / "small.ipynb", "#| export\nif n > 3:\n    raise RuntimeError('too many terms')")
+        with pytest.raises(RunFailed, match=r"`if n > 3:`, under 'A small chapter'\): RuntimeError: too many terms") as e:
+            run_chapter(source, out=Path(folder) / "runs", progress=False)
+        run = e.value.run
+        assert run.page.is_file() and run.notebook.is_file() and run.rows == {"small.jsonl": 1} and "failed in cell" in run_summary(run)
+
+def test_bad_runs_do_not_start():
+    with tempfile.TemporaryDirectory() as folder:
+        source = example_notebook(Path(folder) / "small.ipynb")
+        start = lambda chapter=source, parameters=None, **kw: run_chapter(chapter, parameters, **{"out": Path(folder) / "runs", "progress": False} | kw)
+        for kw, error, words in (
+            (dict(chapter="zzz"), ValueError, "unknown chapter 'zzz'"),
+            (dict(chapter=Path(folder) / "none.ipynb"), ValueError, "no notebook"),
+            (dict(parameters={"m": 3}), ValueError, "no parameter 'm'"),
+            (dict(parameters={"n": "many"}), TypeError, "n \\(int\\).*'many'"),
+            (dict(preset="tpu"), ValueError, "'cpu' | 'gpu'"),
+            (dict(out=source / "below"), OSError, "cannot write to the output folder"),
+        ):
+            with pytest.raises(error, match=words):
+                start(**kw)
+        assert not (Path(folder) / "runs").exists()
+
+
+def test_free_names():
+    assert _free_names("def test_a(x=N):\n    y = torch.ones(x)\n    assert len(y) == helper(y) and [z for z in y if z != M]") == {"N", "torch", "helper", "M"}
+    assert _free_names("def helper(): pass\ndef test_a(): helper(); import os; os.x") == set()
+    assert _free_names("K = 3\n@pytest.mark.parametrize('k', range(K))\ndef test_a(k): f = lambda q: q + k; assert f(1)") == {"pytest"}
+
+def test_calls_are_stripped():
+    cell = "def test_a(n=1):\n    assert n\n\ntest_a()\nfor n in (1, 2):\n    test_a(n)\n"
+    assert _test_source(cell, "x") == "def test_a(n=1):\n    assert n"
+    assert _test_source("def test_b(): pass\ntest_b(), test_b()", "x") == "def test_b(): pass"
+    with pytest.raises(ValueError, match="x: a test cell may hold .* not `print"):
+        _test_source("print(1)", "x")
+
+
+def test_a_notebook_becomes_a_test_file():
+    cells = ["#| default_exp small", "import math\nfrom json import dumps, loads\nimport os.path", "#| export\ndef double(x): return 2 * x\ndef _half(x): return x / 2",
+             "#| test\ndef test_double():\n    assert double(math.pi) == loads('6.283185307179586') and _half(2) == 1\n\ntest_double()",
+             "#| test\n#| cuda\ndef test_gpu():\n    assert os.path.sep"]
+    with tempfile.TemporaryDirectory() as folder:
+        write = lambda cells: nbformat.write(new_notebook(cells=[new_code_cell(c) for c in cells]), f"{folder}/a.ipynb")
+        write(cells)
+        module, source = test_module_source(Path(folder) / "a.ipynb", "nbs/a.ipynb")
+        assert module == "small" and "nbs/a.ipynb" in source.splitlines()[0]
+        assert "import math\nimport os.path\nfrom json import loads\n\nimport pytest\n\nfrom attnbook.small import _half, double\n" in source
+        assert "dumps" not in source and "\ntest_double()" not in source and "@pytest.mark.cuda\ndef test_gpu" in source
+        write([*cells, "#| test\ndef test_c():\n    assert helper()"])
+        with pytest.raises(ValueError, match="tests use helper, which the notebook neither exports nor imports"):
+            test_module_source(Path(folder) / "a.ipynb", "nbs/a.ipynb")
+        write([*cells, cells[3]])
+        with pytest.raises(ValueError, match="two test cells define test_double"):
+            test_module_source(Path(folder) / "a.ipynb", "nbs/a.ipynb")
+        write(cells[:3])
+        assert test_module_source(Path(folder) / "a.ipynb", "nbs/a.ipynb") is None
+
+
+def test_notebook_as_markdown():
+    nb = new_notebook(cells=[
+        new_markdown_cell("# T\n\n> one line"),
+        new_code_cell("#| hide\nx"),
+        new_code_cell("#| echo: false\ny", outputs=[new_output("execute_result", {"text/markdown": "| a |\n|---|", "text/plain": "no"})]),
+        new_code_cell("#| export\n1 + 1", outputs=[new_output("execute_result", {"text/plain": "2"})]),
+    ])
+    assert to_markdown(nb) == "# T\n\n> one line\n\n| a |\n|---|\n\n```python\n1 + 1\n```\n\n```\n2\n```\n"

@@ -414,6 +414,7 @@ class TileProgram:
     heavy_last: bool = False          # later query tiles do more work
     unmasked: Callable | None = None  # host: (ints, consts, BM, BN) -> True if no step of either pass needs a mask
     launch: Callable | None = None    # host: (kernel, bits, BD, consts) -> Launch, where the table does not fit
+    expand: Callable | None = None    # host: (q, v, ints, consts) -> C, where C is more than the call's consts
     indexed: bool = False             # rows come through index lists operands[0] (queries) and operands[1] (keys)
 
 PROGRAMS: dict[str, TileProgram] = {}
@@ -554,6 +555,7 @@ def _streams(program, a, b, rows, bd, bdv, device):
 # %% ../nbs/1_foundations/01_engine.ipynb #4760bd38
 def _forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     program = PROGRAMS[program]
+    consts = program.expand(q, v, ints, consts) if program.expand else consts
     slots = _slot_shape(program, q, operands)
     if program.indexed:
         out = q.new_zeros(*slots, v.shape[-1])
@@ -627,6 +629,7 @@ def _extra_grads(q, k, v, do, lse2, delta, p, common, scale, dk_scale):
 # %% ../nbs/1_foundations/01_engine.ipynb #3e764272
 def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, ints, consts, scale, operand_grad):
     program, plain_scale = PROGRAMS[program], scale
+    consts = program.expand(q, v, ints, consts) if program.expand else consts
     slots = _slot_shape(program, q, operands)
     kslots = (*k.shape[:2], operands[1].shape[2] * operands[1].shape[3]) if program.indexed else None
     make = torch.zeros if program.indexed else torch.empty

@@ -869,12 +869,12 @@ def roofline(
     for name, x, y in placed:
         how = look(name)
         ax.plot([x], [y], marker=how["marker"], color=how["color"], linestyle="none", ms=7)
-    taken = []
+    taken = [tuple(ax.transData.transform((x, y))) for _, x, y in placed]
     for name, x, y in sorted(placed, key=lambda p: -p[2]):
         at, below = ax.transData.transform((x, y)), 20               # labels that would overlap move down
         while any(abs(at[0] - u) < 90 and abs(at[1] - below - v) < 15 for u, v in taken):
             below += 4
-        taken += [at, (at[0], at[1] - below)]
+        taken.append((at[0], at[1] - below))
         ax.annotate(name, (x, y), xytext=(0, -below * 72 / ax.figure.dpi), textcoords="offset points",
                     color=look(name)["color"], fontsize=9, ha="center", va="center")
     return ax

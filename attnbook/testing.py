@@ -220,7 +220,7 @@ def check_gradients(reference: Callable, inputs: Sequence | Mapping, *, eps: flo
 
     measured = (loss(eps) - loss(-eps)) / (2 * eps)
     claimed = sum((grads[n] * d).sum() for n, d in direction.items() if grads[n] is not None)
-    length = sum(d.pow(2).sum() for d in grads.values() if d is not None) ** 0.5    # how large the derivative usually is
+    length = sum(d.pow(2).sum() for d in grads.values() if d is not None) ** 0.5  # how large it usually is
     error = float(abs(claimed - measured) / max(length, abs(measured)))
     error = math.inf if math.isnan(error) else error
     assert error <= tol, (f"the derivative along a random direction is {float(measured):.8g} by finite differences, "

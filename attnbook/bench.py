@@ -120,7 +120,7 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
             self.note = f"no CUDA graph ({_reason(e)}); launch gaps are included"
             with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream):
-                self.flush[:1].zero_()               # a failed capture leaves torch's generator stuck, a good one frees it
+                self.flush[:1].zero_()     # a failed capture leaves torch's generator stuck, this frees it
             return
         self.graph, self.calls, self.how, self.held = graph, calls, "graph", call
 

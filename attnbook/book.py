@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'CHAPTERS', 'VERDICTS', 'require', 'book_root', 'Chapter', 'find_chapter', 'table_cell', 'MarkdownText',
            'markdown_table', 'chapters_table', 'Parameter', 'read_parameters', 'check_parameters', 'example_notebook',
            'mathml', 'to_html', 'Verdict', 'Claim', 'claims_table', 'chapter_claims', 'Run', 'RunFailed', 'run_chapter',
-           'machine', 'run_summary', 'test_module_source', 'notebooks', 'export_tests', 'to_markdown', 'export_readme',
+           'machine', 'run_summary', 'make_test_file', 'notebooks', 'export_tests', 'to_markdown', 'export_readme',
            'export_all', 'stale_files']
 
 # %% ../nbs/1_foundations/05_book.ipynb #3151ebe9
@@ -729,7 +729,7 @@ def _defined(cells: Iterable[str]) -> set[str]:
     return found
 
 # %% ../nbs/1_foundations/05_book.ipynb #f38de2ba
-def test_module_source(
+def make_test_file(
     notebook: Path,
     shown: str,  # the notebook's path as the file's first line gives it
 ) -> tuple[str, str] | None:  # module and source
@@ -768,6 +768,14 @@ _TEST_FILE = """# Written from the test cells of {shown} by `attnbook export`. D
 """
 
 
+def _from_import(source: str, names: list[str], width: int = 120) -> str:
+    "An import statement: constants, classes, functions; on lines of their own if it is long."
+    rank = lambda n: (0 if n.isupper() and len(n) > 1 else 1 if n[:1].isupper() else 2, n)
+    names = sorted(names, key=rank)
+    line = f"from {source} import {', '.join(names)}"
+    return line if len(line) <= width else f"from {source} import (\n" + "".join(f"    {n},\n" for n in names) + ")"
+
+
 def _sorted_imports(lines: set[str], module: str, own: list[str]) -> str:
     "Import statements in the usual order: standard library, packages, attnbook."
     own_lines = {f"from attnbook.{module} import {n}" for n in own}
@@ -782,7 +790,7 @@ def _sorted_imports(lines: set[str], module: str, own: list[str]) -> str:
         for line in sorted(line for line in group if line.startswith("from ")):
             _, source, _, what = line.split(" ", 3)
             merged.setdefault(source, []).append(what)
-        out.append("\n".join(plain + [f"from {s} import {', '.join(names)}" for s, names in merged.items()]))
+        out.append("\n".join(plain + [_from_import(s, names) for s, names in merged.items()]))
     return "\n\n".join(g for g in out if g) + "\n"
 
 # %% ../nbs/1_foundations/05_book.ipynb #66c66fef
@@ -804,7 +812,7 @@ def export_tests(root: str | Path | None = None) -> list[Path]:
     "Writes tests/test_<module>.py for each notebook with test cells, removes generated files without one, and returns those written."
     root, written = _root(root), []
     for notebook in notebooks(root):
-        if found := test_module_source(notebook, notebook.relative_to(root).as_posix()):
+        if found := make_test_file(notebook, notebook.relative_to(root).as_posix()):
             path = root / "tests" / f"test_{found[0]}.py"
             if path.is_file() and not path.read_text(encoding="utf-8").startswith(_TEST_FILE[:20]):
                 raise ValueError(f"{path.relative_to(root)} is written by hand, and {notebook.name} wants to write its tests there; rename one")

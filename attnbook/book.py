@@ -663,8 +663,8 @@ def run_summary(run: Run) -> str:
     if run.error:
         lines.append(f"  failed in {run.error}")
     if run.verdicts:
-        lines.append("  claims    " + ", ".join(f"{run.verdicts[v]} {v}" for v in VERDICTS if v in run.verdicts))
-    numbers = ", ".join(f"{n} rows in {f}" for f, n in run.rows.items()) or "none recorded"
+        lines.append("  claims    " + ", ".join(f"{v}: {run.verdicts[v]}" for v in VERDICTS if v in run.verdicts))
+    numbers = ", ".join(f"{n} row{'s' * (n != 1)} in {f}" for f, n in run.rows.items()) or "none recorded"
     lines += [f"  page      {near(run.page)}", f"  notebook  {near(run.notebook)}", f"  numbers   {near(run.folder / 'results')} ({numbers})"]
     return "\n".join(lines)
 

@@ -138,7 +138,7 @@ def test_run_leaves_everything_in_one_folder():
     assert row == {"name": "sum", "n": 7, "sum": 21.0} and run.rows == {"small.jsonl": 1}
     assert files == {"small.ipynb", "small.html", "summary.json", "results"} and run.folder.name.startswith("small-2")
     assert summary["parameters"] == {"n": 7, "preset": "cpu"} and summary["error"] == "" and "21" in page and "<math" in page
-    assert "small finished" in run_summary(run) and "1 rows in small.jsonl" in run_summary(run)
+    assert "small finished" in run_summary(run) and "1 row in small.jsonl" in run_summary(run)
 
 def test_failed_run_says_where_and_keeps_the_rest():
     with tempfile.TemporaryDirectory() as folder:

@@ -113,6 +113,16 @@ def test_run_from_any_folder(small, tmp_path):
     assert json.loads((folder / "summary.json").read_text())["parameters"] == {"n": 101, "scale": -1.0, "preset": "cpu"}
 
 
+def test_run_a_chapter(tmp_path):
+    """A chapter of the book itself, as `make demo` runs one."""
+    done = attnbook("run", "attention", "--out", tmp_path, "--no-progress", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder, = tmp_path.iterdir()
+    page = (folder / "attention.html").read_text()
+    assert page.count("<math") > 10 and "data:image/png;base64" in page and "$$" not in page
+    assert "Traceback" not in page
+
+
 def test_run_that_fails(tmp_path):
     broken = example_notebook(tmp_path / "broken.ipynb", "1 / 0", "never = 1")
     done = attnbook("run", broken, "--out", tmp_path / "runs", "--no-progress")

@@ -761,12 +761,12 @@ def make_test_file(
     own = sorted(needed & exported)
     lines = {line for n in needed - exported for line in available.get(n, "import pytest" if n == "pytest" else "").split("\n") if line}
     lines |= {"import pytest"} if marked else set()
-    return module, _TEST_FILE.format(shown=shown, imports=_sorted_imports(lines, module, own), tests=together)
+    return module, _TEST_FILE.format(shown=shown, imports=_sorted_imports(lines, module, own),
+                                     tests=("\n" if together.startswith(("def ", "class ", "@")) else "") + together)
 
 # %% ../nbs/1_foundations/05_book.ipynb #57bf9f93
 _TEST_FILE = """# Written from the test cells of {shown} by `attnbook export`. Do not edit.
 {imports}
-
 {tests}
 """
 
@@ -774,6 +774,9 @@ _TEST_FILE = """# Written from the test cells of {shown} by `attnbook export`. D
 def _from_import(source: str, names: list[str], width: int = 120) -> str:
     "An import statement: constants, classes, functions; on lines of their own if it is long."
     rank = lambda n: (0 if n.isupper() and len(n) > 1 else 1 if n[:1].isupper() else 2, n)
+    if alias := sorted(n for n in names if " as " in n):
+        plain = [n for n in names if n not in alias]
+        return "\n".join(([_from_import(source, plain)] if plain else []) + [f"from {source} import {n}" for n in alias])
     names = sorted(names, key=rank)
     line = f"from {source} import {', '.join(names)}"
     return line if len(line) <= width else f"from {source} import (\n" + "".join(f"    {n},\n" for n in names) + ")"

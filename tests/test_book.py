@@ -179,16 +179,16 @@ def test_calls_are_stripped():
 
 
 def test_a_notebook_becomes_a_test_file():
-    cells = ["#| default_exp small", "import math\nfrom json import dumps, loads\nimport os.path", "#| export\ndef double(x): return 2 * x\ndef _half(x): return x / 2",
-             "#| test\ndef test_double():\n    assert double(math.pi) == loads('6.283185307179586') and _half(2) == 1\n\ntest_double()",
+    cells = ["#| default_exp small", "import math\nfrom json import dumps, loads\nfrom json import dump as d\nimport os.path", "#| export\ndef double(x): return 2 * x\ndef _half(x): return x / 2",
+             "#| test\ndef test_double():\n    assert double(math.pi) == loads('6.283185307179586') and _half(2) == 1 and d\n\ntest_double()",
              "#| test\n#| cuda\ndef test_gpu():\n    assert os.path.sep"]
     with tempfile.TemporaryDirectory() as folder:
         write = lambda cells: nbformat.write(new_notebook(cells=[new_code_cell(c) for c in cells]), f"{folder}/a.ipynb")
         write(cells)
         module, source = make_test_file(Path(folder) / "a.ipynb", "nbs/a.ipynb")
         assert module == "small" and "nbs/a.ipynb" in source.splitlines()[0]
-        assert "import math\nimport os.path\nfrom json import loads\n\nimport pytest\n\nfrom attnbook.small import _half, double\n" in source
-        assert "dumps" not in source and "\ntest_double()" not in source and "@pytest.mark.cuda\ndef test_gpu" in source
+        assert "import math\nimport os.path\nfrom json import loads\nfrom json import dump as d\n\nimport pytest\n\nfrom attnbook.small import _half, double\n" in source
+        assert "dumps" not in source and "_half, double\n\n\ndef test_double" in source and "\ntest_double()" not in source and "@pytest.mark.cuda\ndef test_gpu" in source
         write([*cells, "#| test\ndef test_c():\n    assert helper()"])
         with pytest.raises(ValueError, match="tests use helper, which the notebook neither exports nor imports"):
             make_test_file(Path(folder) / "a.ipynb", "nbs/a.ipynb")

@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'CHAPTERS', 'VERDICTS', 'require', 'book_root', 'Chapter', 'find_chapter', 'table_cell', 'MarkdownText',
            'markdown_table', 'chapters_table', 'Parameter', 'read_parameters', 'check_parameters', 'example_notebook',
            'mathml', 'to_html', 'Verdict', 'Claim', 'claims_table', 'chapter_claims', 'Run', 'RunFailed', 'run_chapter',
-           'machine', 'run_summary', 'test_module_source', 'notebooks', 'export_tests', 'to_markdown', 'export_readme',
+           'machine', 'run_summary', 'make_test_file', 'notebooks', 'export_tests', 'to_markdown', 'export_readme',
            'export_all', 'stale_files']
 
 # %% ../nbs/1_foundations/05_book.ipynb #3151ebe9
@@ -167,12 +167,13 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable]) -> MarkdownT
 
 
 def chapters_table(
-    link: str = "",  # what precedes a notebook's path in a link
+    link: str = "",  # what precedes a notebook's path in a link; the path is relative to nbs/
 ) -> MarkdownText:
     "The parts and chapters with their papers and status, as Markdown."
-    title = lambda c: f"[{c.title}]({link}{c.notebook})" if c.status == "ready" else c.title
+    title = lambda c: f"[{c.title}]({link}{c.notebook.removeprefix('nbs/')})" if c.status == "ready" else c.title
+    paper = lambda c: re.sub(r"arXiv (\d+\.\d+)", r"[arXiv \1](https://arxiv.org/abs/\1)", c.paper)
     return markdown_table(["part", "chapter", "module", "paper", "status"],
-                          [(PARTS[c.part], title(c), f"`{c.name}`", c.paper, c.status) for c in CHAPTERS.values()])
+                          [(PARTS[c.part], title(c), f"`{c.name}`", paper(c), c.status) for c in CHAPTERS.values()])
 
 # %% ../nbs/1_foundations/05_book.ipynb #7e573ab6
 @dataclass(frozen=True)
@@ -393,7 +394,9 @@ _PAGE = """{%- extends 'lab/index.html.j2' -%}
 {% if width is not none %}width="{{ width }}"{% endif %} src="data:image/png;base64,{{ output.data['image/png'] | escape_html }}"></div>
 {%- endblock -%}
 {%- block html_head_css -%}<style>
-body.jp-Notebook { max-width: 58rem; margin: 0 auto; padding: 1rem; overflow: visible; }
+body.jp-Notebook { max-width: 68rem; margin: 0 auto; padding: 1rem; overflow: visible; }
+.jp-RenderedMarkdown > :is(p, ul, ol, blockquote) { max-width: 48rem; }
+.jp-InputArea-editor, .jp-InputArea { overflow-x: auto; }
 .jp-RenderedHTMLCommon, .jp-RenderedHTMLCommon table { font-size: 16px; }
 .jp-RenderedHTMLCommon table { display: block; overflow-x: auto; }
 .jp-RenderedHTMLCommon td, .jp-RenderedHTMLCommon th { text-align: left; vertical-align: top; white-space: normal; }
@@ -660,8 +663,8 @@ def run_summary(run: Run) -> str:
     if run.error:
         lines.append(f"  failed in {run.error}")
     if run.verdicts:
-        lines.append("  claims    " + ", ".join(f"{run.verdicts[v]} {v}" for v in VERDICTS if v in run.verdicts))
-    numbers = ", ".join(f"{n} rows in {f}" for f, n in run.rows.items()) or "none recorded"
+        lines.append("  claims    " + ", ".join(f"{v}: {run.verdicts[v]}" for v in VERDICTS if v in run.verdicts))
+    numbers = ", ".join(f"{n} row{'s' * (n != 1)} in {f}" for f, n in run.rows.items()) or "none recorded"
     lines += [f"  page      {near(run.page)}", f"  notebook  {near(run.notebook)}", f"  numbers   {near(run.folder / 'results')} ({numbers})"]
     return "\n".join(lines)
 
@@ -729,7 +732,7 @@ def _defined(cells: Iterable[str]) -> set[str]:
     return found
 
 # %% ../nbs/1_foundations/05_book.ipynb #f38de2ba
-def test_module_source(
+def make_test_file(
     notebook: Path,
     shown: str,  # the notebook's path as the file's first line gives it
 ) -> tuple[str, str] | None:  # module and source
@@ -758,14 +761,25 @@ def test_module_source(
     own = sorted(needed & exported)
     lines = {line for n in needed - exported for line in available.get(n, "import pytest" if n == "pytest" else "").split("\n") if line}
     lines |= {"import pytest"} if marked else set()
-    return module, _TEST_FILE.format(shown=shown, imports=_sorted_imports(lines, module, own), tests=together)
+    return module, _TEST_FILE.format(shown=shown, imports=_sorted_imports(lines, module, own),
+                                     tests=("\n" if together.startswith(("def ", "class ", "@")) else "") + together)
 
 # %% ../nbs/1_foundations/05_book.ipynb #57bf9f93
 _TEST_FILE = """# Written from the test cells of {shown} by `attnbook export`. Do not edit.
 {imports}
-
 {tests}
 """
+
+
+def _from_import(source: str, names: list[str], width: int = 120) -> str:
+    "An import statement: constants, classes, functions; on lines of their own if it is long."
+    rank = lambda n: (0 if n.isupper() and len(n) > 1 else 1 if n[:1].isupper() else 2, n)
+    if alias := sorted(n for n in names if " as " in n):
+        plain = [n for n in names if n not in alias]
+        return "\n".join(([_from_import(source, plain)] if plain else []) + [f"from {source} import {n}" for n in alias])
+    names = sorted(names, key=rank)
+    line = f"from {source} import {', '.join(names)}"
+    return line if len(line) <= width else f"from {source} import (\n" + "".join(f"    {n},\n" for n in names) + ")"
 
 
 def _sorted_imports(lines: set[str], module: str, own: list[str]) -> str:
@@ -782,7 +796,7 @@ def _sorted_imports(lines: set[str], module: str, own: list[str]) -> str:
         for line in sorted(line for line in group if line.startswith("from ")):
             _, source, _, what = line.split(" ", 3)
             merged.setdefault(source, []).append(what)
-        out.append("\n".join(plain + [f"from {s} import {', '.join(names)}" for s, names in merged.items()]))
+        out.append("\n".join(plain + [_from_import(s, names) for s, names in merged.items()]))
     return "\n\n".join(g for g in out if g) + "\n"
 
 # %% ../nbs/1_foundations/05_book.ipynb #66c66fef
@@ -804,7 +818,7 @@ def export_tests(root: str | Path | None = None) -> list[Path]:
     "Writes tests/test_<module>.py for each notebook with test cells, removes generated files without one, and returns those written."
     root, written = _root(root), []
     for notebook in notebooks(root):
-        if found := test_module_source(notebook, notebook.relative_to(root).as_posix()):
+        if found := make_test_file(notebook, notebook.relative_to(root).as_posix()):
             path = root / "tests" / f"test_{found[0]}.py"
             if path.is_file() and not path.read_text(encoding="utf-8").startswith(_TEST_FILE[:20]):
                 raise ValueError(f"{path.relative_to(root)} is written by hand, and {notebook.name} wants to write its tests there; rename one")
@@ -860,7 +874,8 @@ def export_readme(root: str | Path | None = None) -> Path:
     if text != index.read_text(encoding="utf-8"):
         index.write_text(text, encoding="utf-8")
     readme = root / "README.md"
-    readme.write_text("<!-- Written from nbs/index.ipynb by `attnbook export`. Do not edit. -->\n\n" + to_markdown(nb), encoding="utf-8")
+    text = re.sub(r"\]\((?=[\w./-]+\.ipynb\))", "](nbs/", to_markdown(nb))  # links are relative to nbs/ in the notebook
+    readme.write_text("<!-- Written from nbs/index.ipynb by `attnbook export`. Do not edit. -->\n\n" + text, encoding="utf-8")
     return readme
 
 

@@ -8,7 +8,30 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from attnbook.book import CHAPTERS, Claim, PARTS, Parameter, RunFailed, Verdict, _free_names, _kinds, _test_source, chapters_table, check_parameters, claims_table, example_notebook, find_chapter, markdown_table, read_parameters, require, run_chapter, run_summary, test_module_source, to_html, to_markdown
+from attnbook.book import (
+    CHAPTERS,
+    PARTS,
+    Claim,
+    Parameter,
+    RunFailed,
+    Verdict,
+    _free_names,
+    _kinds,
+    _test_source,
+    chapters_table,
+    check_parameters,
+    claims_table,
+    example_notebook,
+    find_chapter,
+    make_test_file,
+    markdown_table,
+    read_parameters,
+    require,
+    run_chapter,
+    run_summary,
+    to_html,
+    to_markdown,
+)
 
 
 def test_require_says_what_to_install():
@@ -34,7 +57,8 @@ def test_unknown_chapter_names_the_closest():
 def test_tables_escape_bars_and_lines():
     table = markdown_table(["a"], [["x | y\n z"]])
     assert table.splitlines() == ["| a |", "| --- |", "| x \\| y z |"] and table._repr_markdown_() == table
-    assert "[The book itself](nbs/1_foundations/05_book.ipynb)" in chapters_table()
+    assert "[The book itself](1_foundations/05_book.ipynb)" in chapters_table()
+    assert "[arXiv 2403.04690](https://arxiv.org/abs/2403.04690)" in chapters_table()
 
 
 def test_annotations():
@@ -114,7 +138,7 @@ def test_run_leaves_everything_in_one_folder():
     assert row == {"name": "sum", "n": 7, "sum": 21.0} and run.rows == {"small.jsonl": 1}
     assert files == {"small.ipynb", "small.html", "summary.json", "results"} and run.folder.name.startswith("small-2")
     assert summary["parameters"] == {"n": 7, "preset": "cpu"} and summary["error"] == "" and "21" in page and "<math" in page
-    assert "small finished" in run_summary(run) and "1 rows in small.jsonl" in run_summary(run)
+    assert "small finished" in run_summary(run) and "1 row in small.jsonl" in run_summary(run)
 
 def test_failed_run_says_where_and_keeps_the_rest():
     with tempfile.TemporaryDirectory() as folder:
@@ -155,24 +179,24 @@ def test_calls_are_stripped():
 
 
 def test_a_notebook_becomes_a_test_file():
-    cells = ["#| default_exp small", "import math\nfrom json import dumps, loads\nimport os.path", "#| export\ndef double(x): return 2 * x\ndef _half(x): return x / 2",
-             "#| test\ndef test_double():\n    assert double(math.pi) == loads('6.283185307179586') and _half(2) == 1\n\ntest_double()",
+    cells = ["#| default_exp small", "import math\nfrom json import dumps, loads\nfrom json import dump as d\nimport os.path", "#| export\ndef double(x): return 2 * x\ndef _half(x): return x / 2",
+             "#| test\ndef test_double():\n    assert double(math.pi) == loads('6.283185307179586') and _half(2) == 1 and d\n\ntest_double()",
              "#| test\n#| cuda\ndef test_gpu():\n    assert os.path.sep"]
     with tempfile.TemporaryDirectory() as folder:
         write = lambda cells: nbformat.write(new_notebook(cells=[new_code_cell(c) for c in cells]), f"{folder}/a.ipynb")
         write(cells)
-        module, source = test_module_source(Path(folder) / "a.ipynb", "nbs/a.ipynb")
+        module, source = make_test_file(Path(folder) / "a.ipynb", "nbs/a.ipynb")
         assert module == "small" and "nbs/a.ipynb" in source.splitlines()[0]
-        assert "import math\nimport os.path\nfrom json import loads\n\nimport pytest\n\nfrom attnbook.small import _half, double\n" in source
-        assert "dumps" not in source and "\ntest_double()" not in source and "@pytest.mark.cuda\ndef test_gpu" in source
+        assert "import math\nimport os.path\nfrom json import loads\nfrom json import dump as d\n\nimport pytest\n\nfrom attnbook.small import _half, double\n" in source
+        assert "dumps" not in source and "_half, double\n\n\ndef test_double" in source and "\ntest_double()" not in source and "@pytest.mark.cuda\ndef test_gpu" in source
         write([*cells, "#| test\ndef test_c():\n    assert helper()"])
         with pytest.raises(ValueError, match="tests use helper, which the notebook neither exports nor imports"):
-            test_module_source(Path(folder) / "a.ipynb", "nbs/a.ipynb")
+            make_test_file(Path(folder) / "a.ipynb", "nbs/a.ipynb")
         write([*cells, cells[3]])
         with pytest.raises(ValueError, match="two test cells define test_double"):
-            test_module_source(Path(folder) / "a.ipynb", "nbs/a.ipynb")
+            make_test_file(Path(folder) / "a.ipynb", "nbs/a.ipynb")
         write(cells[:3])
-        assert test_module_source(Path(folder) / "a.ipynb", "nbs/a.ipynb") is None
+        assert make_test_file(Path(folder) / "a.ipynb", "nbs/a.ipynb") is None
 
 
 def test_notebook_as_markdown():

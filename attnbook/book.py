@@ -616,6 +616,8 @@ def run_chapter(
                                        progress_bar=progress and {"bar_format": "{l_bar}{bar}| cell {n_fmt}/{total_fmt} [{elapsed}]", "desc": name})
         except (papermill.exceptions.PapermillExecutionError, require("nbclient").exceptions.DeadKernelError) as e:
             run.error = _where_it_failed(run.notebook) or f"{type(e).__name__}: {str(e).strip()[:300]}"
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped; what was done until now is in {folder}") from None
         run.seconds = time.perf_counter() - started
         _finish(run)
     if run.error:

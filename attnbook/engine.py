@@ -6,15 +6,15 @@
 __all__ = ['INTERPRETED', 'PROGRAMS', 'LAUNCH', 'FULL', 'BAND', 'BIAS_GRAD', 'FULL_BIAS', 'BAND_BIAS', 'PACKED', 'LISTED',
            'resolve_backend', 'row_offsets', 'head_base', 'load_rows', 'store_rows', 'row_ptr', 'load_step', 'expand',
            'logits', 'probabilities', 'forward_step', 'extra_k_step', 'tile_forward', 'dq_step', 'tile_backward_dq',
-           'dkv_step', 'tile_backward_dkv', 'tile_operand_grad', 'OperandGrad', 'TileProgram', 'register_program',
-           'Launch', 'register_launch', 'arch_of', 'find_launch', 'unravel', 'extra_k_tile', 'extra_q_span',
-           'extra_q_step', 'sum_rows', 'scatter_rows', 'tile_attention_op', 'tile_attention_backward_op',
-           'tile_attention', 'band_q_step', 'band_k_step', 'band_q_tile', 'band_k_tile', 'band_span', 'band_k_span',
-           'band_q_span', 'band_mask', 'bias_score', 'bias_grad_span', 'bias_grad_init', 'bias_grad_step',
-           'bias_grad_store', 'check_qkv', 'attention', 'find_sequence', 'packed_q_tile', 'packed_k_tile',
-           'packed_step', 'packed_k_span', 'packed_q_span', 'packed_mask', 'varlen_attention', 'listed',
-           'listed_q_tile', 'listed_k_tile', 'listed_k_step', 'listed_q_step', 'listed_k_span', 'listed_q_span',
-           'indexed_attention_reference', 'indexed_attention']
+           'dkv_step', 'masked_step', 'tile_backward_dkv', 'tile_operand_grad', 'OperandGrad', 'TileProgram',
+           'register_program', 'Launch', 'register_launch', 'arch_of', 'find_launch', 'unravel', 'extra_k_tile',
+           'extra_q_span', 'extra_q_step', 'sum_rows', 'scatter_rows', 'tile_attention_op',
+           'tile_attention_backward_op', 'tile_attention', 'band_q_step', 'band_k_step', 'band_q_tile', 'band_k_tile',
+           'band_span', 'band_k_span', 'band_q_span', 'band_mask', 'bias_score', 'bias_grad_span', 'bias_grad_init',
+           'bias_grad_step', 'bias_grad_store', 'check_qkv', 'attention', 'find_sequence', 'packed_q_tile',
+           'packed_k_tile', 'packed_step', 'packed_k_span', 'packed_q_span', 'packed_mask', 'varlen_attention',
+           'listed', 'listed_q_tile', 'listed_k_tile', 'listed_k_step', 'listed_q_step', 'listed_k_span',
+           'listed_q_span', 'indexed_attention_reference', 'indexed_attention']
 
 # %% ../nbs/1_foundations/01_engine.ipynb #c06794ab
 import math
@@ -286,7 +286,7 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
 
 # %% ../nbs/1_foundations/01_engine.ipynb #35039d1e
 @triton.jit
-def dkv_step(dk, dv, k, v, q_src, do_src, LSE2, DELTA, i, masked, b, h, kpos, state, sq, sdo, sl, scale, ops, ints, C: tl.constexpr,
+def dkv_step(dk, dv, k, v, q_src, do_src, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, ops, ints, C: tl.constexpr,
              Q_STEP: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr, MASKS: tl.constexpr,
              BM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
              TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
@@ -294,7 +294,7 @@ def dkv_step(dk, dv, k, v, q_src, do_src, LSE2, DELTA, i, masked, b, h, kpos, st
     q = load_step(q_src, b, h, start, coords, sq, ok, BM, D, BD, TMA, MASKS, WIDE)        # [BM, BD]
     lse = tl.load(row_ptr(LSE2, b, h, slots, sl), mask=ok, other=float("inf"))            # [BM]
     qk = tl.dot(k, q.T, input_precision=PRECISION)                                        # [BN, BM]
-    s = logits(qk, q, k, ok[None, :], expand(qpos, 0), expand(kpos, 1), masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
+    s = logits(qk, q, k, ok[None, :], expand(qpos, 0), expand(kpos, 1), MASKS, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
     p = probabilities(s, lse[None, :], scale, FOLD)                                       # [BN, BM]
     do = load_step(do_src, b, h, start, slots, sdo, ok, BM, DV, BDV, TMA, MASKS, WIDE)    # [BM, BDV]
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)                        # [BN, BDV]
@@ -304,7 +304,14 @@ def dkv_step(dk, dv, k, v, q_src, do_src, LSE2, DELTA, i, masked, b, h, kpos, st
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)                         # [BN, BD]
     return dk, dv
 
-# %% ../nbs/1_foundations/01_engine.ipynb #4afad8b1
+# %% ../nbs/1_foundations/01_engine.ipynb #26aaf5d1
+@triton.jit
+def masked_step(t, lo, full_lo, full_hi):
+    "The t-th step of [lo, full_lo) followed by [full_hi, hi)."
+    i = lo + t
+    return tl.where(i >= full_lo, i + (full_hi - full_lo), i)
+
+# %% ../nbs/1_foundations/01_engine.ipynb #a53032e3
 @triton.jit
 def tile_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, ops, ints, sq, sk, sv, sdo, sdk, sdv, sl, scale, dk_scale, num_tiles, H,
                       C: tl.constexpr, K_TILE: tl.constexpr, Q_SPAN: tl.constexpr, Q_STEP: tl.constexpr,
@@ -325,10 +332,14 @@ def tile_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, ops, ints, sq, sk, s
     for g in range(GROUP):
         h = hk * GROUP + g
         lo, full_lo, full_hi, hi = Q_SPAN(state, b, h, ops, ints, C, BM, BN)
-        for i in tl.range(lo, hi, num_stages=STAGES):
-            masked = (i < full_lo) | (i >= full_hi)
-            dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, i, masked, b, h, kpos, state, sq, sdo, sl, scale, ops, ints, C,
-                              Q_STEP, MASK, SCORE, FOLD, MASKS, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION)
+        for i in tl.range(full_lo, full_hi, num_stages=STAGES):
+            dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, ops, ints, C,
+                              Q_STEP, MASK, SCORE, FOLD, False, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION)
+        if MASKS:
+            for t in tl.range(0, (full_lo - lo) + (hi - full_hi), num_stages=STAGES):
+                i = masked_step(t, lo, full_lo, full_hi)
+                dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, ops, ints, C,
+                                  Q_STEP, MASK, SCORE, FOLD, True, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION)
     store_rows(head_base(DK, b, hk, sdk), slots, sdk, ok, dk * dk_scale, D, BD, WIDE)
     store_rows(head_base(DV_OUT, b, hk, sdv), slots, sdv, ok, dv, DV, BDV, WIDE)
 
@@ -403,6 +414,7 @@ class TileProgram:
     heavy_last: bool = False          # later query tiles do more work
     unmasked: Callable | None = None  # host: (ints, consts, BM, BN) -> True if no step of either pass needs a mask
     launch: Callable | None = None    # host: (kernel, bits, BD, consts) -> Launch, where the table does not fit
+    expand: Callable | None = None    # host: (q, v, ints, consts) -> C, where C is more than the call's consts
     indexed: bool = False             # rows come through index lists operands[0] (queries) and operands[1] (keys)
 
 PROGRAMS: dict[str, TileProgram] = {}
@@ -442,8 +454,8 @@ def _table(arch, bits, rows):
 _table("sm90", 16, [  # head_dim: forward, dq, dkv as (BM, BN, warps, stages)
     (16, (128, 128, 4, 3), (128, 64, 4, 3), (64, 128, 4, 3)),
     (32, (128, 128, 4, 3), (128, 64, 4, 3), (64, 128, 4, 3)),
-    (64, (128, 128, 4, 3), (128, 128, 8, 2), (64, 128, 8, 2)),
-    (128, (128, 128, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)),
+    (64, (128, 128, 4, 3), (128, 64, 4, 3), (128, 64, 4, 2)),
+    (128, (128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 2)),
     (256, (128, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1))])
 _table("sm90", 32, [
     (16, (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
@@ -543,6 +555,7 @@ def _streams(program, a, b, rows, bd, bdv, device):
 # %% ../nbs/1_foundations/01_engine.ipynb #4760bd38
 def _forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     program = PROGRAMS[program]
+    consts = program.expand(q, v, ints, consts) if program.expand else consts
     slots = _slot_shape(program, q, operands)
     if program.indexed:
         out = q.new_zeros(*slots, v.shape[-1])
@@ -567,9 +580,8 @@ def _forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
 def unravel(n, shape, FIRST: tl.constexpr):
     "Coordinates of flat index n in shape[FIRST:], row-major."
     out = ()
-    for t in tl.static_range(len(shape) - FIRST):
-        a: tl.constexpr = len(shape) - 1 - t
-        if t == len(shape) - FIRST - 1:
+    for a in tl.static_range(tl.constexpr(len(shape) - 1), FIRST - 1, -1):
+        if a == FIRST:
             out = (n,) + out
         else:
             out = (n % shape[a],) + out
@@ -617,6 +629,7 @@ def _extra_grads(q, k, v, do, lse2, delta, p, common, scale, dk_scale):
 # %% ../nbs/1_foundations/01_engine.ipynb #3e764272
 def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, ints, consts, scale, operand_grad):
     program, plain_scale = PROGRAMS[program], scale
+    consts = program.expand(q, v, ints, consts) if program.expand else consts
     slots = _slot_shape(program, q, operands)
     kslots = (*k.shape[:2], operands[1].shape[2] * operands[1].shape[3]) if program.indexed else None
     make = torch.zeros if program.indexed else torch.empty

@@ -15,9 +15,9 @@ import pickle
 import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ from torch import nn
 def seed_everything(
     seed: int,  # seeds Python's, NumPy's and torch's global generators (all devices)
 ):
-    """Seed every global random generator. Same seed, same device, same versions: same run (on a GPU up to non-deterministic kernels)."""
+    """Seed every global random generator. Same seed, same device, same versions: same run (on a GPU up to
+    non-deterministic kernels)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -83,7 +84,7 @@ def learning_rate(
     steps: int,
     lr: float,  # highest rate
     warmup: int = 0,  # steps of linear rise
-    schedule: str | Callable = "cosine",  # "cosine", "linear", "constant", or a function of progress in [0, 1] giving a factor
+    schedule: str | Callable = "cosine",  # "cosine", "linear", "constant", or a factor as a function of [0, 1]
 ) -> float:
     """Learning rate of a step: linear warm-up to `lr`, then down to almost 0 by `schedule`."""
     if step < warmup:
@@ -166,10 +167,15 @@ def digest(*values) -> str:
             h.update(digest(*(x for kv in sorted(v.items()) for x in kv)).encode())
         elif isinstance(v, torch.Tensor):
             h.update(f"{v.dtype}{tuple(v.shape)}".encode())
-            h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if v.numel() else b"")
+            if v.numel():
+                h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         else:
             h.update(repr(v).encode())
     return h.hexdigest()[:12]
+
+# %% ../nbs/1_foundations/04_train.ipynb #299a8ffd
+def name_of(f) -> str:
+    return f if isinstance(f, str) else getattr(f, "__qualname__", type(f).__name__)
 
 # %% ../nbs/1_foundations/04_train.ipynb #596a90ff
 def step_function(batches, first: int) -> Callable:
@@ -206,7 +212,8 @@ def autocast(
     device: str | torch.device,
     amp: bool | torch.dtype | None = None,  # None: bfloat16 on a GPU, off elsewhere; or True, False, torch.bfloat16
 ) -> torch.autocast:
-    """Context for mixed precision. float16 is refused: it would need loss scaling, which bfloat16's range makes superfluous."""
+    """Context for mixed precision. float16 is refused: it would need loss scaling, which bfloat16's range makes
+    superfluous."""
     if not (amp is None or isinstance(amp, bool) or amp is torch.bfloat16):
         raise ValueError(f"amp={amp!r} must be None, True, False or torch.bfloat16")
     kind = torch.device(device).type
@@ -236,7 +243,8 @@ def progress_bar(steps: int, done: int, wanted: bool):
 # %% ../nbs/1_foundations/04_train.ipynb #fc94b741
 def check_settings(model, loss_fn, *, steps, lr, weight_decay, warmup, schedule, clip, every, eval_every):
     """Refuse nonsense before anything starts."""
-    for name, value, low in [("steps", steps, 1), ("warmup", warmup, 0), ("every", every, 1), ("eval_every", eval_every, 1)]:
+    counts = [("steps", steps, 1), ("warmup", warmup, 0), ("every", every, 1), ("eval_every", eval_every, 1)]
+    for name, value, low in counts:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise TypeError(f"{name}={value!r} must be an int")
         if value is not None and value < low:
@@ -279,25 +287,26 @@ def fit(
 ) -> History:
     """Train `model` in place and leave it in eval mode.
 
-    With `checkpoint`, an interrupted call repeated with the same arguments goes on where the last checkpoint was written; on a CPU
-    its losses are bit for bit those of an uninterrupted run. A checkpoint of other settings, another model layout or other data (judged by the first batch)
-    is refused (ValueError). Raises FloatingPointError naming the step when loss or gradient is not finite."""
+    With `checkpoint`, an interrupted call repeated with the same arguments goes on where the last checkpoint was
+    written; on a CPU its losses are bit for bit those of an uninterrupted run. A checkpoint of other settings,
+    another model layout or other data (judged by the first batch) is refused (ValueError). Raises FloatingPointError
+    naming the step when loss or gradient is not finite."""
     warmup = steps // 20 if warmup is None and isinstance(steps, int) else warmup
     check_settings(model, loss_fn, steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=schedule,
                    clip=clip, every=every, eval_every=eval_every)
+    path = prepare(checkpoint)
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = torch.device(device or parameters[0].device)
     precision = autocast(device, amp)
     seed_everything(seed)
     model.to(device)
     opt = (optimizer or torch.optim.AdamW)(parameter_groups(model, weight_decay), lr=lr)
-    name = lambda f: f if isinstance(f, str) else getattr(f, "__qualname__", type(f).__name__)
-    history = History(settings=dict(
-        steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=name(schedule), seed=seed, clip=clip,
-        optimizer=type(opt).__name__, loss_fn=name(loss_fn), amp=device.type == "cuda" if amp is None else bool(amp),
+    history = History(settings=dict(  # noqa: C408
+        steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=name_of(schedule), seed=seed, clip=clip,
+        optimizer=type(opt).__name__, options=digest(opt.defaults), loss_fn=name_of(loss_fn),
+        amp=device.type == "cuda" if amp is None else bool(amp),
         model=digest([(k, v.dtype, tuple(v.shape)) for k, v in model.state_dict().items()]),
         first_batch=digest(batches(0)) if callable(batches) else None))
-    path = prepare(checkpoint)
     if path and (state := load_checkpoint(path, history.settings)):
         model.load_state_dict(state["model"])
         opt.load_state_dict(state["optimizer"])
@@ -346,7 +355,7 @@ def record(history: History, pending: list):
     for (rate, _), (loss, norm) in zip(pending, values):
         step = len(history.loss)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = f"loss is {loss}" if not math.isfinite(loss) else f"loss is {loss:.4g} but the gradient norm is {norm}"
+            what = f"loss is {loss:.4g}" + (f" but the gradient norm is {norm}" if math.isfinite(loss) else "")
             raise FloatingPointError(f"{what} at step {step} (learning rate {rate:.3g}); losses before: "
                                      f"{[round(v, 4) for v in history.loss[-3:]]}. Try a lower lr or a longer warmup")
         history.loss.append(loss)

@@ -1,0 +1,386 @@
+# Written from the test cells of nbs/3_locality/neighborhood.ipynb by `attnbook export`. Do not edit.
+import math
+from functools import partial
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from attnbook.attention import attention_reference, merge_attention
+from attnbook.bench import peak_memory
+from attnbook.neighborhood import NAT, NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d, axis_classes, axis_window, choose_q_tile, dinat_base, dinat_mini, dinat_small, dinat_tiny, inverse_axis_window, na1d, na2d, na3d, nat_base, nat_mini, nat_small, nat_tiny, neighborhood_attention, neighborhood_attention_reference, neighborhood_axes, neighborhood_mask, neighborhood_pairs, tile_waste
+from attnbook.testing import TOLERANCE, check_against_reference, check_operation, check_raises, device as device_under_test, rel_error
+
+
+BACKENDS = ("torch", "triton")
+CASES = {  # name -> (shape, arguments), small: the interpreter is slow
+    "1d": ((13,), dict(window_size=5)),
+    "1d even, stride": ((17,), dict(window_size=6, stride=4)),
+    "1d causal, stride": ((16,), dict(window_size=5, stride=3, is_causal=True)),
+    "1d dilated": ((33,), dict(window_size=7, dilation=4)),
+    "1d single token": ((1,), dict(window_size=1)),
+    "2d": ((7, 9), dict(window_size=(3, 5))),
+    "2d stride, dilation": ((13, 8), dict(window_size=(3, 4), stride=(2, 4), dilation=(3, 2))),
+    "2d one axis causal": ((9, 7), dict(window_size=(4, 3), is_causal=(True, False), stride=(2, 1))),
+    "2d thin": ((2, 17), dict(window_size=(1, 16))),
+    "3d": ((4, 5, 6), dict(window_size=(3, 2, 5))),
+    "3d mixed": ((5, 4, 7), dict(window_size=(2, 3, 3), stride=(1, 3, 2), dilation=(2, 1, 2),
+                                 is_causal=(True, False, False))),
+}
+
+def draw(shape, B=2, H=2, Hk=1, D=16, Dv=None, dtype=torch.float32, seed=0):
+    "Seeded q, k, v on the device under test."
+    g = torch.Generator().manual_seed(seed)
+    make = lambda h, d: torch.randn(B, h, *shape, d, generator=g, dtype=torch.float64).to(device_under_test(), dtype)
+    return make(H, D), make(Hk, D), make(Hk, Dv or D)
+
+def dense(q, k, v, shape, kw, scale=None):
+    "Dense attention with the dense mask, in the type of the inputs, through the book's plain reference."
+    mask = neighborhood_mask(shape, **kw).to(q.device)
+    n = len(shape) + 1
+    out, lse = attention_reference(*(t.flatten(2, n) for t in (q, k, v)), mask=mask, scale=scale, return_lse=True)
+    return out.unflatten(2, shape), lse.unflatten(2, shape)
+
+
+def test_mask_and_borders():
+    assert neighborhood_mask((7,), 5)[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
+    assert neighborhood_mask((7,), 5)[2].nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
+    assert neighborhood_mask((7,), 5)[6].nonzero().flatten().tolist() == [2, 3, 4, 5, 6]
+    assert neighborhood_mask((8,), 4)[3].nonzero().flatten().tolist() == [1, 2, 3, 4]
+    for shape, kw in CASES.values():
+        mask = neighborhood_mask(shape, **kw)
+        assert mask.diagonal().all() and mask.any(0).all()
+        if not np.any(kw.get("is_causal", False)):
+            assert (mask.sum(1) == neighborhood_pairs(shape, **kw) // math.prod(shape)).all()
+
+def test_inverse_window():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        d, w, more = (int(rng.integers(*limits)) for limits in ((1, 5), (1, 9), (0, 40)))
+        L, s = w * d + more, int(rng.integers(1, w + 1))
+        axis = (L, w, s, d, bool(rng.integers(2)))
+        residue, place, _ = axis_classes(L, d)
+        first, end = inverse_axis_window(*axis)
+        inside = (residue[:, None] == residue) & (place[:, None] >= first) & (place[:, None] < end)
+        assert torch.equal(neighborhood_mask((L,), w, stride=s, dilation=d, is_causal=axis[4]), inside), axis
+
+
+def test_agrees_with_dense():
+    for backend, (shape, kw) in product(BACKENDS, CASES.values()):
+        op = partial(neighborhood_attention, **kw, return_lse=True, backend=backend)
+        check_against_reference(op, partial(dense, shape=shape, kw=kw), draw(shape, Dv=24), grad_tol=2e-5, floor=0.05)
+
+
+def test_lse_gradient_alone():
+    for backend, (shape, kw) in product(BACKENDS, (CASES["1d even, stride"], CASES["2d"], CASES["3d"])):
+        leaves = [t.requires_grad_() for t in draw(shape)]
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        weight = torch.linspace(-1, 1, math.prod(shape), device=leaves[0].device).view(shape)
+        for w in (torch.ones_like(weight), weight):
+            got = torch.autograd.grad((neighborhood_attention(*leaves, **kw, return_lse=True,
+                                                              backend=backend)[1] * w).sum(), leaves[:2])
+            want = torch.autograd.grad((dense(*exact, shape, kw)[1] * w.double()).sum(), exact[:2])
+            assert all(rel_error(a, b) < 2e-5 for a, b in zip(got, want)), (shape, backend)
+
+def test_merge_through_lse():
+    "Attention over window and extra tokens = window alone and extra tokens alone, merged by their LSE; with gradients."
+    for backend in BACKENDS:
+        (shape, kw), M = CASES["2d"], 5
+        q, k, v = draw(shape, Hk=2)
+        ak, av = (torch.randn(2, 2, M, 16, generator=torch.Generator().manual_seed(i)).to(q.device) for i in (3, 4))
+        leaves = [t.requires_grad_() for t in (q, k, v, ak, av)]
+        joint, joint_lse = neighborhood_attention(q, k, v, **kw, additional_keys=ak, additional_values=av,
+                                                  return_lse=True, backend=backend)
+        a, a_lse = neighborhood_attention(q, k, v, **kw, return_lse=True, backend=backend)
+        b, b_lse = attention_reference(q.flatten(2, 3), ak, av, return_lse=True)
+        merged, merged_lse = merge_attention(a.flatten(2, 3), a_lse.flatten(2), b, b_lse)
+        assert rel_error(merged.view_as(joint), joint) < 1e-5 and rel_error(merged_lse.view_as(joint_lse),
+            joint_lse) < 1e-5
+        weight = torch.randn(joint.shape, generator=torch.Generator().manual_seed(5)).to(q.device)
+        got, want = (torch.autograd.grad((o.view_as(joint) * weight).sum(), leaves, retain_graph=True)
+                     for o in (merged, joint))
+        assert all(rel_error(x, y) < 2e-5 for x, y in zip(got, want))
+
+
+def test_special_cases():
+    for backend, shape in product(BACKENDS, ((11,), (5, 6), (3, 4, 5))):
+        q, k, v = draw(shape)
+        n, v_all = len(shape) + 1, draw(shape)[2].expand(-1, 2, *[-1] * (len(shape) + 1))
+        run = partial(neighborhood_attention, q, k, v, backend=backend)
+        flat = [t.flatten(2, n).double() for t in (q, k, v)]
+        assert rel_error(run(1), v_all) < 1e-5                                                   # window 1: V itself
+        # window = map: full attention
+        assert rel_error(run(shape), attention_reference(*flat).unflatten(2, shape)) < 1e-5
+        if len(shape) == 1:
+            assert rel_error(run(shape, is_causal=True), attention_reference(*flat, is_causal=True)) < 1e-5
+        # every axis causal: the origin sees itself
+        causal = run(tuple(min(3, x) for x in shape), is_causal=True)
+        origin = (slice(None), slice(None)) + (0,) * len(shape)
+        assert rel_error(causal[origin], v_all[origin]) < 1e-5
+
+def test_blocked_and_halo():
+    for backend in BACKENDS:
+        q, k, v = draw((12, 8), Hk=2)
+        blocked = neighborhood_attention(q, k, v, 4, stride=4, backend=backend)
+        parts = lambda t: t.double().unflatten(3, (2, 4)).unflatten(2, (3, 4))
+        cut = lambda t: parts(t).permute(0, 1, 2, 4, 3, 5, 6).reshape(2, 2 * 6, 16, 16)
+        join = lambda t: t.reshape(2, 2, 3, 2, 4, 4, 16).permute(0, 1, 2, 4, 3, 5, 6).reshape(2, 2, 12, 8, 16)
+        assert rel_error(blocked, join(attention_reference(*(cut(t) for t in (q, k, v))))) < 1e-5
+        q, k, v = draw((24,), Hk=2)
+        halo = neighborhood_attention(q, k, v, 4 + 2 * 3, stride=4, backend=backend)             # block 4, halo 3
+        for b in range(4, 20, 4):
+            want = attention_reference(q[:, :, b:b + 4].double(), k[:, :, b - 3:b + 7].double(),
+                                       v[:, :, b - 3:b + 7].double())
+            assert rel_error(halo[:, :, b:b + 4], want) < 1e-5
+
+
+def box_mean(x, axes):
+    "Mean of x (*X, D) over the windows of its axes, by cumulative sums: no attention in it."
+    for a, axis in enumerate(axes):
+        residue, _, _ = axis_classes(axis.length, axis.dilation)
+        start, end = axis_window(*axis)
+        total = torch.zeros_like(x)
+        for r in range(axis.dilation):
+            inside = (residue == r).nonzero().flatten()
+            part = x.index_select(a, inside)
+            sums = torch.cat([torch.zeros_like(part.narrow(a, 0, 1)), part.cumsum(a)], a)
+            size = (end - start)[inside].view(-1, *[1] * (x.dim() - a - 1))
+            total.index_copy_(a, inside,
+                              (sums.index_select(a, end[inside]) - sums.index_select(a, start[inside])) / size)
+        x = total
+    return x
+
+def test_scale_zero_is_a_box_mean():
+    for backend, (name, (shape, kw)) in product(BACKENDS, CASES.items()):
+        q, k, v = draw(shape, B=1, Hk=2)
+        out = neighborhood_attention(q, k, v, **kw, scale=0.0, backend=backend)
+        axes = neighborhood_axes(shape, **kw)
+        want = torch.stack([box_mean(v[0, h].double().cpu(), axes) for h in range(2)])
+        assert rel_error(out[0].cpu(), want) < 1e-5, (name, backend)
+
+def test_coordinates_give_the_border_law():
+    for backend, (L, w, d) in product(BACKENDS, ((19, 5, 1), (19, 4, 1), (20, 5, 3))):
+        q, k, _ = draw((L,), B=1, H=1)
+        position = torch.arange(L, dtype=torch.float32, device=q.device)
+        out = neighborhood_attention(q, k, position.view(1, 1, L, 1).expand(1, 1, L, 16).contiguous(), w, dilation=d,
+                                     scale=0, backend=backend)
+        residue, place, n = axis_classes(L, d)
+        centre = torch.minimum((place - w // 2).clamp(min=0), n - w) + (w - 1) / 2
+        assert rel_error(out[0, 0, :, 0].cpu(), residue + d * centre) < 1e-5
+
+
+def test_dilation_is_attention_on_subgrids():
+    for backend in BACKENDS:
+        q, k, v = draw((23, 11), B=1)
+        out = neighborhood_attention(q, k, v, (4, 3), dilation=(3, 2), backend=backend)
+        for a, b in product(range(3), range(2)):
+            # strided views, no copies
+            sub = neighborhood_attention(*(t[:, :, a::3, b::2] for t in (q, k, v)), (4, 3), backend=backend)
+            assert rel_error(out[:, :, a::3, b::2], sub) < 1e-6
+
+def test_axes_are_independent():
+    for backend in BACKENDS:
+        shape, kw = CASES["3d mixed"]
+        q, k, v = draw(shape)
+        full = {**dict(stride=(1, 1, 1), dilation=(1, 1, 1)), **kw}
+        order = (2, 0, 1)
+        turned = {n: tuple(x[i] for i in order) for n, x in full.items()}
+        move = lambda t: t.permute(0, 1, *(2 + i for i in order), 5)
+        assert rel_error(neighborhood_attention(*map(move, (q, k, v)), **turned, backend=backend),
+                         move(neighborhood_attention(q, k, v, **full, backend=backend))) < 1e-5
+
+def test_future_changes_nothing():
+    for backend in BACKENDS:
+        q, k, v = draw((9, 7))
+        kw = dict(window_size=(4, 3), stride=(2, 1), is_causal=(True, False), backend=backend)
+        before = neighborhood_attention(q, k, v, **kw)[:, :, :5]
+        k, v = k.clone(), v.clone()
+        k[:, :, 5:], v[:, :, 5:] = 1e3, -1e3
+        assert torch.equal(neighborhood_attention(q, k, v, **kw)[:, :, :5], before)
+
+
+def test_bias_and_additional_tokens():
+    for backend, (name, (shape, kw)) in product(BACKENDS, CASES.items()):
+        window = kw["window_size"] if isinstance(kw["window_size"], tuple) else (kw["window_size"],) * len(shape)
+        g = torch.Generator().manual_seed(2)
+        make = lambda *s: torch.randn(*s, generator=g).to(device_under_test())
+        q, k, v = draw(shape)
+        inputs = [q, k, v, make(2, *(2 * w - 1 for w in window)), make(2, 1, 3, 16), make(2, 1, 3, 16)]
+        leaves, exact = ([t.detach().to(d).requires_grad_() for t in inputs] for d in (torch.float32, torch.float64))
+        run = lambda xs, b: neighborhood_attention(*xs[:3], **kw, rel_pos_bias=xs[3], additional_keys=xs[4],
+                                                   additional_values=xs[5], return_lse=True, backend=b)
+        (out, lse), (want, want_lse) = run(leaves, backend), run(exact, "torch")
+        assert rel_error(out, want) < 1e-5 and rel_error(lse, want_lse) < 1e-5, (name, backend)
+        d_out = make(*out.shape)
+        for a, b in zip(torch.autograd.grad(out, leaves, d_out), torch.autograd.grad(want, exact, d_out.double())):
+            assert float((a - b).norm()) <= 3e-5 * (1 + float(b.norm())), (name, backend)
+
+def test_bias_by_hand():
+    "The reference's own bias, against the dense mask: entry (key - query) / dilation + window - 1."
+    L, w, d = 14, 3, 2
+    q, k, v = (t.double() for t in draw((L,), B=1, H=2))
+    table = torch.randn(2, 2 * w - 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(q.device)
+    offset = (torch.arange(L) - torch.arange(L)[:, None]) // d + w - 1
+    bias = table[:, offset.clamp(0, 2 * w - 2)]
+    want = attention_reference(q, k, v, mask=neighborhood_mask((L,), w, dilation=d).to(q.device), bias=bias)
+    assert rel_error(neighborhood_attention(q, k, v, w, dilation=d, rel_pos_bias=table, backend="torch"), want) < 1e-10
+
+
+def test_views_and_heads():
+    for backend, head_dim in product(BACKENDS, (16, 24, 40)):
+        g = torch.Generator().manual_seed(0)
+        heads_last = [torch.randn(2, 5, 6, h, head_dim, generator=g).to(device_under_test()) for h in (6, 2, 2)]
+        views = [t.permute(0, 3, 1, 2, 4) for t in heads_last]                # (B, H, X, Y, D), not contiguous
+        a, b = (neighborhood_attention(*ts, (3, 5), backend=backend) for ts in (views, [t.contiguous() for t in views]))
+        assert rel_error(a, b) < 1e-6
+        # head h reads key head h // 3
+        for h in range(6):
+            one = neighborhood_attention(views[0][:, h:h + 1], views[1][:, h // 3:h // 3 + 1],
+                                         views[2][:, h // 3:h // 3 + 1], (3, 5), backend=backend)
+            assert rel_error(a[:, h:h + 1], one) < 1e-5
+    empty = torch.zeros(0, 2, 5, 6, 16, device=device_under_test())
+    assert na2d(empty, empty, empty, 3).shape == empty.shape
+
+def test_odd_sizes():
+    "Axes of 1, 2, 7, 13, 33 and one more than a tile, forward and backward: partial tiles on every axis."
+    for backend, shape in product(BACKENDS,
+                                  ((1,), (2,), (7,), (33,), (65,), (1, 13), (13, 2), (9, 17), (2, 1, 9), (5, 9, 3))):
+        op = partial(neighborhood_attention, window_size=tuple(min(x, 3) for x in shape), return_lse=True,
+                     backend=backend)
+        reference = partial(dense, shape=shape, kw=dict(window_size=tuple(min(x, 3) for x in shape)))
+        check_against_reference(op, reference, draw(shape, B=1), grad_tol=2e-5, floor=0.05)
+
+def test_half_precision():
+    for backend, dtype in product(BACKENDS, (torch.float16, torch.bfloat16)):
+        q, k, v = draw((9, 12), dtype=dtype)
+        out, lse = neighborhood_attention(q, k, v, 5, return_lse=True, backend=backend)
+        assert out.dtype == dtype and lse.dtype == torch.float32
+        assert rel_error(out, dense(q.double(), k.double(), v.double(), (9, 12),
+                                    dict(window_size=5))[0]) < TOLERANCE[dtype]
+
+
+def test_good_citizen():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = draw((5, 6), B=1, Hk=1, Dv=24)
+    make = lambda *s: torch.randn(*s, generator=g).to(q.device)
+    inputs = dict(q=q, k=k, v=v, rel_pos_bias=make(2, 5, 5), additional_keys=make(1, 1, 3, 16),
+                  additional_values=make(1, 1, 3, 24))
+    for backend in BACKENDS:
+        op = partial(neighborhood_attention, window_size=3, stride=(2, 1), dilation=(1, 2), return_lse=True,
+                     backend=backend)
+        check_operation(op, partial(op, backend="torch"), inputs, grad_tol=2e-5)
+
+
+@pytest.mark.cuda
+def test_memory_does_not_grow_with_window():
+    if device_under_test() != "cuda": return
+    q, k, v = draw((64, 64), H=8, Hk=8, D=64, dtype=torch.bfloat16)
+    peak = [peak_memory(lambda: na2d(q, k, v, w, backend="triton"), "cuda") for w in (3, 63)]
+    assert peak[1] <= 1.05 * peak[0], peak
+
+@pytest.mark.cuda
+def test_64_bit_addresses():
+    if device_under_test() != "cuda" or torch.cuda.mem_get_info()[0] < 40e9: return
+    L, D, tail = 2**27 + 5, 16, 1000                                # 2**31 elements and a few
+    q, k, v = (torch.randn(1, 1, L, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    out = na1d(q, k, v, 7, backend="triton")[:, :, -tail:]
+    want = neighborhood_attention_reference(*(t[:, :, -2 * tail:].double() for t in (q, k, v)), 7)[:, :, -tail:]
+    assert rel_error(out, want) < TOLERANCE[torch.bfloat16]
+
+
+def test_bad_input():
+    q, k, v = draw((8, 9), B=2, H=4, Hk=2)
+    bad = [
+        (dict(window_size=(9, 3)), ValueError, "axis 0"), (dict(window_size=3, dilation=(1, 4)), ValueError, "axis 1"),
+        (dict(window_size=3, stride=4), ValueError, "stride"), (dict(window_size=0), ValueError, "window_size"),
+        (dict(window_size=-3), ValueError, "window_size"), (dict(window_size=3, dilation=-1), ValueError, "dilation"),
+        (dict(window_size=3, stride=0), ValueError, "stride"), (dict(window_size=(3, 3, 3)), ValueError, "window_size"),
+        (dict(window_size=3.0), TypeError, "window_size"), (dict(window_size=True), TypeError, "window_size"),
+        (dict(window_size=3, is_causal=1), TypeError, "is_causal"), (dict(window_size=3, is_causal=(True,)),
+            ValueError, "is_causal"),
+        (dict(window_size=3, k=k[:, :, :7]), ValueError, "k must"), (dict(window_size=3, v=v[:1]), ValueError,
+            "v must"),
+        (dict(window_size=3, k=k[..., :8]), ValueError, "k must"), (dict(window_size=3, q=q[:, :3]), ValueError,
+            "heads"),
+        (dict(window_size=3, v=v[:, :1]), ValueError, "v must"), (dict(window_size=3, q=q[0, 0, 0]), ValueError,
+            "q must"),
+        (dict(window_size=3, q=q.int()), TypeError, "q must"), (dict(window_size=3, k=k.half()), TypeError, "k must"),
+        (dict(window_size=3, v=[1.0]), TypeError, "v must"), (dict(window_size=3, backend="cuda"), ValueError,
+                                                              "backend"),
+        (dict(window_size=3, scale="1"), TypeError, "scale"), (dict(window_size=3, scale=math.inf), ValueError,
+                                                               "scale"),
+        (dict(window_size=3, rel_pos_bias=torch.zeros(4, 5, 3)), ValueError, "rel_pos_bias"),
+        (dict(window_size=3, rel_pos_bias=torch.zeros(4, 5, 5).long()), TypeError, "rel_pos_bias"),
+        (dict(window_size=3, additional_keys=k[:, :, 0]), ValueError, "additional_"),
+        (dict(window_size=3, additional_keys=k[:, :, 0], additional_values=v[:, :1, 0]), ValueError,
+         "additional_values"),
+    ]
+    check_raises(neighborhood_attention, bad, q=q, k=k, v=v, window_size=3)
+    for f, x in ((na1d, q), (na3d, q), (na2d, q[:, :, 0])):
+        with pytest.raises(ValueError, match="needs q of shape"): f(x, x, x, 3)
+    for kw in (dict(q_tile=(8, 8, 8), block_n=32), dict(q_tile=8, block_n=32, scheme="diagonal")):
+        with pytest.raises(ValueError): tile_waste((8, 9), 3, **kw)
+
+
+def test_double_precision_reference():
+    for name, (shape, kw) in CASES.items():
+        small = [t.double().requires_grad_() for t in draw(shape, B=1, H=2, D=3)]
+        if math.prod(shape) <= 35: assert torch.autograd.gradcheck(partial(neighborhood_attention_reference, **kw,
+                return_lse=True), small), name
+        q, k, v = (t.double() for t in draw(shape))
+        assert rel_error(neighborhood_attention_reference(q, k, v, **kw), dense(q, k, v, shape, kw)[0]) < 1e-10, name
+
+def test_tiles():
+    assert abs(tile_waste((56, 56), 7, q_tile=128, block_n=128, scheme="row-major") - 12.9) < 0.05
+    assert abs(tile_waste((56, 56), 7, q_tile=(8, 8), block_n=(8, 8), scheme="aligned") - 9.6) < 0.05
+    assert abs(tile_waste((56, 56), 7, q_tile=(8, 8), block_n=32) - 3.9) < 0.05
+    assert abs(tile_waste((30, 48, 80), (18, 24, 24), q_tile=(4, 8, 4), block_n=64) - 1.42) < 0.005
+    assert choose_q_tile((56, 56), 7) == (8, 8) and choose_q_tile((100,), 9, block_m=32) == (32,)
+    # blocks are perfect in both directions
+    for transpose in (False, True):
+        assert tile_waste((64, 64), 8, stride=8, q_tile=8, block_n=64, transpose=transpose) == 1.0
+
+
+def test_parameter_counts():
+    for make, dilated, want in ((nat_mini, dinat_mini, 19_984_174), (nat_tiny, dinat_tiny, 27_901_582),
+                                (nat_small, dinat_small, 50_743_297), (nat_base, dinat_base, 89_769_652)):
+        with torch.device("meta"):
+            assert sum(p.numel() for p in make().parameters()) == want == sum(p.numel() for p in dilated().parameters())
+
+def test_dilations():
+    with torch.device("meta"): model = dinat_mini()
+    assert [[b.attn.dilation[0] for b in level[1:]] for level in model.levels] == [[1, 8, 1], [1, 4, 1, 4],
+        [1, 2, 1, 2, 1, 2], [1, 1, 1, 1, 1]]
+    with torch.device("meta"): rates = [b.drop_path.p for level in nat_base().levels for b in level[1:]]
+    assert rates[0] == 0 and abs(rates[-1] - 0.5) < 1e-6 and sorted(rates) == rates
+
+
+def test_modules():
+    torch.manual_seed(0)
+    for make, shape in ((NeighborhoodAttention1d, (11,)), (NeighborhoodAttention2d, (6, 9)),
+                        (NeighborhoodAttention3d, (3, 4, 5))):
+        layer = make(32, 2, 3, rel_pos_bias=True,
+                     is_causal=(True,) + (False,) * (len(shape) - 1)).to(device_under_test())
+        x = torch.randn(2, *shape, 32, device=device_under_test(), requires_grad=True)
+        y = layer(x)
+        y.square().mean().backward()
+        assert y.shape == x.shape and all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+        assert float(layer.rel_pos_bias.grad.abs().sum()) > 0 and "window_size" in repr(layer)
+        with pytest.raises(ValueError, match="x must have shape"): layer(x[..., :16])
+    with pytest.raises(ValueError, match="embed_dim"): NeighborhoodAttention1d(30, 4, 3)
+    with pytest.raises(ValueError, match="stride"): NeighborhoodAttention1d(32, 4, 3, stride=4)
+    with pytest.raises(ValueError, match="axis 0"): NeighborhoodAttention1d(32, 4, 7)(torch.randn(1, 5, 32))
+
+def test_fit():
+    "A fitted layer on a small map is global attention with the middle of the bias table."
+    torch.manual_seed(0)
+    wide = NeighborhoodAttention2d(32, 2, 7, dilation=2, rel_pos_bias=True, fit=True).to(device_under_test())
+    small = NeighborhoodAttention2d(32, 2, (4, 5), rel_pos_bias=True).to(device_under_test())
+    small.load_state_dict({**wide.state_dict(), "rel_pos_bias": wide.rel_pos_bias[:, 3:10, 2:11]})
+    x = torch.randn(2, 4, 5, 32, device=device_under_test())
+    assert rel_error(wide(x), small(x)) < 1e-6
+    for side in (9, 32, 50):
+        net = NAT(dim=32, depths=(1, 2), num_heads=(1, 2), num_classes=4,
+                  dilations=((1,), (1, 4))).to(device_under_test())
+        assert net(torch.randn(2, 3, side, side, device=device_under_test())).shape == (2, 4)

@@ -9,9 +9,35 @@ import torch
 
 from attnbook.attention import attention_reference, merge_attention
 from attnbook.bench import peak_memory
-from attnbook.neighborhood import NAT, NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d, axis_classes, axis_window, choose_q_tile, dinat_base, dinat_mini, dinat_small, dinat_tiny, inverse_axis_window, na1d, na2d, na3d, nat_base, nat_mini, nat_small, nat_tiny, neighborhood_attention, neighborhood_attention_reference, neighborhood_axes, neighborhood_mask, neighborhood_pairs, tile_waste
-from attnbook.testing import TOLERANCE, check_against_reference, check_operation, check_raises, device as device_under_test, rel_error
-
+from attnbook.neighborhood import (
+    NAT,
+    NeighborhoodAttention1d,
+    NeighborhoodAttention2d,
+    NeighborhoodAttention3d,
+    axis_classes,
+    axis_window,
+    choose_q_tile,
+    dinat_base,
+    dinat_mini,
+    dinat_small,
+    dinat_tiny,
+    inverse_axis_window,
+    na1d,
+    na2d,
+    na3d,
+    nat_base,
+    nat_mini,
+    nat_small,
+    nat_tiny,
+    neighborhood_attention,
+    neighborhood_attention_reference,
+    neighborhood_axes,
+    neighborhood_mask,
+    neighborhood_pairs,
+    tile_waste,
+)
+from attnbook.testing import TOLERANCE, check_against_reference, check_operation, check_raises, rel_error
+from attnbook.testing import device as device_under_test
 
 BACKENDS = ("torch", "triton")
 CASES = {  # name -> (shape, arguments), small: the interpreter is slow

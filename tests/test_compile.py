@@ -1,0 +1,136 @@
+"""Every kernel compiles for real GPUs, at its real tile sizes, on a machine that has none.
+
+The operations run in a process of their own, without the interpreter, under a stand-in for the GPU driver: the host code picks
+launch parameters and specialises arguments as on the real machine, and each launch compiles instead of running.
+"""
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+ARCHES = {"sm90": (90, 232448), "sm80": (80, 166912)}  # compute capability, shared memory a block may have
+BIG = 4096
+
+
+def _cases():
+    "(name, function that makes the launches) for every operation of the library. New chapters add theirs here."
+    import torch
+
+    from attnbook import engine, neighborhood
+
+    def tensors(*shapes, dtype=torch.bfloat16):
+        return [torch.empty(s, dtype=dtype) for s in shapes]
+
+    def attend(program, shape, ints, consts=(0, 0), operands=(), heads_kv=None, extra=False, dtype=torch.bfloat16, index=None):
+        B, H, *X, D = shape
+        q, k = tensors(shape, (B, heads_kv or H, *X, D), dtype=dtype)
+        xk = tensors((B, heads_kv or H, 5, D), dtype=dtype)[0] if extra else None
+        slots = shape[:-1] if index is None else (B, H, index)
+        out, lse = torch.empty(*slots, D, dtype=dtype), torch.empty(slots)
+        operands = list(operands)
+        grad = engine.PROGRAMS[program].operand_grad is not None
+        engine._forward(q, k, k, xk, xk, operands, program, ints, consts, D**-0.5)
+        engine._backward(out, lse, q, k, k, xk, xk, operands, out, lse, program, ints, consts, D**-0.5, grad)
+
+    dims = (32, 64, 80, 128, 256)
+    cases = [(f"band, head_dim {d}", lambda d=d: attend("band", (2, 2, BIG, d), (BIG, BIG, 0, 0), (0, 1))) for d in dims]
+    cases += [
+        ("full", lambda: attend("full", (2, 4, BIG, 128), (BIG, BIG, 0, 0), heads_kv=2)),
+        ("window, one token", lambda: attend("band", (1, 1, 1, 64), (1, 1, 8, 0), (1, 1))),
+        ("band with extra keys", lambda: attend("band", (2, 2, BIG, 64), (BIG, BIG, 99, 0), (1, 1), extra=True)),
+        ("band, float32", lambda: attend("band", (2, 2, BIG, 128), (BIG, BIG, 0, 0), (0, 1), dtype=torch.float32)),
+        ("bias", lambda: attend("full+bias", (2, 2, 512, 64), (512, 512, 0, 0, 0, 512 * 512, 512, 1), operands=tensors((1, 2, 512, 512)))),
+        ("packed", lambda: attend("packed", (1, 2, BIG, 64), (7, BIG, BIG), (0, 1), [torch.empty(8, dtype=torch.int32)] * 2)),
+        ("listed", lambda: attend("listed", (1, 2, BIG, 64), (4, 256, 256, 2), (1,), [torch.zeros(1, 2, 4, 256, dtype=torch.int64)] * 2, index=1024)),
+    ]
+
+    def near(shape, window, bias=False, stride=1, dilation=1, causal=False, dtype=torch.bfloat16):
+        n = len(shape) - 3
+        pad = lambda x: (*(x,) * n, *(1,) * (3 - n))
+        ints = shape[2:-1]
+        consts = (n, *pad(window), *pad(stride), *pad(dilation), *(int(causal),) * n, *(0,) * (3 - n))
+        table = tensors((shape[1], *(2 * window - 1,) * n), dtype=dtype) if bias else ()
+        name = "neighborhood+bias" if bias else "neighborhood1d" if n == 1 and dilation == 1 else "neighborhood"
+        attend(name, shape, ints, consts, table, dtype=dtype)
+
+    assert neighborhood.NEIGHBORHOOD.name in engine.PROGRAMS
+    cases += [
+        ("neighborhood 1-d", lambda: near((1, 2, BIG, 128), 128, causal=True)),
+        ("neighborhood 2-d with bias", lambda: near((2, 2, 56, 56, 32), 7, bias=True)),
+        ("neighborhood 2-d, stride and dilation", lambda: near((1, 2, 64, 64, 64), 13, stride=4, dilation=2)),
+        ("neighborhood 2-d, wide", lambda: near((1, 2, 128, 128, 128), 31)),
+        ("neighborhood 2-d, float32", lambda: near((1, 2, 64, 64, 64), 13, dtype=torch.float32)),
+        ("neighborhood 3-d", lambda: near((1, 2, 16, 24, 32, 128), 9)),
+    ]
+    return cases
+
+
+def _resources(ptx: str) -> tuple[int, int]:
+    "Registers and spilled bytes per thread, from the assembler that Triton brings."
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    target = re.search(r"\.target (\w+)", ptx)[1]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
+        f.write(ptx)
+        f.flush()
+        said = subprocess.run([ptxas, "-v", "--gpu-name", target, f.name, "-o", "/dev/null"], capture_output=True, text=True, check=True).stderr
+    return int(re.search(r"Used (\d+) registers", said)[1]), int(re.search(r"(\d+) bytes spill stores", said)[1])
+
+
+def _compile_all(arch: str, part: int, parts: int) -> list[dict]:
+    "Compiles the kernels of this part of the cases; runs in a fresh process with TRITON_INTERPRET=0."
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    from attnbook import engine, neighborhood
+
+    class Driver:
+        get_current_target = lambda self: GPUTarget("cuda", ARCHES[arch][0], 32)
+        get_current_device = lambda self: 0
+        get_current_stream = lambda self, device=None: 0
+        get_device_interface = lambda self: torch.cuda
+        get_active_torch_device = lambda self: torch.device("cpu")
+
+    rows, current = [], [None]
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        registers, spills = _resources(kernel.asm["ptx"])
+        rows.append({"case": current[0], "kernel": self.fn.__name__, "registers": registers, "spills": spills, "shared": kernel.metadata.shared})
+
+    triton.runtime.driver.set_active(Driver())
+    JITFunction.run = compile_only
+    for module in (engine, neighborhood):
+        module.arch_of = lambda device: arch
+    if arch != "sm90":
+        engine._describable = lambda tensor: False
+    for current[0], launch in _cases()[part::parts]:
+        launch()
+    return rows
+
+
+PARTS = 4
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("arch", ARCHES)
+def test_every_kernel_compiles(arch, part):
+    env = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, __file__, arch, str(part)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert {r["kernel"] for r in rows} >= {"tile_forward", "tile_backward_dq", "tile_backward_dkv"}
+    for r in rows:
+        assert r["registers"] <= 255 and r["shared"] <= ARCHES[arch][1], r
+
+
+if __name__ == "__main__":
+    print(json.dumps(_compile_all(sys.argv[1], int(sys.argv[2]), PARTS)))

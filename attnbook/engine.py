@@ -47,6 +47,19 @@ except ImportError:  # no wheel for this platform
 
 INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)
 
+# %% ../nbs/1_foundations/01_engine.ipynb #1a4e3bba
+def _interpret_language():
+    "Makes Triton's own device functions interpreted ones, as they are when TRITON_INTERPRET is set from the start."
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+    for module in (tl.standard, tl.random, tl):
+        for name, fn in list(vars(module).items()):
+            if isinstance(fn, JITFunction):
+                setattr(module, name, InterpretedFunction(fn.fn))
+
+if INTERPRETED:
+    _interpret_language()
+
 # %% ../nbs/1_foundations/01_engine.ipynb #175a6a37
 from .attention import attention_bytes, attention_flops, attention_pairs, attention_reference
 from .bench import compare, flex, sdpa
@@ -441,9 +454,10 @@ class Launch:
 LAUNCH: dict[tuple[str, str, int, int], Launch] = {}
 
 def register_launch(arch: str, kernel: str, bits: int, head_dim: int, launch: Launch):
-    "Sets an entry of the launch table. `kernel` is 'forward', 'dq' or 'dkv'; `head_dim` a power of two from 16 to 256."
-    if kernel not in ("forward", "dq", "dkv"):
-        raise ValueError(f"kernel must be 'forward', 'dq' or 'dkv', not {kernel!r}")
+    """Sets an entry of the launch table. `kernel` is 'forward', 'dq' or 'dkv', after a program's name for that program only, as in
+    'band forward'; `head_dim` a power of two from 16 to 256."""
+    if kernel.split()[-1:] not in (["forward"], ["dq"], ["dkv"]):
+        raise ValueError(f"kernel must be 'forward', 'dq' or 'dkv', or one of these after a program's name, not {kernel!r}")
     LAUNCH[arch, kernel, bits, head_dim] = launch
 
 # %% ../nbs/1_foundations/01_engine.ipynb #b979fa91
@@ -486,6 +500,9 @@ for _arch in ("sm80", "small"):
 for _bits in (16, 32):
     _table("interpreter", _bits, [(d, (32, 16, 4, 1), (16, 32, 4, 1), (32, 16, 4, 1)) for d in (16, 32, 64, 128, 256)])
 
+# with a mask in many steps, two small programs on a multiprocessor hide each other's waits
+register_launch("sm90", "band forward", 16, 128, Launch(64, 64, 4, 3))
+
 # %% ../nbs/1_foundations/01_engine.ipynb #39358ab4
 def arch_of(device: torch.device) -> str:
     "The column of the launch table for a device: 'sm90', 'sm80', 'small' or 'interpreter'."
@@ -501,7 +518,8 @@ def find_launch(program: TileProgram, kernel: str, dtype: torch.dtype, head_dim:
     bits = torch.finfo(dtype).bits
     if program.launch is not None:
         return program.launch(kernel, bits, head_dim, arch_of(device), consts)
-    return LAUNCH[arch_of(device), kernel, bits, head_dim]
+    arch = arch_of(device)
+    return LAUNCH.get((arch, f"{program.name} {kernel}", bits, head_dim)) or LAUNCH[arch, kernel, bits, head_dim]
 
 # %% ../nbs/1_foundations/01_engine.ipynb #ee1adcad
 LOG2E = 1.4426950408889634
@@ -789,7 +807,8 @@ def tile_attention(q: Tensor, k: Tensor, v: Tensor, program: TileProgram, *, ope
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v, extra_k, extra_v = (t if t is None else t.to(dtype) for t in (q, k, v, extra_k, extra_v))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return tile_attention_op(q, k, v, extra_k, extra_v, list(operands), program.name, list(ints), list(consts), scale)
+    # never empty: torch.library takes an empty list for one of tensors
+    return tile_attention_op(q, k, v, extra_k, extra_v, list(operands), program.name, list(ints) or [0], list(consts) or [0], scale)
 
 # %% ../nbs/1_foundations/01_engine.ipynb #0bf82bf5
 @triton.jit
@@ -1130,7 +1149,7 @@ def tune(call: Callable, kernel: str, dtype: torch.dtype, head_dim: int, candida
     if not torch.cuda.is_available():
         raise RuntimeError("tune measures on a GPU; torch sees none")
     key = arch_of(torch.device("cuda")), kernel, torch.finfo(dtype).bits, _round_dim(head_dim)
-    old, times = LAUNCH[key], []
+    old, times = LAUNCH.get(key), []
     for launch in candidates:
         register_launch(*key, launch)
         try:
@@ -1138,7 +1157,12 @@ def tune(call: Callable, kernel: str, dtype: torch.dtype, head_dim: int, candida
         except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, triton.compiler.errors.CompilationError):
             continue
     times.sort(key=lambda t: t[0])
-    register_launch(*key, times[0][1] if keep and times else old)
+    if keep and times:
+        register_launch(*key, times[0][1])
+    elif old is not None:
+        register_launch(*key, old)
+    else:
+        LAUNCH.pop(key, None)
     return times
 
 # %% ../nbs/1_foundations/01_engine.ipynb #b6902f03

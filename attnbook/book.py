@@ -616,6 +616,8 @@ def run_chapter(
                                        progress_bar=progress and {"bar_format": "{l_bar}{bar}| cell {n_fmt}/{total_fmt} [{elapsed}]", "desc": name})
         except (papermill.exceptions.PapermillExecutionError, require("nbclient").exceptions.DeadKernelError) as e:
             run.error = _where_it_failed(run.notebook) or f"{type(e).__name__}: {str(e).strip()[:300]}"
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped; what was done until now is in {folder}") from None
         run.seconds = time.perf_counter() - started
         _finish(run)
     if run.error:
@@ -892,9 +894,10 @@ def _split_lines(outputs) -> list[dict]:
     return plain
 
 # %% ../nbs/1_foundations/05_book.ipynb #e9075c8a
-def _nbdev(root: Path, code: str):
-    "Runs a line of nbdev in a checkout. RuntimeError with its last words if it fails."
+def _nbdev(root: Path, module: str, command: str):
+    "Runs a command of nbdev in a checkout. RuntimeError with its last words if it fails."
     require("nbdev", "dev")
+    code = f"from {module} import {command}; {command}()"
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=root, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     if done.returncode:
@@ -906,8 +909,8 @@ def export_all(root: str | Path | None = None, readme: bool = True):
     root = _root(root)
     if readme and (root / "nbs" / "index.ipynb").is_file():
         export_readme(root)
-    _nbdev(root, "from nbdev.clean import nbdev_clean; nbdev_clean()")
-    _nbdev(root, "from nbdev.doclinks import nbdev_export; nbdev_export()")
+    _nbdev(root, "nbdev.clean", "nbdev_clean")
+    _nbdev(root, "nbdev.doclinks", "nbdev_export")
     export_tests(root)
 
 # %% ../nbs/1_foundations/05_book.ipynb #36ed10a2

@@ -79,8 +79,8 @@ def _one_line_errors(command: Callable) -> Callable:
                 raise
             print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
             raise SystemExit(2) from None
-        except KeyboardInterrupt:
-            print("stopped; what was done until now is in the run's folder", file=sys.stderr)
+        except KeyboardInterrupt as e:
+            print(str(e) or "stopped", file=sys.stderr)
             raise SystemExit(130) from None
     return wrapped
 

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['INTERPRETED', 'PROGRAMS', 'LAUNCH', 'FULL', 'BAND', 'BIAS_GRAD', 'FULL_BIAS', 'BAND_BIAS', 'PACKED', 'LISTED',
-           'resolve_backend', 'row_offsets', 'head_base', 'load_rows', 'store_rows', 'row_ptr', 'load_step', 'expand',
-           'logits', 'probabilities', 'forward_step', 'extra_k_step', 'tile_forward', 'dq_step', 'tile_backward_dq',
-           'dkv_step', 'masked_step', 'tile_backward_dkv', 'tile_operand_grad', 'OperandGrad', 'TileProgram',
-           'register_program', 'Launch', 'register_launch', 'arch_of', 'find_launch', 'unravel', 'extra_k_tile',
-           'extra_q_span', 'extra_q_step', 'sum_rows', 'scatter_rows', 'tile_attention_op',
+           'PROBLEMS', 'resolve_backend', 'row_offsets', 'head_base', 'load_rows', 'store_rows', 'row_ptr', 'load_step',
+           'expand', 'logits', 'probabilities', 'forward_step', 'extra_k_step', 'tile_forward', 'dq_step',
+           'tile_backward_dq', 'dkv_step', 'masked_step', 'tile_backward_dkv', 'tile_operand_grad', 'OperandGrad',
+           'TileProgram', 'register_program', 'Launch', 'register_launch', 'arch_of', 'find_launch', 'unravel',
+           'extra_k_tile', 'extra_q_span', 'extra_q_step', 'sum_rows', 'scatter_rows', 'tile_attention_op',
            'tile_attention_backward_op', 'tile_attention', 'band_q_step', 'band_k_step', 'band_q_tile', 'band_k_tile',
            'band_span', 'band_k_span', 'band_q_span', 'band_mask', 'bias_score', 'bias_grad_span', 'bias_grad_init',
            'bias_grad_step', 'bias_grad_store', 'check_qkv', 'attention', 'find_sequence', 'packed_q_tile',
            'packed_k_tile', 'packed_step', 'packed_k_span', 'packed_q_span', 'packed_mask', 'varlen_attention',
            'listed', 'listed_q_tile', 'listed_k_tile', 'listed_k_step', 'listed_q_step', 'listed_k_span',
-           'listed_q_span', 'indexed_attention_reference', 'indexed_attention']
+           'listed_q_span', 'indexed_attention_reference', 'indexed_attention', 'tune', 'bench_engine']
 
 # %% ../nbs/1_foundations/01_engine.ipynb #c06794ab
 import math
@@ -48,7 +48,8 @@ except ImportError:  # no wheel for this platform
 INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)
 
 # %% ../nbs/1_foundations/01_engine.ipynb #175a6a37
-from .attention import attention_reference
+from .attention import attention_bytes, attention_flops, attention_pairs, attention_reference
+from .bench import compare, flex, sdpa
 
 # %% ../nbs/1_foundations/01_engine.ipynb #18167dde
 def resolve_backend(backend: str, tensor: Tensor) -> str:
@@ -725,10 +726,18 @@ def scatter_rows(x: Tensor, index: Tensor, n: int) -> Tensor:
     return y
 
 # %% ../nbs/1_foundations/01_engine.ipynb #57177b42
+def _through_float32(run, tensors, *rest):
+    "run(*tensors, *rest) -> tensors; in the interpreter by way of float32 where a tensor is bfloat16."
+    if not INTERPRETED or all(t is None or t.dtype != torch.bfloat16 for t in tensors):
+        return run(*tensors, *rest)
+    return run(*(t if t is None or t.dtype != torch.bfloat16 else t.float() for t in tensors), *rest)
+
+# %% ../nbs/1_foundations/01_engine.ipynb #e51ffe97
 @torch.library.custom_op("attnbook::tile_attention", mutates_args=())
 def tile_attention_op(q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None, operands: list[Tensor],
                       program: str, ints: list[int], consts: list[int], scale: float) -> tuple[Tensor, Tensor]:
-    return _forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale)
+    out, lse = _through_float32(_forward, (q, k, v, extra_k, extra_v), operands, program, ints, consts, scale)
+    return out.to(q.dtype), lse
 
 @tile_attention_op.register_fake
 def _(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
@@ -736,12 +745,16 @@ def _(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     out = q.new_empty(*slots, v.shape[-1]) if PROGRAMS[program].indexed else _empty_like(q, v.shape[-1])
     return out, q.new_empty(slots, dtype=torch.float32)
 
-# %% ../nbs/1_foundations/01_engine.ipynb #e51ffe97
+# %% ../nbs/1_foundations/01_engine.ipynb #fda6c620
 @torch.library.custom_op("attnbook::tile_attention_backward", mutates_args=())
 def tile_attention_backward_op(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None,
                                operands: list[Tensor], out: Tensor, lse: Tensor, program: str, ints: list[int], consts: list[int],
                                scale: float, operand_grad: bool) -> list[Tensor]:
-    return _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, ints, consts, scale, operand_grad)
+    run = lambda do, q, k, v, extra_k, extra_v, out: _backward(
+        do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, ints, consts, scale, operand_grad)
+    grads = _through_float32(run, (do, q, k, v, extra_k, extra_v, out))
+    likes = [t for t in (q, k, v, extra_k, extra_v) if t is not None] + operands[:operand_grad]
+    return [g.to(like.dtype) for g, like in zip(grads, likes)]
 
 @tile_attention_backward_op.register_fake
 def _(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, ints, consts, scale, operand_grad):
@@ -1113,3 +1126,43 @@ def indexed_attention(q: Tensor, k: Tensor, v: Tensor, q_index: Tensor, k_index:
                               consts=(q.shape[1] // k.shape[1],), scale=scale)
     shape = q_index.shape[2:]
     return (out.unflatten(2, shape), lse.unflatten(2, shape)) if return_lse else out.unflatten(2, shape)
+
+# %% ../nbs/1_foundations/01_engine.ipynb #7dacc139
+def tune(call: Callable, kernel: str, dtype: torch.dtype, head_dim: int, candidates, *, keep: bool = False) -> list[tuple[float, Launch]]:
+    """Times `call()` under each candidate `Launch` of one kernel: `[(milliseconds, launch)]`, fastest first.
+
+    `kernel` is 'forward', 'dq' or 'dkv', `head_dim` the larger of head_dim and v_dim. Candidates that do not fit the machine are left out.
+    With `keep` the fastest stays in the launch table, otherwise the table is as before. Needs a GPU.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("tune measures on a GPU; torch sees none")
+    key = arch_of(torch.device("cuda")), kernel, torch.finfo(dtype).bits, _round_dim(head_dim)
+    old, times = LAUNCH[key], []
+    for launch in candidates:
+        register_launch(*key, launch)
+        try:
+            times.append((triton.testing.do_bench(call, return_mode="median"), launch))
+        except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, triton.compiler.errors.CompilationError):
+            continue
+    times.sort(key=lambda t: t[0])
+    register_launch(*key, times[0][1] if keep and times else old)
+    return times
+
+# %% ../nbs/1_foundations/01_engine.ipynb #b6902f03
+PROBLEMS = [  # batch, heads, length, head_dim, is_causal, window_size
+    (4, 16, 4096, 128, False, None), (4, 16, 4096, 128, True, None), (4, 16, 4096, 64, False, None), (4, 16, 4096, 64, True, None),
+    (2, 16, 16384, 128, True, 1024)]
+
+def bench_engine():
+    "The engine beside FlexAttention and cuDNN, bf16, forward, backward and peak memory. Yields rows; nothing without a GPU."
+    for B, H, N, D, causal, window in PROBLEMS if torch.cuda.is_available() else ():
+        inputs = [torch.randn(B, H, N, D, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+        near = (lambda b, h, i, j, w=window: (j <= i) & (i - j < w)) if window else (lambda b, h, i, j: j <= i)
+        peers = {"ours": lambda q, k, v, c=causal, w=window: attention(q, k, v, is_causal=c, window_size=w), "flex": flex(near if causal else None)}
+        if window is None:
+            peers["cudnn"] = sdpa("cudnn", is_causal=causal)
+        pairs = B * H * attention_pairs(N, N, is_causal=causal, window_size=window)
+        yield from compare({"B": B, "H": H, "N": N, "D": D, "is_causal": causal, "window_size": window}, peers, inputs, grad_out="random",
+                           flops={p: attention_flops(pairs, D, backward=p == "bwd") for p in ("fwd", "bwd")},
+                           bytes={p: attention_bytes(B, H, N, N, D, itemsize=2, backward=p == "bwd") for p in ("fwd", "bwd")},
+                           chapter="engine", bench="engine", rep_ms=400)

@@ -612,7 +612,7 @@ KERNEL_LAUNCH = {
 def kernel_launch(kernel, bits, head_dim, arch, consts=()):
     "The engine's `Launch` for one of its kernels (`forward`, `dq`, `dkv`)."
     if arch == "interpreter":
-        return Launch(16, 16, 4, 1)
+        return Launch(64, 32, 4, 1) if kernel == "dkv" else Launch(32, 64, 4, 1)
     rows_q, rows_k, warps, stages = KERNEL_LAUNCH[head_dim][("forward", "dq", "dkv").index(kernel)]
     if bits == 32 or arch == "small":
         rows_q, rows_k, stages = min(rows_q, 32), min(rows_k, 32 if head_dim <= 64 else 16), 1

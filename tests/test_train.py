@@ -68,7 +68,8 @@ def test_parameter_groups():
     net = Net()
     decayed, kept = parameter_groups(net, 0.1)
     assert [p is net.out.weight for p in decayed["params"]] == [True] and decayed["weight_decay"] == 0.1
-    assert {id(p) for p in kept["params"]} == {id(p) for p in (net.embed.weight, net.norm.weight, net.norm.bias, net.out.bias, net.rel_pos_bias)}
+    spared = net.embed.weight, net.norm.weight, net.norm.bias, net.out.bias, net.rel_pos_bias
+    assert {id(p) for p in kept["params"]} == {id(p) for p in spared}
     assert count_parameters(net) == 28 + 8 + 15 + 50 + 81 and count_parameters(net, trainable=True) == 28 + 8 + 15 + 50
 
 
@@ -96,7 +97,8 @@ def run(checkpoint):
     net = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.BatchNorm1d(16), nn.Linear(16, 1))
     g = torch.Generator().manual_seed(0)
     data = Batches(torch.randn(64, 4, generator=g), torch.randn(64, generator=g), batch_size=8)
-    return fit(net, loss, data, steps=60, every=5, checkpoint=checkpoint, eval_fn=lambda m: torch.rand(()), eval_every=7)
+    noise = lambda model: torch.rand(())
+    return fit(net, loss, data, steps=60, every=5, checkpoint=checkpoint, eval_fn=noise, eval_every=7)
 """
     main = """
 import torch, itertools
@@ -113,7 +115,8 @@ print(json.dumps(run(sys.argv[1]).to_dict()))
                 break
         last = int([line, *child.stdout.read().split()][-1])
         assert child.wait() == -signal.SIGKILL and 23 <= last < 59
-        out = subprocess.run([*command, "0"], env=env, capture_output=True, text=True, check=True, timeout=100).stdout.split("\n")
+        out = subprocess.run([*command, "0"], env=env, capture_output=True, text=True, check=True, timeout=100)
+        out = out.stdout.split("\n")
         done_again = len(out) - 2                             # the child counts the steps that it computes from 0
         assert last - 5 <= 60 - done_again <= last + 1 and (60 - done_again) % 5 == 0, (last, done_again)
         resumed = json.loads(out[-2])
@@ -135,10 +138,13 @@ def test_a_finished_run_is_not_run_again_and_another_is_refused():
         again = net()
         assert fit(again, cross_entropy, data, **run).to_dict() == done.to_dict()
         assert again.weight.equal(first.weight) and not again.training
+        slow = lambda groups, lr: torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99))
         other = Batches(data.tensors[0] + 1, data.tensors[1], batch_size=4)
         for said, model, batches, change in [
-                (r"lr \(there 0.001, now 0.01\)", net(), data, dict(lr=0.01)), ("steps", net(), data, dict(steps=7)), ("seed", net(), data, dict(seed=1)),
-                ("model", net(4), data, {}), ("first_batch", net(), other, {}), ("schedule", net(), data, dict(schedule="linear"))]:
+                (r"lr \(there 0.001, now 0.01\)", net(), data, {"lr": 0.01}), ("steps", net(), data, {"steps": 7}),
+                ("seed", net(), data, {"seed": 1}), ("options", net(), data, {"optimizer": slow}),
+                ("schedule", net(), data, {"schedule": "linear"}),
+                ("model", net(4), data, {}), ("first_batch", net(), other, {})]:
             with TestCase().assertRaisesRegex(ValueError, "belongs to another run; different: " + said):
                 fit(model, cross_entropy, batches, **{**run, **change})
         Path(run["checkpoint"]).write_bytes(Path(run["checkpoint"]).read_bytes()[:300])
@@ -150,10 +156,11 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     def at_five(value):
         calls = iter(range(100))
         return lambda model, x: model(x).mean() * (value if next(calls) == 5 else 1.0)
+    data = Batches(torch.ones(8, 2), batch_size=4)
     for value, said in [(math.nan, "loss is nan at step 5"), (math.inf, "loss is -?inf at step 5")]:
         with tempfile.TemporaryDirectory() as folder:
             with TestCase().assertRaisesRegex(FloatingPointError, said):
-                fit(nn.Linear(2, 1), at_five(value), Batches(torch.ones(8, 2), batch_size=4), steps=10, every=2, checkpoint=f"{folder}/a.pt")
+                fit(nn.Linear(2, 1), at_five(value), data, steps=10, every=2, checkpoint=f"{folder}/a.pt")
             assert len(torch.load(f"{folder}/a.pt")["history"]["loss"]) == 4
     root = lambda model, x: (model(x) * 0).abs().sqrt().sum()    # 0, with an infinite derivative
     with TestCase().assertRaisesRegex(FloatingPointError, "loss is 0 but the gradient norm is nan at step 0"):
@@ -165,10 +172,13 @@ def test_bad_arguments_are_named_before_anything_starts():
     loss = lambda model, x: model(x).mean()
     before = net.weight.clone()
     for error, said, change in [
-            (ValueError, "steps=0 must be at least 1", dict(steps=0)), (TypeError, "steps=2.5", dict(steps=2.5)), (ValueError, "lr=-1", dict(lr=-1)),
-            (ValueError, "lr=nan", dict(lr=math.nan)), (ValueError, "weight_decay=-0.1", dict(weight_decay=-0.1)), (ValueError, "warmup=9 must not exceed steps=4", dict(warmup=9)),
-            (ValueError, "schedule='cos' must be 'cosine'", dict(schedule="cos")), (ValueError, "amp=torch.float16", dict(amp=torch.float16)),
-            (ValueError, "every=0", dict(every=0)), (ValueError, "clip=0", dict(clip=0)), (ValueError, "checkpoint=.*must be a file", dict(checkpoint=tempfile.gettempdir()))]:
+            (ValueError, "steps=0 must be at least 1", {"steps": 0}), (TypeError, "steps=2.5", {"steps": 2.5}),
+            (ValueError, "lr=-1", {"lr": -1}), (ValueError, "lr=nan", {"lr": math.nan}),
+            (ValueError, "weight_decay=-0.1", {"weight_decay": -0.1}), (ValueError, "clip=0", {"clip": 0}),
+            (ValueError, "warmup=9 must not exceed steps=4", {"warmup": 9}), (ValueError, "every=0", {"every": 0}),
+            (ValueError, "schedule='cos' must be 'cosine'", {"schedule": "cos"}),
+            (ValueError, "amp=torch.float16", {"amp": torch.float16}),
+            (ValueError, "checkpoint=.*must be a file", {"checkpoint": tempfile.gettempdir()})]:
         with TestCase().assertRaisesRegex(error, said):
             fit(net, loss, data, **{"steps": 4, **change})
     with TestCase().assertRaisesRegex(ValueError, "no trainable parameters"):
@@ -180,8 +190,10 @@ def test_evaluation_and_history_do_not_disturb_training():
     data = Batches(torch.randn(32, 4, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 2, batch_size=8)
     def run(**kwargs):
         seed_everything(0)
-        return fit(nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2)), cross_entropy, data, steps=12, **kwargs)
-    plain, watched_run = run(), run(eval_fn=lambda m: {"noise": torch.rand(3).sum(), "training": m.training}, eval_every=5)
+        net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+        return fit(net, cross_entropy, data, steps=12, **kwargs)
+    look = lambda m: {"noise": torch.rand(3).sum(), "training": m.training}
+    plain, watched_run = run(), run(eval_fn=look, eval_every=5)
     assert plain.loss == watched_run.loss
     assert [e["step"] for e in watched_run.evals] == [5, 10, 12] and not any(e["training"] for e in watched_run.evals)
     assert History.from_dict(json.loads(json.dumps(watched_run.to_dict()))) == watched_run

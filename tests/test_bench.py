@@ -1,0 +1,214 @@
+# Written from the test cells of nbs/1_foundations/02_bench.ipynb by `attnbook export`. Do not edit.
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import types
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+
+from attnbook.bench import (
+    MARKS,
+    PALETTE,
+    compare,
+    flex,
+    floor,
+    load_results,
+    look,
+    measure,
+    measure_ceilings,
+    measure_training,
+    naive,
+    plot_bars,
+    plot_lines,
+    record,
+    roofline,
+    run_benchmarks,
+    sdpa,
+    style,
+)
+from attnbook.testing import check_raises, device, make_qkv, rel_error
+
+
+def test_measure_knows_how_long_a_nap_is():
+    timing = measure(lambda: time.sleep(0.004), warmup_ms=1, rep_ms=30, device="cpu")
+    assert 4 <= timing.ms < 12 and timing.ms_p20 <= timing.ms <= timing.ms_p80
+    assert timing.how == "clock" and timing.peak_bytes is None and timing.samples >= 3
+
+def test_measure_on_a_gpu():
+    if device() == "cpu":
+        return
+    x = torch.randn(2**20, device=device())
+    for graph in (False, True):
+        timing = measure(lambda: x + 1, graph=graph)
+        assert timing.peak_bytes == 2**22 and timing.how == ("graph" if graph else "events") and 0 < timing.ms < 1
+    timing = measure(lambda: x.sum().item(), graph=True)              # waits for the GPU: can't be captured
+    assert timing.how == "events" and "no CUDA graph" in timing.note
+    assert torch.randn(3, device=device()).isfinite().all()           # torch's generator works after that
+
+
+class Slow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        time.sleep(0.002)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, d):
+        time.sleep(0.006)
+        return d
+
+def test_forward_and_backward_are_told_apart():
+    t = measure_training(Slow.apply, (torch.randn(3),), warmup_ms=1, rep_ms=40)
+    assert 2 <= t["fwd"].ms < 5.5 and 6 <= t["bwd"].ms < 12
+
+
+@contextmanager
+def results_elsewhere():
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, ATTNBOOK_RESULTS=folder):
+        yield Path(folder)
+
+WRITER = """
+import sys
+sys.modules["matplotlib"] = None                                     # the library must not need it
+from attnbook.bench import record
+for i in range(50):
+    record("unittest", "many", device="a test", who=sys.argv[1], i=i, long="x" * 5000)
+"""
+
+def test_newest_row_counts():
+    with results_elsewhere():
+        for ms in (3.0, 2.0):
+            record("unittest", "a", device="GPU one", shape=(4, 4), dtype=torch.float16, ms=ms)
+        record("unittest", "a", device="GPU two", shape=(4, 4), dtype=torch.float16, ms=torch.tensor(1.0))
+        record("unittest", "b", device="GPU one", key=["w"], w=0.5, ms=math.inf, seed=3)
+        rows = load_results("unittest", "a")
+        assert [(r["device"], r["ms"]) for r in rows] == [("GPU one", 2.0), ("GPU two", 1.0)]
+        assert rows[0]["dtype"] == "float16" and rows[0]["key"] == ["dtype", "shape"] and rows[0]["versions"]["torch"]
+        b, = load_results("unittest", "b", w=0.5)
+        nan = record("unittest", "c", device="GPU one", n=1, window=None, ms=math.nan)
+        assert nan["ms"] is None and nan["key"] == ["n", "window"]
+        assert b["ms"] is None and b["seed"] == 3 and b["preset"] == "gpu"
+        assert len(load_results("unittest", shape=(4, 4))) == 2 and not load_results("unittest", shape=(4, 5))
+        assert len(load_results("unittest", device={"GPU one", "GPU two"})) == 4 and not load_results("nothing_here")
+
+def test_several_processes_may_write_and_none_needs_matplotlib():
+    with results_elsewhere() as folder:
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        writers = [subprocess.Popen([sys.executable, "-c", WRITER, who], env=env) for who in "ab"]
+        assert [w.wait() for w in writers] == [0, 0]
+        lines = (folder / "unittest.jsonl").read_text().splitlines()
+        assert len(lines) == len(load_results("unittest", "many")) == 100
+
+def test_a_broken_line_costs_one_row():
+    with results_elsewhere() as folder, warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        record("unittest", "a", device="a test", i=1)
+        with open(folder / "unittest.jsonl", "a") as f:
+            f.write('{"name": "a", "i"')
+        record("unittest", "a", device="a test", i=2)
+        assert [r["i"] for r in load_results("unittest")] == [1, 2] and "line 2" in str(seen[-1].message)
+
+def test_record_refuses():
+    with results_elsewhere():
+        check_raises(record, [({"chapter": "../x"}, ValueError, ["chapter", "../x"]),
+                              ({"key": ["speed"]}, ValueError, ["key", "speed"])], chapter="unittest", name="a", ms=1.0)
+
+
+def test_floor():
+    with results_elsewhere():
+        assert floor(1e12, 1e9, device="Unheard of") is None
+        for rate in (1e12, 5e14):                                                   # the newer row counts
+            record("bench", "ceilings", key=[], device="Test GPU 9", copy_bytes_per_s=2e12,
+                   matmul_flops_per_s={"bfloat16": rate})
+        assert floor(1e12, 1e9, torch.bfloat16, "Test GPU") == 2.0                   # arithmetic: 1e12 / 5e14
+        assert floor(1e11, 1e9, torch.bfloat16, "Test GPU") == 0.5                   # traffic: 1e9 / 2e12
+        assert floor(None, 1e9, torch.float16, "Test GPU") == 0.5 and floor(1.0, 1.0, torch.float16, "Test GPU") is None
+
+def test_ceilings_can_be_measured():
+    small = {"copy_bytes": 2**20, "size": 64} if device() == "cpu" else {}
+    found = measure_ceilings(device(), **small)
+    assert 1e8 < found["copy_bytes_per_s"] < 1e14
+    assert all(1e7 < rate < 1e16 for rate in found["matmul_flops_per_s"].values())
+
+
+def test_peers_agree():
+    q, k, v = make_qkv(heads=4, kv_heads=2, Nq=64, D=32)
+    for causal in (False, True):
+        want = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=causal, enable_gqa=True)
+        peers = [naive(is_causal=causal), sdpa("math", is_causal=causal), sdpa("auto", is_causal=causal)]
+        if device() != "cpu":
+            peers.append(flex((lambda b, h, i, j: i >= j) if causal else None))
+        assert all(rel_error(peer(q, k, v), want) < 1e-5 for peer in peers)
+
+def test_unknown_backend():
+    check_raises(sdpa, [({"backend": "fastest"}, ValueError, ["backend", "fastest", "cudnn"])])
+
+
+def test_compare():
+    x = torch.randn(64, 64, device=device())
+    def fails(x):
+        raise RuntimeError("out of luck")
+    def slow(x):
+        time.sleep(0.003)
+        return x * 2
+    peers = {"quick": lambda x: 2 * x, "slow": slow, "wrong": lambda x: 3 * x, "fails": fails}
+    with results_elsewhere(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = compare({"n": 64}, peers, (x,), grad_out="random", flops=64**2, rep_ms=20, rounds=3, warmup_ms=1,
+                       graph=False, chapter="unittest", bench="twice", seed=1)
+        assert load_results("unittest", "twice") == rows
+    quick, slow, wrong, broken = rows
+    assert quick["ms_fwd"] < slow["ms_fwd"] and slow["ms_fwd"] > 3 and quick["ms_bwd"] > 0 and quick["seed"] == 1
+    assert quick["difference"] == slow["difference"] == 0 and abs(wrong["difference"] - 0.5) < 1e-6
+    assert broken["ms_fwd"] is None and "out of luck" in broken["note"] and quick["key"] == ["dtype", "method", "n"]
+    assert abs(quick["tflops_fwd"] / (64**2 / quick["ms_fwd"] * 1e-9) - 1) < 1e-3
+
+def test_forward_only():
+    inputs = torch.ones(3, device=device()), 2
+    row, = compare({}, {"double": lambda x, n: x * n}, inputs, rep_ms=5, rounds=1, warmup_ms=1)
+    assert row["ms_fwd"] > 0 and "ms_bwd" not in row and "date" not in row
+
+
+def test_run_benchmarks():
+    module = types.ModuleType("attnbook.unittest_chapter")
+    exec("def bench_b():\n  yield {'n': 1, 'ms': 0.5}\n  yield {'n': 2, 'ms': 0.7}\n"
+         "def bench_a():\n  return {'ms': 1.0}", vars(module))
+    lines = []
+    with results_elsewhere(), mock.patch.dict(sys.modules, {module.__name__: module}):
+        assert [r["name"] for r in run_benchmarks("unittest_chapter", show=lines.append)] == ["b", "b", "a"]
+        assert len(run_benchmarks("unittest_chapter", only="bench_a", show=lines.append)) == 1
+        assert len(load_results("unittest_chapter")) == 3 and "n=2; ms 0.7" in lines[1]
+        check_raises(run_benchmarks, [({"only": "speed"}, ValueError, ["speed", "b, a"])],
+                     chapter="unittest_chapter", only=[])
+    check_raises(run_benchmarks, [({"chapter": "no_such"}, ValueError, ["unknown chapter", "no_such"])])
+
+
+def test_one_look_per_method():
+    assert look("flex, permuted") == look("flex") and look("naive (PyTorch)") == look("naive") != look("flexible")
+    assert set(PALETTE) == set(MARKS) and look("something else") == look("something else")
+    assert look("flex")["color"] == PALETTE["flex"]
+
+def test_plots_draw_with_and_without_rows():
+    style()
+    rows = [{"method": m, "N": n, "ms_fwd": n * c, "floor_ms_fwd": n / 2}
+            for m, c in (("ours", 1), ("flex", 2)) for n in (2, 4, 8)]
+    ax = plot_lines(rows, "N")
+    assert {t.get_text() for t in ax.texts} == {"ours", "flex", "floor"} and ax.get_ylabel() == "time per call (ms)"
+    assert len(plot_bars(rows[:2]).patches) == 2
+    for ax in (plot_lines([], "N"), plot_bars([{"ms_fwd": None}])):
+        assert "no ms_fwd measured" in ax.texts[0].get_text()
+    with results_elsewhere():
+        record("bench", "ceilings", key=[], device="Test GPU 9", copy_bytes_per_s=2e12,
+               matmul_flops_per_s={"bfloat16": 5e14})
+        assert len(roofline([("ours", 1e12, 1e9, 3.0)], device="Test GPU 9").lines) == 2
+        assert len(roofline([("ours", 1e12, 1e9, 3.0)], device="Unheard of").lines) == 1
+    plt.close("all")

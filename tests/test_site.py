@@ -1,0 +1,36 @@
+"""The site's notebooks can be processed: the part of `make book` that needs no Quarto."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attnbook.book import notebooks
+
+ROOT = Path(__file__).resolve().parent.parent
+PROCESS = """
+from nbdev.serve import proc_nbs
+if __name__ == "__main__":
+    proc_nbs(n_workers=1)
+"""
+
+
+def test_notebooks_are_processed(tmp_path):
+    """nbdev runs imports and exported cells in a fresh shell and documents what they define."""
+    pytest.importorskip("nbdev")
+    copy = tmp_path / "attnbook"
+    for name in ("attnbook", "nbs"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+    for name in ("settings.ini", "_quarto.yml", "pyproject.toml"):
+        shutil.copy(ROOT / name, copy)
+    (tmp_path / "process.py").write_text(PROCESS)
+    done = subprocess.run([sys.executable, "-W", "ignore", str(tmp_path / "process.py")], cwd=copy, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(copy)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = {p.relative_to(copy / "_proc").as_posix() for p in (copy / "_proc").rglob("*.ipynb")}
+    assert made == {p.relative_to(ROOT / "nbs").as_posix() for p in notebooks(ROOT)}
+    page = json.loads((copy / "_proc" / "1_foundations" / "05_book.ipynb").read_text())
+    assert any("run_chapter" in "".join(o.get("data", {}).get("text/markdown", "")) for c in page["cells"] for o in c.get("outputs", []))

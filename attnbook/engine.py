@@ -249,7 +249,7 @@ def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, s
 def dq_step(dq, q, do, lse, delta, k_src, v_src, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C: tl.constexpr,
             K_STEP: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr, MASKS: tl.constexpr,
             BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-            TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+            TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DQ_SCORE: tl.constexpr = None):
     start, coords, slots, ok, kpos = K_STEP(j, state, b, h, ops, ints, C, BN)
     k = load_step(k_src, b, hk, start, coords, sk, ok, BN, D, BD, TMA, MASKS, WIDE)       # [BN, BD]
     v = load_step(v_src, b, hk, start, coords, sv, ok, BN, DV, BDV, TMA, MASKS, WIDE)     # [BN, BDV]
@@ -257,6 +257,8 @@ def dq_step(dq, q, do, lse, delta, k_src, v_src, j, masked, b, h, hk, qpos, stat
     dp = tl.dot(do, v.T, input_precision=PRECISION)                                       # [BM, BN]
     s = logits(qk, q, k, ok[None, :], expand(qpos, 1), expand(kpos, 0), masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
     ds = probabilities(s, lse[:, None], scale, FOLD) * (dp - delta[:, None])
+    if DQ_SCORE is not None:
+        dq = DQ_SCORE(dq, ds, q, k, expand(qpos, 1), expand(kpos, 0), b, h, ops, ints, C)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)                       # [BM, BD]
 
 # %% ../nbs/1_foundations/01_engine.ipynb #3ee14626
@@ -266,7 +268,8 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
                      C: tl.constexpr, Q_TILE: tl.constexpr, K_SPAN: tl.constexpr, K_STEP: tl.constexpr,
                      MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, REVERSE: tl.constexpr, MASKS: tl.constexpr,
                      BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-                     TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):
+                     TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+                     DQ_SCORE: tl.constexpr = None):
     "dQ of one query tile, and its rows of LSE (base 2) and delta. Grid: num_tiles * batch * heads."
     pid = tl.program_id(0)
     bh = pid // num_tiles
@@ -295,7 +298,7 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
     for j in tl.range(lo, hi, num_stages=STAGES):
         masked = (j < full_lo) | (j >= full_hi)
         dq = dq_step(dq, q, do, lse, delta, K, V, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C,
-                     K_STEP, MASK, SCORE, FOLD, MASKS, BN, D, DV, BD, BDV, TMA, WIDE, PRECISION)
+                     K_STEP, MASK, SCORE, FOLD, MASKS, BN, D, DV, BD, BDV, TMA, WIDE, PRECISION, DQ_SCORE)
     store_rows(head_base(DQ, b, h, sdq), slots, sdq, ok, dq * dq_scale, D, BD, WIDE)
 
 # %% ../nbs/1_foundations/01_engine.ipynb #35039d1e
@@ -407,6 +410,7 @@ class OperandGrad:
     buffer: Callable                  # host: (q, k, operand, tiles, ints, consts) -> float32 zeros for G
     batches: Callable                 # host: (q, operand) -> how many batches one program sums over
     finish: Callable                  # host: (buffer, operand) -> gradient of the operand
+    launch: Callable | None = None    # host: a kernel of the program's own instead of `tile_operand_grad`; see `_operand_grad`
 
 # %% ../nbs/1_foundations/01_engine.ipynb #7bb55761
 @dataclass(frozen=True, eq=False)
@@ -423,6 +427,7 @@ class TileProgram:
     k_tiles: Callable                 # host: (ints, consts, BN) -> number of key tiles
     mask: Callable | None = None
     score: Callable | None = None
+    dq_score: Callable | None = None  # (dq, ds, q, k, qpos, kpos, b, h, ops, ints, C) -> dq, where the score depends on q beyond q.k
     operand_grad: OperandGrad | None = None
     consecutive: bool = False         # the rows of every step are consecutive: tensor descriptors may be used
     heavy_last: bool = False          # later query tiles do more work
@@ -669,7 +674,7 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
         q, K, V, extra_k, extra_v, out, do, lse, dlse, dq, lse2, delta, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1],
         out.stride(), do.stride(), dlse.stride() if dlse is not None else None, dq.stride(), lse.stride(), scale, plain_scale, tiles, heads, xs[2],
         Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step, REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma,
-        WIDE=wide, STAGES=p.stages, num_warps=p.warps, **common)
+        WIDE=wide, STAGES=p.stages, DQ_SCORE=program.dq_score, num_warps=p.warps, **common)
     p = find_launch(program, "dkv", q.dtype, dim, q.device, consts)
     Q, DO, tma = _streams(program, q, do, p.BM, common["BD"], common["BDV"], q.device)
     tiles = program.k_tiles(ints, consts, p.BN)
@@ -692,6 +697,8 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
 # %% ../nbs/1_foundations/01_engine.ipynb #b3703d45
 def _operand_grad(program, q, k, v, do, lse2, delta, operands, ints, consts, common, scale, wide):
     g = program.operand_grad
+    if g.launch is not None:
+        return g.launch(program, q, k, v, do, lse2, delta, operands, ints, consts, common, scale, wide)
     p = find_launch(program, "dq", q.dtype, max(common["BD"], common["BDV"]), q.device, consts)
     tiles, parts, batches = program.q_tiles(ints, consts, p.BM), g.parts(ints, consts, p.BN), g.batches(q, operands[0])
     buffer = g.buffer(q, k, operands[0], tiles, ints, consts)

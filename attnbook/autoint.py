@@ -172,7 +172,7 @@ def interacting_backward(X, W, BIAS, DY, DX, DW, DB, sx, sdy, sdx, B, scale, M: 
     for i in tl.static_range(H * NW):
         dws = dws + (tl.zeros([BD, BH], tl.float32),)
         dbs = dbs + (tl.zeros([BH], tl.float32),)
-    for t in range(tl.program_id(0), tl.cdiv(B, R // M), tl.num_programs(0)):
+    for t in tl.range(tl.program_id(0), tl.cdiv(B, R // M), tl.num_programs(0), num_stages=1):
         b, m, ok, pack = field_rows(t, B, M, R)
         in_x = ok[:, None] & (tl.arange(0, BD) < D)[None, :]
         x = tl.load(field_ptr(X, b, m, sx, D, BD), mask=in_x, other=0.0)
@@ -227,7 +227,7 @@ def _layer_consts(e, weight, bias, num_heads):
     exact = torch.get_float32_matmul_precision() == "highest"
     return dict(M=M, D=D, DH=U // num_heads, H=num_heads, BD=max(16, triton.next_power_of_2(D)),
                 BH=max(16, triton.next_power_of_2(U // num_heads)), R=R, RES=weight.shape[0] == 4,
-                ACT=bias is not None, PRECISION="ieee" if exact else "tf32", num_warps=8 if R == 128 else 4)
+                ACT=bias is not None, PRECISION="ieee" if exact else "tf32", num_warps=8 if R == 128 else 4, num_stages=1)
 
 # %% ../nbs/6_beyond_tokens/autoint.ipynb #9d5d99f5
 @torch.library.custom_op("attnbook::interacting", mutates_args=())

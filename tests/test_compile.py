@@ -60,6 +60,12 @@ def _cases():
         name = "neighborhood+bias" if bias else "neighborhood1d" if n == 1 and dilation == 1 else "neighborhood"
         attend(name, shape, ints, consts, table, dtype=dtype)
 
+    def both_ways(op, *tensors, **options):
+        "Forward and backward of a public operation."
+        out = op(*(t.requires_grad_() if t.is_floating_point() else t for t in tensors), **options)
+        out = out if isinstance(out, tuple) else (out,)
+        torch.autograd.grad(sum(o.float().sum() for o in out), [t for t in tensors if t.is_floating_point()], allow_unused=True)
+
     assert neighborhood.NEIGHBORHOOD.name in engine.PROGRAMS
     cases += [
         ("neighborhood 1-d", lambda: near((1, 2, BIG, 128), 128, causal=True)),
@@ -68,6 +74,19 @@ def _cases():
         ("neighborhood 2-d, wide", lambda: near((1, 2, 128, 128, 128), 31)),
         ("neighborhood 2-d, float32", lambda: near((1, 2, 64, 64, 64), 13, dtype=torch.float32)),
         ("neighborhood 3-d", lambda: near((1, 2, 16, 24, 32, 128), 9)),
+    ]
+    from attnbook import autoint, music
+
+    def relative(L, D, M, dtype=torch.bfloat16, **options):
+        both_ways(music.relative_attention, *tensors(*[(1, 2, L, D)] * 3, (2, M, D), dtype=dtype), **options)
+
+    cases += [
+        ("relative attention", lambda: relative(4096, 64, 4096)),
+        ("relative attention, short table, blocks", lambda: relative(2048, 64, 300, block_size=512, beyond="clip")),
+        ("relative attention, head_dim 128", lambda: relative(2048, 128, 2048)),
+        ("interacting layer", lambda: both_ways(autoint.interacting_layer, *tensors((1024, 39, 64), (4, 64, 64)), num_heads=2)),
+        ("interacting layer, official, float32", lambda: both_ways(
+            autoint.interacting_layer, *tensors((1024, 23, 16), (4, 16, 64), (4, 64), dtype=torch.float32), num_heads=2)),
     ]
     return cases
 
@@ -89,7 +108,7 @@ def _compile_all(arch: str, part: int, parts: int) -> list[dict]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    from attnbook import engine, neighborhood
+    from attnbook import autoint, engine, music, neighborhood
 
     class Driver:
         get_current_target = lambda self: GPUTarget("cuda", ARCHES[arch][0], 32)
@@ -108,8 +127,9 @@ def _compile_all(arch: str, part: int, parts: int) -> list[dict]:
 
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = compile_only
-    for module in (engine, neighborhood):
+    for module in (engine, neighborhood, music, autoint):
         module.arch_of = lambda device: arch
+        module.resolve_backend = lambda backend, tensor: "triton"
     if arch != "sm90":
         engine._describable = lambda tensor: False
     for current[0], launch in _cases()[part::parts]:

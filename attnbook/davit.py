@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOATS', 'WINDOW', 'VARIANTS', 'davit_tiny', 'davit_small', 'davit_base', 'davit_large', 'davit_huge', 'davit_giant',
-           'PARAMETERS', 'PUBLISHED_GMACS', 'window_numbers', 'channel_attention_reference', 'to_windows',
+           'PARAMETERS', 'PUBLISHED_GMACS', 'PAIR_KINDS', 'window_numbers', 'channel_attention_reference', 'to_windows',
            'from_windows', 'window_attention_reference', 'channel_attention_cost', 'token_block', 'square',
            'channel_softmax', 'channel_scores', 'weights_grad', 'channel_reduce', 'channel_mix', 'channel_backward_v',
            'channel_backward_qk', 'channel_launch', 'channel_attention_op', 'channel_attention_backward_op',
@@ -14,7 +14,9 @@ __all__ = ['FLOATS', 'WINDOW', 'VARIANTS', 'davit_tiny', 'davit_small', 'davit_b
            'ConvPositionalEncoding', 'SpatialWindowAttention', 'ChannelGroupAttention', 'DropPath', 'Mlp', 'DualBlock',
            'SpatialBlock', 'ChannelBlock', 'Stem', 'Downsample', 'Stage', 'Head', 'DaViT', 'davit',
            'florence2_base_tower', 'florence2_large_tower', 'count_parameters', 'davit_macs', 'counted_gmacs',
-           'from_timm']
+           'from_timm', 'digit_pairs', 'random_batches', 'pairs_experiment', 'row_entropy', 'resized',
+           'scale_experiment', 'fitted_slope', 'three_attentions', 'bench_channel', 'bench_channel_core',
+           'bench_window', 'bench_linear', 'training_step', 'bench_training', 'claims']
 
 # %% ../nbs/3_locality/davit.ipynb #58792f83
 import math
@@ -626,7 +628,8 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window_size, *, scale: flo
     with torch.autocast(q.device.type, enabled=False):
         if backend == "torch":
             return window_attention_reference(q, k, v, window_size, pad_k, pad_v, scale)
-        out, lse = tile_attention(q, k, v, WINDOW, ints=q.shape[2:4], consts=window_size, scale=scale)
+        seen = tuple(min(w, n) for w, n in zip(window_size, q.shape[2:4]))
+        out, lse = tile_attention(q, k, v, WINDOW, ints=q.shape[2:4], consts=seen, scale=scale)
         return out if pad_k is None else add_padding(out, lse, q, pad_k, pad_v, window_size, scale)
 
 # %% ../nbs/3_locality/davit.ipynb #f97ae49c
@@ -949,3 +952,318 @@ def from_timm(model: DaViT, state: dict, v2: bool = False) -> DaViT:
                     state[key] = torch.cat([k, v, q])
     model.load_state_dict(state)
     return model
+
+# %% ../nbs/3_locality/davit.ipynb #a6ba38dd
+def digit_pairs(count: int, canvas: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Canvases `(count, 1, canvas, canvas)` with two 16 x 16 digits in different quarters, and whether they are the same digit
+    (half of them are): `(count,)` of 0 and 1."""
+    digits = library("sklearn.datasets").load_digits()
+    rng = np.random.default_rng(seed)
+    by_class = [np.flatnonzero(digits.target == c) for c in range(10)]
+    x, y, half = np.zeros((count, 1, canvas, canvas), np.float32), rng.integers(0, 2, count), canvas // 2
+    for i in range(count):
+        first = rng.integers(10)
+        second = first if y[i] else (first + rng.integers(1, 10)) % 10
+        for c, quarter in zip((first, second), rng.permutation(4)[:2]):
+            picture = digits.images[rng.choice(by_class[c])].repeat(2, 0).repeat(2, 1) / 16
+            r, s = quarter // 2 * half + rng.integers(0, half - 15), quarter % 2 * half + rng.integers(0, half - 15)
+            x[i, 0, r:r + 16, s:s + 16] = picture
+    return torch.from_numpy((x - 0.1) / 0.3), torch.from_numpy(y)
+
+# %% ../nbs/3_locality/davit.ipynb #74707dd0
+PAIR_KINDS = {"window": ("spatial", "spatial"), "channel": ("channel", "channel"), "dual": ("spatial", "channel")}
+
+
+def random_batches(x: Tensor, y: Tensor, batch: int, seed: int):
+    "A function of the step that draws a random batch, for `fit`."
+    def batches(step):
+        pick = torch.randint(len(x), (batch,), generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
+        return x[pick], y[pick]
+    return batches
+
+
+def pairs_experiment(kind, data, *, stages, dims, window, steps, batch, seed=0, device="cpu", **_):
+    "Train one network of `PAIR_KINDS` with the first `stages` of `dims`; a dict with accuracy by step."
+    x, y, tx, ty = data
+    torch.manual_seed(seed)
+    dims = dims[:stages]
+    model = DaViT(dims, (1,) * stages, tuple(d // 16 for d in dims), window_size=window, attn_types=PAIR_KINDS[kind],
+                  channel_scale="tokens", num_classes=2, in_channels=1)
+    history = fit(model, cross_entropy, random_batches(x, y, batch, seed), steps=steps, lr=1e-3, seed=seed, device=device,
+                  eval_fn=lambda m: evaluate_accuracy(m, tx, ty, device=device), eval_every=max(steps // 10, 1), progress=False)
+    curve = [e["value"] for e in history.evals]
+    return dict(kind=kind, stages=stages, run=seed, steps=steps, accuracy=curve[-1], curve=str([round(a, 4) for a in curve]),
+                parameters=sum(p.numel() for p in model.parameters()), seconds=history.seconds)
+
+# %% ../nbs/3_locality/davit.ipynb #275949ee
+@torch.no_grad()
+def row_entropy(model: DaViT, x: Tensor) -> float:
+    "Mean entropy of the rows of A over all channel attentions, as a share of the largest possible."
+    found = []
+
+    def look_inside(module, inputs):
+        a = module.weights(inputs[0])
+        found.append(float(-(a * a.clamp_min(1e-30).log()).sum(-1).mean() / math.log(a.shape[-1])))
+
+    hooks = [m.register_forward_pre_hook(look_inside) for m in model.modules() if isinstance(m, ChannelGroupAttention)]
+    model(x)
+    for hook in hooks: hook.remove()
+    return sum(found) / len(found)
+
+
+def resized(x: Tensor, size: int) -> Tensor:
+    return F.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+
+# %% ../nbs/3_locality/davit.ipynb #a2f86f1f
+def scale_experiment(scale, x, y, tx, ty, *, sizes, dims, steps, batch, seed=0, device="cpu", **_):
+    "Train at sizes[0] pixels with one scale and test at all sizes; a list of dicts."
+    torch.manual_seed(seed)
+    model = DaViT(dims, (1,) * len(dims), tuple(d // 16 for d in dims), window_size=4, channel_scale=scale, num_classes=10,
+                  in_channels=1)
+    fit(model, cross_entropy, random_batches(resized(x, sizes[0]), y, batch, seed), steps=steps, lr=2e-3, seed=seed,
+        device=device, progress=False)
+    rows = []
+    for size in sizes:
+        big = resized(tx, size)
+        accuracy = evaluate_accuracy(model, big, ty, batch_size=100, device=device)
+        rows.append(dict(scale=scale, run=seed, steps=steps, size=size, N=(size // 4) ** 2, accuracy=accuracy,
+                         entropy=row_entropy(model, big[:64].to(device))))
+    return rows
+
+# %% ../nbs/3_locality/davit.ipynb #fc2b8773
+def fitted_slope(Ns, times) -> float:
+    "Slope of log time over log N, over the larger half of the sizes."
+    points = sorted(zip(Ns, times))[len(Ns) // 2:]
+    return float(np.polyfit(*np.log(np.array(points)).T, 1)[0])
+
+
+def three_attentions(channels: int, window_size: int = 7) -> dict:
+    "method -> fn(qkv, side) on a packed projection `(B, side * side, 3 * channels)`, heads of 32 channels."
+    heads = channels // 32
+    split = lambda qkv: qkv.unflatten(-1, (3, heads, 32)).permute(2, 0, 3, 1, 4)
+
+    def window(qkv, side):
+        q, k, v = (t.unflatten(2, (side, side)) for t in split(qkv))
+        return window_attention(q, k, v, window_size, pad_mode="mask")
+    return {"window": window, "channel": lambda qkv, side: channel_group_attention_packed(qkv, heads),
+            "global": lambda qkv, side: F.scaled_dot_product_attention(*split(qkv))}
+
+# %% ../nbs/3_locality/davit.ipynb #a0f05e9c
+def _functional(module, names=("qkv.weight", "qkv.bias", "proj.weight", "proj.bias")):
+    "The module as fn(x, *parameters), so that the gradients of parameters are asked for as well."
+    return lambda x, *values: torch.func.functional_call(module, dict(zip(names, values)), (x,))
+
+
+def _timm_attentions(channels, groups):
+    "timm's channel attention modules on the GPU, or none where timm is not installed."
+    try:
+        from timm.models.davit import ChannelAttention, ChannelAttentionV2
+    except ImportError:
+        return {}
+    make = lambda cls, **kw: cls(channels, num_heads=groups, qkv_bias=True, **kw).cuda().bfloat16()
+    return {"timm": make(ChannelAttention), "timm V2": make(ChannelAttentionV2, dynamic_scale=False)}
+
+# %% ../nbs/3_locality/davit.ipynb #4c64b44e
+def bench_channel():
+    "The channel attention module at [64, 784, 384] and its neighbours in DaViT-T, forward and backward, against timm's."
+    if not torch.cuda.is_available():
+        return
+    for B, N, C in ((64, 3136, 96), (64, 784, 384), (64, 196, 384), (1, 16384, 384)):
+        groups = C // 32
+        ours = ChannelGroupAttention(C, groups).cuda().bfloat16()
+        timms = _timm_attentions(C, groups)
+        peers = {"ours": _functional(ours), "ours compiled": torch.compile(_functional(ours))}
+        peers |= {name: _functional(m) for name, m in timms.items()}
+        peers |= {f"{name} compiled": torch.compile(_functional(m)) for name, m in timms.items()}
+        inputs = [torch.randn(B, N, C, device="cuda", dtype=torch.bfloat16), *(p.detach() for p in ours.parameters())]
+        cost, linear = channel_attention_cost(B, N, C, groups), 8 * B * N * C * C
+        yield from compare(dict(B=B, N=N, C=C), peers, inputs, grad_out="random", chapter="davit", bench="channel",
+                           flops=dict(fwd=cost["flops_fwd"] + linear, bwd=cost["flops_bwd"] + 2 * linear))
+
+
+def bench_channel_core():
+    "Channel attention without the projections, from the packed projection to `(B, N, C)`."
+    def transposed(qkv, groups):
+        q, k, v = (x.transpose(2, 3) for x in _groups_of(qkv, groups, 3))
+        return F.scaled_dot_product_attention(q, k, v, scale=32**-0.5).permute(0, 3, 1, 2).flatten(2)
+
+    def plain(qkv, groups):
+        q, k, v = _groups_of(qkv, groups, 3)
+        weights = ((q.transpose(-1, -2) * 32**-0.5) @ k).softmax(-1)
+        return (weights @ v.transpose(-1, -2)).permute(0, 3, 1, 2).flatten(2)
+
+    for B, N, C in ((64, 3136, 96), (64, 784, 384), (1, 65536, 96)) if torch.cuda.is_available() else ():
+        groups, cost = C // 32, channel_attention_cost(B, N, C, C // 32)
+        peers = {"ours": partial(channel_group_attention_packed, groups=groups), "torch": partial(plain, groups=groups),
+                 "torch compiled": torch.compile(partial(plain, groups=groups)), "sdpa transposed": partial(transposed, groups=groups)}
+        yield from compare(dict(B=B, N=N, C=C), peers, [torch.randn(B, N, 3 * C, device="cuda", dtype=torch.bfloat16)],
+                           grad_out="random", chapter="davit", bench="channel_core",
+                           flops=dict(fwd=cost["flops_fwd"], bwd=cost["flops_bwd"]), bytes=dict(fwd=cost["bytes_fwd"], bwd=cost["bytes_bwd"]))
+
+# %% ../nbs/3_locality/davit.ipynb #72bbc0f2
+def bench_window():
+    """Window attention's core on whole maps against fused attention on windows.
+
+    "pre-partitioned" peers get the same memory read as if it already held window after window: same shapes, same cost, other
+    numbers, so `difference` means nothing for them. "sdpa, partition" cuts and puts together itself.
+    """
+    for B, side, heads, w in ((64, 56, 3, 7), (64, 28, 6, 7), (8, 96, 6, 12), (8, 128, 8, 16)) if torch.cuda.is_available() else ():
+        shape, D = (B, heads, side, side, 32), 32
+        windows = (-1, heads, w * w, D)
+
+        def on_windows(attend, windows=windows, shape=shape):
+            return lambda q, k, v: attend(*(t.view(windows) for t in (q, k, v))).view(shape)
+
+        def partitioned(q, k, v, w=w, B=B, side=side):
+            return from_windows(F.scaled_dot_product_attention(*(to_windows(t, (w, w)) for t in (q, k, v))), (w, w), B, side, side)
+
+        peers = {"ours": partial(window_attention, window_size=w), "sdpa, partition": partitioned}
+        peers |= {f"{name}, pre-partitioned": on_windows(sdpa(name)) for name in ("cudnn", "flash", "efficient")}
+        inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+        pixels = B * side * side * heads * D
+        yield from compare(dict(B=B, side=side, heads=heads, window=w), peers, inputs, grad_out="random", chapter="davit",
+                           bench="window", flops=dict(fwd=4 * pixels * w * w, bwd=10 * pixels * w * w),
+                           bytes=dict(fwd=8 * pixels, bwd=14 * pixels))
+
+
+def bench_linear():
+    "Window, channel and global attention on growing maps to N = 65,536, forward and backward."
+    for side in (16, 32, 64, 128, 256) if torch.cuda.is_available() else ():
+        peers = {m: partial(fn, side=side) for m, fn in three_attentions(96).items()}
+        qkv = torch.randn(4, side * side, 288, device="cuda", dtype=torch.bfloat16)
+        for method, fn in peers.items():
+            yield from compare(dict(N=side * side), {method: fn}, [qkv], grad_out="random", chapter="davit", bench="linear")
+
+# %% ../nbs/3_locality/davit.ipynb #dbb45e79
+def training_step(model: nn.Module, x: Tensor, y: Tensor):
+    "One forward and backward pass under bfloat16 autocast and one AdamW step, as a function of nothing."
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=x.is_cuda)
+
+    def step():
+        with torch.autocast(x.device.type, torch.bfloat16):
+            loss = F.cross_entropy(model(x).float(), y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return step
+
+
+def bench_training():
+    "Images per second of a training step of DaViT-Tiny at 224 and 512 pixels: ours and timm's, plain and compiled."
+    def make(name):
+        if name.startswith("timm"):
+            import timm
+            model = timm.create_model("davit_tiny")
+        else:
+            model = davit_tiny()
+        model = model.cuda().train().to(memory_format=torch.channels_last)
+        return torch.compile(model) if name.endswith("compiled") else model
+
+    for size, batch in ((224, 128), (512, 24)) if torch.cuda.is_available() else ():
+        x = torch.randn(batch, 3, size, size, device="cuda").contiguous(memory_format=torch.channels_last)
+        y = torch.randint(1000, (batch,), device="cuda")
+        for name in ("ours", "ours compiled", "timm", "timm compiled"):
+            torch._dynamo.reset(), torch.cuda.empty_cache()
+            row = dict(method=name, size=size, batch=batch, ms=None, images_per_s=None, peak_mb=None)
+            try:
+                timing = measure(training_step(make(name), x, y), warmup_ms=2000, rep_ms=3000, device="cuda")
+                row |= dict(ms=timing.ms, images_per_s=batch / timing.ms * 1e3, peak_mb=timing.peak_bytes / 1e6)
+            except Exception as e:
+                row["note"] = f"{type(e).__name__}: {e}"[:300]
+            yield record("davit", "training", key=("method", "size", "batch"), device="cuda", **row)
+
+# %% ../nbs/3_locality/davit.ipynb #61bc0594
+def _pairs_accuracy(stages):
+    "Mean accuracy and its spread over seeds by kind; gpu preset, at least three seeds, with one or with several stages."
+    rows = [r for r in load_results("davit", "pairs", preset="gpu") if (r["stages"] == 1) == (stages == 1)]
+    longest = max((r["steps"] for r in rows), default=0)
+    found = {}
+    for kind in PAIR_KINDS:
+        a = [100 * r["accuracy"] for r in rows if r["kind"] == kind and r["steps"] == longest]
+        if len(a) < 3:
+            return None
+        found |= {kind: sum(a) / len(a), f"{kind} spread": max(a) - min(a)}
+    return found
+
+
+def _scale_effect():
+    "At the largest N over the smallest, gpu preset: change of entropy and of accuracy (points), by scale."
+    found = {}
+    for scale in ("group_dim", "tokens"):
+        rows = [r for r in load_results("davit", "scale", preset="gpu") if r["scale"] == scale]
+        if len({r["run"] for r in rows}) < 3:
+            return None
+        mean = lambda what, n: np.mean([r[what] for r in rows if r["N"] == n])
+        small, large = min(r["N"] for r in rows), max(r["N"] for r in rows)
+        found |= {f"{scale} entropy": float(mean("entropy", large) / mean("entropy", small)),
+                  f"{scale} accuracy": float(100 * (mean("accuracy", large) - mean("accuracy", small)))}
+    return found
+
+# %% ../nbs/3_locality/davit.ipynb #e9b16339
+def _linear_slopes():
+    "Fitted exponents of forward time on the GPU, by method."
+    rows = [r for r in load_results("davit", "linear", preset="gpu") if r.get("ms_fwd")]
+    points = {m: [(r["N"], r["ms_fwd"]) for r in rows if r["method"] == m] for m in ("window", "channel", "global")}
+    return {m: fitted_slope(*zip(*p)) for m, p in points.items()} if min(map(len, points.values())) > 3 else None
+
+
+def _speedup(bench, peers, field="ms_fwd", **where):
+    "Time of the fastest of the peers over that of the fastest of ours; for fields that are not times, the inverse."
+    rows = [r for r in load_results("davit", bench, preset="gpu", **where) if r.get(field)]
+    best = max if field == "images_per_s" else min
+    ours = [r[field] for r in rows if r["method"].startswith("ours")]
+    theirs = [r[field] for r in rows if r["method"] in peers]
+    if not ours or not theirs:
+        return None
+    return best(ours) / best(theirs) if field == "images_per_s" else best(theirs) / best(ours)
+
+
+def _parameter_counts():
+    return {v: count_parameters(davit, variant=v) / 1e6 for v in VARIANTS}
+
+# %% ../nbs/3_locality/davit.ipynb #e299ce74
+def claims():
+    "The chapter's claims with their rules; measured numbers are read from the recorded results."
+    from attnbook.book import Claim
+    grade = lambda good, fair: "holds" if good else "holds in part" if fair else "does not hold here"
+    faster = lambda r: grade(r >= 1.2, r >= 0.95)
+    far = lambda statement, number, where, why: Claim(statement, number, where, lambda m: ("out of reach here", why), True)
+    beats = lambda m, other: m["dual"] - m[other] > max(m["dual spread"], m[f"{other} spread"])
+    compiled = ("timm compiled", "timm V2 compiled")
+    fused = ("cudnn, pre-partitioned", "flash, pre-partitioned", "efficient, pre-partitioned")
+    return [
+        Claim("Windows and channels in turn beat either alone", "82.8 against [m] less", "Sec. 4, ablation",
+              lambda m: grade(beats(m, "window") and beats(m, "channel"), m["dual"] > max(m["window"], m["channel"])),
+              partial(_pairs_accuracy, 2), "digit pairs, all stages, 3 seeds; holds: both gaps beyond the seeds' spread"),
+        Claim("Channel attention gives every layer a global view, window attention does not", "", "Sec. 1, Sec. 3.3",
+              lambda m: grade(beats(m, "window") and m["window"] < 60, beats(m, "window")), partial(_pairs_accuracy, 1),
+              "digit pairs, one stage, 3 seeds; holds: dual beyond window, which is below 60 %"),
+        Claim("Cost is linear in the number of pixels for both attentions", "O(N)", "Sec. 3",
+              lambda s: grade(max(s["window"], s["channel"]) < 1.15, max(s["window"], s["channel"]) < 1.5), _linear_slopes,
+              "one GPU, N to 65,536, forward; holds: exponent below 1.15"),
+        Claim("Logits scaled by N^-1/2 do not depend on the resolution, those by Cg^-1/2 do", "", "Florence-2",
+              lambda m: grade(abs(m["tokens entropy"] - 1) < 0.1 and m["group_dim entropy"] < 0.9,
+                              abs(m["tokens entropy"] - 1) < abs(m["group_dim entropy"] - 1)), _scale_effect,
+              "MNIST, trained at 32, tested at 128 pixels, 3 seeds; holds: entropy within 10 % against a fall of more"),
+        Claim("Tiny to Giant have 28.3, 49.7, 87.9, 196.8, 362 and 1437 M parameters", "28.3 … 1437 M", "Table 1; README",
+              lambda m: grade(all(abs(m[v] - n) < 1 for v, n in zip(VARIANTS, (28.36, 49.75, 87.95, 196.81, 362.7, 1437.4))),
+                              False), _parameter_counts, "full size; holds: all within a million"),
+        Claim("Tiny to Giant cost 4.5, 8.8, 15.5 (224), 103 (384), 334 and 1038 (512) GMACs", "4.5 … 1038 G", "Table 1; README",
+              lambda m: grade(all(abs(g / PUBLISHED_GMACS[k] - 1) < 0.01 for k, g in m.items()), False),
+              lambda: counted_gmacs() or None, "counted from the architecture; holds: all within 1 %"),
+        Claim("Our channel attention module is faster than timm's compiled, forward", "not in the paper", "this chapter", faster,
+              partial(_speedup, "channel", compiled, N=784), "[64, 784, 384], bf16; holds: 1.2 times, in part: no slower"),
+        Claim("The same, backward", "not in the paper", "this chapter", faster,
+              partial(_speedup, "channel", compiled, "ms_bwd", N=784), "the same"),
+        Claim("Our window attention on whole maps is no slower than fused attention on ready-made windows", "not in the paper",
+              "this chapter", lambda r: grade(r >= 0.95, r >= 0.7), partial(_speedup, "window", fused, side=56),
+              "64 x 56 x 56 x 96, bf16, forward; holds: within 5 %"),
+        *(Claim(f"A training step of DaViT-Tiny at {size} is faster than timm's compiled", "not in the paper", "this chapter", faster,
+                partial(_speedup, "training", ("timm compiled",), "images_per_s", size=size),
+                "images/s, bf16 autocast; holds: 1.2 times, in part: no slower") for size in (224, 512)),
+        far("ImageNet-1K top-1 of Tiny, Small, Base", "82.8 / 84.2 / 84.6 %", "README", "needs ImageNet and 300 epochs"),
+        far("Window first, then channel, is the best order [m]", "82.8 against 82.6 [m]", "ablation [m]", "a fifth of a point on ImageNet"),
+        far("Giant reaches 90.4 % on ImageNet", "90.4 %", "abstract", "needs 1.5 billion image-text pairs"),
+        far("COCO 3x box AP and ADE20K mIoU of Tiny, Small, Base", "47.4 / 49.5 / 49.9, 46.3 / 48.8 / 49.4", "README",
+            "needs COCO, ADE20K and their detectors"),
+    ]

@@ -36,6 +36,7 @@ from attnbook.engine import (
     INTERPRETED,
     Launch,
     TileProgram,
+    arch_of,
     register_program,
     resolve_backend,
     tile_attention,
@@ -244,7 +245,7 @@ def channel_backward_qk(Q, K, DS, DQ, DK, sq, sk, sdq, sdk, scale, N, share, G, 
 # %% ../nbs/3_locality/davit.ipynb #8919f6e0
 def channel_launch(pairs: int, tokens: int, group_dim: int, bits: int, device: torch.device) -> dict:
     "Block of positions `T`, `SHARES` and positions per `share` of `pairs` = batch * groups problems."
-    if device.type == "cpu":
+    if arch_of(device) == "interpreter":
         block, wanted, least = 16, 3 if pairs <= 4 else 1, 1
     else:
         block = max(16, (128 if bits == 16 else 64) * 32 // max(group_dim, 32))

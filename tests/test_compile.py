@@ -75,7 +75,7 @@ def _cases():
         ("neighborhood 2-d, float32", lambda: near((1, 2, 64, 64, 64), 13, dtype=torch.float32)),
         ("neighborhood 3-d", lambda: near((1, 2, 16, 24, 32, 128), 9)),
     ]
-    from attnbook import autoint, music
+    from attnbook import autoint, davit, music
 
     def relative(L, D, M, dtype=torch.bfloat16, **options):
         both_ways(music.relative_attention, *tensors(*[(1, 2, L, D)] * 3, (2, M, D), dtype=dtype), **options)
@@ -87,6 +87,26 @@ def _cases():
         ("interacting layer", lambda: both_ways(autoint.interacting_layer, *tensors((1024, 39, 64), (4, 64, 64)), num_heads=2)),
         ("interacting layer, official, float32", lambda: both_ways(
             autoint.interacting_layer, *tensors((1024, 23, 16), (4, 16, 64), (4, 64), dtype=torch.float32), num_heads=2)),
+    ]
+
+    def channels(B, N, C, groups, dtype=torch.bfloat16):
+        qkv, out, dqkv = tensors((B, N, 3 * C), (B, N, C), (B, N, 3 * C), dtype=dtype)
+        parts, (o,), grads = (davit._groups_of(t, groups, n) for t, n in ((qkv, 3), (out, 1), (dqkv, 3)))
+        weights = davit._channel_forward(*parts, o, 0.1)
+        davit._channel_backward(o, None, *parts, weights, *grads, 0.1)
+
+    def windows(shape, window, dtype=torch.bfloat16):
+        attend(davit.WINDOW.name, shape, shape[2:-1], (window, window), dtype=dtype)
+
+    cases += [
+        ("channel attention", lambda: channels(64, 784, 384, 12)),
+        ("channel attention, shares", lambda: channels(1, 65536, 96, 3)),
+        ("channel attention, wide groups", lambda: channels(2, 784, 256, 2)),
+        ("channel attention, float32", lambda: channels(2, 784, 384, 12, dtype=torch.float32)),
+        ("window 7", lambda: windows((64, 3, 56, 56, 32), 7)),
+        ("window 12, ragged", lambda: windows((2, 6, 100, 90, 32), 12)),
+        ("window 16", lambda: windows((2, 8, 128, 128, 32), 16)),
+        ("window 7, float32", lambda: windows((2, 3, 56, 56, 32), 7, dtype=torch.float32)),
     ]
     return cases
 
@@ -108,7 +128,7 @@ def _compile_all(arch: str, part: int, parts: int) -> list[dict]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    from attnbook import autoint, engine, music, neighborhood
+    from attnbook import autoint, davit, engine, music, neighborhood
 
     class Driver:
         get_current_target = lambda self: GPUTarget("cuda", ARCHES[arch][0], 32)
@@ -127,7 +147,7 @@ def _compile_all(arch: str, part: int, parts: int) -> list[dict]:
 
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = compile_only
-    for module in (engine, neighborhood, music, autoint):
+    for module in (engine, neighborhood, music, autoint, davit):
         module.arch_of = lambda device: arch
         module.resolve_backend = lambda backend, tensor: "triton"
     if arch != "sm90":

@@ -1,0 +1,356 @@
+# Written from the test cells of nbs/3_locality/davit.ipynb by `attnbook export`. Do not edit.
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from attnbook.attention import attention_reference
+from attnbook.davit import (
+    PARAMETERS,
+    PUBLISHED_GMACS,
+    ChannelGroupAttention,
+    ConvPositionalEncoding,
+    DaViT,
+    DropPath,
+    SpatialWindowAttention,
+    channel_attention_op,
+    channel_attention_packed_op,
+    channel_attention_reference,
+    channel_group_attention,
+    channel_group_attention_packed,
+    count_parameters,
+    counted_gmacs,
+    davit,
+    davit_tiny,
+    from_timm,
+    window_attention,
+    window_numbers,
+)
+from attnbook.testing import (
+    check_against_reference,
+    check_autocast,
+    check_compiles,
+    check_deterministic,
+    check_opcheck,
+    check_operation,
+    check_raises,
+    check_strides,
+    check_writes_everything,
+    rel_error,
+)
+from attnbook.testing import device as device_under_test
+
+
+def draw_groups(N=37, B=2, G=2, D=16, dtype=torch.float32, seed=0):
+    "Seeded q, k, v (B, G, N, D) on the device under test."
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(B, G, N, D, generator=g, dtype=torch.float64).to(device_under_test(), dtype) for _ in range(3)]
+
+def test_channel_attention_agrees():
+    for N, G, D in ((1, 1, 16), (17, 2, 16), (49, 3, 20), (50, 1, 5), (33, 5, 16)):
+        scale = 1 / (2 * N**0.5)
+        op = partial(channel_group_attention, scale=scale, return_weights=True, backend="triton")
+        exact = partial(channel_group_attention, scale=scale, return_weights=True, backend="torch")
+        check_against_reference(op, lambda q, k, v: channel_attention_reference(q, k, v, scale),
+                                draw_groups(N, 1, G, D),
+                                grad_tol=3e-5, floor=1e-3)
+        check_against_reference(exact, lambda q, k, v: channel_attention_reference(q, k, v, scale),
+                                draw_groups(N, 1, G, D),
+                                grad_tol=3e-5, floor=1e-3)
+
+def test_channel_attention_16_bit():
+    for dtype in (torch.float16, torch.bfloat16):
+        op = partial(channel_group_attention, scale=0.05, backend="triton")
+        check_against_reference(op, lambda q, k, v: channel_attention_reference(q, k, v, 0.05)[0],
+                                draw_groups(dtype=dtype),
+                                grad_tol=2.5e-2, floor=1e-3)
+
+
+def packed(N=21, B=1, C=32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(B, N, 3 * C, generator=g).to(device_under_test())
+
+def test_packed_equals_separate():
+    def separate(qkv):
+        return channel_group_attention(*qkv.unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4), scale=0.1).transpose(1,
+            2).flatten(2)
+    for backend, B in (("torch", 1), ("triton", 1), ("triton", 3)):
+        check_against_reference(partial(channel_group_attention_packed, groups=2, scale=0.1, backend=backend), separate,
+                                [packed(B=B)], grad_tol=3e-5)
+
+def test_channel_attention_is_a_good_operation():
+    "Strides, uninitialised memory, determinism, torch.compile, autocast, opcheck."
+    op = partial(channel_group_attention_packed, groups=2, scale=0.1, backend="triton")
+    for check in (check_writes_everything, check_deterministic, check_compiles, check_autocast): check(op, [packed()])
+    check_strides(partial(channel_group_attention, scale=0.1, backend="triton"), draw_groups(B=1))
+    check_opcheck(channel_attention_packed_op, (packed(N=5).requires_grad_(), 2, 0.1))
+    check_opcheck(channel_attention_op, (*(x.requires_grad_() for x in draw_groups(5, 1)), 0.1))
+
+
+def test_channel_attention_facts():
+    for backend in ("torch", "triton"):
+        run = partial(channel_group_attention, backend=backend, return_weights=True)
+        q, k, v = draw_groups(40)
+        out, weights = run(q, k, v, scale=0.1)
+        mean = v.mean(-1, keepdim=True).expand_as(v)
+        assert rel_error(run(0 * q, k, v)[0], mean) < 1e-5                                     # Q = 0: the group's mean
+        assert rel_error(run(q, k, v, scale=0)[0], mean) < 1e-5                                # 0 is a scale too
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).to(q.device)
+        assert rel_error(run(q[:, :, order], k[:, :, order], v, scale=0.1)[1], weights) < 1e-5  # blind to place
+        twice = [x.repeat_interleave(2, 2) for x in (q, k, v)]
+        assert rel_error(run(*twice, scale=0.05)[1], weights) < 1e-5                           # twice the tokens
+        assert rel_error(run(*twice, scale=0.1)[1], weights) > 1e-2
+        flipped = [x.transpose(2, 3) for x in (q, k, v)]
+        assert rel_error(out, F.scaled_dot_product_attention(*flipped, scale=0.1).transpose(2, 3)) < 1e-5
+        moved = [x.clone() for x in (q, k, v)]
+        for x in moved: x[:, 0] += 1                                                           # groups are independent
+        assert torch.equal(run(*moved, scale=0.1)[0][:, 1], out[:, 1])
+        assert rel_error(run(q, k, 2 * v, scale=0.1)[0], 2 * out) < 1e-5                       # linear in V
+
+def test_channel_attention_gradients():
+    leaves = [x.double().requires_grad_() for x in draw_groups(6, 1, 1, 4)]
+    assert torch.autograd.gradcheck(lambda *x: channel_group_attention(*x, return_weights=True, backend="torch")[0],
+                                    leaves)
+    for backend in ("torch", "triton"):
+        q, k, v = [x.requires_grad_() for x in draw_groups(20)]
+        out = channel_group_attention(q * 0, k, v, backend=backend)
+        assert not torch.autograd.grad(out.square().sum(), k)[0].any()                         # dK = 0 when Q = 0
+        _, weights = channel_group_attention(q, k, v, return_weights=True, backend=backend)
+        # through the weights alone
+        assert torch.autograd.grad(weights.square().sum(), q)[0].any()
+
+
+def test_channel_attention_refuses():
+    q, k, v = draw_groups(5, 1)
+    check_raises(channel_group_attention, [
+        (dict(q=q.int()), TypeError, ["q", "int32"]), (dict(k=k.double()), TypeError, ["k", "float64"]),
+        (dict(v=v[:, :, 1:]), ValueError, ["v", "4"]), (dict(q=q[0]), ValueError, ["q", "(2, 5, 16)"]),
+        (dict(scale="big"), TypeError, ["scale", "big"]), (dict(scale=math.inf), ValueError, ["scale", "inf"]),
+        (dict(backend="cuda"), ValueError, ["backend", "cuda"])], q=q, k=k, v=v)
+    check_raises(channel_group_attention_packed, [
+        (dict(groups=5), ValueError, ["groups", "5", "32"]), (dict(groups=0), ValueError, ["groups", "0"]),
+        (dict(groups=2.0), TypeError, ["groups", "2.0"]), (dict(qkv=packed()[..., 1:]), ValueError, ["qkv", "95"]),
+        (dict(qkv=packed()[0]), ValueError, ["qkv"])], qkv=packed(), groups=2)
+
+
+def draw_maps(shape=(7, 9), B=2, H=2, D=16, dtype=torch.float32, seed=0):
+    "Seeded q, k, v (B, H, X, Y, D) and pad_k, pad_v (H, D) on the device under test."
+    g = torch.Generator().manual_seed(seed)
+    make = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64).to(device_under_test(), dtype)
+    return [make(B, H, *shape, D) for _ in range(3)] + [make(H, D) for _ in range(2)]
+
+WINDOWS = {(7, 9): (3, 4), (6, 6): (3, 3), (5, 7): (5, 7), (2, 3): (4, 5), (8, 4): (4, 4), (11, 1): (2, 3)}
+
+def test_window_attention_agrees():
+    for shape, w in WINDOWS.items():
+        masked = lambda q, k, v, backend="torch": window_attention(q, k, v, w, pad_mode="mask", backend=backend)
+        padded = lambda q, k, v, pk, pv, backend="torch": window_attention(q, k, v, w, pad_k=pk, pad_v=pv,
+            backend=backend)
+        check_against_reference(partial(masked, backend="triton"), masked, draw_maps(shape, B=1, H=1)[:3],
+                                grad_tol=3e-5)
+        check_against_reference(partial(padded, backend="triton"), padded, draw_maps(shape, B=1, H=1), grad_tol=3e-5)
+
+def test_window_attention_16_bit():
+    op = lambda q, k, v, pk, pv, backend="torch": window_attention(q, k, v, 4, pad_k=pk, pad_v=pv, backend=backend)
+    dtypes = (torch.float16,) if device_under_test() == "cpu" else (torch.float16, torch.bfloat16)
+    for dtype in dtypes:
+        check_against_reference(partial(op, backend="triton"), op, draw_maps((5, 6)), dtype=dtype, grad_tol=2e-2)
+
+
+def test_window_padding_is_pad_then_project():
+    "The module's way equals the paper's: pad the map with zeros, project everything, attend, cut off."
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 8, 8, 12, generator=g).double()
+    weight, bias = torch.randn(36, 12, generator=g).double(), torch.randn(36, generator=g).double()
+    heads = lambda t: t.unflatten(-1, (3, 2, 6)).permute(3, 0, 4, 1, 2, 5)
+    full = window_attention(*heads(F.pad(x, (0, 0, 0, 6, 0, 6)) @ weight.T + bias), 7, backend="torch")[:, :, :8, :8]
+    q, k, v = heads(x @ weight.T + bias)
+    _, pad_k, pad_v = bias.view(3, 2, 6)
+    kw = dict(backend="torch")
+    assert rel_error(window_attention(q, k, v, 7, pad_k=pad_k, pad_v=pad_v, **kw), full) < 1e-12
+    assert rel_error(window_attention(q, k, v, 7, pad_mode="mask", **kw), full) > 0.05       # a different function
+    q, k, v, pad_k, pad_v = (t.float().to(device_under_test()) for t in (q, k, v, pad_k, pad_v))
+    assert rel_error(window_attention(q, k, v, 7, pad_k=pad_k, pad_v=pad_v, backend="triton"), full) < 1e-5
+
+def test_window_attention_facts():
+    for backend in ("torch", "triton"):
+        q, k, v, pk, pv = draw_maps((6, 8), B=1)
+        run = partial(window_attention, backend=backend)
+        flat = [t.flatten(2, 3).double() for t in (q, k, v)]
+        assert rel_error(run(q, k, v, (6, 8)), attention_reference(*flat).unflatten(2, (6, 8))) < 1e-5   # one window
+        assert rel_error(run(q, k, v, 50, pad_mode="mask"), attention_reference(*flat).unflatten(2, (6, 8))) < 1e-5
+        assert rel_error(run(q[:, :, :2, :3], k[:, :, :2, :3], v[:, :, :2, :3], 1), v[:, :, :2, :3]) < 1e-6
+        out = run(q, k, v, (3, 4))
+        swapped = run(*(t.roll((3, 4), (2, 3)) for t in (q, k, v)), (3, 4))
+        # whole windows move
+        assert rel_error(swapped, out.roll((3, 4), (2, 3))) < 1e-6
+        changed = k.clone()
+        changed[:, :, 4, 5] += 1
+        same = (run(q, changed, v, (3, 4)) == out).all(-1).all(0).all(0)
+        # only its window
+        assert torch.equal(~same.cpu(), window_numbers(6, 8, (3, 4)) == 3)
+
+
+def test_window_attention_is_a_good_operation():
+    op = lambda q, k, v, pk, pv: window_attention(q, k, v, (2, 4), pad_k=pk, pad_v=pv, backend="triton")
+    check_operation(op, op, draw_maps((3, 4), B=1, H=1), skip=("reference", "autocast"))
+
+def test_window_attention_refuses():
+    q, k, v, pk, pv = draw_maps((4, 5))
+    check_raises(window_attention, [
+        (dict(window_size=0), ValueError, ["window_size", "0"]), (dict(window_size=-2), ValueError,
+            ["window_size", "-2"]),
+        (dict(window_size=2.5), TypeError, ["window_size", "2.5"]), (dict(window_size=(2, 2, 2)), ValueError,
+            "window_size"),
+        (dict(pad_mode="zeros"), ValueError, ["pad_mode", "zeros"]), (dict(pad_k=None), ValueError, ["pad_k", "token"]),
+        (dict(pad_v=pv[:1]), ValueError, ["pad_v", "(1, 16)"]), (dict(q=q[0]), ValueError, ["q", "(2, 4, 5, 16)"]),
+        (dict(k=k[:, :, :3]), ValueError, ["k", "3"]), (dict(q=q.long()), TypeError, ["q", "int64"]),
+        (dict(v=v.double()), TypeError, ["v", "float64"])], q=q, k=k, v=v, window_size=3, pad_k=pk, pad_v=pv)
+
+
+@pytest.mark.cuda
+def test_nothing_large_is_kept():
+    from attnbook.bench import peak_memory
+    q, k, v = (torch.randn(16, 56, 56, 3, 32, device="cuda", dtype=torch.bfloat16).movedim(3, 1) for _ in range(3))
+    with torch.no_grad():
+        assert peak_memory(lambda: window_attention(q, k, v, 7), "cuda") < 1.5 * q.nbytes
+        qkv = torch.randn(16, 3136, 288, device="cuda", dtype=torch.bfloat16)
+        assert peak_memory(lambda: channel_group_attention_packed(qkv, 3), "cuda") < 0.5 * qkv.nbytes
+
+
+def test_timm_gives_the_same_outputs():
+    timm = pytest.importorskip("timm", exc_type=Exception)
+    torch.manual_seed(0)
+    theirs = timm.create_model("davit_tiny").eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if name.endswith("bias"): p.normal_(std=0.5)
+        ours = from_timm(davit_tiny(), theirs.state_dict()).eval()
+        for size in ((64, 64), (224, 224), (100, 138)):
+            x = torch.randn(1, 3, *size)
+            assert rel_error(ours(x), theirs(x)) < 1e-5, size
+
+
+def official_window_attention(x, qkv, proj, heads, w):
+    "(B, H, W, C) after the first norm -> the attention branch, in the official code's order of things."
+    B, H, W, C = x.shape
+    x = F.pad(x, (0, 0, 0, (w - W % w) % w, 0, (w - H % w) % w))
+    Hp, Wp = x.shape[1:3]
+    x = x.view(B, Hp // w, w, Wp // w, w, C).permute(0, 1, 3, 2, 4, 5).reshape(-1, w * w, C)
+    q, k, v = qkv(x).reshape(len(x), w * w, 3, heads, C // heads).permute(2, 0, 3, 1, 4)
+    x = ((q * (C // heads) ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+    x = proj(x.transpose(1, 2).reshape(-1, w * w, C))
+    x = x.view(B, Hp // w, Wp // w, w, w, C).permute(0, 1, 3, 2, 4, 5).reshape(B, Hp, Wp, C)
+    return x[:, :H, :W]
+
+def official_channel_attention(x, qkv, proj, groups):
+    B, H, W, C = x.shape
+    q, k, v = qkv(x.flatten(1, 2)).reshape(B, H * W, 3, groups, C // groups).permute(2, 0, 3, 1, 4)
+    weights = ((k * (C // groups) ** -0.5).transpose(-1, -2) @ v).softmax(-1)
+    x = (weights @ q.transpose(-1, -2)).transpose(-1, -2)
+    return proj(x.transpose(1, 2).reshape(B, H * W, C)).view(B, H, W, C)
+
+def official_forward(model, x):
+    "Runs our modules' weights, taken as an official checkpoint, in the official order, in (B, C, H, W)."
+    norm = lambda n, x: n(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    x = F.pad(x, (0, (4 - x.shape[3] % 4) % 4, 0, (4 - x.shape[2] % 4) % 4))
+    x = norm(model.stem.norm, model.stem.conv(x))
+    for i, stage in enumerate(model.stages):
+        if i:
+            x = norm(stage.downsample.norm, x)
+            x = stage.downsample.conv(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)))
+        for block in (b for pair in stage.blocks for b in pair):
+            x = (x + block.cpe1.proj(x)).permute(0, 2, 3, 1)
+            a, y = block.attn, block.norm1(x)
+            y = official_window_attention(y, a.qkv, a.proj, a.heads, a.window_size[0]) if hasattr(a, "heads") \
+                else official_channel_attention(y, a.qkv, a.proj, a.groups)
+            x = (x + y).permute(0, 3, 1, 2)
+            x = (x + block.cpe2.proj(x)).permute(0, 2, 3, 1)
+            x = (x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))).permute(0, 3, 1, 2)
+    return model.head.fc(model.head.norm(x.mean((2, 3))))
+
+
+def small_davit(**kwargs):
+    return DaViT(**{**dict(dims=(16, 32), depths=(1, 1), heads=(2, 2), window_size=3, num_classes=5), **kwargs})
+
+def loud(model):
+    "Large random weights, so that no term hides."
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters(): p.copy_(torch.randn(p.shape, generator=g) * (0.2 if p.dim() > 1 else 0.5))
+    return model.double().eval()
+
+def test_converted_weights_give_the_official_outputs():
+    official = loud(small_davit())
+    ours = from_timm(small_davit().double(), official.state_dict()).eval()
+    with torch.no_grad():
+        # maps 6 x 6, 8 x 5, 8 x 13: windows of 3 hang over
+        for size in ((24, 24), (32, 20), (29, 51)):
+            x = torch.randn(2, 3, *size, dtype=torch.float64)
+            assert rel_error(ours(x), official_forward(official, x)) < 1e-10, size
+        # without the renaming it is another network
+        assert rel_error(official(x), official_forward(official, x)) > 1e-3
+
+def test_parameters_of_timm_checkpoint():
+    state = davit_tiny().state_dict()
+    assert len(state) == 212 and state["stages.2.blocks.2.1.attn.qkv.weight"].shape == (1152, 384)
+    assert {"stem.conv.weight", "stages.1.downsample.norm.bias", "head.norm.weight", "head.fc.bias"} <= set(state)
+
+
+def test_block_and_head_order():
+    model = loud(small_davit())
+    x = torch.randn(1, 6, 6, 32, dtype=torch.float64) * torch.arange(1, 7)[:, None, None]   # norms differ by position
+    right = model.head.fc(model.head.norm(x.mean((1, 2))))
+    assert rel_error(model.head(x), right) < 1e-12
+    assert rel_error(model.head.fc(model.head.norm(x).mean((1, 2))), right) > 1e-2
+    kinds = [type(b).__name__ for stage in model.stages for pair in stage.blocks for b in pair]
+    assert kinds == ["SpatialBlock", "ChannelBlock"] * 2
+
+def test_drop_path_schedule():
+    rates = [m.rate for n, m in davit_tiny(drop_path=0.1).named_modules() if n.endswith("drop_path1")]
+    assert torch.allclose(torch.tensor(rates), torch.linspace(0, 0.1, 12))
+    drop = DropPath(0.25).train()
+    x = drop(torch.ones(4000, 2))
+    assert abs(float(x.mean()) - 1) < 0.05 and set(x.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.75))}
+    assert torch.equal(drop.eval()(x), x)
+
+def test_configurations_run_and_differentiate():
+    same = count_parameters(small_davit)
+    for types in (("spatial", "spatial"), ("channel", "channel"), ("channel", "spatial")):
+        assert count_parameters(small_davit, attn_types=types) == same
+    for kw in (dict(attn_types=("spatial",)), dict(attn_types=("channel",)), dict(ffn=False), dict(cpe_act=True),
+               dict(downsample_kernel=3), dict(qkv_bias=False), dict(channel_scale="tokens"), dict(pad_mode="mask"),
+               dict(backend="triton", drop_path=0.2)):
+        model = small_davit(**kw).to(device_under_test())
+        model(torch.randn(2, 3, 17, 22, device=device_under_test())).sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters()), kw
+
+def test_backends_agree_in_the_model():
+    x = torch.randn(1, 3, 20, 29, device=device_under_test())
+    model = loud(small_davit()).float().to(x.device)
+    outs = []
+    for backend in ("torch", "triton"):
+        for m in model.modules():
+            if hasattr(m, "backend"): m.backend = backend
+        outs.append(model(x))
+    assert rel_error(outs[1], outs[0]) < 1e-4
+
+
+def test_published_counts():
+    for (variant, kernel), known in PARAMETERS.items():
+        assert count_parameters(davit, variant=variant, downsample_kernel=kernel) == known
+    assert all(abs(g / PUBLISHED_GMACS[key] - 1) < 0.01 for key, g in counted_gmacs().items())
+
+def test_models_refuse():
+    check_raises(SpatialWindowAttention, [(dict(heads=5), ValueError, ["heads", "5", "32"]),
+                                          (dict(window_size=0), ValueError,
+                                           ["window_size", "0"])], channels=32, heads=4)
+    check_raises(ChannelGroupAttention, [(dict(groups=7), ValueError, ["groups", "7"]),
+                                         (dict(scale="auto"), ValueError, ["scale", "auto"])], channels=32, groups=4)
+    check_raises(small_davit, [(dict(attn_types=("global",)), ValueError, ["attn_types", "global"]),
+                               (dict(depths=(1,)), ValueError, ["depths", "(1,)"]),
+                               (dict(downsample_kernel=4), ValueError, ["kernel_size", "4"])])
+    check_raises(davit, [(dict(variant="micro"), ValueError, ["variant", "micro"])])
+    check_raises(ConvPositionalEncoding, [(dict(kernel_size=4), ValueError, ["kernel_size", "4"])], channels=8)

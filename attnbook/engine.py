@@ -239,8 +239,8 @@ def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, s
         acc, m, l = forward_step(acc, m, l, q, K, V, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C,
                                  K_STEP, MASK, SCORE, FOLD, MASKS, BN, D, DV, BD, BDV, TMA, WIDE, PRECISION)
     empty = l == 0.0
-    acc = acc / tl.where(empty, 1.0, l)[:, None]
-    store_rows(head_base(O, b, h, so), slots, so, ok, acc, DV, BDV, WIDE)
+    l = tl.where(empty, 1.0, l)
+    store_rows(head_base(O, b, h, so), slots, so, ok, acc / l[:, None], DV, BDV, WIDE)
     lse = tl.where(empty, float("-inf"), (m + tl.log2(l)) * 0.6931471805599453)           # natural logarithm
     tl.store(row_ptr(LSE, b, h, slots, sl), lse, mask=ok)
 

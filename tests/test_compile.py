@@ -108,6 +108,24 @@ def _cases():
         ("window 16", lambda: windows((2, 8, 128, 128, 32), 16)),
         ("window 7, float32", lambda: windows((2, 3, 56, 56, 32), 7, dtype=torch.float32)),
     ]
+    from attnbook import ring
+
+    def hops(layout, size, rows, shape, heads_kv=None, dtype=torch.bfloat16, length=None, causal=True):
+        "Every hop of one rank, forward and backward."
+        B, H, D = shape
+        q, k = tensors((B, H, rows, D), (B, heads_kv or H, rows, D), dtype=dtype)
+        job = ring.Job(causal, layout, length or rows * size, length or rows * size, D**-0.5, True, False)
+        alone = ring.SimulatedGroup(size)
+        found = alone.run([ring.ring_forward_schedule(r, size, q, k, k, job) for r in range(size)])
+        alone.run([ring.ring_backward_schedule(r, size, q, k, k, out, lse, out, job) for r, (out, lse) in enumerate(found)])
+
+    cases += [
+        ("ring, zigzag", lambda: hops("zigzag", 2, 4096, (1, 2, 128))),
+        ("ring, zigzag, head_dim 64, grouped heads", lambda: hops("zigzag", 3, 2048, (1, 4, 64), heads_kv=2)),
+        ("ring, striped", lambda: hops("striped", 2, 1024, (1, 2, 128))),
+        ("ring, contiguous, ragged, head_dim 256", lambda: hops("contiguous", 2, 1000, (1, 2, 256), length=1990)),
+        ("ring, float32", lambda: hops("zigzag", 2, 1024, (1, 2, 128), dtype=torch.float32)),
+    ]
     return cases
 
 
@@ -128,7 +146,7 @@ def _compile_all(arch: str, part: int, parts: int) -> list[dict]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    from attnbook import autoint, davit, engine, music, neighborhood
+    from attnbook import autoint, davit, engine, music, neighborhood, ring
 
     class Driver:
         get_current_target = lambda self: GPUTarget("cuda", ARCHES[arch][0], 32)
@@ -147,11 +165,11 @@ def _compile_all(arch: str, part: int, parts: int) -> list[dict]:
 
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = compile_only
-    for module in (engine, neighborhood, music, autoint, davit):
+    for module in (engine, neighborhood, music, autoint, davit, ring):
         module.arch_of = lambda device: arch
         module.resolve_backend = lambda backend, tensor: "triton"
     if arch != "sm90":
-        engine._describable = lambda tensor: False
+        engine._describable = ring._describable = lambda tensor: False
     for current[0], launch in _cases()[part::parts]:
         launch()
     return rows

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['INTERPRETED', 'PROGRAMS', 'LAUNCH', 'FULL', 'BAND', 'BIAS_GRAD', 'FULL_BIAS', 'BAND_BIAS', 'PACKED', 'LISTED',
            'PROBLEMS', 'resolve_backend', 'row_offsets', 'head_base', 'load_rows', 'store_rows', 'row_ptr', 'load_step',
-           'expand', 'logits', 'probabilities', 'forward_step', 'extra_k_step', 'tile_forward', 'dq_step',
-           'tile_backward_dq', 'dkv_step', 'masked_step', 'tile_backward_dkv', 'tile_operand_grad', 'OperandGrad',
-           'TileProgram', 'register_program', 'Launch', 'register_launch', 'arch_of', 'find_launch', 'unravel',
-           'extra_k_tile', 'extra_q_span', 'extra_q_step', 'sum_rows', 'scatter_rows', 'tile_attention_op',
-           'tile_attention_backward_op', 'tile_attention', 'band_q_step', 'band_k_step', 'band_q_tile', 'band_k_tile',
-           'band_span', 'band_k_span', 'band_q_span', 'band_mask', 'bias_score', 'bias_grad_span', 'bias_grad_init',
-           'bias_grad_step', 'bias_grad_store', 'check_qkv', 'attention', 'find_sequence', 'packed_q_tile',
-           'packed_k_tile', 'packed_step', 'packed_k_span', 'packed_q_span', 'packed_mask', 'varlen_attention',
-           'listed', 'listed_q_tile', 'listed_k_tile', 'listed_k_step', 'listed_q_step', 'listed_k_span',
-           'listed_q_span', 'indexed_attention_reference', 'indexed_attention', 'tune', 'bench_engine']
+           'expand', 'logits', 'probabilities', 'score_step', 'softmax_step', 'value_step', 'extra_k_step',
+           'tile_forward', 'dq_step', 'tile_backward_dq', 'dkv_step', 'masked_step', 'tile_backward_dkv',
+           'tile_operand_grad', 'OperandGrad', 'TileProgram', 'register_program', 'Launch', 'register_launch',
+           'arch_of', 'find_launch', 'unravel', 'extra_k_tile', 'extra_q_span', 'extra_q_step', 'sum_rows',
+           'scatter_rows', 'tile_attention_op', 'tile_attention_backward_op', 'tile_attention', 'band_q_step',
+           'band_k_step', 'band_q_tile', 'band_k_tile', 'band_span', 'band_k_span', 'band_q_span', 'band_mask',
+           'bias_score', 'bias_grad_span', 'bias_grad_init', 'bias_grad_step', 'bias_grad_store', 'check_qkv',
+           'attention', 'find_sequence', 'packed_q_tile', 'packed_k_tile', 'packed_step', 'packed_k_span',
+           'packed_q_span', 'packed_mask', 'varlen_attention', 'listed', 'listed_q_tile', 'listed_k_tile',
+           'listed_k_step', 'listed_q_step', 'listed_k_span', 'listed_q_span', 'indexed_attention_reference',
+           'indexed_attention', 'tune', 'bench_engine']
 
 # %% ../nbs/1_foundations/01_engine.ipynb #c06794ab
 import math
@@ -137,8 +138,10 @@ def row_ptr(ptr, b, h, coords, strides):
 def load_step(src, b, h, start, coords, strides, ok, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
               TMA: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr):
     "The rows of one step, [R, BD], by tensor descriptor or by pointers."
-    if TMA:
+    if TMA and len(coords) == 1:
         return src.load([b, h, start, 0]).reshape(R, BD)
+    elif TMA:  # a box of rows on a map
+        return src.load((b, h) + start + (0,)).reshape(R, BD)
     else:
         return load_rows(head_base(src, b, h, strides), coords, strides, ok, D, BD, MASKED, WIDE)
 
@@ -163,9 +166,12 @@ def logits(qk, q, k, ok, qpos, kpos, masked, b, h, scale, ops, ints, C: tl.const
         qk = qk * 1.4426950408889634
     if MASKS:
         if masked:
-            valid = ok
-            if MASK is not None:
-                valid = valid & MASK(qpos, kpos, ops, ints, C)
+            if MASK is None:
+                valid = ok
+            elif MASKS == 2:  # the mask knows which keys there are
+                valid = MASK(qpos, kpos, ops, ints, C)
+            else:
+                valid = ok & MASK(qpos, kpos, ops, ints, C)
             qk = tl.where(valid, qk, float("-inf"))
     return qk
 
@@ -180,13 +186,18 @@ def probabilities(s, lse, scale, FOLD: tl.constexpr):
 
 # %% ../nbs/1_foundations/01_engine.ipynb #f172f142
 @triton.jit
-def forward_step(acc, m, l, q, k_src, v_src, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C: tl.constexpr,
-                 K_STEP: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr, MASKS: tl.constexpr,
-                 BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-                 TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+def score_step(q, k_src, j, b, h, hk, state, sk, ops, ints, C: tl.constexpr, K_STEP: tl.constexpr, MASKS: tl.constexpr,
+               BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    "The products of the queries with the keys of step j, and these keys with what hooks may ask of them."
     start, coords, slots, ok, kpos = K_STEP(j, state, b, h, ops, ints, C, BN)
     k = load_step(k_src, b, hk, start, coords, sk, ok, BN, D, BD, TMA, MASKS, WIDE)       # [BN, BD]
-    qk = tl.dot(q, k.T, input_precision=PRECISION)                                        # [BM, BN]
+    return tl.dot(q, k.T, input_precision=PRECISION), k, ok, kpos                         # [BM, BN]
+
+# %% ../nbs/1_foundations/01_engine.ipynb #76c539f8
+@triton.jit
+def softmax_step(m, l, qk, q, k, ok, qpos, kpos, masked, b, h, scale, ops, ints, C: tl.constexpr,
+                 MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr, MASKS: tl.constexpr):
+    "Weights of the step, the factor alpha that rescales all before it, and the new maximum and sum."
     s = logits(qk, q, k, ok[None, :], expand(qpos, 1), expand(kpos, 0), masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
     top = tl.max(s, 1)
     if FOLD:
@@ -197,10 +208,16 @@ def forward_step(acc, m, l, q, k_src, v_src, j, masked, b, h, hk, qpos, state, s
         safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = probabilities(s, safe[:, None], scale, FOLD)                                      # [BM, BN]
     alpha = tl.exp2(m - safe)
-    l = l * alpha + tl.sum(p, 1)
+    return p, alpha, m_new, l * alpha + tl.sum(p, 1)
+
+# %% ../nbs/1_foundations/01_engine.ipynb #dcf53148
+@triton.jit
+def value_step(acc, p, alpha, v_src, j, b, h, hk, state, sv, ops, ints, C: tl.constexpr, K_STEP: tl.constexpr, MASKS: tl.constexpr,
+               BN: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    "alpha acc + P V with the values of step j."
+    start, coords, slots, ok, kpos = K_STEP(j, state, b, h, ops, ints, C, BN)
     v = load_step(v_src, b, hk, start, coords, sv, ok, BN, DV, BDV, TMA, MASKS, WIDE)     # [BN, BDV]
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)       # [BM, BDV]
-    return acc, m_new, l
+    return tl.dot(p, v, acc * alpha[:, None], input_precision=PRECISION)                  # [BM, BDV]
 
 # %% ../nbs/1_foundations/01_engine.ipynb #e3469b27
 @triton.jit
@@ -231,13 +248,24 @@ def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, s
     acc = tl.zeros([BM, BDV], tl.float32)
     if XK is not None:
         for j in tl.range(0, tl.cdiv(NX, BN), num_stages=STAGES):
-            acc, m, l = forward_step(acc, m, l, q, XK, XV, j, True, b, h, hk, qpos, state, sxk, sxv, scale, (), (NX,), (),
-                                     extra_k_step, None, None, FOLD, True, BN, D, DV, BD, BDV, False, WIDE, PRECISION)
+            qk, k, kok, kpos = score_step(q, XK, j, b, h, hk, state, sxk, (), (NX,), (), extra_k_step, True, BN, D, BD, False, WIDE, PRECISION)
+            p, alpha, m, l = softmax_step(m, l, qk, q, k, kok, qpos, kpos, True, b, h, scale, (), (NX,), (), None, None, FOLD, True)
+            acc = value_step(acc, p.to(q.dtype), alpha, XV, j, b, h, hk, state, sxv, (), (NX,), (), extra_k_step, True, BN, DV, BDV, False, WIDE, PRECISION)
     lo, full_lo, full_hi, hi = K_SPAN(state, b, h, ops, ints, C, BM, BN)
-    for j in tl.range(lo, hi, num_stages=STAGES):
+    p = tl.zeros([BM, BN], tl.float32)
+    alpha = tl.full([BM], 1.0, tl.float32)
+    if lo < hi:
+        masked = (lo < full_lo) | (lo >= full_hi)
+        qk, k, kok, kpos = score_step(q, K, lo, b, h, hk, state, sk, ops, ints, C, K_STEP, MASKS, BN, D, BD, TMA, WIDE, PRECISION)
+        p, alpha, m, l = softmax_step(m, l, qk, q, k, kok, qpos, kpos, masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
+    for j in tl.range(lo + 1, hi, num_stages=STAGES):
         masked = (j < full_lo) | (j >= full_hi)
-        acc, m, l = forward_step(acc, m, l, q, K, V, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C,
-                                 K_STEP, MASK, SCORE, FOLD, MASKS, BN, D, DV, BD, BDV, TMA, WIDE, PRECISION)
+        weights = p.to(q.dtype)                                                           # of step j - 1
+        qk, k, kok, kpos = score_step(q, K, j, b, h, hk, state, sk, ops, ints, C, K_STEP, MASKS, BN, D, BD, TMA, WIDE, PRECISION)
+        acc = value_step(acc, weights, alpha, V, j - 1, b, h, hk, state, sv, ops, ints, C, K_STEP, MASKS, BN, DV, BDV, TMA, WIDE, PRECISION)
+        p, alpha, m, l = softmax_step(m, l, qk, q, k, kok, qpos, kpos, masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
+    if lo < hi:
+        acc = value_step(acc, p.to(q.dtype), alpha, V, hi - 1, b, h, hk, state, sv, ops, ints, C, K_STEP, MASKS, BN, DV, BDV, TMA, WIDE, PRECISION)
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
     store_rows(head_base(O, b, h, so), slots, so, ok, acc / l[:, None], DV, BDV, WIDE)
@@ -279,6 +307,7 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
     b, h = bh // H, bh % H
     hk = h // GROUP
     start, coords, slots, ok, qpos, state = Q_TILE(i, b, h, ops, ints, C, BM)
+    q = load_rows(head_base(Q, b, h, sq), coords, sq, ok, D, BD, True, WIDE)              # [BM, BD]
     do = load_rows(head_base(DO, b, h, sdo), slots, sdo, ok, DV, BDV, True, WIDE)         # [BM, BDV]
     o = load_rows(head_base(O, b, h, so), slots, so, ok, DV, BDV, True, WIDE)             # [BM, BDV]
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)                               # [BM]
@@ -288,7 +317,6 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
     lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
     tl.store(row_ptr(LSE2, b, h, slots, sl), lse, mask=ok)
     tl.store(row_ptr(DELTA, b, h, slots, sl), delta, mask=ok)
-    q = load_rows(head_base(Q, b, h, sq), coords, sq, ok, D, BD, True, WIDE)              # [BM, BD]
     dq = tl.zeros([BM, BD], tl.float32)
     if XK is not None:
         for j in tl.range(0, tl.cdiv(NX, BN), num_stages=STAGES):
@@ -356,7 +384,7 @@ def tile_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, ops, ints, sq, sk, s
             for t in tl.range(0, (full_lo - lo) + (hi - full_hi), num_stages=STAGES):
                 i = masked_step(t, lo, full_lo, full_hi)
                 dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, ops, ints, C,
-                                  Q_STEP, MASK, SCORE, FOLD, True, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION)
+                                  Q_STEP, MASK, SCORE, FOLD, MASKS, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION)
     store_rows(head_base(DK, b, hk, sdk), slots, sdk, ok, dk * dk_scale, D, BD, WIDE)
     store_rows(head_base(DV_OUT, b, hk, sdv), slots, sdv, ok, dv, DV, BDV, WIDE)
 
@@ -426,14 +454,17 @@ class TileProgram:
     q_tiles: Callable                 # host: (ints, consts, BM) -> number of query tiles
     k_tiles: Callable                 # host: (ints, consts, BN) -> number of key tiles
     mask: Callable | None = None
+    mask_total: bool = False          # the mask itself is False for keys that a step lacks
     score: Callable | None = None
     dq_score: Callable | None = None  # (dq, ds, q, k, qpos, kpos, b, h, ops, ints, C) -> dq, where the score depends on q beyond q.k
     operand_grad: OperandGrad | None = None
     consecutive: bool = False         # the rows of every step are consecutive: tensor descriptors may be used
+    brick: Callable | None = None     # host: (C, kernel) -> sides of the box of rows that every step reads from a map, or None; for descriptors
     heavy_last: bool = False          # later query tiles do more work
     unmasked: Callable | None = None  # host: (ints, consts, BM, BN) -> True if no step of either pass needs a mask
     launch: Callable | None = None    # host: (kernel, bits, BD, consts) -> Launch, where the table does not fit
     expand: Callable | None = None    # host: (q, v, ints, consts) -> C, where C is more than the call's consts
+    tables: Callable | None = None    # host: (q, ints, C) -> tensors for the hooks, appended to the call's operands
     indexed: bool = False             # rows come through index lists operands[0] (queries) and operands[1] (keys)
 
 PROGRAMS: dict[str, TileProgram] = {}
@@ -541,7 +572,7 @@ def _precision(dtype):
 def _describable(t):
     "May the tensor go through a tensor descriptor? (16-byte strides and address, unit stride in the last dimension, rows enough to be worth it)"
     e = t.element_size()
-    return (t.dim() == 4 and t.shape[2] >= 16 and t.stride(-1) == 1 and all(s * e % 16 == 0 and s > 0 for s in t.stride()[:-1])
+    return (t.dim() in (4, 5) and min(t.shape[2:-1]) >= 16 and t.stride(-1) == 1 and all(s * e % 16 == 0 and s > 0 for s in t.stride()[:-1])
             and t.data_ptr() % 16 == 0 and t.numel() > 0)
 
 def _wide(*tensors):
@@ -565,21 +596,26 @@ def _common(program, q, k, v, extra_k, operands, ints, consts, scale):
                 D=D, DV=DV, BD=_round_dim(D), BDV=_round_dim(DV), PRECISION=_precision(q.dtype)), scale * (LOG2E if fold else 1.0)
 
 def _masks(program, ints, consts, p):
-    return program.unmasked is None or not program.unmasked(ints, consts, p.BM, p.BN)
+    "0: no step of the kernel needs a mask; 2: the mask knows which keys there are; 1: it does not."
+    if program.unmasked is not None and program.unmasked(ints, consts, p.BM, p.BN):
+        return 0
+    return 2 if program.mask_total else 1
 
-def _streams(program, a, b, rows, bd, bdv, device):
+def _streams(program, a, b, rows, bd, bdv, device, consts, kernel):
     "The two streamed tensors, as tensor descriptors where the machine and the strides allow."
-    tma = (program.consecutive and _describable(a) and _describable(b)
+    sides = (rows,) if program.consecutive else program.brick and program.brick(consts, kernel)
+    tma = (sides and len(sides) == a.dim() - 3 and _describable(a) and _describable(b)
            and (device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9))
     if not tma:
         return a, b, False
-    describe = lambda t, d: TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, rows, d])
+    describe = lambda t, d: TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, *sides, d])
     return describe(a, bd), describe(b, bdv), True
 
 # %% ../nbs/1_foundations/01_engine.ipynb #4760bd38
 def _forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     program = PROGRAMS[program]
     consts = program.expand(q, v, ints, consts) if program.expand else consts
+    operands = [*operands, *(program.tables(q, ints, consts) if program.tables else ())]
     slots = _slot_shape(program, q, operands)
     if program.indexed:
         out = q.new_zeros(*slots, v.shape[-1])
@@ -590,7 +626,7 @@ def _forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
         return out, lse
     common, scale = _common(program, q, k, v, extra_k, operands, ints, consts, scale)
     p = find_launch(program, "forward", q.dtype, max(common["BD"], common["BDV"]), q.device, consts)
-    K, V, tma = _streams(program, k, v, p.BN, common["BD"], common["BDV"], q.device)
+    K, V, tma = _streams(program, k, v, p.BN, common["BD"], common["BDV"], q.device, consts, "forward")
     tiles = program.q_tiles(ints, consts, p.BM)
     xs = (extra_k.stride(), extra_v.stride(), extra_k.shape[2]) if extra_k is not None else (None, None, 0)
     tile_forward[(tiles * q.shape[0] * q.shape[1],)](
@@ -654,6 +690,7 @@ def _extra_grads(q, k, v, do, lse2, delta, p, common, scale, dk_scale):
 def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, ints, consts, scale, operand_grad):
     program, plain_scale = PROGRAMS[program], scale
     consts = program.expand(q, v, ints, consts) if program.expand else consts
+    operands = [*operands, *(program.tables(q, ints, consts) if program.tables else ())]
     slots = _slot_shape(program, q, operands)
     kslots = (*k.shape[:2], operands[1].shape[2] * operands[1].shape[3]) if program.indexed else None
     make = torch.zeros if program.indexed else torch.empty
@@ -667,7 +704,7 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
     lse2, delta = make(slots, device=q.device, dtype=torch.float32), make(slots, device=q.device, dtype=torch.float32)
     wide, heads, dim = _wide(q, k, v, do), q.shape[1], max(common["BD"], common["BDV"])
     p = find_launch(program, "dq", q.dtype, dim, q.device, consts)
-    K, V, tma = _streams(program, k, v, p.BN, common["BD"], common["BDV"], q.device)
+    K, V, tma = _streams(program, k, v, p.BN, common["BD"], common["BDV"], q.device, consts, "dq")
     tiles = program.q_tiles(ints, consts, p.BM)
     xs = (extra_k.stride(), extra_v.stride(), extra_k.shape[2]) if extra_k is not None else (None, None, 0)
     tile_backward_dq[(tiles * q.shape[0] * heads,)](
@@ -676,7 +713,7 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
         Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step, REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma,
         WIDE=wide, STAGES=p.stages, DQ_SCORE=program.dq_score, num_warps=p.warps, **common)
     p = find_launch(program, "dkv", q.dtype, dim, q.device, consts)
-    Q, DO, tma = _streams(program, q, do, p.BM, common["BD"], common["BDV"], q.device)
+    Q, DO, tma = _streams(program, q, do, p.BM, common["BD"], common["BDV"], q.device, consts, "dkv")
     tiles = program.k_tiles(ints, consts, p.BN)
     if k.numel():
         tile_backward_dkv[(tiles * k.shape[0] * k.shape[1],)](

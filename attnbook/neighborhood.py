@@ -8,10 +8,12 @@ __all__ = ['KERNEL_LAUNCH', 'NEIGHBORHOOD', 'NEIGHBORHOOD_1D', 'NEIGHBORHOOD_BIA
            'inverse_axis_window', 'Axis', 'neighborhood_axes', 'neighborhood_mask', 'neighborhood_tables',
            'neighborhood_attention_reference', 'neighborhood_pairs', 'neighborhood_cost', 'tile_spans', 'tile_waste',
            'choose_q_tile', 'is_block_sparse', 'window_start', 'first_query', 'last_query', 'axis_tile',
-           'nbh_tile_index', 'nbh_lanes', 'nbh_q_tile', 'nbh_k_tile', 'nbh_box', 'nbh_k_step', 'nbh_q_step', 'nbh_span',
-           'nbh_k_span', 'nbh_q_span', 'nbh_mask', 'nbh_bias', 'nbh_bias_span', 'nbh_bias_init', 'nbh_bias_step',
-           'nbh_bias_store', 'kernel_box', 'kernel_launch', 'kernel_tiles', 'neighborhood_attention', 'na1d', 'na2d',
-           'na3d', 'fit_neighborhood', 'NeighborhoodAttention1d', 'NeighborhoodAttention2d', 'NeighborhoodAttention3d',
+           'nbh_tile_index', 'nbh_lanes', 'nbh_q_tile', 'nbh_k_tile', 'nbh_brick', 'nbh_k_step', 'nbh_q_step',
+           'nbh_span', 'nbh_k_span', 'nbh_q_span', 'nbh_mask', 'unseen_along', 'unseen_tables', 'nbh_bits',
+           'nbh_unseen', 'nbh_bits_q_tile', 'nbh_bits_k_tile', 'nbh_unseen_k_step', 'nbh_unseen_q_step',
+           'nbh_bits_mask', 'nbh_bias', 'nbh_bias_span', 'nbh_bias_init', 'nbh_bias_step', 'nbh_bias_store',
+           'kernel_box', 'kernel_launch', 'kernel_tiles', 'neighborhood_attention', 'na1d', 'na2d', 'na3d',
+           'fit_neighborhood', 'NeighborhoodAttention1d', 'NeighborhoodAttention2d', 'NeighborhoodAttention3d',
            'DropPath', 'NATBlock', 'Downsample', 'NAT', 'nat_mini', 'nat_tiny', 'nat_small', 'nat_base', 'dinat_mini',
            'dinat_tiny', 'dinat_small', 'dinat_base', 'cost_experiment', 'on_maps', 'flex_mask_mod', 'flex_peer',
            'photo_features', 'stride_experiment', 'equivariance_experiment', 'border_experiment', 'small_nat',
@@ -324,13 +326,16 @@ def choose_q_tile(shape, window_size, *, stride=1, dilation=1, is_causal=False, 
                           transpose)
 
 
+def _boxes(rows, rank):
+    "All boxes of so many rows (a power of two) whose sides are powers of two."
+    return [box for box in product([2**i for i in range(rows.bit_length())], repeat=rank) if math.prod(box) == rows]
+
+
 @lru_cache(maxsize=1024)
 def _choose_q_tile(axes, block_m, block_n, transpose):
     if block_m < 1 or block_m & (block_m - 1):
         raise ValueError(f"block_m must be a power of two, got {block_m}")
-    sides = [2**i for i in range(block_m.bit_length())]
-    boxes = [box for box in product(sides, repeat=len(axes)) if math.prod(box) == block_m]
-    return min(boxes, key=lambda box: (_unaligned_pairs(axes, box, block_n, transpose), [-t for t in box[::-1]]))
+    return min(_boxes(block_m, len(axes)), key=lambda box: (_unaligned_pairs(axes, box, block_n, transpose), [-t for t in box[::-1]]))
 
 # %% ../nbs/3_locality/neighborhood.ipynb #3fa79ad6
 def is_block_sparse(shape, window_size, *, stride=1, dilation=1, is_causal=False, q_tile, kv_tile=None):
@@ -473,54 +478,66 @@ def nbh_k_tile(j, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
 
 # %% ../nbs/3_locality/neighborhood.ipynb #6013d2b3
 @triton.jit
-def nbh_box(j, state, C: tl.constexpr, BOX: tl.constexpr, B: tl.constexpr):
-    """Rows j * B … of the box at `state`'s corner, counted flat: class positions, tensor coordinates, which exist.
-    BOX 19: the box of keys of a query tile, 22: the box of queries of a key tile."""
-    r = (j * B + tl.arange(0, B)).to(tl.uint32)
-    ok = r < C[BOX] * C[BOX + 1] * C[BOX + 2]
-    places, coords = (), ()
+def nbh_brick(j, state, C: tl.constexpr, BOX: tl.constexpr, BRICK: tl.constexpr, B: tl.constexpr):
+    """Brick j of the box at `state`'s corner: where it begins in the tensor, and its rows' class positions, tensor coordinates, and which exist.
+    BOX 19, BRICK 25: keys of a query tile; BOX 22, BRICK 28: queries of a key tile."""
+    lane = nbh_lanes(B, C, BRICK)
+    ok = lane[0] >= 0
+    begin, places, coords = (), (), ()
     for a in tl.static_range(tl.constexpr(C[0] - 1), -1, -1):
-        at = r
+        at = j
         if a > 0:
-            r = r // C[BOX + a]
-            at = at - r * C[BOX + a]
-        place = state[C[0] + a] + at.to(tl.int32)
+            j = j // ((C[BOX + a] + C[BRICK + a] - 1) // C[BRICK + a])
+            at = at - j * ((C[BOX + a] + C[BRICK + a] - 1) // C[BRICK + a])
+        first = state[C[0] + a] + at * C[BRICK + a]
+        place = first + lane[a]
         ok = ok & (place < state[2 * C[0] + a])
+        begin = (state[a] + first * C[13 + a],) + begin
         places = (place,) + places
         coords = (state[a] + place * C[13 + a],) + coords
-    return places, coords, ok
+    if C[0] == 1:
+        return begin[0], places, coords, ok
+    else:
+        return begin, places, coords, ok
 
 # %% ../nbs/3_locality/neighborhood.ipynb #364e78fb
 @triton.jit
 def nbh_k_step(j, state, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
-    places, coords, ok = nbh_box(j, state, C, 19, BN)
-    return state[0] + (state[C[0]] + j * BN), coords, coords, ok, places
+    begin, places, coords, ok = nbh_brick(j, state, C, 19, 25, BN)
+    return begin, coords, coords, ok, places
 
 
 @triton.jit
 def nbh_q_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
-    places, coords, ok = nbh_box(i, state, C, 22, BM)
+    begin, places, coords, ok = nbh_brick(i, state, C, 22, 28, BM)
     starts = ()
     for a in tl.static_range(tl.constexpr(C[0])):
         starts += (window_start(places[a], state[2 * C[0] + a], C[7 + a], C[10 + a], C[16 + a]),)
-    return state[0] + (state[C[0]] + i * BM), coords, coords, ok, starts + places
+    return begin, coords, coords, ok, starts + places
 
 # %% ../nbs/3_locality/neighborhood.ipynb #12812ed0
 @triton.jit
-def nbh_span(state, C: tl.constexpr, BOX: tl.constexpr, B: tl.constexpr):
-    total: tl.constexpr = C[BOX] * C[BOX + 1] * C[BOX + 2]
-    steps = tl.where(state[3 * C[0]], tl.cdiv(total, B), 0)
-    return 0, 0, tl.where(state[3 * C[0] + 1], total // B, 0), steps
+def nbh_span(state, C: tl.constexpr, BOX: tl.constexpr, BRICK: tl.constexpr):
+    "All bricks; those whole inside the box need no mask if every row of the tile sees the whole box."
+    whole: tl.constexpr = C[BOX] // C[BRICK]
+    bricks: tl.constexpr = (C[BOX] + C[BRICK] - 1) // C[BRICK]
+    layer: tl.constexpr = ((C[BOX + 1] + C[BRICK + 1] - 1) // C[BRICK + 1]) * ((C[BOX + 2] + C[BRICK + 2] - 1) // C[BRICK + 2])
+    steps = tl.where(state[3 * C[0]], bricks * layer, 0)
+    shared: tl.constexpr = (C[16] or C[7] == C[19]) and (C[17] or C[8] == C[20]) and (C[18] or C[9] == C[21])
+    if shared and C[BOX + 1] % C[BRICK + 1] == 0 and C[BOX + 2] % C[BRICK + 2] == 0:
+        return 0, 0, tl.where(state[3 * C[0] + 1], whole * layer, 0), steps
+    else:  # no tile shares one window, or bricks stick out of every box
+        return 0, 0, 0, steps
 
 
 @triton.jit
 def nbh_k_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    return nbh_span(state, C, 19, BN)
+    return nbh_span(state, C, 19, 25)
 
 
 @triton.jit
 def nbh_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    return nbh_span(state, C, 22, BM)
+    return nbh_span(state, C, 22, 28)
 
 # %% ../nbs/3_locality/neighborhood.ipynb #eea9c995
 @triton.jit
@@ -533,6 +550,91 @@ def nbh_mask(qpos, kpos, ops, ints, C: tl.constexpr):
         if C[16 + a]:
             inside = inside & (kpos[a] <= qpos[C[0] + a])
     return inside
+
+# %% ../nbs/3_locality/neighborhood.ipynb #5e3b7a11
+def unseen_along(axis, tile, side, shift, transpose=False):
+    """The different patterns `(patterns, side)` of one axis, and the number of the pattern of every tile.
+
+    Bit `shift + i` of an entry: row i of the tile does not see this place of its box; a place that does not exist has all bits set."""
+    residue, _, size = axis_classes(axis.length, axis.dilation)
+    start, end = (inverse_axis_window if transpose else axis_window)(*axis)
+    tiles = -(-(-(-axis.length // axis.dilation)) // tile)                                # of the longest class
+    rows = []
+    for r, first in product(range(axis.dilation), range(0, tiles * tile, tile)):
+        s, e = (x[r::axis.dilation][first:first + tile, None] for x in (start, end))      # [rows, 1]
+        place = (int(s[0]) if len(s) else 0) + torch.arange(side)
+        unseen = ((place < s) | (place >= e)).long() << (shift + torch.arange(len(s))[:, None])
+        exists = place < (int(size[r]) if len(s) else 0)
+        rows.append(torch.where(exists, unseen.sum(0), -1))
+    return torch.unique(torch.stack(rows), dim=0, return_inverse=True)
+
+# %% ../nbs/3_locality/neighborhood.ipynb #5e3b7a12
+@lru_cache(maxsize=256)
+def unseen_tables(axes, tile, box, brick, transpose, device):
+    """Two int32 tensors for one side of the kernel: for every tile index of every axis, in turn, its share of the row
+    number; and the rows `(patterns, bricks * rows of a brick)`, one word for each key in the order of the steps."""
+    sides = [-(-side // u) * u for side, u in zip(box, brick)]
+    shifts = [sum(tile[:a]) for a in range(len(axes))]
+    parts = [unseen_along(*a, transpose) for a in zip(axes, tile, sides, shifts)]
+    counts, share = [len(patterns) for patterns, _ in parts], []
+    words = torch.zeros(1, *[1] * len(axes), dtype=torch.long)                            # [row, side, side, …]
+    for a, (patterns, number) in enumerate(parts):
+        one_axis = patterns.view(len(patterns), *(sides[a] if i == a else 1 for i in range(len(axes))))
+        words = (words[:, None] | one_axis).flatten(0, 1)
+        share.append(number * math.prod(counts[a + 1:]))
+    split = words.view(len(words), *(n for side, u in zip(sides, brick) for n in (side // u, u)))
+    axis = range(1, split.dim(), 2)
+    by_brick = split.permute(0, *axis, *(a + 1 for a in axis)).flatten(1)
+    return torch.cat(share).int().to(device), by_brick.int().to(device)
+
+# %% ../nbs/3_locality/neighborhood.ipynb #5e3b7a13
+@triton.jit
+def nbh_bits(i, tile, share, ints, C: tl.constexpr, SIDE: tl.constexpr, BOX: tl.constexpr, BRICK: tl.constexpr, B: tl.constexpr):
+    "The same tile with its rows' own bits for positions, and where its row of words begins at the end of its state."
+    start, coords, slots, ok, _, state = tile
+    index, lane = nbh_tile_index(i, ints, C, SIDE), nbh_lanes(B, C, SIDE)
+    bits = lane[0] * 0
+    row, tiles, shift = 0, 0, 0
+    for a in tl.static_range(tl.constexpr(C[0])):
+        row += tl.load(share + tiles + index[a])
+        bits = bits | (1 << (lane[a] + shift))
+        tiles += C[13 + a] * tl.cdiv(tl.cdiv(ints[a], C[13 + a]), C[SIDE + a])
+        shift += C[SIDE + a]
+    for a in tl.static_range(3):
+        row = row * (((C[BOX + a] + C[BRICK + a] - 1) // C[BRICK + a]) * C[BRICK + a])
+    return start, coords, slots, ok, (bits,), state + (row,)
+
+
+@triton.jit
+def nbh_unseen(j, step, words, state, C: tl.constexpr, B: tl.constexpr):
+    "The same step with the words of its rows for positions."
+    start, coords, slots, ok, _ = step
+    return start, coords, slots, ok, (tl.load(words + state[3 * C[0] + 2] + j * B + tl.arange(0, B)),)
+
+# %% ../nbs/3_locality/neighborhood.ipynb #5e3b7a14
+@triton.jit
+def nbh_bits_q_tile(i, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
+    return nbh_bits(i, nbh_q_tile(i, b, h, ops, ints, C, BM), ops[0], ints, C, 1, 19, 25, BM)
+
+
+@triton.jit
+def nbh_bits_k_tile(j, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
+    return nbh_bits(j, nbh_k_tile(j, b, h, ops, ints, C, BN), ops[2], ints, C, 4, 22, 28, BN)
+
+
+@triton.jit
+def nbh_unseen_k_step(j, state, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
+    return nbh_unseen(j, nbh_k_step(j, state, b, h, ops, ints, C, BN), ops[1], state, C, BN)
+
+
+@triton.jit
+def nbh_unseen_q_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
+    return nbh_unseen(i, nbh_q_step(i, state, b, h, ops, ints, C, BM), ops[3], state, C, BM)
+
+
+@triton.jit
+def nbh_bits_mask(qpos, kpos, ops, ints, C: tl.constexpr):
+    return (qpos[0] & kpos[0]) == 0
 
 # %% ../nbs/3_locality/neighborhood.ipynb #325302a4
 @triton.jit
@@ -562,8 +664,8 @@ def nbh_bias_init(part, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexp
 def nbh_bias_step(acc, ds, j, part, qpos, kpos, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     "Row r of ds, shifted so that lane t holds offset t of the table, then summed over rows."
     t = part * 128 + tl.arange(0, 128)
-    at = tl.zeros([BM, 128], tl.int32)
-    scale = 1
+    at = tl.zeros([BM, 128], tl.int32)                                                   # where in the steps, one after another
+    lane, brick = 1, BN
     known = at == 0
     for a in tl.static_range(tl.constexpr(C[0] - 1), -1, -1):
         if a == 0:
@@ -573,8 +675,9 @@ def nbh_bias_step(acc, ds, j, part, qpos, kpos, state, b, h, ops, ints, C: tl.co
             t = t // (2 * C[7 + a] - 1)
         place = qpos[C[0] + a][:, None] + off[None, :] - (C[7 + a] - 1) - state[C[0] + a]     # within the box
         known = known & (place.to(tl.uint32) < C[19 + a])
-        at += place * scale
-        scale = scale * C[19 + a]
+        at += place % C[25 + a] * lane + place // C[25 + a] * brick
+        lane = lane * C[25 + a]
+        brick = brick * ((C[19 + a] + C[25 + a] - 1) // C[25 + a])
     at -= j * BN
     known = known & (at.to(tl.uint32) < BN)
     shifted = tl.gather(ds, tl.where(known, at, 0), 1)
@@ -589,15 +692,17 @@ def nbh_bias_store(G, sg, acc, i, part, b, h, qpos, ok, state, ints, C: tl.const
 
 # %% ../nbs/3_locality/neighborhood.ipynb #0f9ba7b1
 @lru_cache(maxsize=1024)
-def kernel_box(axes, rows, transpose=False):
-    """The kernel's tile of `rows` queries (a power of two; sides too) and the sides of its box of keys, as two tuples;
-    `transpose=True`: the tile of keys and its box of queries."""
-    def box(tile):
+def kernel_box(axes, rows, step_rows, transpose=False):
+    """The kernel's tile of `rows` queries, the sides of its box of keys, and the brick of `step_rows` keys that a step
+    reads, as three tuples; `transpose=True`: the tile of keys, its box of queries, and their brick."""
+    def cost(tile, brick):
         spans = [tile_spans(axis, t, transpose) for axis, t in zip(axes, tile)]
         sides = tuple(int((last - first).max()) for first, last in spans)
-        return math.prod(len(first) for first, _ in spans) * math.prod(sides), [-t for t in tile[::-1]], tile, sides
-    powers = [2**i for i in range(rows.bit_length())]
-    return min(box(tile) for tile in product(powers, repeat=len(axes)) if math.prod(tile) == rows)[2:]
+        pairs = math.prod(len(first) for first, _ in spans) * math.prod(-(-s // u) * u for s, u in zip(sides, brick))
+        ragged = sum(s % u for s, u in zip(sides[1:], brick[1:]))
+        return pairs, ragged, [-u for u in brick[::-1]], [-t for t in tile[::-1]], tile, sides, brick
+    tiles = [t for t in _boxes(rows, len(axes)) if len(axes) == 1 or sum(t) < 32]        # a bit for each row of a side
+    return min(cost(tile, brick) for tile in tiles for brick in _boxes(step_rows, len(axes)))[4:]
 
 # %% ../nbs/3_locality/neighborhood.ipynb #b5063dd7
 #: head_dim rounded up -> forward, dq, dkv: (rows of queries, rows of keys, warps, stages). 32, 64 and 128 were
@@ -625,10 +730,12 @@ def _expand_consts(q, v, ints, consts):
     n, parts = consts[0], [consts[1 + 3 * i:4 + 3 * i] for i in range(4)]
     axes = tuple(Axis(*axis) for axis in zip(ints, *(part[:n] for part in parts)))
     bits, dim = torch.finfo(q.dtype).bits, max(16, 1 << (max(q.shape[-1], v.shape[-1]) - 1).bit_length())
-    rows = [kernel_launch(kernel, bits, dim, arch_of(q.device)) for kernel in ("forward", "dkv")]
-    (q_tile, k_box), (k_tile, q_box) = kernel_box(axes, rows[0].BM), kernel_box(axes, rows[1].BN, transpose=True)
+    forward, dkv = (kernel_launch(kernel, bits, dim, arch_of(q.device)) for kernel in ("forward", "dkv"))
+    q_tile, k_box, k_brick = kernel_box(axes, forward.BM, forward.BN)
+    k_tile, q_box, q_brick = kernel_box(axes, dkv.BN, dkv.BM, transpose=True)
     pad = lambda t: (*t, *([1] * (3 - n)))
-    return (n, *pad(q_tile), *pad(k_tile), *(int(x) for part in parts for x in part), *pad(k_box), *pad(q_box))
+    return (n, *pad(q_tile), *pad(k_tile), *(int(x) for part in parts for x in part), *pad(k_box), *pad(q_box),
+            *pad(k_brick), *pad(q_brick))
 
 
 def _tile_count(side):
@@ -637,13 +744,30 @@ def _tile_count(side):
     return count
 
 # %% ../nbs/3_locality/neighborhood.ipynb #6a0b1fcf
+def _tables(q, ints, C):
+    "The words of both sides, for maps of two or three axes."
+    n, sides = C[0], lambda at: C[at:at + C[0]]
+    axes = tuple(Axis(*axis[:4], bool(axis[4])) for axis in zip(ints, sides(7), sides(10), sides(13), sides(16)))
+    return (*unseen_tables(axes, sides(1), sides(19), sides(25), False, q.device),
+            *unseen_tables(axes, sides(4), sides(22), sides(28), True, q.device))
+
+
+def _brick(C, kernel):
+    "Sides of the brick a step loads; None with dilation, where its rows are no box of the tensor."
+    return None if max(C[13:16]) > 1 else C[28:28 + C[0]] if kernel == "dkv" else C[25:25 + C[0]]
+
+
 NEIGHBORHOOD = register_program(TileProgram(
-    "neighborhood", nbh_q_tile, nbh_k_span, nbh_k_step, nbh_k_tile, nbh_q_span, nbh_q_step, mask=nbh_mask,
-    launch=kernel_launch, expand=_expand_consts, q_tiles=_tile_count(1), k_tiles=_tile_count(4)))
-# without dilation the rows of a one-dimensional step are consecutive: tensor descriptors fetch them
-NEIGHBORHOOD_1D = register_program(replace(NEIGHBORHOOD, name="neighborhood1d", consecutive=True))
+    "neighborhood", nbh_bits_q_tile, nbh_k_span, nbh_unseen_k_step, nbh_bits_k_tile, nbh_q_span, nbh_unseen_q_step,
+    mask=nbh_bits_mask, mask_total=True, tables=_tables, brick=_brick, launch=kernel_launch, expand=_expand_consts,
+    q_tiles=_tile_count(1), k_tiles=_tile_count(4)))
+# one axis: a tile has more rows than a word has bits
+NEIGHBORHOOD_1D = register_program(TileProgram(
+    "neighborhood1d", nbh_q_tile, nbh_k_span, nbh_k_step, nbh_k_tile, nbh_q_span, nbh_q_step, mask=nbh_mask,
+    mask_total=True, brick=_brick, launch=kernel_launch, expand=_expand_consts, q_tiles=_tile_count(1),
+    k_tiles=_tile_count(4)))
 NEIGHBORHOOD_BIAS = register_program(replace(
-    NEIGHBORHOOD, name="neighborhood+bias", score=nbh_bias, operand_grad=OperandGrad(
+    NEIGHBORHOOD_1D, name="neighborhood+bias", score=nbh_bias, operand_grad=OperandGrad(
         init=nbh_bias_init, step=nbh_bias_step, store=nbh_bias_store, span=nbh_bias_span,
         parts=lambda ints, consts, rows: -(-math.prod(2 * w - 1 for w in consts[7:10]) // 128),
         buffer=lambda q, k, table, tiles, ints, consts: q.new_empty(tiles, *table.shape, dtype=torch.float32),
@@ -656,7 +780,7 @@ def _neighborhood_triton(q, k, v, window, stride, dilation, causal, scale, rel_p
     n = len(window)
     pad = lambda t, fill: (*(int(x) for x in t), *([fill] * (3 - n)))
     consts = (n, *pad(window, 1), *pad(stride, 1), *pad(dilation, 1), *pad(causal, 0))
-    program, operands = (NEIGHBORHOOD_1D if n == 1 and dilation[0] == 1 else NEIGHBORHOOD), ()
+    program, operands = (NEIGHBORHOOD_1D if n == 1 else NEIGHBORHOOD), ()
     if rel_pos_bias is not None:
         program, operands = NEIGHBORHOOD_BIAS, (rel_pos_bias.contiguous(),)
     return tile_attention(q, k, v, program, operands=operands, ints=q.shape[2:-1], consts=consts, scale=scale,

@@ -1,4 +1,7 @@
 # Written from the test cells of nbs/4_long_context/ring.ipynb by `attnbook export`. Do not edit.
+import os
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -338,6 +341,16 @@ def test_failures_of_ranks_are_reported():
         spawn_ranks(errors_on_rank, 1, [{"length": 4}])
 
 
+def test_torchrun():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "attnbook.ring"]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [line for line in done.stdout.splitlines() if "on 2 ranks: error" in line]
+    assert len(found) == len(METHODS) * len(LAYOUTS)
+    assert all(float(line.split("error ")[1].split(",")[0]) < 1e-12 for line in found), found
+
+
 def test_mesh_trains_like_one_process():
     text = torch.frombuffer(bytearray(b"for i in range(10):\n    print(i * i)\n" * 40), dtype=torch.uint8)
     settings = dict(steps=3, length=24, batch=4, width=16, layers=2, heads=2)
@@ -353,7 +366,8 @@ def test_models():
     with torch.device("meta"):
         count = lambda m: sum(p.numel() for p in m.parameters())
         assert count(bert_base()) == 108_891_648 and count(bert_large()) == 334_092_288
-    group, torch_seed = SimulatedGroup(3), torch.manual_seed(0)
+    group = SimulatedGroup(3)
+    torch.manual_seed(0)
     model = SequenceTransformer(50, 40, 16, 2, 4, post_norm=True, num_kv_heads=2, is_causal=False, layout="striped",
                                 method="ring").to(device_under_test())
     tokens = torch.randint(50, (2, 31), device=device_under_test())

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,7 @@ def _cases():
     return cases
 
 
+@lru_cache(maxsize=None)
 def _resources(ptx: str) -> tuple[int, int]:
     "Registers and spilled bytes per thread, from the assembler that Triton brings."
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"

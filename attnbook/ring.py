@@ -1941,15 +1941,18 @@ def ping_on_rank(rank: int, sizes: Sequence[int], lengths: Sequence[int], heads:
     length."""
     comm = communicator(dist.group.WORLD)
     def timed(call, repeats):
+        "Seconds until the slower of the ranks is done, which all then know; the undisturbed run of several."
         times = []
         for _ in range(repeats + 2):
             dist.barrier()
             start = time.perf_counter()
             call()
+            dist.barrier()
             times.append(time.perf_counter() - start)
-        return min(times[2:])                                  # the cores are shared with others: the undisturbed run
+        return min(times[2:])
+    idle = timed(lambda: None, 25)
     def shift(x): return lambda: comm.wait(Wait(comm.post(Post((x,), 1, "a ping"))))
-    hops = {n: timed(shift(torch.zeros(n // 4)), 25) for n in sizes}
+    hops = {n: timed(shift(torch.zeros(n // 4)), 25) - idle for n in sizes}
     rows = []
     for L in lengths:
         c = L // comm.size
@@ -1957,9 +1960,9 @@ def ping_on_rank(rank: int, sizes: Sequence[int], lengths: Sequence[int], heads:
         job = Job(False, "contiguous", L, L, head_dim**-0.5, False, False)
         hop = job.hop(rank, comm.size, rank, q, k)
         state = torch_forward(q, k, v, hop, job.scale)
-        first = timed(lambda: torch_forward(q, k, v, hop, job.scale), 20)
-        last = timed(lambda: torch_forward(q, k, v, hop, job.scale, state, True), 20)
-        whole = timed(lambda: comm.run([ring_forward_schedule(rank, comm.size, q, k, v, job)]), 20)
+        first = timed(lambda: torch_forward(q, k, v, hop, job.scale), 20) - idle
+        last = timed(lambda: torch_forward(q, k, v, hop, job.scale, state, True), 20) - idle
+        whole = timed(lambda: comm.run([ring_forward_schedule(rank, comm.size, q, k, v, job)]), 40) - idle
         rows.append({"L": L, "bytes": 2 * k.numel() * 4, "first": first, "last": last, "whole": whole})
     return {"hops": hops, "rows": rows}
 

@@ -229,7 +229,7 @@ def test_extremes():
         q, k, v = make_qkv(1, 2, 22, 16)
         op = partial(over_ranks, fn=ring_attention, size=2, layout="zigzag", is_causal=True, backend=backend)
         out, grads = evaluate(op, (1e2 * q, 1e2 * k, v))                      # logits of about ±1e4
-        assert rel_error(out[0], attention_reference(1e2 * q, 1e2 * k, v, is_causal=True)) < 1e-4
+        assert rel_error(out[0], attention_reference(1e2 * q, 1e2 * k, v, is_causal=True)) < 5e-3  # rounded logits
         assert all(g.isfinite().all() for g in grads.values()) and rel_error(out[0][:, :, 0], v[:, :, 0]) < 1e-6
         group = SimulatedGroup(2)
 

@@ -95,7 +95,10 @@ def row_offsets(coords, strides, WIDE: tl.constexpr):
     if WIDE:
         off = off.to(tl.int64)
     for a in tl.static_range(len(coords)):
-        off += coords[a] * strides[2 + a]
+        if WIDE:
+            off += coords[a].to(tl.int64) * strides[2 + a]
+        else:
+            off += coords[a] * strides[2 + a]
     return off
 
 # %% ../nbs/1_foundations/01_engine.ipynb #1c1ca152
@@ -503,10 +506,10 @@ def _table(arch, bits, rows):
             register_launch(arch, kernel, bits, head_dim, Launch(bm, bn, warps, stages))
 
 _table("sm90", 16, [  # head_dim: forward, dq, dkv as (BM, BN, warps, stages)
-    (16, (128, 128, 4, 3), (128, 64, 4, 3), (64, 128, 4, 3)),
-    (32, (128, 128, 4, 3), (128, 64, 4, 3), (64, 128, 4, 3)),
-    (64, (128, 128, 4, 3), (128, 64, 4, 3), (128, 64, 4, 2)),
-    (128, (128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 2)),
+    (16, (64, 128, 4, 3), (128, 64, 4, 3), (64, 128, 4, 3)),
+    (32, (64, 128, 4, 3), (128, 64, 4, 3), (64, 128, 4, 3)),
+    (64, (64, 128, 4, 3), (128, 64, 4, 3), (128, 64, 4, 2)),
+    (128, (64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2)),
     (256, (128, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1))])
 _table("sm90", 32, [
     (16, (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
@@ -536,8 +539,8 @@ for _arch in ("sm80", "small"):
 for _bits in (16, 32):
     _table("interpreter", _bits, [(d, (32, 16, 4, 1), (16, 32, 4, 1), (32, 16, 4, 1)) for d in (16, 32, 64, 128, 256)])
 
-# smaller tiles were ahead for masks in most, not all, of the runs shown near the end of the chapter
-register_launch("sm90", "band forward", 16, 128, Launch(64, 64, 4, 3))
+# a mask wastes less of a smaller tile
+register_launch("sm90", "band forward", 16, 64, Launch(64, 64, 4, 3))
 
 # %% ../nbs/1_foundations/01_engine.ipynb #39358ab4
 def arch_of(device: torch.device) -> str:

@@ -756,7 +756,7 @@ def _ray(
                 with _quiet():
                     ray.init(log_to_driver=False, logging_level="ERROR", **(there if address else here))
             except (ConnectionError, ray.exceptions.RayError) as e:
-                raise ConnectionError(f"no Ray answers at {address or 'this machine'}: {e}") from None
+                raise ConnectionError(f"no Ray answers at {address or 'this machine'}: {(str(e).splitlines() or [''])[-1]} (a cluster that wants a token needs RAY_AUTH_MODE=token here)") from None
             yield ray
         finally:
             ray.shutdown()
@@ -805,7 +805,7 @@ def _run_missing(ray, name: str, notebook: bytes, runs: dict[Path, dict], gpus: 
                 found[f] = _finished_run(ray, ready, Run(name, f, f / f"{name}.ipynb", None, runs[f], 0.0))
                 bar.update()
                 if found[f].error:
-                    bar.write(f"{f.name} failed in {found[f].error}", file=sys.stderr)
+                    bar.write(f"{f.name} failed: {found[f].error}", file=sys.stderr)
         except KeyboardInterrupt:
             done = f"{len(runs) - len(waiting)} of {len(runs)} runs are done"
             raise KeyboardInterrupt(f"stopped; {done}, and the same command runs the rest") from None
@@ -859,12 +859,12 @@ def _collect_rows(folder: Path):
 
 
 def sweep_table(runs: list[Run]) -> MarkdownText:
-    "The runs of a sweep as a Markdown table: parameters, outcome, what was recorded, claims, folder."
+    "The runs of a sweep as a Markdown table: parameters, what was recorded, claims, folder, outcome."
     names = list(runs[0].parameters)
     claims = lambda run: ", ".join(f"{v}: {n}" for v, n in run.verdicts.items())
-    rows = [(i, *(run.parameters[n] for n in names), f"failed in {run.error}" if run.error else "finished", f"{run.seconds:.0f}", sum(run.rows.values()),
-             claims(run), run.folder.name) for i, run in enumerate(runs, 1)]
-    return markdown_table(["run", *names, "outcome", "seconds", "rows", "claims", "folder"], rows)
+    rows = [(i, *(run.parameters[n] for n in names), f"{run.seconds:.0f}", sum(run.rows.values()), claims(run), run.folder.name,
+             f"failed: {run.error}" if run.error else "finished") for i, run in enumerate(runs, 1)]
+    return markdown_table(["run", *names, "seconds", "rows", "claims", "folder", "outcome"], rows)
 
 # %% ../nbs/1_foundations/05_book.ipynb #24bf4f3a
 def _free_names(source: str) -> set[str]:

@@ -744,11 +744,12 @@ def _ray(
     address: str | None,  # of a cluster; None: a Ray on this machine, for as long as the block lasts
     workers: int | None,  # tasks at a time on this machine
 ):
-    "Ray, connected. ConnectionError if none answers at the address."
+    "Ray, connected, and the folder it keeps its files in if that is on this machine. ConnectionError if none answers at the address."
     ray = require("ray", "ray")
     if ray.is_initialized():
         raise RuntimeError("Ray is running in this process already; end it with ray.shutdown()")
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+    short = os.environ.get("RAY_TMPDIR", "/tmp" if os.name == "posix" else None)  # the path of a socket must be short
+    with tempfile.TemporaryDirectory(prefix="ray-", dir=short, ignore_cleanup_errors=True) as folder:
         here = {"address": "local", "num_cpus": workers, "include_dashboard": False, "object_store_memory": 256 * 2**20, "_temp_dir": folder}
         there = {"address": address, "runtime_env": {"py_modules": [str(Path(importlib.import_module("attnbook").__file__).parent)]}}
         try:
@@ -757,15 +758,15 @@ def _ray(
                     ray.init(log_to_driver=False, logging_level="ERROR", **(there if address else here))
             except (ConnectionError, ray.exceptions.RayError) as e:
                 raise ConnectionError(f"no Ray answers at {address or 'this machine'}: {(str(e).splitlines() or [''])[-1]} (a cluster that wants a token needs RAY_AUTH_MODE=token here)") from None
-            yield ray
+            yield ray, None if address else folder
         finally:
             ray.shutdown()
 
 # %% ../nbs/1_foundations/05_book.ipynb #5bee0008
-def _sweep_task(name: str, notebook: bytes, parameters: dict, gpus: float) -> dict[str, bytes]:
+def _sweep_task(name: str, notebook: bytes, parameters: dict, gpus: float, scratch: str | None) -> dict[str, bytes]:
     "Runs a notebook and returns the files that the run left, by path. Called in a worker of Ray."
     hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}  # Ray hides no GPU from a task that asks for none
-    with tempfile.TemporaryDirectory(prefix="attnbook-") as folder, _environment(**hidden):
+    with tempfile.TemporaryDirectory(prefix="attnbook-", dir=scratch) as folder, _environment(**hidden):
         source = Path(folder) / f"{name}.ipynb"
         source.write_bytes(notebook)
         try:
@@ -792,11 +793,11 @@ def _finished_run(ray, task, run: Run) -> Run:
         return replace(run, error=" ".join(str(getattr(e, "cause", None) or e).split())[:300])
 
 
-def _run_missing(ray, name: str, notebook: bytes, runs: dict[Path, dict], gpus: float, progress: bool) -> list[Run]:
+def _run_missing(ray, scratch: str | None, name: str, notebook: bytes, runs: dict[Path, dict], gpus: float, progress: bool) -> list[Run]:
     "The runs by folder, each with its parameters; those that are not there yet, or failed, are run first."
     found = {folder: _read_run(folder) for folder in runs}
     task = ray.remote(_sweep_task).options(num_gpus=gpus, max_retries=0)
-    waiting = {task.remote(name, notebook, runs[f], gpus): f for f, run in found.items() if not run or run.error}
+    waiting = {task.remote(name, notebook, runs[f], gpus, scratch): f for f, run in found.items() if not run or run.error}
     with require("tqdm").tqdm(total=len(runs), initial=len(runs) - len(waiting), desc=name, unit="run", disable=not progress) as bar:
         try:
             while waiting:
@@ -836,13 +837,13 @@ def sweep_chapter(
     with _environment(RAY_USAGE_STATS_ENABLED="0", **({} if address else {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"})):  # 0: loopback only, on Linux too
         require("ray", "ray")
         folder = _sweep_folder(out, name, source)
-        with _ray(address, workers) as ray:
+        with _ray(address, workers) as (ray, scratch):
             gpus = _sweep_gpus(ray, gpus)
             if not gpus and any(c.get("device") == "cuda" for c in cells):
                 raise ValueError("device cannot be 'cuda': the runs have no GPU")
             if "preset" in declared:
                 cells = [{"preset": "gpu" if gpus else "cpu"} | c for c in cells]
-            runs = _run_missing(ray, name, source.read_bytes(), {folder / _run_name(c): c for c in cells}, gpus, progress)
+            runs = _run_missing(ray, scratch, name, source.read_bytes(), {folder / _run_name(c): c for c in cells}, gpus, progress)
     _collect_rows(folder)
     return runs
 

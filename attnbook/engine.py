@@ -235,7 +235,7 @@ def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, s
                  C: tl.constexpr, Q_TILE: tl.constexpr, K_SPAN: tl.constexpr, K_STEP: tl.constexpr,
                  MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, REVERSE: tl.constexpr, MASKS: tl.constexpr,
                  BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-                 TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):
+                 TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PREPARE: tl.constexpr = None):
     "O and LSE of one query tile. Grid: num_tiles * batch * heads."
     pid = tl.program_id(0)
     bh = pid // num_tiles
@@ -246,13 +246,16 @@ def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, s
     hk = h // GROUP
     start, coords, slots, ok, qpos, state = Q_TILE(i, b, h, ops, ints, C, BM)
     q = load_rows(head_base(Q, b, h, sq), coords, sq, ok, D, BD, True, WIDE)              # [BM, BD]
+    seen = q                                                                              # what the score hook gets as q
+    if PREPARE is not None:
+        seen = PREPARE(q, qpos, b, h, ops, ints, C)
     m = tl.full([BM], float("-inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BDV], tl.float32)
     if XK is not None:
         for j in tl.range(0, tl.cdiv(NX, BN), num_stages=STAGES):
             qk, k, kok, kpos = score_step(q, XK, j, b, h, hk, state, sxk, (), (NX,), (), extra_k_step, True, BN, D, BD, False, WIDE, PRECISION)
-            p, alpha, m, l = softmax_step(m, l, qk, q, k, kok, qpos, kpos, True, b, h, scale, (), (NX,), (), None, None, FOLD, True)
+            p, alpha, m, l = softmax_step(m, l, qk, seen, k, kok, qpos, kpos, True, b, h, scale, (), (NX,), (), None, None, FOLD, True)
             acc = value_step(acc, p.to(q.dtype), alpha, XV, j, b, h, hk, state, sxv, (), (NX,), (), extra_k_step, True, BN, DV, BDV, False, WIDE, PRECISION)
     lo, full_lo, full_hi, hi = K_SPAN(state, b, h, ops, ints, C, BM, BN)
     p = tl.zeros([BM, BN], tl.float32)
@@ -260,13 +263,13 @@ def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, s
     if lo < hi:
         masked = (lo < full_lo) | (lo >= full_hi)
         qk, k, kok, kpos = score_step(q, K, lo, b, h, hk, state, sk, ops, ints, C, K_STEP, MASKS, BN, D, BD, TMA, WIDE, PRECISION)
-        p, alpha, m, l = softmax_step(m, l, qk, q, k, kok, qpos, kpos, masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
+        p, alpha, m, l = softmax_step(m, l, qk, seen, k, kok, qpos, kpos, masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
     for j in tl.range(lo + 1, hi, num_stages=STAGES):
         masked = (j < full_lo) | (j >= full_hi)
         weights = p.to(q.dtype)                                                           # of step j - 1
         qk, k, kok, kpos = score_step(q, K, j, b, h, hk, state, sk, ops, ints, C, K_STEP, MASKS, BN, D, BD, TMA, WIDE, PRECISION)
         acc = value_step(acc, weights, alpha, V, j - 1, b, h, hk, state, sv, ops, ints, C, K_STEP, MASKS, BN, DV, BDV, TMA, WIDE, PRECISION)
-        p, alpha, m, l = softmax_step(m, l, qk, q, k, kok, qpos, kpos, masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
+        p, alpha, m, l = softmax_step(m, l, qk, seen, k, kok, qpos, kpos, masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
     if lo < hi:
         acc = value_step(acc, p.to(q.dtype), alpha, V, hi - 1, b, h, hk, state, sv, ops, ints, C, K_STEP, MASKS, BN, DV, BDV, TMA, WIDE, PRECISION)
     empty = l == 0.0
@@ -277,7 +280,7 @@ def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, s
 
 # %% ../nbs/1_foundations/01_engine.ipynb #f4bcb9fd
 @triton.jit
-def dq_step(dq, carry, q, do, lse, delta, k_src, v_src, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C: tl.constexpr,
+def dq_step(dq, carry, q, seen, do, lse, delta, k_src, v_src, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C: tl.constexpr,
             K_STEP: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr, MASKS: tl.constexpr,
             BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
             TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DQ_SCORE: tl.constexpr = None, CARRY_STEP: tl.constexpr = None):
@@ -286,7 +289,7 @@ def dq_step(dq, carry, q, do, lse, delta, k_src, v_src, j, masked, b, h, hk, qpo
     v = load_step(v_src, b, hk, start, coords, sv, ok, BN, DV, BDV, TMA, MASKS, WIDE)     # [BN, BDV]
     qk = tl.dot(q, k.T, input_precision=PRECISION)                                        # [BM, BN]
     dp = tl.dot(do, v.T, input_precision=PRECISION)                                       # [BM, BN]
-    s = logits(qk, q, k, ok[None, :], expand(qpos, 1), expand(kpos, 0), masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
+    s = logits(qk, seen, k, ok[None, :], expand(qpos, 1), expand(kpos, 0), masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
     ds = probabilities(s, lse[:, None], scale, FOLD) * (dp - delta[:, None])
     if DQ_SCORE is not None:
         dq = DQ_SCORE(dq, ds, q, k, expand(qpos, 1), expand(kpos, 0), b, h, ops, ints, C)
@@ -303,7 +306,7 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
                      BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
                      TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
                      DQ_SCORE: tl.constexpr = None, G=None, CARRY_INIT: tl.constexpr = None, CARRY_STEP: tl.constexpr = None,
-                     CARRY_LAST: tl.constexpr = None):
+                     CARRY_LAST: tl.constexpr = None, PREPARE: tl.constexpr = None):
     "dQ of one query tile, and its rows of LSE (base 2) and delta. Grid: num_tiles * batch * heads."
     pid = tl.program_id(0)
     bh = pid // num_tiles
@@ -323,18 +326,21 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
     lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
     tl.store(row_ptr(LSE2, b, h, slots, sl), lse, mask=ok)
     tl.store(row_ptr(DELTA, b, h, slots, sl), delta, mask=ok)
+    seen = q
+    if PREPARE is not None:
+        seen = PREPARE(q, qpos, b, h, ops, ints, C)
     dq = tl.zeros([BM, BD], tl.float32)
     carry = 0
     if CARRY_INIT is not None:
         carry = CARRY_INIT(ints, C, BM)
     if XK is not None:
         for j in tl.range(0, tl.cdiv(NX, BN), num_stages=STAGES):
-            dq, carry = dq_step(dq, carry, q, do, lse, delta, XK, XV, j, True, b, h, hk, qpos, state, sxk, sxv, scale, (), (NX,), (),
+            dq, carry = dq_step(dq, carry, q, seen, do, lse, delta, XK, XV, j, True, b, h, hk, qpos, state, sxk, sxv, scale, (), (NX,), (),
                          extra_k_step, None, None, FOLD, True, BN, D, DV, BD, BDV, False, WIDE, PRECISION)
     lo, full_lo, full_hi, hi = K_SPAN(state, b, h, ops, ints, C, BM, BN)
     for j in tl.range(lo, hi, num_stages=STAGES):
         masked = (j < full_lo) | (j >= full_hi)
-        dq, carry = dq_step(dq, carry, q, do, lse, delta, K, V, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C,
+        dq, carry = dq_step(dq, carry, q, seen, do, lse, delta, K, V, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C,
                      K_STEP, MASK, SCORE, FOLD, MASKS, BN, D, DV, BD, BDV, TMA, WIDE, PRECISION, DQ_SCORE, CARRY_STEP)
     if CARRY_LAST is not None:
         dq = CARRY_LAST(dq, carry, q, G, pid, b, h, ok, qpos, ops, ints, C)
@@ -478,6 +484,7 @@ class TileProgram:
     mask: Callable | None = None
     mask_total: bool = False          # the mask itself is False for keys that a step lacks
     score: Callable | None = None
+    prepare: Callable | None = None   # (q, qpos, b, h, ops, ints, C) -> what `score` gets as q in the forward and dQ passes, once per query tile
     dq_score: Callable | None = None  # (dq, ds, q, k, qpos, kpos, b, h, ops, ints, C) -> dq, where the score depends on q beyond q.k
     operand_grad: OperandGrad | None = None
     carried: Carried | None = None    # another way to operand 0's gradient
@@ -656,7 +663,7 @@ def _forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     tile_forward[(tiles * q.shape[0] * q.shape[1],)](
         q, K, V, extra_k, extra_v, out, lse, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1],
         out.stride(), lse.stride(), scale, tiles, q.shape[1], xs[2], Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step,
-        REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma, WIDE=_wide(q, k, v, out), STAGES=p.stages, num_warps=p.warps, **common)
+        REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma, WIDE=_wide(q, k, v, out), STAGES=p.stages, PREPARE=program.prepare, num_warps=p.warps, **common)
     return out, lse
 
 # %% ../nbs/1_foundations/01_engine.ipynb #0e8d8418
@@ -739,7 +746,7 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
         q, K, V, extra_k, extra_v, out, do, lse, dlse, dq, lse2, delta, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1],
         out.stride(), do.stride(), dlse.stride() if dlse is not None else None, dq.stride(), lse.stride(), scale, plain_scale, tiles, heads, xs[2],
         Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step, REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma,
-        WIDE=wide, STAGES=p.stages, DQ_SCORE=program.dq_score, G=partial, num_warps=p.warps, **carry, **common)
+        WIDE=wide, STAGES=p.stages, DQ_SCORE=program.dq_score, PREPARE=program.prepare, G=partial, num_warps=p.warps, **carry, **common)
     p = find_launch(program, "dkv", q.dtype, dim, q.device, consts)
     Q, DO, tma = _streams(program, q, do, p.BM, common["BD"], common["BDV"], q.device, consts, "dkv")
     tiles = program.k_tiles(ints, consts, p.BN)

@@ -1391,18 +1391,18 @@ PROBLEMS = {  # name -> the problem; `tile` is the tile order offered to FlexAtt
 }
 
 # %% ../nbs/3_locality/neighborhood.ipynb #147765f5
-def compare_problem(bench, problem, *, peers=("ours", "flex", "flex tiles", "cudnn dense", "torch reference"),
+def compare_problem(bench, setup, *, peers=("ours", "flex", "flex tiles", "cudnn dense", "torch reference"),
                     backward=True, **fields):
-    "One problem (a value of `PROBLEMS`) by the named peers, on the GPU in bfloat16; yields `compare`'s recorded rows."
-    kw = {n: x for n, x in problem.items() if n in ("stride", "dilation", "is_causal")}
-    shape, window = problem["shape"], problem["window_size"]
-    sizes = {n: problem[n] for n in ("batch", "heads", "head_dim")}
+    "One problem (`setup`, a value of `PROBLEMS`) by the named peers, on the GPU in bfloat16; yields `compare`'s recorded rows."
+    kw = {n: x for n, x in setup.items() if n in ("stride", "dilation", "is_causal")}
+    shape, window = setup["shape"], setup["window_size"]
+    sizes = {n: setup[n] for n in ("batch", "heads", "head_dim")}
     cost = neighborhood_cost(shape, window, **sizes, **kw)
     known = {"ours": partial(neighborhood_attention, window_size=window, backend="triton", **kw),
              "flex": flex_peer(shape, window, **kw),
              "cudnn dense": on_maps(sdpa("cudnn", is_causal=len(shape) == 1 and kw.get("is_causal", False)), shape)}
-    if problem.get("tile"):
-        known["flex tiles"] = flex_peer(shape, window, tile=problem["tile"], **kw)
+    if setup.get("tile"):
+        known["flex tiles"] = flex_peer(shape, window, tile=setup["tile"], **kw)
     if cost["unfolded"] < 2**32:
         known["torch reference"] = partial(neighborhood_attention_reference, window_size=window, **kw)
     inputs = [torch.randn(sizes["batch"], sizes["heads"], *shape, sizes["head_dim"], device="cuda",

@@ -36,8 +36,8 @@ from .attention import attention_bytes, attention_flops, attention_pairs
 # %% auto #0
 __all__ = ['GRAPH_BELOW_MS', 'PALETTE', 'MARKS', 'Timing', 'Stopwatch', 'peak_memory', 'measure', 'measure_training',
            'device_name', 'versions', 'results_dir', 'record', 'load_results', 'measure_ceilings', 'ceilings', 'floor',
-           'sdpa', 'flex', 'naive', 'compare', 'run_benchmarks', 'row_line', 'bench_ceilings', 'bench_dense', 'look',
-           'style', 'source_note', 'label_ends', 'plot_lines', 'plot_bars', 'roofline']
+           'sdpa', 'block_mask', 'flex', 'naive', 'compare', 'run_benchmarks', 'row_line', 'bench_ceilings',
+           'bench_dense', 'look', 'style', 'source_note', 'label_ends', 'plot_lines', 'plot_bars', 'roofline']
 
 # %% ../nbs/1_foundations/02_bench.ipynb #5149a503
 @dataclass(frozen=True)
@@ -504,31 +504,52 @@ def sdpa(
                                                   enable_gqa=q.shape[1] != k.shape[1])
     return fn
 
+# %% ../nbs/1_foundations/02_bench.ipynb #6f1d2c02
+def block_mask(
+    mask_mod: Callable,  # mask_mod(b, h, i, j) -> bool, the same for every batch and head
+    Nq: int,
+    Nk: int,
+    device,
+    block_size: int | tuple[int, int] = 128,  # rows of queries and of keys
+):
+    "FlexAttention's `BlockMask`, asked for a few rows of blocks at a time: the whole mask is never in memory."
+    from torch.nn.attention.flex_attention import BlockMask
+    bq, bk = (block_size, block_size) if isinstance(block_size, int) else block_size
+    rows, columns = -(-Nq // bq), -(-Nk // bk)
+    zero, j = torch.zeros((), dtype=torch.long, device=device), torch.arange(columns * bk, device=device)
+    some, whole, step = [], [], max(1, 2**26 // (bq * columns * bk))
+    for row in range(0, rows, step):
+        i = torch.arange(row * bq, min(row + step, rows) * bq, device=device)[:, None]
+        seen = mask_mod(zero, zero, i.clamp(max=Nq - 1), j.clamp(max=Nk - 1)) & (i < Nq) & (j < Nk)
+        seen = seen.view(-1, bq, columns, bk)
+        some.append(seen.any(3).any(1)), whole.append(seen.all(3).all(1))
+    whole = torch.cat(whole)
+    listed = lambda blocks: (blocks.sum(1, dtype=torch.int32)[None, None],
+                             blocks.int().argsort(dim=1, descending=True, stable=True).int()[None, None])
+    return BlockMask.from_kv_blocks(*listed(torch.cat(some) & ~whole), *listed(whole), BLOCK_SIZE=(bq, bk),
+                                    mask_mod=mask_mod, seq_lengths=(Nq, Nk))
+
 # %% ../nbs/1_foundations/02_bench.ipynb #957ffc62
 def flex(
     mask_mod: Callable | None = None,  # mask_mod(b, h, i, j) -> bool, made into a block mask when shapes are first seen
     score_mod: Callable | None = None,  # score_mod(score, b, h, i, j) -> score
     *,
-    block_mask=None,  # a block mask made before, instead of mask_mod
     scale: float | None = None,
     block_size: int | tuple[int, int] = 128,  # of the block mask
-    batch: int | None = None,  # give the batch size if the mask depends on b
-    heads: int | None = None,  # give the number of heads if the mask depends on h
     **options,  # for torch.compile
 ) -> Callable:  # fn(q, k, v) -> out
     "FlexAttention compiled with static shapes: the general fused peer."
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
     functorch_config.donated_buffer = False                          # else a compiled backward refuses retain_graph
-    def attend(q, k, v, block_mask):
-        return flex_attention(q, k, v, score_mod=score_mod, block_mask=block_mask, scale=scale,
+    def attend(q, k, v, blocks):
+        return flex_attention(q, k, v, score_mod=score_mod, block_mask=blocks, scale=scale,
                               enable_gqa=q.shape[1] != k.shape[1])
     attend = types.FunctionType(attend.__code__.replace(), attend.__globals__, "attend", None, attend.__closure__)
     compiled, masks = torch.compile(attend, dynamic=False, fullgraph=True, **options), {}
     def fn(q, k, v):
         Nq, Nk = q.shape[2], k.shape[2]
         if (Nq, Nk, q.device) not in masks:
-            masks[Nq, Nk, q.device] = block_mask if block_mask is not None or mask_mod is None else create_block_mask(
-                mask_mod, batch, heads, Nq, Nk, device=q.device, BLOCK_SIZE=block_size)
+            masks[Nq, Nk, q.device] = mask_mod and block_mask(mask_mod, Nq, Nk, q.device, block_size)
         return compiled(q, k, v, masks[Nq, Nk, q.device])
     return fn
 

@@ -6,16 +6,18 @@
 __all__ = ['PARTS', 'CHAPTERS', 'VERDICTS', 'require', 'book_root', 'Chapter', 'find_chapter', 'table_cell', 'MarkdownText',
            'markdown_table', 'chapters_table', 'Parameter', 'read_parameters', 'check_parameters', 'example_notebook',
            'mathml', 'to_html', 'Verdict', 'Claim', 'claims_table', 'chapter_claims', 'Run', 'RunFailed', 'run_chapter',
-           'machine', 'run_summary', 'make_test_file', 'notebooks', 'export_tests', 'to_markdown', 'export_readme',
-           'export_all', 'stale_files']
+           'machine', 'run_summary', 'sweep_parameters', 'sweep_chapter', 'sweep_table', 'make_test_file', 'notebooks',
+           'export_tests', 'to_markdown', 'export_readme', 'export_all', 'stale_files']
 
 # %% ../nbs/1_foundations/05_book.ipynb #3151ebe9
 import ast
 import builtins
 import contextlib
 import difflib
+import hashlib
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -26,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -669,6 +671,201 @@ def run_summary(run: Run) -> str:
     numbers = ", ".join(f"{n} row{'s' * (n != 1)} in {f}" for f, n in run.rows.items()) or "none recorded"
     lines += [f"  page      {near(run.page)}", f"  notebook  {near(run.notebook)}", f"  numbers   {near(run.folder / 'results')} ({numbers})"]
     return "\n".join(lines)
+
+# %% ../nbs/1_foundations/05_book.ipynb #5bee0002
+def sweep_parameters(
+    grid: dict[str, list],  # values by name
+    declared: dict[str, Parameter],  # from `read_parameters`
+    where: str = "this notebook",  # for the messages
+    text: bool = False,  # the values come from a command line, as text
+) -> list[dict]:
+    "Every combination of the values, read and checked as by `check_parameters`. ValueError for no values, and for a value given twice."
+    if not grid:
+        raise ValueError(f"a sweep needs values to run over; {where} has {', '.join(map(str, declared.values())) or 'no parameters'}")
+    checked = {name: [check_parameters({name: v}, declared, where, text)[name] for v in values] for name, values in grid.items()}
+    for name, values in checked.items():
+        if not values or len(set(map(str, values))) < len(values):
+            raise ValueError(f"parameter {name!r} is given {'a value twice' if values else 'no value'}")
+    return [dict(zip(checked, values)) for values in itertools.product(*checked.values())]
+
+# %% ../nbs/1_foundations/05_book.ipynb #5bee0004
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _run_name(parameters: dict) -> str:
+    "The parameters as the name of a folder, with a digest if some letters cannot stand in one."
+    full = ",".join(f"{k}={v}" for k, v in sorted(parameters.items()))
+    plain = re.sub(r"[^\w.,=+-]", "_", full)[:100]
+    return plain if plain == full else f"{plain}-{_digest(full)}"
+
+
+def _sweep_folder(out: str | Path | None, name: str, notebook: Path) -> Path:
+    "Makes the sweep's folder, or finds it. ValueError if it belongs to something else, OSError if it cannot be written."
+    code = _digest("\n".join(_cells(notebook)))
+    folder = Path(out).expanduser().absolute() if out is not None else (book_root() or Path()).absolute() / "runs" / f"{name}-sweep-{code}"
+    mark, text = folder / "sweep.json", json.dumps({"chapter": name, "code": code}) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not mark.exists() and not any(folder.iterdir()):
+            mark.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise OSError(f"cannot write to the output folder {str(folder)!r}: {e.strerror}") from None
+    if not mark.exists() or mark.read_text(encoding="utf-8") != text:
+        raise ValueError(f"the folder {str(folder)!r} holds {'another sweep, or this one before the chapter changed' if mark.exists() else 'other things'}; choose another")
+    return folder
+
+# %% ../nbs/1_foundations/05_book.ipynb #5bee0005
+def _read_run(folder: Path) -> Run | None:
+    "The run that left a folder, from its summary; None if there is none."
+    try:
+        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    name, verdicts = found["chapter"], [c["verdict"] for c in found["claims"]]
+    return Run(name, folder, folder / f"{name}.ipynb", folder / f"{name}.html", found["parameters"], found["seconds"], found["results"],
+               {v: verdicts.count(v) for v in VERDICTS if v in verdicts}, found["error"])
+
+
+def _keep_run(files: dict[str, bytes], folder: Path):
+    "Writes a run's files to its folder, all or nothing. The folder of an earlier try is kept under another name."
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as new:
+        for name, data in files.items():
+            path = Path(new) / "run" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        if folder.exists():
+            folder.rename(next(p for i in itertools.count(1) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists()))
+        (Path(new) / "run").rename(folder)
+
+# %% ../nbs/1_foundations/05_book.ipynb #5bee0007
+@contextlib.contextmanager
+def _ray(
+    address: str | None,  # of a cluster; None: a Ray on this machine, for as long as the block lasts
+    workers: int | None,  # tasks at a time on this machine
+):
+    "Ray, connected, and the folder it keeps its files in if that is on this machine. ConnectionError if none answers at the address."
+    ray = require("ray", "ray")
+    if ray.is_initialized():
+        raise RuntimeError("Ray is running in this process already; end it with ray.shutdown()")
+    short = os.environ.get("RAY_TMPDIR", "/tmp" if os.name == "posix" else None)  # the path of a socket must be short
+    with tempfile.TemporaryDirectory(prefix="ray-", dir=short, ignore_cleanup_errors=True) as folder:
+        here = {"address": "local", "num_cpus": workers, "include_dashboard": False, "object_store_memory": 256 * 2**20, "_temp_dir": folder}
+        there = {"address": address, "runtime_env": {"py_modules": [str(Path(importlib.import_module("attnbook").__file__).parent)]}}
+        try:
+            try:
+                with _quiet():
+                    ray.init(log_to_driver=False, logging_level="ERROR", **(there if address else here))
+            except (ConnectionError, ray.exceptions.RayError) as e:
+                raise ConnectionError(f"no Ray answers at {address or 'this machine'}: {(str(e).splitlines() or [''])[-1]} (a cluster that wants a token needs RAY_AUTH_MODE=token here)") from None
+            yield ray, None if address else folder
+        finally:
+            ray.shutdown()
+
+# %% ../nbs/1_foundations/05_book.ipynb #5bee0008
+def _sweep_task(name: str, notebook: bytes, parameters: dict, gpus: float, scratch: str | None) -> dict[str, bytes]:
+    "Runs a notebook and returns the files that the run left, by path. Called in a worker of Ray."
+    hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}  # Ray hides no GPU from a task that asks for none
+    with tempfile.TemporaryDirectory(prefix="attnbook-", dir=scratch) as folder, _environment(**hidden):
+        source = Path(folder) / f"{name}.ipynb"
+        source.write_bytes(notebook)
+        try:
+            run = run_chapter(source, parameters, out=folder, progress=False)
+        except RunFailed as e:
+            run = e.run
+        return {p.relative_to(run.folder).as_posix(): p.read_bytes() for p in run.folder.rglob("*") if p.is_file()}
+
+
+def _sweep_gpus(ray, gpus: float | None) -> float:
+    "How many GPUs each run gets: one if there are any, unless told. ValueError for more than a machine has: that would wait for ever."
+    most = max((n["Resources"].get("GPU", 0) for n in ray.nodes() if n["Alive"]), default=0)
+    if gpus is not None and not 0 <= gpus <= most:
+        raise ValueError(f"a run cannot have {gpus:g} GPUs: the machine with the most has {most:g}")
+    return min(1, most) if gpus is None else gpus
+
+# %% ../nbs/1_foundations/05_book.ipynb #5bee0009
+def _finished_run(ray, task, run: Run) -> Run:
+    "What a task's run was, its files now in its folder; if the task itself broke, `run` with the reason."
+    try:
+        _keep_run(ray.get(task), run.folder)
+        return _read_run(run.folder)
+    except ray.exceptions.RayError as e:
+        return replace(run, error=" ".join(str(getattr(e, "cause", None) or e).split())[:300])
+
+
+def _run_missing(ray, scratch: str | None, name: str, notebook: bytes, runs: dict[Path, dict], gpus: float, progress: bool) -> list[Run]:
+    "The runs by folder, each with its parameters; those that are not there yet, or failed, are run first."
+    found = {folder: _read_run(folder) for folder in runs}
+    task = ray.remote(_sweep_task).options(num_gpus=gpus, max_retries=0)
+    waiting = {task.remote(name, notebook, runs[f], gpus, scratch): f for f, run in found.items() if not run or run.error}
+    with require("tqdm").tqdm(total=len(runs), initial=len(runs) - len(waiting), desc=name, unit="run", disable=not progress) as bar:
+        try:
+            while waiting:
+                (ready,), _ = ray.wait(list(waiting))
+                f = waiting.pop(ready)
+                found[f] = _finished_run(ray, ready, Run(name, f, f / f"{name}.ipynb", None, runs[f], 0.0))
+                bar.update()
+                if found[f].error:
+                    bar.write(f"{f.name} failed: {found[f].error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            done = f"{len(runs) - len(waiting)} of {len(runs)} runs are done"
+            raise KeyboardInterrupt(f"stopped; {done}, and the same command runs the rest") from None
+    return list(found.values())
+
+# %% ../nbs/1_foundations/05_book.ipynb #5bee000a
+def sweep_chapter(
+    chapter: str | Path,  # a chapter's name, or the path of a notebook
+    grid: dict[str, list],  # values by parameter; every combination is run
+    *,
+    out: str | Path | None = None,  # the sweep's folder; runs/<chapter>-sweep-<digest of its code> in the checkout or here if None
+    address: str | None = None,  # of a Ray cluster, as ray://host:10001; None: a Ray on this machine, which ends with the sweep
+    gpus: float | None = None,  # of each run; None: 1 where there is one, else 0
+    workers: int | None = None,  # runs at a time on this machine; None: one per core
+    text: bool = False,  # the values come from a command line, as text
+    progress: bool = True,  # show a bar
+) -> list[Run]:  # in the order of the grid
+    """Runs a notebook for every combination of values and leaves a folder for each in the sweep's folder, and rows.jsonl with the rows of all.
+
+    A run that is there and did not fail is not run again; a run that fails has its `error` set and does not stop the others. `preset` is gpu for runs with a GPU
+    and else cpu, unless the grid has it. Before anything starts: the errors of `run_chapter`, ModuleNotFoundError without Ray, ConnectionError if none answers.
+    """
+    name, source = _find_notebook(chapter)
+    declared = read_parameters(source)
+    cells = sweep_parameters(grid, declared, name, text)
+    if workers is not None and (address or workers < 1):
+        raise ValueError(f"workers cannot be {workers}" + (": on a cluster Ray decides" if address else ""))
+    with _environment(RAY_USAGE_STATS_ENABLED="0", **({} if address else {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"})):  # 0: loopback only, on Linux too
+        require("ray", "ray")
+        folder = _sweep_folder(out, name, source)
+        with _ray(address, workers) as (ray, scratch):
+            gpus = _sweep_gpus(ray, gpus)
+            if not gpus and any(c.get("device") == "cuda" for c in cells):
+                raise ValueError("device cannot be 'cuda': the runs have no GPU")
+            if "preset" in declared:
+                cells = [{"preset": "gpu" if gpus else "cpu"} | c for c in cells]
+            runs = _run_missing(ray, scratch, name, source.read_bytes(), {folder / _run_name(c): c for c in cells}, gpus, progress)
+    _collect_rows(folder)
+    return runs
+
+# %% ../nbs/1_foundations/05_book.ipynb #5bee000b
+def _collect_rows(folder: Path):
+    "Writes rows.jsonl: every row that a finished run of the sweep recorded, with the run's parameters."
+    with open(folder / "rows.jsonl", "w", encoding="utf-8") as out:
+        for summary in sorted(folder.glob("*/summary.json")):
+            run = _read_run(summary.parent)
+            for name in run.rows if not run.error else ():
+                for line in filter(str.strip, (run.folder / "results" / name).read_text(encoding="utf-8").splitlines()):
+                    row = {"run": run.folder.name, "file": name, "parameters": run.parameters, "row": json.loads(line)}
+                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def sweep_table(runs: list[Run]) -> MarkdownText:
+    "The runs of a sweep as a Markdown table: parameters, what was recorded, claims, folder, outcome."
+    names = list(runs[0].parameters)
+    claims = lambda run: ", ".join(f"{v}: {n}" for v, n in run.verdicts.items())
+    rows = [(i, *(run.parameters[n] for n in names), f"{run.seconds:.0f}", sum(run.rows.values()), claims(run), run.folder.name,
+             f"failed: {run.error}" if run.error else "finished") for i, run in enumerate(runs, 1)]
+    return markdown_table(["run", *names, "seconds", "rows", "claims", "folder", "outcome"], rows)
 
 # %% ../nbs/1_foundations/05_book.ipynb #24bf4f3a
 def _free_names(source: str) -> set[str]:

@@ -7,12 +7,12 @@ __all__ = ['INTERPRETED', 'PROGRAMS', 'LAUNCH', 'FULL', 'BAND', 'BIAS_GRAD', 'FU
            'PROBLEMS', 'resolve_backend', 'row_offsets', 'head_base', 'load_rows', 'store_rows', 'row_ptr', 'load_step',
            'expand', 'logits', 'probabilities', 'score_step', 'softmax_step', 'value_step', 'extra_k_step',
            'tile_forward', 'dq_step', 'tile_backward_dq', 'dkv_step', 'masked_step', 'tile_backward_dkv',
-           'tile_operand_grad', 'OperandGrad', 'TileProgram', 'register_program', 'Launch', 'register_launch',
-           'arch_of', 'find_launch', 'unravel', 'extra_k_tile', 'extra_q_span', 'extra_q_step', 'sum_rows',
-           'scatter_rows', 'tile_attention_op', 'tile_attention_backward_op', 'tile_attention', 'band_q_step',
-           'band_k_step', 'band_q_tile', 'band_k_tile', 'band_span', 'band_k_span', 'band_q_span', 'band_mask',
-           'bias_score', 'bias_grad_span', 'bias_grad_init', 'bias_grad_step', 'bias_grad_store', 'check_qkv',
-           'attention', 'find_sequence', 'packed_q_tile', 'packed_k_tile', 'packed_step', 'packed_k_span',
+           'tile_operand_grad', 'OperandGrad', 'Carried', 'TileProgram', 'register_program', 'Launch',
+           'register_launch', 'arch_of', 'find_launch', 'unravel', 'extra_k_tile', 'extra_q_span', 'extra_q_step',
+           'sum_rows', 'row_lists', 'scatter_rows', 'tile_attention_op', 'tile_attention_backward_op', 'tile_attention',
+           'band_q_step', 'band_k_step', 'band_q_tile', 'band_k_tile', 'band_span', 'band_k_span', 'band_q_span',
+           'band_mask', 'bias_score', 'bias_grad_span', 'bias_grad_init', 'bias_grad_step', 'bias_grad_store',
+           'check_qkv', 'attention', 'find_sequence', 'packed_q_tile', 'packed_k_tile', 'packed_step', 'packed_k_span',
            'packed_q_span', 'packed_mask', 'varlen_attention', 'listed', 'listed_q_tile', 'listed_k_tile',
            'listed_k_step', 'listed_q_step', 'listed_k_span', 'listed_q_span', 'indexed_attention_reference',
            'indexed_attention', 'tune', 'bench_engine']
@@ -95,7 +95,10 @@ def row_offsets(coords, strides, WIDE: tl.constexpr):
     if WIDE:
         off = off.to(tl.int64)
     for a in tl.static_range(len(coords)):
-        off += coords[a] * strides[2 + a]
+        if WIDE:
+            off += coords[a].to(tl.int64) * strides[2 + a]
+        else:
+            off += coords[a] * strides[2 + a]
     return off
 
 # %% ../nbs/1_foundations/01_engine.ipynb #1c1ca152
@@ -232,7 +235,7 @@ def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, s
                  C: tl.constexpr, Q_TILE: tl.constexpr, K_SPAN: tl.constexpr, K_STEP: tl.constexpr,
                  MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, REVERSE: tl.constexpr, MASKS: tl.constexpr,
                  BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-                 TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):
+                 TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PREPARE: tl.constexpr = None):
     "O and LSE of one query tile. Grid: num_tiles * batch * heads."
     pid = tl.program_id(0)
     bh = pid // num_tiles
@@ -243,13 +246,16 @@ def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, s
     hk = h // GROUP
     start, coords, slots, ok, qpos, state = Q_TILE(i, b, h, ops, ints, C, BM)
     q = load_rows(head_base(Q, b, h, sq), coords, sq, ok, D, BD, True, WIDE)              # [BM, BD]
+    seen = q                                                                              # what the score hook gets as q
+    if PREPARE is not None:
+        seen = PREPARE(q, qpos, b, h, ops, ints, C)
     m = tl.full([BM], float("-inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BDV], tl.float32)
     if XK is not None:
         for j in tl.range(0, tl.cdiv(NX, BN), num_stages=STAGES):
             qk, k, kok, kpos = score_step(q, XK, j, b, h, hk, state, sxk, (), (NX,), (), extra_k_step, True, BN, D, BD, False, WIDE, PRECISION)
-            p, alpha, m, l = softmax_step(m, l, qk, q, k, kok, qpos, kpos, True, b, h, scale, (), (NX,), (), None, None, FOLD, True)
+            p, alpha, m, l = softmax_step(m, l, qk, seen, k, kok, qpos, kpos, True, b, h, scale, (), (NX,), (), None, None, FOLD, True)
             acc = value_step(acc, p.to(q.dtype), alpha, XV, j, b, h, hk, state, sxv, (), (NX,), (), extra_k_step, True, BN, DV, BDV, False, WIDE, PRECISION)
     lo, full_lo, full_hi, hi = K_SPAN(state, b, h, ops, ints, C, BM, BN)
     p = tl.zeros([BM, BN], tl.float32)
@@ -257,13 +263,13 @@ def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, s
     if lo < hi:
         masked = (lo < full_lo) | (lo >= full_hi)
         qk, k, kok, kpos = score_step(q, K, lo, b, h, hk, state, sk, ops, ints, C, K_STEP, MASKS, BN, D, BD, TMA, WIDE, PRECISION)
-        p, alpha, m, l = softmax_step(m, l, qk, q, k, kok, qpos, kpos, masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
+        p, alpha, m, l = softmax_step(m, l, qk, seen, k, kok, qpos, kpos, masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
     for j in tl.range(lo + 1, hi, num_stages=STAGES):
         masked = (j < full_lo) | (j >= full_hi)
         weights = p.to(q.dtype)                                                           # of step j - 1
         qk, k, kok, kpos = score_step(q, K, j, b, h, hk, state, sk, ops, ints, C, K_STEP, MASKS, BN, D, BD, TMA, WIDE, PRECISION)
         acc = value_step(acc, weights, alpha, V, j - 1, b, h, hk, state, sv, ops, ints, C, K_STEP, MASKS, BN, DV, BDV, TMA, WIDE, PRECISION)
-        p, alpha, m, l = softmax_step(m, l, qk, q, k, kok, qpos, kpos, masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
+        p, alpha, m, l = softmax_step(m, l, qk, seen, k, kok, qpos, kpos, masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
     if lo < hi:
         acc = value_step(acc, p.to(q.dtype), alpha, V, hi - 1, b, h, hk, state, sv, ops, ints, C, K_STEP, MASKS, BN, DV, BDV, TMA, WIDE, PRECISION)
     empty = l == 0.0
@@ -274,20 +280,22 @@ def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, s
 
 # %% ../nbs/1_foundations/01_engine.ipynb #f4bcb9fd
 @triton.jit
-def dq_step(dq, q, do, lse, delta, k_src, v_src, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C: tl.constexpr,
+def dq_step(dq, carry, q, seen, do, lse, delta, k_src, v_src, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C: tl.constexpr,
             K_STEP: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr, MASKS: tl.constexpr,
             BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-            TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DQ_SCORE: tl.constexpr = None):
+            TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DQ_SCORE: tl.constexpr = None, CARRY_STEP: tl.constexpr = None):
     start, coords, slots, ok, kpos = K_STEP(j, state, b, h, ops, ints, C, BN)
     k = load_step(k_src, b, hk, start, coords, sk, ok, BN, D, BD, TMA, MASKS, WIDE)       # [BN, BD]
     v = load_step(v_src, b, hk, start, coords, sv, ok, BN, DV, BDV, TMA, MASKS, WIDE)     # [BN, BDV]
     qk = tl.dot(q, k.T, input_precision=PRECISION)                                        # [BM, BN]
     dp = tl.dot(do, v.T, input_precision=PRECISION)                                       # [BM, BN]
-    s = logits(qk, q, k, ok[None, :], expand(qpos, 1), expand(kpos, 0), masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
+    s = logits(qk, seen, k, ok[None, :], expand(qpos, 1), expand(kpos, 0), masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
     ds = probabilities(s, lse[:, None], scale, FOLD) * (dp - delta[:, None])
     if DQ_SCORE is not None:
         dq = DQ_SCORE(dq, ds, q, k, expand(qpos, 1), expand(kpos, 0), b, h, ops, ints, C)
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)                       # [BM, BD]
+    if CARRY_STEP is not None:
+        carry = CARRY_STEP(carry, ds, q, k, expand(qpos, 1), expand(kpos, 0), b, h, ops, ints, C)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION), carry                # [BM, BD]
 
 # %% ../nbs/1_foundations/01_engine.ipynb #3ee14626
 @triton.jit
@@ -297,7 +305,8 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
                      MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, REVERSE: tl.constexpr, MASKS: tl.constexpr,
                      BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
                      TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-                     DQ_SCORE: tl.constexpr = None):
+                     DQ_SCORE: tl.constexpr = None, G=None, CARRY_INIT: tl.constexpr = None, CARRY_STEP: tl.constexpr = None,
+                     CARRY_LAST: tl.constexpr = None, PREPARE: tl.constexpr = None):
     "dQ of one query tile, and its rows of LSE (base 2) and delta. Grid: num_tiles * batch * heads."
     pid = tl.program_id(0)
     bh = pid // num_tiles
@@ -317,16 +326,24 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
     lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
     tl.store(row_ptr(LSE2, b, h, slots, sl), lse, mask=ok)
     tl.store(row_ptr(DELTA, b, h, slots, sl), delta, mask=ok)
+    seen = q
+    if PREPARE is not None:
+        seen = PREPARE(q, qpos, b, h, ops, ints, C)
     dq = tl.zeros([BM, BD], tl.float32)
+    carry = 0
+    if CARRY_INIT is not None:
+        carry = CARRY_INIT(ints, C, BM)
     if XK is not None:
         for j in tl.range(0, tl.cdiv(NX, BN), num_stages=STAGES):
-            dq = dq_step(dq, q, do, lse, delta, XK, XV, j, True, b, h, hk, qpos, state, sxk, sxv, scale, (), (NX,), (),
+            dq, carry = dq_step(dq, carry, q, seen, do, lse, delta, XK, XV, j, True, b, h, hk, qpos, state, sxk, sxv, scale, (), (NX,), (),
                          extra_k_step, None, None, FOLD, True, BN, D, DV, BD, BDV, False, WIDE, PRECISION)
     lo, full_lo, full_hi, hi = K_SPAN(state, b, h, ops, ints, C, BM, BN)
     for j in tl.range(lo, hi, num_stages=STAGES):
         masked = (j < full_lo) | (j >= full_hi)
-        dq = dq_step(dq, q, do, lse, delta, K, V, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C,
-                     K_STEP, MASK, SCORE, FOLD, MASKS, BN, D, DV, BD, BDV, TMA, WIDE, PRECISION, DQ_SCORE)
+        dq, carry = dq_step(dq, carry, q, seen, do, lse, delta, K, V, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C,
+                     K_STEP, MASK, SCORE, FOLD, MASKS, BN, D, DV, BD, BDV, TMA, WIDE, PRECISION, DQ_SCORE, CARRY_STEP)
+    if CARRY_LAST is not None:
+        dq = CARRY_LAST(dq, carry, q, G, pid, b, h, ok, qpos, ops, ints, C)
     store_rows(head_base(DQ, b, h, sdq), slots, sdq, ok, dq * dq_scale, D, BD, WIDE)
 
 # %% ../nbs/1_foundations/01_engine.ipynb #35039d1e
@@ -440,6 +457,17 @@ class OperandGrad:
     finish: Callable                  # host: (buffer, operand) -> gradient of the operand
     launch: Callable | None = None    # host: a kernel of the program's own instead of `tile_operand_grad`; see `_operand_grad`
 
+
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """A tile that the dQ pass carries along its key steps: what it adds to dQ at the end, and operand 0's gradient from it. Unlike `OperandGrad` this
+    costs no pass of its own; unlike `dq_score` it does what can wait until the end once per query tile."""
+    init: Callable                    # (ints, C, BM) -> carry
+    step: Callable                    # (carry, ds, q, k, qpos, kpos, b, h, ops, ints, C) -> carry
+    last: Callable                    # (dq, carry, q, G, pid, b, h, ok, qpos, ops, ints, C) -> dq; fills part pid of G unless G is None
+    buffer: Callable                  # host: (q, operand, programs, ints, consts) -> a tensor for G
+    finish: Callable                  # host: (G, operand, ints, consts) -> gradient of the operand
+
 # %% ../nbs/1_foundations/01_engine.ipynb #7bb55761
 @dataclass(frozen=True, eq=False)
 class TileProgram:
@@ -456,8 +484,10 @@ class TileProgram:
     mask: Callable | None = None
     mask_total: bool = False          # the mask itself is False for keys that a step lacks
     score: Callable | None = None
+    prepare: Callable | None = None   # (q, qpos, b, h, ops, ints, C) -> what `score` gets as q in the forward and dQ passes, once per query tile
     dq_score: Callable | None = None  # (dq, ds, q, k, qpos, kpos, b, h, ops, ints, C) -> dq, where the score depends on q beyond q.k
     operand_grad: OperandGrad | None = None
+    carried: Carried | None = None    # another way to operand 0's gradient
     consecutive: bool = False         # the rows of every step are consecutive: tensor descriptors may be used
     brick: Callable | None = None     # host: (C, kernel) -> sides of the box of rows that every step reads from a map, or None; for descriptors
     heavy_last: bool = False          # later query tiles do more work
@@ -466,6 +496,7 @@ class TileProgram:
     expand: Callable | None = None    # host: (q, v, ints, consts) -> C, where C is more than the call's consts
     tables: Callable | None = None    # host: (q, ints, C) -> tensors for the hooks, appended to the call's operands
     indexed: bool = False             # rows come through index lists operands[0] (queries) and operands[1] (keys)
+    lists: Callable | None = None     # host: operands -> `row_lists` of queries' and of keys' lists, where the caller has them
 
 PROGRAMS: dict[str, TileProgram] = {}
 
@@ -503,10 +534,10 @@ def _table(arch, bits, rows):
             register_launch(arch, kernel, bits, head_dim, Launch(bm, bn, warps, stages))
 
 _table("sm90", 16, [  # head_dim: forward, dq, dkv as (BM, BN, warps, stages)
-    (16, (128, 128, 4, 3), (128, 64, 4, 3), (64, 128, 4, 3)),
-    (32, (128, 128, 4, 3), (128, 64, 4, 3), (64, 128, 4, 3)),
-    (64, (128, 128, 4, 3), (128, 64, 4, 3), (128, 64, 4, 2)),
-    (128, (128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 2)),
+    (16, (64, 128, 4, 3), (128, 64, 4, 3), (64, 128, 4, 3)),
+    (32, (64, 128, 4, 3), (128, 64, 4, 3), (64, 128, 4, 3)),
+    (64, (64, 128, 4, 3), (128, 64, 4, 3), (128, 64, 4, 2)),
+    (128, (64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2)),
     (256, (128, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1))])
 _table("sm90", 32, [
     (16, (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
@@ -536,8 +567,8 @@ for _arch in ("sm80", "small"):
 for _bits in (16, 32):
     _table("interpreter", _bits, [(d, (32, 16, 4, 1), (16, 32, 4, 1), (32, 16, 4, 1)) for d in (16, 32, 64, 128, 256)])
 
-# smaller tiles were ahead for masks in most, not all, of the runs shown near the end of the chapter
-register_launch("sm90", "band forward", 16, 128, Launch(64, 64, 4, 3))
+# a mask wastes less of a smaller tile
+register_launch("sm90", "band forward", 16, 64, Launch(64, 64, 4, 3))
 
 # %% ../nbs/1_foundations/01_engine.ipynb #39358ab4
 def arch_of(device: torch.device) -> str:
@@ -632,7 +663,7 @@ def _forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     tile_forward[(tiles * q.shape[0] * q.shape[1],)](
         q, K, V, extra_k, extra_v, out, lse, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1],
         out.stride(), lse.stride(), scale, tiles, q.shape[1], xs[2], Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step,
-        REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma, WIDE=_wide(q, k, v, out), STAGES=p.stages, num_warps=p.warps, **common)
+        REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma, WIDE=_wide(q, k, v, out), STAGES=p.stages, PREPARE=program.prepare, num_warps=p.warps, **common)
     return out, lse
 
 # %% ../nbs/1_foundations/01_engine.ipynb #0e8d8418
@@ -707,11 +738,15 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
     K, V, tma = _streams(program, k, v, p.BN, common["BD"], common["BDV"], q.device, consts, "dq")
     tiles = program.q_tiles(ints, consts, p.BM)
     xs = (extra_k.stride(), extra_v.stride(), extra_k.shape[2]) if extra_k is not None else (None, None, 0)
+    carried, partial = program.carried, None
+    carry = dict(CARRY_INIT=carried.init, CARRY_STEP=carried.step, CARRY_LAST=carried.last) if carried else {}
+    if carried and operand_grad:
+        partial = carried.buffer(q, operands[0], tiles * q.shape[0] * heads, ints, consts)
     tile_backward_dq[(tiles * q.shape[0] * heads,)](
         q, K, V, extra_k, extra_v, out, do, lse, dlse, dq, lse2, delta, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1],
         out.stride(), do.stride(), dlse.stride() if dlse is not None else None, dq.stride(), lse.stride(), scale, plain_scale, tiles, heads, xs[2],
         Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step, REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma,
-        WIDE=wide, STAGES=p.stages, DQ_SCORE=program.dq_score, num_warps=p.warps, **common)
+        WIDE=wide, STAGES=p.stages, DQ_SCORE=program.dq_score, PREPARE=program.prepare, G=partial, num_warps=p.warps, **carry, **common)
     p = find_launch(program, "dkv", q.dtype, dim, q.device, consts)
     Q, DO, tma = _streams(program, q, do, p.BM, common["BD"], common["BDV"], q.device, consts, "dkv")
     tiles = program.k_tiles(ints, consts, p.BN)
@@ -721,13 +756,16 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
             lse2.stride(), scale, plain_scale, tiles, heads, K_TILE=program.k_tile, Q_SPAN=program.q_span, Q_STEP=program.q_step, REVERSE=False, MASKS=_masks(program, ints, consts, p),
             BM=p.BM, BN=p.BN, TMA=tma, WIDE=wide, STAGES=p.stages, num_warps=p.warps, **common)
     if program.indexed:
-        dq = scatter_rows(dq, operands[0].flatten(2), q.shape[2])
-        dk, dv = (scatter_rows(g, operands[1].flatten(2), k.shape[2]) for g in (dk, dv))
+        of_q, of_k = program.lists(operands) if program.lists else (row_lists(x.flatten(2), t.shape[2]) for x, t in zip(operands, (q, k)))
+        dq = scatter_rows(dq, operands[0].flatten(2), q.shape[2], of_q)
+        dk, dv = (scatter_rows(g, operands[1].flatten(2), k.shape[2], of_k) for g in (dk, dv))
     grads = [dq, dk, dv]
     if extra_k is not None:
         p = find_launch(TileProgram(*["extra"] + [None] * 8), "dkv", q.dtype, dim, q.device)
         grads += _extra_grads(q, extra_k, extra_v, do, lse2, delta, p, common, scale, plain_scale)
-    if operand_grad:
+    if partial is not None:
+        grads.append(carried.finish(partial, operands[0], ints, consts))
+    elif operand_grad:
         grads.append(_operand_grad(program, q, k, v, do, lse2, delta, operands, ints, consts, common, plain_scale, wide))
     return grads
 
@@ -764,20 +802,26 @@ def sum_rows(X, ORDER, FIRST, Y, N, S, D: tl.constexpr, BD: tl.constexpr, BM: tl
     tl.store(Y + (g * N + n)[:, None] * D + d[None, :], acc.to(Y.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
 
 # %% ../nbs/1_foundations/01_engine.ipynb #ca391406
-def scatter_rows(x: Tensor, index: Tensor, n: int) -> Tensor:
+def row_lists(index: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    "The slots of each row: `order` (batch, heads, slots) sorted by row, and where each row's slots begin in it, (batch, heads, n + 1)."
+    key, order = torch.sort(index, dim=-1, stable=True)
+    rows = torch.arange(n + 1, device=index.device, dtype=key.dtype).expand(*index.shape[:2], -1)
+    return order.contiguous(), torch.searchsorted(key.contiguous(), rows.contiguous())
+
+def scatter_rows(x: Tensor, index: Tensor, n: int, lists: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Sums rows that share an index, in a fixed order: `(batch, heads, slots, dim)` -> `(batch, heads, n, dim)`.
 
     `index` `(batch, heads, slots)` holds the target row of each slot; a negative one drops the slot.
+    `lists`: `row_lists(index, n)`, where it is known already.
     """
     x = x.contiguous()
     y = x.new_zeros(*x.shape[:2], n, x.shape[3])
     if x.numel() == 0 or n == 0:
         return y
-    key, order = torch.sort(index, dim=-1, stable=True)
-    first = torch.searchsorted(key.contiguous(), torch.arange(n + 1, device=x.device, dtype=key.dtype).expand(*x.shape[:2], -1).contiguous())
+    order, first = row_lists(index, n) if lists is None else lists
     bm = 16
     sum_rows[(x.shape[0] * x.shape[1] * triton.cdiv(n, bm),)](
-        x, order.contiguous(), first, y, n, x.shape[2], D=x.shape[3], BD=_round_dim(x.shape[3]), BM=bm, num_warps=4)
+        x, order, first, y, n, x.shape[2], D=x.shape[3], BD=_round_dim(x.shape[3]), BM=bm, num_warps=4)
     return y
 
 # %% ../nbs/1_foundations/01_engine.ipynb #57177b42
@@ -830,7 +874,7 @@ def _autograd(ctx, do, dlse):
     if do is None and dlse is None:
         return None, None, None, None, None, [None] * len(operands), *none[:-1], None
     do = torch.zeros_like(out) if do is None else do
-    wants = PROGRAMS[ctx.program].operand_grad is not None and any(
+    wants = (PROGRAMS[ctx.program].operand_grad or PROGRAMS[ctx.program].carried) is not None and any(
         ctx.needs_input_grad[5] if isinstance(ctx.needs_input_grad[5], (list, tuple)) else [ctx.needs_input_grad[5]])
     grads = tile_attention_backward_op(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, ctx.program, ctx.ints, ctx.consts, ctx.scale, wants)
     dq, dk, dv, *rest = grads

@@ -705,13 +705,13 @@ def kernel_box(axes, rows, step_rows, transpose=False):
     return min(cost(tile, brick) for tile in tiles for brick in _boxes(step_rows, len(axes)))[4:]
 
 # %% ../nbs/3_locality/neighborhood.ipynb #b5063dd7
-#: head_dim rounded up -> forward, dq, dkv: (rows of queries, rows of keys, warps, stages). 32, 64 and 128 were
-#: chosen on an H100 with the earlier kernel, whose boxes were not constant; the others are chosen to fit
+#: head_dim rounded up -> forward, dq, dkv: (rows of queries, rows of keys, warps, stages). Forward and dq share their
+#: tiles. 32, 64 and 128 are the fastest of six or seven tried on an H100 for the benchmarks below
 KERNEL_LAUNCH = {
-    16: ((64, 32, 4, 3), (64, 32, 4, 3), (64, 64, 2, 2)),
-    32: ((64, 32, 4, 3), (64, 32, 4, 3), (64, 64, 2, 2)),
-    64: ((64, 32, 4, 3), (64, 32, 4, 3), (64, 32, 2, 2)),
-    128: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 2)),
+    16: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 2)),
+    32: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 2)),
+    64: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3)),
+    128: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
     256: ((64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1))}
 
 
@@ -746,7 +746,7 @@ def _tile_count(side):
 # %% ../nbs/3_locality/neighborhood.ipynb #6a0b1fcf
 def _tables(q, ints, C):
     "The words of both sides, for maps of two or three axes."
-    n, sides = C[0], lambda at: C[at:at + C[0]]
+    sides = lambda at: C[at:at + C[0]]
     axes = tuple(Axis(*axis[:4], bool(axis[4])) for axis in zip(ints, sides(7), sides(10), sides(13), sides(16)))
     return (*unseen_tables(axes, sides(1), sides(19), sides(25), False, q.device),
             *unseen_tables(axes, sides(4), sides(22), sides(28), True, q.device))
@@ -1179,7 +1179,7 @@ def cost_experiment(side, windows, heads, head_dim, batch, device="cpu", seed=0)
                    row_major=useful * tile_waste(shape, w, q_tile=128, block_n=128, scheme="row-major"))
         methods = {}
         if on_gpu:
-            methods = {"ours": partial(na2d, q, k, v, w), "flex": partial(flex_peer(shape, w, device=device), q, k, v)}
+            methods = {"ours": partial(na2d, q, k, v, w), "flex": partial(flex_peer(shape, w), q, k, v)}
         if neighborhood_cost(shape, w, batch=batch, heads=heads, head_dim=head_dim, element_size=4)["unfolded"] < 2**32:
             methods["unfold"] = partial(na2d, q, k, v, w, backend="torch")
         rows.append({**row, **{name: _milliseconds(f, device) / dense for name, f in methods.items()}})
@@ -1225,19 +1225,12 @@ def flex_mask_mod(shape, window_size, *, stride=1, dilation=1, is_causal=False, 
     return mask_mod
 
 # %% ../nbs/3_locality/neighborhood.ipynb #fd8b41dd
-def flex_peer(shape, window_size, *, device="cuda", tile=None, **neighborhood):
+def flex_peer(shape, window_size, *, tile=None, **neighborhood):
     """Compiled FlexAttention on maps `(B, H, *shape, D)`; its block mask is built once, at the first call.
 
     With `tile` the inputs are taken as already permuted.
     """
-    @lru_cache
-    def attend():
-        from torch.nn.attention.flex_attention import create_block_mask
-        N, on_gpu = math.prod(shape), torch.device(device).type == "cuda"
-        create = torch.compile(create_block_mask) if on_gpu else create_block_mask
-        mod = flex_mask_mod(shape, window_size, tile=tile, **neighborhood)
-        return flex(block_mask=create(mod, None, None, N, N, device=device))
-    return on_maps(lambda q, k, v: attend()(q, k, v), shape)
+    return on_maps(flex(flex_mask_mod(shape, window_size, tile=tile, **neighborhood)), shape)
 
 # %% ../nbs/3_locality/neighborhood.ipynb #412fa9bc
 def photo_features(image, side, dim, corner=(0, 0)):
@@ -1398,18 +1391,18 @@ PROBLEMS = {  # name -> the problem; `tile` is the tile order offered to FlexAtt
 }
 
 # %% ../nbs/3_locality/neighborhood.ipynb #147765f5
-def compare_problem(bench, problem, *, peers=("ours", "flex", "flex tiles", "cudnn dense", "torch reference"),
+def compare_problem(bench, setup, *, peers=("ours", "flex", "flex tiles", "cudnn dense", "torch reference"),
                     backward=True, **fields):
-    "One problem (a value of `PROBLEMS`) by the named peers, on the GPU in bfloat16; yields `compare`'s recorded rows."
-    kw = {n: x for n, x in problem.items() if n in ("stride", "dilation", "is_causal")}
-    shape, window = problem["shape"], problem["window_size"]
-    sizes = {n: problem[n] for n in ("batch", "heads", "head_dim")}
+    "One problem (`setup`, a value of `PROBLEMS`) by the named peers, on the GPU in bfloat16; yields `compare`'s recorded rows."
+    kw = {n: x for n, x in setup.items() if n in ("stride", "dilation", "is_causal")}
+    shape, window = setup["shape"], setup["window_size"]
+    sizes = {n: setup[n] for n in ("batch", "heads", "head_dim")}
     cost = neighborhood_cost(shape, window, **sizes, **kw)
     known = {"ours": partial(neighborhood_attention, window_size=window, backend="triton", **kw),
              "flex": flex_peer(shape, window, **kw),
              "cudnn dense": on_maps(sdpa("cudnn", is_causal=len(shape) == 1 and kw.get("is_causal", False)), shape)}
-    if problem.get("tile"):
-        known["flex tiles"] = flex_peer(shape, window, tile=problem["tile"], **kw)
+    if setup.get("tile"):
+        known["flex tiles"] = flex_peer(shape, window, tile=setup["tile"], **kw)
     if cost["unfolded"] < 2**32:
         known["torch reference"] = partial(neighborhood_attention_reference, window_size=window, **kw)
     inputs = [torch.randn(sizes["batch"], sizes["heads"], *shape, sizes["head_dim"], device="cuda",

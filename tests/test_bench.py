@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from attnbook.bench import (
     MARKS,
     PALETTE,
+    block_mask,
     compare,
     flex,
     floor,
@@ -148,6 +149,17 @@ def test_peers_agree():
         if device() != "cpu":
             peers.append(flex((lambda b, h, i, j: i >= j) if causal else None))
         assert all(rel_error(peer(q, k, v), want) < 1e-5 for peer in peers)
+
+def test_block_mask():
+    from torch.nn.attention.flex_attention import create_block_mask
+    near = lambda b, h, i, j: ((i - j).abs() < 90) | (j < 3)
+    for Nq, Nk, size in ((300, 500, 128), (256, 256, (64, 32))):
+        ours, theirs = block_mask(near, Nq, Nk, device(), size), create_block_mask(near, None, None, Nq, Nk, device(), size)
+        assert torch.equal(ours.to_dense(), theirs.to_dense()) and ours.seq_lengths == theirs.seq_lengths
+        assert torch.equal(ours.full_kv_num_blocks, theirs.full_kv_num_blocks)
+        for a, b, n in ((ours.kv_indices, theirs.kv_indices, ours.kv_num_blocks), (ours.full_kv_indices, theirs.full_kv_indices, ours.full_kv_num_blocks)):
+            listed = torch.arange(a.shape[-1], device=a.device) < n[..., None]
+            assert torch.equal(a[listed], b[listed])
 
 def test_unknown_backend():
     check_raises(sdpa, [({"backend": "fastest"}, ValueError, ["backend", "fastest", "cudnn"])])

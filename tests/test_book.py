@@ -13,10 +13,14 @@ from attnbook.book import (
     PARTS,
     Claim,
     Parameter,
+    Run,
     RunFailed,
     Verdict,
     _free_names,
+    _keep_run,
     _kinds,
+    _run_name,
+    _sweep_gpus,
     _test_source,
     chapters_table,
     check_parameters,
@@ -29,6 +33,8 @@ from attnbook.book import (
     require,
     run_chapter,
     run_summary,
+    sweep_parameters,
+    sweep_table,
     to_html,
     to_markdown,
 )
@@ -163,6 +169,45 @@ def test_bad_runs_do_not_start():
             with pytest.raises(error, match=words):
                 start(**kw)
         assert not (Path(folder) / "runs").exists()
+
+
+def test_every_combination():
+    declared = {"n": Parameter("n", (int,), 5), "scale": Parameter("scale", (float, type(None)), None)}
+    assert sweep_parameters({"n": ["1", "2"], "scale": ["none", "1"]}, declared, text=True) == [dict(n=n, scale=s) for n in (1, 2) for s in (None, 1.0)]
+    for grid, error, words in (({}, ValueError, r"this notebook has n \(int\), scale \(float \| None\)"), ({"n": []}, ValueError, "'n' is given no value"),
+                               ({"n": [1, 1]}, ValueError, "'n' is given a value twice"), ({"m": [1]}, ValueError, "no parameter 'm'"), ({"n": [1, 2.5]}, TypeError, "n \\(int\\).*2.5")):
+        with pytest.raises(error, match=words):
+            sweep_parameters(grid, declared)
+
+def test_runs_have_folders_of_their_own():
+    assert _run_name({"scale": 0.5, "n": -1}) == _run_name({"n": -1, "scale": 0.5}) == "n=-1,scale=0.5"
+    names = [_run_name({"path": p}) for p in ("a/b", "a b", "a_b", "x" * 200, "x" * 201)]
+    assert len(set(names)) == 5 and all(re.fullmatch(r"path=[\w.,=+-]{3,120}", n) for n in names)
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(3):
+            _keep_run({"a": b"%d" % i, "b/c": b""}, Path(folder) / "n=1")
+        kept = {p.relative_to(folder).as_posix(): p.read_text() for p in Path(folder).rglob("a")}
+    assert kept == {"n=1/a": "2", "n=1.old-1/a": "0", "n=1.old-2/a": "1"}
+
+
+class _Nodes:
+    "Stands in for a Ray with two machines."
+    def __init__(self, *gpus):
+        self.gpus = gpus
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": {"CPU": 8.0, **({"GPU": float(n)} if n else {})}} for n in self.gpus] + [{"Alive": False, "Resources": {"GPU": 16.0}}]
+
+def test_gpus_of_a_run():
+    assert _sweep_gpus(_Nodes(0, 0), None) == 0 and _sweep_gpus(_Nodes(0, 4), None) == 1 and _sweep_gpus(_Nodes(0, 4), 0.5) == 0.5 and _sweep_gpus(_Nodes(4), 0) == 0
+    for nodes, gpus in ((_Nodes(0), 1), (_Nodes(2, 4), 8), (_Nodes(4), -1)):
+        with pytest.raises(ValueError, match=f"cannot have {gpus} GPUs: the machine with the most has {max(nodes.gpus)}"):
+            _sweep_gpus(nodes, gpus)
+
+def test_table_of_a_sweep():
+    run = lambda n, **kw: Run("small", Path(f"n={n}"), Path(), None, {"n": n}, 2.4, **kw)
+    table = sweep_table([run(1, rows={"a": 2, "b": 1}, verdicts={"holds": 1}), run(2, error="cell 3 (`a | b`): KeyError")])
+    assert table.splitlines()[2:] == ["| 1 | 1 | 2 | 3 | holds: 1 | n=1 | finished |", "| 2 | 2 | 2 | 0 |  | n=2 | failed: cell 3 (`a \\| b`): KeyError |"]
 
 
 def test_free_names():

@@ -59,7 +59,7 @@ def test_no_command_shows_the_help():
     assert "Usage" in done.stdout + done.stderr and "doctor" in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "bench", "claims"])
+@pytest.mark.parametrize("command", ["run", "sweep", "bench", "claims"])
 def test_unknown_chapter(command):
     assert "did you mean neighborhood?" in refused(command, "neighbourhood")
 

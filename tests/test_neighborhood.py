@@ -298,7 +298,8 @@ def test_good_citizen():
     for backend in BACKENDS:
         op = partial(neighborhood_attention, window_size=3, stride=(2, 1), dilation=(1, 2), return_lse=True,
                      backend=backend)
-        check_operation(op, partial(op, backend="torch"), inputs, grad_tol=2e-5)
+        skip = ("deterministic",) if backend == "torch" else ()         # a GPU adds a gather's gradients in any order
+        check_operation(op, partial(op, backend="torch"), inputs, grad_tol=2e-5, skip=skip)
 
 
 @pytest.mark.cuda

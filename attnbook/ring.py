@@ -662,10 +662,11 @@ def ring_backward_dq(Q, K, V, O, DO, LSE, LSE2, DELTA, ACC, DQ, sq, sk, sv, so, 
         lse = tl.load(row_ptr(LSE2, b, h, slots, sl), mask=ok, other=float("inf"))
         dq = load_rows(head_base(ACC, b, h, sa), slots, sa, ok, D, BD, True, WIDE)         # [BM, BD]
     lo, full_lo, full_hi, hi = ring_k_span(state, b, h, (), ints, C, BM, BN)
+    carry = 0                                                                              # the engine's, not used here
     for j in tl.range(lo, hi, num_stages=STAGES):
-        dq = dq_step(dq, q, do, lse, delta, K, V, j, j >= full_hi, b, h, h // GROUP, qpos, state, sk, sv, scale, (),
-                     ints, C,
-                     ring_k_step, ring_mask, None, FOLD, MASKS, BN, D, DV, BD, BDV, TMA, WIDE, PRECISION)
+        dq, carry = dq_step(dq, carry, q, q, do, lse, delta, K, V, j, j >= full_hi, b, h, h // GROUP, qpos, state, sk,
+                            sv, scale, (), ints, C, ring_k_step, ring_mask, None, FOLD, MASKS, BN, D, DV, BD, BDV, TMA,
+                            WIDE, PRECISION)
     if LAST:
         store_rows(head_base(DQ, b, h, sdq), slots, sdq, ok, dq * dq_scale, D, BD, WIDE)
     else:
@@ -1508,7 +1509,8 @@ def project(block_s: dict, *, layout: str, ranks: int, rows: int, kv_bytes: floa
             "efficiency": sum(ideal.values()) / (fwd + bwd)}
 
 # %% ../nbs/4_long_context/ring.ipynb #8959f166
-_IN_CHILD = "from attnbook.ring import _rank_main; _rank_main(*args)"  # by name: in the notebook this module is __main__
+# by name: in the notebook this module is __main__
+_IN_CHILD = "from attnbook.ring import _rank_main; _rank_main(*args)"
 
 def _rank_main(pipe, module, name, rank, size, path, backend, limit, args):
     try:
@@ -1540,7 +1542,8 @@ def spawn_ranks(fn: Callable, size: int, *args, backend: str = "gloo", limit: fl
                 check: bool = True) -> list:
     """`fn(rank, *args)` in `size` processes of one process group; the list of their results, which must pickle.
 
-    `fn` must be importable; in this notebook its namesake in the library runs. A rank that raises or dies is a RuntimeError here; with `check=False` it has its message,
+    `fn` must be importable; in this notebook its namesake in the library runs. A rank that raises or dies is a
+    RuntimeError here; with `check=False` it has its message,
     or None, as its result.
     """
     import multiprocessing
@@ -2097,7 +2100,8 @@ class MergedRing(torch.autograd.Function):
         outs = []
         for r in range(len(q)):
             for source, rows, keys, causal in _zigzag_blocks(len(q), r, q.shape[3]):
-                o, e, *_, seed, offset, _ = _flash(q[r][:, :, rows], k[source][:, :, keys], v[source][:, :, keys], causal)
+                o, e, *_, seed, offset, _ = _flash(q[r][:, :, rows], k[source][:, :, keys], v[source][:, :, keys],
+                                                   causal)
                 if causal:
                     out, lse = o.float(), e
                 elif rows.start == 0:

@@ -15,13 +15,14 @@ __all__ = ['PRESETS', 'LAYOUTS', 'RING', 'NETWORKS', 'METHODS', 'P100', 'BERT', 
            'exchange', 'chunk_attention', 'ring_attention', 'ring_self_attention', 'ulysses_attention',
            'allgather_attention', 'mesh_groups', 'usp_attention', 'shard_usp', 'linformer_attention', 'memory_elements',
            'largest', 'comm_bytes', 'hop_kind', 'project', 'spawn_ranks', 'method_error', 'errors_on_rank',
-           'attend_with_lost_peer', 'on_shards', 'RingSelfAttention', 'Block', 'SequenceTransformer', 'bert_base',
-           'bert_large', 'sum_gradients', 'token_loss', 'train_lm', 'train_on_rank', 'work_experiment', 'saved_bytes',
-           'TensorParallelBlock', 'memory_experiment', 'wire_experiment', 'ping_on_rank', 'fit_network', 'block_times',
-           'projected', 'training_experiment', 'merged_forward', 'precision_experiment', 'record_experiments',
-           'MergedRing', 'bench_ring', 'block_hops', 'bench_blocks', 'bench_methods', 'bench_linformer', 'rank_ms',
-           'EchoRing', 'communication_only', 'torch_context_parallel', 'multi_gpu_errors', 'multi_gpu_scaling',
-           'multi_gpu_overlap', 'multi_gpu_projection', 'one_gpu_ms', 'check_on_cpus', 'multi_gpu', 'claims']
+           'attend_with_lost_peer', 'attend_alone', 'on_shards', 'RingSelfAttention', 'Block', 'SequenceTransformer',
+           'bert_base', 'bert_large', 'sum_gradients', 'token_loss', 'train_lm', 'train_on_rank', 'work_experiment',
+           'saved_bytes', 'TensorParallelBlock', 'memory_experiment', 'wire_experiment', 'ping_on_rank', 'fit_network',
+           'block_times', 'projected', 'training_experiment', 'merged_forward', 'precision_experiment',
+           'record_experiments', 'MergedRing', 'bench_ring', 'block_hops', 'bench_blocks', 'bench_methods',
+           'bench_linformer', 'rank_ms', 'EchoRing', 'communication_only', 'torch_context_parallel', 'multi_gpu_errors',
+           'multi_gpu_scaling', 'multi_gpu_overlap', 'multi_gpu_projection', 'one_gpu_ms', 'check_on_cpus', 'multi_gpu',
+           'claims']
 
 # %% ../nbs/4_long_context/ring.ipynb #c5e3167e
 import importlib
@@ -354,8 +355,9 @@ class ProcessRing(_Collectives):
         out = [to_host(t) if stage else t.contiguous() for t in request.tensors]
         into = [torch.empty(t.shape, dtype=t.dtype, device="cpu" if stage else t.device, pin_memory=stage) for t in out]
         after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
-        ops = [dist.P2POp(dist.isend, t, group=self.group, tag=i, group_peer=after) for i, t in enumerate(out)]
-        ops += [dist.P2POp(dist.irecv, t, group=self.group, tag=i, group_peer=before) for i, t in enumerate(into)]
+        peers = [dist.get_global_rank(self.group, r) for r in (after, before)]
+        ops = [dist.P2POp(dist.isend, t, peers[0], self.group, tag=i) for i, t in enumerate(out)]
+        ops += [dist.P2POp(dist.irecv, t, peers[1], self.group, tag=i) for i, t in enumerate(into)]
         self.traffic[0]["p2p"] += sum(t.numel() * t.element_size() for t in out)
         try:
             works = dist.batch_isend_irecv(ops)
@@ -1214,7 +1216,7 @@ def _prepare(q, k, v, group, is_causal, layout, scale, length, kv_length, backen
     lengths = [t if n is None else n for n, t in zip((length, kv_length), totals)]
     for name, n, t in zip(("length", "kv_length"), lengths, totals):
         if not isinstance(n, int) or not 0 <= n <= t:
-            raise ValueError(f"{name} must be an integer from 0 to {t} (a shard's rows times {comm.size} ranks), not {n!r}")
+            raise ValueError(f"{name} must be an integer from 0 to {t}, the rows of all shards, not {n!r}")
     if is_causal and (totals[0] != totals[1] or lengths[0] != lengths[1]):
         raise ValueError(f"is_causal needs as many keys as queries, not {lengths[1]} and {lengths[0]}")
     q0 = shards[0][0]
@@ -1645,6 +1647,18 @@ def attend_with_lost_peer(rank: int, lost: int, hop: int, how: str, timeout: flo
         return "finished"
     except PeerError as e:
         return str(e)
+
+
+def attend_alone(rank: int, timeout: float) -> str:
+    "For `spawn_ranks`: rank 0 calls `ring_attention`, and nobody else does."
+    q = torch.zeros(1, 1, 4, 8)
+    if rank:
+        time.sleep(3 * timeout)
+        return "late"
+    try:
+        return str(ring_attention(q, q, q, group=dist.group.WORLD, timeout=timeout).shape)
+    except PeerError as e:
+        return f"PeerError: {e}"
 
 # %% ../nbs/4_long_context/ring.ipynb #5c925bff
 def on_shards(fn: Callable, *xs):
@@ -2398,7 +2412,8 @@ def check_on_cpus():
     for case, row in zip(cases, errors_on_rank(rank, cases)):
         sent, error = row.pop("sent"), max(row.values())
         if rank == 0:
-            print(f"{case['method']:9} {case['layout']:10} on {N} ranks: error {error:.1e}, {sum(sent.values()):,} bytes")
+            print(f"{case['method']:9} {case['layout']:10} on {N} ranks: error {error:.1e}, "
+                  f"{sum(sent.values()):,} bytes")
     dist.barrier()
     dist.destroy_process_group()
 

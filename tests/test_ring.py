@@ -19,6 +19,7 @@ from attnbook.ring import (
     SequenceTransformer,
     SimulatedGroup,
     allgather_attention,
+    attend_alone,
     attend_with_lost_peer,
     bert_base,
     bert_large,
@@ -336,15 +337,19 @@ def test_lost_peers_are_named():
         assert "rank 2 of 3, hop 2 of 2" in said[2] and "from rank 1" in said[2], said
         assert how == "stalls" or said[1] is None                           # rank 1 left no word
 
+def test_time_limit():
+    said = spawn_ranks(attend_alone, 2, 1.0, check=False)
+    assert said[0].startswith("PeerError: rank 0 of 2, hop 1 of 1: keys and values from rank 1 did not arrive"), said
+
 def test_failures_of_ranks_are_reported():
     with pytest.raises(RuntimeError, match="rank 0: raised.*method"):
         spawn_ranks(errors_on_rank, 1, [{"length": 4}])
 
 
 def test_torchrun():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "attnbook.ring"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    done = subprocess.run([*torchrun, "-m", "attnbook.ring"], capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [line for line in done.stdout.splitlines() if "on 2 ranks: error" in line]
     assert len(found) == len(METHODS) * len(LAYOUTS)

@@ -15,6 +15,7 @@ from attnbook.ring import (
     LAYOUTS,
     METHODS,
     Hop,
+    Job,
     RingSelfAttention,
     SequenceTransformer,
     SimulatedGroup,
@@ -36,6 +37,8 @@ from attnbook.ring import (
     project,
     rank_pairs,
     ring_attention,
+    ring_backward_schedule,
+    ring_forward_schedule,
     ring_self_attention,
     sequence_attention_op,
     shard_sequence,
@@ -224,6 +227,31 @@ def test_memory_and_hops():
         again = [c["p2p"] - f for c, f in zip(group.traffic, forward)]
         assert again == [(4 if name == "ring" else 2) * (N - 1) * kv] * N
     assert all(L not in shape for shape in saved["ring"]) and any(L in shape for shape in saved["rsa"])
+
+def test_transfers_are_posted_before_the_work_that_hides_them():
+    events = []
+
+    class Spy(Job):
+        @property
+        def blocks(self):
+            real = Job.blocks.fget(self)
+            def spy(name, fn): return lambda *a, **k: events.append(name) or fn(*a, **k)
+            return tuple(spy(n, fn) for n, fn in zip(("forward", "dq", "dkv"), real))
+
+    class Watched(SimulatedGroup):
+        def answer(self, requests):
+            events.append(type(requests[0]).__name__.lower())
+            return super().answer(requests)
+    settings = (True, "zigzag", 24, 24, 0.5, False, False)
+    jobs, group = [Spy(*settings), Job(*settings), Job(*settings)], Watched(3)
+    qkv = [shard_sequence(t, 2, group, "zigzag") for t in make_qkv(1, 1, 24, 8)]
+    found = group.run([ring_forward_schedule(r, 3, *x, jobs[r]) for r, x in enumerate(zip(*qkv))])
+    assert " ".join(events) == "post forward wait post forward wait forward"
+    events.clear()
+    group.run([ring_backward_schedule(r, 3, *x, out, lse, out, jobs[r])
+               for r, (x, (out, lse)) in enumerate(zip(zip(*qkv), found))])
+    # keys of the next hop travel while dQ and dK, dV are computed, packets while dQ is
+    assert " ".join(events) == "post dq wait post dq dkv post wait dq wait dkv post dkv wait"
 
 def test_extremes():
     for backend in ("torch", "triton"):

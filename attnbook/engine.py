@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['INTERPRETED', 'PROGRAMS', 'LAUNCH', 'FULL', 'BAND', 'BIAS_GRAD', 'FULL_BIAS', 'BAND_BIAS', 'PACKED', 'LISTED',
-           'PROBLEMS', 'resolve_backend', 'row_offsets', 'head_base', 'load_rows', 'store_rows', 'row_ptr', 'load_step',
-           'expand', 'logits', 'probabilities', 'score_step', 'softmax_step', 'value_step', 'extra_k_step',
-           'tile_forward', 'dq_step', 'tile_backward_dq', 'dkv_step', 'masked_step', 'tile_backward_dkv',
-           'tile_operand_grad', 'OperandGrad', 'Carried', 'TileProgram', 'register_program', 'Launch',
-           'register_launch', 'arch_of', 'find_launch', 'unravel', 'extra_k_tile', 'extra_q_span', 'extra_q_step',
-           'sum_rows', 'row_lists', 'scatter_rows', 'tile_attention_op', 'tile_attention_backward_op', 'tile_attention',
-           'band_q_step', 'band_k_step', 'band_q_tile', 'band_k_tile', 'band_span', 'band_k_span', 'band_q_span',
-           'band_mask', 'bias_score', 'bias_grad_span', 'bias_grad_init', 'bias_grad_step', 'bias_grad_store',
-           'check_qkv', 'attention', 'find_sequence', 'packed_q_tile', 'packed_k_tile', 'packed_step', 'packed_k_span',
-           'packed_q_span', 'packed_mask', 'varlen_attention', 'listed', 'listed_q_tile', 'listed_k_tile',
-           'listed_k_step', 'listed_q_step', 'listed_k_span', 'listed_q_span', 'indexed_attention_reference',
-           'indexed_attention', 'tune', 'bench_engine']
+           'PROBLEMS', 'CANDIDATES', 'resolve_backend', 'row_offsets', 'head_base', 'load_rows', 'store_rows',
+           'row_ptr', 'load_step', 'expand', 'logits', 'probabilities', 'score_step', 'softmax_step', 'value_step',
+           'extra_k_step', 'tile_forward', 'dq_step', 'tile_backward_dq', 'dkv_step', 'masked_step',
+           'tile_backward_dkv', 'tile_operand_grad', 'OperandGrad', 'Carried', 'TileProgram', 'register_program',
+           'Launch', 'register_launch', 'arch_of', 'find_launch', 'unravel', 'extra_k_tile', 'extra_q_span',
+           'extra_q_step', 'sum_rows', 'row_lists', 'scatter_rows', 'tile_attention_op', 'tile_attention_backward_op',
+           'tile_attention', 'band_q_step', 'band_k_step', 'band_q_tile', 'band_k_tile', 'band_span', 'band_k_span',
+           'band_q_span', 'band_mask', 'bias_score', 'bias_grad_span', 'bias_grad_init', 'bias_grad_step',
+           'bias_grad_store', 'check_qkv', 'attention', 'find_sequence', 'packed_q_tile', 'packed_k_tile',
+           'packed_step', 'packed_k_span', 'packed_q_span', 'packed_mask', 'varlen_attention', 'listed',
+           'listed_q_tile', 'listed_k_tile', 'listed_k_step', 'listed_q_step', 'listed_k_span', 'listed_q_span',
+           'indexed_attention_reference', 'indexed_attention', 'tune', 'bench_engine', 'bench_launches']
 
 # %% ../nbs/1_foundations/01_engine.ipynb #c06794ab
 import math
@@ -1271,3 +1271,36 @@ def bench_engine():
                            flops={p: attention_flops(pairs, D, backward=p == "bwd") for p in ("fwd", "bwd")},
                            bytes={p: attention_bytes(B, H, N, N, D, itemsize=2, backward=p == "bwd") for p in ("fwd", "bwd")},
                            chapter="engine", bench="engine", rep_ms=400)
+
+# %% ../nbs/1_foundations/01_engine.ipynb #e749d384
+CANDIDATES = {  # kernel -> head_dim -> launches beside the table's own
+    "forward": {64: [(64, 128, 4, 3), (64, 64, 4, 3), (128, 64, 4, 3)], 128: [(64, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3)]},
+    "dq": {64: [(128, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 3)], 128: [(128, 64, 8, 3), (64, 64, 4, 2), (128, 128, 8, 2)]},
+    "dkv": {64: [(128, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2)], 128: [(64, 64, 4, 2), (32, 64, 4, 2), (64, 128, 8, 3)]}}
+
+def _with_launch(kernel, head_dim, launch, run):
+    "run(…) with one entry of the launch table changed while it runs."
+    def fn(*inputs):
+        key = arch_of(inputs[0].device), kernel, 16, head_dim
+        old = LAUNCH.get(key)
+        register_launch(*key, launch)
+        try:
+            return run(*inputs)
+        finally:
+            LAUNCH.pop(key) if old is None else register_launch(*key, old)
+    return fn
+
+# %% ../nbs/1_foundations/01_engine.ipynb #f345cd16
+def bench_launches():
+    "The engine's kernels with other tile sizes, bf16, on the problems above. Yields rows; nothing without a GPU."
+    for B, H, N, D, causal, window in PROBLEMS if torch.cuda.is_available() else ():
+        q, k, v, do = (torch.randn(B, H, N, D, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+        program, rest = "band" if causal else "full", ((N, N, window - 1 if window else 0, 0), (window is not None, causal), D**-0.5)
+        forward = lambda q, k, v, p=program, r=rest: _forward(q, k, v, None, None, [], p, *r)[0]
+        out, lse = _forward(q, k, v, None, None, [], program, *rest)
+        backward = lambda q, k, v, o=out, l=lse, g=do, p=program, r=rest: _backward(g, None, q, k, v, None, None, [], o, l, p, *r, False)[0]
+        for kernel in CANDIDATES:
+            run = forward if kernel == "forward" else backward
+            peers = {f"{m} x {n}, {w}, {s}": _with_launch(f"{program} {kernel}", D, Launch(m, n, w, s), run) for m, n, w, s in CANDIDATES[kernel][D]}
+            yield from compare({"B": B, "H": H, "N": N, "D": D, "is_causal": causal, "window_size": window, "kernel": kernel}, peers, [q, k, v],
+                               chapter="engine", bench="launches", rep_ms=100)

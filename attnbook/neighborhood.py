@@ -261,11 +261,13 @@ def _unaligned_pairs(axes, q_tile, block_n, transpose):
     return math.prod(q_tile) * int((-(-volume // block_n) * block_n).sum())
 
 
-def _constant_pairs(axes, q_tile, block_n, transpose):
-    "The same with one size of box for all tiles, the largest."
-    spans = [tile_spans(axis, t, transpose) for axis, t in zip(axes, q_tile)]
-    box = math.prod(int((last - first).max()) for first, last in spans)
-    return math.prod(q_tile) * math.prod(len(first) for first, _ in spans) * -(-box // block_n) * block_n
+def _brick_pairs(axes, q_tile, brick, transpose):
+    "Every query tile times the largest of all boxes, filled up to whole bricks on each axis."
+    pairs = 1
+    for axis, t, u in zip(axes, q_tile, brick):
+        first, last = tile_spans(axis, t, transpose)
+        pairs *= t * len(first) * -(-int((last - first).max()) // u) * u
+    return pairs
 
 
 def _aligned_pairs(axes, q_tile, kv_tile, transpose):
@@ -300,7 +302,7 @@ def tile_waste(shape, window_size, *, stride=1, dilation=1, is_causal=False, q_t
     """Pairs computed / useful pairs for one way of cutting the work into tiles (1.0 is perfect).
 
     scheme "unaligned": `q_tile` a box (one side per axis), its keys the exact box of its windows in steps of `block_n`;
-    "constant": the same with a box of one size for all tiles, as our kernel does;
+    "bricks": one size of box for all tiles, read in bricks `block_n` (one side per axis), as our kernel does;
     "aligned": boxes `q_tile` and `block_n` (both one side per axis) on fixed grids; "row-major": `q_tile` and
     `block_n` consecutive tokens (integers).
     `transpose=True` counts the kernel for dK and dV instead: tiles of keys, boxes of the queries that see them (not
@@ -310,12 +312,13 @@ def tile_waste(shape, window_size, *, stride=1, dilation=1, is_causal=False, q_t
     useful = neighborhood_pairs(shape, window_size, stride=stride, dilation=dilation, is_causal=is_causal)
     if scheme == "row-major":
         return _row_major_pairs(axes, q_tile, block_n) / useful
-    if scheme not in ("unaligned", "constant", "aligned"):
-        raise ValueError(f"scheme must be 'unaligned', 'constant', 'aligned' or 'row-major', got {scheme!r}")
+    if scheme not in ("unaligned", "bricks", "aligned"):
+        raise ValueError(f"scheme must be 'unaligned', 'bricks', 'aligned' or 'row-major', got {scheme!r}")
     q_tile = _per_axis("q_tile", q_tile, len(axes), int)
-    if scheme == "aligned":
-        return _aligned_pairs(axes, q_tile, _per_axis("block_n", block_n, len(axes), int), transpose) / useful
-    return (_unaligned_pairs if scheme == "unaligned" else _constant_pairs)(axes, q_tile, block_n, transpose) / useful
+    if scheme == "unaligned":
+        return _unaligned_pairs(axes, q_tile, block_n, transpose) / useful
+    sides = _per_axis("block_n", block_n, len(axes), int)
+    return (_aligned_pairs if scheme == "aligned" else _brick_pairs)(axes, q_tile, sides, transpose) / useful
 
 # %% ../nbs/3_locality/neighborhood.ipynb #d82cf274
 def choose_q_tile(shape, window_size, *, stride=1, dilation=1, is_causal=False, block_m=64, block_n=32,
@@ -788,13 +791,11 @@ def _neighborhood_triton(q, k, v, window, stride, dilation, causal, scale, rel_p
 
 
 def kernel_tiles(shape, window_size, *, stride=1, dilation=1, is_causal=False, head_dim=64):
-    """The forward kernel's tiles for a 16-bit problem on a GPU: the box of queries and the number of keys per step.
-
-    What the simulator is fed with.
-    """
+    """The forward kernel's tile of queries and brick of keys for a 16-bit problem on a GPU, two tuples: what the
+    simulator is fed with."""
     launch = kernel_launch("forward", 16, max(16, 1 << (head_dim - 1).bit_length()), "sm90")
     axes = neighborhood_axes(shape, window_size, stride, dilation, is_causal)
-    return kernel_box(axes, launch.BM)[0], launch.BN
+    return kernel_box(axes, launch.BM, launch.BN)[::2]
 
 # %% ../nbs/3_locality/neighborhood.ipynb #2ed005a4
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -1172,10 +1173,10 @@ def cost_experiment(side, windows, heads, head_dim, batch, device="cpu", seed=0)
     q, k, v = (torch.randn(batch, heads, *shape, head_dim, generator=g).to(device, dtype) for _ in range(3))
     dense, rows = _milliseconds(partial(on_maps(sdpa("cudnn" if on_gpu else "auto"), shape), q, k, v), device), []
     for w in windows:
-        q_tile, block_n = kernel_tiles(shape, w, head_dim=head_dim)
+        q_tile, brick = kernel_tiles(shape, w, head_dim=head_dim)
         useful = neighborhood_pairs(shape, w) / N**2
         row = dict(window=w, side=side, useful=useful, ms_dense=dense,
-                   box=useful * tile_waste(shape, w, q_tile=q_tile, block_n=block_n, scheme="constant"),
+                   box=useful * tile_waste(shape, w, q_tile=q_tile, block_n=brick, scheme="bricks"),
                    row_major=useful * tile_waste(shape, w, q_tile=128, block_n=128, scheme="row-major"))
         methods = {}
         if on_gpu:
@@ -1253,8 +1254,8 @@ def stride_experiment(features, window, device="cpu"):
     side, dim = x.shape[2], x.shape[-1]
     exact, rows = neighborhood_attention(x, x, x, window).double(), []
     for s in [s for s in range(1, window + 1) if window % s == 0 or s == window // 2 or s < 4]:
-        q_tile, block_n = kernel_tiles((side, side), window, stride=s, head_dim=dim)
-        waste = tile_waste((side, side), window, stride=s, q_tile=q_tile, block_n=block_n, scheme="constant")
+        q_tile, brick = kernel_tiles((side, side), window, stride=s, head_dim=dim)
+        waste = tile_waste((side, side), window, stride=s, q_tile=q_tile, block_n=brick, scheme="bricks")
         out = neighborhood_attention(x, x, x, window, stride=s).double()
         row = dict(stride=s, window=window, side=side, waste=waste, bound=side**2 / window**2 / waste,
                    error=float((out - exact).norm() / exact.norm()))
@@ -1426,9 +1427,9 @@ def bench_windows():
     "A 128 x 128 map, D 64, B2 H8: growing windows. Time against the simulator, memory against the window."
     for w in (3, 7, 15, 23, 31, 47, 63, 95, 128) if torch.cuda.is_available() else ():
         problem = dict(shape=(128, 128), window_size=w, batch=2, heads=8, head_dim=64, tile=(8, 16))
-        q_tile, block_n = kernel_tiles((128, 128), w, head_dim=64)
+        q_tile, brick = kernel_tiles((128, 128), w, head_dim=64)
         yield from compare_problem("windows", problem, w=w,
-                                   waste=tile_waste((128, 128), w, q_tile=q_tile, block_n=block_n, scheme="constant"),
+                                   waste=tile_waste((128, 128), w, q_tile=q_tile, block_n=brick, scheme="bricks"),
                                    waste_row_major=tile_waste((128, 128), w, q_tile=128, block_n=128,
                                                               scheme="row-major"))
 

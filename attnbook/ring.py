@@ -19,10 +19,10 @@ __all__ = ['PRESETS', 'LAYOUTS', 'RING', 'NETWORKS', 'METHODS', 'P100', 'BERT', 
            'bert_base', 'bert_large', 'sum_gradients', 'token_loss', 'train_lm', 'train_on_rank', 'work_experiment',
            'saved_bytes', 'TensorParallelBlock', 'memory_experiment', 'wire_experiment', 'ping_on_rank', 'fit_network',
            'block_times', 'projected', 'training_experiment', 'merged_forward', 'precision_experiment',
-           'record_experiments', 'MergedRing', 'bench_ring', 'block_hops', 'bench_blocks', 'bench_methods',
-           'bench_linformer', 'rank_ms', 'EchoRing', 'communication_only', 'torch_context_parallel', 'multi_gpu_errors',
-           'multi_gpu_scaling', 'multi_gpu_overlap', 'multi_gpu_projection', 'one_gpu_ms', 'check_on_cpus', 'multi_gpu',
-           'claims']
+           'record_experiments', 'MergedRing', 'bench_ring', 'block_hops', 'bench_blocks', 'tune_blocks',
+           'bench_methods', 'bench_linformer', 'rank_ms', 'EchoRing', 'communication_only', 'torch_context_parallel',
+           'multi_gpu_errors', 'multi_gpu_scaling', 'multi_gpu_overlap', 'multi_gpu_projection', 'one_gpu_ms',
+           'check_on_cpus', 'multi_gpu', 'claims']
 
 # %% ../nbs/4_long_context/ring.ipynb #c5e3167e
 import importlib
@@ -75,6 +75,7 @@ from attnbook.engine import (
     tile_attention,
     tl,
     triton,
+    tune,
     value_step,
 )
 
@@ -2193,6 +2194,25 @@ def bench_blocks():
             yield record("ring", "blocks", key=("rows", "heads", "kv_heads", "kind"), rows=rows, heads=H, kv_heads=Hk,
                          kind=name, head_dim=D,
                          tflops_fwd=flops / ms["ms_fwd"] * 1e-9, **ms)
+
+# %% ../nbs/4_long_context/ring.ipynb #0f658bd1
+def tune_blocks(rows: int = 4096, heads: int = 16, head_dim: int = 128, keep: bool = False) -> dict[str, list]:
+    "Times the three kernels of a dense half hop under several launches, by `engine.tune`: kernel -> [(ms, launch)]."
+    scale, kind = head_dim**-0.5, dict(device="cuda", dtype=torch.bfloat16)
+    q, k, v, do = (torch.randn(1, heads, rows, head_dim, **kind) for _ in range(4))
+    hop = block_hops(rows)["half_k"]
+    state, (out, lse) = block_forward(q, k, v, hop, scale), block_forward(q, k, v, hop, scale, last=True)
+    s = Saved(q, out, do, lse, torch.empty_like(lse), torch.empty_like(lse), torch.empty(q.shape, device="cuda"))
+    block_backward_dq(s, k, v, hop, scale, first=True)
+    packet = block_backward_dkv(s, k, v, hop, scale)
+    calls = {"forward": lambda: block_forward(q, k, v, hop, scale, state),
+             "dq": lambda: block_backward_dq(s, k, v, hop, scale),
+             "dkv": lambda: block_backward_dkv(s, k, v, hop, scale, packet)}
+    tried = {"forward": ((64, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2)),
+             "dq": ((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2)),
+             "dkv": ((64, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 3), (64, 128, 8, 2))}
+    return {n: tune(calls[n], f"ring {n}", torch.bfloat16, head_dim, [Launch(*x) for x in tried[n]], keep=keep)
+            for n in calls}
 
 # %% ../nbs/4_long_context/ring.ipynb #58b7f210
 def bench_methods():

@@ -8,7 +8,7 @@ __all__ = ['INTERPRETED', 'PROGRAMS', 'LAUNCH', 'FULL', 'BAND', 'BIAS_GRAD', 'FU
            'expand', 'logits', 'probabilities', 'forward_step', 'extra_k_step', 'tile_forward', 'dq_step',
            'tile_backward_dq', 'dkv_step', 'masked_step', 'tile_backward_dkv', 'tile_operand_grad', 'OperandGrad',
            'TileProgram', 'register_program', 'Launch', 'register_launch', 'arch_of', 'find_launch', 'unravel',
-           'extra_k_tile', 'extra_q_span', 'extra_q_step', 'sum_rows', 'scatter_rows', 'tile_attention_op',
+           'extra_k_tile', 'extra_q_span', 'extra_q_step', 'sum_rows', 'row_lists', 'scatter_rows', 'tile_attention_op',
            'tile_attention_backward_op', 'tile_attention', 'band_q_step', 'band_k_step', 'band_q_tile', 'band_k_tile',
            'band_span', 'band_k_span', 'band_q_span', 'band_mask', 'bias_score', 'bias_grad_span', 'bias_grad_init',
            'bias_grad_step', 'bias_grad_store', 'check_qkv', 'attention', 'find_sequence', 'packed_q_tile',
@@ -435,6 +435,7 @@ class TileProgram:
     launch: Callable | None = None    # host: (kernel, bits, BD, consts) -> Launch, where the table does not fit
     expand: Callable | None = None    # host: (q, v, ints, consts) -> C, where C is more than the call's consts
     indexed: bool = False             # rows come through index lists operands[0] (queries) and operands[1] (keys)
+    lists: Callable | None = None     # host: operands -> `row_lists` of queries' and of keys' lists, where the caller has them
 
 PROGRAMS: dict[str, TileProgram] = {}
 
@@ -684,8 +685,9 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
             lse2.stride(), scale, plain_scale, tiles, heads, K_TILE=program.k_tile, Q_SPAN=program.q_span, Q_STEP=program.q_step, REVERSE=False, MASKS=_masks(program, ints, consts, p),
             BM=p.BM, BN=p.BN, TMA=tma, WIDE=wide, STAGES=p.stages, num_warps=p.warps, **common)
     if program.indexed:
-        dq = scatter_rows(dq, operands[0].flatten(2), q.shape[2])
-        dk, dv = (scatter_rows(g, operands[1].flatten(2), k.shape[2]) for g in (dk, dv))
+        of_q, of_k = program.lists(operands) if program.lists else (row_lists(x.flatten(2), t.shape[2]) for x, t in zip(operands, (q, k)))
+        dq = scatter_rows(dq, operands[0].flatten(2), q.shape[2], of_q)
+        dk, dv = (scatter_rows(g, operands[1].flatten(2), k.shape[2], of_k) for g in (dk, dv))
     grads = [dq, dk, dv]
     if extra_k is not None:
         p = find_launch(TileProgram(*["extra"] + [None] * 8), "dkv", q.dtype, dim, q.device)
@@ -727,20 +729,26 @@ def sum_rows(X, ORDER, FIRST, Y, N, S, D: tl.constexpr, BD: tl.constexpr, BM: tl
     tl.store(Y + (g * N + n)[:, None] * D + d[None, :], acc.to(Y.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
 
 # %% ../nbs/1_foundations/01_engine.ipynb #ca391406
-def scatter_rows(x: Tensor, index: Tensor, n: int) -> Tensor:
+def row_lists(index: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    "The slots of each row: `order` (batch, heads, slots) sorted by row, and where each row's slots begin in it, (batch, heads, n + 1)."
+    key, order = torch.sort(index, dim=-1, stable=True)
+    rows = torch.arange(n + 1, device=index.device, dtype=key.dtype).expand(*index.shape[:2], -1)
+    return order.contiguous(), torch.searchsorted(key.contiguous(), rows.contiguous())
+
+def scatter_rows(x: Tensor, index: Tensor, n: int, lists: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Sums rows that share an index, in a fixed order: `(batch, heads, slots, dim)` -> `(batch, heads, n, dim)`.
 
     `index` `(batch, heads, slots)` holds the target row of each slot; a negative one drops the slot.
+    `lists`: `row_lists(index, n)`, where it is known already.
     """
     x = x.contiguous()
     y = x.new_zeros(*x.shape[:2], n, x.shape[3])
     if x.numel() == 0 or n == 0:
         return y
-    key, order = torch.sort(index, dim=-1, stable=True)
-    first = torch.searchsorted(key.contiguous(), torch.arange(n + 1, device=x.device, dtype=key.dtype).expand(*x.shape[:2], -1).contiguous())
+    order, first = row_lists(index, n) if lists is None else lists
     bm = 16
     sum_rows[(x.shape[0] * x.shape[1] * triton.cdiv(n, bm),)](
-        x, order.contiguous(), first, y, n, x.shape[2], D=x.shape[3], BD=_round_dim(x.shape[3]), BM=bm, num_warps=4)
+        x, order, first, y, n, x.shape[2], D=x.shape[3], BD=_round_dim(x.shape[3]), BM=bm, num_warps=4)
     return y
 
 # %% ../nbs/1_foundations/01_engine.ipynb #57177b42

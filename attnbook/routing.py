@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['FAR_BELOW', 'CLUSTER_LAUNCH', 'CLUSTERS', 'SEGMENTS', 'CLUSTERS_SELF', 'SEGMENTS_SELF', 'BAND_SELF', 'MEMBERSHIPS',
-           'LEAK', 'spherical_norm_reference', 'topw_reference', 'Segments', 'sort_by_cluster', 'nearest_reference',
-           'score_reference', 'segment_lists', 'routed_attention_reference', 'routed_attention_gather', 'routing_cost',
-           'norm_rows', 'spherical_norm_op', 'spherical_norm_backward_op', 'spherical_norm', 'assign_tiles',
-           'place_tiles', 'route_nearest_op', 'route_scores_op', 'select_rows', 'select_topw_op', 'route_scores',
-           'topw_membership', 'nearest_membership', 'cluster_rows', 'clusters_q_tile', 'clusters_k_tile',
-           'clusters_k_step', 'clusters_q_step', 'ranks_span', 'clusters_k_span', 'clusters_q_span', 'clusters_mask',
-           'self_score', 'tile_table', 'segment_tiles_op', 'segment_tile', 'segment_step', 'segments_q_tile',
-           'segments_k_tile', 'segments_k_step', 'segments_q_step', 'segments_k_span', 'segments_q_span',
-           'segments_mask', 'cluster_launch', 'mean_rows', 'spread_rows', 'mean_slots_op', 'spread_slots_op',
-           'combine_slots', 'routed_attention', 'sum_tiles', 'cluster_sums_op', 'cluster_sums', 'OnlineKMeans',
-           'random_assignment', 'plain_attention', 'Router', 'ClusterCache', 'router_step', 'RoutingSelfAttention',
-           'RoutingAttention', 'GEGLU', 'RoutingBlock', 'RoutingTransformerLM', 'leak_model', 'uniform_tokens',
-           'gain_on_the_bound', 'leak_experiment', 'run_leak']
+           'CONFIGS', 'LEAK', 'LANGUAGE', 'spherical_norm_reference', 'topw_reference', 'Segments', 'sort_by_cluster',
+           'nearest_reference', 'score_reference', 'segment_lists', 'routed_attention_reference',
+           'routed_attention_gather', 'routing_cost', 'norm_rows', 'spherical_norm_op', 'spherical_norm_backward_op',
+           'spherical_norm', 'assign_tiles', 'place_tiles', 'route_nearest_op', 'route_scores_op', 'select_rows',
+           'select_topw_op', 'route_scores', 'topw_membership', 'nearest_membership', 'cluster_rows', 'clusters_q_tile',
+           'clusters_k_tile', 'clusters_k_step', 'clusters_q_step', 'ranks_span', 'clusters_k_span', 'clusters_q_span',
+           'clusters_mask', 'self_score', 'tile_table', 'segment_tiles_op', 'segment_tile', 'segment_step',
+           'segments_q_tile', 'segments_k_tile', 'segments_k_step', 'segments_q_step', 'segments_k_span',
+           'segments_q_span', 'segments_mask', 'cluster_launch', 'band_launch', 'mean_rows', 'spread_rows',
+           'mean_slots_op', 'spread_slots_op', 'combine_slots', 'routed_attention', 'sum_tiles', 'cluster_sums_op',
+           'cluster_sums', 'OnlineKMeans', 'random_assignment', 'plain_attention', 'Router', 'ClusterCache',
+           'router_step', 'RoutingSelfAttention', 'RoutingAttention', 'GEGLU', 'RoutingBlock', 'RoutingTransformerLM',
+           'routing_model', 'parameter_counts', 'leak_model', 'uniform_tokens', 'gain_on_the_bound', 'leak_experiment',
+           'run_leak', 'longest', 'leak_summary', 'prefix_mismatch', 'future_changes', 'language_data', 'windows_of',
+           'bits_per_byte', 'cluster_health', 'attention_maps', 'divergence', 'head_rows', 'mutual_information',
+           'language_model', 'steps_within', 'language_experiment', 'run_language']
 
 # %% ../nbs/4_long_context/routing.ipynb #34bc1bcf
 import hashlib
@@ -49,6 +52,7 @@ from attnbook.engine import (
     find_launch,
     register_program,
     resolve_backend,
+    row_lists,
     tile_attention,
     tl,
     triton,
@@ -606,11 +610,11 @@ def segments_mask(qpos, kpos, ops, ints, C: tl.constexpr):
 #: head_dim rounded up -> forward, dq, dkv: (rows of queries, rows of keys, warps, stages), 16 bits. Chosen to fit, not
 #: timed yet; forward and dq must have the same rows of queries
 CLUSTER_LAUNCH = {
-    16: ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-    32: ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-    64: ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-    128: ((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 4, 1)),
-    256: ((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1))}
+    16: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3)),
+    32: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3)),
+    64: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3)),
+    128: ((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
+    256: ((32, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1))}
 
 
 def cluster_launch(kernel, bits, head_dim, arch, consts=()):
@@ -619,21 +623,26 @@ def cluster_launch(kernel, bits, head_dim, arch, consts=()):
         return Launch(32, 16, 4, 1) if kernel == "dkv" else Launch(16, 32, 4, 1)
     rows_q, rows_k, warps, stages = CLUSTER_LAUNCH[head_dim][("forward", "dq", "dkv").index(kernel)]
     if bits == 32 or arch == "small":
-        small = 32 if head_dim <= 128 else 16
-        rows_q, rows_k, stages = min(rows_q, small), min(rows_k, small), 1
+        rows_q, rows_k, stages = (16, 32, 1) if kernel == "dkv" else (32, 32 if kernel == "forward" else 16, 1)
     return Launch(rows_q, rows_k, warps, stages)
+
+
+def band_launch(kernel, bits, head_dim, arch, consts=()):
+    "The same for the controls, whose rows are consecutive and many: taller tiles."
+    found = cluster_launch(kernel, bits, head_dim, arch, consts)
+    return replace(found, BM=128, warps=8) if kernel == "forward" and bits == 16 and arch == "sm90" and head_dim <= 128 else found
 
 
 CLUSTERS = register_program(TileProgram(
     "clusters", clusters_q_tile, clusters_k_span, clusters_k_step, clusters_k_tile, clusters_q_span, clusters_q_step,
-    mask=clusters_mask, launch=cluster_launch, indexed=True,
+    mask=clusters_mask, launch=cluster_launch, indexed=True, lists=lambda operands: (operands[2:4], operands[4:6]),
     q_tiles=lambda ints, consts, BM: ints[0] * -(-ints[1] // BM), k_tiles=lambda ints, consts, BN: ints[0] * -(-ints[2] // BN)))
 SEGMENTS = register_program(TileProgram(
     "segments", segments_q_tile, segments_k_span, segments_k_step, segments_k_tile, segments_q_span, segments_q_step,
     mask=segments_mask, launch=cluster_launch, q_tiles=lambda ints, consts, BM: ints[3], k_tiles=lambda ints, consts, BN: ints[4]))
 # the same with a token's own key as the last resort
-CLUSTERS_SELF, SEGMENTS_SELF, BAND_SELF = (
-    register_program(replace(p, name=f"{p.name}+self", score=self_score)) for p in (CLUSTERS, SEGMENTS, BAND))
+CLUSTERS_SELF, SEGMENTS_SELF = (register_program(replace(p, name=f"{p.name}+self", score=self_score)) for p in (CLUSTERS, SEGMENTS))
+BAND_SELF = register_program(replace(BAND, name="band+self", score=self_score, launch=band_launch))
 
 # %% ../nbs/4_long_context/routing.ipynb #0cc2e02b
 @triton.jit
@@ -670,7 +679,7 @@ def spread_rows(DY, INDEX, FIRST, DX, N, S, D: tl.constexpr, BD: tl.constexpr, B
 def _rows(kernel, x, *lists, rows, N, S):
     y = x.new_empty(*x.shape[:2], rows, x.shape[3])
     if y.numel():
-        bm = 32
+        bm = 32 if x.shape[3] <= 128 else 8
         kernel[(x.shape[0] * x.shape[1] * triton.cdiv(rows, bm),)](
             x.contiguous(), *lists, y, N, S, D=x.shape[3], BD=_pow2(x.shape[3]), BM=bm, num_warps=4)
     return y
@@ -693,11 +702,10 @@ mean_slots_op.register_autograd(
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1], inputs[3]))
 
 
-def combine_slots(x: Tensor, index: Tensor, n: int) -> Tensor:
-    """Mean over the slots of each token: x `(B, H, slots, d)`, index `(B, H, slots)` int32 (-1: none) -> `(B, H, n, d)`."""
-    key, order = index.sort(dim=-1, stable=True)
-    bounds = torch.arange(n + 1, device=x.device, dtype=key.dtype).expand(*key.shape[:-1], -1).contiguous()
-    return mean_slots_op(x, index.contiguous(), order.int(), torch.searchsorted(key, bounds, out_int32=True))
+def combine_slots(x: Tensor, index: Tensor, lists: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean over the slots of each token: x `(B, H, slots, d)`, index `(B, H, slots)` (-1: none), `lists` the engine's
+    `row_lists(index, n)` -> `(B, H, n, d)`; 0 for a token without slots. Differentiable in x."""
+    return mean_slots_op(x, index.contiguous(), *lists)
 
 # %% ../nbs/4_long_context/routing.ipynb #6d87bc80
 def _check_lists(name, x, n, heads):
@@ -766,9 +774,11 @@ def routed_attention(q: Tensor, k: Tensor, v: Tensor, membership, *, causal: boo
     last_resort = self_attention == "fallback"
     if not nearest:
         a, b = a.contiguous(), b.contiguous()
-        out, _ = tile_attention(q, k, v, CLUSTERS_SELF if last_resort else CLUSTERS, operands=(a, b), scale=scale,
+        of_q = row_lists(a.flatten(2), q.shape[2])
+        of_k = of_q if shared else row_lists(b.flatten(2), k.shape[2])                    # for the backward pass
+        out, _ = tile_attention(q, k, v, CLUSTERS_SELF if last_resort else CLUSTERS, operands=(a, b, *of_q, *of_k), scale=scale,
                                 ints=(a.shape[2], a.shape[3], b.shape[3], q.shape[1]), consts=(causal, shared, padded))
-        return combine_slots(out, a.flatten(2), q.shape[2])
+        return combine_slots(out, a.flatten(2), of_q)
     program, S = SEGMENTS_SELF if last_resort else SEGMENTS, a.offsets.shape[2] - 1
     dim = _pow2(max(q.shape[-1], v.shape[-1]))
     rows = [find_launch(program, kernel, q.dtype, dim, q.device) for kernel in ("forward", "dkv")]
@@ -1190,6 +1200,27 @@ class RoutingTransformerLM(nn.Module):
             new.append(cache)
         return self._leave(x), new
 
+# %% ../nbs/4_long_context/routing.ipynb #c4806336
+CONFIGS = {  # released configurations: depth, dim, ff_dim, local and all heads, clusters, window, block, layers that are local only
+    "wikitext103, 4k": dict(depth=14, dim=1024, emb_dim=256, ff_dim=3072, heads=16, local_heads=8, num_clusters=8, window=512),
+    "wikitext103, 1k": dict(depth=20, dim=1024, emb_dim=256, ff_dim=3072, heads=16, local_heads=8, num_clusters=2, window=512),
+    "enwik8, 8k": dict(depth=12, dim=1024, ff_dim=3072, heads=8, local_heads=4, num_clusters=16, window=512),
+    "enwik8, 12k": dict(depth=12, dim=1024, ff_dim=3072, heads=8, local_heads=4, num_clusters=48, window=256),
+    "pg19, 8k": dict(depth=22, dim=1032, ff_dim=4096, heads=8, local_heads=6, num_clusters=16, window=512, skip_first=21),
+}
+
+
+def routing_model(name: str, num_tokens: int = 256, **changes) -> RoutingTransformerLM:
+    "A released configuration by name; keyword arguments override. KeyError for an unknown name."
+    return RoutingTransformerLM(num_tokens, **CONFIGS[name] | changes)
+
+
+def parameter_counts() -> dict[str, int]:
+    "Parameters of the released configurations without embeddings and relative vectors, counted without allocating."
+    with torch.device("meta"):
+        models = {name: routing_model(name, 1) for name in CONFIGS}
+    return {name: sum(p.numel() for n, p in m.named_parameters() if n != "embed.weight" and not n.endswith(".rel")) for name, m in models.items()}
+
 # %% ../nbs/4_long_context/routing.ipynb #5d35840a
 LEAK = {
     "cpu": dict(steps=60, evals=1, eval_batches=8, seeds=1, memberships=("topw", "nearest")),
@@ -1239,3 +1270,218 @@ def run_leak(preset: str = "cpu", device="cpu", seed: int = 0) -> list[dict]:
     runs = product(range(seed, seed + cfg.pop("seeds")), cfg.pop("memberships"))
     return [record("routing", "leak", key=("membership", "run", "step", "training"), device=device, seed=run, training=preset, **row)
             for run, membership in runs for row in leak_experiment(membership, run=run, device=device, **cfg)]
+
+# %% ../nbs/4_long_context/routing.ipynb #ddc0a788
+def longest(name: str) -> list[dict]:
+    "Recorded rows of the largest training there is: preset gpu, else laptop, else cpu."
+    rows = load_results("routing", name)
+    return next((found for t in ("gpu", "laptop", "cpu") if (found := [r for r in rows if r.get("training") == t])), [])
+
+
+def leak_summary(rows: list[dict] | None = None) -> dict | None:
+    "At the last recorded step: mean gain over runs and its standard error, for each membership; None if not recorded."
+    rows = longest("leak") if rows is None else rows
+    out = {}
+    for m in dict.fromkeys(r["membership"] for r in rows):
+        last = max(r["step"] for r in rows if r["membership"] == m)
+        at = [r for r in rows if r["membership"] == m and r["step"] == last]
+        spread = float(np.std([r["gain"] for r in at], ddof=1) / len(at) ** 0.5) if len(at) > 1 else 0.0
+        error = max(spread, float(np.mean([r["error"] for r in at])) / len(at) ** 0.5)
+        out[m] = dict(gain=float(np.mean([r["gain"] for r in at])), error=error, runs=len(at), step=last)
+    return out or None
+
+# %% ../nbs/4_long_context/routing.ipynb #c6c8b4ed
+@torch.no_grad()
+def prefix_mismatch(model: nn.Module, tokens: Tensor, positions) -> list[float]:
+    "At each position the largest difference of logits between the forward on everything and the forward on the prefix."
+    whole = model(tokens)[0].float()
+    return [float((model(tokens[:, :t + 1])[0][:, -1].float() - whole[:, t]).abs().max()) for t in positions]
+
+
+def future_changes(membership: str, trials: int = 200, n: int = 128, k: int = 8, w: int = 16, d: int = 32, seed: int = 0) -> float:
+    "Share of random trials in which changing one token changes the output of an earlier one, in one routing head."
+    changed = 0
+    for i in range(trials):
+        g = torch.Generator().manual_seed(seed * 1000 + i)
+        x, mu = (spherical_norm_reference(torch.randn(1, 1, m, d, generator=g)) for m in (n, k))
+        at = int(torch.randint(n // 4, n, (1,), generator=g))
+        y = x.clone()
+        y[:, :, at] = spherical_norm_reference(torch.randn(d, generator=g))
+        member = lambda t: topw_membership(route_scores(t, mu[0]), w) if membership == "topw" else nearest_membership(t, mu[0])
+        a, b = (routed_attention(t, t, t, member(t), causal=True, backend="torch")[:, :, :at] for t in (x, y))
+        changed += bool(((a - b).abs().amax(-1) > 1e-6).any())
+    return changed / trials
+
+# %% ../nbs/4_long_context/routing.ipynb #1d7199a3
+LANGUAGE = {  # length, model and budget (seconds of training over all memberships)
+    "cpu": dict(length=192, batch=4, budget=25, windows=4, prefixes=6, maps=96, memberships=("topw", "nearest", "local"),
+                model=dict(dim=48, depth=2, heads=4, local_heads=2, ff_dim=96, local_window=16, num_clusters=6, window=32)),
+    "laptop": dict(length=512, batch=4, budget=900, windows=16, prefixes=48, maps=192, memberships=MEMBERSHIPS,
+                   model=dict(dim=96, depth=3, heads=4, local_heads=2, ff_dim=192, local_window=32, num_clusters=8, window=64)),
+    "gpu": dict(length=8192, batch=4, budget=200, windows=16, prefixes=96, maps=1024, memberships=MEMBERSHIPS,
+                model=dict(dim=512, depth=6, heads=8, local_heads=4, ff_dim=1024, local_window=256, num_clusters=16, window=512)),
+}
+
+
+def language_data() -> tuple[Tensor, Tensor, Tensor]:
+    "Python's standard library as bytes, in pieces for training, validation and test."
+    return byte_splits(python_source(sysconfig.get_paths()["stdlib"], skip=("test", "tests", "site-packages", "__pycache__", "idlelib", "lib2to3")))
+
+
+def windows_of(data: Tensor, length: int, count: int) -> tuple[Tensor, Tensor]:
+    "`count` windows spread evenly over a text: inputs and targets."
+    starts = torch.linspace(0, len(data) - length - 1, count).long()
+    x = data[starts[:, None] + torch.arange(length + 1)].long()
+    return x[:, :-1], x[:, 1:]
+
+# %% ../nbs/4_long_context/routing.ipynb #214ceeeb
+@torch.no_grad()
+def bits_per_byte(model: nn.Module, x: Tensor, y: Tensor, device, amp: bool, prefixes: int = 0) -> dict:
+    """Bits per byte of the parallel forward over all positions; with `prefixes` also at that many positions from the prefix
+    alone (`prefix`), and of the parallel forward at the same ones (`same`)."""
+    out, nll = {}, []
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
+        for a, b in zip(x, y):
+            nll.append(F.cross_entropy(model(a[None].to(device))[0][0].float(), b.to(device), reduction="none").cpu() / math.log(2))
+        nll = torch.stack(nll)
+        out["bits"] = float(nll.mean())
+        g = torch.Generator().manual_seed(0)
+        row = torch.arange(prefixes) % len(x)
+        at = torch.randint(x.shape[1] // 4, x.shape[1], (prefixes,), generator=g)
+        if prefixes:
+            alone = [float(F.cross_entropy(model(x[r:r + 1, :t + 1].to(device))[0][0, -1].float(), y[r, t].to(device))) for r, t in zip(row, at)]
+            out |= dict(prefix=float(np.mean(alone)) / math.log(2), same=float(nll[row, at].mean()))
+    return out
+
+# %% ../nbs/4_long_context/routing.ipynb #ae30cdcd
+@torch.no_grad()
+def cluster_health(model: nn.Module, x: Tensor) -> dict:
+    """Means over layers and heads, for one batch of tokens: share of tokens in some cluster (`coverage`), of clusters that
+    are nobody's nearest (`dead`), and exp(entropy of the nearest sizes) / k (`balance`)."""
+    found = []
+    for router, t in _routed_tokens(model, x):
+        k, n = router.kmeans.centroids.shape[1], t.shape[2]
+        size = router.kmeans.assign(t).offsets.diff(dim=-1).float()[..., :k]                       # [B, H, k]
+        p = size / n
+        covered = 1.0
+        if router.membership == "topw":
+            lists = topw_membership(router.kmeans.scores(t), router.window, backend=router.backend).flatten(2).long()
+            covered = float(torch.zeros(*t.shape[:3], device=t.device).scatter_(2, lists, 1.0).mean())
+        found.append((covered, float((size == 0).float().mean()), float((torch.special.entr(p).sum(-1).exp() / k).mean())))
+    return dict(zip(("coverage", "dead", "balance"), map(float, np.mean(found, axis=0)))) if found else {}
+
+
+def _routed_tokens(model, x):
+    "(router, normalised queries) of every layer with routing heads, for tokens x."
+    caught = []
+    hooks = [r.register_forward_hook(lambda m, args, out: caught.append((m, spherical_norm(args[0].detach(), backend=m.backend)))) for r in model.routers()]
+    model(x)
+    for hook in hooks: hook.remove()
+    return caught
+
+# %% ../nbs/4_long_context/routing.ipynb #1cbf83b4
+@torch.no_grad()
+def attention_maps(layer: RoutingSelfAttention, x: Tensor) -> Tensor:
+    "Weights of all heads of a layer for one sequence x `(1, n, embed_dim)`: `(heads, n, n)`, routing heads first."
+    (q, _, _), (lq, lk, _) = layer.heads(x)
+    n, parts = x.shape[1], []
+    for unit in torch.eye(n, device=x.device, dtype=q.dtype).split(128, 1):                        # [n, up to 128]
+        value = lambda heads: unit[None, None].expand(1, heads, -1, -1)
+        outs = [layer.router(q, None, value(layer.routing_heads))[0]] if layer.routing_heads else []
+        if layer.local_heads:
+            outs.append(relative_attention(lq, lk, value(layer.local_heads), layer.rel, block_size=layer.local_window, beyond="clip", backend=layer.backend))
+        parts.append(torch.cat(outs, 1)[0])
+    return torch.cat(parts, -1).float()
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    "Jensen–Shannon divergence of distributions along the last axis, in nats."
+    h = lambda x: torch.special.entr(x).sum(-1)
+    return h((p + q) / 2) - (h(p) + h(q)) / 2
+
+
+@torch.no_grad()
+def head_rows(model: nn.Module, x: Tensor) -> list[dict]:
+    """Mean divergence between kinds of heads, layer by layer, over queries of the second half that attend to anything; and how
+    much of the attention goes to the token itself. x: one sequence of tokens `(1, n)`."""
+    inputs, rows = [], []
+    hooks = [b.attention.register_forward_pre_hook(lambda m, args: inputs.append((m, args[0]))) for b in model.blocks]
+    model(x)
+    for hook in hooks: hook.remove()
+    for i, (layer, t) in enumerate(inputs):
+        p = attention_maps(layer, t)[:, x.shape[1] // 2:]                                          # [heads, queries, n]
+        kind, some = ["routing"] * layer.routing_heads + ["local"] * layer.local_heads, p.sum(-1) > 0.5
+        pairs = {}
+        for a, b in ((a, b) for a in range(len(p)) for b in range(a)):
+            both = some[a] & some[b]
+            if both.any(): pairs.setdefault(f"{kind[b]}, {kind[a]}", []).append(float(divergence(p[a][both], p[b][both]).mean()))
+        rows += [dict(layer=i, pair=name, divergence=float(np.mean(v))) for name, v in pairs.items()]
+    return rows
+
+
+def mutual_information(a, b) -> float:
+    "Normalised mutual information of two labellings (arrays of integers): 0 independent, 1 the same."
+    table = np.histogram2d(a, b, bins=(np.arange(max(a) + 2), np.arange(max(b) + 2)))[0] / len(a)
+    entropy = lambda p: -float((p[p > 0] * np.log(p[p > 0])).sum())
+    ha, hb = entropy(table.sum(1)), entropy(table.sum(0))
+    return (ha + hb - entropy(table)) / max((ha + hb) / 2, 1e-12)
+
+# %% ../nbs/4_long_context/routing.ipynb #0ee4b7c7
+def language_model(membership: str, cfg: dict, seed: int = 0) -> RoutingTransformerLM:
+    torch.manual_seed(seed)
+    return RoutingTransformerLM(256, membership=membership, self_attention="fallback", **cfg["model"])
+
+
+def steps_within(seconds: float, model: nn.Module, batches, device, amp: bool) -> int:
+    "How many training steps fit into the time: the median of five, after three to warm up. The model is a throwaway."
+    opt, times = torch.optim.AdamW(model.to(device).train().parameters()), []
+    for i in range(8):
+        began = time.perf_counter()
+        x, y = (t.to(device) for t in batches(i))
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
+            loss = model.loss(x, y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        loss.item()                                                                                # waits for the GPU
+        times.append(time.perf_counter() - began)
+    return max(20, int(seconds / np.median(times[3:])))
+
+
+def language_experiment(membership: str, cfg: dict, data, *, seconds: float, run: int = 0, device="cpu") -> tuple[nn.Module, dict]:
+    "Trains one model for `seconds`; the model and a row."
+    amp = torch.device(device).type == "cuda"
+    train, valid, _ = data
+
+    def batches(step):
+        starts = torch.randint(len(train) - cfg["length"] - 1, (cfg["batch"], 1), generator=torch.Generator().manual_seed(run * 1_000_003 + step))
+        x = train[starts + torch.arange(cfg["length"] + 1)].long()
+        return x[:, :-1], x[:, 1:]
+
+    steps = steps_within(seconds, language_model(membership, cfg, run), batches, device, amp)
+    model = language_model(membership, cfg, run)
+    x, y = windows_of(valid, cfg["length"], cfg["windows"])
+    history = fit(model, lambda m, a, b: m.loss(a, b), batches, steps=steps, lr=1e-3, warmup=steps // 10, seed=run, device=device, amp=amp, progress=False,
+                  eval_fn=lambda m: bits_per_byte(m, x[:4], y[:4], device, amp) | cluster_health(m, x[:1].to(device)), eval_every=max(1, steps // 4))
+    final = bits_per_byte(model, x, y, device, amp, cfg["prefixes"])
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
+        final |= cluster_health(model, x[:1].to(device))
+    curve = {str(e["step"]): e["bits"] for e in history.evals}
+    health = {str(e["step"]): {k: e[k] for k in ("coverage", "dead", "balance")} for e in history.evals}
+    return model, dict(membership=membership, run=run, length=cfg["length"], steps=steps, seconds=history.seconds, parameters=count_parameters(model),
+                       curve=curve, health=health, **final)
+
+# %% ../nbs/4_long_context/routing.ipynb #d3a297da
+def run_language(preset: str = "cpu", device="cpu", seed: int = 0, budget: float | None = None, memberships=None) -> dict[str, nn.Module]:
+    """The language models of a preset, `budget` seconds of training in all (default: the preset's); records a row for each, and
+    rows about what the heads attend to. Returns the models. On an H100: preset "gpu", about 4 to 5 minutes with compilation."""
+    cfg, models = LANGUAGE[preset], {}
+    memberships, data = memberships or cfg["memberships"], language_data()
+    digest = hashlib.sha256(data[0].numpy().tobytes()).hexdigest()[:12]
+    for m in memberships:
+        models[m], row = language_experiment(m, cfg, data, seconds=(budget or cfg["budget"]) / len(memberships), run=seed, device=device)
+        record("routing", "language", key=("membership", "run", "training"), device=device, seed=seed, training=preset, data=digest, **row)
+        x = windows_of(data[1], cfg["maps"], 1)[0].to(device)
+        for found in head_rows(models[m], x):
+            record("routing", "heads", key=("membership", "layer", "pair", "training"), device=device, seed=seed, training=preset, membership=m, **found)
+    return models

@@ -3,25 +3,36 @@ import math
 from functools import partial
 from itertools import product
 
+import numpy as np
 import torch
 
 from attnbook.attention import attention_reference
+from attnbook.engine import row_lists
 from attnbook.routing import (
+    MEMBERSHIPS,
     OnlineKMeans,
     RoutingAttention,
     RoutingSelfAttention,
     RoutingTransformerLM,
     Segments,
+    attention_maps,
+    bits_per_byte,
+    cluster_health,
     cluster_sums,
     cluster_sums_op,
+    divergence,
+    head_rows,
     mean_slots_op,
+    mutual_information,
     nearest_membership,
+    parameter_counts,
     route_nearest_op,
     route_scores,
     route_scores_op,
     routed_attention,
     routed_attention_gather,
     routed_attention_reference,
+    routing_model,
     segment_lists,
     segment_tiles_op,
     select_topw_op,
@@ -46,6 +57,7 @@ from attnbook.testing import (
     rel_error,
 )
 from attnbook.testing import device as device_under_test
+from attnbook.train import count_parameters
 
 
 def _clusters(B, H, n, k, w, seed=0, separate=False, empty=0):
@@ -224,9 +236,7 @@ def test_the_operations_of_the_library():
     check_opcheck(route_scores_op, (x, mu))
     check_opcheck(select_topw_op, (route_scores(x, mu), 5))
     index = topw_membership(route_scores(x, mu), 5).flatten(2)
-    key, order = index.sort(dim=-1, stable=True)
-    first = torch.searchsorted(key, torch.arange(21, device=x.device, dtype=torch.int32).expand(1, 2, -1).contiguous(), out_int32=True)
-    check_opcheck(mean_slots_op, (make_qkv(1, 2, 15, 16, requires_grad=True)[0], index, order.int(), first))
+    check_opcheck(mean_slots_op, (make_qkv(1, 2, 15, 16, requires_grad=True)[0], index, *row_lists(index, 20)))
     check_opcheck(segment_tiles_op, (nearest_membership(x, mu).offsets, 8, 16))
 
 
@@ -434,3 +444,39 @@ def test_module_errors():
     layer = RoutingAttention(32, 2, num_clusters=3, window=6)
     x = torch.zeros(1, 4, 32)
     check_raises(layer, [(dict(context=x), ValueError, ["share_qk", "context"])], x=x)
+
+
+def test_parameter_counts():
+    d, f = 1032, 4096
+    layers = 22 * (4 * d * d + 3 * d * f + 4 * d) + 2 * d - 2 * (d // 8) * d       # two routing heads share queries and keys
+    assert parameter_counts()["pg19, 8k"] == layers
+    assert routing_model("pg19, 8k", 1, depth=2, skip_first=1).blocks[1].attention.head_dim == 129
+    memberships = [count_parameters(_small(m)) for m in MEMBERSHIPS]
+    assert len(set(memberships)) == 1                                             # the controls have equal parameters
+
+
+@torch.no_grad()
+def test_maps_and_divergence():
+    model, x = _small("nearest"), _tokens(1, 24)
+    layer, t = model.blocks[0].attention, torch.randn(1, 24, 32, generator=torch.Generator().manual_seed(0)).to(x.device)
+    maps = attention_maps(layer, t)
+    assert maps.shape == (4, 24, 24) and (maps.sum(-1) - 1).abs().max() < 1e-2 and (maps.triu(1) == 0).all()
+    v = layer.heads(t)[1][2]
+    want = layer(t)[0]
+    parts = [maps[:2] @ layer.heads(t)[0][2][0], maps[2:] @ v[0]]
+    assert rel_error(layer.out(torch.cat(parts).transpose(0, 1).flatten(1)[None]), want) < 1e-2
+    p = torch.eye(3)
+    assert divergence(p, p).abs().max() < 1e-6 and (divergence(p, p.roll(1, 0)) - math.log(2)).abs().max() < 1e-6
+    a = np.array([0, 0, 1, 1, 2, 2])
+    assert abs(mutual_information(a, (a + 1) % 3) - 1) < 1e-9 and mutual_information(np.tile([0, 1], 6), np.repeat([0, 1], 6)) < 1e-9
+    assert {r["pair"] for r in head_rows(model, x)} == {"routing, routing", "routing, local", "local, local"}
+    health = cluster_health(_small("topw"), x)
+    assert 0 < health["coverage"] < 1 and 0 < health["balance"] <= 1 and cluster_health(model, x)["coverage"] == 1
+
+
+@torch.no_grad()
+def test_honest_bits():
+    x, y = (t.cpu() for t in (_tokens(2, 24), _tokens(2, 24, seed=1)))
+    for m in ("nearest", "topw"):
+        found = bits_per_byte(_small(m), x, y, device_under_test(), False, prefixes=8)
+        assert (abs(found["prefix"] - found["same"]) < 1e-4) == (m == "nearest"), (m, found)

@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['FAR_BELOW', 'CLUSTER_LAUNCH', 'CLUSTERS', 'SEGMENTS', 'CLUSTERS_SELF', 'SEGMENTS_SELF', 'BAND_SELF', 'MEMBERSHIPS',
-           'CONFIGS', 'LEAK', 'LANGUAGE', 'spherical_norm_reference', 'topw_reference', 'Segments', 'sort_by_cluster',
-           'nearest_reference', 'score_reference', 'segment_lists', 'routed_attention_reference',
-           'routed_attention_gather', 'routing_cost', 'norm_rows', 'spherical_norm_op', 'spherical_norm_backward_op',
-           'spherical_norm', 'assign_tiles', 'place_tiles', 'route_nearest_op', 'route_scores_op', 'select_rows',
-           'select_topw_op', 'route_scores', 'topw_membership', 'nearest_membership', 'cluster_rows', 'clusters_q_tile',
-           'clusters_k_tile', 'clusters_k_step', 'clusters_q_step', 'ranks_span', 'clusters_k_span', 'clusters_q_span',
-           'clusters_mask', 'self_score', 'tile_table', 'segment_tiles_op', 'segment_tile', 'segment_step',
-           'segments_q_tile', 'segments_k_tile', 'segments_k_step', 'segments_q_step', 'segments_k_span',
-           'segments_q_span', 'segments_mask', 'cluster_launch', 'band_launch', 'mean_rows', 'spread_rows',
-           'mean_slots_op', 'spread_slots_op', 'combine_slots', 'routed_attention', 'sum_tiles', 'cluster_sums_op',
-           'cluster_sums', 'OnlineKMeans', 'random_assignment', 'plain_attention', 'Router', 'ClusterCache',
-           'router_step', 'RoutingSelfAttention', 'RoutingAttention', 'GEGLU', 'RoutingBlock', 'RoutingTransformerLM',
-           'routing_model', 'parameter_counts', 'leak_model', 'uniform_tokens', 'gain_on_the_bound', 'leak_experiment',
-           'run_leak', 'longest', 'leak_summary', 'prefix_mismatch', 'future_changes', 'language_data', 'windows_of',
-           'bits_per_byte', 'cluster_health', 'attention_maps', 'divergence', 'head_rows', 'mutual_information',
-           'language_model', 'steps_within', 'language_experiment', 'run_language']
+           'CONFIGS', 'LEAK', 'LANGUAGE', 'RECALL', 'NOT_YET', 'OUT_OF_REACH', 'spherical_norm_reference',
+           'topw_reference', 'Segments', 'sort_by_cluster', 'nearest_reference', 'score_reference', 'segment_lists',
+           'routed_attention_reference', 'routed_attention_gather', 'routing_cost', 'norm_rows', 'spherical_norm_op',
+           'spherical_norm_backward_op', 'spherical_norm', 'assign_tiles', 'place_tiles', 'route_nearest_op',
+           'route_scores_op', 'select_rows', 'select_topw_op', 'route_scores', 'topw_membership', 'nearest_membership',
+           'cluster_rows', 'clusters_q_tile', 'clusters_k_tile', 'clusters_k_step', 'clusters_q_step', 'ranks_span',
+           'clusters_k_span', 'clusters_q_span', 'clusters_mask', 'self_score', 'tile_table', 'segment_tiles_op',
+           'segment_tile', 'segment_step', 'segments_q_tile', 'segments_k_tile', 'segments_k_step', 'segments_q_step',
+           'segments_k_span', 'segments_q_span', 'segments_mask', 'cluster_launch', 'band_launch', 'mean_rows',
+           'spread_rows', 'mean_slots_op', 'spread_slots_op', 'combine_slots', 'routed_attention', 'sum_tiles',
+           'cluster_sums_op', 'cluster_sums', 'OnlineKMeans', 'random_assignment', 'plain_attention', 'Router',
+           'ClusterCache', 'router_step', 'RoutingSelfAttention', 'RoutingAttention', 'GEGLU', 'RoutingBlock',
+           'RoutingTransformerLM', 'routing_model', 'parameter_counts', 'leak_model', 'uniform_tokens',
+           'gain_on_the_bound', 'leak_experiment', 'run_leak', 'longest', 'leak_summary', 'prefix_mismatch',
+           'future_changes', 'language_data', 'windows_of', 'bits_per_byte', 'cluster_health', 'attention_maps',
+           'divergence', 'head_rows', 'mutual_information', 'language_model', 'steps_within', 'language_experiment',
+           'run_language', 'recall_distance', 'recall_experiment', 'run_recall', 'clusters_for', 'route', 'exponent',
+           'scaling_experiment', 'gather_peer', 'gather_flash_peer', 'varlen_peer', 'flex_peer', 'bench_clusters',
+           'bench_segments', 'bench_crossover', 'bench_parts', 'break_even', 'claims']
 
 # %% ../nbs/4_long_context/routing.ipynb #34bc1bcf
 import hashlib
@@ -39,7 +42,7 @@ from torch import Tensor
 
 # %% ../nbs/4_long_context/routing.ipynb #5d7a14c1
 from .attention import attention_reference
-from .bench import compare, load_results, record, sdpa
+from .bench import compare, load_results, measure, record, sdpa
 from .data import byte_splits, mqar, python_source
 from attnbook.engine import (
     BAND,
@@ -1223,9 +1226,9 @@ def parameter_counts() -> dict[str, int]:
 
 # %% ../nbs/4_long_context/routing.ipynb #5d35840a
 LEAK = {
-    "cpu": dict(steps=60, evals=1, eval_batches=8, seeds=1, memberships=("topw", "nearest")),
-    "laptop": dict(steps=1500, evals=6, eval_batches=128, seeds=3, memberships=("topw", "nearest", "full")),
-    "gpu": dict(steps=4000, evals=8, eval_batches=512, seeds=3, memberships=("topw", "nearest", "full")),
+    "cpu": dict(steps=60, evals=1, batch=64, eval_batches=8, seeds=1, memberships=("topw", "nearest")),
+    "laptop": dict(steps=1500, evals=6, batch=64, eval_batches=128, seeds=3, memberships=("topw", "nearest")),
+    "gpu": dict(steps=2000, evals=5, batch=256, eval_batches=64, seeds=3, memberships=("topw", "nearest", "full")),
 }
 
 
@@ -1243,25 +1246,25 @@ def uniform_tokens(batch: int, seed: int, length: int = 64, symbols: int = 16) -
 
 
 @torch.no_grad()
-def gain_on_the_bound(model: nn.Module, batches: int, seed: int = 10**9, device="cpu") -> dict:
+def gain_on_the_bound(model: nn.Module, batches: int, batch: int = 64, seed: int = 10**9, device="cpu") -> dict:
     "Mean of NLL - ln V over fresh uniform sequences, in nats per token, and its standard error over sequences."
     parts = []
     for i in range(batches):
-        x, y = (t.to(device) for t in uniform_tokens(64, seed + i))
+        x, y = (t.to(device) for t in uniform_tokens(batch, seed + i))
         nll = F.cross_entropy(model(x)[0].float().transpose(1, 2), y, reduction="none")
         parts.append(nll.double().mean(1) - math.log(model.num_tokens))
     g = torch.cat(parts)
     return dict(gain=float(g.mean()), error=float(g.std() / len(g) ** 0.5))
 
 
-def leak_experiment(membership: str, *, steps: int, evals: int, eval_batches: int, run: int = 0, device="cpu") -> list[dict]:
+def leak_experiment(membership: str, *, steps: int, evals: int, batch: int, eval_batches: int, run: int = 0, device="cpu") -> list[dict]:
     "Trains one model on uniform tokens; one row per evaluation."
     model = leak_model(membership, run)
-    history = fit(model, lambda m, x, y: m.loss(x, y), lambda step: uniform_tokens(64, 1_000_000 * run + step), steps=steps, lr=1e-3,
+    history = fit(model, lambda m, x, y: m.loss(x, y), lambda step: uniform_tokens(batch, 1_000_000 * run + step), steps=steps, lr=1e-3,
                   weight_decay=0.0, schedule="constant", warmup=0, seed=run, device=device, amp=False, progress=False,
-                  eval_fn=lambda m: gain_on_the_bound(m, eval_batches, device=device), eval_every=max(1, steps // evals))
+                  eval_fn=lambda m: gain_on_the_bound(m, eval_batches, batch, device=device), eval_every=max(1, steps // evals))
     return [dict(membership=membership, run=run, step=e["step"], gain=e["gain"], error=e["error"],
-                 tokens=64 * 64 * eval_batches) for e in history.evals]
+                 tokens=batch * 64 * eval_batches) for e in history.evals]
 
 
 def run_leak(preset: str = "cpu", device="cpu", seed: int = 0) -> list[dict]:
@@ -1318,7 +1321,7 @@ LANGUAGE = {  # length, model and budget (seconds of training over all membershi
                 model=dict(dim=48, depth=2, heads=4, local_heads=2, ff_dim=96, local_window=16, num_clusters=6, window=32)),
     "laptop": dict(length=512, batch=4, budget=900, windows=16, prefixes=48, maps=192, memberships=MEMBERSHIPS,
                    model=dict(dim=96, depth=3, heads=4, local_heads=2, ff_dim=192, local_window=32, num_clusters=8, window=64)),
-    "gpu": dict(length=8192, batch=4, budget=200, windows=16, prefixes=96, maps=1024, memberships=MEMBERSHIPS,
+    "gpu": dict(length=8192, batch=4, budget=180, windows=16, prefixes=96, maps=1024, memberships=MEMBERSHIPS,
                 model=dict(dim=512, depth=6, heads=8, local_heads=4, ff_dim=1024, local_window=256, num_clusters=16, window=512)),
 }
 
@@ -1357,9 +1360,10 @@ def bits_per_byte(model: nn.Module, x: Tensor, y: Tensor, device, amp: bool, pre
 @torch.no_grad()
 def cluster_health(model: nn.Module, x: Tensor) -> dict:
     """Means over layers and heads, for one batch of tokens: share of tokens in some cluster (`coverage`), of clusters that
-    are nobody's nearest (`dead`), and exp(entropy of the nearest sizes) / k (`balance`)."""
+    are nobody's nearest (`dead`), and exp(entropy of the nearest sizes) / k (`balance`). Empty for the controls."""
     found = []
     for router, t in _routed_tokens(model, x):
+        if router.membership not in ("topw", "nearest"): continue
         k, n = router.kmeans.centroids.shape[1], t.shape[2]
         size = router.kmeans.assign(t).offsets.diff(dim=-1).float()[..., :k]                       # [B, H, k]
         p = size / n
@@ -1385,7 +1389,7 @@ def attention_maps(layer: RoutingSelfAttention, x: Tensor) -> Tensor:
     "Weights of all heads of a layer for one sequence x `(1, n, embed_dim)`: `(heads, n, n)`, routing heads first."
     (q, _, _), (lq, lk, _) = layer.heads(x)
     n, parts = x.shape[1], []
-    for unit in torch.eye(n, device=x.device, dtype=q.dtype).split(128, 1):                        # [n, up to 128]
+    for unit in torch.eye(n, device=x.device, dtype=q.dtype).split(64, 1):                         # [n, up to 64]
         value = lambda heads: unit[None, None].expand(1, heads, -1, -1)
         outs = [layer.router(q, None, value(layer.routing_heads))[0]] if layer.routing_heads else []
         if layer.local_heads:
@@ -1467,14 +1471,14 @@ def language_experiment(membership: str, cfg: dict, data, *, seconds: float, run
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
         final |= cluster_health(model, x[:1].to(device))
     curve = {str(e["step"]): e["bits"] for e in history.evals}
-    health = {str(e["step"]): {k: e[k] for k in ("coverage", "dead", "balance")} for e in history.evals}
+    health = {str(e["step"]): {k: e[k] for k in ("coverage", "dead", "balance") if k in e} for e in history.evals}
     return model, dict(membership=membership, run=run, length=cfg["length"], steps=steps, seconds=history.seconds, parameters=count_parameters(model),
                        curve=curve, health=health, **final)
 
 # %% ../nbs/4_long_context/routing.ipynb #d3a297da
 def run_language(preset: str = "cpu", device="cpu", seed: int = 0, budget: float | None = None, memberships=None) -> dict[str, nn.Module]:
     """The language models of a preset, `budget` seconds of training in all (default: the preset's); records a row for each, and
-    rows about what the heads attend to. Returns the models. On an H100: preset "gpu", about 4 to 5 minutes with compilation."""
+    rows about what the heads attend to. Returns the models. On an H100: preset "gpu", about 4 minutes with compilation."""
     cfg, models = LANGUAGE[preset], {}
     memberships, data = memberships or cfg["memberships"], language_data()
     digest = hashlib.sha256(data[0].numpy().tobytes()).hexdigest()[:12]
@@ -1485,3 +1489,370 @@ def run_language(preset: str = "cpu", device="cpu", seed: int = 0, budget: float
         for found in head_rows(models[m], x):
             record("routing", "heads", key=("membership", "layer", "pair", "training"), device=device, seed=seed, training=preset, membership=m, **found)
     return models
+
+# %% ../nbs/4_long_context/routing.ipynb #aded55da
+RECALL = {
+    "cpu": dict(length=64, pairs=4, vocab=32, batch=16, steps=40, lr=3e-3, tests=4, memberships=("nearest", "local"),
+                model=dict(dim=48, depth=2, heads=4, local_heads=2, ff_dim=96, local_window=8, num_clusters=4, window=16)),
+    "laptop": dict(length=128, pairs=8, vocab=64, batch=32, steps=1500, lr=3e-3, tests=16, memberships=MEMBERSHIPS,
+                   model=dict(dim=64, depth=2, heads=4, local_heads=2, ff_dim=128, local_window=8, num_clusters=4, window=32)),
+    "gpu": dict(length=512, pairs=16, vocab=128, batch=64, steps=4000, lr=3e-3, tests=32, memberships=("topw", "nearest", "local", "full"),
+                model=dict(dim=128, depth=2, heads=4, local_heads=2, ff_dim=256, local_window=16, num_clusters=8, window=64)),
+}
+
+
+def recall_distance(x: Tensor, y: Tensor, pairs: int) -> Tensor:
+    "How far back the key stands, where a value is asked for; 0 elsewhere. x, y `(batch, length)`."
+    keys = x[:, :2 * pairs:2]                                                                      # [batch, pairs]
+    same = x[:, :, None] == keys[:, None]
+    at = 2 * same.float().argmax(-1)
+    return torch.where((y >= 0) & same.any(-1), torch.arange(x.shape[1]) - at, 0)
+
+
+def recall_experiment(membership: str, cfg: dict, *, run: int = 0, device="cpu") -> list[dict]:
+    "Trains one model on recall; a row for each quarter of the distances with accuracy and number of questions."
+    def batch(seed):
+        return tuple(map(torch.from_numpy, mqar(cfg["batch"], cfg["length"], cfg["pairs"], cfg["vocab"], power=1.0, seed=seed)))
+
+    torch.manual_seed(run)
+    model = RoutingTransformerLM(cfg["vocab"], membership=membership, self_attention="fallback", scale=1.0, **cfg["model"])
+
+    def loss(m, x, y):
+        if m.training: m.update_centroids()
+        logits, aux = m(x)
+        return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-100) + aux
+
+    history = fit(model, loss, lambda step: batch(run * 10**6 + step), steps=cfg["steps"], lr=cfg["lr"], seed=run, device=device, amp=False, progress=False)
+    right, far = [], []
+    with torch.no_grad():
+        for i in range(cfg["tests"]):
+            x, y = batch(10**9 + i)
+            distance = recall_distance(x, y, cfg["pairs"])
+            right.append((model(x.to(device))[0].argmax(-1).cpu() == y)[distance > 0]), far.append(distance[distance > 0])
+    right, far = torch.cat(right).float(), torch.cat(far)
+    edges = torch.linspace(0, cfg["length"], 5)
+    return [dict(membership=membership, run=run, quarter=i, upto=int(hi), accuracy=float(right[m].mean()), asked=int(m.sum()), steps=cfg["steps"],
+                 length=cfg["length"], reach=2 * cfg["model"]["local_window"] * cfg["model"]["depth"], chance=2 / cfg["vocab"], seconds=history.seconds)
+            for i, (lo, hi) in enumerate(zip(edges, edges[1:])) if (m := (far > lo) & (far <= hi)).any()]
+
+
+def run_recall(preset: str = "cpu", device="cpu", seed: int = 0, memberships=None) -> list[dict]:
+    "Retrieval with every membership of a preset; records its rows. On an H100 with preset \"gpu\" about 3 minutes."
+    cfg = RECALL[preset]
+    return [record("routing", "recall", key=("membership", "run", "quarter", "training"), device=device, seed=seed, training=preset, **row)
+            for m in memberships or cfg["memberships"] for row in recall_experiment(m, cfg, run=seed, device=device)]
+
+# %% ../nbs/4_long_context/routing.ipynb #df4becf2
+def clusters_for(n: int) -> int:
+    "The power of two nearest to the root of n."
+    return 2 ** round(math.log2(n) / 2)
+
+
+def route(q: Tensor, v: Tensor, centroids: Tensor, membership: str, window: int, *, backend: str = "auto") -> Tensor:
+    "All of a causal routing head with shared queries and keys, from the projection's output to the combined values."
+    x = spherical_norm(q, backend=backend)
+    if membership == "topw":
+        m = topw_membership(route_scores(x, centroids, backend=backend), window, backend=backend)
+    else:
+        m = nearest_membership(x, centroids, backend=backend)
+    return routed_attention(x, x, v, m, causal=True, backend=backend)
+
+
+def exponent(rows, method: str, field: str = "ms_fwd", at_least: int = 0, at_most: float = math.inf) -> float | None:
+    "Slope of log time over log n by least squares, over the lengths in a range."
+    points = {r["n"]: r[field] for r in rows if r["method"] == method and r.get(field) and at_least <= r["n"] <= at_most}
+    if len(points) < 2: return None
+    return float(np.polyfit(np.log(list(points)), np.log(list(points.values())), 1)[0])
+
+
+def scaling_experiment(lengths=(256, 512, 1024, 2048), heads: int = 2, dim: int = 32, repeats: int = 3) -> list[dict]:
+    "CPU times of the PyTorch versions: best of some repeats."
+    rows = []
+    for n in lengths:
+        g, k = torch.Generator().manual_seed(n), clusters_for(n)
+        q, v = (torch.randn(1, heads, n, dim, generator=g) for _ in range(2))
+        mu = spherical_norm_reference(torch.randn(heads, k, dim, generator=g))
+        calls = {m: partial(route, q, v, mu, m, n // k, backend="torch") for m in ("nearest", "topw")}
+        calls["dense"] = partial(attention_reference, q, q, v, is_causal=True)
+        for method, call in calls.items():
+            times = []
+            for _ in range(repeats + 1):
+                began = time.perf_counter()
+                call()
+                times.append(1e3 * (time.perf_counter() - began))
+            rows.append(dict(method=method, n=n, ms_fwd=min(times[1:])))
+    return rows
+
+# %% ../nbs/4_long_context/routing.ipynb #a4b78edc
+def gather_peer(q, v, lists):
+    "top-w attention as everybody writes it, in the inputs' type with a float32 softmax; to be compiled."
+    index = lists.flatten(2).long()
+    take = lambda x: x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])).unflatten(2, lists.shape[2:])
+    x, y = take(q), take(v)                                                                  # [B, H, k, w, d]
+    s = (x @ x.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    seen = torch.ones(s.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    return _scatter_mean((s.masked_fill(~seen, -math.inf).softmax(-1).to(q.dtype) @ y).flatten(2, 3), index, q.shape[2])
+
+
+def _scatter_mean(out, index, n):
+    total = torch.zeros(*out.shape[:2], n, out.shape[-1], device=out.device).scatter_add(2, index[..., None].expand_as(out), out.float())
+    count = torch.zeros(*out.shape[:2], n, device=out.device).scatter_add(2, index, torch.ones_like(index, dtype=torch.float32))
+    return (total / count.clamp_min(1)[..., None]).to(out.dtype)
+
+
+def gather_flash_peer(q, v, lists):
+    "Gather, flash attention on each cluster as a short causal sequence, scatter."
+    index = lists.flatten(2).long()
+    take = lambda x: x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])).unflatten(2, lists.shape[2:]).flatten(1, 2)
+    x, y = take(q), take(v)                                                                  # [B, H * k, w, d]
+    out = F.scaled_dot_product_attention(x, x, y, is_causal=True)
+    return _scatter_mean(out.unflatten(1, lists.shape[1:3]).flatten(2, 3), index, q.shape[2])
+
+# %% ../nbs/4_long_context/routing.ipynb #9733ed3a
+def varlen_peer(segments: Segments):
+    "nearest attention by permuting the tokens and torch's variable-length flash attention; heads become sequences."
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+    B, H, n = segments.order.shape
+    index = segments.order.long()
+    base = torch.arange(B * H, device=index.device).view(B, H, 1) * n
+    starts = torch.cat([(segments.offsets[..., :-1] + base).flatten(), base.new_tensor([B * H * n])]).int()
+    longest = int(starts.diff().max())
+    causal = dict(is_causal=True) if "is_causal" in inspect.signature(varlen_attn).parameters else dict(window_size=(-1, 0))
+
+    def attend(q, v):
+        take = lambda x: x.gather(2, index[..., None].expand_as(x)).flatten(0, 2)[:, None]   # [B * H * n, 1, d]
+        x = take(q)
+        out = varlen_attn(x, x, take(v), starts, starts, longest, longest, **causal)
+        return torch.empty_like(v).scatter(2, index[..., None].expand_as(v), out[:, 0].view(v.shape))
+    return attend
+
+
+def flex_peer(segments: Segments, anew: bool):
+    "nearest attention by FlexAttention on permuted tokens; with `anew` the block mask is made in every call."
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    B, H, n = segments.order.shape
+    index = segments.order.long()
+    cluster = segments.assignment.gather(2, index)
+    make, attend = torch.compile(create_block_mask), torch.compile(flex_attention, dynamic=False)
+    blocks = partial(make, lambda b, h, i, j: (cluster[b, h, i] == cluster[b, h, j]) & (j <= i), B, H, n, n, device=index.device)
+    known = None if anew else blocks()
+
+    def run(q, v):
+        take = lambda x: x.gather(2, index[..., None].expand_as(x))
+        x = take(q)
+        out = attend(x, x, take(v), block_mask=blocks() if anew else known)
+        return torch.empty_like(v).scatter(2, index[..., None].expand_as(v), out)
+    return run
+
+# %% ../nbs/4_long_context/routing.ipynb #d7422573
+def _bench_inputs(n, k, heads=8, dim=64):
+    g = torch.Generator("cuda").manual_seed(n)
+    q, v = (torch.randn(1, heads, n, dim, device="cuda", generator=g).bfloat16() for _ in range(2))
+    return q, v, spherical_norm(torch.randn(1, heads, k, dim, device="cuda", generator=g))[0]
+
+
+def bench_clusters():
+    "Attention in clusters and combination, the lists given: ours, the gathered versions. B1 H8 D64."
+    for n, k, w in ((8192, 16, 512), (65536, 256, 256)) if torch.cuda.is_available() else ():
+        q, v, mu = _bench_inputs(n, k)
+        x = spherical_norm(q)
+        lists = topw_membership(route_scores(x, mu), w)
+        cost = routing_cost(n, k, w, 64, heads=8, membership="topw")
+        peers = {"ours": lambda x, v: routed_attention(x, x, v, lists, causal=True), "gather, compiled": torch.compile(partial(gather_peer, lists=lists), dynamic=False),
+                 "gather + flash": partial(gather_flash_peer, lists=lists)}
+        yield from compare({"n": n, "k": k, "w": w}, peers, (x, v), grad_out="random", flops=cost["attend"], bytes=cost["bytes"],
+                           chapter="routing", bench="clusters", rep_ms=100)
+
+
+def bench_segments():
+    "Attention in segments of nearest tokens, the segments given: ours, varlen, flex. B1 H8 D64."
+    for n, k in ((8192, 64), (65536, 256)) if torch.cuda.is_available() else ():
+        q, v, mu = _bench_inputs(n, k)
+        x = spherical_norm(q)
+        m = nearest_membership(x, mu)
+        size = m.offsets.diff(dim=-1).double()
+        pairs = float((size * (size + 1) / 2).sum())
+        peers = {"ours": lambda x, v: routed_attention(x, x, v, m, causal=True)}
+        for name, make in (("gather + varlen", varlen_peer), ("flex, mask given", partial(flex_peer, anew=False)), ("flex, mask made anew", partial(flex_peer, anew=True))):
+            if name.endswith("anew") and n > 8192: continue                                   # n^2 / 2 predicates in each call
+            peers[name] = _or_error(make, m)
+        yield from compare({"n": n, "k": k}, peers, (x, v), grad_out="random", flops=4 * 64 * pairs, chapter="routing", bench="segments", rep_ms=100,
+                           longest=int(size.max()))
+
+
+def _or_error(make, *args):
+    "make(*args), or a peer that raises what it raised, so that the comparison can note it."
+    try:
+        return make(*args)
+    except Exception as e:
+        message = f"{type(e).__name__}: {e}"
+        def broken(*_): raise RuntimeError(message)
+        return broken
+
+# %% ../nbs/4_long_context/routing.ipynb #f4523f00
+def bench_crossover():
+    "Everything that routing needs, k = √n, against plain causal attention, n = 1k … 64k. B1 H8 D64, forward, backward, memory."
+    for n in [2**i for i in range(10, 17)] if torch.cuda.is_available() else ():
+        k = clusters_for(n)
+        q, v, mu = _bench_inputs(n, k)
+        plain = {name: (lambda q, v, f=sdpa(name, is_causal=True): f(q, q, v)) for name in ("flash", "cudnn")}
+        peers = {f"ours, {m}": partial(route, centroids=mu, membership=m, window=n // k) for m in ("nearest", "topw")} | plain
+        yield from compare({"n": n, "k": k}, peers, (q, v), grad_out="random", chapter="routing", bench="crossover", rep_ms=80)
+
+
+def bench_parts():
+    "Where the time goes, forward, each part alone: n = 8192 and 65536, k = √n."
+    for n in (8192, 65536) if torch.cuda.is_available() else ():
+        k = clusters_for(n)
+        q, v, mu = _bench_inputs(n, k)
+        x = spherical_norm(q)
+        near, scores = nearest_membership(x, mu), route_scores(x, mu)
+        top = topw_membership(scores, n // k)
+        parts = {"norm": lambda: spherical_norm(q), "norm, torch": lambda: spherical_norm_reference(q),
+                 "nearest: assignment and sort": lambda: nearest_membership(x, mu),
+                 "nearest: assignment and sort, torch": lambda: nearest_reference(x, mu),
+                 "nearest: attention": lambda: routed_attention(x, x, v, near, causal=True),
+                 "top-w: scores": lambda: route_scores(x, mu), "top-w: selection": lambda: topw_membership(scores, n // k),
+                 "top-w: selection, torch": lambda: scores.topk(n // k, -1).indices.sort(-1),
+                 "top-w: attention and mean": lambda: routed_attention(x, x, v, top, causal=True),
+                 "centroid statistics": lambda: cluster_sums(x, near)}
+        for name, call in parts.items():
+            with torch.no_grad():
+                t = measure(call, rep_ms=30, warmup_ms=10, graph=True)
+            yield dict(n=n, part=name, ms=t.ms, peak_mb=t.peak_bytes / 1e6 if t.peak_bytes is not None else None)
+
+# %% ../nbs/4_long_context/routing.ipynb #487a9422
+NOT_YET = "not measured yet: needs the gpu preset on a GPU"
+
+
+def _gpu(name, **where):
+    return load_results("routing", name, preset="gpu", **where)
+
+
+def _on_gpu(found):
+    "A function that measures, for a claim which waits for a GPU: False stands for rows that do not exist yet."
+    return lambda: found() or False
+
+
+def _judged(rule):
+    "The rule, or `out of reach here` with the reason where nothing is measured."
+    return lambda m: ("out of reach here", NOT_YET) if m is False else rule(m)
+
+
+def _speed(name, over, field="ms_fwd", **where):
+    "Time of `over` over that of ours (the first method that begins with ours)."
+    time_of = {r["method"]: r[field] for r in _gpu(name, **where) if r.get(field)}
+    ours = next((t for m, t in time_of.items() if m == "ours" or m == "ours, nearest"), None)
+    best = min((t for m, t in time_of.items() if m in over), default=None)
+    return best / ours if ours and best else None
+
+
+def _both(name, over, **where):
+    found = {p: _speed(name, over, f"ms_{p}", **where) for p in ("fwd", "bwd")}
+    return found if all(found.values()) else None
+
+
+def _total_speed(n=65536, method="ours, nearest"):
+    "Forward and backward together: the faster plain attention over routing."
+    total = {r["method"]: r["ms_fwd"] + r["ms_bwd"] for r in _gpu("crossover", n=n) if r.get("ms_fwd") and r.get("ms_bwd")}
+    plain = [t for m, t in total.items() if not m.startswith("ours")]
+    return min(plain) / total[method] if plain and method in total else None
+
+
+def break_even(method: str = "ours, nearest") -> int | None:
+    "The smallest measured length from which on routing is faster, forward and backward together, than plain attention."
+    lengths = sorted({r["n"] for r in _gpu("crossover")})
+    faster = [(n, s > 1) for n in lengths if (s := _total_speed(n, method))]
+    return next((n for i, (n, _) in enumerate(faster) if all(f for _, f in faster[i:])), None)
+
+
+def _exponents():
+    rows = _gpu("crossover")
+    found = dict(routing=exponent(rows, "ours, nearest", at_least=16384), top_w=exponent(rows, "ours, topw", at_least=16384),
+                 plain=exponent(rows, "cudnn", at_least=16384) or exponent(rows, "flash", at_least=16384))
+    return found if all(found.values()) else None
+
+
+def _bits(a, b, field="prefix"):
+    "Bits per byte of membership b minus that of a, from the prefixes alone, on the gpu preset."
+    found = {r["membership"]: r for r in load_results("routing", "language", training="gpu")}
+    return {f"{a} better by": found[b][field] - found[a][field], "parallel": found[b]["bits"] - found[a]["bits"]} if a in found and b in found else None
+
+
+def _divergences():
+    rows = [r for r in longest("heads") if r["membership"] == "topw"]
+    mean = lambda p: float(np.mean([r["divergence"] for r in rows if r["pair"] == p]))
+    return dict(local_local=mean("local, local"), routing_local=mean("routing, local"), training=rows[0]["training"]) if rows else None
+
+
+def _recall_far():
+    "Accuracy in the farthest quarter, by membership, and chance; from a training in which full attention learnt the task."
+    rows = [r for r in load_results("routing", "recall", training="gpu")]
+    if not rows: return None
+    far = max(r["quarter"] for r in rows)
+    return {r["membership"]: r["accuracy"] for r in rows if r["quarter"] == far} | dict(chance=rows[0]["chance"])
+
+# %% ../nbs/4_long_context/routing.ipynb #20e7cf24
+def _judge_leak(m):
+    if m is None: return "out of reach here", NOT_YET
+    z = m["topw"]["gain"] / m["topw"]["error"]
+    return ("does not hold here" if z < -3 else "holds"), f"top-w stands {abs(z):.0f} standard errors {'below' if z < 0 else 'above'} the bound that no honest model passes"
+
+
+def _judge_honest(m):
+    return "holds" if m["gain"] > -3 * m["error"] else "does not hold here"
+
+
+def _leak_of(membership):
+    found = leak_summary()
+    return None if found is None or membership not in found else {k: found[membership][k] for k in ("gain", "error")}
+
+
+OUT_OF_REACH = [
+    ("Wikitext-103 test perplexity 15.8, Transformer-XL 18.3", "15.8", "abstract", "needs the data and training at full scale"),
+    ("ImageNet-64: 3.43 bits per dimension, Sparse Transformer 3.44", "3.43", "abstract", "needs ImageNet and training at full scale"),
+    ("PG-19 at length 8192: test perplexity 33.2, Compressive Transformer 33.6", "33.2", "abstract", "needs the data and training at full scale"),
+    ("enwik8 at length 8192: 0.99 bits per byte with 12 layers [m]", "0.99", "Table [m]", "needs the data and training at full scale"),
+]
+
+# %% ../nbs/4_long_context/routing.ipynb #15d55de3
+def claims():
+    "The chapter's claims with their rules; measured numbers are read from the recorded results."
+    from attnbook.book import Claim
+    grade = lambda good, fair=False: "holds" if good else "holds in part" if fair else "does not hold here"
+    first = lambda m: next(iter(m.values()))
+    gpu = lambda statement, number, where, rule, found, scale: Claim(statement, number, where, _judged(rule), measured=_on_gpu(found), scale=scale)
+    return [
+        Claim("The perplexities are those of a language model", "implied", "Algorithm 1", _judge_leak, measured=lambda: leak_summary(),
+              scale="uniform tokens, last step on record, nats per token; fails if top-w is 3 standard errors below ln 16"),
+        Claim("Nearest centroid, causal: no gain on what cannot be predicted", "0", "this chapter", _judge_honest, measured=lambda: _leak_of("nearest"),
+              scale="the same; holds if not 3 standard errors below"),
+        gpu("Complexity n^1.5 against n^2", "1.5", "abstract", lambda e: grade(e["routing"] < 1.65 and e["plain"] > 1.8, e["routing"] < e["plain"] - 0.2), _exponents,
+            "fitted to forward times, n = 16k to 64k, k = √n; holds: below 1.65 where plain attention is above 1.8"),
+        gpu("Routing heads beat local heads", "better [m]", "ablations [m]", lambda d: grade(first(d) > 0.01, first(d) > 0), partial(_bits, "topw", "local"),
+            "bits per byte from prefixes, equal training time, n = 8192; holds: by 0.01, in part: at all"),
+        gpu("The same for the causal membership", "", "this chapter", lambda d: grade(first(d) > 0.01, first(d) > 0), partial(_bits, "nearest", "local"), "as above"),
+        gpu("Routing by content beats random routing [m]", "worse [m]", "ablation on CIFAR-10 [m]", lambda d: grade(first(d) > 0.01, first(d) > 0),
+            partial(_bits, "nearest", "random"), "as above"),
+        gpu("Routing is as good as full attention at equal cost", "implied", "Sec. 5", lambda d: grade(first(d) > -0.01, first(d) > -0.03), partial(_bits, "nearest", "full"),
+            "as above; holds: not worse by more than 0.01, in part: 0.03"),
+        Claim("Routing heads attend to other tokens than local heads", "far above local ‖ local [m]", "JSD table [m]",
+              lambda m: grade(m["routing_local"] > 2 * m["local_local"], m["routing_local"] > m["local_local"]), measured=_divergences,
+              scale="top-w, mean divergence in nats (at most 0.693), largest training on record; holds: twice"),
+        gpu("Routing finds what lies beyond the local window", "", "motivation", lambda m: ("out of reach here", "full attention has not learnt the task")
+            if m["full"] < 0.8 else grade(m["nearest"] > 0.8 and m["local"] < 0.3, m["nearest"] > m["local"] + 0.2), _recall_far,
+            "accuracy of recall in the farthest quarter; holds: above 0.8 where local is below 0.3"),
+        Claim("The released PG-19 model has 200 million parameters", "200 M", "README of the repository", lambda n: grade(abs(n / 200 - 1) < 0.05, abs(n / 200 - 1) < 0.15),
+              measured=lambda: parameter_counts()["pg19, 8k"] / 1e6, scale="layers of the released configuration, without embeddings, in millions; holds: within 5 %"),
+        gpu("Cluster attention without gathered copies is 4 times as fast as gathering, compiled", "4x", "goal of this chapter",
+            lambda m: grade(min(m.values()) >= 4, max(m.values()) >= 4), lambda: _both("clusters", {"gather, compiled"}, n=8192), "n = 8192, w = 512, 8 heads of 64; holds: both ways"),
+        gpu("It also beats gathering before flash attention", "", "goal of this chapter", lambda m: grade(min(m.values()) > 1, max(m.values()) > 1),
+            lambda: _both("clusters", {"gather + flash"}, n=8192), "the same"),
+        gpu("At n = 65,536 all of routing is 3 times as fast as plain causal attention", "3x", "goal of this chapter", lambda s: grade(s >= 3, s > 1), _total_speed,
+            "nearest, forward and backward, against the faster of flash and cuDNN"),
+        gpu("Routing breaks even with plain causal attention near n = 4k to 8k", "4k to 8k", "expectation of this chapter", lambda n: grade(n <= 8192, n <= 16384), break_even,
+            "nearest, forward and backward; smallest length from which on it is faster"),
+        *(Claim(s, number, where, lambda _, reason=reason: ("out of reach here", reason), measured=True) for s, number, where, reason in OUT_OF_REACH),
+    ]

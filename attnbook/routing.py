@@ -654,8 +654,8 @@ def mean_rows(X, ORDER, FIRST, Y, N, S, D: tl.constexpr, BD: tl.constexpr, BM: t
     T = tl.cdiv(N, BM)
     g, n, d = (tl.program_id(0) // T).to(tl.int64), (tl.program_id(0) % T) * BM + tl.arange(0, BM), tl.arange(0, BD)
     ok = n < N
-    first = tl.load(FIRST + g * (N + 1) + n, mask=ok, other=0)
-    last = tl.load(FIRST + g * (N + 1) + n + 1, mask=ok, other=0)
+    first = tl.load(FIRST + g * (N + 1) + n, mask=ok, other=0).to(tl.int32)
+    last = tl.load(FIRST + g * (N + 1) + n + 1, mask=ok, other=0).to(tl.int32)
     acc = tl.zeros([BM, BD], tl.float32)
     for c in range(0, tl.max(last - first)):
         live = first + c < last
@@ -682,7 +682,7 @@ def spread_rows(DY, INDEX, FIRST, DX, N, S, D: tl.constexpr, BD: tl.constexpr, B
 def _rows(kernel, x, *lists, rows, N, S):
     y = x.new_empty(*x.shape[:2], rows, x.shape[3])
     if y.numel():
-        bm = 32 if x.shape[3] <= 128 else 8
+        bm = 16
         kernel[(x.shape[0] * x.shape[1] * triton.cdiv(rows, bm),)](
             x.contiguous(), *lists, y, N, S, D=x.shape[3], BD=_pow2(x.shape[3]), BM=bm, num_warps=4)
     return y
@@ -777,8 +777,9 @@ def routed_attention(q: Tensor, k: Tensor, v: Tensor, membership, *, causal: boo
     last_resort = self_attention == "fallback"
     if not nearest:
         a, b = a.contiguous(), b.contiguous()
-        of_q = row_lists(a.flatten(2), q.shape[2])
-        of_k = of_q if shared else row_lists(b.flatten(2), k.shape[2])                    # for the backward pass
+        inverse = lambda x, n: tuple(t.int() for t in row_lists(x.flatten(2), n))
+        of_q = inverse(a, q.shape[2])
+        of_k = of_q if shared else inverse(b, k.shape[2])                                 # for the backward pass
         out, _ = tile_attention(q, k, v, CLUSTERS_SELF if last_resort else CLUSTERS, operands=(a, b, *of_q, *of_k), scale=scale,
                                 ints=(a.shape[2], a.shape[3], b.shape[3], q.shape[1]), consts=(causal, shared, padded))
         return combine_slots(out, a.flatten(2), of_q)
@@ -1319,8 +1320,8 @@ def future_changes(membership: str, trials: int = 200, n: int = 128, k: int = 8,
 LANGUAGE = {  # length, model and budget (seconds of training over all memberships)
     "cpu": dict(length=192, batch=4, budget=25, windows=4, prefixes=6, maps=96, memberships=("topw", "nearest", "local"),
                 model=dict(dim=48, depth=2, heads=4, local_heads=2, ff_dim=96, local_window=16, num_clusters=6, window=32)),
-    "laptop": dict(length=512, batch=4, budget=900, windows=16, prefixes=48, maps=192, memberships=MEMBERSHIPS,
-                   model=dict(dim=96, depth=3, heads=4, local_heads=2, ff_dim=192, local_window=32, num_clusters=8, window=64)),
+    "laptop": dict(length=512, batch=4, budget=400, windows=16, prefixes=48, maps=192, memberships=MEMBERSHIPS,
+                   model=dict(dim=128, depth=2, heads=4, local_heads=2, ff_dim=256, local_window=32, num_clusters=8, window=64)),
     "gpu": dict(length=8192, batch=4, budget=180, windows=16, prefixes=96, maps=1024, memberships=MEMBERSHIPS,
                 model=dict(dim=512, depth=6, heads=8, local_heads=4, ff_dim=1024, local_window=256, num_clusters=16, window=512)),
 }
@@ -1494,9 +1495,9 @@ def run_language(preset: str = "cpu", device="cpu", seed: int = 0, budget: float
 RECALL = {
     "cpu": dict(length=64, pairs=4, vocab=32, batch=16, steps=40, lr=3e-3, tests=4, memberships=("nearest", "local"),
                 model=dict(dim=48, depth=2, heads=4, local_heads=2, ff_dim=96, local_window=8, num_clusters=4, window=16)),
-    "laptop": dict(length=128, pairs=8, vocab=64, batch=32, steps=1500, lr=3e-3, tests=16, memberships=MEMBERSHIPS,
+    "laptop": dict(length=128, pairs=8, vocab=64, batch=32, steps=700, lr=3e-3, tests=16, memberships=("nearest", "local", "full", "topw"),
                    model=dict(dim=64, depth=2, heads=4, local_heads=2, ff_dim=128, local_window=8, num_clusters=4, window=32)),
-    "gpu": dict(length=512, pairs=16, vocab=128, batch=64, steps=4000, lr=3e-3, tests=32, memberships=("topw", "nearest", "local", "full"),
+    "gpu": dict(length=512, pairs=16, vocab=128, batch=64, steps=2500, lr=3e-3, tests=32, memberships=("topw", "nearest", "local", "full"),
                 model=dict(dim=128, depth=2, heads=4, local_heads=2, ff_dim=256, local_window=16, num_clusters=8, window=64)),
 }
 

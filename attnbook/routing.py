@@ -194,13 +194,17 @@ def norm_rows(X, DY, Y, sx, sy, n, H, eps, D: tl.constexpr, BD: tl.constexpr, BM
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     d = tl.arange(0, BD)
     ok = (r < n)[:, None] & (d < D)[None, :]
-    x = tl.load(X + b * sx[0] + h * sx[1] + r.to(tl.int64)[:, None] * sx[2] + d[None, :] * sx[3], mask=ok, other=0.0).to(tl.float32)
-    x = tl.where(ok, x - (tl.sum(x, 1) / D)[:, None], 0.0)                                # [BM, BD]
+    x = tl.load(
+        X + b * sx[0] + h * sx[1] + r.to(tl.int64)[:, None] * sx[2] + d[None, :] * sx[3], mask=ok, other=0.0
+    ).to(tl.float32)
+    x = tl.where(ok, x - (tl.sum(x, 1) / D)[:, None], 0.0)  # [BM, BD]
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1) / D + eps)
     y = x * rstd[:, None]
     to = r.to(tl.int64)[:, None] * D + d[None, :] + bh.to(tl.int64) * n * D
     if DY is not None:
-        dy = tl.load(DY + b * sy[0] + h * sy[1] + r.to(tl.int64)[:, None] * sy[2] + d[None, :] * sy[3], mask=ok, other=0.0).to(tl.float32)
+        dy = tl.load(
+            DY + b * sy[0] + h * sy[1] + r.to(tl.int64)[:, None] * sy[2] + d[None, :] * sy[3], mask=ok, other=0.0
+        ).to(tl.float32)
         y = (dy - (tl.sum(dy, 1) / D)[:, None] - y * (tl.sum(dy * y, 1) / D)[:, None]) * rstd[:, None]
     tl.store(Y + to, y.to(Y.dtype.element_ty), mask=ok)
 
@@ -286,7 +290,7 @@ def assign_tiles(X, MU, MASK, CLUSTER, COUNTS, SCORES, sx, n, k, S, H, T, D: tl.
 # %% ../nbs/4_long_context/routing.ipynb #e499f61b
 @triton.jit
 def place_tiles(CLUSTER, STARTS, ORDER, n, S, T, BM: tl.constexpr):
-    "Writes every token to its place in the order. STARTS (batch * heads, S, T): where a tile's share of a cluster begins."
+    "Writes every token to its place. STARTS (batch * heads, S, T): where a tile's share of a cluster begins."
     bh, t = (tl.program_id(0) // T).to(tl.int64), tl.program_id(0) % T
     i = tl.arange(0, BM)
     r = t * BM + i
@@ -309,10 +313,28 @@ def _assign(x, centroids, mask, scores):
     empty = partial(torch.empty, device=x.device, dtype=torch.int32)
     cluster, counts = (None, None) if scores else (empty(B, H, n), empty(B, H, S * T))
     out = x.new_empty(B, H, k, n, dtype=torch.float32) if scores else None
-    exact = "ieee" if x.dtype == torch.float32 else None                                  # a tie must not hang on tf32
+    exact = "ieee" if x.dtype == torch.float32 else None  # a tie must not hang on tf32
     if B * H * n:
-        assign_tiles[(B * H * T,)](x, mu, None if mask is None else mask.contiguous().view(torch.uint8), cluster, counts, out,
-                                   x.stride(), n, k, S, H, T, D=D, BD=_pow2(D), BM=bm, BK=bk, PRECISION=exact, num_warps=4)
+        assign_tiles[(B * H * T,)](
+            x,
+            mu,
+            None if mask is None else mask.contiguous().view(torch.uint8),
+            cluster,
+            counts,
+            out,
+            x.stride(),
+            n,
+            k,
+            S,
+            H,
+            T,
+            D=D,
+            BD=_pow2(D),
+            BM=bm,
+            BK=bk,
+            PRECISION=exact,
+            num_warps=4,
+        )
     if scores:
         return out
     if not B * H * n:
@@ -340,7 +362,9 @@ def route_scores_op(x: Tensor, centroids: Tensor) -> Tensor:
     return _assign(x, centroids, None, True)
 
 
-route_scores_op.register_fake(lambda x, centroids: x.new_empty(*x.shape[:2], centroids.shape[1], x.shape[2], dtype=torch.float32))
+route_scores_op.register_fake(
+    lambda x, centroids: x.new_empty(*x.shape[:2], centroids.shape[1], x.shape[2], dtype=torch.float32)
+)
 
 # %% ../nbs/4_long_context/routing.ipynb #2dab48c2
 @triton.jit
@@ -381,14 +405,20 @@ select_topw_op.register_fake(lambda scores, window: scores.new_empty(*scores.sha
 # %% ../nbs/4_long_context/routing.ipynb #9b9f5b63
 def _check_route(x, centroids, mask):
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 4:
-        raise ValueError(f"x must be a floating-point tensor (batch, heads, length, head_dim), not {tuple(getattr(x, 'shape', ()))}")
+        raise ValueError(
+            f"x must be a floating-point tensor (batch, heads, length, head_dim), not {tuple(getattr(x, 'shape', ()))}"
+        )
     if centroids.dim() != 3 or centroids.shape[0] != x.shape[1] or centroids.shape[2] != x.shape[3]:
-        raise ValueError(f"centroids must be (heads, clusters, head_dim) with x's {x.shape[1]} heads and head_dim {x.shape[3]}, "
-                         f"not {tuple(centroids.shape)}")
+        raise ValueError(
+            f"centroids must be (heads, clusters, head_dim) with x's {x.shape[1]} heads and head_dim {x.shape[3]}, "
+            f"not {tuple(centroids.shape)}"
+        )
     if centroids.shape[1] < 1:
         raise ValueError("num_clusters must be at least 1, centroids holds 0")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (x.shape[0], x.shape[2])):
-        raise ValueError(f"mask must be a boolean (batch, length) = {(x.shape[0], x.shape[2])}, not {mask.dtype} {tuple(mask.shape)}")
+        raise ValueError(
+            f"mask must be a boolean (batch, length) = {(x.shape[0], x.shape[2])}, not {mask.dtype} {tuple(mask.shape)}"
+        )
 
 
 def route_scores(x: Tensor, centroids: Tensor, *, backend: str = "auto") -> Tensor:
@@ -467,8 +497,19 @@ def clusters_q_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr
 
 # %% ../nbs/4_long_context/routing.ipynb #01c7af12
 @triton.jit
-def ranks_span(first, last, before, after, n, CAUSAL: tl.constexpr, SHARED: tl.constexpr, BEFORE: tl.constexpr,
-               AFTER: tl.constexpr, PADDED: tl.constexpr, B: tl.constexpr):
+def ranks_span(
+    first,
+    last,
+    before,
+    after,
+    n,
+    CAUSAL: tl.constexpr,
+    SHARED: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    PADDED: tl.constexpr,
+    B: tl.constexpr,
+):
     "Steps of B out of n that rows with ranks first … last meet: a band in ranks if the lists are shared, else all."
     if SHARED:
         lo, full_lo, full_hi, hi = band_span(first, last, before, after, n, BEFORE, AFTER, B)
@@ -485,12 +526,16 @@ def ranks_span(first, last, before, after, n, CAUSAL: tl.constexpr, SHARED: tl.c
 
 @triton.jit
 def clusters_k_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    return ranks_span(state[1], tl.minimum(state[1] + BM, ints[1]) - 1, 0, 0, ints[2], C[0], C[1], False, C[0], C[2], BN)
+    return ranks_span(
+        state[1], tl.minimum(state[1] + BM, ints[1]) - 1, 0, 0, ints[2], C[0], C[1], False, C[0], C[2], BN
+    )
 
 
 @triton.jit
 def clusters_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    return ranks_span(state[1], tl.minimum(state[1] + BN, ints[2]) - 1, 0, 0, ints[1], C[0], C[1], C[0], False, C[2], BM)
+    return ranks_span(
+        state[1], tl.minimum(state[1] + BN, ints[2]) - 1, 0, 0, ints[1], C[0], C[1], C[0], False, C[2], BM
+    )
 
 
 @triton.jit
@@ -617,7 +662,8 @@ CLUSTER_LAUNCH = {
     32: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3)),
     64: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3)),
     128: ((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
-    256: ((32, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1))}
+    256: ((32, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+}
 
 
 def cluster_launch(kernel, bits, head_dim, arch, consts=()):
@@ -633,18 +679,49 @@ def cluster_launch(kernel, bits, head_dim, arch, consts=()):
 def band_launch(kernel, bits, head_dim, arch, consts=()):
     "The same for the controls, whose rows are consecutive and many: taller tiles."
     found = cluster_launch(kernel, bits, head_dim, arch, consts)
-    return replace(found, BM=128, warps=8) if kernel == "forward" and bits == 16 and arch == "sm90" and head_dim <= 128 else found
+    return (
+        replace(found, BM=128, warps=8)
+        if kernel == "forward" and bits == 16 and arch == "sm90" and head_dim <= 128
+        else found
+    )
 
 
-CLUSTERS = register_program(TileProgram(
-    "clusters", clusters_q_tile, clusters_k_span, clusters_k_step, clusters_k_tile, clusters_q_span, clusters_q_step,
-    mask=clusters_mask, launch=cluster_launch, indexed=True, lists=lambda operands: (operands[2:4], operands[4:6]),
-    q_tiles=lambda ints, consts, BM: ints[0] * -(-ints[1] // BM), k_tiles=lambda ints, consts, BN: ints[0] * -(-ints[2] // BN)))
-SEGMENTS = register_program(TileProgram(
-    "segments", segments_q_tile, segments_k_span, segments_k_step, segments_k_tile, segments_q_span, segments_q_step,
-    mask=segments_mask, launch=cluster_launch, q_tiles=lambda ints, consts, BM: ints[3], k_tiles=lambda ints, consts, BN: ints[4]))
+CLUSTERS = register_program(
+    TileProgram(
+        "clusters",
+        clusters_q_tile,
+        clusters_k_span,
+        clusters_k_step,
+        clusters_k_tile,
+        clusters_q_span,
+        clusters_q_step,
+        mask=clusters_mask,
+        launch=cluster_launch,
+        indexed=True,
+        lists=lambda operands: (operands[2:4], operands[4:6]),
+        q_tiles=lambda ints, consts, BM: ints[0] * -(-ints[1] // BM),
+        k_tiles=lambda ints, consts, BN: ints[0] * -(-ints[2] // BN),
+    )
+)
+SEGMENTS = register_program(
+    TileProgram(
+        "segments",
+        segments_q_tile,
+        segments_k_span,
+        segments_k_step,
+        segments_k_tile,
+        segments_q_span,
+        segments_q_step,
+        mask=segments_mask,
+        launch=cluster_launch,
+        q_tiles=lambda ints, consts, BM: ints[3],
+        k_tiles=lambda ints, consts, BN: ints[4],
+    )
+)
 # the same with a token's own key as the last resort
-CLUSTERS_SELF, SEGMENTS_SELF = (register_program(replace(p, name=f"{p.name}+self", score=self_score)) for p in (CLUSTERS, SEGMENTS))
+CLUSTERS_SELF, SEGMENTS_SELF = (
+    register_program(replace(p, name=f"{p.name}+self", score=self_score)) for p in (CLUSTERS, SEGMENTS)
+)
 BAND_SELF = register_program(replace(BAND, name="band+self", score=self_score, launch=band_launch))
 
 # %% ../nbs/4_long_context/routing.ipynb #0cc2e02b
@@ -660,7 +737,9 @@ def mean_rows(X, ORDER, FIRST, Y, N, S, D: tl.constexpr, BD: tl.constexpr, BM: t
     for c in range(0, tl.max(last - first)):
         live = first + c < last
         slot = tl.load(ORDER + g * S + first + c, mask=live, other=0)
-        acc += tl.load(X + (g * S + slot)[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        acc += tl.load(
+            X + (g * S + slot)[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0
+        ).to(tl.float32)
     acc = acc / tl.maximum(last - first, 1).to(tl.float32)[:, None]
     tl.store(Y + (g * N + n)[:, None] * D + d[None, :], acc.to(Y.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
 
@@ -674,9 +753,13 @@ def spread_rows(DY, INDEX, FIRST, DX, N, S, D: tl.constexpr, BD: tl.constexpr, B
     ok = token >= 0
     at = FIRST + g * (N + 1) + token
     count = tl.load(at + 1, mask=ok, other=1) - tl.load(at, mask=ok, other=0)
-    dy = tl.load(DY + (g * N + token)[:, None] * D + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    dy = tl.load(DY + (g * N + token)[:, None] * D + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0).to(
+        tl.float32
+    )
     dx = dy / count.to(tl.float32)[:, None]
-    tl.store(DX + (g * S + s)[:, None] * D + d[None, :], dx.to(DX.dtype.element_ty), mask=(s < S)[:, None] & (d < D)[None, :])
+    tl.store(
+        DX + (g * S + s)[:, None] * D + d[None, :], dx.to(DX.dtype.element_ty), mask=(s < S)[:, None] & (d < D)[None, :]
+    )
 
 # %% ../nbs/4_long_context/routing.ipynb #cd67a13a
 def _rows(kernel, x, *lists, rows, N, S):
@@ -713,21 +796,39 @@ def combine_slots(x: Tensor, index: Tensor, lists: tuple[Tensor, Tensor]) -> Ten
 # %% ../nbs/4_long_context/routing.ipynb #6d87bc80
 def _check_lists(name, x, n, heads):
     if isinstance(x, Segments):
-        if x.order.shape != (*heads, n) or x.assignment.shape != x.order.shape or x.offsets.shape[:2] != heads or x.offsets.dim() != 3:
-            raise ValueError(f"membership: {name} must be segments of (batch, heads, length) = {(*heads, n)}, not order "
-                             f"{tuple(x.order.shape)} and offsets {tuple(x.offsets.shape)}")
-        if not x.offsets.is_cuda and not torch.compiler.is_compiling() and x.offsets.device.type != "meta" and (x.offsets[..., -1] != n).any():
-            raise ValueError(f"membership: the offsets of {name} must end at the length {n}, they end at {x.offsets[..., -1].unique().tolist()}")
+        if (
+            x.order.shape != (*heads, n)
+            or x.assignment.shape != x.order.shape
+            or x.offsets.shape[:2] != heads
+            or x.offsets.dim() != 3
+        ):
+            raise ValueError(
+                f"membership: {name} must be segments of (batch, heads, length) = {(*heads, n)}, not order "
+                f"{tuple(x.order.shape)} and offsets {tuple(x.offsets.shape)}"
+            )
+        if (
+            not x.offsets.is_cuda
+            and not torch.compiler.is_compiling()
+            and x.offsets.device.type != "meta"
+            and (x.offsets[..., -1] != n).any()
+        ):
+            ends = x.offsets[..., -1].unique().tolist()
+            raise ValueError(f"membership: the offsets of {name} must end at the length {n}, they end at {ends}")
     elif not isinstance(x, Tensor) or x.dtype != torch.int32 or x.dim() != 4 or x.shape[:2] != heads:
-        raise ValueError(f"membership: {name} must be Segments, or an int32 tensor (batch, heads, clusters, window) with "
-                         f"(batch, heads) = {tuple(heads)}, not {getattr(x, 'dtype', type(x).__name__)} {tuple(getattr(x, 'shape', ()))}")
+        got = f"{getattr(x, 'dtype', type(x).__name__)} {tuple(getattr(x, 'shape', ()))}"
+        raise ValueError(
+            f"membership: {name} must be Segments, or an int32 tensor (batch, heads, clusters, window) with "
+            f"(batch, heads) = {tuple(heads)}, not {got}"
+        )
 
 
 def _check_routed(q, k, v, membership, scale, self_attention, window):
     "Checks everything; the query's and the key's side of the membership, and whether they are one."
     check_qkv(q, k, v)
     if q.shape[1] != k.shape[1]:
-        raise ValueError(f"q has {q.shape[1]} heads and k {k.shape[1]}: every head has clusters of its own, so they must be equal")
+        raise ValueError(
+            f"q has {q.shape[1]} heads and k {k.shape[1]}: every head has clusters of its own, so they must be equal"
+        )
     pair = isinstance(membership, (tuple, list)) and not isinstance(membership, Segments)
     if pair and len(membership) != 2:
         raise ValueError(f"membership must be one side, or two for queries and keys, not {len(membership)}")
@@ -737,11 +838,15 @@ def _check_routed(q, k, v, membership, scale, self_attention, window):
     kinds = {isinstance(s, Segments) for s in sides}
     count = lambda s: s.offsets.shape[2] - 1 if isinstance(s, Segments) else s.shape[2]
     if len(kinds) > 1 or count(sides[0]) != count(sides[1]):
-        raise ValueError("membership: both sides must be of one kind and have as many clusters, "
-                         f"not {[type(s).__name__ for s in sides]} with {[count(s) for s in sides]}")
+        raise ValueError(
+            "membership: both sides must be of one kind and have as many clusters, "
+            f"not {[type(s).__name__ for s in sides]} with {[count(s) for s in sides]}"
+        )
     if self_attention not in ("include", "fallback"):
         raise ValueError(f"self_attention must be 'include' or 'fallback', not {self_attention!r}")
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale)):
+    if scale is not None and (
+        isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale)
+    ):
         raise ValueError(f"scale must be a finite number or None, not {scale!r}")
     if window is not None:
         if not isinstance(window, int) or isinstance(window, bool) or window < 1:
@@ -751,15 +856,27 @@ def _check_routed(q, k, v, membership, scale, self_attention, window):
     return sides, not pair
 
 # %% ../nbs/4_long_context/routing.ipynb #9aae2ab9
-def routed_attention(q: Tensor, k: Tensor, v: Tensor, membership, *, causal: bool, scale: float | None = None,
-                     self_attention: str = "include", window: int | None = None, padded: bool = False, backend: str = "auto") -> Tensor:
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    membership,
+    *,
+    causal: bool,
+    scale: float | None = None,
+    self_attention: str = "include",
+    window: int | None = None,
+    padded: bool = False,
+    backend: str = "auto",
+) -> Tensor:
     """Attention inside clusters; a token in several clusters gets the mean of its outputs, one in none gets 0.
 
     q `(B, H, n, d)`, k `(B, H, m, d)`, v `(B, H, m, dv)`, dims 1 to 256, any strides. `membership`: what
-    `topw_membership` or `nearest_membership` returned, shared by queries and keys, or a pair (queries', keys'). `causal`:
-    a key must not stand after the query in the sequence. `scale` of the logits, 1/sqrt(d) by default. `self_attention`:
-    "include", or "fallback": a token sees itself only if it sees nothing else. `window`: only the last `window` members
-    up to and with the query (shared segments, causal). `padded`: top-w lists hold -1 (given a mask).
+    `topw_membership` or `nearest_membership` returned, shared by queries and keys, or a pair (queries', keys').
+    `causal`: a key must not stand after the query in the sequence. `scale` of the logits, 1/sqrt(d) by default.
+    `self_attention`: "include", or "fallback": a token sees itself only if it sees nothing else. `window`: only the
+    last `window` members up to and with the query (shared segments, causal). `padded`: top-w lists hold -1 (given a
+    mask).
 
     Rows that see no key give 0. Gradients for q, k, v, deterministic. Index values are trusted on a GPU.
     Raises ValueError or TypeError naming the argument. Source: Algorithm 1."""
@@ -773,23 +890,40 @@ def routed_attention(q: Tensor, k: Tensor, v: Tensor, membership, *, causal: boo
     if resolve_backend(backend, q) == "torch":
         lists = [segment_lists(x) if nearest else x for x in (a, b)]
         with torch.autocast(q.device.type, enabled=False):
-            return routed_attention_gather(q, k, v, *lists, causal=causal, scale=scale, self_attention=self_attention, window=window)
+            return routed_attention_gather(
+                q, k, v, *lists, causal=causal, scale=scale, self_attention=self_attention, window=window
+            )
     last_resort = self_attention == "fallback"
     if not nearest:
         a, b = a.contiguous(), b.contiguous()
         inverse = lambda x, n: tuple(t.int() for t in row_lists(x.flatten(2), n))
         of_q = inverse(a, q.shape[2])
-        of_k = of_q if shared else inverse(b, k.shape[2])                                 # for the backward pass
-        out, _ = tile_attention(q, k, v, CLUSTERS_SELF if last_resort else CLUSTERS, operands=(a, b, *of_q, *of_k), scale=scale,
-                                ints=(a.shape[2], a.shape[3], b.shape[3], q.shape[1]), consts=(causal, shared, padded))
+        of_k = of_q if shared else inverse(b, k.shape[2])  # for the backward pass
+        out, _ = tile_attention(
+            q,
+            k,
+            v,
+            CLUSTERS_SELF if last_resort else CLUSTERS,
+            operands=(a, b, *of_q, *of_k),
+            scale=scale,
+            ints=(a.shape[2], a.shape[3], b.shape[3], q.shape[1]),
+            consts=(causal, shared, padded),
+        )
         return combine_slots(out, a.flatten(2), of_q)
     program, S = SEGMENTS_SELF if last_resort else SEGMENTS, a.offsets.shape[2] - 1
     dim = _pow2(max(q.shape[-1], v.shape[-1]))
     rows = [find_launch(program, kernel, q.dtype, dim, q.device) for kernel in ("forward", "dkv")]
     tables = [segment_tiles_op(x.offsets, x.order.shape[2] // r + S, r) for x, r in ((a, rows[0].BM), (b, rows[1].BN))]
-    out, _ = tile_attention(q, k, v, program, operands=(a.order, a.offsets, b.order, b.offsets, *tables), scale=scale,
-                            ints=(q.shape[2], k.shape[2], S, tables[0].shape[2], tables[1].shape[2], q.shape[1], window or 0),
-                            consts=(causal, shared, window is not None))
+    out, _ = tile_attention(
+        q,
+        k,
+        v,
+        program,
+        operands=(a.order, a.offsets, b.order, b.offsets, *tables),
+        scale=scale,
+        ints=(q.shape[2], k.shape[2], S, tables[0].shape[2], tables[1].shape[2], q.shape[1], window or 0),
+        consts=(causal, shared, window is not None),
+    )
     return out
 
 # %% ../nbs/4_long_context/routing.ipynb #6256e049
@@ -803,8 +937,11 @@ def sum_tiles(X, ORDER, OFFSETS, Y, sx, n, S, H, D: tl.constexpr, BD: tl.constex
     for i in range(first, last, BM):
         r = i + tl.arange(0, BM)
         row = tl.load(ORDER + bh * n + r, mask=r < last, other=0).to(tl.int64)
-        acc += tl.load(X + b * sx[0] + h * sx[1] + row[:, None] * sx[2] + d[None, :] * sx[3],
-                       mask=(r < last)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        acc += tl.load(
+            X + b * sx[0] + h * sx[1] + row[:, None] * sx[2] + d[None, :] * sx[3],
+            mask=(r < last)[:, None] & (d < D)[None, :],
+            other=0.0,
+        ).to(tl.float32)
     tl.store(Y + (bh * S + s) * D + d, tl.sum(acc, 0), mask=d < D)
 
 
@@ -812,11 +949,15 @@ def sum_tiles(X, ORDER, OFFSETS, Y, sx, n, S, H, D: tl.constexpr, BD: tl.constex
 def cluster_sums_op(x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     (B, H, n, D), S = x.shape, offsets.shape[2] - 1
     y = x.new_empty(B, H, S, D, dtype=torch.float32)
-    sum_tiles[(B * H * S,)](x, order, offsets.contiguous(), y, x.stride(), n, S, H, D=D, BD=_pow2(D), BM=32, num_warps=4)
+    sum_tiles[(B * H * S,)](
+        x, order, offsets.contiguous(), y, x.stride(), n, S, H, D=D, BD=_pow2(D), BM=32, num_warps=4
+    )
     return y
 
 
-cluster_sums_op.register_fake(lambda x, order, offsets: x.new_empty(*x.shape[:2], offsets.shape[2] - 1, x.shape[3], dtype=torch.float32))
+cluster_sums_op.register_fake(
+    lambda x, order, offsets: x.new_empty(*x.shape[:2], offsets.shape[2] - 1, x.shape[3], dtype=torch.float32)
+)
 
 # %% ../nbs/4_long_context/routing.ipynb #5055c9e5
 def cluster_sums(x: Tensor, segments: Segments, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -832,13 +973,24 @@ def cluster_sums(x: Tensor, segments: Segments, *, backend: str = "auto") -> tup
 class OnlineKMeans(nn.Module):
     """Centroids of each head, followed by exponential moving averages; buffers, never parameters.
 
-    `decay` λ; `commitment` β of `loss`; `renormalise`: centroids lie on the sphere (norm sqrt(head_dim)); `initial_count`
-    N at the start (the official code: 0). `process_group`: statistics are summed over its members (True: the default
-    group). Nothing changes unless `update` is called. Raises ValueError for sizes below 1 or a decay outside [0, 1].
-    Source: Algorithm 1 and Sec. 4.1."""
+    `decay` λ; `commitment` β of `loss`; `renormalise`: centroids lie on the sphere (norm sqrt(head_dim));
+    `initial_count` N at the start (the official code: 0). `process_group`: statistics are summed over its members
+    (True: the default group). Nothing changes unless `update` is called. Raises ValueError for sizes below 1 or a decay
+    outside [0, 1]. Source: Algorithm 1 and Sec. 4.1."""
 
-    def __init__(self, num_heads: int, num_clusters: int, head_dim: int, *, decay: float = 0.999, commitment: float = 1e-4,
-                 renormalise: bool = True, initial_count: float = 1.0, process_group=None, backend: str = "auto"):
+    def __init__(
+        self,
+        num_heads: int,
+        num_clusters: int,
+        head_dim: int,
+        *,
+        decay: float = 0.999,
+        commitment: float = 1e-4,
+        renormalise: bool = True,
+        initial_count: float = 1.0,
+        process_group=None,
+        backend: str = "auto",
+    ):
         super().__init__()
         for name, x in (("num_heads", num_heads), ("num_clusters", num_clusters), ("head_dim", head_dim)):
             if not isinstance(x, int) or x < 1:
@@ -896,8 +1048,7 @@ class OnlineKMeans(nn.Module):
         return self.commitment * (far.square().mean(-1) * mask[:, None]).sum() / (mask.sum() * x.shape[1]).clamp_min(1)
 
     def extra_repr(self):
-        H, k, d = self.centroids.shape
-        return f"{H}, {k}, {d}, decay={self.decay}, commitment={self.commitment}, renormalise={self.renormalise}"
+        return f"{tuple(self.centroids.shape)}, decay={self.decay}, commitment={self.commitment}"
 
 # %% ../nbs/4_long_context/routing.ipynb #1d13b6c9
 MEMBERSHIPS = ("topw", "nearest", "random", "local", "full")
@@ -911,26 +1062,42 @@ def random_assignment(positions: Tensor, num_heads: int, num_clusters: int, salt
     return ((x ^ (x >> 16)) & 0xFFFFFFFF) % num_clusters
 
 
-def plain_attention(x: Tensor, v: Tensor, *, window: int | None = None, scale=None, self_attention="include",
-                    backend: str = "auto") -> Tensor:
+def plain_attention(
+    x: Tensor, v: Tensor, *, window: int | None = None, scale=None, self_attention="include", backend: str = "auto"
+) -> Tensor:
     "Causal attention with shared queries and keys x, to everything or the last `window` tokens: the controls."
     n, scale = x.shape[2], x.shape[-1] ** -0.5 if scale is None else scale
     if resolve_backend(backend, x) == "torch":
         bias = torch.eye(n, device=x.device, dtype=x.dtype) * FAR_BELOW if self_attention == "fallback" else None
         return attention_reference(x, x, v, is_causal=True, window_size=window, bias=bias, scale=scale)
     program = BAND_SELF if self_attention == "fallback" else BAND
-    return tile_attention(x, x, v, program, ints=(n, n, (window or 1) - 1, 0), consts=(window is not None, True), scale=scale)[0]
+    return tile_attention(
+        x, x, v, program, ints=(n, n, (window or 1) - 1, 0), consts=(window is not None, True), scale=scale
+    )[0]
 
 # %% ../nbs/4_long_context/routing.ipynb #5c188d03
 class Router(nn.Module):
     """Routes q `(B, H, n, d)`, k (None: shared, K = Q) and v to an output `(B, H, n, dv)`, and says what it costs.
 
     In training it keeps the statistics for the centroids; `update` applies them, and nothing else changes the
-    centroids. Call it once per training step, after the forward (a repeated forward, as in checkpointing, does no harm)."""
+    centroids. Call it once per training step, after the forward. (A repeated forward, as in checkpointing, does no
+    harm.)"""
 
-    def __init__(self, num_heads: int, head_dim: int, *, num_clusters: int, window: int, membership: str = "nearest",
-                 causal: bool = True, self_attention: str = "include", scale: float | None = None, salt: int = 0,
-                 backend: str = "auto", **kmeans):
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        *,
+        num_clusters: int,
+        window: int,
+        membership: str = "nearest",
+        causal: bool = True,
+        self_attention: str = "include",
+        scale: float | None = None,
+        salt: int = 0,
+        backend: str = "auto",
+        **kmeans,
+    ):
         super().__init__()
         if membership not in MEMBERSHIPS:
             raise ValueError(f"membership must be one of {', '.join(MEMBERSHIPS)}, not {membership!r}")
@@ -944,22 +1111,32 @@ class Router(nn.Module):
         self.pending = None
 
     def members(self, x: Tensor, mask: Tensor | None = None):
-        "The membership of normalised tokens x, for `routed_attention`, and the segments for k-means (None for controls)."
+        "The membership of normalised tokens x, and the segments for k-means (None for controls)."
         if self.membership == "random":
-            at = random_assignment(torch.arange(x.shape[2], device=x.device), *self.kmeans.centroids.shape[:2], self.salt)
-            return sort_by_cluster(at[None].expand(x.shape[0], -1, -1).contiguous(), self.kmeans.centroids.shape[1]), None
+            at = random_assignment(
+                torch.arange(x.shape[2], device=x.device), *self.kmeans.centroids.shape[:2], self.salt
+            )
+            return sort_by_cluster(
+                at[None].expand(x.shape[0], -1, -1).contiguous(), self.kmeans.centroids.shape[1]
+            ), None
         segments = self.kmeans.assign(x, mask) if self.membership == "nearest" or self.training else None
         if self.membership == "topw":
             return topw_membership(self.kmeans.scores(x), self.window, mask, backend=self.backend), segments
         return segments, segments
 
-    def forward(self, q: Tensor, k: Tensor | None, v: Tensor, mask: Tensor | None = None, key_mask: Tensor | None = None):
+    def forward(
+        self, q: Tensor, k: Tensor | None, v: Tensor, mask: Tensor | None = None, key_mask: Tensor | None = None
+    ):
         x = spherical_norm(q, backend=self.backend)
         y = x if k is None else spherical_norm(k, backend=self.backend)
         aux = x.new_zeros((), dtype=torch.float32)
         if self.membership in ("local", "full"):
             return plain_attention(x, v, window=self.window if self.membership == "local" else None, **self.how), aux
-        sides = [(x, mask)] if k is None else [(x, mask), (y, mask if k.shape[2] == q.shape[2] and key_mask is None else key_mask)]
+        sides = (
+            [(x, mask)]
+            if k is None
+            else [(x, mask), (y, mask if k.shape[2] == q.shape[2] and key_mask is None else key_mask)]
+        )
         found = [self.members(*side) for side in sides]
         if self.training and found[0][1] is not None:
             aux = sum(self.kmeans.loss(t, s, m) for (t, m), (_, s) in zip(sides, found))
@@ -989,13 +1166,15 @@ class ClusterCache:
     @staticmethod
     def _grow(t, axis, size):
         "t with at least `size` entries along `axis`."
-        if t.shape[axis] >= size: return t
+        if t.shape[axis] >= size:
+            return t
         more = list(t.shape)
         more[axis] = max(size, 2 * t.shape[axis]) - t.shape[axis]
         return torch.cat([t, t.new_zeros(more)], axis)
 
     def append(self, x: Tensor, v: Tensor, cluster: Tensor, num_clusters: int) -> Tensor:
-        "Adds the token x, v `(B, H, 1, d)` to `cluster` `(B, H)`; the token numbers of that cluster `(B, H, members)`, -1 for none."
+        """Adds the token x, v `(B, H, 1, d)` to `cluster` `(B, H)`. Returns the token numbers of that cluster
+        `(B, H, members)`, -1 for none."""
         B, H = cluster.shape
         if self.x is None:
             self.x, self.v = x.new_zeros(B, H, 16, x.shape[-1]), v.new_zeros(B, H, 16, v.shape[-1])
@@ -1004,49 +1183,59 @@ class ClusterCache:
         t, at = self.length, cluster[..., None].long()
         self.x, self.v = self._grow(self.x, 2, t + 1), self._grow(self.v, 2, t + 1)
         self.x[:, :, t], self.v[:, :, t] = x[:, :, 0], v[:, :, 0]
-        size = self.count.gather(2, at)[..., 0]                                          # [B, H]
+        size = self.count.gather(2, at)[..., 0]  # [B, H]
         longest = int(size.max()) + 1
         self.members = self._grow(self.members, 3, longest)
         b, h = torch.arange(B, device=x.device)[:, None], torch.arange(H, device=x.device)
         self.members[b, h, cluster.long(), size] = t
         self.count[b, h, cluster.long()] += 1
         self.length += 1
-        rows = self.members[b, h, cluster.long(), :longest]                              # [B, H, members]
+        rows = self.members[b, h, cluster.long(), :longest]  # [B, H, members]
         return rows.masked_fill(torch.arange(longest, device=x.device) > size[..., None], -1)
 
 
 def router_step(router: Router, q: Tensor, v: Tensor, cache: ClusterCache) -> Tensor:
-    "The router's output for one more token, q and v `(B, H, 1, d)`, shared queries and keys. Raises ValueError for topw."
+    "The router's output for one more token, q and v `(B, H, 1, d)`, K = Q. Raises ValueError for topw."
     if router.membership == "topw":
-        raise ValueError("membership='topw' cannot be decoded step by step: a new token changes the clusters of earlier ones")
+        raise ValueError(
+            "membership='topw' cannot be decoded step by step: a new token changes the clusters of earlier ones"
+        )
     x, k = spherical_norm_reference(q), router.kmeans.centroids.shape[1]
     if router.membership == "nearest":
         cluster = score_reference(x, router.kmeans.centroids).argmax(2)[..., 0]
     elif router.membership == "random":
-        cluster = random_assignment(torch.tensor([cache.length], device=x.device), x.shape[1], k, router.salt)[:, 0].expand(x.shape[0], -1)
+        cluster = random_assignment(torch.tensor([cache.length], device=x.device), x.shape[1], k, router.salt)[
+            :, 0
+        ].expand(x.shape[0], -1)
     else:
         cluster = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
     rows = cache.append(x, v, cluster, k)
     if router.membership == "local":
-        rows = rows[..., -router.window:]
+        rows = rows[..., -router.window :]
     take = lambda t: t.gather(2, rows.clamp_min(0)[..., None].expand(-1, -1, -1, t.shape[-1]))
     bias = (rows == cache.length - 1)[:, :, None] * FAR_BELOW if router.how["self_attention"] == "fallback" else None
-    return attention_reference(x, take(cache.x), take(cache.v), mask=(rows >= 0)[:, :, None], scale=router.how["scale"],
-                               bias=None if bias is None else bias.to(x.dtype))
+    return attention_reference(
+        x,
+        take(cache.x),
+        take(cache.v),
+        mask=(rows >= 0)[:, :, None],
+        scale=router.how["scale"],
+        bias=None if bias is None else bias.to(x.dtype),
+    )
 
 # %% ../nbs/4_long_context/routing.ipynb #9860a488
 class RoutingSelfAttention(nn.Module):
     """Local and routing heads in one layer: x `(B, n, embed_dim)` -> (output of the same shape, auxiliary loss).
 
-    `num_heads` in all, `local_heads` of them local with blocks of `local_window` (causal, own and previous block, relative
-    vectors for distances up to it). `share_qk`: routing heads use one projection for queries and keys (default: if causal).
-    `num_clusters`, `window`, `membership`, `self_attention`, `scale` and k-means options: see `Router`. `mask` `(B, n)`:
-    False for padding; local heads rely on causality, so padding must stand at the end. ValueError for heads that do not
-    add up, and for share_qk=False with `membership` in local, full, random. Source: Sec. 4.2."""
+    `num_heads` in all, `local_heads` of them local with blocks of `local_window` (causal, own and previous block,
+    relative vectors for distances up to it). `share_qk`: routing heads use one projection for queries and keys
+    (default: if causal). `num_clusters`, `window`, `membership`, `self_attention`, `scale` and k-means options: see
+    `Router`. `mask` `(B, n)`: False for padding; local heads rely on causality, so padding must stand at the end.
+    ValueError for heads that do not add up, and for share_qk=False with a control. Source: Sec. 4.2."""
 
-    def __init__(self, embed_dim: int, num_heads: int, *, local_heads: int, local_window: int = 256, num_clusters: int = 16,
-                 window: int = 512, membership: str = "topw", share_qk: bool | None = None, causal: bool = True,
-                 head_dim: int | None = None, backend: str = "auto", **router):
+    def __init__(self, embed_dim: int, num_heads: int, *, local_heads: int, local_window: int = 256,
+                 num_clusters: int = 16, window: int = 512, membership: str = "topw", share_qk: bool | None = None,
+                 causal: bool = True, head_dim: int | None = None, backend: str = "auto", **router):
         super().__init__()
         if not 0 <= local_heads <= num_heads or num_heads < 1:
             raise ValueError(f"local_heads must be between 0 and num_heads {num_heads}, not {local_heads}")
@@ -1054,12 +1243,13 @@ class RoutingSelfAttention(nn.Module):
             raise ValueError(f"num_heads {num_heads} must divide embed_dim {embed_dim}, or head_dim be given")
         if local_heads and not causal:
             raise ValueError("local heads are causal; with causal=False give local_heads=0")
-        self.head_dim, self.local_heads, self.routing_heads = head_dim or embed_dim // num_heads, local_heads, num_heads - local_heads
+        self.head_dim = d = head_dim or embed_dim // num_heads
+        self.local_heads, self.routing_heads = local_heads, num_heads - local_heads
         self.share_qk, self.local_window, self.backend = causal if share_qk is None else share_qk, local_window, backend
         if not self.share_qk and membership in ("local", "full", "random"):
-            raise ValueError(f"membership={membership!r} is a control with shared queries and keys; share_qk must be True")
-        d = self.head_dim
-        self.qkv = nn.Linear(embed_dim, d * (3 * local_heads + (2 if self.share_qk else 3) * self.routing_heads), bias=False)
+            raise ValueError(f"membership={membership!r} is a control with K = Q; share_qk must be True")
+        per_head = 2 if self.share_qk else 3
+        self.qkv = nn.Linear(embed_dim, d * (3 * local_heads + per_head * self.routing_heads), bias=False)
         self.out = nn.Linear(d * num_heads, embed_dim, bias=False)
         self.router = Router(self.routing_heads, d, num_clusters=num_clusters, window=window, membership=membership,
                              causal=causal, backend=backend, **router) if self.routing_heads else None
@@ -1068,7 +1258,8 @@ class RoutingSelfAttention(nn.Module):
     def heads(self, x: Tensor):
         "(routing q, k or None, v), (local q, k, v): each `(B, heads, n, head_dim)`."
         r, l = self.routing_heads, self.local_heads
-        parts = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split([r] * (2 if self.share_qk else 3) + [l] * 3, 1)
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        parts = heads.split([r] * (2 if self.share_qk else 3) + [l] * 3, 1)
         routed = (parts[0], None, parts[1]) if self.share_qk else parts[:3]
         return routed, parts[-3:]
 
@@ -1079,11 +1270,12 @@ class RoutingSelfAttention(nn.Module):
             out, aux = self.router(*routed, mask)
             outs.append(out)
         if self.local_heads:
-            outs.append(relative_attention(*local, self.rel, block_size=self.local_window, beyond="clip", backend=self.backend))
+            outs.append(relative_attention(*local, self.rel, block_size=self.local_window, beyond="clip",
+                                           backend=self.backend))
         return self.out(torch.cat(outs, 1).transpose(1, 2).flatten(2)), aux
 
     def step(self, x: Tensor, cache=None):
-        "One more token (B, 1, embed_dim) and the cache of those before -> (output, cache). Equals the parallel forward."
+        "One more token (B, 1, embed_dim) and the cache so far -> (output, cache). Equals the parallel forward."
         clusters, k0, v0 = cache or (ClusterCache(), None, None)
         routed, (q, k, v) = self.heads(x)
         outs = [router_step(self.router, routed[0], routed[2], clusters)] if self.routing_heads else []
@@ -1093,7 +1285,8 @@ class RoutingSelfAttention(nn.Module):
         return self.out(torch.cat(outs, 1).transpose(1, 2).flatten(2)), (clusters, k, v)
 
     def extra_repr(self):
-        return f"head_dim={self.head_dim}, local_heads={self.local_heads}, local_window={self.local_window}, share_qk={self.share_qk}"
+        names = ("head_dim", "local_heads", "local_window", "share_qk")
+        return ", ".join(f"{n}={getattr(self, n)}" for n in names)
 
 # %% ../nbs/4_long_context/routing.ipynb #78bdc180
 class RoutingAttention(nn.Module):
@@ -1102,20 +1295,49 @@ class RoutingAttention(nn.Module):
     x `(B, n, embed_dim)`; `context` `(B, m, embed_dim)`, x itself by default. `share_qk` defaults to True in causal
     self-attention and is refused with a context. Other arguments: `RoutingSelfAttention`."""
 
-    def __init__(self, embed_dim: int, num_heads: int, *, num_clusters: int, window: int, membership: str = "topw",
-                 share_qk: bool | None = None, causal: bool = True, head_dim: int | None = None, **router):
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_clusters: int,
+        window: int,
+        membership: str = "topw",
+        share_qk: bool | None = None,
+        causal: bool = True,
+        head_dim: int | None = None,
+        **router,
+    ):
         super().__init__()
         if head_dim is None and (num_heads < 1 or embed_dim % num_heads):
             raise ValueError(f"num_heads {num_heads} must divide embed_dim {embed_dim}, or head_dim be given")
-        self.head_dim, self.share_qk, self.causal = head_dim or embed_dim // num_heads, causal if share_qk is None else share_qk, causal
+        self.head_dim, self.share_qk, self.causal = (
+            head_dim or embed_dim // num_heads,
+            causal if share_qk is None else share_qk,
+            causal,
+        )
         width = self.head_dim * num_heads
-        self.q, self.k, self.v = (None if self.share_qk and name == "k" else nn.Linear(embed_dim, width, bias=False) for name in "qkv")
+        self.q, self.k, self.v = (
+            None if self.share_qk and name == "k" else nn.Linear(embed_dim, width, bias=False) for name in "qkv"
+        )
         self.out = nn.Linear(width, embed_dim, bias=False)
-        self.router = Router(num_heads, self.head_dim, num_clusters=num_clusters, window=window, membership=membership, causal=causal, **router)
+        self.router = Router(
+            num_heads,
+            self.head_dim,
+            num_clusters=num_clusters,
+            window=window,
+            membership=membership,
+            causal=causal,
+            **router,
+        )
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, context_mask: Tensor | None = None):
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, context_mask: Tensor | None = None
+    ):
         if context is not None and (self.share_qk or self.causal):
-            raise ValueError("attention to a context needs share_qk=False and causal=False: its keys are not the queries")
+            raise ValueError(
+                "attention to a context needs share_qk=False and causal=False: its keys are not the queries"
+            )
         source = x if context is None else context
         split = lambda t: t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         k = None if self.share_qk else split(self.k(source))
@@ -1154,18 +1376,20 @@ class RoutingTransformerLM(nn.Module):
     embeddings, projected to `dim` if smaller. `absolute` adds sinusoids (for models without local heads). Other
     arguments: `RoutingSelfAttention`, `Router`, `OnlineKMeans`. Source: Sec. 5 and the released configurations."""
 
-    def __init__(self, num_tokens: int, *, dim: int = 1024, depth: int = 12, heads: int = 8, local_heads: int = 4, ff_dim: int | None = None,
-                 local_window: int = 256, num_clusters: int = 16, window: int = 512, membership: str = "topw", emb_dim: int | None = None,
-                 skip_first: int = 0, absolute: bool = False, dropout: float = 0.0, **attention):
+    def __init__(self, num_tokens: int, *, dim: int = 1024, depth: int = 12, heads: int = 8, local_heads: int = 4,
+                 ff_dim: int | None = None, local_window: int = 256, num_clusters: int = 16, window: int = 512,
+                 membership: str = "topw", emb_dim: int | None = None, skip_first: int = 0, absolute: bool = False,
+                 dropout: float = 0.0, **attention):
         super().__init__()
         self.num_tokens, self.dim, self.absolute, emb_dim = num_tokens, dim, absolute, emb_dim or dim
         self.embed = nn.Embedding(num_tokens, emb_dim)
         nn.init.normal_(self.embed.weight, std=emb_dim**-0.5)
-        self.up, self.down = (nn.Linear(a, b, bias=False) if emb_dim != dim else nn.Identity() for a, b in ((emb_dim, dim), (dim, emb_dim)))
-        self.blocks = nn.ModuleList(RoutingBlock(dim, ff_dim or 3 * dim, dropout, RoutingSelfAttention(
-            dim, heads, local_heads=heads if i < skip_first else local_heads, local_window=local_window, num_clusters=num_clusters,
-            window=window, membership=membership, **attention | (dict(salt=i) if i >= skip_first and local_heads < heads else {})))
-            for i in range(depth))
+        self.up, self.down = (nn.Linear(a, b, bias=False) if emb_dim != dim else nn.Identity()
+                              for a, b in ((emb_dim, dim), (dim, emb_dim)))
+        make = partial(RoutingSelfAttention, dim, heads, local_window=local_window, num_clusters=num_clusters,
+                       window=window, membership=membership, **attention)
+        layers = (make(local_heads=heads if i < skip_first else local_heads, salt=i) for i in range(depth))
+        self.blocks = nn.ModuleList(RoutingBlock(dim, ff_dim or 3 * dim, dropout, layer) for layer in layers)
         self.norm, self.drop = nn.LayerNorm(dim), nn.Dropout(dropout)
 
     def _enter(self, tokens, start=0):
@@ -1204,13 +1428,19 @@ class RoutingTransformerLM(nn.Module):
             new.append(cache)
         return self._leave(x), new
 
-# %% ../nbs/4_long_context/routing.ipynb #c4806336
-CONFIGS = {  # released configurations: depth, dim, ff_dim, local and all heads, clusters, window, block, layers that are local only
-    "wikitext103, 4k": dict(depth=14, dim=1024, emb_dim=256, ff_dim=3072, heads=16, local_heads=8, num_clusters=8, window=512),
-    "wikitext103, 1k": dict(depth=20, dim=1024, emb_dim=256, ff_dim=3072, heads=16, local_heads=8, num_clusters=2, window=512),
+# %% ../nbs/4_long_context/routing.ipynb #277fe99b
+CONFIGS = {  # released configurations; blocks of local heads are 256
+    "wikitext103, 4k": dict(
+        depth=14, dim=1024, emb_dim=256, ff_dim=3072, heads=16, local_heads=8, num_clusters=8, window=512
+    ),
+    "wikitext103, 1k": dict(
+        depth=20, dim=1024, emb_dim=256, ff_dim=3072, heads=16, local_heads=8, num_clusters=2, window=512
+    ),
     "enwik8, 8k": dict(depth=12, dim=1024, ff_dim=3072, heads=8, local_heads=4, num_clusters=16, window=512),
     "enwik8, 12k": dict(depth=12, dim=1024, ff_dim=3072, heads=8, local_heads=4, num_clusters=48, window=256),
-    "pg19, 8k": dict(depth=22, dim=1032, ff_dim=4096, heads=8, local_heads=6, num_clusters=16, window=512, skip_first=21),
+    "pg19, 8k": dict(
+        depth=22, dim=1032, ff_dim=4096, heads=8, local_heads=6, num_clusters=16, window=512, skip_first=21
+    ),
 }
 
 
@@ -1223,7 +1453,10 @@ def parameter_counts() -> dict[str, int]:
     "Parameters of the released configurations without embeddings and relative vectors, counted without allocating."
     with torch.device("meta"):
         models = {name: routing_model(name, 1) for name in CONFIGS}
-    return {name: sum(p.numel() for n, p in m.named_parameters() if n != "embed.weight" and not n.endswith(".rel")) for name, m in models.items()}
+    return {
+        name: sum(p.numel() for n, p in m.named_parameters() if n != "embed.weight" and not n.endswith(".rel"))
+        for name, m in models.items()
+    }
 
 # %% ../nbs/4_long_context/routing.ipynb #5d35840a
 LEAK = {
@@ -1236,8 +1469,18 @@ LEAK = {
 def leak_model(membership: str, seed: int = 0) -> RoutingTransformerLM:
     "16 symbols, 64 tokens, 8 clusters of 8: two layers of four routing heads and sinusoids."
     torch.manual_seed(seed)
-    return RoutingTransformerLM(16, dim=64, depth=2, heads=4, local_heads=0, ff_dim=128, num_clusters=8, window=8,
-                                membership=membership, absolute=True)
+    return RoutingTransformerLM(
+        16,
+        dim=64,
+        depth=2,
+        heads=4,
+        local_heads=0,
+        ff_dim=128,
+        num_clusters=8,
+        window=8,
+        membership=membership,
+        absolute=True,
+    )
 
 
 def uniform_tokens(batch: int, seed: int, length: int = 64, symbols: int = 16) -> tuple[Tensor, Tensor]:
@@ -1258,22 +1501,57 @@ def gain_on_the_bound(model: nn.Module, batches: int, batch: int = 64, seed: int
     return dict(gain=float(g.mean()), error=float(g.std() / len(g) ** 0.5))
 
 
-def leak_experiment(membership: str, *, steps: int, evals: int, batch: int, eval_batches: int, run: int = 0, device="cpu") -> list[dict]:
+def leak_experiment(
+    membership: str, *, steps: int, evals: int, batch: int, eval_batches: int, run: int = 0, device="cpu"
+) -> list[dict]:
     "Trains one model on uniform tokens; one row per evaluation."
     model = leak_model(membership, run)
-    history = fit(model, lambda m, x, y: m.loss(x, y), lambda step: uniform_tokens(batch, 1_000_000 * run + step), steps=steps, lr=1e-3,
-                  weight_decay=0.0, schedule="constant", warmup=0, seed=run, device=device, amp=False, progress=False,
-                  eval_fn=lambda m: gain_on_the_bound(m, eval_batches, batch, device=device), eval_every=max(1, steps // evals))
-    return [dict(membership=membership, run=run, step=e["step"], gain=e["gain"], error=e["error"],
-                 tokens=batch * 64 * eval_batches) for e in history.evals]
+    history = fit(
+        model,
+        lambda m, x, y: m.loss(x, y),
+        lambda step: uniform_tokens(batch, 1_000_000 * run + step),
+        steps=steps,
+        lr=1e-3,
+        weight_decay=0.0,
+        schedule="constant",
+        warmup=0,
+        seed=run,
+        device=device,
+        amp=False,
+        progress=False,
+        eval_fn=lambda m: gain_on_the_bound(m, eval_batches, batch, device=device),
+        eval_every=max(1, steps // evals),
+    )
+    return [
+        dict(
+            membership=membership,
+            run=run,
+            step=e["step"],
+            gain=e["gain"],
+            error=e["error"],
+            tokens=batch * 64 * eval_batches,
+        )
+        for e in history.evals
+    ]
 
-
+# %% ../nbs/4_long_context/routing.ipynb #d2bfaf12
 def run_leak(preset: str = "cpu", device="cpu", seed: int = 0) -> list[dict]:
     "The leak test in the size of a preset; records its rows."
     cfg = dict(LEAK[preset])
     runs = product(range(seed, seed + cfg.pop("seeds")), cfg.pop("memberships"))
-    return [record("routing", "leak", key=("membership", "run", "step", "training"), device=device, seed=run, training=preset, **row)
-            for run, membership in runs for row in leak_experiment(membership, run=run, device=device, **cfg)]
+    return [
+        record(
+            "routing",
+            "leak",
+            key=("membership", "run", "step", "training"),
+            device=device,
+            seed=run,
+            training=preset,
+            **row,
+        )
+        for run, membership in runs
+        for row in leak_experiment(membership, run=run, device=device, **cfg)
+    ]
 
 # %% ../nbs/4_long_context/routing.ipynb #ddc0a788
 def longest(name: str) -> list[dict]:
@@ -1299,10 +1577,12 @@ def leak_summary(rows: list[dict] | None = None) -> dict | None:
 def prefix_mismatch(model: nn.Module, tokens: Tensor, positions) -> list[float]:
     "At each position the largest difference of logits between the forward on everything and the forward on the prefix."
     whole = model(tokens)[0].float()
-    return [float((model(tokens[:, :t + 1])[0][:, -1].float() - whole[:, t]).abs().max()) for t in positions]
+    return [float((model(tokens[:, : t + 1])[0][:, -1].float() - whole[:, t]).abs().max()) for t in positions]
 
 
-def future_changes(membership: str, trials: int = 200, n: int = 128, k: int = 8, w: int = 16, d: int = 32, seed: int = 0) -> float:
+def future_changes(
+    membership: str, trials: int = 200, n: int = 128, k: int = 8, w: int = 16, d: int = 32, seed: int = 0
+) -> float:
     "Share of random trials in which changing one token changes the output of an earlier one, in one routing head."
     changed = 0
     for i in range(trials):
@@ -1311,25 +1591,58 @@ def future_changes(membership: str, trials: int = 200, n: int = 128, k: int = 8,
         at = int(torch.randint(n // 4, n, (1,), generator=g))
         y = x.clone()
         y[:, :, at] = spherical_norm_reference(torch.randn(d, generator=g))
-        member = lambda t: topw_membership(route_scores(t, mu[0]), w) if membership == "topw" else nearest_membership(t, mu[0])
+        member = lambda t: (
+            topw_membership(route_scores(t, mu[0]), w) if membership == "topw" else nearest_membership(t, mu[0])
+        )
         a, b = (routed_attention(t, t, t, member(t), causal=True, backend="torch")[:, :, :at] for t in (x, y))
         changed += bool(((a - b).abs().amax(-1) > 1e-6).any())
     return changed / trials
 
 # %% ../nbs/4_long_context/routing.ipynb #1d7199a3
 LANGUAGE = {  # length, model and budget (seconds of training over all memberships)
-    "cpu": dict(length=192, batch=4, budget=25, windows=4, prefixes=6, maps=96, memberships=("topw", "nearest", "local"),
-                model=dict(dim=48, depth=2, heads=4, local_heads=2, ff_dim=96, local_window=16, num_clusters=6, window=32)),
-    "laptop": dict(length=512, batch=4, budget=400, windows=16, prefixes=48, maps=192, memberships=MEMBERSHIPS,
-                   model=dict(dim=128, depth=2, heads=4, local_heads=2, ff_dim=256, local_window=32, num_clusters=8, window=64)),
-    "gpu": dict(length=8192, batch=4, budget=180, windows=16, prefixes=96, maps=1024, memberships=MEMBERSHIPS,
-                model=dict(dim=512, depth=6, heads=8, local_heads=4, ff_dim=1024, local_window=256, num_clusters=16, window=512)),
+    "cpu": dict(
+        length=192,
+        batch=4,
+        budget=25,
+        windows=4,
+        prefixes=6,
+        maps=96,
+        memberships=("topw", "nearest", "local"),
+        model=dict(dim=48, depth=2, heads=4, local_heads=2, ff_dim=96, local_window=16, num_clusters=6, window=32),
+    ),
+    "laptop": dict(
+        length=512,
+        batch=4,
+        budget=400,
+        windows=16,
+        prefixes=48,
+        maps=192,
+        memberships=MEMBERSHIPS,
+        model=dict(dim=128, depth=2, heads=4, local_heads=2, ff_dim=256, local_window=32, num_clusters=8, window=64),
+    ),
+    "gpu": dict(
+        length=8192,
+        batch=4,
+        budget=180,
+        windows=16,
+        prefixes=96,
+        maps=1024,
+        memberships=MEMBERSHIPS,
+        model=dict(
+            dim=512, depth=6, heads=8, local_heads=4, ff_dim=1024, local_window=256, num_clusters=16, window=512
+        ),
+    ),
 }
 
 
 def language_data() -> tuple[Tensor, Tensor, Tensor]:
     "Python's standard library as bytes, in pieces for training, validation and test."
-    return byte_splits(python_source(sysconfig.get_paths()["stdlib"], skip=("test", "tests", "site-packages", "__pycache__", "idlelib", "lib2to3")))
+    return byte_splits(
+        python_source(
+            sysconfig.get_paths()["stdlib"],
+            skip=("test", "tests", "site-packages", "__pycache__", "idlelib", "lib2to3"),
+        )
+    )
 
 
 def windows_of(data: Tensor, length: int, count: int) -> tuple[Tensor, Tensor]:
@@ -1341,47 +1654,62 @@ def windows_of(data: Tensor, length: int, count: int) -> tuple[Tensor, Tensor]:
 # %% ../nbs/4_long_context/routing.ipynb #214ceeeb
 @torch.no_grad()
 def bits_per_byte(model: nn.Module, x: Tensor, y: Tensor, device, amp: bool, prefixes: int = 0) -> dict:
-    """Bits per byte of the parallel forward over all positions; with `prefixes` also at that many positions from the prefix
-    alone (`prefix`), and of the parallel forward at the same ones (`same`)."""
+    """Bits per byte of the parallel forward over all positions; with `prefixes` also at that many positions from the
+    prefix alone (`prefix`), and of the parallel forward at the same ones (`same`)."""
     out, nll = {}, []
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
         for a, b in zip(x, y):
-            nll.append(F.cross_entropy(model(a[None].to(device))[0][0].float(), b.to(device), reduction="none").cpu() / math.log(2))
+            nll.append(
+                F.cross_entropy(model(a[None].to(device))[0][0].float(), b.to(device), reduction="none").cpu()
+                / math.log(2)
+            )
         nll = torch.stack(nll)
         out["bits"] = float(nll.mean())
         g = torch.Generator().manual_seed(0)
         row = torch.arange(prefixes) % len(x)
         at = torch.randint(x.shape[1] // 4, x.shape[1], (prefixes,), generator=g)
         if prefixes:
-            alone = [float(F.cross_entropy(model(x[r:r + 1, :t + 1].to(device))[0][0, -1].float(), y[r, t].to(device))) for r, t in zip(row, at)]
+            alone = [
+                float(F.cross_entropy(model(x[r : r + 1, : t + 1].to(device))[0][0, -1].float(), y[r, t].to(device)))
+                for r, t in zip(row, at)
+            ]
             out |= dict(prefix=float(np.mean(alone)) / math.log(2), same=float(nll[row, at].mean()))
     return out
 
 # %% ../nbs/4_long_context/routing.ipynb #ae30cdcd
 @torch.no_grad()
 def cluster_health(model: nn.Module, x: Tensor) -> dict:
-    """Means over layers and heads, for one batch of tokens: share of tokens in some cluster (`coverage`), of clusters that
-    are nobody's nearest (`dead`), and exp(entropy of the nearest sizes) / k (`balance`). Empty for the controls."""
+    """Means over layers and heads, for one batch of tokens: share of tokens in some cluster (`coverage`), of clusters
+    that are nobody's nearest (`dead`), and exp(entropy of the nearest sizes) / k (`balance`). Empty for controls."""
     found = []
     for router, t in _routed_tokens(model, x):
-        if router.membership not in ("topw", "nearest"): continue
+        if router.membership not in ("topw", "nearest"):
+            continue
         k, n = router.kmeans.centroids.shape[1], t.shape[2]
-        size = router.kmeans.assign(t).offsets.diff(dim=-1).float()[..., :k]                       # [B, H, k]
+        size = router.kmeans.assign(t).offsets.diff(dim=-1).float()[..., :k]  # [B, H, k]
         p = size / n
         covered = 1.0
         if router.membership == "topw":
             lists = topw_membership(router.kmeans.scores(t), router.window, backend=router.backend).flatten(2).long()
             covered = float(torch.zeros(*t.shape[:3], device=t.device).scatter_(2, lists, 1.0).mean())
-        found.append((covered, float((size == 0).float().mean()), float((torch.special.entr(p).sum(-1).exp() / k).mean())))
+        found.append(
+            (covered, float((size == 0).float().mean()), float((torch.special.entr(p).sum(-1).exp() / k).mean()))
+        )
     return dict(zip(("coverage", "dead", "balance"), map(float, np.mean(found, axis=0)))) if found else {}
 
 
 def _routed_tokens(model, x):
     "(router, normalised queries) of every layer with routing heads, for tokens x."
     caught = []
-    hooks = [r.register_forward_hook(lambda m, args, out: caught.append((m, spherical_norm(args[0].detach(), backend=m.backend)))) for r in model.routers()]
+    hooks = [
+        r.register_forward_hook(
+            lambda m, args, out: caught.append((m, spherical_norm(args[0].detach(), backend=m.backend)))
+        )
+        for r in model.routers()
+    ]
     model(x)
-    for hook in hooks: hook.remove()
+    for hook in hooks:
+        hook.remove()
     return caught
 
 # %% ../nbs/4_long_context/routing.ipynb #1cbf83b4
@@ -1390,11 +1718,21 @@ def attention_maps(layer: RoutingSelfAttention, x: Tensor) -> Tensor:
     "Weights of all heads of a layer for one sequence x `(1, n, embed_dim)`: `(heads, n, n)`, routing heads first."
     (q, _, _), (lq, lk, _) = layer.heads(x)
     n, parts = x.shape[1], []
-    for unit in torch.eye(n, device=x.device, dtype=q.dtype).split(64, 1):                         # [n, up to 64]
+    for unit in torch.eye(n, device=x.device, dtype=q.dtype).split(64, 1):  # [n, up to 64]
         value = lambda heads: unit[None, None].expand(1, heads, -1, -1)
         outs = [layer.router(q, None, value(layer.routing_heads))[0]] if layer.routing_heads else []
         if layer.local_heads:
-            outs.append(relative_attention(lq, lk, value(layer.local_heads), layer.rel, block_size=layer.local_window, beyond="clip", backend=layer.backend))
+            outs.append(
+                relative_attention(
+                    lq,
+                    lk,
+                    value(layer.local_heads),
+                    layer.rel,
+                    block_size=layer.local_window,
+                    beyond="clip",
+                    backend=layer.backend,
+                )
+            )
         parts.append(torch.cat(outs, 1)[0])
     return torch.cat(parts, -1).float()
 
@@ -1407,19 +1745,21 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
 @torch.no_grad()
 def head_rows(model: nn.Module, x: Tensor) -> list[dict]:
-    """Mean divergence between kinds of heads, layer by layer, over queries of the second half that attend to anything; and how
-    much of the attention goes to the token itself. x: one sequence of tokens `(1, n)`."""
+    """Mean divergence between kinds of heads, layer by layer, over queries of the second half that attend to anything.
+    x: one sequence of tokens `(1, n)`."""
     inputs, rows = [], []
     hooks = [b.attention.register_forward_pre_hook(lambda m, args: inputs.append((m, args[0]))) for b in model.blocks]
     model(x)
-    for hook in hooks: hook.remove()
+    for hook in hooks:
+        hook.remove()
     for i, (layer, t) in enumerate(inputs):
-        p = attention_maps(layer, t)[:, x.shape[1] // 2:]                                          # [heads, queries, n]
+        p = attention_maps(layer, t)[:, x.shape[1] // 2 :]  # [heads, queries, n]
         kind, some = ["routing"] * layer.routing_heads + ["local"] * layer.local_heads, p.sum(-1) > 0.5
         pairs = {}
         for a, b in ((a, b) for a in range(len(p)) for b in range(a)):
             both = some[a] & some[b]
-            if both.any(): pairs.setdefault(f"{kind[b]}, {kind[a]}", []).append(float(divergence(p[a][both], p[b][both]).mean()))
+            if both.any():
+                pairs.setdefault(f"{kind[b]}, {kind[a]}", []).append(float(divergence(p[a][both], p[b][both]).mean()))
         rows += [dict(layer=i, pair=name, divergence=float(np.mean(v))) for name, v in pairs.items()]
     return rows
 
@@ -1448,100 +1788,221 @@ def steps_within(seconds: float, model: nn.Module, batches, device, amp: bool) -
         opt.zero_grad()
         loss.backward()
         opt.step()
-        loss.item()                                                                                # waits for the GPU
+        loss.item()  # waits for the GPU
         times.append(time.perf_counter() - began)
     return max(20, int(seconds / np.median(times[3:])))
 
 
-def language_experiment(membership: str, cfg: dict, data, *, seconds: float, run: int = 0, device="cpu") -> tuple[nn.Module, dict]:
+def language_experiment(
+    membership: str, cfg: dict, data, *, seconds: float, run: int = 0, device="cpu"
+) -> tuple[nn.Module, dict]:
     "Trains one model for `seconds`; the model and a row."
     amp = torch.device(device).type == "cuda"
     train, valid, _ = data
 
     def batches(step):
-        starts = torch.randint(len(train) - cfg["length"] - 1, (cfg["batch"], 1), generator=torch.Generator().manual_seed(run * 1_000_003 + step))
+        starts = torch.randint(
+            len(train) - cfg["length"] - 1,
+            (cfg["batch"], 1),
+            generator=torch.Generator().manual_seed(run * 1_000_003 + step),
+        )
         x = train[starts + torch.arange(cfg["length"] + 1)].long()
         return x[:, :-1], x[:, 1:]
 
     steps = steps_within(seconds, language_model(membership, cfg, run), batches, device, amp)
     model = language_model(membership, cfg, run)
     x, y = windows_of(valid, cfg["length"], cfg["windows"])
-    history = fit(model, lambda m, a, b: m.loss(a, b), batches, steps=steps, lr=1e-3, warmup=steps // 10, seed=run, device=device, amp=amp, progress=False,
-                  eval_fn=lambda m: bits_per_byte(m, x[:4], y[:4], device, amp) | cluster_health(m, x[:1].to(device)), eval_every=max(1, steps // 4))
+    history = fit(
+        model,
+        lambda m, a, b: m.loss(a, b),
+        batches,
+        steps=steps,
+        lr=1e-3,
+        warmup=steps // 10,
+        seed=run,
+        device=device,
+        amp=amp,
+        progress=False,
+        eval_fn=lambda m: bits_per_byte(m, x[:4], y[:4], device, amp) | cluster_health(m, x[:1].to(device)),
+        eval_every=max(1, steps // 4),
+    )
     final = bits_per_byte(model, x, y, device, amp, cfg["prefixes"])
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
         final |= cluster_health(model, x[:1].to(device))
     curve = {str(e["step"]): e["bits"] for e in history.evals}
     health = {str(e["step"]): {k: e[k] for k in ("coverage", "dead", "balance") if k in e} for e in history.evals}
-    return model, dict(membership=membership, run=run, length=cfg["length"], steps=steps, seconds=history.seconds, parameters=count_parameters(model),
-                       curve=curve, health=health, **final)
+    return model, dict(
+        membership=membership,
+        run=run,
+        length=cfg["length"],
+        steps=steps,
+        seconds=history.seconds,
+        parameters=count_parameters(model),
+        curve=curve,
+        health=health,
+        **final,
+    )
 
 # %% ../nbs/4_long_context/routing.ipynb #d3a297da
-def run_language(preset: str = "cpu", device="cpu", seed: int = 0, budget: float | None = None, memberships=None) -> dict[str, nn.Module]:
-    """The language models of a preset, `budget` seconds of training in all (default: the preset's); records a row for each, and
-    rows about what the heads attend to. Returns the models. On an H100: preset "gpu", about 4 minutes with compilation."""
+def run_language(
+    preset: str = "cpu", device="cpu", seed: int = 0, budget: float | None = None, memberships=None
+) -> dict[str, nn.Module]:
+    """The language models of a preset, `budget` seconds of training in all (default: the preset's); records a row for
+    each, and rows about what the heads attend to. Returns the models. Preset "gpu" is meant to take about 4 minutes on
+    an H100, compilation included."""
     cfg, models = LANGUAGE[preset], {}
     memberships, data = memberships or cfg["memberships"], language_data()
     digest = hashlib.sha256(data[0].numpy().tobytes()).hexdigest()[:12]
     for m in memberships:
-        models[m], row = language_experiment(m, cfg, data, seconds=(budget or cfg["budget"]) / len(memberships), run=seed, device=device)
-        record("routing", "language", key=("membership", "run", "training"), device=device, seed=seed, training=preset, data=digest, **row)
+        models[m], row = language_experiment(
+            m, cfg, data, seconds=(budget or cfg["budget"]) / len(memberships), run=seed, device=device
+        )
+        record(
+            "routing",
+            "language",
+            key=("membership", "run", "training"),
+            device=device,
+            seed=seed,
+            training=preset,
+            data=digest,
+            **row,
+        )
         x = windows_of(data[1], cfg["maps"], 1)[0].to(device)
         for found in head_rows(models[m], x):
-            record("routing", "heads", key=("membership", "layer", "pair", "training"), device=device, seed=seed, training=preset, membership=m, **found)
+            record(
+                "routing",
+                "heads",
+                key=("membership", "layer", "pair", "training"),
+                device=device,
+                seed=seed,
+                training=preset,
+                membership=m,
+                **found,
+            )
     return models
 
 # %% ../nbs/4_long_context/routing.ipynb #aded55da
 RECALL = {
-    "cpu": dict(length=64, pairs=4, vocab=32, batch=16, steps=40, lr=3e-3, tests=4, memberships=("nearest", "local"),
-                model=dict(dim=48, depth=2, heads=4, local_heads=2, ff_dim=96, local_window=8, num_clusters=4, window=16)),
-    "laptop": dict(length=128, pairs=8, vocab=64, batch=32, steps=700, lr=3e-3, tests=16, memberships=("nearest", "local", "full", "topw"),
-                   model=dict(dim=64, depth=2, heads=4, local_heads=2, ff_dim=128, local_window=8, num_clusters=4, window=32)),
-    "gpu": dict(length=512, pairs=16, vocab=128, batch=64, steps=2500, lr=3e-3, tests=32, memberships=("topw", "nearest", "local", "full"),
-                model=dict(dim=128, depth=2, heads=4, local_heads=2, ff_dim=256, local_window=16, num_clusters=8, window=64)),
+    "cpu": dict(
+        length=64,
+        pairs=4,
+        vocab=32,
+        batch=16,
+        steps=40,
+        lr=3e-3,
+        tests=4,
+        memberships=("nearest", "local"),
+        model=dict(dim=48, depth=2, heads=4, local_heads=2, ff_dim=96, local_window=8, num_clusters=4, window=16),
+    ),
+    "laptop": dict(
+        length=128,
+        pairs=8,
+        vocab=64,
+        batch=32,
+        steps=700,
+        lr=3e-3,
+        tests=16,
+        memberships=("nearest", "local", "full", "topw"),
+        model=dict(dim=64, depth=2, heads=4, local_heads=2, ff_dim=128, local_window=8, num_clusters=4, window=32),
+    ),
+    "gpu": dict(
+        length=512,
+        pairs=16,
+        vocab=128,
+        batch=64,
+        steps=2500,
+        lr=3e-3,
+        tests=32,
+        memberships=("topw", "nearest", "local", "full"),
+        model=dict(dim=128, depth=2, heads=4, local_heads=2, ff_dim=256, local_window=16, num_clusters=8, window=64),
+    ),
 }
 
 
 def recall_distance(x: Tensor, y: Tensor, pairs: int) -> Tensor:
     "How far back the key stands, where a value is asked for; 0 elsewhere. x, y `(batch, length)`."
-    keys = x[:, :2 * pairs:2]                                                                      # [batch, pairs]
+    keys = x[:, : 2 * pairs : 2]  # [batch, pairs]
     same = x[:, :, None] == keys[:, None]
     at = 2 * same.float().argmax(-1)
     return torch.where((y >= 0) & same.any(-1), torch.arange(x.shape[1]) - at, 0)
 
-
+# %% ../nbs/4_long_context/routing.ipynb #dda4c2df
 def recall_experiment(membership: str, cfg: dict, *, run: int = 0, device="cpu") -> list[dict]:
     "Trains one model on recall; a row for each quarter of the distances with accuracy and number of questions."
+
     def batch(seed):
-        return tuple(map(torch.from_numpy, mqar(cfg["batch"], cfg["length"], cfg["pairs"], cfg["vocab"], power=1.0, seed=seed)))
+        return tuple(
+            map(torch.from_numpy, mqar(cfg["batch"], cfg["length"], cfg["pairs"], cfg["vocab"], power=1.0, seed=seed))
+        )
 
     torch.manual_seed(run)
-    model = RoutingTransformerLM(cfg["vocab"], membership=membership, self_attention="fallback", scale=1.0, **cfg["model"])
+    model = RoutingTransformerLM(
+        cfg["vocab"], membership=membership, self_attention="fallback", scale=1.0, **cfg["model"]
+    )
 
     def loss(m, x, y):
-        if m.training: m.update_centroids()
+        if m.training:
+            m.update_centroids()
         logits, aux = m(x)
         return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-100) + aux
 
-    history = fit(model, loss, lambda step: batch(run * 10**6 + step), steps=cfg["steps"], lr=cfg["lr"], seed=run, device=device, amp=False, progress=False)
+    history = fit(
+        model,
+        loss,
+        lambda step: batch(run * 10**6 + step),
+        steps=cfg["steps"],
+        lr=cfg["lr"],
+        seed=run,
+        device=device,
+        amp=False,
+        progress=False,
+    )
     right, far = [], []
     with torch.no_grad():
         for i in range(cfg["tests"]):
             x, y = batch(10**9 + i)
             distance = recall_distance(x, y, cfg["pairs"])
-            right.append((model(x.to(device))[0].argmax(-1).cpu() == y)[distance > 0]), far.append(distance[distance > 0])
+            (
+                right.append((model(x.to(device))[0].argmax(-1).cpu() == y)[distance > 0]),
+                far.append(distance[distance > 0]),
+            )
     right, far = torch.cat(right).float(), torch.cat(far)
     edges = torch.linspace(0, cfg["length"], 5)
-    return [dict(membership=membership, run=run, quarter=i, upto=int(hi), accuracy=float(right[m].mean()), asked=int(m.sum()), steps=cfg["steps"],
-                 length=cfg["length"], reach=2 * cfg["model"]["local_window"] * cfg["model"]["depth"], chance=2 / cfg["vocab"], seconds=history.seconds)
-            for i, (lo, hi) in enumerate(zip(edges, edges[1:])) if (m := (far > lo) & (far <= hi)).any()]
+    return [
+        dict(
+            membership=membership,
+            run=run,
+            quarter=i,
+            upto=int(hi),
+            accuracy=float(right[m].mean()),
+            asked=int(m.sum()),
+            steps=cfg["steps"],
+            length=cfg["length"],
+            reach=2 * cfg["model"]["local_window"] * cfg["model"]["depth"],
+            chance=2 / cfg["vocab"],
+            seconds=history.seconds,
+        )
+        for i, (lo, hi) in enumerate(zip(edges, edges[1:]))
+        if (m := (far > lo) & (far <= hi)).any()
+    ]
 
-
+# %% ../nbs/4_long_context/routing.ipynb #942397e7
 def run_recall(preset: str = "cpu", device="cpu", seed: int = 0, memberships=None) -> list[dict]:
-    "Retrieval with every membership of a preset; records its rows. On an H100 with preset \"gpu\" about 3 minutes."
+    'Retrieval with every membership of a preset; records its rows. On an H100 with preset "gpu" about 3 minutes.'
     cfg = RECALL[preset]
-    return [record("routing", "recall", key=("membership", "run", "quarter", "training"), device=device, seed=seed, training=preset, **row)
-            for m in memberships or cfg["memberships"] for row in recall_experiment(m, cfg, run=seed, device=device)]
+    return [
+        record(
+            "routing",
+            "recall",
+            key=("membership", "run", "quarter", "training"),
+            device=device,
+            seed=seed,
+            training=preset,
+            **row,
+        )
+        for m in memberships or cfg["memberships"]
+        for row in recall_experiment(m, cfg, run=seed, device=device)
+    ]
 
 # %% ../nbs/4_long_context/routing.ipynb #df4becf2
 def clusters_for(n: int) -> int:
@@ -1561,8 +2022,11 @@ def route(q: Tensor, v: Tensor, centroids: Tensor, membership: str, window: int,
 
 def exponent(rows, method: str, field: str = "ms_fwd", at_least: int = 0, at_most: float = math.inf) -> float | None:
     "Slope of log time over log n by least squares, over the lengths in a range."
-    points = {r["n"]: r[field] for r in rows if r["method"] == method and r.get(field) and at_least <= r["n"] <= at_most}
-    if len(points) < 2: return None
+    points = {
+        r["n"]: r[field] for r in rows if r["method"] == method and r.get(field) and at_least <= r["n"] <= at_most
+    }
+    if len(points) < 2:
+        return None
     return float(np.polyfit(np.log(list(points)), np.log(list(points.values())), 1)[0])
 
 
@@ -1589,23 +2053,29 @@ def gather_peer(q, v, lists):
     "top-w attention as everybody writes it, in the inputs' type with a float32 softmax; to be compiled."
     index = lists.flatten(2).long()
     take = lambda x: x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])).unflatten(2, lists.shape[2:])
-    x, y = take(q), take(v)                                                                  # [B, H, k, w, d]
+    x, y = take(q), take(v)  # [B, H, k, w, d]
     s = (x @ x.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
     seen = torch.ones(s.shape[-2:], dtype=torch.bool, device=q.device).tril()
     return _scatter_mean((s.masked_fill(~seen, -math.inf).softmax(-1).to(q.dtype) @ y).flatten(2, 3), index, q.shape[2])
 
 
 def _scatter_mean(out, index, n):
-    total = torch.zeros(*out.shape[:2], n, out.shape[-1], device=out.device).scatter_add(2, index[..., None].expand_as(out), out.float())
-    count = torch.zeros(*out.shape[:2], n, device=out.device).scatter_add(2, index, torch.ones_like(index, dtype=torch.float32))
+    total = torch.zeros(*out.shape[:2], n, out.shape[-1], device=out.device).scatter_add(
+        2, index[..., None].expand_as(out), out.float()
+    )
+    count = torch.zeros(*out.shape[:2], n, device=out.device).scatter_add(
+        2, index, torch.ones_like(index, dtype=torch.float32)
+    )
     return (total / count.clamp_min(1)[..., None]).to(out.dtype)
 
 
 def gather_flash_peer(q, v, lists):
     "Gather, flash attention on each cluster as a short causal sequence, scatter."
     index = lists.flatten(2).long()
-    take = lambda x: x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])).unflatten(2, lists.shape[2:]).flatten(1, 2)
-    x, y = take(q), take(v)                                                                  # [B, H * k, w, d]
+    take = lambda x: (
+        x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])).unflatten(2, lists.shape[2:]).flatten(1, 2)
+    )
+    x, y = take(q), take(v)  # [B, H * k, w, d]
     out = F.scaled_dot_product_attention(x, x, y, is_causal=True)
     return _scatter_mean(out.unflatten(1, lists.shape[1:3]).flatten(2, 3), index, q.shape[2])
 
@@ -1615,29 +2085,36 @@ def varlen_peer(segments: Segments):
     import inspect
 
     from torch.nn.attention.varlen import varlen_attn
+
     B, H, n = segments.order.shape
     index = segments.order.long()
     base = torch.arange(B * H, device=index.device).view(B, H, 1) * n
     starts = torch.cat([(segments.offsets[..., :-1] + base).flatten(), base.new_tensor([B * H * n])]).int()
     longest = int(starts.diff().max())
-    causal = dict(is_causal=True) if "is_causal" in inspect.signature(varlen_attn).parameters else dict(window_size=(-1, 0))
+    causal = (
+        dict(is_causal=True) if "is_causal" in inspect.signature(varlen_attn).parameters else dict(window_size=(-1, 0))
+    )
 
     def attend(q, v):
-        take = lambda x: x.gather(2, index[..., None].expand_as(x)).flatten(0, 2)[:, None]   # [B * H * n, 1, d]
+        take = lambda x: x.gather(2, index[..., None].expand_as(x)).flatten(0, 2)[:, None]  # [B * H * n, 1, d]
         x = take(q)
         out = varlen_attn(x, x, take(v), starts, starts, longest, longest, **causal)
         return torch.empty_like(v).scatter(2, index[..., None].expand_as(v), out[:, 0].view(v.shape))
+
     return attend
 
 
 def flex_peer(segments: Segments, anew: bool):
     "nearest attention by FlexAttention on permuted tokens; with `anew` the block mask is made in every call."
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
     B, H, n = segments.order.shape
     index = segments.order.long()
     cluster = segments.assignment.gather(2, index)
     make, attend = torch.compile(create_block_mask), torch.compile(flex_attention, dynamic=False)
-    blocks = partial(make, lambda b, h, i, j: (cluster[b, h, i] == cluster[b, h, j]) & (j <= i), B, H, n, n, device=index.device)
+    blocks = partial(
+        make, lambda b, h, i, j: (cluster[b, h, i] == cluster[b, h, j]) & (j <= i), B, H, n, n, device=index.device
+    )
     known = None if anew else blocks()
 
     def run(q, v):
@@ -1645,6 +2122,7 @@ def flex_peer(segments: Segments, anew: bool):
         x = take(q)
         out = attend(x, x, take(v), block_mask=blocks() if anew else known)
         return torch.empty_like(v).scatter(2, index[..., None].expand_as(v), out)
+
     return run
 
 # %% ../nbs/4_long_context/routing.ipynb #d7422573
@@ -1661,10 +2139,22 @@ def bench_clusters():
         x = spherical_norm(q)
         lists = topw_membership(route_scores(x, mu), w)
         cost = routing_cost(n, k, w, 64, heads=8, membership="topw")
-        peers = {"ours": lambda x, v: routed_attention(x, x, v, lists, causal=True), "gather, compiled": torch.compile(partial(gather_peer, lists=lists), dynamic=False),
-                 "gather + flash": partial(gather_flash_peer, lists=lists)}
-        yield from compare({"n": n, "k": k, "w": w}, peers, (x, v), grad_out="random", flops=cost["attend"], bytes=cost["bytes"],
-                           chapter="routing", bench="clusters", rep_ms=100)
+        peers = {
+            "ours": lambda x, v: routed_attention(x, x, v, lists, causal=True),
+            "gather, compiled": torch.compile(partial(gather_peer, lists=lists), dynamic=False),
+            "gather + flash": partial(gather_flash_peer, lists=lists),
+        }
+        yield from compare(
+            {"n": n, "k": k, "w": w},
+            peers,
+            (x, v),
+            grad_out="random",
+            flops=cost["attend"],
+            bytes=cost["bytes"],
+            chapter="routing",
+            bench="clusters",
+            rep_ms=100,
+        )
 
 
 def bench_segments():
@@ -1676,11 +2166,25 @@ def bench_segments():
         size = m.offsets.diff(dim=-1).double()
         pairs = float((size * (size + 1) / 2).sum())
         peers = {"ours": lambda x, v: routed_attention(x, x, v, m, causal=True)}
-        for name, make in (("gather + varlen", varlen_peer), ("flex, mask given", partial(flex_peer, anew=False)), ("flex, mask made anew", partial(flex_peer, anew=True))):
-            if name.endswith("anew") and n > 8192: continue                                   # n^2 / 2 predicates in each call
+        for name, make in (
+            ("gather + varlen", varlen_peer),
+            ("flex, mask given", partial(flex_peer, anew=False)),
+            ("flex, mask made anew", partial(flex_peer, anew=True)),
+        ):
+            if name.endswith("anew") and n > 8192:
+                continue  # n^2 / 2 predicates in each call
             peers[name] = _or_error(make, m)
-        yield from compare({"n": n, "k": k}, peers, (x, v), grad_out="random", flops=4 * 64 * pairs, chapter="routing", bench="segments", rep_ms=100,
-                           longest=int(size.max()))
+        yield from compare(
+            {"n": n, "k": k},
+            peers,
+            (x, v),
+            grad_out="random",
+            flops=4 * 64 * pairs,
+            chapter="routing",
+            bench="segments",
+            rep_ms=100,
+            longest=int(size.max()),
+        )
 
 
 def _or_error(make, *args):
@@ -1689,18 +2193,25 @@ def _or_error(make, *args):
         return make(*args)
     except Exception as e:
         message = f"{type(e).__name__}: {e}"
-        def broken(*_): raise RuntimeError(message)
+
+        def broken(*_):
+            raise RuntimeError(message)
+
         return broken
 
 # %% ../nbs/4_long_context/routing.ipynb #f4523f00
 def bench_crossover():
-    "Everything that routing needs, k = √n, against plain causal attention, n = 1k … 64k. B1 H8 D64, forward, backward, memory."
+    "All that routing needs, k = √n, against plain causal attention, n = 1k … 64k. B1 H8 D64."
     for n in [2**i for i in range(10, 17)] if torch.cuda.is_available() else ():
         k = clusters_for(n)
         q, v, mu = _bench_inputs(n, k)
         plain = {name: (lambda q, v, f=sdpa(name, is_causal=True): f(q, q, v)) for name in ("flash", "cudnn")}
-        peers = {f"ours, {m}": partial(route, centroids=mu, membership=m, window=n // k) for m in ("nearest", "topw")} | plain
-        yield from compare({"n": n, "k": k}, peers, (q, v), grad_out="random", chapter="routing", bench="crossover", rep_ms=80)
+        peers = {
+            f"ours, {m}": partial(route, centroids=mu, membership=m, window=n // k) for m in ("nearest", "topw")
+        } | plain
+        yield from compare(
+            {"n": n, "k": k}, peers, (q, v), grad_out="random", chapter="routing", bench="crossover", rep_ms=80
+        )
 
 
 def bench_parts():
@@ -1711,14 +2222,18 @@ def bench_parts():
         x = spherical_norm(q)
         near, scores = nearest_membership(x, mu), route_scores(x, mu)
         top = topw_membership(scores, n // k)
-        parts = {"norm": lambda: spherical_norm(q), "norm, torch": lambda: spherical_norm_reference(q),
-                 "nearest: assignment and sort": lambda: nearest_membership(x, mu),
-                 "nearest: assignment and sort, torch": lambda: nearest_reference(x, mu),
-                 "nearest: attention": lambda: routed_attention(x, x, v, near, causal=True),
-                 "top-w: scores": lambda: route_scores(x, mu), "top-w: selection": lambda: topw_membership(scores, n // k),
-                 "top-w: selection, torch": lambda: scores.topk(n // k, -1).indices.sort(-1),
-                 "top-w: attention and mean": lambda: routed_attention(x, x, v, top, causal=True),
-                 "centroid statistics": lambda: cluster_sums(x, near)}
+        parts = {
+            "norm": lambda: spherical_norm(q),
+            "norm, torch": lambda: spherical_norm_reference(q),
+            "nearest: assignment and sort": lambda: nearest_membership(x, mu),
+            "nearest: assignment and sort, torch": lambda: nearest_reference(x, mu),
+            "nearest: attention": lambda: routed_attention(x, x, v, near, causal=True),
+            "top-w: scores": lambda: route_scores(x, mu),
+            "top-w: selection": lambda: topw_membership(scores, n // k),
+            "top-w: selection, torch": lambda: scores.topk(n // k, -1).indices.sort(-1),
+            "top-w: attention and mean": lambda: routed_attention(x, x, v, top, causal=True),
+            "centroid statistics": lambda: cluster_sums(x, near),
+        }
         for name, call in parts.items():
             with torch.no_grad():
                 t = measure(call, rep_ms=30, warmup_ms=10, graph=True)
@@ -1757,7 +2272,9 @@ def _both(name, over, **where):
 
 def _total_speed(n=65536, method="ours, nearest"):
     "Forward and backward together: the faster plain attention over routing."
-    total = {r["method"]: r["ms_fwd"] + r["ms_bwd"] for r in _gpu("crossover", n=n) if r.get("ms_fwd") and r.get("ms_bwd")}
+    total = {
+        r["method"]: r["ms_fwd"] + r["ms_bwd"] for r in _gpu("crossover", n=n) if r.get("ms_fwd") and r.get("ms_bwd")
+    }
     plain = [t for m, t in total.items() if not m.startswith("ours")]
     return min(plain) / total[method] if plain and method in total else None
 
@@ -1771,35 +2288,51 @@ def break_even(method: str = "ours, nearest") -> int | None:
 
 def _exponents():
     rows = _gpu("crossover")
-    found = dict(routing=exponent(rows, "ours, nearest", at_least=16384), top_w=exponent(rows, "ours, topw", at_least=16384),
-                 plain=exponent(rows, "cudnn", at_least=16384) or exponent(rows, "flash", at_least=16384))
+    found = dict(
+        routing=exponent(rows, "ours, nearest", at_least=16384),
+        top_w=exponent(rows, "ours, topw", at_least=16384),
+        plain=exponent(rows, "cudnn", at_least=16384) or exponent(rows, "flash", at_least=16384),
+    )
     return found if all(found.values()) else None
 
 
 def _bits(a, b, field="prefix"):
     "Bits per byte of membership b minus that of a, from the prefixes alone, on the gpu preset."
     found = {r["membership"]: r for r in load_results("routing", "language", training="gpu")}
-    return {f"{a} better by": found[b][field] - found[a][field], "parallel": found[b]["bits"] - found[a]["bits"]} if a in found and b in found else None
+    return (
+        {f"{a} better by": found[b][field] - found[a][field], "parallel": found[b]["bits"] - found[a]["bits"]}
+        if a in found and b in found
+        else None
+    )
 
 
 def _divergences():
     rows = [r for r in longest("heads") if r["membership"] == "topw"]
     mean = lambda p: float(np.mean([r["divergence"] for r in rows if r["pair"] == p]))
-    return dict(local_local=mean("local, local"), routing_local=mean("routing, local"), training=rows[0]["training"]) if rows else None
+    return (
+        dict(local_local=mean("local, local"), routing_local=mean("routing, local"), training=rows[0]["training"])
+        if rows
+        else None
+    )
 
-
+# %% ../nbs/4_long_context/routing.ipynb #c2f29a98
 def _recall_far():
-    "Accuracy in the farthest quarter, by membership, and chance; from a training in which full attention learnt the task."
+    "Accuracy in the farthest quarter, by membership, and chance."
     rows = [r for r in load_results("routing", "recall", training="gpu")]
-    if not rows: return None
+    if not rows:
+        return None
     far = max(r["quarter"] for r in rows)
     return {r["membership"]: r["accuracy"] for r in rows if r["quarter"] == far} | dict(chance=rows[0]["chance"])
 
 # %% ../nbs/4_long_context/routing.ipynb #20e7cf24
 def _judge_leak(m):
-    if m is None: return "out of reach here", NOT_YET
+    if m is None:
+        return "out of reach here", NOT_YET
     z = m["topw"]["gain"] / m["topw"]["error"]
-    return ("does not hold here" if z < -3 else "holds"), f"top-w stands {abs(z):.0f} standard errors {'below' if z < 0 else 'above'} the bound that no honest model passes"
+    side = "below" if z < 0 else "above"
+    return (
+        "does not hold here" if z < -3 else "holds"
+    ), f"{abs(z):.0f} standard errors {side} what no honest model passes"
 
 
 def _judge_honest(m):
@@ -1812,48 +2345,166 @@ def _leak_of(membership):
 
 
 OUT_OF_REACH = [
-    ("Wikitext-103 test perplexity 15.8, Transformer-XL 18.3", "15.8", "abstract", "needs the data and training at full scale"),
-    ("ImageNet-64: 3.43 bits per dimension, Sparse Transformer 3.44", "3.43", "abstract", "needs ImageNet and training at full scale"),
-    ("PG-19 at length 8192: test perplexity 33.2, Compressive Transformer 33.6", "33.2", "abstract", "needs the data and training at full scale"),
-    ("enwik8 at length 8192: 0.99 bits per byte with 12 layers [m]", "0.99", "Table [m]", "needs the data and training at full scale"),
+    (
+        "Wikitext-103 test perplexity 15.8, Transformer-XL 18.3",
+        "15.8",
+        "abstract",
+        "needs the data and training at full scale",
+    ),
+    (
+        "ImageNet-64: 3.43 bits per dimension, Sparse Transformer 3.44",
+        "3.43",
+        "abstract",
+        "needs ImageNet and training at full scale",
+    ),
+    (
+        "PG-19 at length 8192: test perplexity 33.2, Compressive Transformer 33.6",
+        "33.2",
+        "abstract",
+        "needs the data and training at full scale",
+    ),
+    (
+        "enwik8 at length 8192: 0.99 bits per byte with 12 layers [m]",
+        "0.99",
+        "Table [m]",
+        "needs the data and training at full scale",
+    ),
 ]
 
-# %% ../nbs/4_long_context/routing.ipynb #15d55de3
+# %% ../nbs/4_long_context/routing.ipynb #de52f159
+def _grade(good, fair=False):
+    return "holds" if good else "holds in part" if fair else "does not hold here"
+
+
+def _leak_claims():
+    "What can be judged without a GPU."
+    from attnbook.book import Claim
+    return [
+        Claim("The perplexities are those of a language model", "implied", "Algorithm 1", _judge_leak,
+              measured=leak_summary, scale="uniform tokens, last step on record, nats per token; fails if top-w is 3 "
+              "standard errors below ln 16"),
+        Claim("Nearest centroid, causal: no gain on what cannot be predicted", "0", "this chapter", _judge_honest,
+              measured=lambda: _leak_of("nearest"), scale="the same; holds if not 3 standard errors below"),
+        Claim("Routing heads attend to other tokens than local heads", "far above local ‖ local [m]", "JSD table [m]",
+              lambda m: _grade(m["routing_local"] > 2 * m["local_local"], m["routing_local"] > m["local_local"]),
+              measured=_divergences, scale="top-w, mean divergence in nats (at most 0.693), largest training on "
+              "record; holds: twice"),
+        Claim("The released PG-19 model has 200 million parameters", "200 M", "README of the repository",
+              lambda n: _grade(abs(n / 200 - 1) < 0.05, abs(n / 200 - 1) < 0.15),
+              measured=lambda: parameter_counts()["pg19, 8k"] / 1e6,
+              scale="layers of the released configuration, without embeddings, in millions; holds: within 5 %"),
+    ]
+
+# %% ../nbs/4_long_context/routing.ipynb #34930f45
+def _language_claims(claim):
+    "Language models and recall on the gpu preset."
+    first = lambda m: next(iter(m.values()))
+    better = lambda d: _grade(first(d) > 0.01, first(d) > 0)
+    far = lambda m: (
+        ("out of reach here", "full attention has not learnt the task")
+        if m["full"] < 0.8
+        else _grade(m["nearest"] > 0.8 and m["local"] < 0.3, m["nearest"] > m["local"] + 0.2)
+    )
+    how = "bits per byte from prefixes, equal training time, n = 8192; holds: by 0.01, in part: at all"
+    return [
+        claim(
+            "Routing heads beat local heads",
+            "better [m]",
+            "ablations [m]",
+            better,
+            partial(_bits, "topw", "local"),
+            how,
+        ),
+        claim(
+            "The same for the causal membership",
+            "",
+            "this chapter",
+            better,
+            partial(_bits, "nearest", "local"),
+            "as above",
+        ),
+        claim(
+            "Routing by content beats random routing [m]",
+            "worse [m]",
+            "ablation on CIFAR-10 [m]",
+            better,
+            partial(_bits, "nearest", "random"),
+            "as above",
+        ),
+        claim(
+            "Routing is as good as full attention at equal cost",
+            "implied",
+            "Sec. 5",
+            lambda d: _grade(first(d) > -0.01, first(d) > -0.03),
+            partial(_bits, "nearest", "full"),
+            "as above; holds: not worse by more than 0.01, in part: 0.03",
+        ),
+        claim(
+            "Routing finds what lies beyond the local window",
+            "",
+            "motivation",
+            far,
+            _recall_far,
+            "accuracy of recall in the farthest quarter; holds: above 0.8 where local is below 0.3",
+        ),
+    ]
+
+# %% ../nbs/4_long_context/routing.ipynb #b32899ab
+def _speed_claims(claim):
+    "Times on a GPU: 8 heads of 64, bfloat16, causal."
+    return [
+        claim(
+            "Complexity n^1.5 against n^2",
+            "1.5",
+            "abstract",
+            lambda e: _grade(e["routing"] < 1.65 and e["plain"] > 1.8, e["routing"] < e["plain"] - 0.2),
+            _exponents,
+            "fitted to forward times, n = 16k to 64k, k = √n; holds: below 1.65 where plain attention is above 1.8",
+        ),
+        claim(
+            "Cluster attention without gathered copies is 4 times as fast as gathering, compiled",
+            "4x",
+            "goal of this chapter",
+            lambda m: _grade(min(m.values()) >= 4, max(m.values()) >= 4),
+            lambda: _both("clusters", {"gather, compiled"}, n=8192),
+            "n = 8192, w = 512; holds: both ways",
+        ),
+        claim(
+            "It also beats gathering before flash attention",
+            "",
+            "goal of this chapter",
+            lambda m: _grade(min(m.values()) > 1, max(m.values()) > 1),
+            lambda: _both("clusters", {"gather + flash"}, n=8192),
+            "the same",
+        ),
+        claim(
+            "At n = 65,536 all of routing is 3 times as fast as plain causal attention",
+            "3x",
+            "goal of this chapter",
+            lambda s: _grade(s >= 3, s > 1),
+            _total_speed,
+            "nearest, forward and backward, against the faster of flash and cuDNN",
+        ),
+        claim(
+            "Routing breaks even with plain causal attention near n = 4k to 8k",
+            "4k to 8k",
+            "expectation of this chapter",
+            lambda n: _grade(n <= 8192, n <= 16384),
+            break_even,
+            "nearest, forward and backward; smallest length from which on it is faster",
+        ),
+    ]
+
+
 def claims():
     "The chapter's claims with their rules; measured numbers are read from the recorded results."
     from attnbook.book import Claim
-    grade = lambda good, fair=False: "holds" if good else "holds in part" if fair else "does not hold here"
-    first = lambda m: next(iter(m.values()))
-    gpu = lambda statement, number, where, rule, found, scale: Claim(statement, number, where, _judged(rule), measured=_on_gpu(found), scale=scale)
-    return [
-        Claim("The perplexities are those of a language model", "implied", "Algorithm 1", _judge_leak, measured=lambda: leak_summary(),
-              scale="uniform tokens, last step on record, nats per token; fails if top-w is 3 standard errors below ln 16"),
-        Claim("Nearest centroid, causal: no gain on what cannot be predicted", "0", "this chapter", _judge_honest, measured=lambda: _leak_of("nearest"),
-              scale="the same; holds if not 3 standard errors below"),
-        gpu("Complexity n^1.5 against n^2", "1.5", "abstract", lambda e: grade(e["routing"] < 1.65 and e["plain"] > 1.8, e["routing"] < e["plain"] - 0.2), _exponents,
-            "fitted to forward times, n = 16k to 64k, k = √n; holds: below 1.65 where plain attention is above 1.8"),
-        gpu("Routing heads beat local heads", "better [m]", "ablations [m]", lambda d: grade(first(d) > 0.01, first(d) > 0), partial(_bits, "topw", "local"),
-            "bits per byte from prefixes, equal training time, n = 8192; holds: by 0.01, in part: at all"),
-        gpu("The same for the causal membership", "", "this chapter", lambda d: grade(first(d) > 0.01, first(d) > 0), partial(_bits, "nearest", "local"), "as above"),
-        gpu("Routing by content beats random routing [m]", "worse [m]", "ablation on CIFAR-10 [m]", lambda d: grade(first(d) > 0.01, first(d) > 0),
-            partial(_bits, "nearest", "random"), "as above"),
-        gpu("Routing is as good as full attention at equal cost", "implied", "Sec. 5", lambda d: grade(first(d) > -0.01, first(d) > -0.03), partial(_bits, "nearest", "full"),
-            "as above; holds: not worse by more than 0.01, in part: 0.03"),
-        Claim("Routing heads attend to other tokens than local heads", "far above local ‖ local [m]", "JSD table [m]",
-              lambda m: grade(m["routing_local"] > 2 * m["local_local"], m["routing_local"] > m["local_local"]), measured=_divergences,
-              scale="top-w, mean divergence in nats (at most 0.693), largest training on record; holds: twice"),
-        gpu("Routing finds what lies beyond the local window", "", "motivation", lambda m: ("out of reach here", "full attention has not learnt the task")
-            if m["full"] < 0.8 else grade(m["nearest"] > 0.8 and m["local"] < 0.3, m["nearest"] > m["local"] + 0.2), _recall_far,
-            "accuracy of recall in the farthest quarter; holds: above 0.8 where local is below 0.3"),
-        Claim("The released PG-19 model has 200 million parameters", "200 M", "README of the repository", lambda n: grade(abs(n / 200 - 1) < 0.05, abs(n / 200 - 1) < 0.15),
-              measured=lambda: parameter_counts()["pg19, 8k"] / 1e6, scale="layers of the released configuration, without embeddings, in millions; holds: within 5 %"),
-        gpu("Cluster attention without gathered copies is 4 times as fast as gathering, compiled", "4x", "goal of this chapter",
-            lambda m: grade(min(m.values()) >= 4, max(m.values()) >= 4), lambda: _both("clusters", {"gather, compiled"}, n=8192), "n = 8192, w = 512, 8 heads of 64; holds: both ways"),
-        gpu("It also beats gathering before flash attention", "", "goal of this chapter", lambda m: grade(min(m.values()) > 1, max(m.values()) > 1),
-            lambda: _both("clusters", {"gather + flash"}, n=8192), "the same"),
-        gpu("At n = 65,536 all of routing is 3 times as fast as plain causal attention", "3x", "goal of this chapter", lambda s: grade(s >= 3, s > 1), _total_speed,
-            "nearest, forward and backward, against the faster of flash and cuDNN"),
-        gpu("Routing breaks even with plain causal attention near n = 4k to 8k", "4k to 8k", "expectation of this chapter", lambda n: grade(n <= 8192, n <= 16384), break_even,
-            "nearest, forward and backward; smallest length from which on it is faster"),
-        *(Claim(s, number, where, lambda _, reason=reason: ("out of reach here", reason), measured=True) for s, number, where, reason in OUT_OF_REACH),
+
+    def on_gpu(statement, number, where, rule, found, scale):
+        return Claim(statement, number, where, _judged(rule), measured=_on_gpu(found), scale=scale)
+
+    out_of_reach = [
+        Claim(s, number, where, lambda _, reason=reason: ("out of reach here", reason), measured=True)
+        for s, number, where, reason in OUT_OF_REACH
     ]
+    return _leak_claims() + _language_claims(on_gpu) + _speed_claims(on_gpu) + out_of_reach

@@ -1,7 +1,10 @@
 # Written from the test cells of nbs/4_long_context/routing.ipynb by `attnbook export`. Do not edit.
 import math
+import subprocess
+import sys
 from functools import partial
 from itertools import product
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -32,6 +35,7 @@ from attnbook.routing import (
     routed_attention,
     routed_attention_gather,
     routed_attention_reference,
+    routing_cost,
     routing_model,
     segment_lists,
     segment_tiles_op,
@@ -75,6 +79,14 @@ def test_gather_is_the_loop():
             a, b = _clusters(2, 2, 21, 5, 6, separate=separate, empty=empty)
             want = routed_attention_reference(q, k, v, a, b, **kw)
             assert rel_error(routed_attention_gather(q, k, v, a, b, **kw), want) < 1e-12
+
+
+def test_cost_counts_the_pairs():
+    lists = _clusters(1, 1, 40, 5, 8)[0]
+    pairs = int((lists[..., :, None] >= lists[..., None, :]).sum())
+    cost = routing_cost(40, 5, 8, 16)
+    assert cost["pairs"] == pairs and cost["attend"] == 4 * 16 * pairs and cost["assign"] == 2 * 40 * 5 * 16
+    assert routing_cost(40, 5, 8, 16, causal=False)["attend"] == 4 * (5 * 8) * 8 * 16                # 4 n w d
 
 
 def test_norm():
@@ -132,22 +144,32 @@ def _oracle(a, b, **kw):
 
 def test_clusters_match_the_loops():
     cases = [  # n, d, dv, clusters, width, two lists, empty slots, arguments
-        (21, 16, 16, 5, 6, False, 0, dict(causal=True)), (40, 16, 16, 2, 37, False, 0, dict(causal=True)),
-        (21, 20, 9, 5, 6, True, 0, dict(causal=True)), (33, 16, 16, 3, 17, True, 0, dict(causal=False)),
-        (21, 16, 16, 4, 9, False, 3, dict(causal=False, scale=0.5)), (24, 16, 16, 4, 18, False, 2, dict(causal=True, self_attention="fallback")),
-        (20, 16, 16, 3, 7, True, 1, dict(causal=True, self_attention="fallback"))]
+        (21, 16, 16, 5, 6, False, 0, dict(causal=True)),
+        (40, 16, 16, 2, 37, False, 0, dict(causal=True)),
+        (21, 20, 9, 5, 6, True, 0, dict(causal=True)),
+        (33, 16, 16, 3, 17, True, 0, dict(causal=False)),
+        (21, 16, 16, 4, 9, False, 3, dict(causal=False, scale=0.5)),
+        (24, 16, 16, 4, 18, False, 2, dict(causal=True, self_attention="fallback")),
+        (20, 16, 16, 3, 7, True, 1, dict(causal=True, self_attention="fallback")),
+    ]
     for n, d, dv, c, w, separate, empty, kw in cases:
         a, b = _clusters(1, 2, n, c, w, separate=separate, empty=empty)
-        op = lambda q, k, v: routed_attention(q, k, v, (a, b) if separate else a, padded=empty > 0, backend="triton", **kw)
+        op = lambda q, k, v: routed_attention(
+            q, k, v, (a, b) if separate else a, padded=empty > 0, backend="triton", **kw
+        )
         check_against_reference(op, _oracle(a, b, **kw), make_qkv(1, 2, n, d, Dv=dv), tol=2e-5)
 
 
 def test_segments_match_the_loops():
     cases = [  # n, d, clusters, skew, two sides, arguments
-        (21, 16, 5, 1.0, False, dict(causal=True)), (70, 16, 3, 3.0, False, dict(causal=True, window=9)),
-        (45, 20, 40, 2.0, False, dict(causal=False)), (33, 16, 4, 1.0, True, dict(causal=True)),
-        (33, 16, 4, 1.0, True, dict(causal=False, scale=0.3)), (50, 16, 4, 2.0, False, dict(causal=True, self_attention="fallback", window=3)),
-        (1, 16, 2, 1.0, False, dict(causal=True))]
+        (21, 16, 5, 1.0, False, dict(causal=True)),
+        (70, 16, 3, 3.0, False, dict(causal=True, window=9)),
+        (45, 20, 40, 2.0, False, dict(causal=False)),
+        (33, 16, 4, 1.0, True, dict(causal=True)),
+        (33, 16, 4, 1.0, True, dict(causal=False, scale=0.3)),
+        (50, 16, 4, 2.0, False, dict(causal=True, self_attention="fallback", window=3)),
+        (1, 16, 2, 1.0, False, dict(causal=True)),
+    ]
     for n, d, c, skew, separate, kw in cases:
         a, b = _segments(1, 2, n, c, skew=skew), _segments(1, 2, n, c, seed=1, skew=skew)
         b = b if separate else a
@@ -159,8 +181,13 @@ def test_other_types():
     a, s = _clusters(1, 2, 25, 4, 8)[0], _segments(1, 2, 25, 4)
     for m in (a, s):
         for dtype in (torch.bfloat16, torch.float16):
-            check_against_reference(partial(routed_attention, membership=m, causal=True, backend="triton"),
-                                    _oracle(m, m, causal=True), dict(zip("qkv", make_qkv(1, 2, 25, 24))), dtype=dtype, tol=2e-2)
+            check_against_reference(
+                partial(routed_attention, membership=m, causal=True, backend="triton"),
+                _oracle(m, m, causal=True),
+                dict(zip("qkv", make_qkv(1, 2, 25, 24))),
+                dtype=dtype,
+                tol=2e-2,
+            )
 
 
 def test_one_cluster_is_full_attention():
@@ -181,9 +208,12 @@ def test_uncovered_and_doubled_tokens():
     for backend in ("torch", "triton"):
         out = routed_attention(q, k, v, m, causal=True, backend=backend)
         dq, dv = torch.autograd.grad(out.sum(), (q, v))
-        for t in (out, dq, dv): assert (t[0, 0, ~covered] == 0).all() and (t[0, 0, 19] != 0).any() or t is dq
-        single = [routed_attention(q, k, v, m[:, :, c:c + 1], causal=True, backend=backend)[0, 0, 3] for c in range(3)]
-        assert rel_error(out[0, 0, 3], sum(single) / 3) < 1e-5         # token 3 sits in three clusters: the mean
+        for t in (out, dq, dv):
+            assert (t[0, 0, ~covered] == 0).all() and (t[0, 0, 19] != 0).any() or t is dq
+        single = [
+            routed_attention(q, k, v, m[:, :, c : c + 1], causal=True, backend=backend)[0, 0, 3] for c in range(3)
+        ]
+        assert rel_error(out[0, 0, 3], sum(single) / 3) < 1e-5  # token 3 sits in three clusters: the mean
 
 
 def test_last_resort():
@@ -191,7 +221,8 @@ def test_last_resort():
     m = sort_by_cluster(torch.tensor([[[0, 1, 1, 2, 1, 2, 1, 1, 1, 2, 1, 1]]], device=q.device), 3)
     for backend in ("torch", "triton"):
         out = routed_attention(q, k, v, m, causal=True, self_attention="fallback", backend=backend)[0, 0]
-        for first in (0, 1, 3): assert rel_error(out[first], v[0, 0, first]) < 1e-5      # alone: itself
+        for first in (0, 1, 3):
+            assert rel_error(out[first], v[0, 0, first]) < 1e-5  # alone: itself
         assert rel_error(out[2], v[0, 0, 1]) < 1e-5 and rel_error(out[5], v[0, 0, 3]) < 1e-5  # the only other one
 
 
@@ -208,7 +239,9 @@ def test_padding():
         top = topw_membership(route_scores(q, mu), 22, mask)
         assert (top[1] < 20).all() and (top[1] == -1).any()
         out = routed_attention(q, q, v, top, padded=True, **kw)
-        assert (out[1, :, 20:] == 0).all() and rel_error(out[1:, :, :20], attention_reference(*[t[1:, :, :20] for t in (q, q, v)], is_causal=True)) < 1e-5
+        assert (out[1, :, 20:] == 0).all() and rel_error(
+            out[1:, :, :20], attention_reference(*[t[1:, :, :20] for t in (q, q, v)], is_causal=True)
+        ) < 1e-5
 
 
 def test_manners():
@@ -227,7 +260,9 @@ def test_rows_without_keys():
     a, b = _segments(1, 1, 18, 3), sort_by_cluster(torch.full((1, 1, 18), 2, device=q.device), 3)
     empty = (a.assignment != 2) | (torch.zeros(1, 1, 18, device=q.device) > 0)
     for backend in ("torch", "triton"):
-        check_empty_rows(lambda q, k, v: routed_attention(q, k, v, (a, b), causal=False, backend=backend), (q, k, v), empty)
+        check_empty_rows(
+            lambda q, k, v: routed_attention(q, k, v, (a, b), causal=False, backend=backend), (q, k, v), empty
+        )
 
 
 def test_the_operations_of_the_library():
@@ -243,29 +278,64 @@ def test_the_operations_of_the_library():
 def test_routing_errors():
     q, k, v = make_qkv(1, 2, 12, 16)
     s, top = _segments(1, 2, 12, 3), _clusters(1, 2, 12, 3, 4)[0]
-    check_raises(routed_attention, [
-        (dict(membership=top.long()), ValueError, ["membership", "int32", "int64"]),
-        (dict(membership=top[:, :1]), ValueError, ["membership", "(1, 2)"]),
-        (dict(membership=_segments(1, 2, 11, 3)), ValueError, ["membership", "12", "11"]),
-        (dict(membership=(s, top)), ValueError, ["one kind"]),
-        (dict(membership=(s, _segments(1, 2, 12, 4))), ValueError, ["3", "4"]),
-        (dict(k=k[:, :1], v=v[:, :1]), ValueError, ["heads", "2", "1"]),
-        (dict(self_attention="no"), ValueError, ["self_attention", "no"]),
-        (dict(scale=math.nan), ValueError, ["scale", "nan"]),
-        (dict(window=0), ValueError, ["window", "0"]),
-        (dict(membership=top, window=3), ValueError, ["window", "Segments"]),
-        (dict(causal=False, window=3), ValueError, ["window", "causal"]),
-        (dict(backend="cuda"), ValueError, ["backend", "cuda"]),
-    ], q=q, k=k, v=v, membership=s, causal=True)
+    check_raises(
+        routed_attention,
+        [
+            (dict(membership=top.long()), ValueError, ["membership", "int32", "int64"]),
+            (dict(membership=top[:, :1]), ValueError, ["membership", "(1, 2)"]),
+            (dict(membership=_segments(1, 2, 11, 3)), ValueError, ["membership", "12", "11"]),
+            (dict(membership=(s, top)), ValueError, ["one kind"]),
+            (dict(membership=(s, _segments(1, 2, 12, 4))), ValueError, ["3", "4"]),
+            (dict(k=k[:, :1], v=v[:, :1]), ValueError, ["heads", "2", "1"]),
+            (dict(self_attention="no"), ValueError, ["self_attention", "no"]),
+            (dict(scale=math.nan), ValueError, ["scale", "nan"]),
+            (dict(window=0), ValueError, ["window", "0"]),
+            (dict(membership=top, window=3), ValueError, ["window", "Segments"]),
+            (dict(causal=False, window=3), ValueError, ["window", "causal"]),
+            (dict(backend="cuda"), ValueError, ["backend", "cuda"]),
+        ],
+        q=q,
+        k=k,
+        v=v,
+        membership=s,
+        causal=True,
+    )
     if device_under_test() == "cpu":
         bad = s._replace(offsets=s.offsets - 1)
-        check_raises(routed_attention, [(dict(membership=bad), ValueError, ["offsets", "12", "11"])], q=q, k=k, v=v, membership=s, causal=True)
-    check_raises(topw_membership, [(dict(window=0), ValueError, ["window", "0"]), (dict(window=2.0), ValueError, ["window", "2.0"]),
-                                   (dict(scores=q[0]), ValueError, ["scores"])], scores=q, window=2)
-    check_raises(nearest_membership, [(dict(centroids=q[0, :1]), ValueError, ["centroids", "2"]),
-                                      (dict(centroids=q[0, :, :0]), ValueError, ["num_clusters", "1"]),
-                                      (dict(mask=q[..., 0] > 0), ValueError, ["mask"])], x=q, centroids=q[0, :, :3])
-    check_raises(spherical_norm, [(dict(x=q.int()), TypeError, ["x", "int32"]), (dict(backend="triton", x=q[0]), ValueError, ["x"])], x=q)
+        check_raises(
+            routed_attention,
+            [(dict(membership=bad), ValueError, ["offsets", "12", "11"])],
+            q=q,
+            k=k,
+            v=v,
+            membership=s,
+            causal=True,
+        )
+    check_raises(
+        topw_membership,
+        [
+            (dict(window=0), ValueError, ["window", "0"]),
+            (dict(window=2.0), ValueError, ["window", "2.0"]),
+            (dict(scores=q[0]), ValueError, ["scores"]),
+        ],
+        scores=q,
+        window=2,
+    )
+    check_raises(
+        nearest_membership,
+        [
+            (dict(centroids=q[0, :1]), ValueError, ["centroids", "2"]),
+            (dict(centroids=q[0, :, :0]), ValueError, ["num_clusters", "1"]),
+            (dict(mask=q[..., 0] > 0), ValueError, ["mask"]),
+        ],
+        x=q,
+        centroids=q[0, :, :3],
+    )
+    check_raises(
+        spherical_norm,
+        [(dict(x=q.int()), TypeError, ["x", "int32"]), (dict(backend="triton", x=q[0]), ValueError, ["x"])],
+        x=q,
+    )
 
 
 def _kmeans(**kw):
@@ -283,7 +353,7 @@ def test_moving_averages():
         assert m.centroids.isfinite().all() and m.centroids.grad_fn is None and not list(m.parameters())
         if m is frozen:
             assert rel_error(m.centroids, before) < 1e-5
-    for h, c in product(range(2), range(3)):                                  # decay 0: the means of the batch
+    for h, c in product(range(2), range(3)):  # decay 0: the means of the batch
         assert rel_error(follow.centroids[h, c], x[:, h][s.assignment[:, h] == c].mean(0)) < 1e-4
 
 
@@ -304,44 +374,99 @@ def test_separated_clusters_are_found():
     g = torch.Generator().manual_seed(0)
     centres = spherical_norm_reference(torch.randn(1, 1, 3, 16, generator=g))
     label = torch.randint(3, (200,), generator=g)
-    x = spherical_norm_reference(centres[:, :, label] + 0.05 * torch.randn(1, 1, 200, 16, generator=g)).to(device_under_test())
+    x = spherical_norm_reference(centres[:, :, label] + 0.05 * torch.randn(1, 1, 200, 16, generator=g)).to(
+        device_under_test()
+    )
     torch.manual_seed(4)
     m = OnlineKMeans(1, 3, 16, decay=0.9).to(x.device)
-    for _ in range(60): m.update(*m.statistics((x, m.assign(x))))
+    for _ in range(60):
+        m.update(*m.statistics((x, m.assign(x))))
     found = m.assign(x).assignment[0, 0].cpu()
-    assert len({(int(a), int(b)) for a, b in zip(label, found)}) == 3       # one to one: mutual information is full
+    assert len({(int(a), int(b)) for a, b in zip(label, found)}) == 3  # one to one: mutual information is full
     assert ((m.centroids.norm(dim=-1) - 4).abs() < 1e-3).all()
 
 
 def test_empty_cluster_and_official_start():
     m = _kmeans(decay=0.0)
-    x = m.centroids[None, :, :1].expand(1, 2, 9, 16).contiguous()            # everybody at centroid 0
+    x = m.centroids[None, :, :1].expand(1, 2, 9, 16).contiguous()  # everybody at centroid 0
     before = m.centroids.clone()
     m.update(*m.statistics((x, m.assign(x))))
     assert torch.equal(m.centroids[:, 1:], before[:, 1:]) and m.centroids.isfinite().all()
     official = _kmeans(renormalise=False, initial_count=0.0)
     x = spherical_norm(make_qkv(2, 2, 40, 16)[0])
     official.update(*official.statistics((x, official.assign(x))))
-    assert official.centroids.norm(dim=-1).median() > 10 * 4                  # the jump of the official code
+    assert official.centroids.norm(dim=-1).median() > 10 * 4  # the jump of the official code
 
 
 def test_commitment_gradient():
-    x, m = spherical_norm(make_qkv(1, 2, 10, 16, dtype=torch.float64)[0]).requires_grad_(), _kmeans(commitment=0.3).double()
+    x, m = (
+        spherical_norm(make_qkv(1, 2, 10, 16, dtype=torch.float64)[0]).requires_grad_(),
+        _kmeans(commitment=0.3).double(),
+    )
     s = m.assign(x)
-    dx, = torch.autograd.grad(m.loss(x, s), x)
+    (dx,) = torch.autograd.grad(m.loss(x, s), x)
     mu = torch.stack([m.centroids[h][s.assignment[0, h].long()] for h in range(2)])[None]
     assert rel_error(dx, 2 * 0.3 * (x - mu) / x.numel()) < 1e-12
     assert float(_kmeans(commitment=0.0).double().loss(x.detach(), s)) == 0
     mask = torch.arange(10, device=x.device)[None] < 6
     assert rel_error(m.loss(x, m.assign(x, mask), mask), m.loss(x[:, :, :6], m.assign(x[:, :, :6]))) < 1e-12
-    check_raises(OnlineKMeans, [(dict(num_clusters=0), ValueError, ["num_clusters", "0"]), (dict(decay=1.5), ValueError, ["decay", "1.5"]),
-                                (dict(commitment=-1), ValueError, ["commitment"])], num_heads=2, num_clusters=3, head_dim=8)
+    check_raises(
+        OnlineKMeans,
+        [
+            (dict(num_clusters=0), ValueError, ["num_clusters", "0"]),
+            (dict(decay=1.5), ValueError, ["decay", "1.5"]),
+            (dict(commitment=-1), ValueError, ["commitment"]),
+        ],
+        num_heads=2,
+        num_clusters=3,
+        head_dim=8,
+    )
+
+
+def test_two_processes_update_as_one():
+    script = """
+import sys, torch
+from attnbook.routing import OnlineKMeans, spherical_norm_reference
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+x = spherical_norm_reference(torch.randn(2, 2, 30, 16, generator=torch.Generator().manual_seed(0)))
+def run(x, group):
+    torch.manual_seed(0)
+    m = OnlineKMeans(2, 3, 16, decay=0.5, process_group=group)
+    m.update(*m.statistics((x, m.assign(x))))
+    return m.centroids
+difference = (run(x[rank:rank + 1], True) - run(x, None)).abs().max()
+assert difference < 1e-5, difference
+"""
+    with TemporaryDirectory() as folder:
+        ranks = [
+            subprocess.Popen([sys.executable, "-c", script, str(r), folder], stderr=subprocess.PIPE) for r in range(2)
+        ]
+        for r in ranks:
+            assert not r.communicate(timeout=120)[1].count(b"Error") and r.returncode == 0
 
 
 def _small(membership="nearest", **kw):
     torch.manual_seed(0)
-    return RoutingTransformerLM(20, **dict(dim=32, depth=2, heads=4, local_heads=2, ff_dim=24, local_window=6, num_clusters=3, window=5,
-                                           membership=membership) | kw).to(device_under_test()).eval()
+    return (
+        RoutingTransformerLM(
+            20,
+            **dict(
+                dim=32,
+                depth=2,
+                heads=4,
+                local_heads=2,
+                ff_dim=24,
+                local_window=6,
+                num_clusters=3,
+                window=5,
+                membership=membership,
+            )
+            | kw,
+        )
+        .to(device_under_test())
+        .eval()
+    )
 
 
 def _tokens(*shape, seed=0):
@@ -351,11 +476,17 @@ def _tokens(*shape, seed=0):
 @torch.no_grad()
 def test_decoding_equals_the_parallel_forward():
     x = _tokens(2, 26)
-    for membership, kw in (("nearest", {}), ("nearest", dict(self_attention="fallback")), ("random", {}), ("full", {}),
-                           ("local", dict(self_attention="fallback")), ("nearest", dict(local_heads=0, absolute=True))):
+    for membership, kw in (
+        ("nearest", {}),
+        ("nearest", dict(self_attention="fallback")),
+        ("random", {}),
+        ("full", {}),
+        ("local", dict(self_attention="fallback")),
+        ("nearest", dict(local_heads=0, absolute=True)),
+    ):
         model, caches, rows = _small(membership, **kw), None, []
         for t in range(x.shape[1]):
-            logits, caches = model.step(x[:, t:t + 1], caches, t)
+            logits, caches = model.step(x[:, t : t + 1], caches, t)
             rows.append(logits)
         assert (torch.cat(rows, 1) - model(x)[0]).abs().max() < (1e-4 if x.is_cuda else 1e-5), membership
 
@@ -375,18 +506,21 @@ def test_topw_leaks():
     mu = torch.zeros(1, 1, 16)
     mu[..., 0], mu[..., 1] = 2, -2
     x = torch.zeros(1, 1, 2, 16)
-    x[..., 0, 0], x[..., 0, 1], x[..., 0, 2] = 1, -1, 0.5                         # token 0: near
+    x[..., 0, 0], x[..., 0, 1], x[..., 0, 2] = 1, -1, 0.5  # token 0: near
     x, mu = x.to(device_under_test()), mu.to(device_under_test())
     before = topw_membership(route_scores(x[:, :, :1], mu), 1)
-    x[..., 1, 0], x[..., 1, 1] = 2, -2                                            # token 1: nearer
+    x[..., 1, 0], x[..., 1, 1] = 2, -2  # token 1: nearer
     after = topw_membership(route_scores(x, mu), 1)
     assert before.tolist() == [[[[0]]]] and after.tolist() == [[[[1]]]]
     out = routed_attention(x, x, torch.ones_like(x), after, causal=True)
-    assert (out[0, 0, 0] == 0).all()                                              # token 0 has lost its output
+    assert (out[0, 0, 0] == 0).all()  # token 0 has lost its output
 
 
 def test_topw_is_not_decoded():
     check_raises(_small("topw").step, [(dict(tokens=_tokens(1, 1)), ValueError, ["topw", "step"])])
+
+
+
 
 
 def test_training_moves_centroids_once():
@@ -396,10 +530,10 @@ def test_training_moves_centroids_once():
         before = [r.kmeans.centroids.clone() for r in model.routers()]
         model.loss(x, y).backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-        assert all(torch.equal(r.kmeans.centroids, b) for r, b in zip(model.routers(), before))    # not by the forward
+        assert all(torch.equal(r.kmeans.centroids, b) for r, b in zip(model.routers(), before))  # not by the forward
         first = model.routers()[0]
         sums, counts = first.pending
-        model(x)                                                                                   # as checkpointing would
+        model(x)  # as checkpointing would
         assert torch.equal(first.pending[0], sums) and (counts.sum(-1) == 2 * 24).all()
         old = first.kmeans.counts.clone()
         model.update_centroids(), model.update_centroids()
@@ -414,10 +548,12 @@ def test_layers_for_encoders_and_padding():
     x, context = (torch.randn(2, n, 32, device=device_under_test()) for n in (20, 13))
     mask = torch.arange(20, device=x.device).expand(2, -1) < 15
     for membership in ("topw", "nearest"):
-        layer = RoutingAttention(32, 2, num_clusters=3, window=6, membership=membership, causal=False).to(x.device).train()
+        layer = (
+            RoutingAttention(32, 2, num_clusters=3, window=6, membership=membership, causal=False).to(x.device).train()
+        )
         out, aux = layer(x, context)
         assert out.shape == x.shape and bool(aux > 0)
-        assert int(layer.router.pending[1].sum()) == 2 * 2 * (20 + 13)                             # queries and keys
+        assert int(layer.router.pending[1].sum()) == 2 * 2 * (20 + 13)  # queries and keys
         out, _ = layer(x, mask=mask)
         cut, _ = layer(x[:, :15])
         assert (out[:, 15:] == 0).all() and (membership == "topw" or rel_error(out[:, :15], cut) < 1e-4)
@@ -427,20 +563,32 @@ def test_layers_for_encoders_and_padding():
 def test_two_backends_one_model():
     x, y = _tokens(1, 20), _tokens(1, 20, seed=1)
     for membership in ("topw", "nearest", "local", "full"):
-        models = [_small(membership, backend=b, depth=1, self_attention="fallback").train() for b in ("torch", "triton")]
+        models = [
+            _small(membership, backend=b, depth=1, self_attention="fallback").train() for b in ("torch", "triton")
+        ]
         losses = [m.loss(x, y) for m in models]
-        for loss in losses: loss.backward()
+        for loss in losses:
+            loss.backward()
         assert abs(float(losses[0].detach()) - float(losses[1].detach())) < 1e-4
-        for (name, a), (_, b) in zip(*(m.named_parameters() for m in models)): assert rel_error(b.grad, a.grad, 1e-6) < 1e-3, (membership, name)
+        for (name, a), (_, b) in zip(*(m.named_parameters() for m in models)):
+            assert rel_error(b.grad, a.grad, 1e-6) < 1e-3, (membership, name)
 
 
 def test_module_errors():
     good = dict(embed_dim=32, num_heads=4, local_heads=2)
-    check_raises(RoutingSelfAttention, [
-        (dict(local_heads=5), ValueError, ["local_heads", "5", "4"]), (dict(num_heads=3, local_heads=1), ValueError, ["num_heads", "3"]),
-        (dict(membership="best"), ValueError, ["membership", "best", "topw"]), (dict(num_clusters=0), ValueError, ["num_clusters", "0"]),
-        (dict(window=0), ValueError, ["window", "0"]), (dict(causal=False), ValueError, ["causal", "local_heads=0"]),
-        (dict(membership="full", share_qk=False), ValueError, ["share_qk", "full"])], **good)
+    check_raises(
+        RoutingSelfAttention,
+        [
+            (dict(local_heads=5), ValueError, ["local_heads", "5", "4"]),
+            (dict(num_heads=3, local_heads=1), ValueError, ["num_heads", "3"]),
+            (dict(membership="best"), ValueError, ["membership", "best", "topw"]),
+            (dict(num_clusters=0), ValueError, ["num_clusters", "0"]),
+            (dict(window=0), ValueError, ["window", "0"]),
+            (dict(causal=False), ValueError, ["causal", "local_heads=0"]),
+            (dict(membership="full", share_qk=False), ValueError, ["share_qk", "full"]),
+        ],
+        **good,
+    )
     layer = RoutingAttention(32, 2, num_clusters=3, window=6)
     x = torch.zeros(1, 4, 32)
     check_raises(layer, [(dict(context=x), ValueError, ["share_qk", "context"])], x=x)
@@ -448,17 +596,20 @@ def test_module_errors():
 
 def test_parameter_counts():
     d, f = 1032, 4096
-    layers = 22 * (4 * d * d + 3 * d * f + 4 * d) + 2 * d - 2 * (d // 8) * d       # two routing heads share queries and keys
+    layers = 22 * (4 * d * d + 3 * d * f + 4 * d) + 2 * d - 2 * (d // 8) * d  # two routing heads share queries and keys
     assert parameter_counts()["pg19, 8k"] == layers
     assert routing_model("pg19, 8k", 1, depth=2, skip_first=1).blocks[1].attention.head_dim == 129
     memberships = [count_parameters(_small(m)) for m in MEMBERSHIPS]
-    assert len(set(memberships)) == 1                                             # the controls have equal parameters
+    assert len(set(memberships)) == 1  # the controls have equal parameters
 
 
 @torch.no_grad()
 def test_maps_and_divergence():
     model, x = _small("nearest"), _tokens(1, 24)
-    layer, t = model.blocks[0].attention, torch.randn(1, 24, 32, generator=torch.Generator().manual_seed(0)).to(x.device)
+    layer, t = (
+        model.blocks[0].attention,
+        torch.randn(1, 24, 32, generator=torch.Generator().manual_seed(0)).to(x.device),
+    )
     maps = attention_maps(layer, t)
     assert maps.shape == (4, 24, 24) and (maps.sum(-1) - 1).abs().max() < 1e-2 and (maps.triu(1) == 0).all()
     v = layer.heads(t)[1][2]
@@ -468,7 +619,10 @@ def test_maps_and_divergence():
     p = torch.eye(3)
     assert divergence(p, p).abs().max() < 1e-6 and (divergence(p, p.roll(1, 0)) - math.log(2)).abs().max() < 1e-6
     a = np.array([0, 0, 1, 1, 2, 2])
-    assert abs(mutual_information(a, (a + 1) % 3) - 1) < 1e-9 and mutual_information(np.tile([0, 1], 6), np.repeat([0, 1], 6)) < 1e-9
+    assert (
+        abs(mutual_information(a, (a + 1) % 3) - 1) < 1e-9
+        and mutual_information(np.tile([0, 1], 6), np.repeat([0, 1], 6)) < 1e-9
+    )
     assert {r["pair"] for r in head_rows(model, x)} == {"routing, routing", "routing, local", "local, local"}
     health = cluster_health(_small("topw"), x)
     assert 0 < health["coverage"] < 1 and 0 < health["balance"] <= 1 and cluster_health(model, x)["coverage"] == 1

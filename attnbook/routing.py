@@ -18,11 +18,11 @@ __all__ = ['FAR_BELOW', 'CLUSTER_LAUNCH', 'CLUSTERS', 'SEGMENTS', 'CLUSTERS_SELF
            'ClusterCache', 'router_step', 'RoutingSelfAttention', 'RoutingAttention', 'GEGLU', 'RoutingBlock',
            'RoutingTransformerLM', 'routing_model', 'parameter_counts', 'leak_model', 'uniform_tokens',
            'gain_on_the_bound', 'leak_experiment', 'run_leak', 'longest', 'leak_summary', 'prefix_mismatch',
-           'future_changes', 'language_data', 'windows_of', 'bits_per_byte', 'cluster_health', 'attention_maps',
-           'divergence', 'head_rows', 'mutual_information', 'language_model', 'steps_within', 'language_experiment',
-           'run_language', 'recall_distance', 'recall_experiment', 'run_recall', 'clusters_for', 'route', 'exponent',
-           'scaling_experiment', 'gather_peer', 'gather_flash_peer', 'varlen_peer', 'flex_peer', 'bench_clusters',
-           'bench_segments', 'bench_crossover', 'bench_parts', 'break_even', 'claims']
+           'future_changes', 'language_data', 'windows_of', 'bits_per_byte', 'cluster_health', 'language_model',
+           'steps_within', 'language_experiment', 'run_language', 'attention_maps', 'divergence', 'head_rows',
+           'mutual_information', 'run_heads', 'recall_distance', 'recall_experiment', 'run_recall', 'clusters_for',
+           'route', 'exponent', 'scaling_experiment', 'gather_peer', 'gather_flash_peer', 'varlen_peer', 'flex_peer',
+           'bench_clusters', 'bench_segments', 'bench_crossover', 'bench_parts', 'break_even', 'claims']
 
 # %% ../nbs/4_long_context/routing.ipynb #34bc1bcf
 import hashlib
@@ -362,9 +362,9 @@ def route_scores_op(x: Tensor, centroids: Tensor) -> Tensor:
     return _assign(x, centroids, None, True)
 
 
-route_scores_op.register_fake(
-    lambda x, centroids: x.new_empty(*x.shape[:2], centroids.shape[1], x.shape[2], dtype=torch.float32)
-)
+@route_scores_op.register_fake
+def _(x, centroids):
+    return x.new_empty(*x.shape[:2], centroids.shape[1], x.shape[2], dtype=torch.float32)
 
 # %% ../nbs/4_long_context/routing.ipynb #2dab48c2
 @triton.jit
@@ -400,7 +400,9 @@ def select_topw_op(scores: Tensor, window: int) -> Tensor:
     return index
 
 
-select_topw_op.register_fake(lambda scores, window: scores.new_empty(*scores.shape[:-1], window, dtype=torch.int32))
+@select_topw_op.register_fake
+def _(scores, window):
+    return scores.new_empty(*scores.shape[:-1], window, dtype=torch.int32)
 
 # %% ../nbs/4_long_context/routing.ipynb #9b9f5b63
 def _check_route(x, centroids, mask):
@@ -575,7 +577,9 @@ def segment_tiles_op(offsets: Tensor, tiles: int, rows: int) -> Tensor:
     return table
 
 
-segment_tiles_op.register_fake(lambda offsets, tiles, rows: offsets.new_empty(*offsets.shape[:2], tiles, 2))
+@segment_tiles_op.register_fake
+def _(offsets, tiles, rows):
+    return offsets.new_empty(*offsets.shape[:2], tiles, 2)
 
 # %% ../nbs/4_long_context/routing.ipynb #9627e2d8
 @triton.jit
@@ -955,9 +959,9 @@ def cluster_sums_op(x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     return y
 
 
-cluster_sums_op.register_fake(
-    lambda x, order, offsets: x.new_empty(*x.shape[:2], offsets.shape[2] - 1, x.shape[3], dtype=torch.float32)
-)
+@cluster_sums_op.register_fake
+def _(x, order, offsets):
+    return x.new_empty(*x.shape[:2], offsets.shape[2] - 1, x.shape[3], dtype=torch.float32)
 
 # %% ../nbs/4_long_context/routing.ipynb #5055c9e5
 def cluster_sums(x: Tensor, segments: Segments, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -1712,65 +1716,6 @@ def _routed_tokens(model, x):
         hook.remove()
     return caught
 
-# %% ../nbs/4_long_context/routing.ipynb #1cbf83b4
-@torch.no_grad()
-def attention_maps(layer: RoutingSelfAttention, x: Tensor) -> Tensor:
-    "Weights of all heads of a layer for one sequence x `(1, n, embed_dim)`: `(heads, n, n)`, routing heads first."
-    (q, _, _), (lq, lk, _) = layer.heads(x)
-    n, parts = x.shape[1], []
-    for unit in torch.eye(n, device=x.device, dtype=q.dtype).split(64, 1):  # [n, up to 64]
-        value = lambda heads: unit[None, None].expand(1, heads, -1, -1)
-        outs = [layer.router(q, None, value(layer.routing_heads))[0]] if layer.routing_heads else []
-        if layer.local_heads:
-            outs.append(
-                relative_attention(
-                    lq,
-                    lk,
-                    value(layer.local_heads),
-                    layer.rel,
-                    block_size=layer.local_window,
-                    beyond="clip",
-                    backend=layer.backend,
-                )
-            )
-        parts.append(torch.cat(outs, 1)[0])
-    return torch.cat(parts, -1).float()
-
-
-def divergence(p: Tensor, q: Tensor) -> Tensor:
-    "Jensen–Shannon divergence of distributions along the last axis, in nats."
-    h = lambda x: torch.special.entr(x).sum(-1)
-    return h((p + q) / 2) - (h(p) + h(q)) / 2
-
-
-@torch.no_grad()
-def head_rows(model: nn.Module, x: Tensor) -> list[dict]:
-    """Mean divergence between kinds of heads, layer by layer, over queries of the second half that attend to anything.
-    x: one sequence of tokens `(1, n)`."""
-    inputs, rows = [], []
-    hooks = [b.attention.register_forward_pre_hook(lambda m, args: inputs.append((m, args[0]))) for b in model.blocks]
-    model(x)
-    for hook in hooks:
-        hook.remove()
-    for i, (layer, t) in enumerate(inputs):
-        p = attention_maps(layer, t)[:, x.shape[1] // 2 :]  # [heads, queries, n]
-        kind, some = ["routing"] * layer.routing_heads + ["local"] * layer.local_heads, p.sum(-1) > 0.5
-        pairs = {}
-        for a, b in ((a, b) for a in range(len(p)) for b in range(a)):
-            both = some[a] & some[b]
-            if both.any():
-                pairs.setdefault(f"{kind[b]}, {kind[a]}", []).append(float(divergence(p[a][both], p[b][both]).mean()))
-        rows += [dict(layer=i, pair=name, divergence=float(np.mean(v))) for name, v in pairs.items()]
-    return rows
-
-
-def mutual_information(a, b) -> float:
-    "Normalised mutual information of two labellings (arrays of integers): 0 independent, 1 the same."
-    table = np.histogram2d(a, b, bins=(np.arange(max(a) + 2), np.arange(max(b) + 2)))[0] / len(a)
-    entropy = lambda p: -float((p[p > 0] * np.log(p[p > 0])).sum())
-    ha, hb = entropy(table.sum(1)), entropy(table.sum(0))
-    return (ha + hb - entropy(table)) / max((ha + hb) / 2, 1e-12)
-
 # %% ../nbs/4_long_context/routing.ipynb #0ee4b7c7
 def language_model(membership: str, cfg: dict, seed: int = 0) -> RoutingTransformerLM:
     torch.manual_seed(seed)
@@ -1848,8 +1793,7 @@ def run_language(
     preset: str = "cpu", device="cpu", seed: int = 0, budget: float | None = None, memberships=None
 ) -> dict[str, nn.Module]:
     """The language models of a preset, `budget` seconds of training in all (default: the preset's); records a row for
-    each, and rows about what the heads attend to. Returns the models. Preset "gpu" is meant to take about 4 minutes on
-    an H100, compilation included."""
+    each. Returns the models. Preset "gpu" is meant to take about 4 minutes on an H100, compilation included."""
     cfg, models = LANGUAGE[preset], {}
     memberships, data = memberships or cfg["memberships"], language_data()
     digest = hashlib.sha256(data[0].numpy().tobytes()).hexdigest()[:12]
@@ -1867,19 +1811,73 @@ def run_language(
             data=digest,
             **row,
         )
-        x = windows_of(data[1], cfg["maps"], 1)[0].to(device)
-        for found in head_rows(models[m], x):
-            record(
-                "routing",
-                "heads",
-                key=("membership", "layer", "pair", "training"),
-                device=device,
-                seed=seed,
-                training=preset,
-                membership=m,
-                **found,
-            )
     return models
+
+# %% ../nbs/4_long_context/routing.ipynb #4b193ec4
+@torch.no_grad()
+def attention_maps(layer: RoutingSelfAttention, x: Tensor) -> Tensor:
+    "Weights of all heads of a layer for one sequence x `(1, n, embed_dim)`: `(heads, n, n)`, routing heads first."
+    (q, _, _), (lq, lk, _) = layer.heads(x)
+    n, parts = x.shape[1], []
+    for unit in torch.eye(n, device=x.device, dtype=q.dtype).split(64, 1):  # [n, up to 64]
+        value = lambda heads: unit[None, None].expand(1, heads, -1, -1)
+        outs = [layer.router(q, None, value(layer.routing_heads))[0]] if layer.routing_heads else []
+        if layer.local_heads:
+            outs.append(
+                relative_attention(
+                    lq,
+                    lk,
+                    value(layer.local_heads),
+                    layer.rel,
+                    block_size=layer.local_window,
+                    beyond="clip",
+                    backend=layer.backend,
+                )
+            )
+        parts.append(torch.cat(outs, 1)[0])
+    return torch.cat(parts, -1).float()
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    "Jensen–Shannon divergence of distributions along the last axis, in nats."
+    h = lambda x: torch.special.entr(x).sum(-1)
+    return h((p + q) / 2) - (h(p) + h(q)) / 2
+
+
+@torch.no_grad()
+def head_rows(model: nn.Module, x: Tensor) -> list[dict]:
+    """Mean divergence between kinds of heads, layer by layer, over queries of the second half that attend to anything.
+    x: one sequence of tokens `(1, n)`."""
+    inputs, rows = [], []
+    hooks = [b.attention.register_forward_pre_hook(lambda m, args: inputs.append((m, args[0]))) for b in model.blocks]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    for i, (layer, t) in enumerate(inputs):
+        p = attention_maps(layer, t)[:, x.shape[1] // 2 :]  # [heads, queries, n]
+        kind, some = ["routing"] * layer.routing_heads + ["local"] * layer.local_heads, p.sum(-1) > 0.5
+        pairs = {}
+        for a, b in ((a, b) for a in range(len(p)) for b in range(a)):
+            both = some[a] & some[b]
+            if both.any():
+                pairs.setdefault(f"{kind[b]}, {kind[a]}", []).append(float(divergence(p[a][both], p[b][both]).mean()))
+        rows += [dict(layer=i, pair=name, divergence=float(np.mean(v))) for name, v in pairs.items()]
+    return rows
+
+
+def mutual_information(a, b) -> float:
+    "Normalised mutual information of two labellings (arrays of integers): 0 independent, 1 the same."
+    table = np.histogram2d(a, b, bins=(np.arange(max(a) + 2), np.arange(max(b) + 2)))[0] / len(a)
+    entropy = lambda p: -float((p[p > 0] * np.log(p[p > 0])).sum())
+    ha, hb = entropy(table.sum(1)), entropy(table.sum(0))
+    return (ha + hb - entropy(table)) / max((ha + hb) / 2, 1e-12)
+
+# %% ../nbs/4_long_context/routing.ipynb #8b755eb3
+def run_heads(models: dict[str, nn.Module], preset: str = "cpu", device="cpu", seed: int = 0) -> list[dict]:
+    "Divergences of the heads of trained models (`run_language`) on validation text; records its rows."
+    x = windows_of(language_data()[1], LANGUAGE[preset]["maps"], 1)[0].to(device)
+    return [record("routing", "heads", key=("membership", "layer", "pair", "training"), device=device, seed=seed,
+                   training=preset, membership=m, **row) for m, model in models.items() for row in head_rows(model, x)]
 
 # %% ../nbs/4_long_context/routing.ipynb #aded55da
 RECALL = {
@@ -2171,8 +2169,8 @@ def bench_segments():
             ("flex, mask given", partial(flex_peer, anew=False)),
             ("flex, mask made anew", partial(flex_peer, anew=True)),
         ):
-            if name.endswith("anew") and n > 8192:
-                continue  # n^2 / 2 predicates in each call
+            if name.startswith("flex") and n > 8192:
+                continue  # a mask over all pairs of blocks
             peers[name] = _or_error(make, m)
         yield from compare(
             {"n": n, "k": k},

@@ -604,6 +604,14 @@ def test_parameter_counts():
 
 
 @torch.no_grad()
+def test_honest_bits():
+    x, y = (t.cpu() for t in (_tokens(2, 24), _tokens(2, 24, seed=1)))
+    for m in ("nearest", "topw"):
+        found = bits_per_byte(_small(m), x, y, device_under_test(), False, prefixes=8)
+        assert (abs(found["prefix"] - found["same"]) < 1e-4) == (m == "nearest"), (m, found)
+
+
+@torch.no_grad()
 def test_maps_and_divergence():
     model, x = _small("nearest"), _tokens(1, 24)
     layer, t = (
@@ -626,11 +634,3 @@ def test_maps_and_divergence():
     assert {r["pair"] for r in head_rows(model, x)} == {"routing, routing", "routing, local", "local, local"}
     health = cluster_health(_small("topw"), x)
     assert 0 < health["coverage"] < 1 and 0 < health["balance"] <= 1 and cluster_health(model, x)["coverage"] == 1
-
-
-@torch.no_grad()
-def test_honest_bits():
-    x, y = (t.cpu() for t in (_tokens(2, 24), _tokens(2, 24, seed=1)))
-    for m in ("nearest", "topw"):
-        found = bits_per_byte(_small(m), x, y, device_under_test(), False, prefixes=8)
-        assert (abs(found["prefix"] - found["same"]) < 1e-4) == (m == "nearest"), (m, found)

@@ -132,7 +132,6 @@ def _cases():
         ("routing nearest, fallback", lambda: routed(1, 2, 4096, 64, 64, last_resort="fallback")),
         ("routing nearest, head_dim 128", lambda: routed(1, 2, 4096, 64, 128)),
         ("routing nearest, float32", lambda: routed(1, 2, 2048, 16, 64, dtype=torch.float32)),
-        ("routing top-w, float32", lambda: routed(1, 2, 2048, 16, 64, 128, dtype=torch.float32)),
         ("band with last resort", lambda: both_ways(routing.plain_attention, *tensors(*[(1, 2, BIG, 64)] * 2), window=256, self_attention="fallback")),
     ]
     return cases

@@ -1081,7 +1081,9 @@ def plain_attention(
 
 # %% ../nbs/4_long_context/routing.ipynb #5c188d03
 class Router(nn.Module):
-    """Routes q `(B, H, n, d)`, k (None: shared, K = Q) and v to an output `(B, H, n, dv)`, and says what it costs.
+    """Routes q `(B, H, n, d)`, k (None: shared, K = Q) and v: the output `(B, H, n, dv)` and the commitment loss.
+
+    `mask`, `key_mask` `(B, length)`: False for padding among queries and keys.
 
     In training it keeps the statistics for the centroids; `update` applies them, and nothing else changes the
     centroids. Call it once per training step, after the forward. (A repeated forward, as in checkpointing, does no
@@ -1136,11 +1138,10 @@ class Router(nn.Module):
         aux = x.new_zeros((), dtype=torch.float32)
         if self.membership in ("local", "full"):
             return plain_attention(x, v, window=self.window if self.membership == "local" else None, **self.how), aux
-        sides = (
-            [(x, mask)]
-            if k is None
-            else [(x, mask), (y, mask if k.shape[2] == q.shape[2] and key_mask is None else key_mask)]
-        )
+        if k is not None and (mask is None) != (key_mask is None):  # padding on one side only
+            ones = lambda t: torch.ones(t.shape[0], t.shape[2], dtype=torch.bool, device=t.device)
+            mask, key_mask = ones(x) if mask is None else mask, ones(y) if key_mask is None else key_mask
+        sides = [(x, mask)] if k is None else [(x, mask), (y, key_mask)]
         found = [self.members(*side) for side in sides]
         if self.training and found[0][1] is not None:
             aux = sum(self.kmeans.loss(t, s, m) for (t, m), (_, s) in zip(sides, found))
@@ -1271,7 +1272,7 @@ class RoutingSelfAttention(nn.Module):
         routed, local = self.heads(x)
         outs, aux = [], x.new_zeros((), dtype=torch.float32)
         if self.routing_heads:
-            out, aux = self.router(*routed, mask)
+            out, aux = self.router(*routed, mask, None if self.share_qk else mask)
             outs.append(out)
         if self.local_heads:
             outs.append(relative_attention(*local, self.rel, block_size=self.local_window, beyond="clip",
@@ -1345,7 +1346,8 @@ class RoutingAttention(nn.Module):
         source = x if context is None else context
         split = lambda t: t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         k = None if self.share_qk else split(self.k(source))
-        out, aux = self.router(split(self.q(x)), k, split(self.v(source)), mask, context_mask)
+        key_mask = (None if self.share_qk else mask) if context is None else context_mask
+        out, aux = self.router(split(self.q(x)), k, split(self.v(source)), mask, key_mask)
         return self.out(out.transpose(1, 2).flatten(2)), aux
 
 # %% ../nbs/4_long_context/routing.ipynb #e7225871

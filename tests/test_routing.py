@@ -558,6 +558,9 @@ def test_layers_for_encoders_and_padding():
         cut, _ = layer(x[:, :15])
         assert (out[:, 15:] == 0).all() and (membership == "topw" or rel_error(out[:, :15], cut) < 1e-4)
         assert int(layer.router.pending[1].sum()) == 2 * 2 * 30
+        out, _ = layer(x, context, mask=mask)
+        cut, _ = layer(x[:, :15], context)
+        assert (out[:, 15:] == 0).all() and (membership == "topw" or rel_error(out[:, :15], cut) < 1e-4)
 
 
 def test_two_backends_one_model():
@@ -592,6 +595,9 @@ def test_module_errors():
     layer = RoutingAttention(32, 2, num_clusters=3, window=6)
     x = torch.zeros(1, 4, 32)
     check_raises(layer, [(dict(context=x), ValueError, ["share_qk", "context"])], x=x)
+
+
+
 
 
 def test_parameter_counts():

@@ -1072,7 +1072,7 @@ def plain_attention(
     "Causal attention with shared queries and keys x, to everything or the last `window` tokens: the controls."
     n, scale = x.shape[2], x.shape[-1] ** -0.5 if scale is None else scale
     if resolve_backend(backend, x) == "torch":
-        bias = torch.eye(n, device=x.device, dtype=x.dtype) * FAR_BELOW if self_attention == "fallback" else None
+        bias = torch.eye(n, device=x.device) * FAR_BELOW if self_attention == "fallback" else None
         return attention_reference(x, x, v, is_causal=True, window_size=window, bias=bias, scale=scale)
     program = BAND_SELF if self_attention == "fallback" else BAND
     return tile_attention(
@@ -1220,12 +1220,7 @@ def router_step(router: Router, q: Tensor, v: Tensor, cache: ClusterCache) -> Te
     take = lambda t: t.gather(2, rows.clamp_min(0)[..., None].expand(-1, -1, -1, t.shape[-1]))
     bias = (rows == cache.length - 1)[:, :, None] * FAR_BELOW if router.how["self_attention"] == "fallback" else None
     return attention_reference(
-        x,
-        take(cache.x),
-        take(cache.v),
-        mask=(rows >= 0)[:, :, None],
-        scale=router.how["scale"],
-        bias=None if bias is None else bias.to(x.dtype),
+        x, take(cache.x), take(cache.v), mask=(rows >= 0)[:, :, None], scale=router.how["scale"], bias=bias
     )
 
 # %% ../nbs/4_long_context/routing.ipynb #9860a488

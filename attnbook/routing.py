@@ -2274,7 +2274,7 @@ def _total_speed(n=65536, method="ours"):
 
 
 def break_even(method: str = "ours") -> float | None:
-    "The smallest measured length from which on routing is faster, both passes together, than plain attention; inf: none."
+    "The smallest measured length from which on routing is faster than plain attention, both passes; inf: none."
     lengths = sorted({r["n"] for r in _gpu("crossover")})
     faster = [(n, s > 1) for n in lengths if (s := _total_speed(n, method))]
     return next((n for i, (n, _) in enumerate(faster) if all(f for _, f in faster[i:])), math.inf if faster else None)

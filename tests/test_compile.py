@@ -75,7 +75,7 @@ def _cases():
         ("neighborhood 2-d, float32", lambda: near((1, 2, 64, 64, 64), 13, dtype=torch.float32)),
         ("neighborhood 3-d", lambda: near((1, 2, 16, 24, 32, 128), 9)),
     ]
-    from attnbook import autoint, davit, music
+    from attnbook import autoint, convit, davit, music
 
     def relative(L, D, M, dtype=torch.bfloat16, **options):
         both_ways(music.relative_attention, *tensors(*[(1, 2, L, D)] * 3, (2, M, D), dtype=dtype), **options)
@@ -108,6 +108,20 @@ def _cases():
         ("window 16", lambda: windows((2, 8, 128, 128, 32), 16)),
         ("window 7, float32", lambda: windows((2, 3, 56, 56, 32), 7, dtype=torch.float32)),
     ]
+
+    def gpsa(B, H, grid, D, dtype=torch.bfloat16, **options):
+        N = grid[0] * grid[1]
+        both_ways(convit.gpsa, *tensors(*[(B, H, N, D)] * 3, (H, 3), (H,), dtype=dtype), grid_size=grid, **options)
+
+    cases += [
+        ("gpsa, 14 x 14", lambda: gpsa(256, 6, (14, 14), 64)),
+        ("gpsa, 14 x 14, head_dim 48", lambda: gpsa(64, 9, (14, 14), 48)),
+        ("gpsa, 16 x 16", lambda: gpsa(64, 4, (16, 16), 64)),
+        ("gpsa, one row", lambda: gpsa(64, 4, (1, 250), 32)),
+        ("gpsa, float32", lambda: gpsa(64, 4, (8, 8), 64, dtype=torch.float32)),
+        ("gpsa, composed", lambda: gpsa(64, 6, (14, 14), 64, route="composed")),
+        ("gpsa packed", lambda: both_ways(convit.gpsa_packed, *tensors((64, 196, 3 * 384), (6, 3), (6,)), grid_size=(14, 14))),
+    ]
     return cases
 
 
@@ -128,7 +142,7 @@ def _compile_all(arch: str, part: int, parts: int) -> list[dict]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    from attnbook import autoint, davit, engine, music, neighborhood
+    from attnbook import autoint, convit, davit, engine, music, neighborhood
 
     class Driver:
         get_current_target = lambda self: GPUTarget("cuda", ARCHES[arch][0], 32)
@@ -147,7 +161,7 @@ def _compile_all(arch: str, part: int, parts: int) -> list[dict]:
 
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = compile_only
-    for module in (engine, neighborhood, music, autoint, davit):
+    for module in (engine, neighborhood, music, autoint, davit, convit):
         module.arch_of = lambda device: arch
         module.resolve_backend = lambda backend, tensor: "triton"
     if arch != "sm90":

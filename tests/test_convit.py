@@ -119,11 +119,17 @@ CASES = [
 ]
 
 
+def check_kernel(route, grid, d, dtype):
+    "The composed route sums the gate's gradient over parts that have been rounded."
+    grad_tol = 5e-3 if route == "composed" and dtype == torch.float16 else None
+    check_against_reference(make_op(grid, backend="triton", route=route), make_reference(grid), example(*grid, d=d),
+                            dtype=dtype, grad_tol=grad_tol, floor=1e-2)
+
+
 @pytest.mark.parametrize("route, grid, d", CASES)
 def test_kernels_against_reference(route, grid, d):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        check_against_reference(make_op(grid, backend="triton", route=route), make_reference(grid),
-                                example(*grid, d=d), dtype=dtype, floor=1e-2)
+        check_kernel(route, grid, d, dtype)
 
 
 def test_torch_backend_against_reference():
@@ -143,8 +149,7 @@ def test_real_sizes_on_the_gpu():
         ("composed", (14, 14), 128),
     ):
         for dtype in (torch.float16, torch.bfloat16):
-            check_against_reference(make_op(grid, backend="triton", route=route), make_reference(grid),
-                                    example(*grid, d=d), dtype=dtype, floor=1e-2)
+            check_kernel(route, grid, d, dtype)
 
 
 @pytest.mark.parametrize("route", ["fused", "composed"])

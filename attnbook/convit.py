@@ -1141,13 +1141,13 @@ class AddedScores(GPSA):
 EXPERIMENTS = {
     "cpu": dict(
         data="mnist5k", size=28, patch=7, channels=1, dim=36, heads=9, depth=3, gpsa_layers=2,
-        steps=200, long=400, batch=32, lr=3e-3, seeds=1, test=300, fractions=(0.05, 0.3, 1.0), ablation=(0.05, 1.0), strengths=(0.1, 1.0, 5.0),
-        layers=(0, 2, 3), sizes=((28, 28), (42, 42), (28, 42)),
+        steps=200, long=400, batch=32, lr=3e-3, seeds=1, test=300, fractions=(0.05, 0.3, 1.0), ablation=(0.05, 1.0),
+        strengths=(0.1, 1.0, 5.0), layers=(0, 2, 3), sizes=((28, 28), (42, 42), (28, 42)),
     ),
     "gpu": dict(
         data="mnist_m", size=32, patch=4, channels=3, dim=144, heads=9, depth=6, gpsa_layers=5,
-        steps=500, long=2500, batch=256, lr=2e-3, seeds=3, test=1000, fractions=(0.05, 0.1, 0.3, 0.5, 1.0), ablation=(0.1, 1.0),
-        strengths=(0.1, 0.5, 1.0, 2.0, 5.0), layers=(0, 2, 5, 6), sizes=((32, 32), (48, 48), (32, 48)),
+        steps=500, long=2500, batch=256, lr=2e-3, seeds=3, test=1000, fractions=(0.05, 0.1, 0.3, 0.5, 1.0),
+        ablation=(0.1, 1.0), strengths=(0.1, 0.5, 1.0, 2.0, 5.0), layers=(0, 2, 5, 6), sizes=((32, 32), (48, 48), (32, 48)),
     ),
 }
 KINDS = ("ConViT", "frozen gates", "no conv init", "added scores", "DeiT")

@@ -375,7 +375,7 @@ def gpsa_backward_dkv(
         delta = tl.load(DELTA + bh.to(tl.int64) * N + i, mask=i < N, other=0.0)
         s = tl.dot(k, q.T, input_precision=PRECISION) * scale                               # [BN, BM]
         p = tl.exp2(s - lse[None, :]) * rest
-        a = p + gate * place_tile(P, h, i, j, LP, True)                                      # columns of A
+        a = p + gate * place_tile(P, h, i, j, LP, True)                                     # columns of A
         dv = tl.dot(a.to(do.dtype), do, dv, input_precision=PRECISION)                      # [BN, BD]
         da = tl.dot(v, do.T, input_precision=PRECISION)                                     # [BN, BM]
         p *= da - delta[None, :]
@@ -453,7 +453,8 @@ def _fused_forward(q, k, v, pos_weight, gate_logit, out, Y, X, scale):
     p = fused_launch("forward", q.dtype, q.device)
     sizes, first = key_chunks(N, p.BN)
     tiles = -(-N // p.BM)
-    shares = min(tiles, max(1, -(-264 // (B * H)))) if q.is_cuda else min(tiles, 2)
+    wanted = -(-264 // (B * H)) if q.is_cuda else 2                  # two programs for each processor of an H100
+    shares = min(tiles, max(1, wanted))
     share = -(-tiles // shares)
     shares = -(-tiles // share)
     gpsa_forward[(shares * B * H,)](
@@ -808,6 +809,7 @@ def gpsa_packed(
     if not isinstance(qkv, Tensor) or not qkv.is_floating_point():
         raise TypeError("qkv must be a floating-point tensor")
     grid_size = _check_grid(grid_size)
+    _check_head_parameters(pos_weight, gate_logit, None)
     heads = len(gate_logit)
     if qkv.dim() != 3 or qkv.shape[2] % (3 * heads) or qkv.shape[2] == 0:
         raise ValueError(f"qkv must be (batch, N, 3 * channels), channels a multiple of the {heads} heads, "
@@ -1147,7 +1149,8 @@ EXPERIMENTS = {
     "gpu": dict(
         data="mnist_m", size=32, patch=4, channels=3, dim=144, heads=9, depth=6, gpsa_layers=5,
         steps=500, long=2500, batch=256, lr=2e-3, seeds=3, test=1000, fractions=(0.05, 0.1, 0.3, 0.5, 1.0),
-        ablation=(0.1, 1.0), strengths=(0.1, 0.5, 1.0, 2.0, 5.0), layers=(0, 2, 5, 6), sizes=((32, 32), (48, 48), (32, 48)),
+        ablation=(0.1, 1.0), strengths=(0.1, 0.5, 1.0, 2.0, 5.0), layers=(0, 2, 5, 6),
+        sizes=((32, 32), (48, 48), (32, 48)),
     ),
 }
 KINDS = ("ConViT", "frozen gates", "no conv init", "added scores", "DeiT")

@@ -356,7 +356,8 @@ def test_refusals():
         op, [(dict(route="fused", backend="triton"), ValueError, ["fused", "400", "composed"])], q=long, k=long,
         v=long, pos_weight=w[:1], gate_logit=gate[:1], grid_size=(20, 20), route="auto", backend="torch",
     )
-    check_raises(gpsa_packed, [(dict(qkv=torch.zeros(1, 15, 40, device=q.device)), ValueError, ["qkv", "4"])],
+    check_raises(gpsa_packed, [(dict(qkv=torch.zeros(1, 15, 40, device=q.device)), ValueError, ["qkv", "4"]),
+                               (dict(gate_logit=0.5), TypeError, "gate_logit"), (dict(qkv=q.long()), TypeError, "qkv")],
                  qkv=torch.zeros(1, 15, 48, device=q.device), pos_weight=w, gate_logit=gate, grid_size=(3, 5))
 
 

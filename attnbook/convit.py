@@ -6,18 +6,17 @@
 __all__ = ['FUSED', 'ROUTES', 'VARIANTS', 'DEITS', 'convit_tiny', 'convit_small', 'convit_base', 'convit_tiny_plus',
            'convit_small_plus', 'convit_base_plus', 'deit_tiny', 'deit_small', 'deit_base', 'PARAMETERS',
            'DEIT_PARAMETERS', 'PUBLISHED_GMACS', 'EXPERIMENTS', 'KINDS', 'FIVE', 'MODULE_PARAMETERS', 'CANDIDATES',
-           'HERE', 'relative_positions', 'positional_scores', 'gpsa_attention_reference', 'gpsa_reference',
-           'conv_init_', 'axis_scores', 'positional_factors', 'positional_attention', 'gpsa_cost', 'axis_softmax',
-           'positional_table', 'place_tile', 'gates', 'token_rows', 'load_tokens', 'store_tokens', 'gpsa_forward',
-           'gpsa_backward_dq', 'gpsa_backward_dkv', 'key_chunks', 'register_fused', 'fused_launch', 'fused_fits',
-           'gpsa_fused_op', 'gpsa_fused_backward_op', 'gpsa_packed_op', 'gpsa_packed_backward_op', 'mix_forward',
-           'mix_backward', 'gated_mix_op', 'gated_mix_backward_op', 'gpsa', 'gpsa_packed', 'GPSA', 'init_linear',
-           'square_grid', 'SelfAttention', 'Block', 'ConViT', 'DeiT', 'convit', 'deit', 'parameter_formula',
-           'count_parameters', 'convit_macs', 'from_timm', 'nonlocality', 'model_nonlocality', 'model_gates',
-           'AddedScores', 'small_vit', 'experiment_data', 'class_share', 'Experiments', 'sample_efficiency',
-           'escaping_locality', 'ablation', 'strength_and_layers', 'resolution_transfer', 'run_experiments',
-           'flex_twice', 'bench_core', 'functional', 'timm_gpsa', 'bench_module', 'bench_training', 'tune_gpsa',
-           'paper_claims', 'claims']
+           'relative_positions', 'positional_scores', 'gpsa_attention_reference', 'gpsa_reference', 'conv_init_',
+           'axis_scores', 'positional_factors', 'positional_attention', 'gpsa_cost', 'axis_softmax', 'positional_table',
+           'place_tile', 'gates', 'token_rows', 'load_tokens', 'store_tokens', 'gpsa_forward', 'gpsa_backward_dq',
+           'gpsa_backward_dkv', 'key_chunks', 'register_fused', 'fused_launch', 'fused_fits', 'gpsa_fused_op',
+           'gpsa_fused_backward_op', 'gpsa_packed_op', 'gpsa_packed_backward_op', 'mix_forward', 'mix_backward',
+           'gated_mix_op', 'gated_mix_backward_op', 'gpsa', 'gpsa_packed', 'GPSA', 'init_linear', 'square_grid',
+           'SelfAttention', 'Block', 'ConViT', 'DeiT', 'convit', 'deit', 'parameter_formula', 'count_parameters',
+           'convit_macs', 'from_timm', 'nonlocality', 'model_nonlocality', 'model_gates', 'AddedScores', 'small_vit',
+           'experiment_data', 'class_share', 'Experiments', 'sample_efficiency', 'escaping_locality', 'ablation',
+           'strength_and_layers', 'resolution_transfer', 'run_experiments', 'flex_twice', 'bench_core', 'functional',
+           'timm_gpsa', 'bench_module', 'bench_training', 'tune_gpsa', 'paper_claims', 'claims']
 
 # %% ../nbs/2_position/convit.ipynb #f81f9ef6
 import math
@@ -1142,12 +1141,12 @@ class AddedScores(GPSA):
 # %% ../nbs/2_position/convit.ipynb #3a1c6cda
 EXPERIMENTS = {
     "cpu": dict(
-        data="mnist5k", size=28, patch=7, channels=1, dim=36, heads=9, depth=3, gpsa_layers=2,
+        data="mnist5k", size=28, patch=7, dim=36, heads=9, depth=3, gpsa_layers=2,
         steps=200, long=400, batch=32, lr=3e-3, seeds=1, test=300, fractions=(0.05, 0.3, 1.0), ablation=(0.05, 1.0),
         strengths=(0.1, 1.0, 5.0), layers=(0, 2, 3), sizes=((28, 28), (42, 42), (28, 42)),
     ),
     "gpu": dict(
-        data="mnist_m", size=32, patch=4, channels=3, dim=144, heads=9, depth=6, gpsa_layers=5,
+        data="mnist_m", size=32, patch=4, dim=144, heads=9, depth=6, gpsa_layers=5,
         steps=500, long=2500, batch=256, lr=2e-3, seeds=3, test=1000, fractions=(0.05, 0.1, 0.3, 0.5, 1.0),
         ablation=(0.1, 1.0), strengths=(0.1, 0.5, 1.0, 2.0, 5.0), layers=(0, 2, 5, 6),
         sizes=((32, 32), (48, 48), (32, 48)),
@@ -1157,7 +1156,7 @@ KINDS = ("ConViT", "frozen gates", "no conv init", "added scores", "DeiT")
 
 # %% ../nbs/2_position/convit.ipynb #7ca30d0a
 def small_vit(
-    kind: str, *, size, patch, channels, dim, heads, depth, gpsa_layers, locality_strength=1.0, **_
+    kind: str, *, size, patch, dim, heads, depth, gpsa_layers, channels=3, locality_strength=1.0, **_
 ) -> ConViT:
     "One of `KINDS` for 10 classes; all of one width and depth."
     if kind not in KINDS:
@@ -1197,16 +1196,19 @@ def class_share(y: Tensor, fraction: float, seed: int = 0) -> Tensor:
 class Experiments:
     """The five experiments of the chapter with one preset's settings. Runs that several of them need are trained once.
 
-    `preset` 'cpu' or 'gpu'; `device`; `seed` the first seed; `steps` other than the preset's.
+    `preset` 'cpu' or 'gpu'; `device`; `seed` the first seed; `steps` and `data` (a name `image_classification` knows)
+    other than the preset's.
     """
-    def __init__(self, preset: str = "cpu", device: str = "cpu", seed: int = 0, steps: int = 0):
+    def __init__(self, preset: str = "cpu", device: str = "cpu", seed: int = 0, steps: int = 0, data: str = ""):
         if preset not in EXPERIMENTS:
             raise ValueError(f"preset must be one of {', '.join(EXPERIMENTS)}, got {preset!r}")
         self.preset, self.device = preset, device
-        self.settings = EXPERIMENTS[preset] | (dict(steps=steps, long=steps) if steps else {})
+        self.settings = {**EXPERIMENTS[preset], **(dict(steps=steps, long=steps) if steps else {})}
         self.seeds = range(seed, seed + self.settings["seeds"])
         c = self.settings
+        c["data"] = data or c["data"]
         self.data, self.trained = experiment_data(c["data"], c["size"], c["test"]), {}
+        c["channels"] = self.data[0].shape[1]
 
     def train(self, kind: str, fraction: float, run: int, **changes):
         "The trained model, and a row with what it was, its accuracy, and gates and nonlocality over training."
@@ -1236,7 +1238,7 @@ class Experiments:
         )
         at = [0] + [e["step"] for e in history.evals]
         return model, dict(
-            kind=kind, fraction=fraction, run=run, steps=c["steps"],
+            kind=kind, data=c["data"], fraction=fraction, run=run, steps=c["steps"],
             locality_strength=c.get("locality_strength", 1.0), gpsa_layers=c["gpsa_layers"] if kind != "DeiT" else 0,
             accuracy=history.evals[-1]["value"], loss=float(np.mean(history.loss[-10:])),
             parameters=sum(p.numel() for p in model.parameters()), images=len(rows), at=at, snapshots=snapshots,
@@ -1260,7 +1262,7 @@ def escaping_locality(e: Experiments) -> list[dict]:
     for kind in ("ConViT", "DeiT"):
         for run in e.seeds:
             r = e.train(kind, 1.0, run, **({} if c["long"] == c["steps"] else dict(steps=c["long"])))[1]
-            rows += [dict(kind=kind, run=run, steps=r["steps"], at=at, **s) for at, s in zip(r["at"], r["snapshots"])]
+            rows += [dict(kind=kind, data=r["data"], run=run, steps=r["steps"], at=at, **s) for at, s in zip(r["at"], r["snapshots"])]
     return e.write("locality", ("kind", "run", "steps", "at"), rows, drop=())
 
 
@@ -1295,7 +1297,7 @@ def resolution_transfer(e: Experiments) -> list[dict]:
             model, trained = e.train(kind, 1.0, run)
             for size in e.settings["sizes"]:
                 images = F.interpolate(tx, size, mode="bilinear", antialias=True, align_corners=False)
-                rows.append(dict(kind=kind, run=run, steps=trained["steps"], height=size[0], width=size[1],
+                rows.append(dict(kind=kind, data=trained["data"], run=run, steps=trained["steps"], height=size[0], width=size[1],
                                  accuracy=evaluate_accuracy(model, images, ty, batch_size=250, device=e.device)))
     return e.write("resolution", ("kind", "run", "steps", "height", "width"), rows)
 
@@ -1303,11 +1305,12 @@ def resolution_transfer(e: Experiments) -> list[dict]:
 FIVE = (sample_efficiency, escaping_locality, ablation, strength_and_layers, resolution_transfer)
 
 
-def run_experiments(preset: str = "gpu", device: str = "cuda", seed: int = 0, steps: int = 0, only=None, show=print):
+def run_experiments(preset: str = "gpu", device: str = "cuda", seed: int = 0, steps: int = 0, data: str = "", only=None,
+                    show=print):
     """All five, or those whose names `only` lists, recorded; returns the rows.
 
     An estimate for the gpu preset on an H100: 8 minutes, 2 of them for `escaping_locality`."""
-    e, rows = Experiments(preset, device, seed, steps), []
+    e, rows = Experiments(preset, device, seed, steps, data), []
     for experiment in FIVE:
         if only is not None and experiment.__name__ not in only: continue
         found = experiment(e)
@@ -1388,6 +1391,7 @@ def bench_module():
         }
         theirs = timm_gpsa(C, heads, side)
         if theirs is not None: peers |= {"timm": functional(theirs), "timm compiled": torch.compile(functional(theirs))}
+        if B == 128: peers = {m: fn for m, fn in peers.items() if m in ("ours", "timm compiled")}
         values = dict(ours.named_parameters())
         inputs = [
             torch.randn(B, N, C, device="cuda", dtype=torch.bfloat16),
@@ -1415,7 +1419,7 @@ def bench_training():
         x, y = torch.randn(batch, 3, 224, 224, device="cuda"), torch.randint(1000, (batch,), device="cuda")
         row = dict(method=name, batch=batch, ms=None, images_per_s=None, peak_mb=None)
         try:
-            timing = measure(training_step(make(name), x, y), warmup_ms=1000, rep_ms=2000, device="cuda")
+            timing = measure(training_step(make(name), x, y), warmup_ms=500, rep_ms=1500, device="cuda")
             row |= dict(ms=timing.ms, images_per_s=batch / timing.ms * 1e3, peak_mb=timing.peak_bytes / 1e6)
         except Exception as e:
             row["note"] = f"{type(e).__name__}: {e}"[:300]
@@ -1581,7 +1585,10 @@ def _training_speedup():
     return max(ours) / theirs["images_per_s"] if ours and theirs else None
 
 # %% ../nbs/2_position/convit.ipynb #e3f651a0
-HERE = "10 classes of MNIST-M, 3 seeds, twin of equal width and depth"
+def _here():
+    "On what the gpu preset's experiments were run."
+    names = sorted({r["data"] for r in load_results("convit", "sample_efficiency", preset="gpu")})
+    return f"10 classes of {', '.join(names) or EXPERIMENTS['gpu']['data']}, 3 seeds, twin of equal width and depth"
 
 
 def _grade(good, fair): return "holds" if good else "holds in part" if fair else "does not hold here"
@@ -1611,27 +1618,28 @@ def _counted_gmacs():
 def paper_claims():
     "The paper's claims that small networks can speak to."
     from attnbook.book import Claim
+    here = _here()
     return [
         Claim("ConViT is more sample efficient: its relative gain over DeiT falls as data grows",
               "38 % at 5 %, 2 % at 100 %", "sample efficiency figure", _judge_gains, _relative_gains,
-              f"{HERE}; holds: gain at the least data beyond its spread and above that at all, in part: positive"),
+              f"{here}; holds: gain at the least data beyond its spread and above that at all, in part: positive"),
         Claim("With all data it is still ahead", "81.3 against 79.8 % (27.8 and 22.1 M parameters)", "small models",
               lambda m: _grade(m["gap"] > m["spread"], m["gap"] > 0), _full_data,
-              f"{HERE}; holds: gap beyond the spread"),
+              f"{here}; holds: gap beyond the spread"),
         Claim("Trained gates and the convolutional start each matter with little data",
               "59.7; without start 56.9, frozen 57.4, DeiT 47.8 % [m]", "ablation [m]",
               _judge_parts("frozen gates", "no conv init", "DeiT"), _ablation_gaps,
-              f"points lost at 10 % of the data; {HERE}; holds: all beyond the spread, in part: all positive"),
+              f"points lost at 10 % of the data; {here}; holds: all beyond the spread, in part: all positive"),
         Claim("Mixing after the softmax beats adding scores before it", "", "Sec. 3", _judge_parts("added scores"),
               _ablation_gaps, "the same runs and rule"),
         Claim("Early layers stay with position, later ones escape locality", "", "abstract; gating figure",
               _judge_gates, _final_gates,
-              f"mean gate after training; {HERE}; holds: early above late, and late 0.05 below the start"),
+              f"mean gate after training; {here}; holds: early above late, and late 0.05 below the start"),
         Claim("DeiT's first layer becomes local during training", "", "nonlocality figure",
               lambda m: _grade(m["end"] < 0.9 * m["start"], m["end"] < m["start"]), _deit_locality,
               "mean distance in tokens; holds: falls by a tenth"),
         Claim("A moderate locality strength is best [m]", "", "appendix [m]", _judge_strength, _best_strength,
-              f"accuracy by strength; {HERE}; holds: the best is neither the smallest nor the largest"),
+              f"accuracy by strength; {here}; holds: the best is neither the smallest nor the largest"),
         Claim("Six models of 5.7 to 153 million parameters", "5.7, 27.8, 86.5, 10.0, 49.0, 153.1 M", "README; figure",
               lambda m: _grade(m == PARAMETERS, False),
               lambda: {v: count_parameters(convit, variant=v) for v in VARIANTS}, "full size, exact"),

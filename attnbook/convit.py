@@ -1262,7 +1262,8 @@ def escaping_locality(e: Experiments) -> list[dict]:
     for kind in ("ConViT", "DeiT"):
         for run in e.seeds:
             r = e.train(kind, 1.0, run, **({} if c["long"] == c["steps"] else dict(steps=c["long"])))[1]
-            rows += [dict(kind=kind, data=r["data"], run=run, steps=r["steps"], at=at, **s) for at, s in zip(r["at"], r["snapshots"])]
+            same = dict(kind=kind, data=r["data"], run=run, steps=r["steps"])
+            rows += [dict(**same, at=at, **snapshot) for at, snapshot in zip(r["at"], r["snapshots"])]
     return e.write("locality", ("kind", "run", "steps", "at"), rows, drop=())
 
 
@@ -1297,8 +1298,9 @@ def resolution_transfer(e: Experiments) -> list[dict]:
             model, trained = e.train(kind, 1.0, run)
             for size in e.settings["sizes"]:
                 images = F.interpolate(tx, size, mode="bilinear", antialias=True, align_corners=False)
-                rows.append(dict(kind=kind, data=trained["data"], run=run, steps=trained["steps"], height=size[0], width=size[1],
-                                 accuracy=evaluate_accuracy(model, images, ty, batch_size=250, device=e.device)))
+                accuracy = evaluate_accuracy(model, images, ty, batch_size=250, device=e.device)
+                rows.append(dict(kind=kind, data=trained["data"], run=run, steps=trained["steps"], height=size[0],
+                                 width=size[1], accuracy=accuracy))
     return e.write("resolution", ("kind", "run", "steps", "height", "width"), rows)
 
 # %% ../nbs/2_position/convit.ipynb #658525ab

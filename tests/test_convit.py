@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnbook.convit import (
-    DEITS,
     DEIT_PARAMETERS,
+    DEIT_VARIANTS,
     EXPERIMENTS,
     GPSA,
     KINDS,
@@ -378,7 +378,7 @@ def small_convit(**settings):
 def test_published_counts():
     for v, (heads, width) in VARIANTS.items():
         assert count_parameters(convit, variant=v) == PARAMETERS[v] == parameter_formula(heads, heads * width)
-    for v in DEITS: assert count_parameters(deit, variant=v) == DEIT_PARAMETERS[v]
+    for v in DEIT_VARIANTS: assert count_parameters(deit, variant=v) == DEIT_PARAMETERS[v]
     for v, published in PUBLISHED_GMACS.items():
         assert abs(convit_macs(VARIANTS[v][0], math.prod(VARIANTS[v])) / 1e9 / published - 1) < 0.01
 

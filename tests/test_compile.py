@@ -116,6 +116,7 @@ def _cases():
     cases += [
         ("gpsa, 14 x 14", lambda: gpsa(256, 6, (14, 14), 64)),
         ("gpsa, 14 x 14, head_dim 48", lambda: gpsa(64, 9, (14, 14), 48)),
+        ("gpsa, 8 x 12, head_dim 16", lambda: gpsa(256, 9, (8, 12), 16)),
         ("gpsa, 16 x 16", lambda: gpsa(64, 4, (16, 16), 64)),
         ("gpsa, one row", lambda: gpsa(64, 4, (1, 250), 32)),
         ("gpsa, float32", lambda: gpsa(64, 4, (8, 8), 64, dtype=torch.float32)),

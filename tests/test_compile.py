@@ -75,7 +75,7 @@ def _cases():
         ("neighborhood 2-d, float32", lambda: near((1, 2, 64, 64, 64), 13, dtype=torch.float32)),
         ("neighborhood 3-d", lambda: near((1, 2, 16, 24, 32, 128), 9)),
     ]
-    from attnbook import autoint, davit, music
+    from attnbook import autoint, convit, davit, music
 
     def relative(L, D, M, dtype=torch.bfloat16, **options):
         both_ways(music.relative_attention, *tensors(*[(1, 2, L, D)] * 3, (2, M, D), dtype=dtype), **options)
@@ -134,6 +134,21 @@ def _cases():
         ("routing nearest, float32", lambda: routed(1, 2, 2048, 16, 64, dtype=torch.float32)),
         ("band with last resort", lambda: both_ways(routing.plain_attention, *tensors(*[(1, 2, BIG, 64)] * 2), window=256, self_attention="fallback")),
     ]
+
+    def gpsa(B, H, grid, D, dtype=torch.bfloat16, **options):
+        N = grid[0] * grid[1]
+        both_ways(convit.gpsa, *tensors(*[(B, H, N, D)] * 3, (H, 3), (H,), dtype=dtype), grid_size=grid, **options)
+
+    cases += [
+        ("gpsa, 14 x 14", lambda: gpsa(256, 6, (14, 14), 64)),
+        ("gpsa, 14 x 14, head_dim 48", lambda: gpsa(64, 9, (14, 14), 48)),
+        ("gpsa, 8 x 12, head_dim 16", lambda: gpsa(256, 9, (8, 12), 16)),
+        ("gpsa, 16 x 16", lambda: gpsa(64, 4, (16, 16), 64)),
+        ("gpsa, one row", lambda: gpsa(64, 4, (1, 250), 32)),
+        ("gpsa, float32", lambda: gpsa(64, 4, (8, 8), 64, dtype=torch.float32)),
+        ("gpsa, composed", lambda: gpsa(64, 6, (14, 14), 64, route="composed")),
+        ("gpsa packed", lambda: both_ways(convit.gpsa_packed, *tensors((64, 196, 3 * 384), (6, 3), (6,)), grid_size=(14, 14))),
+    ]
     return cases
 
 
@@ -154,7 +169,7 @@ def _compile_all(arch: str, part: int, parts: int) -> list[dict]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    from attnbook import autoint, davit, engine, music, neighborhood, routing
+    from attnbook import autoint, convit, davit, engine, music, neighborhood, routing
 
     class Driver:
         get_current_target = lambda self: GPUTarget("cuda", ARCHES[arch][0], 32)
@@ -173,7 +188,7 @@ def _compile_all(arch: str, part: int, parts: int) -> list[dict]:
 
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = compile_only
-    for module in (engine, neighborhood, music, autoint, davit, routing):
+    for module in (engine, neighborhood, music, autoint, davit, routing, convit):
         module.arch_of = lambda device: arch
         module.resolve_backend = lambda backend, tensor: "triton"
     if arch != "sm90":

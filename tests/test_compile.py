@@ -76,7 +76,7 @@ def _cases():
         ("neighborhood 2-d, float32", lambda: near((1, 2, 64, 64, 64), 13, dtype=torch.float32)),
         ("neighborhood 3-d", lambda: near((1, 2, 16, 24, 32, 128), 9)),
     ]
-    from attnbook import autoint, davit, music
+    from attnbook import autoint, convit, davit, music
 
     def relative(L, D, M, dtype=torch.bfloat16, **options):
         both_ways(music.relative_attention, *tensors(*[(1, 2, L, D)] * 3, (2, M, D), dtype=dtype), **options)
@@ -108,6 +108,47 @@ def _cases():
         ("window 12, ragged", lambda: windows((2, 6, 100, 90, 32), 12)),
         ("window 16", lambda: windows((2, 8, 128, 128, 32), 16)),
         ("window 7, float32", lambda: windows((2, 3, 56, 56, 32), 7, dtype=torch.float32)),
+    ]
+    from attnbook import routing
+
+    def routed(B, H, n, k, d, window=0, dtype=torch.bfloat16, last_resort="include"):
+        "Norm, scores, selection, attention in clusters and the mean; with window 0 the nearest centroid's segments."
+        raw, v, mu = tensors((B, n, H, d), (B, H, n, d), (H, k, d), dtype=dtype)
+        x = routing.spherical_norm_op(raw.requires_grad_().transpose(1, 2), 1e-6)
+        if window:
+            routing.route_scores_op(x, mu)
+            scores = torch.zeros(B, H, k, n)
+            m = routing.select_topw_op(scores, window)
+        else:
+            m = routing.Segments(*routing.route_nearest_op(x, mu, None))
+            routing.cluster_sums_op(x, m.order, m.offsets)
+            m = routing.sort_by_cluster(torch.arange(n).expand(B, H, n) % k, k)
+        out = routing.routed_attention(x, x, v.requires_grad_(), m, causal=True, self_attention=last_resort)
+        torch.autograd.grad(out.float().sum(), [raw, v])
+
+    cases += [
+        ("routing top-w", lambda: routed(1, 2, 4096, 8, 64, 512)),
+        ("routing top-w, head_dim 129", lambda: routed(1, 2, 2048, 8, 129, 256)),
+        ("routing nearest", lambda: routed(1, 2, 4096, 64, 64)),
+        ("routing nearest, fallback", lambda: routed(1, 2, 4096, 64, 64, last_resort="fallback")),
+        ("routing nearest, head_dim 128", lambda: routed(1, 2, 4096, 64, 128)),
+        ("routing nearest, float32", lambda: routed(1, 2, 2048, 16, 64, dtype=torch.float32)),
+        ("band with last resort", lambda: both_ways(routing.plain_attention, *tensors(*[(1, 2, BIG, 64)] * 2), window=256, self_attention="fallback")),
+    ]
+
+    def gpsa(B, H, grid, D, dtype=torch.bfloat16, **options):
+        N = grid[0] * grid[1]
+        both_ways(convit.gpsa, *tensors(*[(B, H, N, D)] * 3, (H, 3), (H,), dtype=dtype), grid_size=grid, **options)
+
+    cases += [
+        ("gpsa, 14 x 14", lambda: gpsa(256, 6, (14, 14), 64)),
+        ("gpsa, 14 x 14, head_dim 48", lambda: gpsa(64, 9, (14, 14), 48)),
+        ("gpsa, 8 x 12, head_dim 16", lambda: gpsa(256, 9, (8, 12), 16)),
+        ("gpsa, 16 x 16", lambda: gpsa(64, 4, (16, 16), 64)),
+        ("gpsa, one row", lambda: gpsa(64, 4, (1, 250), 32)),
+        ("gpsa, float32", lambda: gpsa(64, 4, (8, 8), 64, dtype=torch.float32)),
+        ("gpsa, composed", lambda: gpsa(64, 6, (14, 14), 64, route="composed")),
+        ("gpsa packed", lambda: both_ways(convit.gpsa_packed, *tensors((64, 196, 3 * 384), (6, 3), (6,)), grid_size=(14, 14))),
     ]
     from attnbook import ring
 
@@ -148,7 +189,7 @@ def _compile_all(arch: str, part: int, parts: int) -> list[dict]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    from attnbook import autoint, davit, engine, music, neighborhood, ring
+    from attnbook import autoint, convit, davit, engine, music, neighborhood, ring, routing
 
     class Driver:
         get_current_target = lambda self: GPUTarget("cuda", ARCHES[arch][0], 32)
@@ -167,7 +208,7 @@ def _compile_all(arch: str, part: int, parts: int) -> list[dict]:
 
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = compile_only
-    for module in (engine, neighborhood, music, autoint, davit, ring):
+    for module in (engine, neighborhood, music, autoint, davit, routing, convit, ring):
         module.arch_of = lambda device: arch
         module.resolve_backend = lambda backend, tensor: "triton"
     if arch != "sm90":

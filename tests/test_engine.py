@@ -12,6 +12,7 @@ from attnbook.engine import (
     attention,
     indexed_attention,
     register_launch,
+    row_lists,
     scatter_rows,
     tile_attention,
     tile_attention_op,
@@ -132,6 +133,7 @@ def test_scatter_rows():
     x, index = torch.randn(1, 2, 30, 5, device=device()), torch.randint(-1, 7, (1, 2, 30), device=device())
     want = torch.zeros(1, 2, 8, 5, device=device()).scatter_add(2, (index % 8)[..., None].expand(-1, -1, -1, 5), x)[:, :, :7]
     assert torch.allclose(scatter_rows(x, index, 7), want, atol=1e-5)
+    assert torch.equal(scatter_rows(x, index, 7, row_lists(index, 7)), scatter_rows(x, index, 7))
 
 
 def test_bad_input():

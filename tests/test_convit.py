@@ -1,0 +1,606 @@
+# Written from the test cells of nbs/2_position/convit.ipynb by `attnbook export`. Do not edit.
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attnbook.convit import (
+    DEIT_PARAMETERS,
+    DEIT_VARIANTS,
+    EXPERIMENTS,
+    GPSA,
+    KINDS,
+    PARAMETERS,
+    PUBLISHED_GMACS,
+    VARIANTS,
+    AddedScores,
+    ConViT,
+    DeiT,
+    Experiments,
+    _fused_backward,
+    _fused_forward,
+    _judge_gains,
+    _judge_gates,
+    _judge_parts,
+    _judge_strength,
+    claims,
+    class_share,
+    conv_init_,
+    convit,
+    convit_macs,
+    convit_tiny,
+    count_parameters,
+    deit,
+    deit_tiny,
+    escaping_locality,
+    from_timm,
+    gated_mix_op,
+    gpsa,
+    gpsa_attention_reference,
+    gpsa_fused_op,
+    gpsa_packed,
+    gpsa_packed_op,
+    gpsa_reference,
+    model_gates,
+    model_nonlocality,
+    nonlocality,
+    parameter_formula,
+    positional_attention,
+    positional_factors,
+    positional_scores,
+    relative_positions,
+    resolution_transfer,
+    small_vit,
+)
+from attnbook.data import skip_without
+from attnbook.testing import (
+    check_against_reference,
+    check_autocast,
+    check_compiles,
+    check_gradients,
+    check_opcheck,
+    check_operation,
+    check_raises,
+    rel_error,
+)
+from attnbook.testing import device as device_under_test
+
+
+def example(Y=3, X=5, heads=4, d=8, batch=2, dtype=torch.float64, seed=0):
+    "Random q, k, v, pos_weight, gate_logit for a Y x X grid, the same numbers in every type."
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(batch, heads, Y * X, d)] * 3 + [(heads, 3), (heads,)]
+    q, k, v, w, gate = (torch.randn(s, generator=g, dtype=torch.float64) for s in shapes)
+    w = w * torch.tensor([1.0, 1.0, 0.3], dtype=torch.float64)
+    return [t.to(device_under_test(), dtype) for t in (q, k, v, w, gate)]
+
+
+def test_reference_against_loops():
+    Y, X = 3, 5
+    q, k, v, w, gate = example(Y, X, heads=2, batch=1)
+    out, g = gpsa_reference(q, k, v, w, gate, (Y, X)), gate.sigmoid()
+    for h in range(2):
+        for i in range(Y * X):
+            places = []
+            for j in range(Y * X):
+                dx, dy = j % X - i % X, j // X - i // X
+                places.append(w[h, 0] * dx + w[h, 1] * dy + w[h, 2] * (dx * dx + dy * dy))
+            content = (k[0, h] @ q[0, h, i] / 8**0.5).softmax(0)
+            row = (1 - g[h]) * content + g[h] * torch.stack(places).softmax(0)
+            assert rel_error(out[0, h, i], row @ v[0, h]) < 1e-12
+
+
+def test_separable_form_is_the_dense_one():
+    for grid in ((3, 5), (1, 7), (7, 1), (4, 4), (1, 1)):
+        q, k, v, w, gate = example(*grid)
+        dense = positional_scores(w, grid).softmax(-1)
+        p_y, p_x = positional_factors(w, grid)
+        for h in range(4): assert rel_error(torch.kron(p_y[h], p_x[h]), dense[h]) < 1e-12
+        assert rel_error(positional_attention(v, w, grid), torch.einsum("hij,bhjd->bhid", dense, v)) < 1e-12
+
+
+def make_op(grid, **options):
+    return lambda q, k, v, w, gate: gpsa(q, k, v, w, gate, grid, **options)
+
+
+def make_reference(grid, **options):
+    return lambda q, k, v, w, gate: gpsa_reference(q, k, v, w, gate, grid, **options)
+
+
+CASES = [
+    ("fused", (3, 5), 16),
+    ("fused", (7, 9), 24),
+    ("fused", (1, 17), 8),
+    ("composed", (3, 5), 16),
+    ("composed", (5, 7), 24),
+]
+
+
+def check_kernel(route, grid, d, dtype):
+    "The composed route sums the gate's gradient over parts that have been rounded."
+    grad_tol = 5e-3 if route == "composed" and dtype == torch.float16 else None
+    check_against_reference(make_op(grid, backend="triton", route=route), make_reference(grid), example(*grid, d=d),
+                            dtype=dtype, grad_tol=grad_tol, floor=1e-2)
+
+
+@pytest.mark.parametrize("route, grid, d", CASES)
+def test_kernels_against_reference(route, grid, d):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        check_kernel(route, grid, d, dtype)
+
+
+def test_torch_backend_against_reference():
+    for grid in ((3, 5), (1, 1), (7, 4)):
+        check_against_reference(make_op(grid, backend="torch"), make_reference(grid), example(*grid), floor=1e-6)
+        check_gradients(make_op(grid, backend="torch"), example(*grid))
+
+
+def test_real_sizes_on_the_gpu():
+    if device_under_test() != "cuda": pytest.skip("too many tokens for the interpreter")
+    for route, grid, d in (
+        ("fused", (14, 14), 64),
+        ("fused", (14, 14), 48),
+        ("fused", (16, 16), 64),
+        ("composed", (14, 14), 64),
+        ("composed", (24, 20), 48),
+        ("composed", (14, 14), 128),
+    ):
+        for dtype in (torch.float16, torch.bfloat16):
+            check_kernel(route, grid, d, dtype)
+
+
+@pytest.mark.parametrize("route", ["fused", "composed"])
+def test_manners(route):
+    op = make_op((3, 5), backend="triton", route=route)
+    inputs = example(dtype=torch.float32)
+    check_operation(op, make_reference((3, 5)), inputs, floor=1e-2)
+
+
+def test_registered_operations():
+    q, k, v, w, gate = (t.float().requires_grad_() for t in example(2, 3, heads=2))
+    qkv = torch.randn(2, 6, 48, device=q.device, requires_grad=True)
+    check_opcheck(gpsa_fused_op, (q, k, v, w, gate, 2, 3, 0.3))
+    check_opcheck(gpsa_packed_op, (qkv, w, gate, 2, 3, 0.3))
+    check_opcheck(gated_mix_op, (q, k, gate))
+
+
+def test_packed_projection():
+    for route in ("fused", "composed"):
+        qkv = torch.randn(2, 15, 96, device=device_under_test(), requires_grad=True)
+        w, gate = (t.float().requires_grad_() for t in example()[3:])
+        def packed(qkv, w, gate): return gpsa_packed(qkv, w, gate, (3, 5), backend="triton", route=route)
+        def apart(qkv, w, gate):
+            q, k, v = qkv.unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+            return gpsa_reference(q, k, v, w, gate, (3, 5)).transpose(1, 2).flatten(2)
+        check_against_reference(packed, apart, (qkv, w, gate), floor=1e-2)
+    check_compiles(packed, (qkv, w, gate))
+
+
+def test_manners_of_the_torch_backend():
+    check_operation(make_op((3, 5), backend="torch"), make_reference((3, 5)), example(dtype=torch.float32), floor=1e-2)
+    check_autocast(make_op((3, 5)), example(dtype=torch.float32), floor=1e-1)
+
+
+BACKENDS = [dict(backend="torch"), dict(backend="triton", route="fused"), dict(backend="triton", route="composed")]
+
+
+@pytest.mark.parametrize("options", BACKENDS)
+def test_gate_limits(options):
+    q, k, v, w, gate = example(3, 5, dtype=torch.float32)
+    shut, wide = torch.full_like(gate, -50), torch.full_like(gate, 50)
+    plain = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    tol = 2e-3 if q.is_cuda else 1e-5
+    assert rel_error(gpsa(q, k, v, w, shut, (3, 5), **options), plain) < tol
+    places = torch.einsum("hij,bhjd->bhid", positional_scores(w.double(), (3, 5)).softmax(-1), v.double())
+    out = gpsa(q, k, v, w, wide, (3, 5), **options)
+    assert rel_error(out, places) < tol
+    assert rel_error(gpsa(k, q.flip(2), v, w, wide, (3, 5), **options), out) < tol
+
+
+@pytest.mark.parametrize("options", BACKENDS)
+def test_convolution_limit(options):
+    "alpha and gate to infinity: head p is V shifted by its place, the border repeated; an even kernel averages 2 x 2."
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 9, 36, 8, generator=g).to(device_under_test()) for _ in range(3))
+    w = conv_init_(torch.empty(9, 3), 50.0).to(v.device)
+    out = gpsa(q, k, v, w, torch.full((9,), 60.0, device=v.device), (6, 6), **options)
+    image = F.pad(v.unflatten(2, (6, 6))[0].permute(0, 3, 1, 2), (1, 1, 1, 1), mode="replicate")       # 9 8 8 8
+    for p in range(9):
+        dy, dx = p % 3, p // 3                                                                        # dy runs fastest
+        want = image[p, :, dy:dy + 6, dx:dx + 6].flatten(1).T
+        assert rel_error(out[0, p], want) < (2e-3 if v.is_cuda else 1e-6), p
+    w = conv_init_(torch.empty(4, 3), 50.0).to(v.device)
+    out = gpsa(q[:, :4], k[:, :4], v[:, :4], w, torch.full((4,), 60.0, device=v.device), (6, 6), **options)
+    inside = v[0, :4].unflatten(1, (6, 6))
+    mean = (inside[:, :-1, :-1] + inside[:, 1:, :-1] + inside[:, :-1, 1:] + inside[:, 1:, 1:]) / 4  # between pixels
+    tol = 2e-3 if v.is_cuda else 1e-6
+    assert rel_error(out[0, 0].unflatten(0, (6, 6))[1:, 1:], mean[0]) < tol               # head 0: up left
+    assert rel_error(out[0, 3].unflatten(0, (6, 6))[:-1, :-1], mean[3]) < tol             # head 3: down right
+
+
+def test_convolution_limit_is_exact_in_float32():
+    w = conv_init_(torch.empty(9, 3), 50.0)
+    v = torch.randn(1, 9, 36, 8, generator=torch.Generator().manual_seed(0))
+    image = F.pad(v.unflatten(2, (6, 6))[0].permute(0, 3, 1, 2), (1, 1, 1, 1), mode="replicate")
+    out = positional_attention(v, w, (6, 6))
+    for p in range(9):
+        assert torch.equal(out[0, p], image[p, :, p % 3:p % 3 + 6, p // 3:p // 3 + 6].flatten(1).T), p
+
+
+def test_head_and_column_order():
+    w = conv_init_(torch.empty(9, 3), 1.0)
+    assert (w[0] == torch.tensor([-2.0, -2.0, -1.0])).all()              # head 0 looks at (dx, dy) = (-1, -1)
+    assert (w[1] == torch.tensor([-2.0, 0.0, -1.0])).all()               # head 1 at (-1, 0)
+    assert (w[3] == torch.tensor([0.0, -2.0, -1.0])).all()               # head 3 at (0, -1)
+    scores = positional_scores(torch.eye(3), (3, 5))
+    assert scores[0, 0, 1] == 1 and scores[1, 0, 1] == 0 and scores[2, 0, 6] == 2  # key one to the right; diagonal
+
+
+def test_initial_masses():
+    "Interior of a large grid: mass on the pixel a head looks at, on its 3 x 3; of an even head on its 2 x 2."
+    grid, c = (15, 15), 7 * 15 + 7
+    rows = positional_scores(conv_init_(torch.empty(9, 3), 1.0), grid).softmax(-1)[:, c].unflatten(1, grid)
+    assert abs(float(rows[4, 7, 7]) - 0.318) < 5e-4 and abs(float(rows[4, 6:9, 6:9].sum()) - 0.959) < 5e-4
+    assert abs(float(rows[0, 6, 6]) - 0.318) < 5e-4
+    sharp = positional_scores(conv_init_(torch.empty(9, 3), 5.0), grid).softmax(-1)[4, c].unflatten(0, grid)
+    assert abs(float(sharp[7, 7]) - 0.974) < 5e-4
+    even = positional_scores(conv_init_(torch.empty(4, 3), 1.0), grid).softmax(-1)[0, c].unflatten(0, grid)
+    assert abs(float(even[6:8, 6:8].sum()) - 0.772) < 5e-4
+
+
+@pytest.mark.parametrize("options", BACKENDS)
+def test_transposing_the_grid_swaps_the_weights(options):
+    q, k, v, w, gate = example(3, 5, dtype=torch.float32)
+    turn = lambda t: t.unflatten(2, (3, 5)).transpose(2, 3).flatten(2, 3)
+    out = gpsa(q, k, v, w, gate, (3, 5), **options)
+    turned = gpsa(turn(q), turn(k), turn(v), w[:, [1, 0, 2]], gate, (5, 3), **options)
+    assert rel_error(turned, turn(out)) < (2e-3 if q.is_cuda else 1e-5)
+    assert rel_error(gpsa(*(t.unflatten(2, (3, 5)) for t in (q, k, v)), w, gate, **options).flatten(2, 3), out) < 1e-6
+
+
+def test_bias_and_row_sums():
+    q, k, v, w, gate = example(3, 5)
+    beta = torch.randn(4, dtype=torch.float64, device=q.device, requires_grad=True)
+    a = gpsa_attention_reference(q, k, w, gate, (3, 5), pos_bias=beta)
+    assert rel_error(a, gpsa_attention_reference(q, k, w, gate, (3, 5))) < 1e-14
+    (a * torch.randn_like(a)).sum().backward()
+    assert beta.grad.abs().max() < 1e-14                                                       # rounding, nothing else
+    mixed = gate.sigmoid()[:, None, None]
+    mixed = (1 - mixed) * (q @ k.mT / 8**0.5).softmax(-1) + mixed * positional_scores(w, (3, 5)).softmax(-1)
+    assert (mixed.sum(-1) - 1).abs().max() < 1e-14 and rel_error(mixed, a) < 1e-14             # no division needed
+
+
+def test_positions_stay_exact_under_autocast():
+    w = conv_init_(torch.empty(9, 3), 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores, factors = positional_scores(w, (14, 14)), positional_factors(w, (14, 14))
+    assert torch.equal(scores, positional_scores(w, (14, 14)))
+    assert all(torch.equal(a, b) for a, b in zip(factors, positional_factors(w, (14, 14))))
+
+
+def test_shifted_weight_reweights_the_columns():
+    "w_x + c multiplies column j by e^(c x_j), up to the rows' sums."
+    w = example()[3]
+    c, x = 0.7, torch.arange(15, dtype=torch.float64, device=w.device) % 5
+    p = positional_scores(w, (3, 5)).softmax(-1) * (c * x).exp()
+    moved = positional_scores(w + torch.tensor([c, 0, 0], dtype=w.dtype, device=w.device), (3, 5)).softmax(-1)
+    assert rel_error(p / p.sum(-1, keepdim=True), moved) < 1e-12
+
+
+def test_gate_moves_to_the_part_that_is_right():
+    q, k, v, w, gate = example(dtype=torch.float32)
+    for options in BACKENDS:
+        _, content, place = gpsa(q, k, v, w, gate, (3, 5), return_parts=True, backend=options["backend"])
+        for target, sign in ((place, -1), (content, 1)):
+            g = gate.clone().requires_grad_()
+            (gpsa(q, k, v, w, g, (3, 5), **options) - target).pow(2).sum().backward()
+            assert (sign * g.grad > 0).all()  # descent moves the gate there
+
+
+def test_nothing_of_batch_times_pairs_is_allocated():
+    "Neither route nor the PyTorch positional part makes a tensor with B * H * N * N entries; forward or backward."
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(t, Tensor): self.size = max(self.size, t.numel() * t.element_size())
+            return out
+
+    B, H, Y, X, d = 8, 2, 8, 8, 32
+    q, k, v, w, gate = (t.requires_grad_() for t in example(Y, X, heads=H, d=d, batch=B, dtype=torch.float32))
+    with Largest() as seen, torch.no_grad():                                      # the kernels' own buffers
+        out, do = torch.empty_like(q), torch.randn_like(q)
+        lse, table, moments = _fused_forward(q, k, v, w, gate, out, Y, X, 0.2)
+        _fused_backward(do, q, k, v, gate, lse, table, moments, *(torch.empty_like(q) for _ in range(3)), Y, X, 0.2)
+    assert seen.size <= 4 * B * H * Y * X * d < 4 * B * H * (Y * X) ** 2, seen.size
+    for options in (dict(route="fused"), dict(route="composed")):                 # and everything around them
+        with Largest() as seen:
+            gpsa(q, k, v, w, gate, (Y, X), backend="triton", **options).sum().backward()
+        assert seen.size <= 4 * B * H * Y * X * d, (options, seen.size)
+
+
+def test_refusals():
+    q, k, v, w, gate = example(dtype=torch.float32)
+    op = lambda **kw: gpsa(**kw)
+    check_raises(
+        op,
+        [
+            (dict(grid_size=(4, 4)), ValueError, ["grid_size", "16", "15", "class token"]),
+            (dict(grid_size=None), ValueError, "grid_size"),
+            (dict(grid_size=(3, 5.0)), TypeError, "grid_size"),
+            (dict(grid_size=(0, 5)), ValueError, "grid_size"),
+            (dict(grid_size=15), ValueError, "grid_size"),
+            (dict(k=k[:, :, :10]), ValueError, ["k", "v"]),
+            (dict(pos_weight=w[:, :2]), ValueError, ["pos_weight", "(4, 2)"]),
+            (dict(gate_logit=gate[:2]), ValueError, ["gate_logit", "4"]),
+            (dict(gate_logit=gate > 0), TypeError, "gate_logit"),
+            (dict(q=q.long()), TypeError, "q"),
+            (dict(scale="x"), TypeError, "scale"),
+            (dict(scale=math.nan), ValueError, "scale"),
+            (dict(backend="cuda"), ValueError, "backend"),
+            (dict(route="fast"), ValueError, "route"),
+            (dict(route="fused", backend="torch"), ValueError, "fused"),
+        ],
+        q=q, k=k, v=v, pos_weight=w, gate_logit=gate, grid_size=(3, 5),
+    )
+    check_raises(
+        positional_attention,
+        [
+            (dict(v=v[0]), ValueError, "v"),
+            (dict(pos_weight=None), TypeError, "pos_weight"),
+            (dict(v=v.long()), TypeError, "v"),
+        ],
+        v=v, pos_weight=w, grid_size=(3, 5),
+    )
+    long = torch.zeros(1, 1, 20 * 20, 16, device=q.device)
+    check_raises(
+        op, [(dict(route="fused", backend="triton"), ValueError, ["fused", "400", "composed"])], q=long, k=long,
+        v=long, pos_weight=w[:1], gate_logit=gate[:1], grid_size=(20, 20), route="auto", backend="torch",
+    )
+    check_raises(gpsa_packed, [(dict(qkv=torch.zeros(1, 15, 40, device=q.device)), ValueError, ["qkv", "4"]),
+                               (dict(gate_logit=0.5), TypeError, "gate_logit"), (dict(qkv=q.long()), TypeError, "qkv")],
+                 qkv=torch.zeros(1, 15, 48, device=q.device), pos_weight=w, gate_logit=gate, grid_size=(3, 5))
+
+
+def small_convit(**settings):
+    return ConViT(
+        **{**dict(img_size=24, patch_size=4, dim=36, num_heads=9, depth=3, gpsa_layers=2, num_classes=5), **settings}
+    )
+
+
+def test_published_counts():
+    for v, (heads, width) in VARIANTS.items():
+        assert count_parameters(convit, variant=v) == PARAMETERS[v] == parameter_formula(heads, heads * width)
+    for v in DEIT_VARIANTS: assert count_parameters(deit, variant=v) == DEIT_PARAMETERS[v]
+    for v, published in PUBLISHED_GMACS.items():
+        assert abs(convit_macs(VARIANTS[v][0], math.prod(VARIANTS[v])) / 1e9 / published - 1) < 0.01
+
+
+def test_initial_state():
+    model = small_convit()
+    layer = model.blocks[0].attn
+    assert torch.equal(layer.v.weight, torch.eye(36)) and torch.equal(
+        layer.pos_proj.weight, conv_init_(torch.empty(9, 3))
+    )
+    assert torch.allclose(model_gates(model), torch.tensor(0.7311), atol=1e-4)
+    assert 0.015 < float(layer.qk.weight.detach().std()) < 0.025 and float(layer.proj.bias.detach().abs().max()) == 0
+    kinds = [type(b.attn).__name__ for b in convit_tiny().blocks]
+    assert kinds == ["GPSA"] * 10 + ["SelfAttention"] * 2
+
+
+def test_class_token_joins_late():
+    seen = []
+    model = small_convit()
+    model.run_blocks(torch.randn(2, 3, 24, 24), lambda i, block, t, grid: seen.append(t.shape[1]))
+    assert seen == [36, 36, 37]
+    seen.clear()
+    DeiT(24, 4, dim=36, num_heads=9, depth=2).run_blocks(
+        torch.randn(1, 3, 24, 24), lambda i, b, t, g: seen.append(t.shape[1])
+    )
+    assert seen == [37, 37]
+    assert small_convit(gpsa_layers=3)(torch.randn(1, 3, 24, 24)).shape == (1, 5)  # no class token at all
+
+
+def lively(module):
+    "Random weights, so that no term hides."
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in module.parameters(): p.copy_(torch.randn(p.shape, generator=g) * (0.3 if p.dim() > 1 else 0.5))
+    return module
+
+
+def test_module_is_its_attention_times_v():
+    layer = lively(GPSA(36, 9)).double()
+    x = torch.randn(2, 15, 36, dtype=torch.float64)
+    v = layer.v(x).unflatten(-1, (9, 4)).transpose(1, 2)
+    want = layer.proj((layer.attention(x, (3, 5)) @ v).transpose(1, 2).flatten(2))
+    assert rel_error(layer(x, (3, 5)), want) < 1e-10
+    assert rel_error(layer(x, (5, 3)), want) > 1e-2
+
+
+def test_module_moves_between_grids_and_types():
+    "Nothing about positions is kept, so nothing is stale after a move, another grid or a reload."
+    layer = lively(GPSA(36, 9)).to(device_under_test())
+    x = torch.randn(1, 16, 36, device=device_under_test())
+    first = layer(x)
+    layer(x[:, :15], (3, 5)), layer.half()(x.half()), layer.double()(x.double())
+    assert rel_error(layer.float()(x), first) < 5e-3
+    copy = GPSA(36, 9).to(x.device)
+    copy.load_state_dict(layer.state_dict())
+    assert torch.equal(copy(x), layer(x)) and "rel_indices" not in "".join(layer.state_dict())
+
+
+def test_backends_agree_in_the_module():
+    layer = lively(GPSA(36, 9)).to(device_under_test())
+    x = torch.randn(2, 15, 36, device=device_under_test())
+    grads = {}
+    for backend, route in (("torch", "auto"), ("triton", "fused"), ("triton", "composed")):
+        layer.backend, layer.route = backend, route
+        layer.zero_grad()
+        out = layer(x, (3, 5))
+        out.square().sum().backward()
+        grads[route] = [out.detach()] + [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+        assert layer.pos_proj.bias.grad is None
+    for route in ("fused", "composed"):
+        for a, b in zip(grads[route], grads["auto"], strict=True):
+            assert rel_error(a, b) < (5e-3 if x.is_cuda else 1e-4), route
+
+
+def test_dropout():
+    layer = GPSA(36, 9, attn_drop=0.5, backend="torch").train()
+    x = torch.randn(1, 9, 36)
+    assert not torch.equal(layer(x), layer(x)) and torch.equal(layer.eval()(x), layer(x))
+
+
+def test_module_compiles():
+    layer = lively(GPSA(36, 9)).to(device_under_test())
+    x = torch.randn(2, 15, 36, device=device_under_test())
+    check_compiles(lambda x: layer(x, (3, 5)), (x,))
+
+
+def test_modules_refuse():
+    check_raises(
+        GPSA,
+        [
+            (dict(num_heads=5), ValueError, ["36", "5"]),
+            (dict(num_heads=6), ValueError, ["conv_init", "6", "4, 5"]),
+            (dict(attn_drop=0.1, backend="triton"), ValueError, "attn_drop"),
+        ],
+        dim=36, num_heads=9,
+    )
+    assert GPSA(36, 6, conv_init=False).gating_param.shape == (6,)
+    layer = GPSA(36, 9)
+    check_raises(
+        lambda n, grid: layer(torch.randn(1, n, 36), grid),
+        [(dict(n=17), ValueError, ["17", "class token"]), (dict(grid=(4, 5)), ValueError, ["20", "16"])], n=16,
+        grid=(4, 4),
+    )
+    check_raises(
+        small_convit, [(dict(gpsa_layers=4), ValueError, "gpsa_layers"), (dict(img_size=26), ValueError, "patch_size")]
+    )
+    check_raises(convit, [(dict(variant="huge"), ValueError, "huge")])
+    check_raises(deit, [(dict(variant="huge"), ValueError, "huge")])
+    check_raises(
+        nonlocality, [(dict(attn=torch.zeros(3, 3)), ValueError, "attn")], attn=torch.ones(6, 6), grid_size=(2, 3)
+    )
+
+
+def test_other_sizes_and_positions():
+    "Another size interpolates the positions; the model's own size uses them as they are; a constant stays constant."
+    for make in (small_convit, partial(DeiT, 24, 4, dim=36, num_heads=9, depth=2, num_classes=5)):
+        model = make().eval()
+        assert model.positions((6, 6)) is model.pos_embed
+        with torch.no_grad(): model.pos_embed.fill_(0.5)
+        assert torch.allclose(model.positions((5, 9)), torch.full((1, 45 + model.token_first, 36), 0.5), atol=1e-5)
+        assert model(torch.randn(2, 3, 20, 36)).shape == (2, 5)
+
+
+def test_nonlocality():
+    grid = (3, 4)
+    distance = relative_positions(grid, dtype=torch.float64)[..., 2].sqrt()
+    assert rel_error(nonlocality(torch.full((12, 12), 1 / 12, dtype=torch.float64), grid), distance.mean()) < 1e-12
+    assert float(nonlocality(torch.eye(12), grid)) == 0
+    with_token = F.pad(torch.eye(12), (1, 0, 1, 0), value=0.3)  # a class token's row and column
+    assert float(nonlocality(with_token, grid)) == 0
+    model = small_convit()
+    found = model_nonlocality(model, torch.randn(2, 3, 24, 24))
+    assert found.shape == (3, 9) and (found > 0).all()
+
+
+def test_added_scores():
+    "The ablation's layer: one softmax over content plus place."
+    layer = lively(AddedScores(36, 9)).double()
+    x = torch.randn(2, 15, 36, dtype=torch.float64)
+    q, k, v = layer.packed(x).unflatten(-1, (3, 9, 4)).permute(2, 0, 3, 1, 4)
+    a = (q @ k.mT / 2 + positional_scores(layer.pos_proj.weight, (3, 5))).softmax(-1)
+    assert rel_error(layer(x, (3, 5)), layer.proj((a @ v).transpose(1, 2).flatten(2))) < 1e-10
+    assert rel_error(layer.attention(x, (3, 5)), a) < 1e-10
+
+
+def test_timm_gives_the_same_outputs():
+    timm = pytest.importorskip("timm", exc_type=Exception)
+    for name, make in (("convit_tiny", convit_tiny), ("deit_tiny_patch16_224", deit_tiny)):
+        torch.manual_seed(0)
+        theirs = timm.create_model(name).eval()
+        with torch.no_grad():
+            for n, p in theirs.named_parameters():
+                if p.dim() == 1 or "pos_proj" in n: p.normal_(std=0.5)
+            ours, x = from_timm(make(), theirs.state_dict()).eval(), torch.randn(2, 3, 224, 224)
+            assert rel_error(ours(x), theirs(x)) < 1e-5, name
+
+
+def official_layer(layer, x, side):
+    "GPSA in the official code's order of things, on a square grid."
+    B, N, C = x.shape
+    heads = len(layer.gating_param)
+    along = torch.arange(side)[None, :] - torch.arange(side)[:, None]
+    dx, dy = along.repeat(side, side), along.repeat_interleave(side, 0).repeat_interleave(side, 1)
+    index = torch.stack([dx, dy, dx**2 + dy**2], -1).to(x)[None].expand(B, -1, -1, -1)
+    q, k = layer.qk(x).reshape(B, N, 2, heads, C // heads).permute(2, 0, 3, 1, 4)
+    place = layer.pos_proj(index).permute(0, 3, 1, 2).softmax(-1)
+    content = (q @ k.transpose(-2, -1) * (C // heads) ** -0.5).softmax(-1)
+    gate = torch.sigmoid(layer.gating_param.view(1, -1, 1, 1))
+    attn = (1.0 - gate) * content + gate * place
+    attn = attn / attn.sum(-1).unsqueeze(-1)
+    v = layer.v(x).reshape(B, N, heads, C // heads).permute(0, 2, 1, 3)
+    return layer.proj((attn @ v).transpose(1, 2).reshape(B, N, C))
+
+
+def test_layer_gives_the_official_outputs():
+    layer = lively(GPSA(36, 9, qkv_bias=True)).double()
+    x = torch.randn(3, 25, 36, dtype=torch.float64)
+    assert rel_error(layer(x), official_layer(layer, x, 5)) < 1e-10
+
+
+def test_kinds_are_comparable():
+    c = EXPERIMENTS["cpu"]
+    counts = {kind: sum(p.numel() for p in small_vit(kind, **c).parameters()) for kind in KINDS}
+    assert len({counts[k] for k in KINDS if k != "DeiT"}) == 1
+    assert counts["ConViT"] - counts["DeiT"] == 5 * 9 * c["gpsa_layers"] - c["dim"]  # gates and places; one position
+    gates = lambda kind: [p.requires_grad for n, p in small_vit(kind, **c).named_parameters() if "gating" in n]
+    assert all(gates("ConViT")) and not any(gates("frozen gates"))
+    assert not torch.equal(small_vit("no conv init", **c).blocks[0].attn.v.weight, torch.eye(36))
+    check_raises(small_vit, [(dict(kind="CNN"), ValueError, "CNN")], kind="DeiT", **c)
+
+
+def test_share_of_each_class():
+    y = torch.arange(10).repeat_interleave(20)
+    rows = class_share(y, 0.25, 1)
+    assert y[rows].bincount().tolist() == [5] * 10 and len(set(rows.tolist())) == 50
+    assert not torch.equal(rows, class_share(y, 0.25, 2))
+
+
+def test_a_run_of_experiments():
+    skip_without("mlxtend")
+    e = Experiments("cpu", "cpu", steps=2)
+    rows = escaping_locality(e)
+    assert [r["at"] for r in rows if r["kind"] == "ConViT"] == [0, 1, 2]
+    assert np.shape(rows[0]["nonlocality"]) == (3, 9) and np.allclose(rows[0]["gates"], 0.7311, atol=1e-4)
+    transfer = resolution_transfer(e)
+    assert len(e.trained) == 2 and {(r["height"], r["width"]) for r in transfer} == set(e.settings["sizes"])
+
+
+def test_rules():
+    gaps = dict.fromkeys(("frozen gates", "no conv init", "DeiT", "added scores"), 2.0) | dict(spread=1.0)
+    assert _judge_parts("DeiT")(gaps) == "holds" and _judge_parts("DeiT")(gaps | dict(spread=3.0)) == "holds in part"
+    assert _judge_parts("DeiT", "frozen gates")(gaps | {"DeiT": -1.0}) == "does not hold here"
+    judge = lambda small, full: _judge_gains({"gain": small, "spread": 2.0, "full": full, "full spread": 1.0})
+    assert judge(10.0, 1.0) == "holds" and judge(1.0, 0.5) == "holds in part"
+    assert judge(1.0, 3.0) == "does not hold here"
+    assert _judge_gates(dict(early=0.9, late=0.4, start=0.73)) == "holds"
+    assert _judge_gates(dict(early=0.9, late=0.72, start=0.73)) == "holds in part"
+    assert _judge_strength({"a": 1, "b": 3, "c": 2}) == "holds"
+    assert _judge_strength({"a": 4, "b": 3, "c": 2}) == "does not hold here"
+
+
+def test_claims_are_judged():
+    found = {c.statement: c.judge() for c in claims()}
+    assert len(found) == len(claims()) and found["Six models of 5.7 to 153 million parameters"].verdict == "holds"
+    assert all(v.reason for v in found.values() if v.verdict == "out of reach here")

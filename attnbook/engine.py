@@ -7,8 +7,8 @@ __all__ = ['INTERPRETED', 'PROGRAMS', 'LAUNCH', 'FULL', 'BAND', 'BIAS_GRAD', 'FU
            'PROBLEMS', 'resolve_backend', 'row_offsets', 'head_base', 'load_rows', 'store_rows', 'row_ptr', 'load_step',
            'expand', 'logits', 'probabilities', 'forward_step', 'extra_k_step', 'tile_forward', 'dq_step',
            'tile_backward_dq', 'dkv_step', 'masked_step', 'tile_backward_dkv', 'tile_operand_grad', 'OperandGrad',
-           'TileProgram', 'register_program', 'Launch', 'register_launch', 'arch_of', 'find_launch', 'unravel',
-           'extra_k_tile', 'extra_q_span', 'extra_q_step', 'sum_rows', 'scatter_rows', 'tile_attention_op',
+           'Carried', 'TileProgram', 'register_program', 'Launch', 'register_launch', 'arch_of', 'find_launch',
+           'unravel', 'extra_k_tile', 'extra_q_span', 'extra_q_step', 'sum_rows', 'scatter_rows', 'tile_attention_op',
            'tile_attention_backward_op', 'tile_attention', 'band_q_step', 'band_k_step', 'band_q_tile', 'band_k_tile',
            'band_span', 'band_k_span', 'band_q_span', 'band_mask', 'bias_score', 'bias_grad_span', 'bias_grad_init',
            'bias_grad_step', 'bias_grad_store', 'check_qkv', 'attention', 'find_sequence', 'packed_q_tile',
@@ -246,10 +246,10 @@ def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, s
 
 # %% ../nbs/1_foundations/01_engine.ipynb #f4bcb9fd
 @triton.jit
-def dq_step(dq, q, do, lse, delta, k_src, v_src, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C: tl.constexpr,
+def dq_step(dq, carry, q, do, lse, delta, k_src, v_src, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C: tl.constexpr,
             K_STEP: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr, MASKS: tl.constexpr,
             BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-            TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DQ_SCORE: tl.constexpr = None):
+            TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DQ_SCORE: tl.constexpr = None, CARRY_STEP: tl.constexpr = None):
     start, coords, slots, ok, kpos = K_STEP(j, state, b, h, ops, ints, C, BN)
     k = load_step(k_src, b, hk, start, coords, sk, ok, BN, D, BD, TMA, MASKS, WIDE)       # [BN, BD]
     v = load_step(v_src, b, hk, start, coords, sv, ok, BN, DV, BDV, TMA, MASKS, WIDE)     # [BN, BDV]
@@ -259,7 +259,9 @@ def dq_step(dq, q, do, lse, delta, k_src, v_src, j, masked, b, h, hk, qpos, stat
     ds = probabilities(s, lse[:, None], scale, FOLD) * (dp - delta[:, None])
     if DQ_SCORE is not None:
         dq = DQ_SCORE(dq, ds, q, k, expand(qpos, 1), expand(kpos, 0), b, h, ops, ints, C)
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)                       # [BM, BD]
+    if CARRY_STEP is not None:
+        carry = CARRY_STEP(carry, ds, q, k, expand(qpos, 1), expand(kpos, 0), b, h, ops, ints, C)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION), carry                # [BM, BD]
 
 # %% ../nbs/1_foundations/01_engine.ipynb #3ee14626
 @triton.jit
@@ -269,7 +271,8 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
                      MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, REVERSE: tl.constexpr, MASKS: tl.constexpr,
                      BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
                      TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-                     DQ_SCORE: tl.constexpr = None):
+                     DQ_SCORE: tl.constexpr = None, G=None, CARRY_INIT: tl.constexpr = None, CARRY_STEP: tl.constexpr = None,
+                     CARRY_LAST: tl.constexpr = None):
     "dQ of one query tile, and its rows of LSE (base 2) and delta. Grid: num_tiles * batch * heads."
     pid = tl.program_id(0)
     bh = pid // num_tiles
@@ -290,15 +293,20 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
     tl.store(row_ptr(DELTA, b, h, slots, sl), delta, mask=ok)
     q = load_rows(head_base(Q, b, h, sq), coords, sq, ok, D, BD, True, WIDE)              # [BM, BD]
     dq = tl.zeros([BM, BD], tl.float32)
+    carry = 0
+    if CARRY_INIT is not None:
+        carry = CARRY_INIT(ints, C, BM)
     if XK is not None:
         for j in tl.range(0, tl.cdiv(NX, BN), num_stages=STAGES):
-            dq = dq_step(dq, q, do, lse, delta, XK, XV, j, True, b, h, hk, qpos, state, sxk, sxv, scale, (), (NX,), (),
+            dq, carry = dq_step(dq, carry, q, do, lse, delta, XK, XV, j, True, b, h, hk, qpos, state, sxk, sxv, scale, (), (NX,), (),
                          extra_k_step, None, None, FOLD, True, BN, D, DV, BD, BDV, False, WIDE, PRECISION)
     lo, full_lo, full_hi, hi = K_SPAN(state, b, h, ops, ints, C, BM, BN)
     for j in tl.range(lo, hi, num_stages=STAGES):
         masked = (j < full_lo) | (j >= full_hi)
-        dq = dq_step(dq, q, do, lse, delta, K, V, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C,
-                     K_STEP, MASK, SCORE, FOLD, MASKS, BN, D, DV, BD, BDV, TMA, WIDE, PRECISION, DQ_SCORE)
+        dq, carry = dq_step(dq, carry, q, do, lse, delta, K, V, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C,
+                     K_STEP, MASK, SCORE, FOLD, MASKS, BN, D, DV, BD, BDV, TMA, WIDE, PRECISION, DQ_SCORE, CARRY_STEP)
+    if CARRY_LAST is not None:
+        dq = CARRY_LAST(dq, carry, q, G, pid, b, h, ok, qpos, ops, ints, C)
     store_rows(head_base(DQ, b, h, sdq), slots, sdq, ok, dq * dq_scale, D, BD, WIDE)
 
 # %% ../nbs/1_foundations/01_engine.ipynb #35039d1e
@@ -412,6 +420,17 @@ class OperandGrad:
     finish: Callable                  # host: (buffer, operand) -> gradient of the operand
     launch: Callable | None = None    # host: a kernel of the program's own instead of `tile_operand_grad`; see `_operand_grad`
 
+
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """A tile that the dQ pass carries along its key steps: what it adds to dQ at the end, and operand 0's gradient from it. Unlike `OperandGrad` this
+    costs no pass of its own; unlike `dq_score` it does what can wait until the end once per query tile."""
+    init: Callable                    # (ints, C, BM) -> carry
+    step: Callable                    # (carry, ds, q, k, qpos, kpos, b, h, ops, ints, C) -> carry
+    last: Callable                    # (dq, carry, q, G, pid, b, h, ok, qpos, ops, ints, C) -> dq; fills part pid of G unless G is None
+    buffer: Callable                  # host: (q, operand, programs, ints, consts) -> a tensor for G
+    finish: Callable                  # host: (G, operand, ints, consts) -> gradient of the operand
+
 # %% ../nbs/1_foundations/01_engine.ipynb #7bb55761
 @dataclass(frozen=True, eq=False)
 class TileProgram:
@@ -429,6 +448,7 @@ class TileProgram:
     score: Callable | None = None
     dq_score: Callable | None = None  # (dq, ds, q, k, qpos, kpos, b, h, ops, ints, C) -> dq, where the score depends on q beyond q.k
     operand_grad: OperandGrad | None = None
+    carried: Carried | None = None    # another way to operand 0's gradient
     consecutive: bool = False         # the rows of every step are consecutive: tensor descriptors may be used
     heavy_last: bool = False          # later query tiles do more work
     unmasked: Callable | None = None  # host: (ints, consts, BM, BN) -> True if no step of either pass needs a mask
@@ -670,11 +690,15 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
     K, V, tma = _streams(program, k, v, p.BN, common["BD"], common["BDV"], q.device)
     tiles = program.q_tiles(ints, consts, p.BM)
     xs = (extra_k.stride(), extra_v.stride(), extra_k.shape[2]) if extra_k is not None else (None, None, 0)
+    carried, partial = program.carried, None
+    carry = dict(CARRY_INIT=carried.init, CARRY_STEP=carried.step, CARRY_LAST=carried.last) if carried else {}
+    if carried and operand_grad:
+        partial = carried.buffer(q, operands[0], tiles * q.shape[0] * heads, ints, consts)
     tile_backward_dq[(tiles * q.shape[0] * heads,)](
         q, K, V, extra_k, extra_v, out, do, lse, dlse, dq, lse2, delta, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1],
         out.stride(), do.stride(), dlse.stride() if dlse is not None else None, dq.stride(), lse.stride(), scale, plain_scale, tiles, heads, xs[2],
         Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step, REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma,
-        WIDE=wide, STAGES=p.stages, DQ_SCORE=program.dq_score, num_warps=p.warps, **common)
+        WIDE=wide, STAGES=p.stages, DQ_SCORE=program.dq_score, G=partial, num_warps=p.warps, **carry, **common)
     p = find_launch(program, "dkv", q.dtype, dim, q.device, consts)
     Q, DO, tma = _streams(program, q, do, p.BM, common["BD"], common["BDV"], q.device)
     tiles = program.k_tiles(ints, consts, p.BN)
@@ -690,7 +714,9 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
     if extra_k is not None:
         p = find_launch(TileProgram(*["extra"] + [None] * 8), "dkv", q.dtype, dim, q.device)
         grads += _extra_grads(q, extra_k, extra_v, do, lse2, delta, p, common, scale, plain_scale)
-    if operand_grad:
+    if partial is not None:
+        grads.append(carried.finish(partial, operands[0], ints, consts))
+    elif operand_grad:
         grads.append(_operand_grad(program, q, k, v, do, lse2, delta, operands, ints, consts, common, plain_scale, wide))
     return grads
 
@@ -793,7 +819,7 @@ def _autograd(ctx, do, dlse):
     if do is None and dlse is None:
         return None, None, None, None, None, [None] * len(operands), *none[:-1], None
     do = torch.zeros_like(out) if do is None else do
-    wants = PROGRAMS[ctx.program].operand_grad is not None and any(
+    wants = (PROGRAMS[ctx.program].operand_grad or PROGRAMS[ctx.program].carried) is not None and any(
         ctx.needs_input_grad[5] if isinstance(ctx.needs_input_grad[5], (list, tuple)) else [ctx.needs_input_grad[5]])
     grads = tile_attention_backward_op(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, ctx.program, ctx.ints, ctx.consts, ctx.scale, wants)
     dq, dk, dv, *rest = grads

@@ -180,14 +180,14 @@ def probabilities(s, lse, scale, FOLD: tl.constexpr):
 
 # %% ../nbs/1_foundations/01_engine.ipynb #f172f142
 @triton.jit
-def forward_step(acc, m, l, q, k_src, v_src, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C: tl.constexpr,
+def forward_step(acc, m, l, q, seen, k_src, v_src, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C: tl.constexpr,
                  K_STEP: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr, MASKS: tl.constexpr,
                  BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
                  TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
     start, coords, slots, ok, kpos = K_STEP(j, state, b, h, ops, ints, C, BN)
     k = load_step(k_src, b, hk, start, coords, sk, ok, BN, D, BD, TMA, MASKS, WIDE)       # [BN, BD]
     qk = tl.dot(q, k.T, input_precision=PRECISION)                                        # [BM, BN]
-    s = logits(qk, q, k, ok[None, :], expand(qpos, 1), expand(kpos, 0), masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
+    s = logits(qk, seen, k, ok[None, :], expand(qpos, 1), expand(kpos, 0), masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
     top = tl.max(s, 1)
     if FOLD:
         top = top * scale
@@ -215,7 +215,7 @@ def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, s
                  C: tl.constexpr, Q_TILE: tl.constexpr, K_SPAN: tl.constexpr, K_STEP: tl.constexpr,
                  MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, REVERSE: tl.constexpr, MASKS: tl.constexpr,
                  BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-                 TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):
+                 TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PREPARE: tl.constexpr = None):
     "O and LSE of one query tile. Grid: num_tiles * batch * heads."
     pid = tl.program_id(0)
     bh = pid // num_tiles
@@ -226,17 +226,20 @@ def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, s
     hk = h // GROUP
     start, coords, slots, ok, qpos, state = Q_TILE(i, b, h, ops, ints, C, BM)
     q = load_rows(head_base(Q, b, h, sq), coords, sq, ok, D, BD, True, WIDE)              # [BM, BD]
+    seen = q                                                                              # what the score hook gets as q
+    if PREPARE is not None:
+        seen = PREPARE(q, qpos, b, h, ops, ints, C)
     m = tl.full([BM], float("-inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BDV], tl.float32)
     if XK is not None:
         for j in tl.range(0, tl.cdiv(NX, BN), num_stages=STAGES):
-            acc, m, l = forward_step(acc, m, l, q, XK, XV, j, True, b, h, hk, qpos, state, sxk, sxv, scale, (), (NX,), (),
+            acc, m, l = forward_step(acc, m, l, q, seen, XK, XV, j, True, b, h, hk, qpos, state, sxk, sxv, scale, (), (NX,), (),
                                      extra_k_step, None, None, FOLD, True, BN, D, DV, BD, BDV, False, WIDE, PRECISION)
     lo, full_lo, full_hi, hi = K_SPAN(state, b, h, ops, ints, C, BM, BN)
     for j in tl.range(lo, hi, num_stages=STAGES):
         masked = (j < full_lo) | (j >= full_hi)
-        acc, m, l = forward_step(acc, m, l, q, K, V, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C,
+        acc, m, l = forward_step(acc, m, l, q, seen, K, V, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C,
                                  K_STEP, MASK, SCORE, FOLD, MASKS, BN, D, DV, BD, BDV, TMA, WIDE, PRECISION)
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
@@ -246,7 +249,7 @@ def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, s
 
 # %% ../nbs/1_foundations/01_engine.ipynb #f4bcb9fd
 @triton.jit
-def dq_step(dq, carry, q, do, lse, delta, k_src, v_src, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C: tl.constexpr,
+def dq_step(dq, carry, q, seen, do, lse, delta, k_src, v_src, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C: tl.constexpr,
             K_STEP: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr, MASKS: tl.constexpr,
             BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
             TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DQ_SCORE: tl.constexpr = None, CARRY_STEP: tl.constexpr = None):
@@ -255,7 +258,7 @@ def dq_step(dq, carry, q, do, lse, delta, k_src, v_src, j, masked, b, h, hk, qpo
     v = load_step(v_src, b, hk, start, coords, sv, ok, BN, DV, BDV, TMA, MASKS, WIDE)     # [BN, BDV]
     qk = tl.dot(q, k.T, input_precision=PRECISION)                                        # [BM, BN]
     dp = tl.dot(do, v.T, input_precision=PRECISION)                                       # [BM, BN]
-    s = logits(qk, q, k, ok[None, :], expand(qpos, 1), expand(kpos, 0), masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
+    s = logits(qk, seen, k, ok[None, :], expand(qpos, 1), expand(kpos, 0), masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
     ds = probabilities(s, lse[:, None], scale, FOLD) * (dp - delta[:, None])
     if DQ_SCORE is not None:
         dq = DQ_SCORE(dq, ds, q, k, expand(qpos, 1), expand(kpos, 0), b, h, ops, ints, C)
@@ -272,7 +275,7 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
                      BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
                      TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
                      DQ_SCORE: tl.constexpr = None, G=None, CARRY_INIT: tl.constexpr = None, CARRY_STEP: tl.constexpr = None,
-                     CARRY_LAST: tl.constexpr = None):
+                     CARRY_LAST: tl.constexpr = None, PREPARE: tl.constexpr = None):
     "dQ of one query tile, and its rows of LSE (base 2) and delta. Grid: num_tiles * batch * heads."
     pid = tl.program_id(0)
     bh = pid // num_tiles
@@ -292,18 +295,21 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
     tl.store(row_ptr(LSE2, b, h, slots, sl), lse, mask=ok)
     tl.store(row_ptr(DELTA, b, h, slots, sl), delta, mask=ok)
     q = load_rows(head_base(Q, b, h, sq), coords, sq, ok, D, BD, True, WIDE)              # [BM, BD]
+    seen = q
+    if PREPARE is not None:
+        seen = PREPARE(q, qpos, b, h, ops, ints, C)
     dq = tl.zeros([BM, BD], tl.float32)
     carry = 0
     if CARRY_INIT is not None:
         carry = CARRY_INIT(ints, C, BM)
     if XK is not None:
         for j in tl.range(0, tl.cdiv(NX, BN), num_stages=STAGES):
-            dq, carry = dq_step(dq, carry, q, do, lse, delta, XK, XV, j, True, b, h, hk, qpos, state, sxk, sxv, scale, (), (NX,), (),
+            dq, carry = dq_step(dq, carry, q, seen, do, lse, delta, XK, XV, j, True, b, h, hk, qpos, state, sxk, sxv, scale, (), (NX,), (),
                          extra_k_step, None, None, FOLD, True, BN, D, DV, BD, BDV, False, WIDE, PRECISION)
     lo, full_lo, full_hi, hi = K_SPAN(state, b, h, ops, ints, C, BM, BN)
     for j in tl.range(lo, hi, num_stages=STAGES):
         masked = (j < full_lo) | (j >= full_hi)
-        dq, carry = dq_step(dq, carry, q, do, lse, delta, K, V, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C,
+        dq, carry = dq_step(dq, carry, q, seen, do, lse, delta, K, V, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C,
                      K_STEP, MASK, SCORE, FOLD, MASKS, BN, D, DV, BD, BDV, TMA, WIDE, PRECISION, DQ_SCORE, CARRY_STEP)
     if CARRY_LAST is not None:
         dq = CARRY_LAST(dq, carry, q, G, pid, b, h, ok, qpos, ops, ints, C)
@@ -446,6 +452,7 @@ class TileProgram:
     k_tiles: Callable                 # host: (ints, consts, BN) -> number of key tiles
     mask: Callable | None = None
     score: Callable | None = None
+    prepare: Callable | None = None   # (q, qpos, b, h, ops, ints, C) -> what `score` gets as q in the forward and dQ passes, once per query tile
     dq_score: Callable | None = None  # (dq, ds, q, k, qpos, kpos, b, h, ops, ints, C) -> dq, where the score depends on q beyond q.k
     operand_grad: OperandGrad | None = None
     carried: Carried | None = None    # another way to operand 0's gradient
@@ -616,7 +623,7 @@ def _forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     tile_forward[(tiles * q.shape[0] * q.shape[1],)](
         q, K, V, extra_k, extra_v, out, lse, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1],
         out.stride(), lse.stride(), scale, tiles, q.shape[1], xs[2], Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step,
-        REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma, WIDE=_wide(q, k, v, out), STAGES=p.stages, num_warps=p.warps, **common)
+        REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma, WIDE=_wide(q, k, v, out), STAGES=p.stages, PREPARE=program.prepare, num_warps=p.warps, **common)
     return out, lse
 
 # %% ../nbs/1_foundations/01_engine.ipynb #0e8d8418
@@ -698,7 +705,7 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
         q, K, V, extra_k, extra_v, out, do, lse, dlse, dq, lse2, delta, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1],
         out.stride(), do.stride(), dlse.stride() if dlse is not None else None, dq.stride(), lse.stride(), scale, plain_scale, tiles, heads, xs[2],
         Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step, REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma,
-        WIDE=wide, STAGES=p.stages, DQ_SCORE=program.dq_score, G=partial, num_warps=p.warps, **carry, **common)
+        WIDE=wide, STAGES=p.stages, DQ_SCORE=program.dq_score, PREPARE=program.prepare, G=partial, num_warps=p.warps, **carry, **common)
     p = find_launch(program, "dkv", q.dtype, dim, q.device, consts)
     Q, DO, tma = _streams(program, q, do, p.BM, common["BD"], common["BDV"], q.device)
     tiles = program.k_tiles(ints, consts, p.BN)

@@ -6,8 +6,8 @@
 __all__ = ['HALO_LAUNCH', 'SPLIT_RELATIVE', 'HALO', 'HALO_ZEROS', 'HALO_REL', 'FLOATS', 'axis_blocks', 'halo_mask', 'halo_boxes',
            'offset_rows', 'halo_attention_reference', 'key_tile', 'halo_queries', 'halo_q_tile', 'halo_k_step',
            'halo_k_span', 'halo_blocks', 'halo_k_tile', 'halo_q_span', 'halo_q_step', 'halo_seen', 'halo_dot',
-           'halo_tables', 'halo_relative', 'halo_onehot', 'halo_score', 'halo_carry_init', 'halo_carry_step',
-           'halo_carry_last', 'query_rows', 'halo_launch', 'halo_attention']
+           'halo_tables', 'halo_relative', 'halo_onehot', 'halo_terms', 'halo_prepare', 'halo_score', 'halo_carry_init',
+           'halo_carry_step', 'halo_carry_last', 'query_rows', 'halo_launch', 'halo_attention']
 
 # %% ../nbs/3_locality/halo.ipynb #649d69d4
 import math
@@ -211,7 +211,7 @@ def halo_seen(qpos, kpos, ops, ints, C: tl.constexpr):
 # %% ../nbs/3_locality/halo.ipynb #17242ce3
 @triton.jit
 def halo_dot(x, y, acc, C: tl.constexpr):
-    "x y + acc; float32 as exactly as torch is told to."
+    "x y + acc (None: 0); float32 as exactly as torch is told to."
     if C[12]:
         return tl.dot(x, y, acc, input_precision="ieee")
     else:
@@ -231,8 +231,7 @@ def halo_relative(q, y, x, ops, C: tl.constexpr, SIDE: tl.constexpr, N: tl.const
 
     y, x [BM, 1]: the query's pixel, counted from row 0 and column 0.
     """
-    zero = tl.zeros([q.shape[0], C[8]], tl.float32)
-    g = halo_dot(q, halo_tables(ops, C, q.shape[1], q.dtype).T, zero, C)                  # [BM, NT]
+    g = halo_dot(q, halo_tables(ops, C, q.shape[1], q.dtype).T, None, C)                  # [BM, NT]
     c = tl.arange(0, N)[None, :]
     t = tl.where(c < SIDE, c - y, c - SIDE - x) + (C[0] + C[1] - 1)                       # [BM, N], row of a table
     known = (t >= 0) & (t < C[7]) & (c < 2 * SIDE)
@@ -247,32 +246,51 @@ def halo_onehot(u, v, c, SIDE: tl.constexpr, dtype: tl.constexpr):
 
 # %% ../nbs/3_locality/halo.ipynb #75ebcb36
 @triton.jit
+def halo_terms(a, dtype: tl.constexpr, C: tl.constexpr):
+    "a as a sum of two tensors of a 16-bit type: the second is what rounding lost in the first."
+    hi = a.to(dtype)
+    if C[13]:
+        return hi, (a - hi.to(tl.float32)).to(dtype)
+    else:
+        return hi, hi
+
+
+@triton.jit
+def halo_prepare(q, qpos, b, h, ops, ints, C: tl.constexpr):
+    "A of a tile of queries, once before its steps of keys."
+    w: tl.constexpr = C[0] + 2 * C[1]
+    if C[6]:
+        return halo_terms(halo_relative(q, qpos[0][:, None], qpos[1][:, None], ops, C, w, C[9]), q.dtype, C)
+    else:
+        return q, q
+
+
+@triton.jit
 def halo_score(s, q, k, qpos, kpos, b, h, ops, ints, C: tl.constexpr):
     "s + q_i . (r_y + r_x); with zeros as padding the lanes behind the end of the box are dropped here."
     w: tl.constexpr = C[0] + 2 * C[1]
-    if qpos[0].shape[1] == 1:
+    if qpos[0].shape[1] == 1:                                                             # q is what halo_prepare made
         if C[6]:
-            a = halo_relative(q, qpos[0], qpos[1], ops, C, w, C[9])                       # [BM, N]
-            e = halo_onehot(kpos[0], kpos[1], tl.arange(0, C[9])[:, None], w, q.dtype)    # [N, BN]
-            hi = a.to(q.dtype)
-            s = halo_dot(hi, e, s, C)
-            if C[13]:                                                                     # what rounding lost
-                s = halo_dot((a - hi.to(tl.float32)).to(q.dtype), e, s, C)
+            e = halo_onehot(kpos[0], kpos[1], tl.arange(0, C[9])[:, None], w, q[0].dtype)         # [N, BN]
+            s = halo_dot(q[0], e, s, C)
+            if C[13]:
+                s = halo_dot(q[1], e, s, C)
         if C[3]:
             s = tl.where(kpos[0] < w, s, float("-inf"))
     elif C[6]:
         a = halo_relative(q, tl.trans(qpos[0]), tl.trans(qpos[1]), ops, C, C[4], C[10])   # [BM, N]
         e = halo_onehot(kpos[0], kpos[1], tl.arange(0, C[10])[None, :], C[4], q.dtype)    # [BN, N]
-        hi = a.to(q.dtype)
+        hi, lo = halo_terms(a, q.dtype, C)
         s = halo_dot(e, hi.T, s, C)
         if C[13]:
-            s = halo_dot(e, (a - hi.to(tl.float32)).to(q.dtype).T, s, C)
+            s = halo_dot(e, lo.T, s, C)
     return s
 
 # %% ../nbs/3_locality/halo.ipynb #20729d5f
 @triton.jit
 def halo_carry_init(ints, C: tl.constexpr, BM: tl.constexpr):
-    return tl.zeros([BM, C[9]], tl.float32)
+    N: tl.constexpr = C[9]
+    return tl.zeros([BM, N], tl.float32)
 
 
 @triton.jit
@@ -292,10 +310,9 @@ def halo_carry_last(dq, da, q, G, pid, b, h, ok, qpos, ops, ints, C: tl.constexp
     known = (c >= 0) & (c < w) & (t < 2 * C[7])
     dg = tl.gather(da, tl.where(known, tl.where(t < C[7], c, c + w), 0), 1)
     dg = tl.where(known, dg, 0.0).to(q.dtype)                                             # [BM, NT]
-    zero = tl.zeros([dg.shape[0], q.shape[1]], tl.float32)
-    dq += halo_dot(dg, halo_tables(ops, C, q.shape[1], q.dtype), zero, C) * ints[4].to(tl.float32, bitcast=True)
+    dq += halo_dot(dg, halo_tables(ops, C, q.shape[1], q.dtype), None, C) * ints[4].to(tl.float32, bitcast=True)
     if G is not None:
-        part = halo_dot(dg.T, q, tl.zeros([C[8], q.shape[1]], tl.float32), C)             # [NT, BD]
+        part = halo_dot(dg.T, q, None, C)                                                 # [NT, BD]
         r, d = tl.arange(0, C[8])[:, None], tl.arange(0, q.shape[1])[None, :]
         tl.store(G + pid.to(tl.int64) * (2 * C[7] * C[11]) + r * C[11] + d, part, mask=(r < 2 * C[7]) & (d < C[11]))
     return dq
@@ -321,6 +338,8 @@ def query_rows(queries: int, most: int) -> int:
 
 def halo_launch(kernel, bits, head_dim, arch, consts):
     "The engine's `Launch`: the queries of a block in as few rows as possible."
+    if arch == "interpreter":
+        return Launch(query_rows((consts[0] // consts[2]) ** 2, 64), 64 if kernel == "dkv" else 128, 4, 1)
     most, keys, warps, stages = HALO_LAUNCH[head_dim][("forward", "dq", "dkv").index(kernel)]
     if bits == 32 or arch == "small":
         most, keys, stages = min(most, 32), min(keys, 32 if head_dim <= 64 else 16), 1
@@ -349,7 +368,7 @@ def _key_tiles(ints, consts, rows):
 HALO = register_program(TileProgram(
     "halo", halo_q_tile, halo_k_span, halo_k_step, halo_k_tile, halo_q_span, halo_q_step, mask=halo_seen,
     launch=halo_launch, expand=_expand, q_tiles=_query_tiles, k_tiles=_key_tiles))
-HALO_ZEROS = register_program(replace(HALO, name="halo, zeros", score=halo_score))
+HALO_ZEROS = register_program(replace(HALO, name="halo, zeros", prepare=halo_prepare, score=halo_score))
 HALO_REL = register_program(replace(HALO_ZEROS, name="halo+rel", carried=Carried(
     halo_carry_init, halo_carry_step, halo_carry_last,
     buffer=lambda q, table, programs, ints, consts: q.new_empty(programs, *table.shape, dtype=torch.float32),
@@ -417,8 +436,8 @@ def _check_inputs(q, k, v, b, h, s, padding, scale, scale_rel, rel_height, rel_w
             _check_tensor(name, x, q, (2 * (b + h) - 1, q.shape[4]))
 
 # %% ../nbs/3_locality/halo.ipynb #61c9b2b1
-def halo_attention(q: Tensor, k: Tensor, v: Tensor, block_size: int, halo_size: int, *, rel_height: Tensor | None = None,
-                   rel_width: Tensor | None = None, query_stride: int = 1, padding: str = "mask",
+def halo_attention(q: Tensor, k: Tensor, v: Tensor, block_size: int, halo_size: int, *,
+                   rel_height: Tensor | None = None, rel_width: Tensor | None = None, query_stride: int = 1, padding: str = "mask",
                    scale: float | None = None, scale_rel: bool = False, return_lse: bool = False,
                    backend: str = "auto"):
     """Blocked local attention: the queries of each block attend to its box, the block with a halo around it.

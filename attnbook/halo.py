@@ -318,13 +318,18 @@ def halo_carry_last(dq, da, q, G, pid, b, h, ok, qpos, ops, ints, C: tl.constexp
     return dq
 
 # %% ../nbs/3_locality/halo.ipynb #f7c91fef
-#: 16-bit: head_dim rounded up -> forward, dq, dkv: (largest tile of queries, keys, warps, stages); not timed yet
+#: (bits, head_dim rounded up) -> forward, dq, dkv: (largest tile of queries, keys, warps, stages); chosen to fit
 HALO_LAUNCH = {
-    16: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-    32: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-    64: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 1)),
-    128: ((64, 64, 4, 2), (64, 32, 4, 1), (32, 64, 4, 1)),
-    256: ((64, 32, 8, 1), (32, 32, 4, 1), (32, 32, 4, 1))}
+    (16, 16): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    (16, 32): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    (16, 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 1)),
+    (16, 128): ((64, 64, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1)),
+    (16, 256): ((64, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+    (32, 16): ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
+    (32, 32): ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
+    (32, 64): ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    (32, 128): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    (32, 256): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1))}
 #: split relative logits of 16-bit inputs in two terms, so that they reach the sum without rounding
 SPLIT_RELATIVE = True
 
@@ -340,9 +345,9 @@ def halo_launch(kernel, bits, head_dim, arch, consts):
     "The engine's `Launch`: the queries of a block in as few rows as possible."
     if arch == "interpreter":
         return Launch(query_rows((consts[0] // consts[2]) ** 2, 64), 64 if kernel == "dkv" else 128, 4, 1)
-    most, keys, warps, stages = HALO_LAUNCH[head_dim][("forward", "dq", "dkv").index(kernel)]
-    if bits == 32 or arch == "small":
-        most, keys, stages = min(most, 32), min(keys, 32 if head_dim <= 64 else 16), 1
+    most, keys, warps, stages = HALO_LAUNCH[bits, head_dim][("forward", "dq", "dkv").index(kernel)]
+    if arch == "small":
+        most, keys, stages = min(most, 32), min(keys, 32), 1
     return Launch(query_rows((consts[0] // consts[2]) ** 2, most), keys, warps, stages)
 
 # %% ../nbs/3_locality/halo.ipynb #1abe6064

@@ -29,6 +29,7 @@ from attnbook.neighborhood import neighborhood_attention
 from attnbook.testing import (
     TOLERANCE,
     check_against_reference,
+    check_compiles,
     check_deterministic,
     check_gradients,
     check_opcheck,
@@ -201,7 +202,7 @@ def test_strided_queries_see_pixel_offsets():
         every = halo_attention(**i, block_size=4, halo_size=1, backend=backend)
         few = halo_attention(**(i | dict(q=i["q"][:, :, ::2, ::2])), block_size=4, halo_size=1, query_stride=2,
                              backend=backend)
-        assert rel_error(few, every[:, :, ::2, ::2]) < 1e-6
+        assert rel_error(few, every[:, :, ::2, ::2]) < 1e-5
 
 def test_a_table_row_is_an_offset():
     "A loud row for offset (1, -2): every query that can looks there and nowhere else."
@@ -273,13 +274,6 @@ def test_bad_input():
            (dict(scale="1"), TypeError, "scale"), (dict(scale=math.inf), ValueError, "scale"),
            (dict(scale_rel=1), TypeError, "scale_rel"), (dict(backend="cuda"), ValueError, "backend")]
     check_raises(halo_attention, bad, **i, block_size=4, halo_size=1)
-    layers = [(dict(num_heads=3), ValueError, "num_heads"), (dict(dim_out=30), ValueError, "num_heads"),
-              (dict(dim_out=64, value_ratio=2.0), ValueError, "value_ratio"),
-              (dict(stride=3), ValueError, "query_stride"),
-              (dict(padding=None), ValueError, "padding")]
-    check_raises(HaloAttention, layers, dim=32, num_heads=4)
-    with pytest.raises(ValueError, match="variant"): halonet("h8")
-    with pytest.raises(ValueError, match="x must have shape"): HaloAttention(32)(torch.zeros(1, 16, 8, 8))
 
 
 def test_parameter_counts():
@@ -307,6 +301,14 @@ def test_module():
         assert all(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in layer.parameters())
         assert images.grad.isfinite().all() and "block_size=4" in repr(layer)
 
+def test_module_compiles():
+    torch.manual_seed(0)
+    layer = HaloAttention(32, num_heads=2, block_size=4, halo_size=1, stride=2, backend="triton")
+    layer.to(device_under_test())
+    names = [n for n, _ in layer.named_parameters()]
+    check_compiles(lambda x, *ps: torch.func.functional_call(layer, dict(zip(names, ps)), x),
+                   [torch.randn(1, 32, 4, 6, device=device_under_test()), *(p.detach() for p in layer.parameters())])
+
 def test_strided_module_is_the_module_at_every_second_pixel():
     torch.manual_seed(0)
     every, few = (HaloAttention(32, num_heads=2, block_size=4, halo_size=2, stride=s, qkv_bias=True) for s in (1, 2))
@@ -329,6 +331,16 @@ def test_networks():
            (dict(stem_stride=3), ValueError, "stem_stride"), (dict(downsample="max"), ValueError, "downsample"),
            (dict(kinds=("halo", "mlp")), ValueError, "kind")]
     check_raises(HaloNet, bad, widths=(16, 32), depths=(1, 1), num_heads=(2, 2))
+
+
+def test_modules_refuse():
+    layers = [(dict(num_heads=3), ValueError, "num_heads"), (dict(dim_out=30), ValueError, "num_heads"),
+              (dict(dim_out=64, value_ratio=2.0), ValueError, "value_ratio"),
+              (dict(stride=3), ValueError, "query_stride"),
+              (dict(padding=None), ValueError, "padding")]
+    check_raises(HaloAttention, layers, dim=32, num_heads=4)
+    with pytest.raises(ValueError, match="variant"): halonet("h8")
+    with pytest.raises(ValueError, match="x must have shape"): HaloAttention(32)(torch.zeros(1, 16, 8, 8))
 
 
 def test_timm():

@@ -161,7 +161,9 @@ def logits(qk, q, k, ok, qpos, kpos, masked, b, h, scale, ops, ints, C: tl.const
         if SCORE is not None:
             qk = SCORE(qk, q, k, qpos, kpos, b, h, ops, ints, C)
         qk = qk * 1.4426950408889634
-    if MASKS:
+    elif SCORE is not None:                                                               # a raw score
+        qk = SCORE(qk, q, k, qpos, kpos, b, h, ops, ints, C)
+    if MASKS == 1:
         if masked:
             valid = ok
             if MASK is not None:
@@ -366,7 +368,7 @@ def tile_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, ops, ints, sq, sk, s
         for i in tl.range(full_lo, full_hi, num_stages=STAGES):
             dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, ops, ints, C,
                               Q_STEP, MASK, SCORE, FOLD, False, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION)
-        if MASKS:
+        if MASKS == 1:
             for t in tl.range(0, (full_lo - lo) + (hi - full_hi), num_stages=STAGES):
                 i = masked_step(t, lo, full_lo, full_hi)
                 dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, ops, ints, C,
@@ -452,15 +454,17 @@ class TileProgram:
     k_tiles: Callable                 # host: (ints, consts, BN) -> number of key tiles
     mask: Callable | None = None
     score: Callable | None = None
+    raw_score: bool = False           # the score adds to q.k before the scale, which then stays folded into the exponent; needs scale > 0
     prepare: Callable | None = None   # (q, qpos, b, h, ops, ints, C) -> what `score` gets as q in the forward and dQ passes, once per query tile
     dq_score: Callable | None = None  # (dq, ds, q, k, qpos, kpos, b, h, ops, ints, C) -> dq, where the score depends on q beyond q.k
     operand_grad: OperandGrad | None = None
     carried: Carried | None = None    # another way to operand 0's gradient
     consecutive: bool = False         # the rows of every step are consecutive: tensor descriptors may be used
     heavy_last: bool = False          # later query tiles do more work
-    unmasked: Callable | None = None  # host: (ints, consts, BM, BN) -> True if no step of either pass needs a mask
+    unmasked: Callable | None = None  # host: (ints, consts, BM, BN) -> True if no step of either pass needs a mask; "pairs" if only loads of keys do
     launch: Callable | None = None    # host: (kernel, bits, BD, consts) -> Launch, where the table does not fit
     expand: Callable | None = None    # host: (q, v, ints, consts) -> C, where C is more than the call's consts
+    constants: Callable | None = None # host: (q, ints, consts) -> tensors that the hooks find behind the operands
     indexed: bool = False             # rows come through index lists operands[0] (queries) and operands[1] (keys)
 
 PROGRAMS: dict[str, TileProgram] = {}
@@ -587,12 +591,14 @@ def _slot_shape(program, q, operands):
 # %% ../nbs/1_foundations/01_engine.ipynb #bbbceb7d
 def _common(program, q, k, v, extra_k, operands, ints, consts, scale):
     D, DV = q.shape[-1], v.shape[-1]
-    fold = scale > 0 and program.score is None
+    fold = scale > 0 and (program.score is None or program.raw_score)
     return dict(C=tuple(consts), MASK=program.mask, SCORE=program.score, GROUP=q.shape[1] // k.shape[1], FOLD=fold,
                 D=D, DV=DV, BD=_round_dim(D), BDV=_round_dim(DV), PRECISION=_precision(q.dtype)), scale * (LOG2E if fold else 1.0)
 
 def _masks(program, ints, consts, p):
-    return program.unmasked is None or not program.unmasked(ints, consts, p.BM, p.BN)
+    "1: rows and pairs are masked, 0: nothing, 2: only the rows that the passes over keys load."
+    free = program.unmasked(ints, consts, p.BM, p.BN) if program.unmasked else False
+    return 2 if free == "pairs" else int(not free)
 
 def _streams(program, a, b, rows, bd, bdv, device):
     "The two streamed tensors, as tensor descriptors where the machine and the strides allow."
@@ -604,6 +610,9 @@ def _streams(program, a, b, rows, bd, bdv, device):
     return describe(a, bd), describe(b, bdv), True
 
 # %% ../nbs/1_foundations/01_engine.ipynb #4760bd38
+def _operands(program, q, operands, ints, consts):
+    return (*operands, *(program.constants(q, ints, consts) if program.constants else ()))
+
 def _forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     program = PROGRAMS[program]
     consts = program.expand(q, v, ints, consts) if program.expand else consts
@@ -621,7 +630,7 @@ def _forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     tiles = program.q_tiles(ints, consts, p.BM)
     xs = (extra_k.stride(), extra_v.stride(), extra_k.shape[2]) if extra_k is not None else (None, None, 0)
     tile_forward[(tiles * q.shape[0] * q.shape[1],)](
-        q, K, V, extra_k, extra_v, out, lse, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1],
+        q, K, V, extra_k, extra_v, out, lse, _operands(program, q, operands, ints, consts), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1],
         out.stride(), lse.stride(), scale, tiles, q.shape[1], xs[2], Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step,
         REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma, WIDE=_wide(q, k, v, out), STAGES=p.stages, PREPARE=program.prepare, num_warps=p.warps, **common)
     return out, lse
@@ -692,6 +701,7 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
         grads = [dq.zero_(), dk.zero_(), dv.zero_()]
         return grads + [torch.zeros_like(t) for t in (extra_k, extra_v) if t is not None] + [torch.zeros_like(t) for t in operands[:operand_grad]]
     lse2, delta = make(slots, device=q.device, dtype=torch.float32), make(slots, device=q.device, dtype=torch.float32)
+    ops = _operands(program, q, operands, ints, consts)
     wide, heads, dim = _wide(q, k, v, do), q.shape[1], max(common["BD"], common["BDV"])
     p = find_launch(program, "dq", q.dtype, dim, q.device, consts)
     K, V, tma = _streams(program, k, v, p.BN, common["BD"], common["BDV"], q.device)
@@ -702,7 +712,7 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
     if carried and operand_grad:
         partial = carried.buffer(q, operands[0], tiles * q.shape[0] * heads, ints, consts)
     tile_backward_dq[(tiles * q.shape[0] * heads,)](
-        q, K, V, extra_k, extra_v, out, do, lse, dlse, dq, lse2, delta, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1],
+        q, K, V, extra_k, extra_v, out, do, lse, dlse, dq, lse2, delta, ops, tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1],
         out.stride(), do.stride(), dlse.stride() if dlse is not None else None, dq.stride(), lse.stride(), scale, plain_scale, tiles, heads, xs[2],
         Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step, REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma,
         WIDE=wide, STAGES=p.stages, DQ_SCORE=program.dq_score, PREPARE=program.prepare, G=partial, num_warps=p.warps, **carry, **common)
@@ -711,7 +721,7 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
     tiles = program.k_tiles(ints, consts, p.BN)
     if k.numel():
         tile_backward_dkv[(tiles * k.shape[0] * k.shape[1],)](
-            Q, k, v, DO, lse2, delta, dk, dv, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), do.stride(), dk.stride(), dv.stride(),
+            Q, k, v, DO, lse2, delta, dk, dv, ops, tuple(ints), q.stride(), k.stride(), v.stride(), do.stride(), dk.stride(), dv.stride(),
             lse2.stride(), scale, plain_scale, tiles, heads, K_TILE=program.k_tile, Q_SPAN=program.q_span, Q_STEP=program.q_step, REVERSE=False, MASKS=_masks(program, ints, consts, p),
             BM=p.BM, BN=p.BN, TMA=tma, WIDE=wide, STAGES=p.stages, num_warps=p.warps, **common)
     if program.indexed:

@@ -30,6 +30,7 @@ from torch import Tensor
 from .bench import compare, flex, load_results, measure, record
 from .data import Batches, image_tensor, mnist_m, standardise
 from attnbook.engine import (
+    INTERPRETED,
     Carried,
     Launch,
     TileProgram,
@@ -189,40 +190,43 @@ def key_tile(block_size: int, halo_size: int, rows: int) -> tuple[int, int]:
 # %% ../nbs/3_locality/halo.ipynb #badbda50
 @triton.jit
 def halo_queries(block_y, block_x, chunk, ints, C: tl.constexpr, BM: tl.constexpr):
-    "Queries chunk * BM … of a block: coordinates in q's map, which exist, and their pixels within the block."
+    "Queries chunk * BM … of a block: coordinates in q's map (never beyond it), which exist, pixels within the block."
     n: tl.constexpr = C[0] // C[2]
     r = chunk * BM + tl.arange(0, BM)
     y, x = r // n, r % n
-    at = (block_y * n + y, block_x * n + x)
-    return at, (y < n) & (at[0] < ints[2]) & (at[1] < ints[3]), y * C[2], x * C[2]
+    qy, qx = block_y * n + y, block_x * n + x
+    ok = (y < n) & (qy < ints[2]) & (qx < ints[3])
+    return (tl.minimum(qy, ints[2] - 1), tl.minimum(qx, ints[3] - 1)), ok, y * C[2], x * C[2]
 
 
 @triton.jit
 def halo_q_tile(i, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
-    "qpos: the query's pixel and its block's corner, both counted from the corner of the box. state: that corner."
+    "qpos: the query's pixel, counted from the corner of the box, and that corner, which is also the state."
     chunks: tl.constexpr = ((C[0] // C[2]) * (C[0] // C[2]) + BM - 1) // BM
     across = tl.cdiv(ints[1], C[0])
     block_y, block_x = i // chunks // across, i // chunks % across
     at, ok, y, x = halo_queries(block_y, block_x, i % chunks, ints, C, BM)
-    corner = y * 0 + C[1]
-    return 0, at, at, ok, (y + C[1], x + C[1], corner, corner), (block_y * C[0] - C[1], block_x * C[0] - C[1])
+    top, left = block_y * C[0] - C[1], block_x * C[0] - C[1]
+    return 0, at, at, ok, (y + C[1], x + C[1], y * 0 + top, x * 0 + left), (top, left)
 
 # %% ../nbs/3_locality/halo.ipynb #4df148ab
 @triton.jit
 def halo_k_step(j, state, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
-    "Keys j * BN … of the box, counted row by row. kpos: row and column in the box."
+    "Keys j * BN … of the box, counted row by row. kpos: row and column in the box, and number."
     w: tl.constexpr = C[0] + 2 * C[1]
     r = j * BN + tl.arange(0, BN)
     u, v = r // w, r % w
     y, x = state[0] + u, state[1] + v
-    return 0, (y, x), (y, x), (u < w) & (y >= 0) & (y < ints[0]) & (x >= 0) & (x < ints[1]), (u, v)
+    ok = (u < w) & (y >= 0) & (y < ints[0]) & (x >= 0) & (x < ints[1])
+    at = (tl.minimum(tl.maximum(y, 0), ints[0] - 1), tl.minimum(tl.maximum(x, 0), ints[1] - 1))
+    return 0, at, at, ok, (u, v, r)
 
 
 @triton.jit
 def halo_k_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     w: tl.constexpr = C[0] + 2 * C[1]
     steps: tl.constexpr = (w * w + BN - 1) // BN
-    if C[3]:                                         # zeros: lanes outside the map count, with k = v = 0
+    if C[3] or C[6]:                                 # lanes outside the map count, or are left to the score
         return 0, 0, steps, steps
     else:
         inside = (state[0] >= 0) & (state[0] + w <= ints[0]) & (state[1] >= 0) & (state[1] + w <= ints[1])
@@ -252,7 +256,11 @@ def halo_k_tile(j, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
 @triton.jit
 def halo_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     chunks: tl.constexpr = ((C[0] // C[2]) * (C[0] // C[2]) + BM - 1) // BM
-    return 0, 0, 0, state[1] * state[3] * chunks
+    steps = state[1] * state[3] * chunks
+    if C[6]:
+        return 0, 0, steps, steps
+    else:
+        return 0, 0, 0, steps
 
 
 @triton.jit
@@ -267,8 +275,8 @@ def halo_q_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def halo_seen(qpos, kpos, ops, ints, C: tl.constexpr):
-    "Is the key in the box of the query's block?"
-    if qpos[0].shape[1] == 1:                        # steps of keys come from the box
+    "Is the key in the box of the query's block? With tables `halo_score` takes care of this."
+    if qpos[0].shape[1] == 1 or C[6]:                # steps of keys come from the box
         return kpos[0] >= 0
     else:
         w: tl.constexpr = C[0] + 2 * C[1]
@@ -292,61 +300,75 @@ def halo_tables(ops, C: tl.constexpr, BD: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def halo_relative(q, y, x, ops, C: tl.constexpr, SIDE: tl.constexpr, N: tl.constexpr):
-    """q_i . r of the offsets to rows 0 … SIDE - 1 (first SIDE lanes) and to columns 0 … SIDE - 1 (next): [BM, N].
+def halo_relative(q, y, x, ops, ints, C: tl.constexpr, SIDE: tl.constexpr, N: tl.constexpr):
+    """q_i . r / scale of the offsets to rows 0 … SIDE - 1 (first SIDE lanes) and columns 0 … SIDE - 1 (next): [BM, N].
 
-    y, x [BM, 1]: the query's pixel, counted from row 0 and column 0.
+    y, x [BM, 1]: the query's pixel, counted from row 0 and column 0. Lanes beyond and offsets that no table has hold
+    anything finite.
     """
     g = halo_dot(q, halo_tables(ops, C, q.shape[1], q.dtype).T, None, C)                  # [BM, NT]
     c = tl.arange(0, N)[None, :]
-    t = tl.where(c < SIDE, c - y, c - SIDE - x) + (C[0] + C[1] - 1)                       # [BM, N], row of a table
-    known = (t >= 0) & (t < C[7]) & (c < 2 * SIDE)
-    t = tl.where(known, tl.where(c < SIDE, t, t + C[7]), 0)
-    return tl.where(known, tl.gather(g, t, 1), 0.0)
+    t = c + tl.where(c < SIDE, C[0] + C[1] - 1 - y, C[0] + C[1] - 1 + C[7] - SIDE - x)    # [BM, N], row of a table
+    return tl.gather(g, t & (C[8] - 1), 1) * ints[4].to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def halo_onehot(u, v, c, SIDE: tl.constexpr, dtype: tl.constexpr):
-    "1 in the lanes of a key's row u and column v."
-    return ((c == u) | (c - SIDE == v)).to(dtype)
+def halo_onehot(r, ops, C: tl.constexpr):
+    "The further dimensions of keys r [BN, 1] of the box: [BN, N]. Read, since comparing costs more than reading."
+    return tl.load(ops[1] + r * C[9] + tl.arange(0, C[9])[None, :])
 
 # %% ../nbs/3_locality/halo.ipynb #75ebcb36
 @triton.jit
-def halo_terms(a, dtype: tl.constexpr, C: tl.constexpr):
-    "a as a sum of two tensors of a 16-bit type: the second is what rounding lost in the first."
-    hi = a.to(dtype)
-    if C[13]:
-        return hi, (a - hi.to(tl.float32)).to(dtype)
+def halo_terms(a, C: tl.constexpr):
+    """a as a sum of two tensors: the second is what rounding lost in the first.
+
+    In bfloat16 for float16 too: its range is that of float32.
+    """
+    if C[15]:
+        hi = a.to(tl.bfloat16)
+        return hi, (a - hi.to(tl.float32)).to(tl.bfloat16)
     else:
-        return hi, hi
+        return a, a
 
 
 @triton.jit
 def halo_prepare(q, qpos, b, h, ops, ints, C: tl.constexpr):
-    "A of a tile of queries, once before its steps of keys."
+    "A of a tile of queries, once before its steps of keys. Lane 2w belongs to the rows after the last key of a box."
     w: tl.constexpr = C[0] + 2 * C[1]
     if C[6]:
-        return halo_terms(halo_relative(q, qpos[0][:, None], qpos[1][:, None], ops, C, w, C[9]), q.dtype, C)
+        a = halo_relative(q, qpos[0][:, None], qpos[1][:, None], ops, ints, C, w, C[9])   # [BM, N]
+        c = tl.arange(0, C[9])[None, :]
+        never = c >= 2 * w
+        if not C[3]:                                 # rows and columns outside the map
+            at = c + tl.where(c < w, qpos[2][:, None], qpos[3][:, None] - w)
+            never = never | (at < 0) | (at >= tl.where(c < w, ints[0], ints[1]))
+        return halo_terms(tl.where(never, C[14], a), C)
     else:
         return q, q
 
 
 @triton.jit
 def halo_score(s, q, k, qpos, kpos, b, h, ops, ints, C: tl.constexpr):
-    "s + q_i . (r_y + r_x); with zeros as padding the lanes behind the end of the box are dropped here."
+    """q_i . (k_j + (r_y + r_x) / scale), from s = q_i . k_j; pairs that do not exist get C[14].
+
+    Without tables: zeros as padding, whose lanes behind the end of the box are dropped here.
+    """
     w: tl.constexpr = C[0] + 2 * C[1]
     if qpos[0].shape[1] == 1:                                                             # q is what halo_prepare made
         if C[6]:
-            e = halo_onehot(kpos[0], kpos[1], tl.arange(0, C[9])[:, None], w, q[0].dtype)         # [N, BN]
-            s = halo_dot(q[0], e, s, C)
+            e = halo_onehot(tl.trans(kpos[2]), ops, C)                                    # [BN, N]
+            s = halo_dot(q[0], e.T, s, C)
             if C[13]:
-                s = halo_dot(q[1], e, s, C)
-        if C[3]:
+                s = halo_dot(q[1], e.T, s, C)
+        else:
             s = tl.where(kpos[0] < w, s, float("-inf"))
     elif C[6]:
-        a = halo_relative(q, tl.trans(qpos[0]), tl.trans(qpos[1]), ops, C, C[4], C[10])   # [BM, N]
-        e = halo_onehot(kpos[0], kpos[1], tl.arange(0, C[10])[None, :], C[4], q.dtype)    # [BN, N]
-        hi, lo = halo_terms(a, q.dtype, C)
+        y, x, top, left = tl.trans(qpos[0]), tl.trans(qpos[1]), tl.trans(qpos[2]), tl.trans(qpos[3])
+        a = halo_relative(q, y, x, ops, ints, C, C[4], C[10])                             # [BM, N]
+        c = tl.arange(0, C[10])[None, :]
+        at = c - tl.where(c < C[4], top, left + C[4]) + C[1]                              # row or column in the box
+        hi, lo = halo_terms(tl.where(at.to(tl.uint32) < w, a, C[14]), C)
+        e = ((c == kpos[0]) | (c - C[4] == kpos[1])).to(hi.dtype)                         # [BN, N]
         s = halo_dot(e, hi.T, s, C)
         if C[13]:
             s = halo_dot(e, lo.T, s, C)
@@ -362,9 +384,7 @@ def halo_carry_init(ints, C: tl.constexpr, BM: tl.constexpr):
 @triton.jit
 def halo_carry_step(da, ds, q, k, qpos, kpos, b, h, ops, ints, C: tl.constexpr):
     "dA += dS onehot^T"
-    w: tl.constexpr = C[0] + 2 * C[1]
-    e = halo_onehot(kpos[0], kpos[1], tl.arange(0, C[9])[:, None], w, q.dtype)            # [N, BN]
-    return halo_dot(ds.to(q.dtype), e.T, da, C)
+    return halo_dot(ds.to(q.dtype), halo_onehot(tl.trans(kpos[2]), ops, C).to(q.dtype), da, C)
 
 
 @triton.jit
@@ -423,9 +443,17 @@ def _expand(q, v, ints, consts):
     width = lambda n: max(16, 1 << (n - 1).bit_length())
     bits, dim = torch.finfo(q.dtype).bits, width(max(q.shape[-1], v.shape[-1]))
     side, shift = key_tile(b, h, halo_launch("dkv", bits, dim, arch_of(q.device), consts).BN)
-    rows, exact = 2 * (b + h) - 1, bits == 32 and torch.get_float32_matmul_precision() == "highest"
-    return (b, h, s, zeros, side, shift, rel, rows, width(2 * rows), width(2 * (b + 2 * h)), width(2 * side),
-            q.shape[-1], exact, bits == 16 and SPLIT_RELATIVE)
+    w, rows, exact = b + 2 * h, 2 * (b + h) - 1, bits == 32 and torch.get_float32_matmul_precision() == "highest"
+    never, rounds = -1e30, bits == 16 and not INTERPRETED  # a logit that nothing makes up for; is A in bfloat16?
+    return (b, h, s, zeros, side, shift, rel, rows, width(2 * rows), width(2 * w + (w * w % 256 > 0)), width(2 * side),
+            q.shape[-1], exact, rounds and SPLIT_RELATIVE, never, rounds)
+
+
+@lru_cache(maxsize=64)
+def _onehot(w, lanes, dtype, device):
+    "Row r: 1 in the lanes of row r // w and column r % w of a box; after its last key in lane 2w. `(rows, lanes)`."
+    r, c = torch.arange(-(-w * w // 256) * 256, device=device)[:, None], torch.arange(lanes, device=device)
+    return torch.where(r < w * w, (c == r // w) | (c == w + r % w), c == 2 * w).to(dtype)
 
 
 def _query_tiles(ints, consts, rows):
@@ -439,11 +467,15 @@ def _key_tiles(ints, consts, rows):
 HALO = register_program(TileProgram(
     "halo", halo_q_tile, halo_k_span, halo_k_step, halo_k_tile, halo_q_span, halo_q_step, mask=halo_seen,
     launch=halo_launch, expand=_expand, q_tiles=_query_tiles, k_tiles=_key_tiles))
-HALO_ZEROS = register_program(replace(HALO, name="halo, zeros", prepare=halo_prepare, score=halo_score))
+HALO_ZEROS = register_program(replace(HALO, name="halo, zeros", prepare=halo_prepare, score=halo_score, raw_score=True))
 HALO_REL = register_program(replace(HALO_ZEROS, name="halo+rel", carried=Carried(
     halo_carry_init, halo_carry_step, halo_carry_last,
     buffer=lambda q, table, programs, ints, consts: q.new_empty(programs, *table.shape, dtype=torch.float32),
-    finish=lambda parts, table, ints, consts: parts.sum(0).to(table.dtype))))
+    finish=lambda parts, table, ints, consts: parts.sum(0).to(table.dtype)),
+    # the score takes care of pairs; zeros as padding must be loaded as zeros
+    unmasked=lambda ints, consts, BM, BN: "pairs" if consts[3] else True,
+    constants=lambda q, ints, consts: (_onehot(
+        consts[0] + 2 * consts[1], consts[9], torch.bfloat16 if consts[15] else torch.float32, q.device),)))
 
 # %% ../nbs/3_locality/halo.ipynb #1f86e515
 @torch.compiler.assume_constant_result
@@ -454,8 +486,8 @@ def _float_bits(x):
 
 def _halo_triton(q, k, v, b, h, s, zeros, scale, tables):
     "Checked tensors; tables `(2T, D)` or None -> (out, lse)."
-    if scale == 0:
-        k, scale = k * 0, 1.0
+    if scale < 2**-6:                                # the kernels divide the relative logits by a scale above 0
+        k, scale = k * (scale * 2**6), 2**-6
     ints = (*k.shape[2:4], *q.shape[2:4], _float_bits(1 / scale))
     program = HALO_REL if tables is not None else HALO_ZEROS if zeros else HALO
     return tile_attention(q, k, v, program, operands=() if tables is None else (tables,), ints=ints,

@@ -136,6 +136,14 @@ def test_types():
             check_against_reference(partial(op, backend=backend), partial(op, backend="torch"), i, dtype=dtype,
                                     grad_tol=3 * TOLERANCE[dtype])
 
+def test_loud_tables():
+    "Relative logits of ten thousand, which a float16 must not hold, choose the right key."
+    i = draw((6, 6), 4, 2, H=1, dtype=torch.float16)
+    i |= {n: 1000 * i[n] for n in ("rel_height", "rel_width")}
+    for backend in BACKENDS:
+        op = partial(halo_attention, block_size=4, halo_size=2, return_lse=True, backend=backend)
+        check_against_reference(op, partial(op, backend="torch"), i, grad=False)
+
 
 def test_good_citizen():
     i = draw((4, 7), 4, 1, 2, Hk=1, Dv=24)

@@ -1093,7 +1093,8 @@ def _nets(*names):
     "Mean accuracy in points and its spread over at least three seeds of the gpu preset; None if any is missing."
     rows, found = _rows("nets", preset="gpu"), {}
     for name in names:
-        accuracy = [100 * r["accuracy"] for r in rows if r["net"] == name]
+        longest = max((r["steps"] for r in rows if r["net"] == name), default=0)
+        accuracy = [100 * r["accuracy"] for r in rows if (r["net"], r["steps"]) == (name, longest)]
         if len(accuracy) < 3:
             return None
         found |= {name: sum(accuracy) / len(accuracy), f"{name} spread": max(accuracy) - min(accuracy)}

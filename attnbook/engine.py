@@ -687,22 +687,24 @@ def _extra_grads(q, k, v, do, lse2, delta, p, common, scale, dk_scale):
     return fold(dk, k), fold(dv, v)
 
 # %% ../nbs/1_foundations/01_engine.ipynb #3e764272
-def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, ints, consts, scale, operand_grad):
+def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, ints, consts, scale, operand_grad, into=None):
+    "Gradients of q, k, v and what else there is; those three in the tensors `into`, if given."
     program, plain_scale = PROGRAMS[program], scale
     consts = program.expand(q, v, ints, consts) if program.expand else consts
     slots = _slot_shape(program, q, operands)
     kslots = (*k.shape[:2], operands[1].shape[2] * operands[1].shape[3]) if program.indexed else None
     make = torch.zeros if program.indexed else torch.empty
-    dq = q.new_zeros(*slots, q.shape[-1]) if program.indexed else _empty_like(q, q.shape[-1])
-    dk = k.new_zeros(*kslots, k.shape[-1]) if program.indexed else _empty_like(k, k.shape[-1])
-    dv = v.new_zeros(*kslots, v.shape[-1]) if program.indexed else _empty_like(v, v.shape[-1])
+    if program.indexed:
+        dq, dk, dv = (t.new_zeros(*s, t.shape[-1]) for t, s in ((q, slots), (k, kslots), (v, kslots)))
+    else:
+        dq, dk, dv = into or (_empty_like(t, t.shape[-1]) for t in (q, k, v))
     common, scale = _common(program, q, k, v, extra_k, operands, ints, consts, scale)
     if out.numel() == 0 or k.numel() == 0 and extra_k is None:
         grads = [dq.zero_(), dk.zero_(), dv.zero_()]
         return grads + [torch.zeros_like(t) for t in (extra_k, extra_v) if t is not None] + [torch.zeros_like(t) for t in operands[:operand_grad]]
     lse2, delta = make(slots, device=q.device, dtype=torch.float32), make(slots, device=q.device, dtype=torch.float32)
     ops = _operands(program, q, operands, ints, consts)
-    wide, heads, dim = _wide(q, k, v, do), q.shape[1], max(common["BD"], common["BDV"])
+    wide, heads, dim = _wide(q, k, v, do, dq, dk, dv), q.shape[1], max(common["BD"], common["BDV"])
     p = find_launch(program, "dq", q.dtype, dim, q.device, consts)
     K, V, tma = _streams(program, k, v, p.BN, common["BD"], common["BDV"], q.device)
     tiles = program.q_tiles(ints, consts, p.BM)

@@ -10,10 +10,10 @@ __all__ = ['PRESETS', 'VARIANTS', 'PUBLISHED_MILLIONS', 'HALO_LAUNCH', 'SPLIT_RE
            'halo_q_tile', 'halo_k_step', 'halo_k_span', 'halo_blocks', 'halo_k_tile', 'halo_q_span', 'halo_q_step',
            'halo_seen', 'halo_dot', 'halo_tables', 'halo_relative', 'halo_onehot', 'halo_terms', 'halo_prepare',
            'halo_score', 'halo_carry_init', 'halo_carry_step', 'halo_carry_last', 'query_rows', 'halo_launch',
-           'halo_attention', 'HaloAttention', 'from_timm', 'HaloBottleneck', 'HaloNet', 'halonet', 'cost_experiment',
-           'small_halonet', 'halo_data', 'outside_mass', 'counted_flops', 'net_experiment', 'run_experiments',
-           'bench_module', 'unfolded_attention', 'flex_blocks', 'bench_core', 'bench_sizes', 'training_step',
-           'bench_stages', 'bench_training', 'claims']
+           'halo_attention', 'halo_packed_op', 'halo_packed_backward_op', 'HaloAttention', 'from_timm',
+           'HaloBottleneck', 'HaloNet', 'halonet', 'cost_experiment', 'small_halonet', 'halo_data', 'outside_mass',
+           'counted_flops', 'net_experiment', 'run_experiments', 'bench_module', 'unfolded_attention', 'flex_blocks',
+           'bench_core', 'bench_sizes', 'training_step', 'bench_stages', 'bench_training', 'claims']
 
 # %% ../nbs/3_locality/halo.ipynb #649d69d4
 import math
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/3_locality/halo.ipynb #4d0aac07
+from . import engine
 from .bench import compare, flex, load_results, measure, record
 from .data import Batches, image_tensor, mnist_m, standardise
 from attnbook.engine import (
@@ -484,6 +485,14 @@ def _float_bits(x):
     return int(np.float32(x).view(np.int32))
 
 
+def _joined_tables(q, rel_height, rel_width, rows, factor):
+    "Both tables, one below the other, in q's type; None if there are none."
+    if rel_height is None and rel_width is None:
+        return None
+    full = [q.new_zeros(rows, q.shape[-1]) if r is None else r for r in (rel_height, rel_width)]
+    return (torch.cat(full) * factor).to(q.dtype)
+
+
 def _halo_triton(q, k, v, b, h, s, zeros, scale, tables):
     "Checked tensors; tables `(2T, D)` or None -> (out, lse)."
     if scale < 2**-6:                                # the kernels divide the relative logits by a scale above 0
@@ -569,17 +578,68 @@ def halo_attention(q: Tensor, k: Tensor, v: Tensor, block_size: int, halo_size: 
         q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
     with torch.autocast(kind, enabled=False):
         if backend == "triton":
-            tables = None
-            if rel_height is not None or rel_width is not None:
-                full = [q.new_zeros(2 * (block_size + halo_size) - 1, q.shape[4]) if r is None else r
-                        for r in (rel_height, rel_width)]
-                tables = (torch.cat(full) * (scale if scale_rel else 1)).to(q.dtype)
+            tables = _joined_tables(q, rel_height, rel_width, 2 * (block_size + halo_size) - 1,
+                                    scale if scale_rel else 1)
             out, lse = _halo_triton(q, k, v, block_size, halo_size, query_stride, padding == "zeros", scale, tables)
         else:
             out, lse = halo_attention_reference(
                 q, k, v, block_size, halo_size, rel_height=rel_height, rel_width=rel_width, query_stride=query_stride,
                 padding=padding, scale=scale, scale_rel=scale_rel, return_lse=True)
     return (out, lse) if return_lse else out
+
+# %% ../nbs/3_locality/halo.ipynb #7aca22de
+def _unpack(qkv, heads, widths):
+    "`(B, Y, X, channels)` -> views q, k, v `(B, heads, Y, X, head_dim or v_dim)`."
+    return [t.unflatten(-1, (heads, -1)).movedim(-2, 1) for t in qkv.split(widths, -1)]
+
+
+@torch.library.custom_op("attnbook::halo_packed", mutates_args=())
+def halo_packed_op(qkv: Tensor, tables: Tensor, heads: int, widths: list[int], ints: list[int], consts: list[int],
+                   scale: float) -> tuple[Tensor, Tensor]:
+    def run(qkv):
+        return engine._forward(*_unpack(qkv, heads, widths), None, None, [tables], HALO_REL.name, ints, consts, scale)
+    out, lse = engine._through_float32(run, (qkv,))
+    return out.to(qkv.dtype), lse
+
+
+@halo_packed_op.register_fake
+def _(qkv, tables, heads, widths, ints, consts, scale):
+    q, _, v = _unpack(qkv, heads, widths)
+    return engine._empty_like(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("attnbook::halo_packed_backward", mutates_args=())
+def halo_packed_backward_op(do: Tensor, qkv: Tensor, tables: Tensor, out: Tensor, lse: Tensor, heads: int,
+                            widths: list[int], ints: list[int], consts: list[int],
+                            scale: float) -> tuple[Tensor, Tensor]:
+    def run(do, qkv, out):
+        dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+        grads = engine._backward(do, None, *_unpack(qkv, heads, widths), None, None, [tables], out, lse, HALO_REL.name,
+                                 ints, consts, scale, True, into=_unpack(dqkv, heads, widths))
+        return dqkv, grads[3]
+    dqkv, dtables = engine._through_float32(run, (do, qkv, out))
+    return dqkv.to(qkv.dtype), dtables.to(tables.dtype)
+
+
+@halo_packed_backward_op.register_fake
+def _(do, qkv, tables, out, lse, heads, widths, ints, consts, scale):
+    return qkv.new_empty(qkv.shape), tables.new_empty(tables.shape)
+
+
+def _packed_setup(ctx, inputs, output):
+    qkv, tables, *ctx.rest = inputs
+    ctx.save_for_backward(qkv, tables, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _packed_autograd(ctx, do, dlse):
+    if do is None:
+        return (None,) * 7
+    qkv, tables, out, lse = ctx.saved_tensors
+    return *halo_packed_backward_op(do, qkv, tables, out, lse, *ctx.rest), None, None, None, None, None
+
+
+halo_packed_op.register_autograd(_packed_autograd, setup_context=_packed_setup)
 
 # %% ../nbs/3_locality/halo.ipynb #fbd34a2b
 class _ChannelsLast(torch.autograd.Function):
@@ -593,6 +653,19 @@ class _ChannelsLast(torch.autograd.Function):
         return grad.contiguous(memory_format=torch.channels_last)
 
 
+def _layer_widths(dim, dim_out, num_heads, head_dim, value_ratio):
+    "head_dim and channels of the output; ValueError unless the heads divide what they must."
+    if num_heads < 1 or (head_dim is None and dim % num_heads):
+        raise ValueError(f"num_heads must divide dim {dim}, or head_dim must be given, got {num_heads}")
+    if dim_out is not None and value_ratio != 1.0:
+        raise ValueError(f"give dim_out or value_ratio, got {dim_out} and {value_ratio}")
+    head_dim = head_dim or dim // num_heads
+    dim_out = int(value_ratio * num_heads * head_dim) if dim_out is None else dim_out
+    if dim_out < 1 or dim_out % num_heads:
+        raise ValueError(f"num_heads must divide the output's {dim_out} channels, got {num_heads}")
+    return head_dim, dim_out
+
+# %% ../nbs/3_locality/halo.ipynb #d54c2aa2
 class HaloAttention(nn.Module):
     """Halo attention with its projections, on feature maps `(batch, dim, Y, X)`; no output projection, as in HaloNet.
 
@@ -609,15 +682,8 @@ class HaloAttention(nn.Module):
         _check_geometry(block_size, halo_size, stride)
         if padding not in ("mask", "zeros"):
             raise ValueError(f"padding must be 'mask' or 'zeros', got {padding!r}")
-        if num_heads < 1 or (head_dim is None and dim % num_heads):
-            raise ValueError(f"num_heads must divide dim {dim}, or head_dim must be given, got {num_heads}")
-        if dim_out is not None and value_ratio != 1.0:
-            raise ValueError(f"give dim_out or value_ratio, got {dim_out} and {value_ratio}")
-        self.num_heads, self.head_dim = num_heads, head_dim or dim // num_heads
-        inner = num_heads * self.head_dim
-        self.dim, self.dim_out = dim, int(value_ratio * inner) if dim_out is None else dim_out
-        if self.dim_out < 1 or self.dim_out % num_heads:
-            raise ValueError(f"num_heads must divide the output's {self.dim_out} channels, got {num_heads}")
+        self.head_dim, self.dim_out = _layer_widths(dim, dim_out, num_heads, head_dim, value_ratio)
+        self.num_heads, self.dim, inner = num_heads, dim, num_heads * self.head_dim
         self.block_size, self.halo_size, self.stride = block_size, halo_size, stride
         self.padding, self.scale_rel, self.backend = padding, scale_rel, backend
         self.widths = (inner, inner, self.dim_out)
@@ -635,19 +701,25 @@ class HaloAttention(nn.Module):
             if table is not None:
                 nn.init.trunc_normal_(table, std=self.head_dim**-0.5)
 
+    def _packed(self, x):
+        "x `(batch, Y, X, dim)` -> queries, keys and values side by side, `(batch, Y, X, channels)`."
+        weight, bias, kind = self.qkv.weight, self.qkv.bias, x.device.type
+        if bias is None and x.movedim(-1, 1).is_contiguous() and not torch.is_autocast_enabled(kind):
+            # channels first: multiplied as it lies, without a copy
+            return torch.bmm(x.flatten(1, 2), weight.t().expand(len(x), -1, -1)).unflatten(1, x.shape[1:3])
+        return self.qkv(x)
+
     def project(self, x):
         "x `(batch, dim, Y, X)` -> q, k, v `(batch, heads, Y or ceil(Y / stride), X …, head_dim or v_dim)`, views."
-        if x.dim() != 4 or x.shape[1] != self.dim:
-            raise ValueError(f"x must have shape (batch, {self.dim}, Y, X), got {tuple(x.shape)}")
         x, s, n = x.movedim(1, -1), self.stride, self.widths[0]
         if s == 1:
-            parts = self.qkv(x).split(self.widths, -1)
-        else:                                        # one product for the keys and values, a small one for the queries
-            weight, bias = self.qkv.weight, self.qkv.bias
-            few, all_ = (None, None) if bias is None else bias.split((n, len(bias) - n))
-            q_weight, kv_weight = weight.split((n, len(weight) - n))
-            parts = (F.linear(x[:, ::s, ::s], q_weight, few), *F.linear(x, kv_weight, all_).split(self.widths[1:], -1))
-        return [t.unflatten(-1, (self.num_heads, -1)).movedim(-2, 1) for t in parts]
+            return _unpack(self._packed(x), self.num_heads, self.widths)
+        # one product for the keys and values, a small one for the queries
+        weight, bias = self.qkv.weight, self.qkv.bias
+        few, all_ = (None, None) if bias is None else bias.split((n, len(bias) - n))
+        q_weight, kv_weight = weight.split((n, len(weight) - n))
+        q, kv = F.linear(x[:, ::s, ::s], q_weight, few), F.linear(x, kv_weight, all_)
+        return _unpack(q, self.num_heads, (n,)) + _unpack(kv, self.num_heads, self.widths[1:])
 
     def attend(self, q, k, v, **changes):
         options = dict(rel_height=self.rel_height, rel_width=self.rel_width, query_stride=self.stride,
@@ -655,8 +727,22 @@ class HaloAttention(nn.Module):
         return halo_attention(q, k, v, self.block_size, self.halo_size, **(options | changes))
 
     def forward(self, x):
-        out = self.attend(*self.project(x))                                               # [B, H, Y, X, Dv]
+        if x.dim() != 4 or x.shape[1] != self.dim:
+            raise ValueError(f"x must have shape (batch, {self.dim}, Y, X), got {tuple(x.shape)}")
+        if self.stride == 1 and self.rel_height is not None and resolve_backend(self.backend, x) == "triton":
+            out = self._attend_packed(self._packed(x.movedim(1, -1)))
+        else:
+            out = self.attend(*self.project(x))                                           # [B, H, Y, X, Dv]
         return _ChannelsLast.apply(out.movedim(1, -2).flatten(-2).movedim(-1, 1))         # [B, C, Y, X]
+
+    def _attend_packed(self, qkv):
+        "The same by the packed projection, whose gradient is written in one piece."
+        b, h, (Y, X), scale = self.block_size, self.halo_size, qkv.shape[1:3], self.head_dim**-0.5
+        q, k, v = _unpack(qkv, self.num_heads, self.widths)
+        _check_inputs(q, k, v, b, h, 1, self.padding, None, self.scale_rel, self.rel_height, self.rel_width)
+        tables = _joined_tables(q, self.rel_height, self.rel_width, 2 * (b + h) - 1, scale if self.scale_rel else 1)
+        return halo_packed_op(qkv, tables, self.num_heads, list(self.widths), [Y, X, Y, X, _float_bits(1 / scale)],
+                              [b, h, 1, int(self.padding == "zeros"), 1], scale)[0]
 
     def extra_repr(self):
         names = ("dim", "dim_out", "num_heads", "head_dim", "block_size", "halo_size", "stride", "padding", "scale_rel")

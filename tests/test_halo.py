@@ -32,6 +32,7 @@ from attnbook.neighborhood import neighborhood_attention
 from attnbook.testing import (
     TOLERANCE,
     check_against_reference,
+    check_autocast,
     check_compiles,
     check_deterministic,
     check_gradients,
@@ -313,7 +314,34 @@ def test_module():
         assert all(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in layer.parameters())
         assert images.grad.isfinite().all() and "block_size=4" in repr(layer)
 
-def test_module_compiles():
+def test_packed_is_the_operation():
+    "The packed path against the public one, for both layouts of the input; compiled; under autocast; opcheck."
+    torch.manual_seed(0)
+    layer = HaloAttention(32, num_heads=2, value_ratio=2.0, block_size=4, halo_size=2, scale_rel=True,
+                          backend="triton").to(device_under_test())
+    names = [n for n, _ in layer.named_parameters()]
+
+    def packed(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values)), x)
+
+    def plain(x, *values):
+        given = dict(zip(names, values))
+        qkv = F.linear(x.movedim(1, -1), given.pop("qkv.weight")).split(layer.widths, -1)
+        q, k, v = (t.unflatten(-1, (2, -1)).movedim(-2, 1) for t in qkv)
+        out = halo_attention(q, k, v, 4, 2, **given, scale_rel=True, backend="torch")
+        return out.movedim(1, -2).flatten(-2).movedim(-1, 1)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 32, 6, 5, device=device_under_test()).contiguous(memory_format=layout)
+        inputs = [x, *(p.detach() for p in layer.parameters())]
+        check_against_reference(packed, plain, inputs, grad_tol=3e-5)
+    check_compiles(packed, inputs)
+    check_autocast(packed, inputs)
+    qkv, tables = torch.randn(1, 4, 4, 96, device=x.device), torch.randn(2 * 11, 16, device=x.device)
+    unit = int(np.float32(4.0).view(np.int32))
+    check_opcheck(torch.ops.attnbook.halo_packed, (qkv.requires_grad_(), tables.requires_grad_(), 2, [32, 32, 32],
+                                                   [4, 4, 4, 4, unit], [4, 2, 1, 0, 1], 0.25))
+
+def test_strided_module_compiles():
     torch.manual_seed(0)
     layer = HaloAttention(32, num_heads=2, block_size=4, halo_size=1, stride=2, backend="triton")
     layer.to(device_under_test())

@@ -684,9 +684,8 @@ class HaloAttention(nn.Module):
             raise ValueError(f"padding must be 'mask' or 'zeros', got {padding!r}")
         self.head_dim, self.dim_out = _layer_widths(dim, dim_out, num_heads, head_dim, value_ratio)
         self.num_heads, self.dim, inner = num_heads, dim, num_heads * self.head_dim
-        self.block_size, self.halo_size, self.stride = block_size, halo_size, stride
-        self.padding, self.scale_rel, self.backend = padding, scale_rel, backend
-        self.widths = (inner, inner, self.dim_out)
+        self.block_size, self.halo_size, self.stride, self.backend = block_size, halo_size, stride, backend
+        self.padding, self.scale_rel, self.widths = padding, scale_rel, (inner, inner, self.dim_out)
         self.qkv = nn.Linear(dim, sum(self.widths), bias=qkv_bias)
         rows = 2 * (block_size + halo_size) - 1
         for name in ("rel_height", "rel_width"):
@@ -714,8 +713,7 @@ class HaloAttention(nn.Module):
         x, s, n = x.movedim(1, -1), self.stride, self.widths[0]
         if s == 1:
             return _unpack(self._packed(x), self.num_heads, self.widths)
-        # one product for the keys and values, a small one for the queries
-        weight, bias = self.qkv.weight, self.qkv.bias
+        weight, bias = self.qkv.weight, self.qkv.bias               # keys and values at all pixels, queries at a few
         few, all_ = (None, None) if bias is None else bias.split((n, len(bias) - n))
         q_weight, kv_weight = weight.split((n, len(weight) - n))
         q, kv = F.linear(x[:, ::s, ::s], q_weight, few), F.linear(x, kv_weight, all_)
@@ -745,7 +743,7 @@ class HaloAttention(nn.Module):
                               [b, h, 1, int(self.padding == "zeros"), 1], scale)[0]
 
     def extra_repr(self):
-        names = ("dim", "dim_out", "num_heads", "head_dim", "block_size", "halo_size", "stride", "padding", "scale_rel")
+        names = "dim dim_out num_heads head_dim block_size halo_size stride padding scale_rel".split()
         return ", ".join(f"{n}={getattr(self, n)!r}" for n in names) + f", rel_pos={self.rel_height is not None}"
 
 # %% ../nbs/3_locality/halo.ipynb #b96bf4c2

@@ -167,7 +167,9 @@ def logits(qk, q, k, ok, qpos, kpos, masked, b, h, scale, ops, ints, C: tl.const
         if SCORE is not None:
             qk = SCORE(qk, q, k, qpos, kpos, b, h, ops, ints, C)
         qk = qk * 1.4426950408889634
-    if MASKS:
+    elif SCORE is not None:                                                               # a raw score
+        qk = SCORE(qk, q, k, qpos, kpos, b, h, ops, ints, C)
+    if MASKS == 1 or MASKS == 2:
         if masked:
             if MASK is None:
                 valid = ok
@@ -207,7 +209,7 @@ def softmax_step(m, l, qk, q, k, ok, qpos, kpos, masked, b, h, scale, ops, ints,
         top = top * scale
     m_new = tl.maximum(m, top)
     safe = m_new
-    if MASKS:
+    if MASKS == 1 or MASKS == 2:
         safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = probabilities(s, safe[:, None], scale, FOLD)                                      # [BM, BN]
     alpha = tl.exp2(m - safe)
@@ -484,6 +486,7 @@ class TileProgram:
     mask: Callable | None = None
     mask_total: bool = False          # the mask itself is False for keys that a step lacks
     score: Callable | None = None
+    raw_score: bool = False           # the score adds to q.k before the scale, which then stays folded into the exponent; needs scale > 0
     prepare: Callable | None = None   # (q, qpos, b, h, ops, ints, C) -> what `score` gets as q in the forward and dQ passes, once per query tile
     dq_score: Callable | None = None  # (dq, ds, q, k, qpos, kpos, b, h, ops, ints, C) -> dq, where the score depends on q beyond q.k
     operand_grad: OperandGrad | None = None
@@ -491,10 +494,10 @@ class TileProgram:
     consecutive: bool = False         # the rows of every step are consecutive: tensor descriptors may be used
     brick: Callable | None = None     # host: (C, kernel) -> sides of the box of rows that every step reads from a map, or None; for descriptors
     heavy_last: bool = False          # later query tiles do more work
-    unmasked: Callable | None = None  # host: (ints, consts, BM, BN) -> True if no step of either pass needs a mask
+    unmasked: Callable | None = None  # host: (ints, consts, BM, BN) -> True if no step of either pass needs a mask; "pairs" if only loads of rows do
     launch: Callable | None = None    # host: (kernel, bits, BD, consts) -> Launch, where the table does not fit
     expand: Callable | None = None    # host: (q, v, ints, consts) -> C, where C is more than the call's consts
-    tables: Callable | None = None    # host: (q, ints, C) -> tensors for the hooks, appended to the call's operands
+    constants: Callable | None = None # host: (q, ints, C) -> tensors that the hooks find behind the operands
     indexed: bool = False             # rows come through index lists operands[0] (queries) and operands[1] (keys)
     lists: Callable | None = None     # host: operands -> `row_lists` of queries' and of keys' lists, where the caller has them
 
@@ -622,15 +625,14 @@ def _slot_shape(program, q, operands):
 # %% ../nbs/1_foundations/01_engine.ipynb #bbbceb7d
 def _common(program, q, k, v, extra_k, operands, ints, consts, scale):
     D, DV = q.shape[-1], v.shape[-1]
-    fold = scale > 0 and program.score is None
+    fold = scale > 0 and (program.score is None or program.raw_score)
     return dict(C=tuple(consts), MASK=program.mask, SCORE=program.score, GROUP=q.shape[1] // k.shape[1], FOLD=fold,
                 D=D, DV=DV, BD=_round_dim(D), BDV=_round_dim(DV), PRECISION=_precision(q.dtype)), scale * (LOG2E if fold else 1.0)
 
 def _masks(program, ints, consts, p):
-    "0: no step of the kernel needs a mask; 2: the mask knows which keys there are; 1: it does not."
-    if program.unmasked is not None and program.unmasked(ints, consts, p.BM, p.BN):
-        return 0
-    return 2 if program.mask_total else 1
+    "0: nothing is masked; 1: rows and pairs; 2: the same, and the mask of pairs knows which rows there are; 3: only the rows that are loaded."
+    free = program.unmasked(ints, consts, p.BM, p.BN) if program.unmasked else False
+    return 3 if free == "pairs" else 0 if free else 2 if program.mask_total else 1
 
 def _streams(program, a, b, rows, bd, bdv, device, consts, kernel):
     "The two streamed tensors, as tensor descriptors where the machine and the strides allow."
@@ -646,7 +648,7 @@ def _streams(program, a, b, rows, bd, bdv, device, consts, kernel):
 def _forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     program = PROGRAMS[program]
     consts = program.expand(q, v, ints, consts) if program.expand else consts
-    operands = [*operands, *(program.tables(q, ints, consts) if program.tables else ())]
+    operands = [*operands, *(program.constants(q, ints, consts) if program.constants else ())]
     slots = _slot_shape(program, q, operands)
     if program.indexed:
         out = q.new_zeros(*slots, v.shape[-1])
@@ -718,22 +720,24 @@ def _extra_grads(q, k, v, do, lse2, delta, p, common, scale, dk_scale):
     return fold(dk, k), fold(dv, v)
 
 # %% ../nbs/1_foundations/01_engine.ipynb #3e764272
-def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, ints, consts, scale, operand_grad):
+def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, ints, consts, scale, operand_grad, into=None):
+    "Gradients of q, k, v and what else there is; those three in the tensors `into`, if given."
     program, plain_scale = PROGRAMS[program], scale
     consts = program.expand(q, v, ints, consts) if program.expand else consts
-    operands = [*operands, *(program.tables(q, ints, consts) if program.tables else ())]
+    operands = [*operands, *(program.constants(q, ints, consts) if program.constants else ())]
     slots = _slot_shape(program, q, operands)
     kslots = (*k.shape[:2], operands[1].shape[2] * operands[1].shape[3]) if program.indexed else None
     make = torch.zeros if program.indexed else torch.empty
-    dq = q.new_zeros(*slots, q.shape[-1]) if program.indexed else _empty_like(q, q.shape[-1])
-    dk = k.new_zeros(*kslots, k.shape[-1]) if program.indexed else _empty_like(k, k.shape[-1])
-    dv = v.new_zeros(*kslots, v.shape[-1]) if program.indexed else _empty_like(v, v.shape[-1])
+    if program.indexed:
+        dq, dk, dv = (t.new_zeros(*s, t.shape[-1]) for t, s in ((q, slots), (k, kslots), (v, kslots)))
+    else:
+        dq, dk, dv = into or (_empty_like(t, t.shape[-1]) for t in (q, k, v))
     common, scale = _common(program, q, k, v, extra_k, operands, ints, consts, scale)
     if out.numel() == 0 or k.numel() == 0 and extra_k is None:
         grads = [dq.zero_(), dk.zero_(), dv.zero_()]
         return grads + [torch.zeros_like(t) for t in (extra_k, extra_v) if t is not None] + [torch.zeros_like(t) for t in operands[:operand_grad]]
     lse2, delta = make(slots, device=q.device, dtype=torch.float32), make(slots, device=q.device, dtype=torch.float32)
-    wide, heads, dim = _wide(q, k, v, do), q.shape[1], max(common["BD"], common["BDV"])
+    wide, heads, dim = _wide(q, k, v, do, dq, dk, dv), q.shape[1], max(common["BD"], common["BDV"])
     p = find_launch(program, "dq", q.dtype, dim, q.device, consts)
     K, V, tma = _streams(program, k, v, p.BN, common["BD"], common["BDV"], q.device, consts, "dq")
     tiles = program.q_tiles(ints, consts, p.BM)

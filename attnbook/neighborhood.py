@@ -747,7 +747,7 @@ def _tile_count(side):
     return count
 
 # %% ../nbs/3_locality/neighborhood.ipynb #6a0b1fcf
-def _tables(q, ints, C):
+def _words(q, ints, C):
     "The words of both sides, for maps of two or three axes."
     sides = lambda at: C[at:at + C[0]]
     axes = tuple(Axis(*axis[:4], bool(axis[4])) for axis in zip(ints, sides(7), sides(10), sides(13), sides(16)))
@@ -762,7 +762,7 @@ def _brick(C, kernel):
 
 NEIGHBORHOOD = register_program(TileProgram(
     "neighborhood", nbh_bits_q_tile, nbh_k_span, nbh_unseen_k_step, nbh_bits_k_tile, nbh_q_span, nbh_unseen_q_step,
-    mask=nbh_bits_mask, mask_total=True, tables=_tables, brick=_brick, launch=kernel_launch, expand=_expand_consts,
+    mask=nbh_bits_mask, mask_total=True, constants=_words, brick=_brick, launch=kernel_launch, expand=_expand_consts,
     q_tiles=_tile_count(1), k_tiles=_tile_count(4)))
 # one axis: a tile has more rows than a word has bits
 NEIGHBORHOOD_1D = register_program(TileProgram(

@@ -76,7 +76,7 @@ def _cases():
         ("neighborhood 2-d, float32", lambda: near((1, 2, 64, 64, 64), 13, dtype=torch.float32)),
         ("neighborhood 3-d", lambda: near((1, 2, 16, 24, 32, 128), 9)),
     ]
-    from attnbook import autoint, convit, davit, music
+    from attnbook import autoint, convit, davit, halo, music
 
     def relative(L, D, M, dtype=torch.bfloat16, **options):
         both_ways(music.relative_attention, *tensors(*[(1, 2, L, D)] * 3, (2, M, D), dtype=dtype), **options)
@@ -168,6 +168,23 @@ def _cases():
         ("ring, contiguous, ragged, head_dim 256", lambda: hops("contiguous", 2, 1000, (1, 2, 256), length=1990)),
         ("ring, float32", lambda: hops("zigzag", 2, 1024, (1, 2, 128), dtype=torch.float32)),
     ]
+
+    def haloed(B, H, side, D, b, h, Dv=None, stride=1, tables=True, dtype=torch.bfloat16, **options):
+        shapes = (B, H, -(-side // stride), -(-side // stride), D), (B, H, side, side, D), (B, H, side, side, Dv or D)
+        both_ways(lambda q, k, v, y=None, x=None: halo.halo_attention(q, k, v, b, h, rel_height=y, rel_width=x, query_stride=stride, **options),
+                  *tensors(*shapes, *[(2 * (b + h) - 1, D)] * (2 * tables), dtype=dtype))
+
+    cases += [
+        ("halo", lambda: haloed(64, 8, 56, 32, 8, 3)),
+        ("halo, zeros", lambda: haloed(64, 8, 56, 32, 8, 3, padding="zeros")),
+        ("halo, stride 2", lambda: haloed(64, 8, 64, 16, 8, 3, stride=2)),
+        ("halo, no tables", lambda: haloed(64, 8, 56, 32, 8, 3, tables=False)),
+        ("halo, H4", lambda: haloed(16, 8, 96, 16, 12, 2)),
+        ("halo, H5, wide values", lambda: haloed(4, 8, 28, 64, 14, 2, Dv=160)),
+        ("halo, H7, ragged", lambda: haloed(4, 8, 38, 32, 10, 3, Dv=128)),
+        ("halo, head_dim 64", lambda: haloed(16, 8, 64, 64, 8, 3)),
+        ("halo, float32", lambda: haloed(2, 8, 56, 32, 8, 3, dtype=torch.float32)),
+    ]
     return cases
 
 
@@ -189,7 +206,7 @@ def _compile_all(arch: str, part: int, parts: int) -> list[dict]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    from attnbook import autoint, convit, davit, engine, music, neighborhood, ring, routing
+    from attnbook import autoint, convit, davit, engine, halo, music, neighborhood, ring, routing
 
     class Driver:
         get_current_target = lambda self: GPUTarget("cuda", ARCHES[arch][0], 32)
@@ -208,7 +225,7 @@ def _compile_all(arch: str, part: int, parts: int) -> list[dict]:
 
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = compile_only
-    for module in (engine, neighborhood, music, autoint, davit, routing, convit, ring):
+    for module in (engine, neighborhood, music, autoint, davit, routing, convit, ring, halo):
         module.arch_of = lambda device: arch
         module.resolve_backend = lambda backend, tensor: "triton"
     if arch != "sm90":

@@ -1023,7 +1023,7 @@ def bench_module():
 # %% ../nbs/3_locality/halo.ipynb #886fa5b8
 def unfolded_attention(q, k, v, rel_height, rel_width, *, block_size, halo_size):
     "What one writes without a kernel: boxes unfolded in memory, tables as a bias, PyTorch's fused attention. Zeros."
-    b, w = block_size, block_size + 2 * halo_size
+    b = block_size
     blocks = lambda t: t.unflatten(3, (-1, b)).unflatten(2, (-1, b)).permute(0, 2, 4, 1, 3, 5, 6).flatten(0, 2)
     Q, row = blocks(q), offset_rows(b, halo_size).to(q.device)                            # [B i j, h, y, x, d]
     K, V = (halo_boxes(t, b, halo_size).permute(0, 2, 3, 1, 5, 6, 4).flatten(0, 2).flatten(2, 3) for t in (k, v))
@@ -1240,7 +1240,7 @@ def claims():
         Claim("Attention in all stages is the most accurate", "84.9 / 84.6 / 84.7 / 83.8 %", "stage table",
               lambda m: grade(min(m["halo 2"] - m[n] for n in ("conv 1", "conv 1-2")) > 0,
                               m["halo 2"] > m["conv 1-2"]),
-              partial(_nets, "halo 2", "conv 1", "conv 1-2", "conv 1-3"), 
+              partial(_nets, "halo 2", "conv 1", "conv 1-2", "conv 1-3"),
               f"{nets}; holds: above conv in stage 1 and in stages 1-2"),
         Claim("Attention in early stages costs the most time", "1.9 / 1.4 / 1.0 / 0.5", "stage table",
               lambda t: grade(t["4 of 4"] > t["3 of 4"] > t["2 of 4"] > t["1 of 4"], t["4 of 4"] > t["1 of 4"]),

@@ -47,6 +47,9 @@ LAYERS = {  # B, M, d_in, heads, head width, residual, bias
     "official": (4, 11, 12, 2, 8, True, True),
     "official, no residual": (2, 9, 16, 3, 4, False, True),
     "one per tile": (2, 65, 16, 1, 16, True, False),
+    "a pass per head": (5, 7, 40, 2, 32, True, False),
+    "two passes, official": (2, 35, 16, 6, 32, True, True),
+    "weights not kept": (2, 33, 70, 2, 32, False, False),
 }
 
 def draw_layer(B, M, D, H, dh, residual, bias, dtype=torch.float32, seed=0):
@@ -70,11 +73,13 @@ def test_kernel_agrees_with_the_reference(case):
     check_against_reference(triton_layer(sizes[3], scale=0.8), plain_layer(sizes[3], scale=0.8), draw_layer(*sizes),
                             **with_floor)
 
-def test_kernel_in_half_precision():
+@pytest.mark.parametrize("case", ("packed", "a pass per head", "two passes, official"))
+def test_kernel_in_half_precision(case):
     on_gpu = device_under_test() == "cuda"                      # the interpreter cannot multiply bfloat16 matrices
     dtype, tol = (torch.bfloat16, 1.5e-2) if on_gpu else (torch.float16, 2e-3)
-    check_against_reference(triton_layer(2, scale=0.5), plain_layer(2, scale=0.5),
-                            draw_layer(*LAYERS["packed"], dtype=dtype), tol=tol, grad_tol=2 * tol)
+    heads, scale = LAYERS[case][3], LAYERS[case][4]**-0.5
+    check_against_reference(triton_layer(heads, scale=scale), plain_layer(heads, scale=scale),
+                            draw_layer(*LAYERS[case], dtype=dtype), tol=tol, grad_tol=2 * tol)
 
 def test_layer_passes_every_common_check():
     check_operation(triton_layer(2), plain_layer(2), draw_layer(*LAYERS["packed"]), skip=("reference", "autocast"))

@@ -78,6 +78,10 @@ def _cases():
     ]
     from attnbook import autoint, convit, davit, halo, music
 
+    def network(B, M, d=16, U=64, layers=3):
+        value, *rest = tensors((B, M, 1), (1000, d), (4, d, U), (layers - 1, 4, U, U), (1,), (1,), (M, U), (1,))
+        autoint.network_op(torch.empty(value.shape, dtype=torch.int32), value, *rest, layers, 2, 1.0, False)
+
     def relative(L, D, M, dtype=torch.bfloat16, **options):
         both_ways(music.relative_attention, *tensors(*[(1, 2, L, D)] * 3, (2, M, D), dtype=dtype), **options)
 
@@ -86,6 +90,10 @@ def _cases():
         ("relative attention, short table, blocks", lambda: relative(2048, 64, 300, block_size=512, beyond="clip")),
         ("relative attention, head_dim 128", lambda: relative(2048, 128, 2048)),
         ("interacting layer", lambda: both_ways(autoint.interacting_layer, *tensors((1024, 39, 64), (4, 64, 64)), num_heads=2)),
+        ("first interacting layer", lambda: both_ways(autoint.interacting_layer, *tensors((1024, 39, 16), (4, 16, 64)), num_heads=2)),
+        ("interacting layer, float32", lambda: both_ways(
+            autoint.interacting_layer, *tensors((1024, 39, 64), (4, 64, 64), dtype=torch.float32), num_heads=2)),
+        ("network of interacting layers", lambda: network(1024, 39)),
         ("interacting layer, official, float32", lambda: both_ways(
             autoint.interacting_layer, *tensors((1024, 23, 16), (4, 16, 64), (4, 64), dtype=torch.float32), num_heads=2)),
     ]

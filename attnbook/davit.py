@@ -9,17 +9,17 @@ __all__ = ['CHANNEL_LAUNCH', 'FLOATS', 'WINDOW', 'VARIANTS', 'davit_tiny', 'davi
            'channel_attention_cost', 'token_block', 'square', 'channel_softmax', 'place', 'scores_sweep', 'mix_sweep',
            'channel_forward', 'channel_scores', 'channel_mix', 'weights_grad', 'channel_reduce', 'column_sums',
            'backward_v_sweep', 'backward_qk_sweep', 'store_sums', 'channel_backward', 'channel_backward_v',
-           'channel_backward_qk', 'channel_launch', 'channel_attention_op', 'channel_attention_backward_op',
-           'channel_attention_packed_op', 'channel_attention_packed_backward_op', 'channel_layer_op',
-           'channel_layer_backward_op', 'channel_group_attention', 'channel_group_attention_packed', 'window_rows',
-           'window_tile', 'window_step', 'window_span', 'window_k_span', 'window_q_span', 'window_launch',
-           'log_padding', 'add_padding', 'window_attention', 'ConvPositionalEncoding', 'SpatialWindowAttention',
-           'ChannelGroupAttention', 'DropPath', 'Mlp', 'DualBlock', 'SpatialBlock', 'ChannelBlock', 'Stem',
-           'Downsample', 'Stage', 'Head', 'DaViT', 'davit', 'florence2_base_tower', 'florence2_large_tower',
-           'count_parameters', 'davit_macs', 'counted_gmacs', 'from_timm', 'digit_pairs', 'random_batches',
-           'pairs_experiment', 'row_entropy', 'resized', 'scale_experiment', 'fitted_slope', 'three_attentions',
-           'bench_channel', 'bench_channel_core', 'bench_window', 'bench_linear', 'training_step', 'bench_training',
-           'bench_training_rest', 'claims']
+           'channel_backward_qk', 'channel_launch', 'channel_pack', 'channel_attention_op',
+           'channel_attention_backward_op', 'channel_attention_packed_op', 'channel_attention_packed_backward_op',
+           'channel_layer_op', 'channel_layer_backward_op', 'channel_group_attention', 'channel_group_attention_packed',
+           'window_rows', 'window_tile', 'window_step', 'window_span', 'window_k_span', 'window_q_span',
+           'window_launch', 'log_padding', 'add_padding', 'window_attention', 'ConvPositionalEncoding',
+           'SpatialWindowAttention', 'ChannelGroupAttention', 'DropPath', 'Mlp', 'DualBlock', 'SpatialBlock',
+           'ChannelBlock', 'Stem', 'Downsample', 'Stage', 'Head', 'DaViT', 'davit', 'florence2_base_tower',
+           'florence2_large_tower', 'count_parameters', 'davit_macs', 'counted_gmacs', 'from_timm', 'digit_pairs',
+           'random_batches', 'pairs_experiment', 'row_entropy', 'resized', 'scale_experiment', 'fitted_slope',
+           'three_attentions', 'bench_channel', 'bench_channel_core', 'bench_window', 'bench_linear', 'training_step',
+           'bench_training', 'bench_training_rest', 'claims']
 
 # %% ../nbs/3_locality/davit.ipynb #58792f83
 import math
@@ -99,8 +99,8 @@ def channel_attention_cost(batch: int, tokens: int, channels: int, groups: int, 
 
 # %% ../nbs/3_locality/davit.ipynb #e8683b4a
 @triton.jit
-def token_block(ptr, strides, b, g, n, N, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr):
-    """Addresses [T, BD] of positions n in group g of image b, and which of them exist.
+def token_block(ptr, strides, b, g, n, N, W: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr):
+    """Addresses [T, BD] of positions n in the W channels from group g of image b on, and which of them exist.
 
     strides: (batch, group, position, channel).
     """
@@ -108,96 +108,100 @@ def token_block(ptr, strides, b, g, n, N, D: tl.constexpr, BD: tl.constexpr, WID
     rows = n.to(tl.int64) if WIDE else n
     at = ptr + b.to(tl.int64) * strides[0] + g.to(tl.int64) * strides[1] + rows[:, None] * strides[2] + d[None,
         :] * strides[3]
-    return at, (n < N)[:, None] & (d < D)[None, :]
+    return at, (n < N)[:, None] & (d < W)[None, :]
 
 # %% ../nbs/3_locality/davit.ipynb #ba2877fe
 @triton.jit
-def square(ptr, i, D: tl.constexpr, BD: tl.constexpr):
-    "Addresses [BD, BD] of the i-th of many D x D matrices, one after another, and which entries exist."
+def square(ptr, i, step, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr):
+    """Addresses [BD, BD] of W / D matrices D x D as blocks on a diagonal, and which entries exist; the first is the
+    i-th matrix in memory, the others follow at a distance of `step` matrices."""
     r, c = tl.arange(0, BD)[:, None], tl.arange(0, BD)[None, :]
-    return ptr + i.to(tl.int64) * D * D + r * D + c, (r < D) & (c < D)
+    at = ptr + (i + r // D * step).to(tl.int64) * D * D + r % D * D + c % D
+    return at, (r < W) & (c < W) & (r // D == c // D)
 
 # %% ../nbs/3_locality/davit.ipynb #5fec5da2
 @triton.jit
-def channel_softmax(s, scale, D: tl.constexpr, BD: tl.constexpr):
-    "Row softmax of the sums s [BD, BD] times scale, over the D channels that exist."
-    s = tl.where((tl.arange(0, BD) < D)[None, :], s * scale, float("-inf"))
+def channel_softmax(s, scale, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr):
+    "Row softmax of the sums s [BD, BD] times scale, within each block of D channels; 0 elsewhere."
+    r, c = tl.arange(0, BD)[:, None], tl.arange(0, BD)[None, :]
+    # rows that do not exist keep one entry, or they would divide 0 by 0
+    s = tl.where((r // D == c // D) & (c < W) | (r >= W) & (r == c), s * scale, float("-inf"))
     p = tl.exp2((s - tl.max(s, 1)[:, None]) * 1.4426950408889634)
     return p / tl.sum(p, 1)[:, None]
 
 # %% ../nbs/3_locality/davit.ipynb #50cbf67d
 @triton.jit
-def place(SHARES: tl.constexpr, share, N, G):
-    "Of the program at hand: image, group, number of the two, first position and the one after the last."
-    pid = tl.program_id(0)
-    bg, first = pid // SHARES, pid % SHARES * share
-    return bg // G, bg % G, bg, first, tl.minimum(first + share, N)
+def place(SHARES: tl.constexpr, share, N, G, PACK: tl.constexpr):
+    "Of the program: image, first of its PACK groups, number of the two, first position, the one after the last."
+    pid, packs = tl.program_id(0), G // PACK
+    b, first, g = pid // (SHARES * packs), pid // packs % SHARES * share, pid % packs * PACK
+    return b, g, b * G + g, first, tl.minimum(first + share, N)
 
 
 @triton.jit
-def scores_sweep(Q, K, sq, sk, b, g, first, stop, N, T: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+def scores_sweep(Q, K, sq, sk, b, g, first, stop, N, T: tl.constexpr, W: tl.constexpr, BD: tl.constexpr,
                  WIDE: tl.constexpr, PRECISION: tl.constexpr):
     "The sum of q^T k [BD, BD]."
     acc = tl.zeros([BD, BD], tl.float32)
     for n0 in range(first, stop, T):
         n = n0 + tl.arange(0, T)
-        at, ok = token_block(Q, sq, b, g, n, N, D, BD, WIDE)
+        at, ok = token_block(Q, sq, b, g, n, N, W, BD, WIDE)
         q = tl.load(at, mask=ok, other=0.0)                                               # [T, BD]
-        at, ok = token_block(K, sk, b, g, n, N, D, BD, WIDE)
+        at, ok = token_block(K, sk, b, g, n, N, W, BD, WIDE)
         k = tl.load(at, mask=ok, other=0.0)                                               # [T, BD]
         acc = tl.dot(tl.trans(q), k, acc, input_precision=PRECISION)                      # [BD, BD]
     return acc
 
 # %% ../nbs/3_locality/davit.ipynb #156fcf9d
 @triton.jit
-def mix_sweep(V, a, O, sv, so, b, g, first, stop, N, T: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+def mix_sweep(V, a, O, sv, so, b, g, first, stop, N, T: tl.constexpr, W: tl.constexpr, BD: tl.constexpr,
               WIDE: tl.constexpr, PRECISION: tl.constexpr):
     "O = V a^T, a [BD, BD]."
     for n0 in range(first, stop, T):
         n = n0 + tl.arange(0, T)
-        at, ok = token_block(V, sv, b, g, n, N, D, BD, WIDE)
+        at, ok = token_block(V, sv, b, g, n, N, W, BD, WIDE)
         v = tl.load(at, mask=ok, other=0.0)                                               # [T, BD]
         o = tl.dot(v, tl.trans(a), input_precision=PRECISION)                             # [T, BD]
-        at, ok = token_block(O, so, b, g, n, N, D, BD, WIDE)
+        at, ok = token_block(O, so, b, g, n, N, W, BD, WIDE)
         tl.store(at, o.to(O.dtype.element_ty), mask=ok)
 
 # %% ../nbs/3_locality/davit.ipynb #b5aa35f4
 @triton.jit
 def channel_forward(Q, K, V, A, O, sq, sk, sv, so, scale, N, share, G, SHARES: tl.constexpr, T: tl.constexpr,
-                    D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    "Both passes by the program that owns the whole group. Grid: batch * groups."
-    b, g, bg, first, stop = place(SHARES, share, N, G)
-    a = scores_sweep(Q, K, sq, sk, b, g, first, stop, N, T, D, BD, WIDE, PRECISION)
-    a = channel_softmax(a, scale, D, BD)
-    at, ok = square(A, bg, D, BD)
+                    D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    "Both passes by the program that owns the whole group. Grid: batch * groups / PACK."
+    b, g, bg, first, stop = place(SHARES, share, N, G, W // D)
+    a = scores_sweep(Q, K, sq, sk, b, g, first, stop, N, T, W, BD, WIDE, PRECISION)
+    a = channel_softmax(a, scale, D, W, BD)
+    at, ok = square(A, bg, 1, D, W, BD)
     tl.store(at, a, mask=ok)
-    mix_sweep(V, a.to(V.dtype.element_ty), O, sv, so, b, g, first, stop, N, T, D, BD, WIDE, PRECISION)
+    mix_sweep(V, a.to(V.dtype.element_ty), O, sv, so, b, g, first, stop, N, T, W, BD, WIDE, PRECISION)
 
 # %% ../nbs/3_locality/davit.ipynb #bfb3d0d2
 @triton.jit
 def channel_scores(Q, K, OUT, sq, sk, N, share, G, SHARES: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
-                   BD: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    "OUT = the share's part of Q^T K. Grid: batch * groups * SHARES."
-    b, g, bg, first, stop = place(SHARES, share, N, G)
-    at, ok = square(OUT, tl.program_id(0), D, BD)
-    tl.store(at, scores_sweep(Q, K, sq, sk, b, g, first, stop, N, T, D, BD, WIDE, PRECISION), mask=ok)
+                   W: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    "OUT = the share's part of Q^T K. Grid: batch * groups / PACK * SHARES."
+    b, g, bg, first, stop = place(SHARES, share, N, G, W // D)
+    at, ok = square(OUT, bg * SHARES + first // share, SHARES, D, W, BD)
+    tl.store(at, scores_sweep(Q, K, sq, sk, b, g, first, stop, N, T, W, BD, WIDE, PRECISION), mask=ok)
 
 
 @triton.jit
-def channel_mix(V, A, O, sv, so, N, share, G, SHARES: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-                WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    "O = V A^T. Grid: batch * groups * SHARES."
-    b, g, bg, first, stop = place(SHARES, share, N, G)
-    at, ok = square(A, bg, D, BD)
+def channel_mix(V, A, O, sv, so, N, share, G, SHARES: tl.constexpr, T: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+                BD: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    "O = V A^T. Grid: batch * groups / PACK * SHARES."
+    b, g, bg, first, stop = place(SHARES, share, N, G, W // D)
+    at, ok = square(A, bg, 1, D, W, BD)
     a = tl.load(at, mask=ok, other=0.0).to(V.dtype.element_ty)                            # [BD, BD]
-    mix_sweep(V, a, O, sv, so, b, g, first, stop, N, T, D, BD, WIDE, PRECISION)
+    mix_sweep(V, a, O, sv, so, b, g, first, stop, N, T, W, BD, WIDE, PRECISION)
 
 # %% ../nbs/3_locality/davit.ipynb #e621c99e
 @triton.jit
-def weights_grad(a, da, EXTRA, i, D: tl.constexpr, BD: tl.constexpr):
+def weights_grad(a, da, EXTRA, i, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr):
     "dS = A * (dA - rowsum(dA * A)); EXTRA is a gradient that reached A from elsewhere, or None."
     if EXTRA is not None:
-        at, ok = square(EXTRA, i, D, BD)
+        at, ok = square(EXTRA, i, 1, D, W, BD)
         da += tl.load(at, mask=ok, other=0.0)
     return a * (da - tl.sum(a * da, 1)[:, None])
 
@@ -208,14 +212,14 @@ def channel_reduce(PARTS, A, EXTRA, OUT, scale, SHARES, GRAD: tl.constexpr, D: t
     i = tl.program_id(0)
     acc = tl.zeros([BD, BD], tl.float32)
     for part in range(SHARES):
-        at, ok = square(PARTS, i * SHARES + part, D, BD)
+        at, ok = square(PARTS, i * SHARES + part, 1, D, D, BD)
         acc += tl.load(at, mask=ok, other=0.0)
     if GRAD:
-        at, ok = square(A, i, D, BD)
-        acc = weights_grad(tl.load(at, mask=ok, other=0.0), acc, EXTRA, i, D, BD)
+        at, ok = square(A, i, 1, D, D, BD)
+        acc = weights_grad(tl.load(at, mask=ok, other=0.0), acc, EXTRA, i, D, D, BD)
     else:
-        acc = channel_softmax(acc, scale, D, BD)
-    at, ok = square(OUT, i, D, BD)
+        acc = channel_softmax(acc, scale, D, D, BD)
+    at, ok = square(OUT, i, 1, D, D, BD)
     tl.store(at, acc, mask=ok)
 
 # %% ../nbs/3_locality/davit.ipynb #b08a09ea
@@ -234,139 +238,160 @@ def column_sums(x, sums, ROWS: tl.constexpr, T: tl.constexpr, PRECISION: tl.cons
 
 @triton.jit
 def backward_v_sweep(DO, V, a, DV, sdo, sv, sdv, b, g, first, stop, N, SUMS: tl.constexpr, T: tl.constexpr,
-                     D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+                     W: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
     "Writes dV = dO a; returns dO^T V [BD, BD] and, with SUMS, the column sums of dO [BD]."
     da, sums = tl.zeros([BD, BD], tl.float32), tl.zeros([BD, 16], tl.float32)
     for n0 in range(first, stop, T):
         n = n0 + tl.arange(0, T)
-        at, ok = token_block(DO, sdo, b, g, n, N, D, BD, WIDE)
+        at, ok = token_block(DO, sdo, b, g, n, N, W, BD, WIDE)
         do = tl.load(at, mask=ok, other=0.0)                                              # [T, BD]
-        at, ok = token_block(V, sv, b, g, n, N, D, BD, WIDE)
+        at, ok = token_block(V, sv, b, g, n, N, W, BD, WIDE)
         v = tl.load(at, mask=ok, other=0.0)                                               # [T, BD]
         dv = tl.dot(do, a, input_precision=PRECISION)                                     # [T, BD]
         da = tl.dot(tl.trans(do), v, da, input_precision=PRECISION)                       # [BD, BD]
         if SUMS:
             sums = column_sums(do, sums, False, T, PRECISION)
-        at, ok = token_block(DV, sdv, b, g, n, N, D, BD, WIDE)
+        at, ok = token_block(DV, sdv, b, g, n, N, W, BD, WIDE)
         tl.store(at, dv.to(DV.dtype.element_ty), mask=ok)
     return da, tl.sum(sums, 1) / 16
 
 # %% ../nbs/3_locality/davit.ipynb #4531838a
 @triton.jit
 def backward_qk_sweep(Q, K, ds, DQ, DK, sq, sk, sdq, sdk, scale, b, g, first, stop, N, SUMS: tl.constexpr,
-                      T: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    "Writes dQ and dK; returns, with SUMS, their column sums [BD]."
-    # the largest entry becomes 1, so that no 16-bit type over- or underflows
-    size = tl.max(tl.max(tl.abs(ds), 1), 0)
+                      T: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
+                      PRECISION: tl.constexpr):
+    "Writes dQ and dK; returns, with SUMS, the column sums of Q and K [BD]."
+    # the largest entry of a group becomes 1, so that no 16-bit type over- or underflows
+    r, c = tl.arange(0, BD)[:, None], tl.arange(0, BD)[None, :]
+    size = tl.max(tl.where(r // D == c // D, tl.max(tl.abs(ds), 1)[:, None], 0.0), 0)     # [BD], equal in a group
     size = tl.where(size > 0, size, 1.0)
-    small, factor = (ds / size).to(Q.dtype.element_ty), scale * size                      # [BD, BD]
+    small, factor = (ds / size[None, :]).to(Q.dtype.element_ty), (scale * size)[None, :]  # [BD, BD], [1, BD]
     q_sums, k_sums = tl.zeros([16, BD], tl.float32), tl.zeros([16, BD], tl.float32)
     for n0 in range(first, stop, T):
         n = n0 + tl.arange(0, T)
-        at, ok = token_block(K, sk, b, g, n, N, D, BD, WIDE)
+        at, ok = token_block(K, sk, b, g, n, N, W, BD, WIDE)
         k = tl.load(at, mask=ok, other=0.0)                                               # [T, BD]
         dq = tl.dot(k, tl.trans(small), input_precision=PRECISION) * factor               # [T, BD]
-        at, ok = token_block(DQ, sdq, b, g, n, N, D, BD, WIDE)
+        at, ok = token_block(DQ, sdq, b, g, n, N, W, BD, WIDE)
         tl.store(at, dq.to(DQ.dtype.element_ty), mask=ok)
-        at, ok = token_block(Q, sq, b, g, n, N, D, BD, WIDE)
+        at, ok = token_block(Q, sq, b, g, n, N, W, BD, WIDE)
         q = tl.load(at, mask=ok, other=0.0)                                               # [T, BD]
         dk = tl.dot(q, small, input_precision=PRECISION) * factor                         # [T, BD]
-        at, ok = token_block(DK, sdk, b, g, n, N, D, BD, WIDE)
+        at, ok = token_block(DK, sdk, b, g, n, N, W, BD, WIDE)
         tl.store(at, dk.to(DK.dtype.element_ty), mask=ok)
         if SUMS:
             k_sums = column_sums(k, k_sums, True, T, PRECISION)
             q_sums = column_sums(q, q_sums, True, T, PRECISION)
-    q_sums, k_sums = tl.sum(q_sums, 0) / 16, tl.sum(k_sums, 0) / 16
-    return tl.sum(ds * k_sums[None, :], 1) * scale, tl.sum(ds * q_sums[:, None], 0) * scale
+    return tl.sum(q_sums, 0) / 16, tl.sum(k_sums, 0) / 16
 
 # %% ../nbs/3_locality/davit.ipynb #7df90e09
 @triton.jit
-def store_sums(SUMS, x, which, b, g, G, SHARES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+def store_sums(SUMS, x, which, part, g, G, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr):
     "Column sums x [BD] of the gradient of q, k or v (`which`: 0, 1, 2) into this program's place."
     d = tl.arange(0, BD)
-    row = ((b * SHARES + tl.program_id(0) % SHARES) * 3 + which) * G + g
-    tl.store(SUMS + row.to(tl.int64) * D + d, x, mask=d < D)
+    row = (part * 3 + which) * G + g
+    tl.store(SUMS + row.to(tl.int64) * D + d, x, mask=d < W)
 
 
 @triton.jit
 def channel_backward(DO, Q, K, V, A, EXTRA, DQ, DK, DV, SUMS, sdo, sq, sk, sv, sdq, sdk, sdv, scale, N, share, G,
-                     SHARES: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
-                     PRECISION: tl.constexpr):
-    "Both sweeps by the program that owns the whole group. Grid: batch * groups."
-    b, g, bg, first, stop = place(SHARES, share, N, G)
-    at, ok = square(A, bg, D, BD)
+                     SHARES: tl.constexpr, T: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr,
+                     WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    "Both sweeps by the program that owns the whole group. Grid: batch * groups / PACK."
+    b, g, bg, first, stop = place(SHARES, share, N, G, W // D)
+    at, ok = square(A, bg, 1, D, W, BD)
     a = tl.load(at, mask=ok, other=0.0)                                                   # [BD, BD]
     da, v_sums = backward_v_sweep(DO, V, a.to(V.dtype.element_ty), DV, sdo, sv, sdv, b, g, first, stop, N,
-                                  SUMS is not None, T, D, BD, WIDE, PRECISION)
-    ds = weights_grad(a, da, EXTRA, bg, D, BD)
-    q_sums, k_sums = backward_qk_sweep(Q, K, ds, DQ, DK, sq, sk, sdq, sdk, scale, b, g, first, stop, N,
-                                       SUMS is not None, T, D, BD, WIDE, PRECISION)
+                                  SUMS is not None, T, W, BD, WIDE, PRECISION)
+    a = tl.load(at, mask=ok, other=0.0)        # again: over the sweep its registers serve better otherwise
     if SUMS is not None:
-        store_sums(SUMS, q_sums, 0, b, g, G, SHARES, D, BD)
-        store_sums(SUMS, k_sums, 1, b, g, G, SHARES, D, BD)
-        store_sums(SUMS, tl.sum(a * v_sums[:, None], 0), 2, b, g, G, SHARES, D, BD)
+        store_sums(SUMS, tl.sum(a * v_sums[:, None], 0), 2, b * SHARES + first // share, g, G, D, W, BD)
+    ds = weights_grad(a, da, EXTRA, bg, D, W, BD)
+    q_sums, k_sums = backward_qk_sweep(Q, K, ds, DQ, DK, sq, sk, sdq, sdk, scale, b, g, first, stop, N,
+                                       SUMS is not None, T, D, W, BD, WIDE, PRECISION)
+    if SUMS is not None:
+        store_sums(SUMS, scale * tl.sum(ds * k_sums[None, :], 1), 0, b * SHARES + first // share, g, G, D, W, BD)
+        store_sums(SUMS, scale * tl.sum(ds * q_sums[:, None], 0), 1, b * SHARES + first // share, g, G, D, W, BD)
 
 # %% ../nbs/3_locality/davit.ipynb #7f776d0e
 @triton.jit
 def channel_backward_v(DO, V, A, EXTRA, DV, OUT, SUMS, sdo, sv, sdv, N, share, G, SHARES: tl.constexpr,
-                       T: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
+                       T: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
                        PRECISION: tl.constexpr):
-    "Sweep 1 alone: dV, and OUT = dS, or with SHARES > 1 the share's part of dA. Grid: batch * groups * SHARES."
-    b, g, bg, first, stop = place(SHARES, share, N, G)
-    at, ok = square(A, bg, D, BD)
+    "Sweep 1 alone: dV, and OUT = dS, or with SHARES > 1 the share's part of dA. Grid: batch * groups / PACK * SHARES."
+    b, g, bg, first, stop = place(SHARES, share, N, G, W // D)
+    at, ok = square(A, bg, 1, D, W, BD)
     a = tl.load(at, mask=ok, other=0.0)                                                   # [BD, BD]
     da, v_sums = backward_v_sweep(DO, V, a.to(V.dtype.element_ty), DV, sdo, sv, sdv, b, g, first, stop, N,
-                                  SUMS is not None, T, D, BD, WIDE, PRECISION)
+                                  SUMS is not None, T, W, BD, WIDE, PRECISION)
+    a = tl.load(at, mask=ok, other=0.0)        # again: over the sweep its registers serve better otherwise
     if SHARES == 1:
-        da = weights_grad(a, da, EXTRA, bg, D, BD)
-    at, ok = square(OUT, tl.program_id(0), D, BD)
+        da = weights_grad(a, da, EXTRA, bg, D, W, BD)
+    at, ok = square(OUT, bg * SHARES + first // share, SHARES, D, W, BD)
     tl.store(at, da, mask=ok)
     if SUMS is not None:
-        store_sums(SUMS, tl.sum(a * v_sums[:, None], 0), 2, b, g, G, SHARES, D, BD)
+        store_sums(SUMS, tl.sum(a * v_sums[:, None], 0), 2, b * SHARES + first // share, g, G, D, W, BD)
 
 
 @triton.jit
 def channel_backward_qk(Q, K, DS, DQ, DK, SUMS, sq, sk, sdq, sdk, scale, N, share, G, SHARES: tl.constexpr,
-                        T: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
+                        T: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
                         PRECISION: tl.constexpr):
-    "Sweep 2 alone: dQ and dK. Grid: batch * groups * SHARES."
-    b, g, bg, first, stop = place(SHARES, share, N, G)
-    at, ok = square(DS, bg, D, BD)
+    "Sweep 2 alone: dQ and dK. Grid: batch * groups / PACK * SHARES."
+    b, g, bg, first, stop = place(SHARES, share, N, G, W // D)
+    at, ok = square(DS, bg, 1, D, W, BD)
     ds = tl.load(at, mask=ok, other=0.0)                                                  # [BD, BD]
     q_sums, k_sums = backward_qk_sweep(Q, K, ds, DQ, DK, sq, sk, sdq, sdk, scale, b, g, first, stop, N,
-                                       SUMS is not None, T, D, BD, WIDE, PRECISION)
+                                       SUMS is not None, T, D, W, BD, WIDE, PRECISION)
     if SUMS is not None:
-        store_sums(SUMS, q_sums, 0, b, g, G, SHARES, D, BD)
-        store_sums(SUMS, k_sums, 1, b, g, G, SHARES, D, BD)
+        ds = tl.load(at, mask=ok, other=0.0)
+        store_sums(SUMS, scale * tl.sum(ds * k_sums[None, :], 1), 0, b * SHARES + first // share, g, G, D, W, BD)
+        store_sums(SUMS, scale * tl.sum(ds * q_sums[:, None], 0), 1, b * SHARES + first // share, g, G, D, W, BD)
 
 # %% ../nbs/3_locality/davit.ipynb #8919f6e0
-# for 32 channels of 16 bits; together: both sweeps of the backward pass in one launch where a group is not shared
-CHANNEL_LAUNCH = dict(block=64, programs=528, least=8, warps=4, stages=3, together=False)
+# block, warps, stages, registers: for packs of up to 64 channels of 16 bits
+# together: both backward sweeps in one launch
+CHANNEL_LAUNCH = dict(bytes=128, block=64, programs=384, least=8, warps=4, stages=3, registers=168, together=False)
 
 
-def channel_launch(pairs: int, tokens: int, group_dim: int, bits: int, device: torch.device) -> dict:
-    "Block of positions `T`, `SHARES` and positions per `share` of `pairs` = batch * groups problems."
+def channel_launch(pairs: int, tokens: int, width: int, bits: int, device: torch.device) -> dict:
+    "Block of positions `T`, `SHARES` and positions per `share` of `pairs` = batch * groups / PACK problems."
     if arch_of(device) == "interpreter":
         block, wanted, least = 16, 3 if pairs <= 4 else 1, 1
     else:
-        block = max(16, (CHANNEL_LAUNCH["block"] if bits == 16 else 64) * 32 // max(group_dim, 32))
+        block = CHANNEL_LAUNCH["block"] * 64 // max(width, 64) if bits == 16 else 64 * 32 // max(width, 32)
         wanted, least = -(-CHANNEL_LAUNCH["programs"] // pairs), CHANNEL_LAUNCH["least"]
     shares = max(1, min(wanted, -(-tokens // (block * least))))
     share = -(-tokens // (shares * block)) * block
     return dict(T=block, share=share, SHARES=-(-tokens // share))
 
 
+def channel_pack(groups: int, group_dim: int, like) -> int:
+    "How many neighbouring groups a program takes: up to `bytes` of a position that lie side by side in all tensors."
+    if any(t.stride(1) != group_dim * t.stride(3) for t in like):
+        return 1
+    most = CHANNEL_LAUNCH["bytes"] // (group_dim * like[0].element_size())
+    return max([p for p in range(1, most + 1) if groups % p == 0], default=1)
+
+
+def _tile_width(channels: int) -> int:
+    return max(16, 1 << (channels - 1).bit_length())
+
+
 def _channel_options(q, like):
     B, G, N, D = q.shape
+    pack = channel_pack(G, D, like)
     wide = any((N - 1) * abs(t.stride(2)) + (D - 1) * abs(t.stride(3)) >= 2**31 for t in like)
     exact = torch.get_float32_matmul_precision() == "highest"
     precision = None if q.dtype != torch.float32 else "ieee" if exact else "tf32"
-    launch = channel_launch(B * G, N, D, torch.finfo(q.dtype).bits, q.device)
-    width = max(16, 1 << (D - 1).bit_length())
-    options = dict(D=D, BD=width, WIDE=wide, PRECISION=precision,
+    width = _tile_width(D * pack)
+    launch = channel_launch(B * G // pack, N, width, torch.finfo(q.dtype).bits, q.device)
+    options = dict(D=D, W=D * pack, BD=width, WIDE=wide, PRECISION=precision,
                    num_warps=CHANNEL_LAUNCH["warps"] if width <= 64 else 8,
                    num_stages=CHANNEL_LAUNCH["stages"] if width <= 64 else 2, **launch)
-    return (B * G * launch["SHARES"],), (B * G,), options
+    if q.element_size() == 2 and options["num_warps"] == 4:
+        options["maxnreg"] = CHANNEL_LAUNCH["registers"]
+    return (B * G // pack * launch["SHARES"],), (B * G,), options
 
 # %% ../nbs/3_locality/davit.ipynb #f507f3f1
 def _as_bits(x):
@@ -393,7 +418,7 @@ def _channel_forward(q, k, v, out, scale):
         return weights
     sums = weights.new_empty(B * G, shares, D, D)
     channel_scores[grid](q, k, sums, sq, sk, N, share, G, **opt)
-    channel_reduce[groups](sums, None, None, weights, scale, shares, GRAD=False, D=D, BD=opt["BD"])
+    channel_reduce[groups](sums, None, None, weights, scale, shares, GRAD=False, D=D, BD=_tile_width(D))
     channel_mix[grid](v, weights, out, sv, so, N, share, G, **opt)
     return weights
 
@@ -422,7 +447,7 @@ def _channel_backward(do, dweights, q, k, v, weights, dq, dk, dv, scale, column_
         parts = ds if shares == 1 else ds.new_empty(B * G, shares, D, D)
         channel_backward_v[grid](do, v, weights, dweights, dv, parts, sums, sdo, sv, sdv, N, share, G, **opt)
         if shares > 1:
-            channel_reduce[groups](parts, weights, dweights, ds, scale, shares, GRAD=True, D=D, BD=opt["BD"])
+            channel_reduce[groups](parts, weights, dweights, ds, scale, shares, GRAD=True, D=D, BD=_tile_width(D))
         channel_backward_qk[grid](q, k, ds, dq, dk, sums, sq, sk, sdq, sdk, scale, N, share, G, **opt)
     return sums.sum(0) if column_sums else None
 

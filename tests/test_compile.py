@@ -98,17 +98,20 @@ def _cases():
             autoint.interacting_layer, *tensors((1024, 23, 16), (4, 16, 64), (4, 64), dtype=torch.float32), num_heads=2)),
     ]
 
-    def channels(B, N, C, groups, dtype=torch.bfloat16):
+    def channels(B, N, C, groups, dtype=torch.bfloat16, together=False):
         qkv, out, dqkv = tensors((B, N, 3 * C), (B, N, C), (B, N, 3 * C), dtype=dtype)
         parts, (o,), grads = (davit._groups_of(t, groups, n) for t, n in ((qkv, 3), (out, 1), (dqkv, 3)))
         weights = davit._channel_forward(*parts, o, 0.1)
-        davit._channel_backward(o, None, *parts, weights, *grads, 0.1)
+        davit.CHANNEL_LAUNCH["together"] = together
+        for column_sums in (False, True):
+            davit._channel_backward(o, None, *parts, weights, *grads, 0.1, column_sums)
 
     def windows(shape, window, dtype=torch.bfloat16):
         attend(davit.WINDOW.name, shape, shape[2:-1], (window, window), dtype=dtype)
 
     cases += [
         ("channel attention", lambda: channels(64, 784, 384, 12)),
+        ("channel attention, both sweeps in one launch", lambda: channels(64, 784, 384, 12, together=True)),
         ("channel attention, shares", lambda: channels(1, 65536, 96, 3)),
         ("channel attention, wide groups", lambda: channels(2, 784, 256, 2)),
         ("channel attention, float32", lambda: channels(2, 784, 384, 12, dtype=torch.float32)),

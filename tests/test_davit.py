@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from attnbook.attention import attention_reference
 from attnbook.davit import (
+    CHANNEL_LAUNCH,
     PARAMETERS,
     PUBLISHED_GMACS,
     ChannelGroupAttention,
@@ -20,6 +21,7 @@ from attnbook.davit import (
     channel_attention_reference,
     channel_group_attention,
     channel_group_attention_packed,
+    channel_layer_op,
     count_parameters,
     counted_gmacs,
     davit,
@@ -218,6 +220,38 @@ def test_nothing_large_is_kept():
         assert peak_memory(lambda: window_attention(q, k, v, 7), "cuda") < 1.5 * q.nbytes
         qkv = torch.randn(16, 3136, 288, device="cuda", dtype=torch.bfloat16)
         assert peak_memory(lambda: channel_group_attention_packed(qkv, 3), "cuda") < 0.5 * qkv.nbytes
+
+
+def test_layer_is_projection_attention_projection():
+    "The layer as one operation equals its three steps, gradients of all parameters included."
+    for B, groups, together in ((1, 2, False), (3, 2, False), (3, 2, True)):              # three shares, one, one
+        torch.manual_seed(0)
+        layer = ChannelGroupAttention(32, groups, scale=0.1, backend="triton").to(device_under_test())
+        with torch.no_grad():
+            for p in layer.parameters(): p.normal_(std=0.5)
+        x = torch.randn(B, 5, 8, 32, device=device_under_test()).requires_grad_()
+        wanted, cotangent = [x, *layer.parameters()], torch.randn_like(x)
+        before, CHANNEL_LAUNCH["together"] = CHANNEL_LAUNCH["together"], together
+        try:
+            assert layer.as_one(x)
+            y = layer(x)
+            got = torch.autograd.grad(y, wanted, cotangent)
+        finally:
+            CHANNEL_LAUNCH["together"] = before
+        qkv = F.linear(x.flatten(1, 2), layer.qkv.weight, layer.qkv.bias)
+        out = channel_group_attention_packed(qkv, groups, scale=0.1, backend="torch")
+        right = F.linear(out, layer.proj.weight, layer.proj.bias).view(x.shape)
+        assert rel_error(y, right) < 1e-4
+        for g, r in zip(got, torch.autograd.grad(right, wanted, cotangent)): assert rel_error(g, r) < 1e-4
+
+def test_layer_is_a_good_operation():
+    layer = ChannelGroupAttention(32, 2, backend="triton").to(device_under_test())
+    x = torch.randn(1, 6, 32, device=device_under_test())
+    for check in (check_compiles, check_autocast, check_deterministic): check(layer, [x])
+    check_opcheck(channel_layer_op, (x.requires_grad_(), *layer.parameters(), 2, 0.1))
+    layer.proj.weight.requires_grad_(False)
+    assert not layer.as_one(x) and layer(x).shape == x.shape                              # frozen: the three steps
+    assert not ChannelGroupAttention(32, 2, qkv_bias=False, backend="triton").as_one(x)
 
 
 def test_timm_gives_the_same_outputs():

@@ -230,7 +230,7 @@ def extra_k_step(j, state, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
     return j * BN, (n,), (n,), n < ints[0], (n,)
 
 # %% ../nbs/1_foundations/01_engine.ipynb #4834fa67
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, sl, scale, num_tiles, H, NX,
                  C: tl.constexpr, Q_TILE: tl.constexpr, K_SPAN: tl.constexpr, K_STEP: tl.constexpr,
                  MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, REVERSE: tl.constexpr, MASKS: tl.constexpr,
@@ -298,7 +298,7 @@ def dq_step(dq, carry, q, seen, do, lse, delta, k_src, v_src, j, masked, b, h, h
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION), carry                # [BM, BD]
 
 # %% ../nbs/1_foundations/01_engine.ipynb #3ee14626
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, ints,
                      sq, sk, sv, sxk, sxv, so, sdo, sdl, sdq, sl, scale, dq_scale, num_tiles, H, NX,
                      C: tl.constexpr, Q_TILE: tl.constexpr, K_SPAN: tl.constexpr, K_STEP: tl.constexpr,
@@ -374,7 +374,7 @@ def masked_step(t, lo, full_lo, full_hi):
     return tl.where(i >= full_lo, i + (full_hi - full_lo), i)
 
 # %% ../nbs/1_foundations/01_engine.ipynb #a53032e3
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def tile_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, ops, ints, sq, sk, sv, sdo, sdk, sdv, sl, scale, dk_scale, num_tiles, H,
                       C: tl.constexpr, K_TILE: tl.constexpr, Q_SPAN: tl.constexpr, Q_STEP: tl.constexpr,
                       MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, REVERSE: tl.constexpr, MASKS: tl.constexpr,

@@ -86,6 +86,7 @@ def _cases():
         ("relative attention, head_dim 128", lambda: relative(2048, 128, 2048)),
         # one tile of queries: ptxas of Triton 3.6 crashed where the number of tiles was specialised to 1
         ("relative attention, one tile", lambda: relative(17, 16, 9)),
+        ("relative attention, float32", lambda: relative(1024, 64, 1024, dtype=torch.float32)),
         ("interacting layer", lambda: both_ways(autoint.interacting_layer, *tensors((1024, 39, 64), (4, 64, 64)), num_heads=2)),
         ("interacting layer, official, float32", lambda: both_ways(
             autoint.interacting_layer, *tensors((1024, 23, 16), (4, 16, 64), (4, 64), dtype=torch.float32), num_heads=2)),

@@ -413,7 +413,7 @@ def music_launch(kernel, bits, head_dim, arch, consts=()):
     if arch == "interpreter":
         return Launch(16, 32 if kernel == "forward" else 16, 4, 1)
     launch = MUSIC_LAUNCH[bits, max(head_dim, 64)][("forward", "dq", "dkv", "drel").index(kernel)]
-    if arch == "small":
+    if arch == "small" or (arch == "sm80" and kernel != "forward"):
         launch = tuple(min(n, 32) for n in launch[:2]) + (4, 1)
     return Launch(*launch)
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['INTERPRETED', 'PROGRAMS', 'LAUNCH', 'FULL', 'BAND', 'BIAS_GRAD', 'FULL_BIAS', 'BAND_BIAS', 'PACKED', 'LISTED',
            'PROBLEMS', 'CANDIDATES', 'resolve_backend', 'row_offsets', 'head_base', 'load_rows', 'store_rows',
-           'row_ptr', 'load_step', 'expand', 'logits', 'probabilities', 'score_step', 'softmax_step', 'value_step',
-           'extra_k_step', 'tile_forward', 'dq_step', 'tile_backward_dq', 'dkv_step', 'masked_step',
+           'row_ptr', 'load_step', 'expand', 'logits', 'probabilities', 'product', 'score_step', 'softmax_step',
+           'value_step', 'extra_k_step', 'tile_forward', 'dq_step', 'tile_backward_dq', 'dkv_step', 'masked_step',
            'tile_backward_dkv', 'tile_operand_grad', 'OperandGrad', 'Carried', 'TileProgram', 'register_program',
            'Launch', 'register_launch', 'arch_of', 'find_launch', 'unravel', 'extra_k_tile', 'extra_q_span',
            'extra_q_step', 'sum_rows', 'row_lists', 'scatter_rows', 'tile_attention_op', 'tile_attention_backward_op',
@@ -191,12 +191,21 @@ def probabilities(s, lse, scale, FOLD: tl.constexpr):
 
 # %% ../nbs/1_foundations/01_engine.ipynb #f172f142
 @triton.jit
-def score_step(q, k_src, j, b, h, hk, state, sk, ops, ints, C: tl.constexpr, K_STEP: tl.constexpr, MASKS: tl.constexpr,
+def product(x, y, q, k, qpos, kpos, b, h, ops, ints, C: tl.constexpr, START: tl.constexpr, PRECISION: tl.constexpr):
+    "x y^T, the products of queries and keys in either order, on top of what START puts there."
+    if START is None:
+        return tl.dot(x, y.T, input_precision=PRECISION)
+    else:
+        return tl.dot(x, y.T, START(q, k, qpos, kpos, b, h, ops, ints, C), input_precision=PRECISION)
+
+@triton.jit
+def score_step(q, qpos, k_src, j, b, h, hk, state, sk, ops, ints, C: tl.constexpr, K_STEP: tl.constexpr, START: tl.constexpr, MASKS: tl.constexpr,
                BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
     "The products of the queries with the keys of step j, and these keys with what hooks may ask of them."
     start, coords, slots, ok, kpos = K_STEP(j, state, b, h, ops, ints, C, BN)
     k = load_step(k_src, b, hk, start, coords, sk, ok, BN, D, BD, TMA, MASKS, WIDE)       # [BN, BD]
-    return tl.dot(q, k.T, input_precision=PRECISION), k, ok, kpos                         # [BM, BN]
+    qk = product(q, k, q, k, expand(qpos, 1), expand(kpos, 0), b, h, ops, ints, C, START, PRECISION)   # [BM, BN]
+    return qk, k, ok, kpos
 
 # %% ../nbs/1_foundations/01_engine.ipynb #76c539f8
 @triton.jit
@@ -232,12 +241,12 @@ def extra_k_step(j, state, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
     return j * BN, (n,), (n,), n < ints[0], (n,)
 
 # %% ../nbs/1_foundations/01_engine.ipynb #4834fa67
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, sl, scale, num_tiles, H, NX,
                  C: tl.constexpr, Q_TILE: tl.constexpr, K_SPAN: tl.constexpr, K_STEP: tl.constexpr,
                  MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, REVERSE: tl.constexpr, MASKS: tl.constexpr,
                  BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-                 TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PREPARE: tl.constexpr = None):
+                 TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PREPARE: tl.constexpr = None, START: tl.constexpr = None):
     "O and LSE of one query tile. Grid: num_tiles * batch * heads."
     pid = tl.program_id(0)
     bh = pid // num_tiles
@@ -256,7 +265,7 @@ def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, s
     acc = tl.zeros([BM, BDV], tl.float32)
     if XK is not None:
         for j in tl.range(0, tl.cdiv(NX, BN), num_stages=STAGES):
-            qk, k, kok, kpos = score_step(q, XK, j, b, h, hk, state, sxk, (), (NX,), (), extra_k_step, True, BN, D, BD, False, WIDE, PRECISION)
+            qk, k, kok, kpos = score_step(q, qpos, XK, j, b, h, hk, state, sxk, (), (NX,), (), extra_k_step, None, True, BN, D, BD, False, WIDE, PRECISION)
             p, alpha, m, l = softmax_step(m, l, qk, seen, k, kok, qpos, kpos, True, b, h, scale, (), (NX,), (), None, None, FOLD, True)
             acc = value_step(acc, p.to(q.dtype), alpha, XV, j, b, h, hk, state, sxv, (), (NX,), (), extra_k_step, True, BN, DV, BDV, False, WIDE, PRECISION)
     lo, full_lo, full_hi, hi = K_SPAN(state, b, h, ops, ints, C, BM, BN)
@@ -264,12 +273,12 @@ def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, s
     alpha = tl.full([BM], 1.0, tl.float32)
     if lo < hi:
         masked = (lo < full_lo) | (lo >= full_hi)
-        qk, k, kok, kpos = score_step(q, K, lo, b, h, hk, state, sk, ops, ints, C, K_STEP, MASKS, BN, D, BD, TMA, WIDE, PRECISION)
+        qk, k, kok, kpos = score_step(q, qpos, K, lo, b, h, hk, state, sk, ops, ints, C, K_STEP, START, MASKS, BN, D, BD, TMA, WIDE, PRECISION)
         p, alpha, m, l = softmax_step(m, l, qk, seen, k, kok, qpos, kpos, masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
     for j in tl.range(lo + 1, hi, num_stages=STAGES):
         masked = (j < full_lo) | (j >= full_hi)
         weights = p.to(q.dtype)                                                           # of step j - 1
-        qk, k, kok, kpos = score_step(q, K, j, b, h, hk, state, sk, ops, ints, C, K_STEP, MASKS, BN, D, BD, TMA, WIDE, PRECISION)
+        qk, k, kok, kpos = score_step(q, qpos, K, j, b, h, hk, state, sk, ops, ints, C, K_STEP, START, MASKS, BN, D, BD, TMA, WIDE, PRECISION)
         acc = value_step(acc, weights, alpha, V, j - 1, b, h, hk, state, sv, ops, ints, C, K_STEP, MASKS, BN, DV, BDV, TMA, WIDE, PRECISION)
         p, alpha, m, l = softmax_step(m, l, qk, seen, k, kok, qpos, kpos, masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
     if lo < hi:
@@ -285,11 +294,12 @@ def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, s
 def dq_step(dq, carry, q, seen, do, lse, delta, k_src, v_src, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C: tl.constexpr,
             K_STEP: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr, MASKS: tl.constexpr,
             BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-            TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DQ_SCORE: tl.constexpr = None, CARRY_STEP: tl.constexpr = None):
+            TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DQ_SCORE: tl.constexpr = None, CARRY_STEP: tl.constexpr = None,
+            START: tl.constexpr = None):
     start, coords, slots, ok, kpos = K_STEP(j, state, b, h, ops, ints, C, BN)
     k = load_step(k_src, b, hk, start, coords, sk, ok, BN, D, BD, TMA, MASKS, WIDE)       # [BN, BD]
     v = load_step(v_src, b, hk, start, coords, sv, ok, BN, DV, BDV, TMA, MASKS, WIDE)     # [BN, BDV]
-    qk = tl.dot(q, k.T, input_precision=PRECISION)                                        # [BM, BN]
+    qk = product(q, k, q, k, expand(qpos, 1), expand(kpos, 0), b, h, ops, ints, C, START, PRECISION)   # [BM, BN]
     dp = tl.dot(do, v.T, input_precision=PRECISION)                                       # [BM, BN]
     s = logits(qk, seen, k, ok[None, :], expand(qpos, 1), expand(kpos, 0), masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
     ds = probabilities(s, lse[:, None], scale, FOLD) * (dp - delta[:, None])
@@ -300,7 +310,7 @@ def dq_step(dq, carry, q, seen, do, lse, delta, k_src, v_src, j, masked, b, h, h
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION), carry                # [BM, BD]
 
 # %% ../nbs/1_foundations/01_engine.ipynb #3ee14626
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, ints,
                      sq, sk, sv, sxk, sxv, so, sdo, sdl, sdq, sl, scale, dq_scale, num_tiles, H, NX,
                      C: tl.constexpr, Q_TILE: tl.constexpr, K_SPAN: tl.constexpr, K_STEP: tl.constexpr,
@@ -308,7 +318,7 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
                      BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
                      TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
                      DQ_SCORE: tl.constexpr = None, G=None, CARRY_INIT: tl.constexpr = None, CARRY_STEP: tl.constexpr = None,
-                     CARRY_LAST: tl.constexpr = None, PREPARE: tl.constexpr = None):
+                     CARRY_LAST: tl.constexpr = None, PREPARE: tl.constexpr = None, START: tl.constexpr = None):
     "dQ of one query tile, and its rows of LSE (base 2) and delta. Grid: num_tiles * batch * heads."
     pid = tl.program_id(0)
     bh = pid // num_tiles
@@ -343,7 +353,7 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
     for j in tl.range(lo, hi, num_stages=STAGES):
         masked = (j < full_lo) | (j >= full_hi)
         dq, carry = dq_step(dq, carry, q, seen, do, lse, delta, K, V, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C,
-                     K_STEP, MASK, SCORE, FOLD, MASKS, BN, D, DV, BD, BDV, TMA, WIDE, PRECISION, DQ_SCORE, CARRY_STEP)
+                     K_STEP, MASK, SCORE, FOLD, MASKS, BN, D, DV, BD, BDV, TMA, WIDE, PRECISION, DQ_SCORE, CARRY_STEP, START)
     if CARRY_LAST is not None:
         dq = CARRY_LAST(dq, carry, q, G, pid, b, h, ok, qpos, ops, ints, C)
     store_rows(head_base(DQ, b, h, sdq), slots, sdq, ok, dq * dq_scale, D, BD, WIDE)
@@ -353,11 +363,11 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
 def dkv_step(dk, dv, k, v, q_src, do_src, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, ops, ints, C: tl.constexpr,
              Q_STEP: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr, MASKS: tl.constexpr,
              BM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-             TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+             TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, START: tl.constexpr = None):
     start, coords, slots, ok, qpos = Q_STEP(i, state, b, h, ops, ints, C, BM)
     q = load_step(q_src, b, h, start, coords, sq, ok, BM, D, BD, TMA, MASKS, WIDE)        # [BM, BD]
     lse = tl.load(row_ptr(LSE2, b, h, slots, sl), mask=ok, other=float("inf"))            # [BM]
-    qk = tl.dot(k, q.T, input_precision=PRECISION)                                        # [BN, BM]
+    qk = product(k, q, q, k, expand(qpos, 0), expand(kpos, 1), b, h, ops, ints, C, START, PRECISION)   # [BN, BM]
     s = logits(qk, q, k, ok[None, :], expand(qpos, 0), expand(kpos, 1), MASKS, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
     p = probabilities(s, lse[None, :], scale, FOLD)                                       # [BN, BM]
     do = load_step(do_src, b, h, start, slots, sdo, ok, BM, DV, BDV, TMA, MASKS, WIDE)    # [BM, BDV]
@@ -376,12 +386,12 @@ def masked_step(t, lo, full_lo, full_hi):
     return tl.where(i >= full_lo, i + (full_hi - full_lo), i)
 
 # %% ../nbs/1_foundations/01_engine.ipynb #a53032e3
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def tile_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, ops, ints, sq, sk, sv, sdo, sdk, sdv, sl, scale, dk_scale, num_tiles, H,
                       C: tl.constexpr, K_TILE: tl.constexpr, Q_SPAN: tl.constexpr, Q_STEP: tl.constexpr,
                       MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, REVERSE: tl.constexpr, MASKS: tl.constexpr,
                       BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-                      TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):
+                      TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, START: tl.constexpr = None):
     "dK and dV of one key tile. Grid: num_tiles * batch * kv_heads."
     pid = tl.program_id(0)
     bh = pid // num_tiles
@@ -398,12 +408,12 @@ def tile_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, ops, ints, sq, sk, s
         lo, full_lo, full_hi, hi = Q_SPAN(state, b, h, ops, ints, C, BM, BN)
         for i in tl.range(full_lo, full_hi, num_stages=STAGES):
             dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, ops, ints, C,
-                              Q_STEP, MASK, SCORE, FOLD, False, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION)
+                              Q_STEP, MASK, SCORE, FOLD, False, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION, START)
         if MASKS:
             for t in tl.range(0, (full_lo - lo) + (hi - full_hi), num_stages=STAGES):
                 i = masked_step(t, lo, full_lo, full_hi)
                 dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, ops, ints, C,
-                                  Q_STEP, MASK, SCORE, FOLD, MASKS, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION)
+                                  Q_STEP, MASK, SCORE, FOLD, MASKS, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION, START)
     store_rows(head_base(DK, b, hk, sdk), slots, sdk, ok, dk * dk_scale, D, BD, WIDE)
     store_rows(head_base(DV_OUT, b, hk, sdv), slots, sdv, ok, dv, DV, BDV, WIDE)
 
@@ -487,6 +497,7 @@ class TileProgram:
     mask_total: bool = False          # the mask itself is False for keys that a step lacks
     score: Callable | None = None
     raw_score: bool = False           # the score adds to q.k before the scale, which then stays folded into the exponent; needs scale > 0
+    start: Callable | None = None     # (q, k, qpos, kpos, b, h, ops, ints, C) -> float32 tile to which q.k is added before the scale
     prepare: Callable | None = None   # (q, qpos, b, h, ops, ints, C) -> what `score` gets as q in the forward and dQ passes, once per query tile
     dq_score: Callable | None = None  # (dq, ds, q, k, qpos, kpos, b, h, ops, ints, C) -> dq, where the score depends on q beyond q.k
     operand_grad: OperandGrad | None = None
@@ -665,7 +676,7 @@ def _forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     tile_forward[(tiles * q.shape[0] * q.shape[1],)](
         q, K, V, extra_k, extra_v, out, lse, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1],
         out.stride(), lse.stride(), scale, tiles, q.shape[1], xs[2], Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step,
-        REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma, WIDE=_wide(q, k, v, out), STAGES=p.stages, PREPARE=program.prepare, num_warps=p.warps, **common)
+        REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma, WIDE=_wide(q, k, v, out), STAGES=p.stages, PREPARE=program.prepare, START=program.start, num_warps=p.warps, **common)
     return out, lse
 
 # %% ../nbs/1_foundations/01_engine.ipynb #0e8d8418
@@ -750,7 +761,7 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
         q, K, V, extra_k, extra_v, out, do, lse, dlse, dq, lse2, delta, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1],
         out.stride(), do.stride(), dlse.stride() if dlse is not None else None, dq.stride(), lse.stride(), scale, plain_scale, tiles, heads, xs[2],
         Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step, REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma,
-        WIDE=wide, STAGES=p.stages, DQ_SCORE=program.dq_score, PREPARE=program.prepare, G=partial, num_warps=p.warps, **carry, **common)
+        WIDE=wide, STAGES=p.stages, DQ_SCORE=program.dq_score, PREPARE=program.prepare, START=program.start, G=partial, num_warps=p.warps, **carry, **common)
     p = find_launch(program, "dkv", q.dtype, dim, q.device, consts)
     Q, DO, tma = _streams(program, q, do, p.BM, common["BD"], common["BDV"], q.device, consts, "dkv")
     tiles = program.k_tiles(ints, consts, p.BN)
@@ -758,7 +769,7 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
         tile_backward_dkv[(tiles * k.shape[0] * k.shape[1],)](
             Q, k, v, DO, lse2, delta, dk, dv, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), do.stride(), dk.stride(), dv.stride(),
             lse2.stride(), scale, plain_scale, tiles, heads, K_TILE=program.k_tile, Q_SPAN=program.q_span, Q_STEP=program.q_step, REVERSE=False, MASKS=_masks(program, ints, consts, p),
-            BM=p.BM, BN=p.BN, TMA=tma, WIDE=wide, STAGES=p.stages, num_warps=p.warps, **common)
+            BM=p.BM, BN=p.BN, TMA=tma, WIDE=wide, STAGES=p.stages, START=program.start, num_warps=p.warps, **common)
     if program.indexed:
         of_q, of_k = program.lists(operands) if program.lists else (row_lists(x.flatten(2), t.shape[2]) for x, t in zip(operands, (q, k)))
         dq = scatter_rows(dq, operands[0].flatten(2), q.shape[2], of_q)

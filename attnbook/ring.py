@@ -607,13 +607,13 @@ def ring_forward(Q, K, V, ACC, M, L, O, LSE, sq, sk, sv, sa, sl, so, scale, n0, 
     p = tl.zeros([BM, BN], tl.float32)
     alpha = tl.full([BM], 1.0, tl.float32)
     if lo < hi:                                                                            # scores run one step ahead
-        qk, k, kok, kpos = score_step(q, K, lo, b, h, hk, state, sk, (), ints, C, ring_k_step, MASKS, BN, D, BD, TMA,
+        qk, k, kok, kpos = score_step(q, qpos, K, lo, b, h, hk, state, sk, (), ints, C, ring_k_step, None, MASKS, BN, D, BD, TMA,
                                       WIDE, PRECISION)
         p, alpha, m, l = softmax_step(m, l, qk, q, k, kok, qpos, kpos, lo >= full_hi, b, h, scale, (), ints, C,
                                       ring_mask, None, FOLD, MASKS)
     for j in tl.range(lo + 1, hi, num_stages=STAGES):
         weights = p.to(q.dtype)                                                            # of step j - 1
-        qk, k, kok, kpos = score_step(q, K, j, b, h, hk, state, sk, (), ints, C, ring_k_step, MASKS, BN, D, BD, TMA,
+        qk, k, kok, kpos = score_step(q, qpos, K, j, b, h, hk, state, sk, (), ints, C, ring_k_step, None, MASKS, BN, D, BD, TMA,
                                       WIDE, PRECISION)
         acc = value_step(acc, weights, alpha, V, j - 1, b, h, hk, state, sv, (), ints, C, ring_k_step, MASKS, BN, DV,
                          BDV, TMA, WIDE, PRECISION)

@@ -1420,7 +1420,7 @@ def compare_problem(bench, setup, *, peers=("ours", "flex", "flex tiles", "cudnn
 def bench_problems():
     "The fixed problems, forward and backward, against all peers."
     for name, problem in PROBLEMS.items() if torch.cuda.is_available() else ():
-        yield from compare_problem("problems", problem, problem=name)
+        yield from compare_problem("problems", problem, case=name)
 
 
 def bench_windows():
@@ -1459,7 +1459,7 @@ def bench_natten():
     for name, row in NATTEN_H100.items() if torch.cuda.is_available() else ():
         shape, window, stride, heads, kernel, total, bound = row
         problem = dict(shape=shape, window_size=window, stride=stride, batch=1, heads=heads, head_dim=128)
-        yield from compare_problem("natten", problem, peers=("ours", "cudnn dense"), backward=False, problem=name,
+        yield from compare_problem("natten", problem, peers=("ours", "cudnn dense"), backward=False, case=name,
                                    natten_kernel=kernel, natten_total=total, bound=bound)
 
 # %% ../nbs/3_locality/neighborhood.ipynb #3d36d2a9
@@ -1474,7 +1474,7 @@ def _median(values):
 
 def _gpu_ratio(problem):
     "Our speed over cuDNN's dense attention on one of NATTEN's rows; None when not measured."
-    time = {r["method"]: r["ms_fwd"] for r in _rows("natten", problem=problem) if r.get("ms_fwd")}
+    time = {r["method"]: r["ms_fwd"] for r in _rows("natten", case=problem) if r.get("ms_fwd")}
     return time["cudnn dense"] / time["ours"] if len(time) == 2 else None
 
 

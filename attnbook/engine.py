@@ -220,6 +220,8 @@ def softmax_step(m, l, qk, q, k, ok, qpos, kpos, masked, b, h, scale, ops, ints,
     safe = m_new
     if MASKS == 1 or MASKS == 2:
         safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    elif FOLD and SCORE is not None:  # a raw score may rule pairs out by a huge number: s * scale - m, fused, is then not 0 at its own maximum
+        safe = tl.where(m_new < -1e15, 0.0, m_new)
     p = probabilities(s, safe[:, None], scale, FOLD)                                      # [BM, BN]
     alpha = tl.exp2(m - safe)
     return p, alpha, m_new, l * alpha + tl.sum(p, 1)

@@ -33,7 +33,7 @@ from torch import Tensor
 from .attention import attention_bytes, attention_flops, attention_reference
 from .bench import compare, load_results, measure, record, sdpa
 from .data import Batches, image_classification, image_tensor, standardise
-from .davit import DropPath, Mlp, training_step
+from .davit import DropPath, Mlp
 from attnbook.engine import (
     INTERPRETED,
     LOG2E,
@@ -45,7 +45,7 @@ from attnbook.engine import (
     tl,
     triton,
 )
-from .train import cross_entropy, evaluate_accuracy, fit
+from .train import cross_entropy, evaluate_accuracy, fit, training_step
 
 # %% ../nbs/2_position/convit.ipynb #dd064252
 def _check_grid(grid_size) -> tuple[int, int]:

@@ -18,8 +18,8 @@ __all__ = ['CHANNEL_LAUNCH', 'FLOATS', 'WINDOW', 'VARIANTS', 'davit_tiny', 'davi
            'ChannelBlock', 'Stem', 'Downsample', 'Stage', 'Head', 'DaViT', 'davit', 'florence2_base_tower',
            'florence2_large_tower', 'count_parameters', 'davit_macs', 'counted_gmacs', 'from_timm', 'digit_pairs',
            'random_batches', 'pairs_experiment', 'row_entropy', 'resized', 'scale_experiment', 'fitted_slope',
-           'three_attentions', 'bench_channel', 'bench_channel_core', 'bench_window', 'bench_linear', 'training_step',
-           'bench_training', 'bench_training_rest', 'claims']
+           'three_attentions', 'bench_channel', 'bench_channel_core', 'bench_window', 'bench_linear', 'bench_training',
+           'bench_training_rest', 'claims']
 
 # %% ../nbs/3_locality/davit.ipynb #58792f83
 import math
@@ -46,7 +46,7 @@ from attnbook.engine import (
     tl,
     triton,
 )
-from .train import cross_entropy, evaluate_accuracy, fit
+from .train import cross_entropy, evaluate_accuracy, fit, training_step
 
 # %% ../nbs/3_locality/davit.ipynb #e5c3f5a5
 def window_numbers(height: int, width: int, window_size: tuple[int, int]) -> Tensor:
@@ -1411,19 +1411,6 @@ def bench_linear():
                                bench="linear")
 
 # %% ../nbs/3_locality/davit.ipynb #dbb45e79
-def training_step(model: nn.Module, x: Tensor, y: Tensor):
-    "One forward and backward pass under bfloat16 autocast and one AdamW step, as a function of nothing."
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=x.is_cuda)
-
-    def step():
-        with torch.autocast(x.device.type, torch.bfloat16):
-            loss = F.cross_entropy(model(x).float(), y)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    return step
-
-
 def _training_rows(size: int, batch: int, methods: tuple):
     "Rows of training steps of DaViT-Tiny."
     def make(name):

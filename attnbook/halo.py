@@ -13,7 +13,7 @@ __all__ = ['PRESETS', 'VARIANTS', 'PUBLISHED_MILLIONS', 'HALO_LAUNCH', 'SPLIT_RE
            'halo_attention', 'halo_packed_op', 'halo_packed_backward_op', 'HaloAttention', 'from_timm',
            'HaloBottleneck', 'HaloNet', 'halonet', 'cost_experiment', 'small_halonet', 'halo_data', 'outside_mass',
            'counted_flops', 'net_experiment', 'run_experiments', 'bench_module', 'unfolded_attention', 'flex_blocks',
-           'bench_core', 'bench_sizes', 'training_step', 'bench_stages', 'bench_training', 'claims']
+           'bench_core', 'bench_sizes', 'bench_stages', 'bench_training', 'claims']
 
 # %% ../nbs/3_locality/halo.ipynb #649d69d4
 import math
@@ -42,7 +42,7 @@ from attnbook.engine import (
     tl,
     triton,
 )
-from .train import count_parameters, cross_entropy, evaluate_accuracy, fit
+from .train import count_parameters, cross_entropy, evaluate_accuracy, fit, training_step
 
 # %% ../nbs/3_locality/halo.ipynb #75ab5a83
 #: block 4, halo 2 unless `NETS` says otherwise; images of 32 x 32 pixels
@@ -1089,19 +1089,6 @@ def bench_sizes():
             bytes={n: cost[f"bytes_{n}"] for n in ("fwd", "bwd")}, rep_ms=100)
 
 # %% ../nbs/3_locality/halo.ipynb #25c7d299
-def training_step(model: nn.Module, x: Tensor, y: Tensor):
-    "One forward and backward pass under bfloat16 autocast and one AdamW step, as a function of nothing."
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=x.is_cuda)
-
-    def step():
-        with torch.autocast(x.device.type, torch.bfloat16):
-            loss = F.cross_entropy(model(x).float(), y)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    return step
-
-
 def _time_training(bench, key, models, batch, size):
     "Rows with time, memory and images per second of a training step of each model: method -> function that makes it."
     x = torch.randn(batch, 3, size, size, device="cuda").contiguous(memory_format=torch.channels_last)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['seed_everything', 'rng_state', 'set_rng_state', 'parameter_groups', 'count_parameters', 'learning_rate', 'History',
-           'autocast', 'fit', 'cross_entropy', 'evaluate_accuracy']
+           'autocast', 'fit', 'cross_entropy', 'evaluate_accuracy', 'training_step']
 
 # %% ../nbs/1_foundations/04_train.ipynb #1bb350d7
 import contextlib
@@ -413,3 +413,19 @@ def evaluate_accuracy(
             right += (model(a.to(device)).argmax(-1) == b.to(device)).sum().item()
     model.train(training)
     return right / len(x)
+
+# %% ../nbs/1_foundations/04_train.ipynb #7a51ce02
+def training_step(
+    model: nn.Module,  # images or the like -> logits (batch, classes)
+    x: torch.Tensor,
+    y: torch.Tensor,  # (batch,), classes
+) -> Callable[[], None]:
+    "One forward and backward pass under bfloat16 autocast and one AdamW step, as a function of nothing."
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=x.is_cuda)
+    def step():
+        with torch.autocast(x.device.type, torch.bfloat16):
+            loss = F.cross_entropy(model(x).float(), y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return step

@@ -25,7 +25,6 @@ from attnbook.halo import (
     key_tile,
     real_key_fraction,
     tile_waste,
-    training_step,
     unfolded_attention,
 )
 from attnbook.neighborhood import neighborhood_attention
@@ -43,7 +42,7 @@ from attnbook.testing import (
     rel_error,
 )
 from attnbook.testing import device as device_under_test
-from attnbook.train import count_parameters
+from attnbook.train import count_parameters, training_step
 
 BACKENDS = ("torch", "triton")
 CASES = {  # name -> (map, block, halo, stride)

@@ -2634,3 +2634,5 @@ def claims():
 # %% ../nbs/4_long_context/ring.ipynb #1e5917fe
 if __name__ == "__main__" and "TORCHELASTIC_RUN_ID" in os.environ:
     multi_gpu(float(os.environ.get("BUDGET_S", 300)))
+    sys.stdout.flush()
+    os._exit(0)  # in an orderly exit a thread of gloo now and then aborts the process

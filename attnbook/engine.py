@@ -461,14 +461,14 @@ def tile_operand_grad(Q, K, V, DO, LSE2, DELTA, G, ops, ints, sq, sk, sv, sdo, s
 @dataclass(frozen=True, eq=False)
 class OperandGrad:
     "How `tile_operand_grad` folds tiles of dS into the gradient of operand 0."
-    init: Callable                    # (part, ints, C, BM, BN) -> accumulator
-    step: Callable                    # (acc, ds, j, part, qpos, kpos, state, b, h, ops, ints, C, BM, BN) -> accumulator
-    store: Callable                   # (G, strides, acc, i, part, b, h, qpos, ok, state, ints, C, BM, BN)
-    span: Callable                    # (part, lo, hi, ints, C) -> first, last key step
-    parts: Callable                   # host: (ints, consts, BN) -> number of parts
-    buffer: Callable                  # host: (q, k, operand, tiles, ints, consts) -> float32 zeros for G
-    batches: Callable                 # host: (q, operand) -> how many batches one program sums over
-    finish: Callable                  # host: (buffer, operand) -> gradient of the operand
+    init: Callable | None = None      # (part, ints, C, BM, BN) -> accumulator
+    step: Callable | None = None      # (acc, ds, j, part, qpos, kpos, state, b, h, ops, ints, C, BM, BN) -> accumulator
+    store: Callable | None = None     # (G, strides, acc, i, part, b, h, qpos, ok, state, ints, C, BM, BN)
+    span: Callable | None = None      # (part, lo, hi, ints, C) -> first, last key step
+    parts: Callable | None = None     # host: (ints, consts, BN) -> number of parts
+    buffer: Callable | None = None    # host: (q, k, operand, tiles, ints, consts) -> float32 zeros for G
+    batches: Callable | None = None   # host: (q, operand) -> how many batches one program sums over
+    finish: Callable | None = None    # host: (buffer, operand) -> gradient of the operand
     launch: Callable | None = None    # host: a kernel of the program's own instead of `tile_operand_grad`; see `_operand_grad`
 
 

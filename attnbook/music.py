@@ -473,10 +473,6 @@ def _exact(q, v, ints, consts):
     "The call's constants -> C: is float32 to be multiplied exactly?"
     return (*consts, q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest")
 
-
-def _unused(*args):
-    raise NotImplementedError("the table's gradient has a kernel of its own")
-
 # %% ../nbs/2_position/music.ipynb #594d82c6
 MUSIC = register_program(
     TileProgram(
@@ -502,7 +498,7 @@ MUSIC_REL = register_program(
         name="music+rel",
         start=music_start,
         dq_score=music_dq,
-        operand_grad=OperandGrad(*[_unused] * 8, launch=_rel_grad),
+        operand_grad=OperandGrad(launch=_rel_grad),
     )
 )
 

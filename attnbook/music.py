@@ -72,7 +72,7 @@ PRESETS = {  # of the experiments on chorales
         depth=2, dim=64, heads=4, ff=256, length=192, batch=8, steps=1000, lr=2e-3, seeds=1, pieces=20, context=768
     ),
     "gpu": dict(
-        depth=5, dim=512, heads=8, ff=512, length=1024, batch=16, steps=6000, lr=5e-4, seeds=3, pieces=71, context=2048
+        depth=5, dim=512, heads=8, ff=512, length=1024, batch=16, steps=1000, lr=5e-4, seeds=3, pieces=71, context=2048
     ),
 }
 

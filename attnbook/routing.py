@@ -354,7 +354,7 @@ def route_nearest_op(x: Tensor, centroids: Tensor, mask: Tensor | None) -> tuple
 @route_nearest_op.register_fake
 def _(x, centroids, mask):
     ints = partial(x.new_empty, dtype=torch.int32)
-    return ints(x.shape[:-1]), ints(x.shape[:-1]), ints(*x.shape[:2], centroids.shape[1] + (mask is not None) + 1)
+    return ints(x.shape[:-1]), ints(x.shape[:-1]), ints(*x.shape[:2], centroids.shape[1] + int(mask is not None) + 1)
 
 
 @torch.library.custom_op("attnbook::route_scores", mutates_args=())
@@ -1720,9 +1720,9 @@ def language_model(membership: str, cfg: dict, seed: int = 0) -> RoutingTransfor
 
 
 def steps_within(seconds: float, model: nn.Module, batches, device, amp: bool) -> int:
-    "How many training steps fit into the time: the median of five, after three to warm up. The model is a throwaway."
+    "How many training steps fit into the time: the median of twelve, after eight to warm up. The model is a throwaway."
     opt, times = torch.optim.AdamW(model.to(device).train().parameters()), []
-    for i in range(8):
+    for i in range(20):
         began = time.perf_counter()
         x, y = (t.to(device) for t in batches(i))
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
@@ -1732,7 +1732,7 @@ def steps_within(seconds: float, model: nn.Module, batches, device, amp: bool) -
         opt.step()
         loss.item()  # waits for the GPU
         times.append(time.perf_counter() - began)
-    return max(20, int(seconds / np.median(times[3:])))
+    return max(20, int(seconds / np.median(times[8:])))
 
 
 def language_experiment(

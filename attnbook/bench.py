@@ -69,8 +69,9 @@ class Stopwatch:
     `prepare()` returns the call to be timed. What it does itself is not timed, and what it holds is let go after every
     `sample`, unless a CUDA graph needs it. If a graph is asked for and the call can't be captured, `note` says why.
     """
-    def __init__(self, prepare: Callable[[], Callable], device, *, graph: bool = False, warmup_ms: float = 25.0):
-        self.prepare, self.device = prepare, torch.device(device)
+    def __init__(self, prepare: Callable[[], Callable], device, *, graph: bool = False, ahead: bool = True,
+                 warmup_ms: float = 25.0):
+        self.prepare, self.device, self.ahead = prepare, torch.device(device), ahead
         self.note, self.graph, self.calls = "", None, 1
         self.cuda = self.device.type == "cuda"
         self.how = "events" if self.cuda else "clock"
@@ -141,11 +142,20 @@ class Stopwatch:
             times.append(time.perf_counter())
         return [(b - a) * 1e3 for a, b in itertools.pairwise(times)]
 
+    def _queueing_s(self, call) -> float:
+        "Seconds the host needs to queue one call, 20 ms at most: a call that waits for the GPU has no end to queue."
+        started = self._now()
+        call()
+        return min(time.perf_counter() - started, 0.02)
+
     def _by_events(self, call, n: int) -> list[float]:
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]
+        held_s = 1.5 * self._queueing_s(call) + 5e-5 if self.graph is None and self.ahead else 0
         for start, end in pairs:
             if self.graph is None:
                 self.flush.zero_()                   # every call finds its inputs in memory, not in the cache
+            if held_s:
+                torch.cuda._sleep(int(2e9 * held_s))  # cycles: the GPU idles while the host queues the call
             start.record()
             call()
             end.record()
@@ -187,6 +197,7 @@ def measure(
     warmup_ms: float = 25.0,  # spent before the first time is taken
     rep_ms: float = 100.0,  # spent taking times
     graph: bool = False,  # replay a CUDA graph of several calls: for calls so short that launching them takes longer
+    ahead: bool = True,  # hold the GPU back until the call is queued: its own time, without that of launching
     device=None,  # where it runs: cuda if there is one, else cpu
 ) -> Timing:
     """Median time of one call and its peak memory.
@@ -196,7 +207,7 @@ def measure(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     fn()
     peak = peak_memory(fn, device)
-    watch = Stopwatch(lambda: fn, device, graph=graph, warmup_ms=warmup_ms)
+    watch = Stopwatch(lambda: fn, device, graph=graph, ahead=ahead, warmup_ms=warmup_ms)
     return _timing(watch.sample(rep_ms), peak, watch)
 
 # %% ../nbs/1_foundations/02_bench.ipynb #7fd1bfa3

@@ -1429,7 +1429,7 @@ def _training_rows(size: int, batch: int, methods: tuple):
             torch._dynamo.reset(), torch.cuda.empty_cache()
             row = dict(method=name, size=size, batch=batch, ms=None, images_per_s=None, peak_mb=None)
             try:
-                timing = measure(training_step(make(name), x, y), warmup_ms=500, rep_ms=1500, device="cuda")
+                timing = measure(training_step(make(name), x, y), warmup_ms=500, rep_ms=1500, ahead=False, device="cuda")
                 row |= dict(ms=timing.ms, images_per_s=batch / timing.ms * 1e3, peak_mb=timing.peak_bytes / 1e6)
             except Exception as e:
                 row["note"] = f"{type(e).__name__}: {e}"[:300]

@@ -1099,7 +1099,7 @@ def _time_training(bench, key, models, batch, size):
         try:
             model = make().cuda().train().to(memory_format=torch.channels_last)
             model = torch.compile(model, dynamic=False) if method.endswith("compiled") else model
-            timing = measure(training_step(model, x, y), warmup_ms=500, rep_ms=1500, device="cuda")
+            timing = measure(training_step(model, x, y), warmup_ms=500, rep_ms=1500, ahead=False, device="cuda")
             row |= dict(ms=timing.ms, images_per_s=batch / timing.ms * 1e3, peak_mb=timing.peak_bytes / 1e6)
         except Exception as e:
             row["note"] = f"{type(e).__name__}: {e}"[:300]

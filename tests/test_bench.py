@@ -51,6 +51,8 @@ def test_measure_on_a_gpu():
     for graph in (False, True):
         timing = measure(lambda: x + 1, graph=graph)
         assert timing.peak_bytes == 2**22 and timing.how == ("graph" if graph else "events") and 0 < timing.ms < 1
+    slow = lambda: (time.sleep(0.003), x + 1)                         # a host that takes its time
+    assert measure(slow).ms < 1 < 3 < measure(slow, ahead=False).ms
     timing = measure(lambda: x.sum().item(), graph=True)              # waits for the GPU: can't be captured
     assert timing.how == "events" and "no CUDA graph" in timing.note
     assert torch.randn(3, device=device()).isfinite().all()           # torch's generator works after that

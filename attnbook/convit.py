@@ -1473,7 +1473,7 @@ def tune_gpsa(
                     if kernel == "forward"
                     else partial(torch.autograd.grad, out, inputs, grad, retain_graph=True)
                 )
-                times[kernel].append((triton.testing.do_bench(call, return_mode="median"), launch))
+                times[kernel].append((measure(call, rep_ms=50, graph=True).ms, launch))
             except (
                 triton.runtime.errors.OutOfResources,
                 triton.runtime.errors.PTXASError,

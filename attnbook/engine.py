@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['INTERPRETED', 'PROGRAMS', 'LAUNCH', 'FULL', 'BAND', 'BIAS_GRAD', 'FULL_BIAS', 'BAND_BIAS', 'PACKED', 'LISTED',
            'PROBLEMS', 'CANDIDATES', 'resolve_backend', 'row_offsets', 'head_base', 'load_rows', 'store_rows',
-           'row_ptr', 'load_step', 'load_numbers', 'expand', 'logits', 'probabilities', 'product', 'score_step',
-           'softmax_step', 'value_step', 'extra_k_step', 'tile_forward', 'dq_step', 'tile_backward_dq', 'dkv_step',
-           'masked_step', 'tile_backward_dkv', 'tile_operand_grad', 'OperandGrad', 'Carried', 'TileProgram',
+           'row_ptr', 'tile_of_program', 'load_step', 'load_numbers', 'expand', 'logits', 'probabilities', 'product',
+           'score_step', 'softmax_step', 'value_step', 'extra_k_step', 'tile_forward', 'dq_step', 'tile_backward_dq',
+           'dkv_step', 'masked_step', 'tile_backward_dkv', 'tile_operand_grad', 'OperandGrad', 'Carried', 'TileProgram',
            'register_program', 'Launch', 'register_launch', 'arch_of', 'find_launch', 'unravel', 'extra_k_tile',
            'extra_q_span', 'extra_q_step', 'sum_rows', 'row_lists', 'scatter_rows', 'tile_attention_op',
            'tile_attention_backward_op', 'tile_attention', 'band_q_step', 'band_k_step', 'band_q_tile', 'band_k_tile',
@@ -137,6 +137,16 @@ def row_ptr(ptr, b, h, coords, strides):
     "Addresses of one number per row, such as the LSE."
     return head_base(ptr, b, h, strides) + row_offsets(coords, strides, False)
 
+# %% ../nbs/1_foundations/01_engine.ipynb #fee4c14c
+@triton.jit
+def tile_of_program(num_tiles, together):
+    "Which (batch and head, tile) a program takes: `together` heads side by side, the first tiles of all of them first."
+    pid = tl.program_id(0)
+    first = pid // (together * num_tiles) * together
+    heads = tl.minimum(together, tl.num_programs(0) // num_tiles - first)
+    rest = pid - first * num_tiles
+    return first + rest % heads, rest // heads
+
 # %% ../nbs/1_foundations/01_engine.ipynb #4f35889b
 @triton.jit
 def load_step(src, b, h, start, coords, strides, ok, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
@@ -258,16 +268,14 @@ def extra_k_step(j, state, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
     return j * BN, (n,), (n,), n < ints[0], (n,)
 
 # %% ../nbs/1_foundations/01_engine.ipynb #4834fa67
-@triton.jit(do_not_specialize=["num_tiles"])
-def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, sl, scale, num_tiles, H, NX,
+@triton.jit(do_not_specialize=["num_tiles", "together"])
+def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, sl, scale, num_tiles, together, H, NX,
                  C: tl.constexpr, Q_TILE: tl.constexpr, K_SPAN: tl.constexpr, K_STEP: tl.constexpr,
                  MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, REVERSE: tl.constexpr, MASKS: tl.constexpr,
                  BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
                  TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PREPARE: tl.constexpr = None, START: tl.constexpr = None):
     "O and LSE of one query tile. Grid: num_tiles * batch * heads."
-    pid = tl.program_id(0)
-    bh = pid // num_tiles
-    i = pid % num_tiles
+    bh, i = tile_of_program(num_tiles, together)
     if REVERSE:  # heavy tiles first, so that the light ones fill the gaps at the end
         i = num_tiles - 1 - i
     b, h = bh // H, bh % H
@@ -327,9 +335,9 @@ def dq_step(dq, carry, q, seen, do, lse, delta, k_src, v_src, j, masked, b, h, h
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION), carry                # [BM, BD]
 
 # %% ../nbs/1_foundations/01_engine.ipynb #3ee14626
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit(do_not_specialize=["num_tiles", "together"])
 def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, ints,
-                     sq, sk, sv, sxk, sxv, so, sdo, sdl, sdq, sl, scale, dq_scale, num_tiles, H, NX,
+                     sq, sk, sv, sxk, sxv, so, sdo, sdl, sdq, sl, scale, dq_scale, num_tiles, together, H, NX,
                      C: tl.constexpr, Q_TILE: tl.constexpr, K_SPAN: tl.constexpr, K_STEP: tl.constexpr,
                      MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, REVERSE: tl.constexpr, MASKS: tl.constexpr,
                      BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
@@ -337,9 +345,8 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
                      DQ_SCORE: tl.constexpr = None, G=None, CARRY_INIT: tl.constexpr = None, CARRY_STEP: tl.constexpr = None,
                      CARRY_LAST: tl.constexpr = None, PREPARE: tl.constexpr = None, START: tl.constexpr = None):
     "dQ of one query tile, and its rows of LSE (base 2) and delta. Grid: num_tiles * batch * heads."
-    pid = tl.program_id(0)
-    bh = pid // num_tiles
-    i = pid % num_tiles
+    bh, i = tile_of_program(num_tiles, together)
+    place = bh * num_tiles + i                                                            # of what it carries out
     if REVERSE:
         i = num_tiles - 1 - i
     b, h = bh // H, bh % H
@@ -372,7 +379,7 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
         dq, carry = dq_step(dq, carry, q, seen, do, lse, delta, K, V, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C,
                      K_STEP, MASK, SCORE, FOLD, MASKS, BN, D, DV, BD, BDV, TMA, WIDE, PRECISION, DQ_SCORE, CARRY_STEP, START)
     if CARRY_LAST is not None:
-        dq = CARRY_LAST(dq, carry, q, G, pid, b, h, ok, qpos, ops, ints, C)
+        dq = CARRY_LAST(dq, carry, q, G, place, b, h, ok, qpos, ops, ints, C)
     store_rows(head_base(DQ, b, h, sdq), slots, sdq, ok, dq * dq_scale, D, BD, WIDE)
 
 # %% ../nbs/1_foundations/01_engine.ipynb #35039d1e
@@ -403,17 +410,15 @@ def masked_step(t, lo, full_lo, full_hi):
     return tl.where(i >= full_lo, i + (full_hi - full_lo), i)
 
 # %% ../nbs/1_foundations/01_engine.ipynb #a53032e3
-@triton.jit(do_not_specialize=["num_tiles"])
-def tile_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, ops, ints, sq, sk, sv, sdo, sdk, sdv, sl, scale, dk_scale, num_tiles, H,
+@triton.jit(do_not_specialize=["num_tiles", "together"])
+def tile_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, ops, ints, sq, sk, sv, sdo, sdk, sdv, sl, scale, dk_scale, num_tiles, together, H,
                       C: tl.constexpr, K_TILE: tl.constexpr, Q_SPAN: tl.constexpr, Q_STEP: tl.constexpr,
                       MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, REVERSE: tl.constexpr, MASKS: tl.constexpr,
                       BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
                       TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, START: tl.constexpr = None,
                       ROWS: tl.constexpr = False):
     "dK and dV of one key tile. Grid: num_tiles * batch * kv_heads."
-    pid = tl.program_id(0)
-    bh = pid // num_tiles
-    j = pid % num_tiles
+    bh, j = tile_of_program(num_tiles, together)
     HK = H // GROUP
     b, hk = bh // HK, bh % HK
     start, coords, slots, ok, kpos, state = K_TILE(j, b, hk, ops, ints, C, BN)
@@ -663,6 +668,14 @@ def _masks(program, ints, consts, p):
     free = program.unmasked(ints, consts, p.BM, p.BN) if program.unmasked else False
     return 3 if free == "pairs" else 0 if free else 2 if program.mask_total else 1
 
+L2_SHARE = 24 * 2**20  # bytes of the streamed tensors that may be in flight at a time; an H100's L2 cache has 50 MB
+
+def _together(program, heads, *streamed):
+    """How many heads' tiles run side by side. Where later tiles do more work, the light ones of all heads should come last, or the last head's heavy
+    tiles keep a few multiprocessors busy alone; but what these heads stream must stay in the L2 cache."""
+    each = sum(math.prod(t.shape[2:]) * t.element_size() for t in streamed)
+    return max(1, min(heads, L2_SHARE // max(each, 1))) if program.heavy_last else 1
+
 def _streams(program, a, b, rows, bd, bdv, device, consts, kernel):
     "The two streamed tensors, as tensor descriptors where the machine and the strides allow."
     sides = (rows,) if program.consecutive else program.brick and program.brick(consts, kernel)
@@ -699,7 +712,7 @@ def _forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     xs = (extra_k.stride(), extra_v.stride(), extra_k.shape[2]) if extra_k is not None else (None, None, 0)
     tile_forward[(tiles * q.shape[0] * q.shape[1],)](
         q, K, V, extra_k, extra_v, out, lse, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1],
-        out.stride(), lse.stride(), scale, tiles, q.shape[1], xs[2], Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step,
+        out.stride(), lse.stride(), scale, tiles, _together(program, q.shape[0] * q.shape[1], k, v), q.shape[1], xs[2], Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step,
         REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma, WIDE=_wide(q, k, v, out), STAGES=p.stages, PREPARE=program.prepare, START=program.start, num_warps=p.warps, **common)
     return out, lse
 
@@ -749,7 +762,7 @@ def _extra_grads(q, k, v, do, lse2, delta, p, common, scale, dk_scale):
     common = common | dict(C=(), MASK=None, SCORE=None)
     tile_backward_dkv[(chunks * tiles * k.shape[0] * k.shape[1],)](
         q, k, v, do, lse2, delta, dk, dv, (), (rows, per_chunk, n, *shape), q.stride(), k.stride(), v.stride(), do.stride(), dk.stride(), dv.stride(),
-        lse2.stride(), scale, dk_scale, chunks * tiles, q.shape[1], K_TILE=extra_k_tile, Q_SPAN=extra_q_span, Q_STEP=extra_q_step,
+        lse2.stride(), scale, dk_scale, chunks * tiles, 1, q.shape[1], K_TILE=extra_k_tile, Q_SPAN=extra_q_span, Q_STEP=extra_q_step,
         REVERSE=False, MASKS=True, BM=p.BM, BN=p.BN, TMA=False, WIDE=_wide(q, do), STAGES=p.stages, num_warps=p.warps, **common)
     fold = lambda x, like: x.unflatten(2, (chunks, n)).sum(2).to(like.dtype)
     return fold(dk, k), fold(dv, v)
@@ -783,7 +796,7 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
         partial = carried.buffer(q, operands[0], tiles * q.shape[0] * heads, ints, consts)
     tile_backward_dq[(tiles * q.shape[0] * heads,)](
         q, K, V, extra_k, extra_v, out, do, lse, dlse, dq, lse2, delta, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1],
-        out.stride(), do.stride(), dlse.stride() if dlse is not None else None, dq.stride(), lse.stride(), scale, plain_scale, tiles, heads, xs[2],
+        out.stride(), do.stride(), dlse.stride() if dlse is not None else None, dq.stride(), lse.stride(), scale, plain_scale, tiles, _together(program, q.shape[0] * heads, k, v), heads, xs[2],
         Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step, REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma,
         WIDE=wide, STAGES=p.stages, DQ_SCORE=program.dq_score, PREPARE=program.prepare, START=program.start, G=partial, num_warps=p.warps, **carry, **common)
     p = find_launch(program, "dkv", q.dtype, dim, q.device, consts)
@@ -793,7 +806,7 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
     if k.numel():
         tile_backward_dkv[(tiles * k.shape[0] * k.shape[1],)](
             Q, k, v, DO, L, DELTA, dk, dv, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), do.stride(), dk.stride(), dv.stride(),
-            lse2.stride(), scale, plain_scale, tiles, heads, K_TILE=program.k_tile, Q_SPAN=program.q_span, Q_STEP=program.q_step, REVERSE=False, MASKS=_masks(program, ints, consts, p),
+            lse2.stride(), scale, plain_scale, tiles, _together(program, k.shape[0] * k.shape[1], q, do), heads, K_TILE=program.k_tile, Q_SPAN=program.q_span, Q_STEP=program.q_step, REVERSE=False, MASKS=_masks(program, ints, consts, p),
             BM=p.BM, BN=p.BN, TMA=tma, WIDE=wide, STAGES=p.stages, START=program.start, ROWS=rows, num_warps=p.warps, **common)
     if program.indexed:
         of_q, of_k = program.lists(operands) if program.lists else (row_lists(x.flatten(2), t.shape[2]) for x, t in zip(operands, (q, k)))

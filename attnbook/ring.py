@@ -57,6 +57,7 @@ from attnbook.engine import (
     _describable,
     _numbers,
     _through_float32,
+    _together,
     _wide,
     attention,
     check_qkv,
@@ -74,6 +75,7 @@ from attnbook.engine import (
     softmax_step,
     store_rows,
     tile_attention,
+    tile_of_program,
     tl,
     triton,
     tune,
@@ -579,18 +581,18 @@ RING = register_program(TileProgram(
 
 # %% ../nbs/4_long_context/ring.ipynb #f3239990
 @triton.jit(do_not_specialize=["n0", "n1", "n2", "n3", "n4", "n5", "m0", "m1", "m2", "m3", "m4", "m5", "first_tile",
-                               "num_tiles"])
+                               "num_tiles", "together"])
 def ring_forward(Q, K, V, ACC, M, L, O, LSE, sq, sk, sv, sa, sl, so, scale, n0, n1, n2, n3, n4, n5, m0, m1, m2, m3, m4,
                  m5,
-                 first_tile, num_tiles, H, C: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr,
+                 first_tile, num_tiles, together, H, C: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr,
                  MASKS: tl.constexpr,
                  FIRST: tl.constexpr, LAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
                  DV: tl.constexpr,
                  BD: tl.constexpr, BDV: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
                  STAGES: tl.constexpr):
     "Takes one visiting chunk into the state of a query tile. Grid: num_tiles * batch * heads."
-    bh = tl.program_id(0) // num_tiles
-    i = first_tile + num_tiles - 1 - tl.program_id(0) % num_tiles                          # heavy tiles first
+    bh, i = tile_of_program(num_tiles, together)
+    i = first_tile + num_tiles - 1 - i                                                     # heavy tiles first
     b, h = bh // H, bh % H
     ints = (n0, n1, n2, n3, n4, n5, m0, m1, m2, m3, m4, m5)
     start, coords, slots, ok, qpos, state = ring_q_tile(i, b, h, (), ints, C, BM)
@@ -636,9 +638,9 @@ def ring_forward(Q, K, V, ACC, M, L, O, LSE, sq, sk, sv, sa, sl, so, scale, n0, 
 
 # %% ../nbs/4_long_context/ring.ipynb #4660f0ea
 @triton.jit(do_not_specialize=["n0", "n1", "n2", "n3", "n4", "n5", "m0", "m1", "m2", "m3", "m4", "m5", "first_tile",
-                               "num_tiles"])
+                               "num_tiles", "together"])
 def ring_backward_dq(Q, K, V, O, DO, LSE, LSE2, DELTA, ACC, DQ, sq, sk, sv, so, sdo, sl, sa, sdq, scale, dq_scale,
-                     n0, n1, n2, n3, n4, n5, m0, m1, m2, m3, m4, m5, first_tile, num_tiles, H, C: tl.constexpr,
+                     n0, n1, n2, n3, n4, n5, m0, m1, m2, m3, m4, m5, first_tile, num_tiles, together, H, C: tl.constexpr,
                      GROUP: tl.constexpr,
                      FOLD: tl.constexpr, MASKS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, BM: tl.constexpr,
                      BN: tl.constexpr,
@@ -646,8 +648,8 @@ def ring_backward_dq(Q, K, V, O, DO, LSE, LSE2, DELTA, ACC, DQ, sq, sk, sv, so, 
                      WIDE: tl.constexpr,
                      PRECISION: tl.constexpr, STAGES: tl.constexpr):
     "Adds what one visiting chunk gives to dQ of a query tile; the first hop also leaves delta and the LSE in base 2."
-    bh = tl.program_id(0) // num_tiles
-    i = first_tile + num_tiles - 1 - tl.program_id(0) % num_tiles
+    bh, i = tile_of_program(num_tiles, together)
+    i = first_tile + num_tiles - 1 - i
     b, h = bh // H, bh % H
     ints = (n0, n1, n2, n3, n4, n5, m0, m1, m2, m3, m4, m5)
     start, coords, slots, ok, qpos, state = ring_q_tile(i, b, h, (), ints, C, BM)
@@ -677,9 +679,9 @@ def ring_backward_dq(Q, K, V, O, DO, LSE, LSE2, DELTA, ACC, DQ, sq, sk, sv, so, 
         store_rows(head_base(ACC, b, h, sa), slots, sa, ok, dq, D, BD, WIDE)
 
 # %% ../nbs/4_long_context/ring.ipynb #fa26b7f4
-@triton.jit(do_not_specialize=["n0", "n1", "n2", "n3", "n4", "n5", "m0", "m1", "m2", "m3", "m4", "m5", "num_tiles"])
+@triton.jit(do_not_specialize=["n0", "n1", "n2", "n3", "n4", "n5", "m0", "m1", "m2", "m3", "m4", "m5", "num_tiles", "together"])
 def ring_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, sq, sk, sv, sdo, sl, sdk, sdv, scale,
-                      n0, n1, n2, n3, n4, n5, m0, m1, m2, m3, m4, m5, num_tiles, H, C: tl.constexpr,
+                      n0, n1, n2, n3, n4, n5, m0, m1, m2, m3, m4, m5, num_tiles, together, H, C: tl.constexpr,
                       GROUP: tl.constexpr,
                       FOLD: tl.constexpr, MASKS: tl.constexpr, FRESH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                       D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TMA: tl.constexpr,
@@ -687,9 +689,7 @@ def ring_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, sq, sk, sv, sdo, sl,
                       PRECISION: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr):
     """Adds one rank's queries to the packet of a key tile: dK not yet scaled, and dV. Grid: num_tiles * batch *
     kv_heads."""
-    pid = tl.program_id(0)
-    bh = pid // num_tiles
-    j = pid % num_tiles
+    bh, j = tile_of_program(num_tiles, together)
     HK = H // GROUP
     b, hk = bh // HK, bh % HK
     ints = (n0, n1, n2, n3, n4, n5, m0, m1, m2, m3, m4, m5)
@@ -845,7 +845,7 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, hop: Hop, scale: float, state
     ring_forward[(tiles * rows[0] * rows[1],)](
         q, K, V, acc, m, l, out, lse, q.stride(), k.stride(), v.stride(), None if acc is None else acc.stride(),
         (lse if last else m).stride(), out.stride() if last else None, kernel_scale, *hop.q, *hop.k, skip, tiles,
-        rows[1],
+        _together(RING, rows[0] * rows[1], k, v), rows[1],
         MASKS=masks, FIRST=first, LAST=last, BM=p.BM, BN=p.BN, TMA=tma,
         WIDE=_wide(q, k, v), STAGES=p.stages, num_warps=p.warps, **common)
     return (out, lse) if last else state
@@ -877,7 +877,7 @@ def block_backward_dq(s: Saved, k: Tensor, v: Tensor, hop: Hop, scale: float, fi
         q, K, V, s.out, s.do, s.lse, s.lse2, s.delta, s.acc, dq, q.stride(), k.stride(), v.stride(), s.out.stride(),
         s.do.stride(),
         s.lse.stride(), s.acc.stride(), dq.stride() if last else None, kernel_scale, scale, *hop.q, *hop.k, skip, tiles,
-        rows[1],
+        _together(RING, rows[0] * rows[1], k, v), rows[1],
         MASKS=masks, FIRST=first, LAST=last, BM=p.BM, BN=p.BN, TMA=tma,
         WIDE=_wide(q, k, v, s.do), STAGES=p.stages, num_warps=p.warps, **common)
     return dq
@@ -899,7 +899,7 @@ def block_backward_dkv(s: Saved, k: Tensor, v: Tensor, hop: Hop, scale: float, p
     ring_backward_dkv[(tiles * k.shape[0] * k.shape[1],)](
         Q, k, v, DO, LSE2, DELTA, dk, dv, q.stride(), k.stride(), v.stride(), s.do.stride(), s.lse.stride(),
         dk.stride(),
-        dv.stride(), kernel_scale, *hop.q, *hop.k, tiles, q.shape[1],
+        dv.stride(), kernel_scale, *hop.q, *hop.k, tiles, _together(RING, k.shape[0] * k.shape[1], q, s.do), q.shape[1],
         MASKS=masks, FRESH=fresh,
         BM=p.BM, BN=p.BN, TMA=tma, WIDE=_wide(q, k, v, s.do), STAGES=p.stages, ROWS=rows, num_warps=p.warps, **common)
     return dk, dv

@@ -16,6 +16,9 @@ from attnbook.engine import (
     scatter_rows,
     tile_attention,
     tile_attention_op,
+    tile_of_program,
+    tl,
+    triton,
     varlen_attention,
 )
 from attnbook.testing import (
@@ -165,3 +168,15 @@ def test_wide_offsets():
     run = [lambda *x, b=b: attention(*x, return_lse=True, backend=b) for b in ("triton", "torch")]
     (a, x), (b, y) = (f(far, far, far) for f in run)
     assert (a.double() - b.double()).norm() < tolerance(torch.float16, "cuda") * b.double().norm() and torch.allclose(x, y, atol=1e-3)
+
+
+@triton.jit
+def note_tiles(SEEN, num_tiles, together):
+    bh, i = tile_of_program(num_tiles, together)
+    tl.atomic_add(SEEN + bh * num_tiles + i, 1)
+
+def test_every_tile_has_one_program():
+    for heads, tiles, together in itertools.product((1, 5, 6), (1, 3), (1, 2, 4, 6)):
+        seen = torch.zeros(heads * tiles, dtype=torch.int32, device=device())
+        note_tiles[(heads * tiles,)](seen, tiles, min(together, heads))
+        assert (seen == 1).all(), (heads, tiles, together)

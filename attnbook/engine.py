@@ -513,6 +513,7 @@ class TileProgram:
     constants: Callable | None = None # host: (q, ints, C) -> tensors that the hooks find behind the operands
     indexed: bool = False             # rows come through index lists operands[0] (queries) and operands[1] (keys)
     lists: Callable | None = None     # host: operands -> `row_lists` of queries' and of keys' lists, where the caller has them
+    loose: bool = False               # nobody reads the slots without a row: the forward need not clear them
 
 PROGRAMS: dict[str, TileProgram] = {}
 
@@ -663,11 +664,12 @@ def _forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     consts = program.expand(q, v, ints, consts) if program.expand else consts
     operands = [*operands, *(program.constants(q, ints, consts) if program.constants else ())]
     slots = _slot_shape(program, q, operands)
-    if program.indexed:
+    if program.indexed and not program.loose:
         out = q.new_zeros(*slots, v.shape[-1])
         lse = torch.full(slots, float("-inf"), device=q.device, dtype=torch.float32)
     else:
-        out, lse = _empty_like(q, v.shape[-1]), torch.empty(slots, device=q.device, dtype=torch.float32)
+        out = q.new_empty(*slots, v.shape[-1]) if program.indexed else _empty_like(q, v.shape[-1])
+        lse = torch.empty(slots, device=q.device, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     common, scale = _common(program, q, k, v, extra_k, operands, ints, consts, scale)
@@ -832,9 +834,9 @@ def scatter_rows(x: Tensor, index: Tensor, n: int, lists: tuple[Tensor, Tensor] 
     `lists`: `row_lists(index, n)`, where it is known already.
     """
     x = x.contiguous()
-    y = x.new_zeros(*x.shape[:2], n, x.shape[3])
+    y = x.new_empty(*x.shape[:2], n, x.shape[3])
     if x.numel() == 0 or n == 0:
-        return y
+        return y.zero_()
     order, first = row_lists(index, n) if lists is None else lists
     bm = 16
     sum_rows[(x.shape[0] * x.shape[1] * triton.cdiv(n, bm),)](

@@ -130,6 +130,18 @@ def test_ties_go_to_the_earlier():
     for b in ("torch", "triton"): assert topw_membership(s, 3, backend=b).tolist() == [[[[1, 2, 3]]]]
 
 
+def test_selection_is_exact():
+    g = torch.Generator().manual_seed(0)
+    for n, w in ((63, 7), (200, 9), (200, 90), (5000, 300), (9000, 2500)) if device_under_test() == "cuda" else ((64, 7), (200, 9), (150, 90)):
+        s = torch.randn(1, 2, 6, n, generator=g).to(device_under_test())
+        s[0, 0, 1] = s[0, 0, 1].round()                      # ties at the limit
+        s[0, 0, 2] = torch.zeros_like(s[0, 0, 2]).where(s[0, 0, 2] > 0, torch.tensor(-0.0, device=s.device))  # 0 and -0 are equal
+        s[0, 0, 3, ::3] = s[0, 0, 3].max()                   # more candidates than lanes
+        s[0, 0, 4, 5:] = -math.inf                           # too few
+        s[0, 0, 5], s[0, 1, 0] = -math.inf, -s[0, 1, 0].abs() - 1e30
+        assert torch.equal(topw_membership(s, w, backend="triton"), topw_membership(s, w, backend="torch"))
+
+
 def _segments(B, H, n, k, seed=0, skew=1.0):
     "Segments of random assignments; with `skew` above 1 some are large and some empty."
     g = torch.Generator().manual_seed(seed)

@@ -8,7 +8,7 @@ __all__ = ['FAR_BELOW', 'SELECT_LAUNCH', 'CLUSTER_LAUNCH', 'CLUSTERS', 'SEGMENTS
            'spherical_norm_reference', 'topw_reference', 'Segments', 'sort_by_cluster', 'nearest_reference',
            'score_reference', 'segment_lists', 'routed_attention_reference', 'routed_attention_gather', 'routing_cost',
            'norm_rows', 'spherical_norm_op', 'spherical_norm_backward_op', 'spherical_norm', 'assign_tiles',
-           'place_tiles', 'route_nearest_op', 'route_scores_op', 'order_key', 'largest_key', 'lane_bound', 'row_limit',
+           'place_tiles', 'route_nearest_op', 'route_scores_op', 'order_key', 'largest_key', 'lane_maxima', 'row_limit',
            'select_rows', 'select_topw_op', 'route_scores', 'topw_membership', 'nearest_membership', 'cluster_rows',
            'clusters_q_tile', 'clusters_k_tile', 'clusters_k_step', 'clusters_q_step', 'ranks_span', 'clusters_k_span',
            'clusters_q_span', 'clusters_mask', 'self_score', 'tile_table', 'segment_tiles_op', 'segment_tile',
@@ -259,7 +259,7 @@ def spherical_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Te
 # %% ../nbs/4_long_context/routing.ipynb #a80510f2
 @triton.jit
 def assign_tiles(X, MU, MASK, CLUSTER, COUNTS, SCORES, sx, n, k, S, H, T, D: tl.constexpr, BD: tl.constexpr,
-                 BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
+                 BM: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr):
     "Scores, or nearest centroids and how many tokens each has in this tile. Grid: batch * heads * T."
     bh, t = tl.program_id(0) // T, tl.program_id(0) % T
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
@@ -271,22 +271,23 @@ def assign_tiles(X, MU, MASK, CLUSTER, COUNTS, SCORES, sx, n, k, S, H, T, D: tl.
     for c0 in range(0, k, BK):
         c = c0 + tl.arange(0, BK)
         mu = tl.load(MU + (h * k + c)[:, None] * D + d[None, :], mask=(c < k)[:, None] & (d < D)[None, :], other=0.0)
-        s = tl.dot(mu, x.T, input_precision=PRECISION)                                    # [BK, BM]
         if SCORES is not None:
+            s = tl.dot(mu, x.T, input_precision=PRECISION)                                # [BK, BM]
             tl.store(SCORES + (wide * k + c)[:, None] * n + r[None, :], s, mask=(c < k)[:, None] & ok[None, :])
         else:
-            top, which = tl.max(tl.where((c < k)[:, None], s, float("-inf")), 0, return_indices=True)
-            at = tl.where(top > best, c0 + which, at)                                     # ties: the lower number
+            s = tl.dot(x, mu.T, input_precision=PRECISION)                                # [BM, BK]
+            s = tl.where((c < k)[None, :], s, float("-inf"))
+            top = tl.max(s, 1)
+            which = tl.min(tl.where(s == top[:, None], c[None, :], k), 1)                 # ties: the lower number
+            at = tl.where(top > best, which, at)
             best = tl.maximum(best, top)
     if SCORES is None:
         if MASK is not None:
             at = tl.where(tl.load(MASK + b * n + r, mask=ok, other=0) != 0, at, k)
         at = tl.where(ok, at, S)
         tl.store(CLUSTER + wide * n + r, at, mask=ok)
-        for c0 in range(0, S, BK):
-            c = c0 + tl.arange(0, BK)
-            count = tl.sum((at[None, :] == c[:, None]).to(tl.int32), 1)                   # [BK]
-            tl.store(COUNTS + (wide * S + c) * T + t, count, mask=c < S)
+        c = tl.arange(0, BS)
+        tl.store(COUNTS + (wide * S + c) * T + t, tl.histogram(at, BS), mask=c < S)
 
 # %% ../nbs/4_long_context/routing.ipynb #e499f61b
 @triton.jit
@@ -341,6 +342,7 @@ def _assign(x, centroids, mask, scores):
             BD=_pow2(D),
             BM=bm,
             BK=bk,
+            BS=_pow2(S + 1),
             PRECISION=exact,
             num_warps=4,
         )
@@ -393,16 +395,16 @@ def largest_key(keys, w, BITS: tl.constexpr):
 
 
 @triton.jit
-def lane_bound(scores, n, w, BN: tl.constexpr):
-    "A number that w scores of a row reach, and few others: the w-th largest maximum of BN lanes. NaN: none is known."
+def lane_maxima(scores, n, w, BN: tl.constexpr):
+    "The maxima of BN lanes of a row, and a number that w of them reach, nearly the largest such. NaN: none is known."
+    top = tl.full([BN], float("-inf"), tl.float32)
     limit = tl.full([], -2147483648, tl.int32)
-    if n > BN and w <= BN:
-        top = tl.full([BN], float("-inf"), tl.float32)
+    if w <= BN:
         for j in tl.range(0, tl.cdiv(n, BN), loop_unroll_factor=4):
             r = j * BN + tl.arange(0, BN)
             top = tl.maximum(top, tl.load(scores + r, mask=r < n, other=float("-inf")))
         limit = largest_key(order_key(top), w, 20)
-    return tl.where(limit < 0, limit ^ 0x7FFFFFFF, limit).to(tl.float32, bitcast=True)
+    return top, tl.where(limit < 0, limit ^ 0x7FFFFFFF, limit).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -431,19 +433,27 @@ SELECT_LAUNCH = (2048, 8)
 
 
 @triton.jit
-def select_rows(SCORES, FOUND, INDEX, n, w, BN: tl.constexpr):
+def select_rows(SCORES, FOUND, INDEX, n, w, BN: tl.constexpr, BW: tl.constexpr):
     "The w best tokens of a row, in order of position; -1 where there are too few above -inf. Grid: rows."
-    row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BN)
-    scores, candidates, index = SCORES + row * n, FOUND + row * BN, INDEX + row * w
-    bound = lane_bound(scores, n, w, BN)
-    found, done = 0, 0
-    for j in tl.range(0, tl.cdiv(n, BN)):
-        r = j * BN + lane
-        s = tl.load(scores + r, mask=r < n, other=float("-inf"))
-        near = ((s < bound) == 0) & (r < n)
-        place = found + tl.cumsum(near.to(tl.int32), 0) - 1
-        tl.store(candidates + place, r, mask=near & (place < BN))
-        found += tl.sum(near.to(tl.int32), 0)
+    row, lane, some = tl.program_id(0).to(tl.int64), tl.arange(0, BN), tl.arange(0, BW)
+    scores, lanes, candidates, index = SCORES + row * n, FOUND + 2 * BN * row, FOUND + 2 * BN * row + BN, INDEX + row * w
+    top, bound = lane_maxima(scores, n, w, BN)
+    near = (top < bound) == 0
+    live = tl.sum(near.to(tl.int32), 0)                          # lanes with candidates
+    found, done = BN + 1, 0
+    if live <= BW:
+        tl.store(lanes + tl.cumsum(near.to(tl.int32), 0) - 1, lane, mask=near)
+        tl.debug_barrier()
+        at = tl.load(lanes + some, mask=some < live, other=0)
+        found = 0
+        for j in tl.range(0, tl.cdiv(n, BN), loop_unroll_factor=2):
+            r = j * BN + at
+            ok = (some < live) & (r < n)
+            s = tl.load(scores + r, mask=ok, other=float("-inf"))
+            reach = (((s < bound) == 0) & ok).to(tl.int32)
+            place = found + tl.cumsum(reach, 0) - 1
+            tl.store(candidates + place, r, mask=(reach > 0) & (place < BN))
+            found += tl.sum(reach, 0)
     tl.debug_barrier()
     if found <= BN:
         r = tl.load(candidates + lane, mask=lane < found, other=0)
@@ -477,8 +487,9 @@ def select_topw_op(scores: Tensor, window: int) -> Tensor:
     if index.numel():
         rows, n = index.numel() // window, scores.shape[-1]
         bn, warps = (64, 4) if arch_of(scores.device) == "interpreter" else SELECT_LAUNCH
-        found = torch.empty(rows, bn, device=scores.device, dtype=torch.int32)
-        select_rows[(rows,)](scores.contiguous(), found, index, n, window, BN=bn, num_warps=warps)
+        found = torch.empty(rows, 2 * bn, device=scores.device, dtype=torch.int32)
+        select_rows[(rows,)](scores.contiguous(), found, index, n, window, BN=bn,
+                            BW=min(bn, 2 * _pow2(window)), num_warps=warps)
     return index
 
 

@@ -13,17 +13,18 @@ __all__ = ['FAR_BELOW', 'SELECT_LAUNCH', 'CLUSTER_LAUNCH', 'CLUSTERS', 'SEGMENTS
            'clusters_q_tile', 'clusters_k_tile', 'clusters_k_step', 'clusters_q_step', 'ranks_span', 'clusters_k_span',
            'clusters_q_span', 'clusters_mask', 'self_score', 'tile_table', 'segment_tiles_op', 'segment_tile',
            'segment_step', 'segments_q_tile', 'segments_k_tile', 'segments_k_step', 'segments_q_step',
-           'segments_k_span', 'segments_q_span', 'segments_mask', 'cluster_launch', 'band_launch', 'mean_rows',
-           'spread_rows', 'mean_slots_op', 'spread_slots_op', 'combine_slots', 'routed_attention', 'sum_tiles',
-           'cluster_sums_op', 'cluster_sums', 'OnlineKMeans', 'random_assignment', 'plain_attention', 'Router',
-           'ClusterCache', 'router_step', 'RoutingSelfAttention', 'RoutingAttention', 'GEGLU', 'RoutingBlock',
-           'RoutingTransformerLM', 'routing_model', 'parameter_counts', 'leak_model', 'uniform_tokens',
-           'gain_on_the_bound', 'leak_experiment', 'run_leak', 'longest', 'leak_summary', 'prefix_mismatch',
-           'future_changes', 'language_data', 'windows_of', 'bits_per_byte', 'cluster_health', 'language_model',
-           'steps_within', 'language_experiment', 'run_language', 'attention_maps', 'divergence', 'head_rows',
-           'mutual_information', 'run_heads', 'recall_distance', 'recall_experiment', 'run_recall', 'clusters_for',
-           'route', 'exponent', 'scaling_experiment', 'gather_peer', 'gather_flash_peer', 'varlen_peer', 'flex_peer',
-           'bench_clusters', 'bench_segments', 'bench_crossover', 'bench_parts', 'break_even', 'claims']
+           'segments_k_span', 'segments_q_span', 'segments_mask', 'cluster_launch', 'band_launch', 'count_slots',
+           'place_slots', 'rank_slots', 'fold_rows', 'fold_slots', 'slot_weights', 'clusters_do_step', 'cluster_grads',
+           'cluster_attention_backward_op', 'cluster_attention_op', 'routed_attention', 'sum_tiles', 'cluster_sums_op',
+           'cluster_sums', 'OnlineKMeans', 'random_assignment', 'plain_attention', 'Router', 'ClusterCache',
+           'router_step', 'RoutingSelfAttention', 'RoutingAttention', 'GEGLU', 'RoutingBlock', 'RoutingTransformerLM',
+           'routing_model', 'parameter_counts', 'leak_model', 'uniform_tokens', 'gain_on_the_bound', 'leak_experiment',
+           'run_leak', 'longest', 'leak_summary', 'prefix_mismatch', 'future_changes', 'language_data', 'windows_of',
+           'bits_per_byte', 'cluster_health', 'language_model', 'steps_within', 'language_experiment', 'run_language',
+           'attention_maps', 'divergence', 'head_rows', 'mutual_information', 'run_heads', 'recall_distance',
+           'recall_experiment', 'run_recall', 'clusters_for', 'route', 'exponent', 'scaling_experiment', 'gather_peer',
+           'gather_flash_peer', 'varlen_peer', 'flex_peer', 'bench_clusters', 'bench_segments', 'bench_crossover',
+           'bench_parts', 'break_even', 'claims']
 
 # %% ../nbs/4_long_context/routing.ipynb #34bc1bcf
 import hashlib
@@ -50,13 +51,22 @@ from attnbook.engine import (
     INTERPRETED,
     Launch,
     TileProgram,
+    _common,
+    _forward,
+    _through_float32,
+    _wide,
     arch_of,
     band_span,
     check_qkv,
+    dkv_step,
+    dq_step,
     find_launch,
+    head_base,
+    load_rows,
     register_program,
     resolve_backend,
-    row_lists,
+    row_ptr,
+    store_rows,
     tile_attention,
     tl,
     triton,
@@ -753,24 +763,24 @@ def segments_mask(qpos, kpos, ops, ints, C: tl.constexpr):
     return seen
 
 # %% ../nbs/4_long_context/routing.ipynb #1a65502b
-#: head_dim rounded up -> forward, dq, dkv: (rows of queries, rows of keys, warps, stages), 16 bits. Chosen to fit, not
-#: timed yet; forward and dq must have the same rows of queries
+#: head_dim rounded up -> forward, dq, dkv, both gradients at once: (rows of queries, rows of keys, warps, stages), 16
+#: bits. Chosen to fit, not timed yet; forward and dq must have the same rows of queries
 CLUSTER_LAUNCH = {
-    16: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3)),
-    32: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3)),
-    64: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3)),
-    128: ((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
-    256: ((32, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    16: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2)),
+    32: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2)),
+    64: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2)),
+    128: ((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2)),
+    256: ((32, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
 }
 
 
 def cluster_launch(kernel, bits, head_dim, arch, consts=()):
     "The engine's `Launch` for cluster attention."
     if arch == "interpreter":
-        return Launch(32, 16, 4, 1) if kernel == "dkv" else Launch(16, 32, 4, 1)
-    rows_q, rows_k, warps, stages = CLUSTER_LAUNCH[head_dim][("forward", "dq", "dkv").index(kernel)]
+        return Launch(32 if kernel == "dkv" else 16, 16 if kernel in ("dkv", "both") else 32, 4, 1)
+    rows_q, rows_k, warps, stages = CLUSTER_LAUNCH[head_dim][("forward", "dq", "dkv", "both").index(kernel)]
     if bits == 32 or arch == "small":
-        rows_q, rows_k, stages = (16, 32, 1) if kernel == "dkv" else (32, 32 if kernel == "forward" else 16, 1)
+        rows_q, rows_k, stages = dict(forward=(32, 32, 1), dq=(32, 16, 1), dkv=(16, 32, 1), both=(16, 16, 1))[kernel]
     return Launch(rows_q, rows_k, warps, stages)
 
 
@@ -796,7 +806,7 @@ CLUSTERS = register_program(
         mask=clusters_mask,
         launch=cluster_launch,
         indexed=True,
-        lists=lambda operands: (operands[2:4], operands[4:6]),
+        loose=True,
         q_tiles=lambda ints, consts, BM: ints[0] * -(-ints[1] // BM),
         k_tiles=lambda ints, consts, BN: ints[0] * -(-ints[2] // BN),
     )
@@ -824,72 +834,255 @@ BAND_SELF = register_program(replace(BAND, name="band+self", score=self_score, l
 
 # %% ../nbs/4_long_context/routing.ipynb #0cc2e02b
 @triton.jit
-def mean_rows(X, ORDER, FIRST, Y, N, S, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr):
-    "Y[g, n] = mean of X[g, ORDER[g, c]] for c in FIRST[g, n] .. FIRST[g, n + 1]; 0 if there is none."
-    T = tl.cdiv(N, BM)
-    g, n, d = (tl.program_id(0) // T).to(tl.int64), (tl.program_id(0) % T) * BM + tl.arange(0, BM), tl.arange(0, BD)
-    ok = n < N
-    first = tl.load(FIRST + g * (N + 1) + n, mask=ok, other=0).to(tl.int32)
-    last = tl.load(FIRST + g * (N + 1) + n + 1, mask=ok, other=0).to(tl.int32)
+def count_slots(INDEX, COUNTS, DRAWN, total, S, n, BM: tl.constexpr):
+    "How many slots each token has; every slot draws a number among its token's. Grid: tiles of all slots."
+    i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    token = tl.load(INDEX + i, mask=i < total, other=-1)
+    tl.store(DRAWN + i, tl.atomic_add(COUNTS + i // S * n + token, 1, mask=token >= 0), mask=token >= 0)
+
+
+@triton.jit
+def place_slots(INDEX, COUNTS, ENDS, DRAWN, PLACED, total, S, n, BM: tl.constexpr):
+    "Writes every slot to the place it drew in its token's run, which ends at ENDS."
+    i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    token = tl.load(INDEX + i, mask=i < total, other=-1)
+    at, ok = i // S * n + token, token >= 0
+    first = tl.load(ENDS + at, mask=ok, other=0) - tl.load(COUNTS + at, mask=ok, other=0)
+    tl.store(PLACED + first + tl.load(DRAWN + i, mask=ok, other=0), (i % S).to(tl.int32), mask=ok)
+
+
+@triton.jit
+def rank_slots(INDEX, COUNTS, ENDS, PLACED, ORDER, total, S, n, BM: tl.constexpr):
+    "The same runs in order."
+    i = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    token = tl.load(INDEX + i, mask=i < total, other=-1)
+    at, ok, slot = i // S * n + token, token >= 0, (i % S).to(tl.int32)
+    count = tl.load(COUNTS + at, mask=ok, other=0)
+    first = tl.load(ENDS + at, mask=ok, other=0) - count
+    rank = tl.zeros([BM], tl.int32)
+    for c in range(0, tl.max(count)):
+        rank += (tl.load(PLACED + first + c, mask=c < count, other=S) < slot).to(tl.int32)
+    tl.store(ORDER + first + rank, slot, mask=ok)
+
+
+@triton.jit
+def fold_rows(X, Y, ORDER, ENDS, COUNTS, g, n, N, S, MEAN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr):
+    "Y[g, n] = sum or mean of X[g, slot] over the slots of token n, in order; 0 if it has none."
+    ok, d = n < N, tl.arange(0, BD)
+    count = tl.load(COUNTS + g * N + n, mask=ok, other=0)
+    first = tl.load(ENDS + g * N + n, mask=ok, other=0) - count
     acc = tl.zeros([BM, BD], tl.float32)
-    for c in range(0, tl.max(last - first)):
-        live = first + c < last
-        slot = tl.load(ORDER + g * S + first + c, mask=live, other=0)
-        acc += tl.load(
-            X + (g * S + slot)[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0
-        ).to(tl.float32)
-    acc = acc / tl.maximum(last - first, 1).to(tl.float32)[:, None]
+    for c in range(0, tl.max(count), 4):
+        for u in tl.static_range(4):
+            live = c + u < count
+            slot = tl.load(ORDER + first + c + u, mask=live, other=0)
+            acc += tl.load(X + (g * S + slot)[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    if MEAN:
+        acc = acc / tl.maximum(count, 1).to(tl.float32)[:, None]
     tl.store(Y + (g * N + n)[:, None] * D + d[None, :], acc.to(Y.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
 
 
 @triton.jit
-def spread_rows(DY, INDEX, FIRST, DX, N, S, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr):
-    "DX[g, slot] = DY[g, token] / count of the token; 0 for slots without one. The transpose of `mean_rows`."
-    T = tl.cdiv(S, BM)
-    g, s, d = (tl.program_id(0) // T).to(tl.int64), (tl.program_id(0) % T) * BM + tl.arange(0, BM), tl.arange(0, BD)
-    token = tl.load(INDEX + g * S + s, mask=s < S, other=-1)
-    ok = token >= 0
-    at = FIRST + g * (N + 1) + token
-    count = tl.load(at + 1, mask=ok, other=1) - tl.load(at, mask=ok, other=0)
-    dy = tl.load(DY + (g * N + token)[:, None] * D + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0).to(
-        tl.float32
-    )
-    dx = dy / count.to(tl.float32)[:, None]
-    tl.store(
-        DX + (g * S + s)[:, None] * D + d[None, :], dx.to(DX.dtype.element_ty), mask=(s < S)[:, None] & (d < D)[None, :]
-    )
+def fold_slots(XS, YS, ORDER, ENDS, COUNTS, N, S, MEAN: tl.constexpr, DS: tl.constexpr, BDS: tl.constexpr, BM: tl.constexpr):
+    "`fold_rows` of several tensors. Grid: (batch * heads * tiles of tokens, tensors)."
+    T = tl.cdiv(N, BM)
+    g, n = (tl.program_id(0) // T).to(tl.int64), (tl.program_id(0) % T) * BM + tl.arange(0, BM)
+    for a in tl.static_range(len(XS)):
+        if tl.program_id(1) == a:
+            fold_rows(XS[a], YS[a], ORDER, ENDS, COUNTS, g, n, N, S, MEAN, DS[a], BDS[a], BM)
+
 
 # %% ../nbs/4_long_context/routing.ipynb #cd67a13a
-def _rows(kernel, x, *lists, rows, N, S):
-    y = x.new_empty(*x.shape[:2], rows, x.shape[3])
-    if y.numel():
-        bm = 16
-        kernel[(x.shape[0] * x.shape[1] * triton.cdiv(rows, bm),)](
-            x.contiguous(), *lists, y, N, S, D=x.shape[3], BD=_pow2(x.shape[3]), BM=bm, num_warps=4)
-    return y
+@triton.jit
+def slot_weights(O, DO, INDEX, COUNTS, LSE, LSE2, DELTA, SPREAD, sdo, n, H, S, DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr):
+    """DELTA = o . dy of every slot, and LSE2: its LSE to base 2, plus log2 of the number c of its token's slots. With
+    SPREAD, rows dy / c are written there instead and DELTA is of these."""
+    T = tl.cdiv(S, BM)
+    g, s, d = (tl.program_id(0) // T).to(tl.int64), (tl.program_id(0) % T) * BM + tl.arange(0, BM), tl.arange(0, BDV)
+    token = tl.load(INDEX + g * S + s, mask=s < S, other=-1)
+    ok = token >= 0
+    do = load_rows(head_base(DO, g // H, g % H, sdo), (token,), sdo, ok, DV, BDV, True, WIDE)
+    o = tl.load(O + (g * S + s)[:, None] * DV + d[None, :], mask=ok[:, None] & (d < DV)[None, :], other=0.0)
+    count = tl.load(COUNTS + g * n + token, mask=ok, other=1).to(tl.float32)
+    lse = tl.load(LSE + g * S + s, mask=ok, other=float("-inf"))
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    shift = tl.log2(count)
+    if SPREAD is not None:
+        share = (do.to(tl.float32) / count[:, None]).to(do.dtype)
+        shift, delta = 0.0, tl.sum(o.to(tl.float32) * share.to(tl.float32), 1)
+        tl.store(SPREAD + (g * S + s)[:, None] * DV + d[None, :], share, mask=ok[:, None] & (d < DV)[None, :])
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634 + shift)
+    tl.store(LSE2 + g * S + s, lse, mask=ok)
+    tl.store(DELTA + g * S + s, delta, mask=ok)
 
 
-@torch.library.custom_op("attnbook::mean_slots", mutates_args=())
-def mean_slots_op(x: Tensor, index: Tensor, order: Tensor, first: Tensor) -> Tensor:
-    return _rows(mean_rows, x, order, first, rows=first.shape[-1] - 1, N=first.shape[-1] - 1, S=x.shape[2])
+@triton.jit
+def clusters_do_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
+    "`clusters_q_step` whose slots have two coordinates, token and slot; the strides say which of them counts."
+    row, slot, pos, ok = cluster_rows(i, state[0], ops[0], state[2], ints[0], ints[1], C[1], BM)
+    return 0, (row,), (row, slot), ok, (pos,)
 
 
-@torch.library.custom_op("attnbook::spread_slots", mutates_args=())
-def spread_slots_op(dy: Tensor, index: Tensor, first: Tensor) -> Tensor:
-    return _rows(spread_rows, dy, index, first, rows=index.shape[-1], N=dy.shape[2], S=index.shape[-1])
+@triton.jit(do_not_specialize=["tiles"])
+def cluster_grads(Q, K, V, DO, LSE2, DELTA, DQ, DK, DV_OUT, ops, ints, sq, sk, sv, sdo, sl, sdq, sdk, sdv, scale, dscale, tiles, H,
+                  C: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, QUERIES: tl.constexpr,
+                  KEYS: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+                  WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):
+    """Gradients of one tile of slots: dQ if they are QUERIES, dK and dV if they are KEYS. Both without DK: K = Q, and DQ
+    gets the sum. Grid: batch * heads * tiles."""
+    bh, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    b, h = bh // H, bh % H
+    if QUERIES:
+        start, coords, slots, ok, pos, state = clusters_q_tile(i, b, h, ops, ints, C, BM)
+        q = load_rows(head_base(Q, b, h, sq), coords, sq, ok, D, BD, True, WIDE)          # [BM, BD]
+        do = load_rows(head_base(DO, b, h, sdo), coords + slots, sdo, ok, DV, BDV, True, WIDE)    # [BM, BDV]
+        lse = tl.load(row_ptr(LSE2, b, h, slots, sl), mask=ok, other=float("inf"))
+        delta = tl.load(row_ptr(DELTA, b, h, slots, sl), mask=ok, other=0.0)
+        dq = tl.zeros([BM, BD], tl.float32)
+        lo, full_lo, full_hi, hi = clusters_k_span(state, b, h, ops, ints, C, BM, BM)
+        for j in tl.range(lo, hi, num_stages=STAGES):
+            masked = (j < full_lo) | (j >= full_hi)
+            dq, none = dq_step(dq, 0, q, q, do, lse, delta, K, V, j, masked, b, h, h, pos, state, sk, sv, scale, ops, ints, C,
+                               clusters_k_step, MASK, SCORE, FOLD, 1, BM, D, DV, BD, BDV, False, WIDE, PRECISION)
+    if KEYS:
+        start, coords, slots, ok, pos, state = clusters_k_tile(i, b, h, ops, ints, C, BM)
+        k = load_rows(head_base(K, b, h, sk), coords, sk, ok, D, BD, True, WIDE)          # [BM, BD]
+        v = load_rows(head_base(V, b, h, sv), coords, sv, ok, DV, BDV, True, WIDE)        # [BM, BDV]
+        dk = tl.zeros([BM, BD], tl.float32)
+        dv = tl.zeros([BM, BDV], tl.float32)
+        lo, full_lo, full_hi, hi = clusters_q_span(state, b, h, ops, ints, C, BM, BM)
+        for j in tl.range(lo, hi, num_stages=STAGES):
+            dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, j, b, h, pos, state, sq, sdo, (sl[0], sl[1], 0, sl[2]), scale, ops, ints, C, clusters_do_step, MASK, SCORE, FOLD, 1, BM, D, DV,
+                              BD, BDV, False, WIDE, PRECISION)
+        store_rows(head_base(DV_OUT, b, h, sdv), slots, sdv, ok, dv, DV, BDV, WIDE)
+        if DK is None:
+            dq += dk
+        else:
+            store_rows(head_base(DK, b, h, sdk), slots, sdk, ok, dk * dscale, D, BD, WIDE)
+    if QUERIES:
+        start, coords, slots, ok, pos, state = clusters_q_tile(i, b, h, ops, ints, C, BM)
+        store_rows(head_base(DQ, b, h, sdq), slots, sdq, ok, dq * dscale, D, BD, WIDE)
 
 
-mean_slots_op.register_fake(lambda x, index, order, first: x.new_empty(*x.shape[:2], first.shape[-1] - 1, x.shape[3]))
-spread_slots_op.register_fake(lambda dy, index, first: dy.new_empty(*dy.shape[:2], index.shape[-1], dy.shape[3]))
-mean_slots_op.register_autograd(
-    lambda ctx, dy: (spread_slots_op(dy, *ctx.saved_tensors), None, None, None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1], inputs[3]))
+# %% ../nbs/4_long_context/routing.ipynb #a1c95e07
+def _invert(index, n):
+    "The slots of every token, from index `(B, H, slots)`: all runs one after another, where each ends, its length."
+    counts = index.new_zeros(*index.shape[:2], n)
+    drawn, placed, order = (torch.empty_like(index) for _ in range(3))
+    grid, sizes = (triton.cdiv(index.numel(), 512),), (index.numel(), index.shape[2], n)
+    if index.numel():
+        count_slots[grid](index, counts, drawn, *sizes, BM=512, num_warps=4)
+    ends = counts.flatten().cumsum(0, dtype=torch.int32).view_as(counts)
+    if index.numel():
+        place_slots[grid](index, counts, ends, drawn, placed, *sizes, BM=512, num_warps=4)
+        rank_slots[grid](index, counts, ends, placed, order, *sizes, BM=512, num_warps=4)
+    return order, ends, counts
 
 
-def combine_slots(x: Tensor, index: Tensor, lists: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean over the slots of each token: x `(B, H, slots, d)`, index `(B, H, slots)` (-1: none), `lists` the engine's
-    `row_lists(index, n)` -> `(B, H, n, d)`; 0 for a token without slots. Differentiable in x."""
-    return mean_slots_op(x, index.contiguous(), *lists)
+def _fold(xs, order, ends, counts, mean=False):
+    "Sums or means over every token's slots: tensors `(B, H, slots, dim)` -> `(B, H, n, dim)`."
+    n, bm = counts.shape[2], 16
+    ys = [x.new_empty(*counts.shape, x.shape[3]) for x in xs]
+    if counts.numel():
+        dims = tuple(x.shape[3] for x in xs)
+        fold_slots[(counts[..., 0].numel() * triton.cdiv(n, bm), len(xs))](
+            tuple(xs), tuple(ys), order, ends, counts, n, xs[0].shape[2], MEAN=mean, DS=dims, BDS=tuple(map(_pow2, dims)), BM=bm, num_warps=4)
+    return ys
+
+
+def _cluster_args(q, k, v, a, b, flags):
+    "The engine's program, lists, integers and constants; flags = (causal, padded, last resort)."
+    program, other = CLUSTERS_SELF if flags[2] else CLUSTERS, a if b is None else b
+    return program, [a, other], [a.shape[2], a.shape[3], other.shape[3], q.shape[1]], [flags[0], b is None, flags[1]]
+
+
+# %% ../nbs/4_long_context/routing.ipynb #c3b0f6d2
+def _cluster_backward(dy, q, k, v, out, a, b, lse, order, ends, counts, flags, scale):
+    program, lists, ints, consts = _cluster_args(q, k, v, a, b, flags)
+    keys, slots, rows = q if k is None else k, lse.shape[2], lists[1].shape[2] * lists[1].shape[3]
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    dq, dv = q.new_empty(*q.shape[:2], slots, q.shape[3]), v.new_empty(*v.shape[:2], rows, v.shape[3])
+    dk = None if k is None else dv.new_empty(*dv.shape[:3], k.shape[3])
+    common, folded = _common(program, q, keys, v, None, lists, ints, consts, scale)
+    dim, wide = max(common["BD"], common["BDV"]), _wide(q, keys, v, dy, dq, dv)
+    bm, p = 32, find_launch(program, "both", q.dtype, dim, q.device)
+
+    def grads(index, queries, keys_too):
+        tiles = index.shape[2] * triton.cdiv(index.shape[3], p.BM)
+        cluster_grads[(tiles * q.shape[0] * q.shape[1],)](
+            q, keys, v, dy, lse2, delta, dq, dk, dv, tuple(lists), tuple(ints), q.stride(), keys.stride(), v.stride(), sdo, lse2.stride(),
+            dq.stride(), None if dk is None else dk.stride(), dv.stride(), folded, scale, tiles, q.shape[1], QUERIES=queries, KEYS=keys_too,
+            BM=p.BM, WIDE=wide, STAGES=p.stages, num_warps=p.warps, **common)
+
+    # log2(c) would drown in the log-sum of a row that sees nothing but itself
+    spread = dy.new_empty(*out.shape) if flags[2] else None
+    sdo = (*dy.stride()[:3], 0, dy.stride(3)) if spread is None else (*spread.stride()[:2], 0, *spread.stride()[2:])
+    if lse.numel() and dy.numel():
+        slot_weights[(q.shape[0] * q.shape[1] * triton.cdiv(slots, bm),)](
+            out, dy, a, counts, lse, lse2, delta, spread, dy.stride(), q.shape[2], q.shape[1], slots, DV=common["DV"], BDV=common["BDV"], BM=bm, WIDE=wide, num_warps=4)
+        dy = dy if spread is None else spread
+        grads(a, True, b is None)
+    if b is None:
+        return _fold([x for x in (dq, dk, dv) if x is not None], order, ends, counts)
+    if rows and keys.numel():
+        grads(b, False, True)
+    return _fold([dq], order, ends, counts) + _fold([dk, dv], *_invert(b.flatten(2), k.shape[2]))
+
+
+@torch.library.custom_op("attnbook::cluster_attention_backward", mutates_args=())
+def cluster_attention_backward_op(dy: Tensor, q: Tensor, k: Tensor | None, v: Tensor, out: Tensor, a: Tensor, b: Tensor | None, lse: Tensor, order: Tensor,
+                                  ends: Tensor, counts: Tensor, flags: list[int], scale: float) -> list[Tensor]:
+    grads = _through_float32(_cluster_backward, (dy, q, k, v, out), a, b, lse, order, ends, counts, flags, scale)
+    return [g.to(q.dtype) for g in grads]
+
+
+@cluster_attention_backward_op.register_fake
+def _(dy, q, k, v, out, a, b, lse, order, ends, counts, flags, scale):
+    return [x.new_empty(x.shape) for x in (q, k, v) if x is not None]
+
+
+# %% ../nbs/4_long_context/routing.ipynb #e84d1a90
+@torch.library.custom_op("attnbook::cluster_attention", mutates_args=())
+def cluster_attention_op(q: Tensor, k: Tensor | None, v: Tensor, a: Tensor, b: Tensor | None, flags: list[int],
+                         scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Attention in clusters and the mean, and what the backward pass needs: outputs and LSE by slot, the slots of every
+    token. `k` None: K = Q. Lists `a` of queries and `b` of keys (None: the same); flags = (causal, padded, last resort)."""
+    program, lists, ints, consts = _cluster_args(q, k, v, a, b, flags)
+    found = _invert(a.flatten(2), q.shape[2])
+
+    def run(q, k, v):
+        out, lse = _forward(q, q if k is None else k, v, None, None, lists, program.name, ints, consts, scale)
+        return *_fold([out], *found, mean=True), out, lse
+
+    y, out, lse = _through_float32(run, (q, k, v))
+    return y.to(q.dtype), out.to(q.dtype), lse, *found
+
+
+@cluster_attention_op.register_fake
+def _(q, k, v, a, b, flags, scale):
+    B, H, n, _ = q.shape
+    slots, ints = a.shape[2] * a.shape[3], partial(a.new_empty, dtype=torch.int32)
+    return (v.new_empty(B, H, n, v.shape[3]), v.new_empty(B, H, slots, v.shape[3]), v.new_empty(B, H, slots, dtype=torch.float32),
+            ints(B, H, slots), ints(B, H, n), ints(B, H, n))
+
+
+def _keep_clusters(ctx, inputs, output):
+    q, k, v, a, b, ctx.flags, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, a, b, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _cluster_gradients(ctx, dy, *_):
+    q, k, v, a, b, out, lse, *found = ctx.saved_tensors
+    if dy is None:
+        return (None,) * 7
+    dq, *dk, dv = cluster_attention_backward_op(dy, q, k, v, out, a, b, lse, *found, ctx.flags, ctx.scale)
+    return dq, dk[0] if dk else None, dv, None, None, None, None
+
+
+cluster_attention_op.register_autograd(_cluster_gradients, setup_context=_keep_clusters)
+
 
 # %% ../nbs/4_long_context/routing.ipynb #6d87bc80
 def _check_lists(name, x, n, heads):
@@ -982,6 +1175,7 @@ def routed_attention(
     if window is not None and not causal:
         raise ValueError("window needs causal=True: it counts members backwards from the query")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    same = k is q
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     nearest = isinstance(a, Segments)
@@ -993,21 +1187,8 @@ def routed_attention(
             )
     last_resort = self_attention == "fallback"
     if not nearest:
-        a, b = a.contiguous(), b.contiguous()
-        inverse = lambda x, n: tuple(t.int() for t in row_lists(x.flatten(2), n))
-        of_q = inverse(a, q.shape[2])
-        of_k = of_q if shared else inverse(b, k.shape[2])  # for the backward pass
-        out, _ = tile_attention(
-            q,
-            k,
-            v,
-            CLUSTERS_SELF if last_resort else CLUSTERS,
-            operands=(a, b, *of_q, *of_k),
-            scale=scale,
-            ints=(a.shape[2], a.shape[3], b.shape[3], q.shape[1]),
-            consts=(causal, shared, padded),
-        )
-        return combine_slots(out, a.flatten(2), of_q)
+        a, b, flags = a.contiguous(), None if shared else b.contiguous(), [int(causal), int(padded), int(last_resort)]
+        return cluster_attention_op(q, None if same and shared else k, v, a, b, flags, scale)[0]
     program, S = SEGMENTS_SELF if last_resort else SEGMENTS, a.offsets.shape[2] - 1
     dim = _pow2(max(q.shape[-1], v.shape[-1]))
     rows = [find_launch(program, kernel, q.dtype, dim, q.device) for kernel in ("forward", "dkv")]

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from attnbook.attention import attention_reference
-from attnbook.engine import row_lists
 from attnbook.routing import (
     MEMBERSHIPS,
     OnlineKMeans,
@@ -20,12 +19,12 @@ from attnbook.routing import (
     Segments,
     attention_maps,
     bits_per_byte,
+    cluster_attention_op,
     cluster_health,
     cluster_sums,
     cluster_sums_op,
     divergence,
     head_rows,
-    mean_slots_op,
     mutual_information,
     nearest_membership,
     parameter_counts,
@@ -282,8 +281,9 @@ def test_the_operations_of_the_library():
     check_opcheck(route_nearest_op, (x, mu, None))
     check_opcheck(route_scores_op, (x, mu))
     check_opcheck(select_topw_op, (route_scores(x, mu), 5))
-    index = topw_membership(route_scores(x, mu), 5).flatten(2)
-    check_opcheck(mean_slots_op, (make_qkv(1, 2, 15, 16, requires_grad=True)[0], index, *row_lists(index, 20)))
+    index = topw_membership(route_scores(x, mu), 5)
+    q, _, v = make_qkv(1, 2, 20, 16, requires_grad=True)
+    check_opcheck(cluster_attention_op, (q, None, v, index, None, [1, 0, 0], 0.25))
     check_opcheck(segment_tiles_op, (nearest_membership(x, mu).offsets, 8, 16))
 
 

@@ -932,6 +932,7 @@ def cluster_grads(Q, K, V, DO, LSE2, DELTA, DQ, DK, DV_OUT, ops, ints, sq, sk, s
     gets the sum. Grid: batch * heads * tiles."""
     bh, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     b, h = bh // H, bh % H
+    both = tl.zeros([BM, BD], tl.float32)
     if QUERIES:
         start, coords, slots, ok, pos, state = clusters_q_tile(i, b, h, ops, ints, C, BM)
         q = load_rows(head_base(Q, b, h, sq), coords, sq, ok, D, BD, True, WIDE)          # [BM, BD]
@@ -944,24 +945,24 @@ def cluster_grads(Q, K, V, DO, LSE2, DELTA, DQ, DK, DV_OUT, ops, ints, sq, sk, s
             masked = (j < full_lo) | (j >= full_hi)
             dq, none = dq_step(dq, 0, q, q, do, lse, delta, K, V, j, masked, b, h, h, pos, state, sk, sv, scale, ops, ints, C,
                                clusters_k_step, MASK, SCORE, FOLD, 1, BM, D, DV, BD, BDV, False, WIDE, PRECISION)
+        if KEYS and DK is None:
+            both = dq
+        else:
+            store_rows(head_base(DQ, b, h, sdq), slots, sdq, ok, dq * dscale, D, BD, WIDE)
     if KEYS:
         start, coords, slots, ok, pos, state = clusters_k_tile(i, b, h, ops, ints, C, BM)
         k = load_rows(head_base(K, b, h, sk), coords, sk, ok, D, BD, True, WIDE)          # [BM, BD]
         v = load_rows(head_base(V, b, h, sv), coords, sv, ok, DV, BDV, True, WIDE)        # [BM, BDV]
-        dk = tl.zeros([BM, BD], tl.float32)
-        dv = tl.zeros([BM, BDV], tl.float32)
+        dk, dv = both, tl.zeros([BM, BDV], tl.float32)
         lo, full_lo, full_hi, hi = clusters_q_span(state, b, h, ops, ints, C, BM, BM)
         for j in tl.range(lo, hi, num_stages=STAGES):
             dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, j, b, h, pos, state, sq, sdo, (sl[0], sl[1], 0, sl[2]), scale, ops, ints, C, clusters_do_step, MASK, SCORE, FOLD, 1, BM, D, DV,
                               BD, BDV, False, WIDE, PRECISION)
         store_rows(head_base(DV_OUT, b, h, sdv), slots, sdv, ok, dv, DV, BDV, WIDE)
         if DK is None:
-            dq += dk
+            store_rows(head_base(DQ, b, h, sdq), slots, sdq, ok, dk * dscale, D, BD, WIDE)
         else:
             store_rows(head_base(DK, b, h, sdk), slots, sdk, ok, dk * dscale, D, BD, WIDE)
-    if QUERIES:
-        start, coords, slots, ok, pos, state = clusters_q_tile(i, b, h, ops, ints, C, BM)
-        store_rows(head_base(DQ, b, h, sdq), slots, sdq, ok, dq * dscale, D, BD, WIDE)
 
 
 # %% ../nbs/4_long_context/routing.ipynb #a1c95e07
@@ -1192,7 +1193,9 @@ def routed_attention(
     program, S = SEGMENTS_SELF if last_resort else SEGMENTS, a.offsets.shape[2] - 1
     dim = _pow2(max(q.shape[-1], v.shape[-1]))
     rows = [find_launch(program, kernel, q.dtype, dim, q.device) for kernel in ("forward", "dkv")]
-    tables = [segment_tiles_op(x.offsets, x.order.shape[2] // r + S, r) for x, r in ((a, rows[0].BM), (b, rows[1].BN))]
+    table = lambda x, r: segment_tiles_op(x.offsets, x.order.shape[2] // r + S, r)
+    tables = [table(a, rows[0].BM)]
+    tables.append(tables[0] if shared and rows[0].BM == rows[1].BN else table(b, rows[1].BN))
     out, _ = tile_attention(
         q,
         k,

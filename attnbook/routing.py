@@ -315,8 +315,8 @@ def place_tiles(CLUSTER, COUNTS, ENDS, ORDER, OFFSETS, n, S, T, BM: tl.constexpr
     tl.store(ORDER + place, r, mask=r < n)
     if t == 0:
         s = tl.arange(0, BS)
-        share = (bh * S + s) * T
-        first = tl.load(ENDS + share, mask=s < S, other=0) - tl.load(COUNTS + share, mask=s < S, other=0)
+        begin = (bh * S + s) * T
+        first = tl.load(ENDS + begin, mask=s < S, other=0) - tl.load(COUNTS + begin, mask=s < S, other=0)
         tl.store(OFFSETS + bh * (S + 1) + s, tl.where(s < S, first - (bh * n).to(tl.int32), n), mask=s <= S)
 
 

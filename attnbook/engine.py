@@ -512,7 +512,6 @@ class TileProgram:
     expand: Callable | None = None    # host: (q, v, ints, consts) -> C, where C is more than the call's consts
     constants: Callable | None = None # host: (q, ints, C) -> tensors that the hooks find behind the operands
     indexed: bool = False             # rows come through index lists operands[0] (queries) and operands[1] (keys)
-    lists: Callable | None = None     # host: operands -> `row_lists` of queries' and of keys' lists, where the caller has them
     loose: bool = False               # nobody reads the slots without a row: the forward need not clear them
 
 PROGRAMS: dict[str, TileProgram] = {}
@@ -775,7 +774,7 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
             lse2.stride(), scale, plain_scale, tiles, heads, K_TILE=program.k_tile, Q_SPAN=program.q_span, Q_STEP=program.q_step, REVERSE=False, MASKS=_masks(program, ints, consts, p),
             BM=p.BM, BN=p.BN, TMA=tma, WIDE=wide, STAGES=p.stages, START=program.start, num_warps=p.warps, **common)
     if program.indexed:
-        of_q, of_k = program.lists(operands) if program.lists else (row_lists(x.flatten(2), t.shape[2]) for x, t in zip(operands, (q, k)))
+        of_q, of_k = (row_lists(x.flatten(2), t.shape[2]) for x, t in zip(operands, (q, k)))
         dq = scatter_rows(dq, operands[0].flatten(2), q.shape[2], of_q)
         dk, dv = (scatter_rows(g, operands[1].flatten(2), k.shape[2], of_k) for g in (dk, dv))
     grads = [dq, dk, dv]

@@ -163,6 +163,8 @@ def test_clusters_match_the_loops():
         (24, 16, 16, 4, 18, False, 2, dict(causal=True, self_attention="fallback")),
         (20, 16, 16, 3, 7, True, 1, dict(causal=True, self_attention="fallback")),
     ]
+    if device_under_test() == "cuda":  # several tiles of 64
+        cases += [(400, 64, 64, 3, w, s, 0, dict(causal=c)) for w, s, c in ((256, False, True), (300, False, True), (200, True, False))]
     for n, d, dv, c, w, separate, empty, kw in cases:
         a, b = _clusters(1, 2, n, c, w, separate=separate, empty=empty)
         op = lambda q, k, v: routed_attention(
@@ -189,16 +191,25 @@ def test_segments_match_the_loops():
 
 
 def test_other_types():
-    a, s = _clusters(1, 2, 25, 4, 8)[0], _segments(1, 2, 25, 4)
-    for m in (a, s):
-        for dtype in (torch.bfloat16, torch.float16):
+    sizes = ((25, 4, 8, 24), (400, 3, 300, 64)) if device_under_test() == "cuda" else ((25, 4, 8, 24),)
+    for (n, k, w, d), dtype in product(sizes, (torch.bfloat16, torch.float16)):
+        for m in (_clusters(1, 2, n, k, w)[0], _segments(1, 2, n, k)):
             check_against_reference(
                 partial(routed_attention, membership=m, causal=True, backend="triton"),
                 _oracle(m, m, causal=True),
-                dict(zip("qkv", make_qkv(1, 2, 25, 24))),
+                dict(zip("qkv", make_qkv(1, 2, n, d))),
                 dtype=dtype,
                 tol=2e-2,
             )
+
+
+def test_shared_queries_and_keys():
+    n, k, w, d = (400, 3, 300, 64) if device_under_test() == "cuda" else (40, 3, 37, 16)
+    x, _, v = make_qkv(1, 2, n, d)
+    for m, last in product((_clusters(1, 2, n, k, w)[0], _segments(1, 2, n, k)), ("include", "fallback")):
+        kw = dict(causal=True, self_attention=last)
+        check_against_reference(lambda x, v: routed_attention(x, x, v, m, backend="triton", **kw),
+                                lambda x, v: _oracle(m, m, **kw)(x, x, v), (x, v), tol=2e-5, floor=0.1)
 
 
 def test_one_cluster_is_full_attention():

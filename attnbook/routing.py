@@ -438,7 +438,7 @@ def row_limit(scores, n, w, BN: tl.constexpr):
 
 
 # %% ../nbs/4_long_context/routing.ipynb #5f2e77d1
-#: numbers a program holds at once, and its warps: more warps are fewer rows at a time, and more of them stay in the cache
+#: numbers a program holds at once, and its warps: with more warps fewer rows are under way, and stay in the cache
 SELECT_LAUNCH = (2048, 8)
 
 
@@ -446,7 +446,8 @@ SELECT_LAUNCH = (2048, 8)
 def select_rows(SCORES, FOUND, INDEX, n, w, BN: tl.constexpr, BW: tl.constexpr):
     "The w best tokens of a row, in order of position; -1 where there are too few above -inf. Grid: rows."
     row, lane, some = tl.program_id(0).to(tl.int64), tl.arange(0, BN), tl.arange(0, BW)
-    scores, lanes, candidates, index = SCORES + row * n, FOUND + 2 * BN * row, FOUND + 2 * BN * row + BN, INDEX + row * w
+    scores, lanes, index = SCORES + row * n, FOUND + 2 * BN * row, INDEX + row * w
+    candidates = lanes + BN
     top, bound = lane_maxima(scores, n, w, BN)
     near = (top < bound) == 0
     live = tl.sum(near.to(tl.int32), 0)                          # lanes with candidates
@@ -866,7 +867,8 @@ def rank_slots(INDEX, COUNTS, ENDS, PLACED, ORDER, total, S, n, BM: tl.constexpr
 
 
 @triton.jit
-def fold_rows(X, Y, ORDER, ENDS, COUNTS, g, n, N, S, MEAN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr):
+def fold_rows(X, Y, ORDER, ENDS, COUNTS, g, n, N, S, MEAN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+              BM: tl.constexpr):
     "Y[g, n] = sum or mean of X[g, slot] over the slots of token n, in order; 0 if it has none."
     ok, d = n < N, tl.arange(0, BD)
     count = tl.load(COUNTS + g * N + n, mask=ok, other=0)
@@ -876,14 +878,16 @@ def fold_rows(X, Y, ORDER, ENDS, COUNTS, g, n, N, S, MEAN: tl.constexpr, D: tl.c
         for u in tl.static_range(4):
             live = c + u < count
             slot = tl.load(ORDER + first + c + u, mask=live, other=0)
-            acc += tl.load(X + (g * S + slot)[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+            x = tl.load(X + (g * S + slot)[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
+            acc += x.to(tl.float32)
     if MEAN:
         acc = acc / tl.maximum(count, 1).to(tl.float32)[:, None]
     tl.store(Y + (g * N + n)[:, None] * D + d[None, :], acc.to(Y.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
 
 
 @triton.jit
-def fold_slots(XS, YS, ORDER, ENDS, COUNTS, N, S, MEAN: tl.constexpr, DS: tl.constexpr, BDS: tl.constexpr, BM: tl.constexpr):
+def fold_slots(XS, YS, ORDER, ENDS, COUNTS, N, S, MEAN: tl.constexpr, DS: tl.constexpr, BDS: tl.constexpr,
+               BM: tl.constexpr):
     "`fold_rows` of several tensors. Grid: (batch * heads * tiles of tokens, tensors)."
     T = tl.cdiv(N, BM)
     g, n = (tl.program_id(0) // T).to(tl.int64), (tl.program_id(0) % T) * BM + tl.arange(0, BM)
@@ -894,7 +898,8 @@ def fold_slots(XS, YS, ORDER, ENDS, COUNTS, N, S, MEAN: tl.constexpr, DS: tl.con
 
 # %% ../nbs/4_long_context/routing.ipynb #cd67a13a
 @triton.jit
-def slot_weights(O, DO, INDEX, COUNTS, LSE, LSE2, DELTA, SPREAD, sdo, n, H, S, DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr):
+def slot_weights(O, DO, INDEX, COUNTS, LSE, LSE2, DELTA, SPREAD, sdo, n, H, S, DV: tl.constexpr, BDV: tl.constexpr,
+                 BM: tl.constexpr, WIDE: tl.constexpr):
     """DELTA = o . dy of every slot, and LSE2: its LSE to base 2, plus log2 of the number c of its token's slots. With
     SPREAD, rows dy / c are written there instead and DELTA is of these."""
     T = tl.cdiv(S, BM)
@@ -924,12 +929,13 @@ def clusters_do_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexp
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def cluster_grads(Q, K, V, DO, LSE2, DELTA, DQ, DK, DV_OUT, ops, ints, sq, sk, sv, sdo, sl, sdq, sdk, sdv, scale, dscale, tiles, H,
-                  C: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, QUERIES: tl.constexpr,
-                  KEYS: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-                  WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):
-    """Gradients of one tile of slots: dQ if they are QUERIES, dK and dV if they are KEYS. Both without DK: K = Q, and DQ
-    gets the sum. Grid: batch * heads * tiles."""
+def cluster_grads(Q, K, V, DO, LSE2, DELTA, DQ, DK, DV_OUT, ops, ints, sq, sk, sv, sdo, sl, sdq, sdk, sdv, scale,
+                  dscale, tiles, H, C: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr,
+                  FOLD: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, BM: tl.constexpr, D: tl.constexpr,
+                  DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, WIDE: tl.constexpr,
+                  PRECISION: tl.constexpr, STAGES: tl.constexpr):
+    """Gradients of one tile of slots: dQ if they are QUERIES, dK and dV if they are KEYS. Both without DK: K = Q, and
+    DQ gets the sum. Grid: batch * heads * tiles."""
     bh, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     b, h = bh // H, bh % H
     both = tl.zeros([BM, BD], tl.float32)
@@ -943,8 +949,9 @@ def cluster_grads(Q, K, V, DO, LSE2, DELTA, DQ, DK, DV_OUT, ops, ints, sq, sk, s
         lo, full_lo, full_hi, hi = clusters_k_span(state, b, h, ops, ints, C, BM, BM)
         for j in tl.range(lo, hi, num_stages=STAGES):
             masked = (j < full_lo) | (j >= full_hi)
-            dq, none = dq_step(dq, 0, q, q, do, lse, delta, K, V, j, masked, b, h, h, pos, state, sk, sv, scale, ops, ints, C,
-                               clusters_k_step, MASK, SCORE, FOLD, 1, BM, D, DV, BD, BDV, False, WIDE, PRECISION)
+            dq, none = dq_step(dq, 0, q, q, do, lse, delta, K, V, j, masked, b, h, h, pos, state, sk, sv, scale, ops,
+                               ints, C, clusters_k_step, MASK, SCORE, FOLD, 1, BM, D, DV, BD, BDV, False, WIDE,
+                               PRECISION)
         if KEYS and DK is None:
             both = dq
         else:
@@ -956,8 +963,9 @@ def cluster_grads(Q, K, V, DO, LSE2, DELTA, DQ, DK, DV_OUT, ops, ints, sq, sk, s
         dk, dv = both, tl.zeros([BM, BDV], tl.float32)
         lo, full_lo, full_hi, hi = clusters_q_span(state, b, h, ops, ints, C, BM, BM)
         for j in tl.range(lo, hi, num_stages=STAGES):
-            dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, j, b, h, pos, state, sq, sdo, (sl[0], sl[1], 0, sl[2]), scale, ops, ints, C, clusters_do_step, MASK, SCORE, FOLD, 1, BM, D, DV,
-                              BD, BDV, False, WIDE, PRECISION)
+            dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, j, b, h, pos, state, sq, sdo, (sl[0], sl[1], 0, sl[2]),
+                              scale, ops, ints, C, clusters_do_step, MASK, SCORE, FOLD, 1, BM, D, DV, BD, BDV, False,
+                              WIDE, PRECISION)
         store_rows(head_base(DV_OUT, b, h, sdv), slots, sdv, ok, dv, DV, BDV, WIDE)
         if DK is None:
             store_rows(head_base(DQ, b, h, sdq), slots, sdq, ok, dk * dscale, D, BD, WIDE)
@@ -987,7 +995,8 @@ def _fold(xs, order, ends, counts, mean=False):
     if counts.numel():
         dims = tuple(x.shape[3] for x in xs)
         fold_slots[(counts[..., 0].numel() * triton.cdiv(n, bm), len(xs))](
-            tuple(xs), tuple(ys), order, ends, counts, n, xs[0].shape[2], MEAN=mean, DS=dims, BDS=tuple(map(_pow2, dims)), BM=bm, num_warps=4)
+            tuple(xs), tuple(ys), order, ends, counts, n, xs[0].shape[2], MEAN=mean, DS=dims,
+            BDS=tuple(map(_pow2, dims)), BM=bm, num_warps=4)
     return ys
 
 
@@ -1011,16 +1020,18 @@ def _cluster_backward(dy, q, k, v, out, a, b, lse, order, ends, counts, flags, s
     def grads(index, queries, keys_too):
         tiles = index.shape[2] * triton.cdiv(index.shape[3], p.BM)
         cluster_grads[(tiles * q.shape[0] * q.shape[1],)](
-            q, keys, v, dy, lse2, delta, dq, dk, dv, tuple(lists), tuple(ints), q.stride(), keys.stride(), v.stride(), sdo, lse2.stride(),
-            dq.stride(), None if dk is None else dk.stride(), dv.stride(), folded, scale, tiles, q.shape[1], QUERIES=queries, KEYS=keys_too,
-            BM=p.BM, WIDE=wide, STAGES=p.stages, num_warps=p.warps, **common)
+            q, keys, v, dy, lse2, delta, dq, dk, dv, tuple(lists), tuple(ints), q.stride(), keys.stride(), v.stride(),
+            sdo, lse2.stride(), dq.stride(), None if dk is None else dk.stride(), dv.stride(), folded, scale, tiles,
+            q.shape[1], QUERIES=queries, KEYS=keys_too, BM=p.BM, WIDE=wide, STAGES=p.stages, num_warps=p.warps,
+            **common)
 
     # log2(c) would drown in the log-sum of a row that sees nothing but itself
     spread = dy.new_empty(*out.shape) if flags[2] else None
     sdo = (*dy.stride()[:3], 0, dy.stride(3)) if spread is None else (*spread.stride()[:2], 0, *spread.stride()[2:])
     if lse.numel() and dy.numel():
         slot_weights[(q.shape[0] * q.shape[1] * triton.cdiv(slots, bm),)](
-            out, dy, a, counts, lse, lse2, delta, spread, dy.stride(), q.shape[2], q.shape[1], slots, DV=common["DV"], BDV=common["BDV"], BM=bm, WIDE=wide, num_warps=4)
+            out, dy, a, counts, lse, lse2, delta, spread, dy.stride(), q.shape[2], q.shape[1], slots,
+            DV=common["DV"], BDV=common["BDV"], BM=bm, WIDE=wide, num_warps=4)
         dy = dy if spread is None else spread
         grads(a, True, b is None)
     if b is None:
@@ -1031,8 +1042,9 @@ def _cluster_backward(dy, q, k, v, out, a, b, lse, order, ends, counts, flags, s
 
 
 @torch.library.custom_op("attnbook::cluster_attention_backward", mutates_args=())
-def cluster_attention_backward_op(dy: Tensor, q: Tensor, k: Tensor | None, v: Tensor, out: Tensor, a: Tensor, b: Tensor | None, lse: Tensor, order: Tensor,
-                                  ends: Tensor, counts: Tensor, flags: list[int], scale: float) -> list[Tensor]:
+def cluster_attention_backward_op(dy: Tensor, q: Tensor, k: Tensor | None, v: Tensor, out: Tensor, a: Tensor,
+                                  b: Tensor | None, lse: Tensor, order: Tensor, ends: Tensor, counts: Tensor,
+                                  flags: list[int], scale: float) -> list[Tensor]:
     grads = _through_float32(_cluster_backward, (dy, q, k, v, out), a, b, lse, order, ends, counts, flags, scale)
     return [g.to(q.dtype) for g in grads]
 
@@ -1047,7 +1059,7 @@ def _(dy, q, k, v, out, a, b, lse, order, ends, counts, flags, scale):
 def cluster_attention_op(q: Tensor, k: Tensor | None, v: Tensor, a: Tensor, b: Tensor | None, flags: list[int],
                          scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Attention in clusters and the mean, and what the backward pass needs: outputs and LSE by slot, the slots of every
-    token. `k` None: K = Q. Lists `a` of queries and `b` of keys (None: the same); flags = (causal, padded, last resort)."""
+    token. `k` None: K = Q. Lists `a` of queries, `b` of keys (None: same); flags = (causal, padded, last resort)."""
     program, lists, ints, consts = _cluster_args(q, k, v, a, b, flags)
     found = _invert(a.flatten(2), q.shape[2])
 
@@ -1063,8 +1075,8 @@ def cluster_attention_op(q: Tensor, k: Tensor | None, v: Tensor, a: Tensor, b: T
 def _(q, k, v, a, b, flags, scale):
     B, H, n, _ = q.shape
     slots, ints = a.shape[2] * a.shape[3], partial(a.new_empty, dtype=torch.int32)
-    return (v.new_empty(B, H, n, v.shape[3]), v.new_empty(B, H, slots, v.shape[3]), v.new_empty(B, H, slots, dtype=torch.float32),
-            ints(B, H, slots), ints(B, H, n), ints(B, H, n))
+    y, out = v.new_empty(B, H, n, v.shape[3]), v.new_empty(B, H, slots, v.shape[3])
+    return y, out, v.new_empty(B, H, slots, dtype=torch.float32), ints(B, H, slots), ints(B, H, n), ints(B, H, n)
 
 
 def _keep_clusters(ctx, inputs, output):

@@ -533,7 +533,7 @@ class TileProgram:
     expand: Callable | None = None    # host: (q, v, ints, consts) -> C, where C is more than the call's consts
     constants: Callable | None = None # host: (q, ints, C) -> tensors that the hooks find behind the operands
     indexed: bool = False             # rows come through index lists operands[0] (queries) and operands[1] (keys)
-    lists: Callable | None = None     # host: operands -> `row_lists` of queries' and of keys' lists, where the caller has them
+    loose: bool = False               # nobody reads the slots without a row: the forward need not clear them
 
 PROGRAMS: dict[str, TileProgram] = {}
 
@@ -698,11 +698,12 @@ def _forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     consts = program.expand(q, v, ints, consts) if program.expand else consts
     operands = [*operands, *(program.constants(q, ints, consts) if program.constants else ())]
     slots = _slot_shape(program, q, operands)
-    if program.indexed:
+    if program.indexed and not program.loose:
         out = q.new_zeros(*slots, v.shape[-1])
         lse = torch.full(slots, float("-inf"), device=q.device, dtype=torch.float32)
     else:
-        out, lse = _empty_like(q, v.shape[-1]), torch.empty(slots, device=q.device, dtype=torch.float32)
+        out = q.new_empty(*slots, v.shape[-1]) if program.indexed else _empty_like(q, v.shape[-1])
+        lse = torch.empty(slots, device=q.device, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     common, scale = _common(program, q, k, v, extra_k, operands, ints, consts, scale)
@@ -809,7 +810,7 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
             lse2.stride(), scale, plain_scale, tiles, _together(program, k.shape[0] * k.shape[1], q, do), heads, K_TILE=program.k_tile, Q_SPAN=program.q_span, Q_STEP=program.q_step, REVERSE=False, MASKS=_masks(program, ints, consts, p),
             BM=p.BM, BN=p.BN, TMA=tma, WIDE=wide, STAGES=p.stages, START=program.start, ROWS=rows, num_warps=p.warps, **common)
     if program.indexed:
-        of_q, of_k = program.lists(operands) if program.lists else (row_lists(x.flatten(2), t.shape[2]) for x, t in zip(operands, (q, k)))
+        of_q, of_k = (row_lists(x.flatten(2), t.shape[2]) for x, t in zip(operands, (q, k)))
         dq = scatter_rows(dq, operands[0].flatten(2), q.shape[2], of_q)
         dk, dv = (scatter_rows(g, operands[1].flatten(2), k.shape[2], of_k) for g in (dk, dv))
     grads = [dq, dk, dv]
@@ -868,9 +869,9 @@ def scatter_rows(x: Tensor, index: Tensor, n: int, lists: tuple[Tensor, Tensor] 
     `lists`: `row_lists(index, n)`, where it is known already.
     """
     x = x.contiguous()
-    y = x.new_zeros(*x.shape[:2], n, x.shape[3])
+    y = x.new_empty(*x.shape[:2], n, x.shape[3])
     if x.numel() == 0 or n == 0:
-        return y
+        return y.zero_()
     order, first = row_lists(index, n) if lists is None else lists
     bm = 16
     sum_rows[(x.shape[0] * x.shape[1] * triton.cdiv(n, bm),)](

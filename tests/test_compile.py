@@ -142,6 +142,11 @@ def _cases():
 
     cases += [
         ("routing top-w", lambda: routed(1, 2, 4096, 8, 64, 512)),
+        ("routing top-w, two lists", lambda: both_ways(routing.routed_attention, *tensors(*[(1, 2, 2048, 64)] * 3), causal=False,
+                                                       membership=[torch.zeros(1, 2, 8, w, dtype=torch.int32) for w in (256, 128)])),
+        ("routing top-w, fallback", lambda: both_ways(routing.routed_attention, *tensors(*[(1, 2, 2048, 64)] * 3), causal=True,
+                                                      membership=torch.zeros(1, 2, 8, 256, dtype=torch.int32), self_attention="fallback")),
+        ("routing top-w, float32", lambda: routed(1, 2, 2048, 16, 64, 128, dtype=torch.float32)),
         ("routing top-w, head_dim 129", lambda: routed(1, 2, 2048, 8, 129, 256)),
         ("routing nearest", lambda: routed(1, 2, 4096, 64, 64)),
         ("routing nearest, fallback", lambda: routed(1, 2, 4096, 64, 64, last_resort="fallback")),

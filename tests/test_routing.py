@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from attnbook.attention import attention_reference
-from attnbook.engine import row_lists
 from attnbook.routing import (
     MEMBERSHIPS,
     OnlineKMeans,
@@ -20,12 +19,12 @@ from attnbook.routing import (
     Segments,
     attention_maps,
     bits_per_byte,
+    cluster_attention_op,
     cluster_health,
     cluster_sums,
     cluster_sums_op,
     divergence,
     head_rows,
-    mean_slots_op,
     mutual_information,
     nearest_membership,
     parameter_counts,
@@ -130,6 +129,19 @@ def test_ties_go_to_the_earlier():
     for b in ("torch", "triton"): assert topw_membership(s, 3, backend=b).tolist() == [[[[1, 2, 3]]]]
 
 
+def test_selection_is_exact():
+    g = torch.Generator().manual_seed(0)
+    sizes = ((64, 7), (200, 9), (150, 90))
+    for n, w in ((200, 90), (5000, 300), (9000, 2500)) if device_under_test() == "cuda" else sizes:
+        s = torch.randn(1, 2, 6, n, generator=g).to(device_under_test())
+        s[0, 0, 1] = s[0, 0, 1].round()                      # ties at the limit
+        s[0, 0, 2] = torch.where(s[0, 0, 2] > 0, 0.0, -0.0)  # these are equal
+        s[0, 0, 3, ::3] = s[0, 0, 3].max()                   # more candidates than lanes
+        s[0, 0, 4, 5:] = -math.inf                           # too few
+        s[0, 0, 5], s[0, 1, 0] = -math.inf, -s[0, 1, 0].abs() - 1e30
+        assert torch.equal(topw_membership(s, w, backend="triton"), topw_membership(s, w, backend="torch"))
+
+
 def _segments(B, H, n, k, seed=0, skew=1.0):
     "Segments of random assignments; with `skew` above 1 some are large and some empty."
     g = torch.Generator().manual_seed(seed)
@@ -152,6 +164,9 @@ def test_clusters_match_the_loops():
         (24, 16, 16, 4, 18, False, 2, dict(causal=True, self_attention="fallback")),
         (20, 16, 16, 3, 7, True, 1, dict(causal=True, self_attention="fallback")),
     ]
+    if device_under_test() == "cuda":  # several tiles of 64
+        more = ((256, False, True), (300, False, True), (200, True, False))
+        cases += [(400, 64, 64, 3, w, separate, 0, dict(causal=c)) for w, separate, c in more]
     for n, d, dv, c, w, separate, empty, kw in cases:
         a, b = _clusters(1, 2, n, c, w, separate=separate, empty=empty)
         op = lambda q, k, v: routed_attention(
@@ -178,16 +193,25 @@ def test_segments_match_the_loops():
 
 
 def test_other_types():
-    a, s = _clusters(1, 2, 25, 4, 8)[0], _segments(1, 2, 25, 4)
-    for m in (a, s):
-        for dtype in (torch.bfloat16, torch.float16):
+    sizes = ((25, 4, 8, 24), (400, 3, 300, 64)) if device_under_test() == "cuda" else ((25, 4, 8, 24),)
+    for (n, k, w, d), dtype in product(sizes, (torch.bfloat16, torch.float16)):
+        for m in (_clusters(1, 2, n, k, w)[0], _segments(1, 2, n, k)):
             check_against_reference(
                 partial(routed_attention, membership=m, causal=True, backend="triton"),
                 _oracle(m, m, causal=True),
-                dict(zip("qkv", make_qkv(1, 2, 25, 24))),
+                dict(zip("qkv", make_qkv(1, 2, n, d))),
                 dtype=dtype,
                 tol=2e-2,
             )
+
+
+def test_shared_queries_and_keys():
+    n, k, w, d = (400, 3, 300, 64) if device_under_test() == "cuda" else (40, 3, 37, 16)
+    x, _, v = make_qkv(1, 2, n, d)
+    for m, last in product((_clusters(1, 2, n, k, w)[0], _segments(1, 2, n, k)), ("include", "fallback")):
+        kw = dict(causal=True, self_attention=last)
+        check_against_reference(lambda x, v: routed_attention(x, x, v, m, backend="triton", **kw),
+                                lambda x, v: _oracle(m, m, **kw)(x, x, v), (x, v), tol=2e-5, floor=0.1)
 
 
 def test_one_cluster_is_full_attention():
@@ -270,8 +294,9 @@ def test_the_operations_of_the_library():
     check_opcheck(route_nearest_op, (x, mu, None))
     check_opcheck(route_scores_op, (x, mu))
     check_opcheck(select_topw_op, (route_scores(x, mu), 5))
-    index = topw_membership(route_scores(x, mu), 5).flatten(2)
-    check_opcheck(mean_slots_op, (make_qkv(1, 2, 15, 16, requires_grad=True)[0], index, *row_lists(index, 20)))
+    index = topw_membership(route_scores(x, mu), 5)
+    q, _, v = make_qkv(1, 2, 20, 16, requires_grad=True)
+    check_opcheck(cluster_attention_op, (q, None, v, index, None, [1, 0, 0], 0.25))
     check_opcheck(segment_tiles_op, (nearest_membership(x, mu).offsets, 8, 16))
 
 

@@ -11,15 +11,15 @@ __all__ = ['CHANNEL_LAUNCH', 'FLOATS', 'WINDOW', 'VARIANTS', 'davit_tiny', 'davi
            'backward_v_sweep', 'backward_qk_sweep', 'store_sums', 'channel_backward', 'channel_backward_v',
            'channel_backward_qk', 'channel_launch', 'channel_pack', 'channel_attention_op',
            'channel_attention_backward_op', 'channel_attention_packed_op', 'channel_attention_packed_backward_op',
-           'channel_layer_op', 'channel_layer_backward_op', 'channel_group_attention', 'channel_group_attention_packed',
-           'window_rows', 'window_tile', 'window_step', 'window_span', 'window_k_span', 'window_q_span',
-           'window_launch', 'log_padding', 'add_padding', 'window_attention', 'ConvPositionalEncoding',
-           'SpatialWindowAttention', 'ChannelGroupAttention', 'DropPath', 'Mlp', 'DualBlock', 'SpatialBlock',
-           'ChannelBlock', 'Stem', 'Downsample', 'Stage', 'Head', 'DaViT', 'davit', 'florence2_base_tower',
-           'florence2_large_tower', 'count_parameters', 'davit_macs', 'counted_gmacs', 'from_timm', 'digit_pairs',
-           'random_batches', 'pairs_experiment', 'row_entropy', 'resized', 'scale_experiment', 'fitted_slope',
-           'three_attentions', 'bench_channel', 'bench_channel_core', 'bench_window', 'bench_linear', 'bench_training',
-           'bench_training_rest', 'claims']
+           'channel_layer_op', 'partial_sums', 'add_parts', 'channel_layer_backward_op', 'channel_group_attention',
+           'channel_group_attention_packed', 'window_rows', 'window_tile', 'window_step', 'window_span',
+           'window_k_span', 'window_q_span', 'window_launch', 'log_padding', 'add_padding', 'window_attention',
+           'ConvPositionalEncoding', 'SpatialWindowAttention', 'ChannelGroupAttention', 'DropPath', 'Mlp', 'DualBlock',
+           'SpatialBlock', 'ChannelBlock', 'Stem', 'Downsample', 'Stage', 'Head', 'DaViT', 'davit',
+           'florence2_base_tower', 'florence2_large_tower', 'count_parameters', 'davit_macs', 'counted_gmacs',
+           'from_timm', 'digit_pairs', 'random_batches', 'pairs_experiment', 'row_entropy', 'resized',
+           'scale_experiment', 'fitted_slope', 'three_attentions', 'bench_channel', 'bench_channel_core',
+           'bench_window', 'bench_linear', 'bench_training', 'bench_training_rest', 'claims']
 
 # %% ../nbs/3_locality/davit.ipynb #58792f83
 import math
@@ -287,9 +287,9 @@ def backward_qk_sweep(Q, K, ds, DQ, DK, sq, sk, sdq, sdk, scale, b, g, first, st
 # %% ../nbs/3_locality/davit.ipynb #7df90e09
 @triton.jit
 def store_sums(SUMS, x, which, part, g, G, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr):
-    "Column sums x [BD] of the gradient of q, k or v (`which`: 0, 1, 2) into this program's place."
+    "Column sums x [BD] of the gradient of q, k or v (`which`: 0, 1, 2) into this program's place; 3 is the caller's."
     d = tl.arange(0, BD)
-    row = (part * 3 + which) * G + g
+    row = (part * 4 + which) * G + g
     tl.store(SUMS + row.to(tl.int64) * D + d, x, mask=d < W)
 
 
@@ -424,7 +424,7 @@ def _channel_forward(q, k, v, out, scale):
 
 # %% ../nbs/3_locality/davit.ipynb #bd769e4b
 def _channel_backward(do, dweights, q, k, v, weights, dq, dk, dv, scale, column_sums=False):
-    "Fills dq, dk, dv; with column_sums returns their sums over images and positions, `(3 * C,)` float32."
+    "Fills dq, dk, dv; with column_sums returns their partial column sums, float32 `(parts, 4 * C)`, 3 * C of them filled."
     if _as_bits(q):
         wide = [torch.empty_like(x, dtype=torch.float32) for x in (dq, dk, dv)]
         sums = _channel_backward(do.float(), dweights, q.float(), k.float(), v.float(), weights, *wide, scale,
@@ -433,12 +433,12 @@ def _channel_backward(do, dweights, q, k, v, weights, dq, dk, dv, scale, column_
         return sums
     B, G, N, D = q.shape
     if weights.numel() == 0:
-        return weights.new_zeros(3 * G * D) if column_sums else None
+        return weights.new_zeros(1, 4 * G * D) if column_sums else None
     grid, groups, opt = _channel_options(q, (q, k, v, do, dq, dk, dv))
     share, shares = opt.pop("share"), opt["SHARES"]
     sdo, sq, sk, sv, sdq, sdk, sdv = (t.stride() for t in (do, q, k, v, dq, dk, dv))
     dweights = None if dweights is None else dweights.contiguous()
-    sums = weights.new_empty(B * shares, 3 * G * D) if column_sums else None
+    sums = weights.new_empty(B * shares, 4 * G * D) if column_sums else None
     if shares == 1 and CHANNEL_LAUNCH["together"]:
         channel_backward[grid](do, q, k, v, weights, dweights, dq, dk, dv, sums, sdo, sq, sk, sv, sdq, sdk, sdv, scale,
                                N, share, G, **opt)
@@ -449,7 +449,7 @@ def _channel_backward(do, dweights, q, k, v, weights, dq, dk, dv, scale, column_
         if shares > 1:
             channel_reduce[groups](parts, weights, dweights, ds, scale, shares, GRAD=True, D=D, BD=_tile_width(D))
         channel_backward_qk[grid](q, k, ds, dq, dk, sums, sq, sk, sdq, sdk, scale, N, share, G, **opt)
-    return sums.sum(0) if column_sums else None
+    return sums
 
 # %% ../nbs/3_locality/davit.ipynb #3fb90aab
 def _groups_of(packed, groups, parts):
@@ -572,6 +572,47 @@ def _(x, w_qkv, b_qkv, w_proj, b_proj, groups, scale):
     return (x.new_empty(B, N, C), x.new_empty(B, N, 3 * C), x.new_empty(B, N, C),
             x.new_empty(B, groups, C // groups, C // groups, dtype=torch.float32))
 
+# %% ../nbs/3_locality/davit.ipynb #b1a5e001
+@triton.jit
+def partial_sums(X, OUT, sx, so, N, share, C, T: tl.constexpr, BC: tl.constexpr):
+    "OUT[i] = sum of rows i * share to (i + 1) * share of X, BC columns of it. Grid: rows of OUT * cdiv(C, BC)."
+    blocks = tl.cdiv(C, BC)
+    i, c = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BC + tl.arange(0, BC)
+    acc = tl.zeros([T, BC], tl.float32)
+    for n0 in range(i * share, tl.minimum((i + 1) * share, N), T):
+        n = n0 + tl.arange(0, T)
+        ok = (n < tl.minimum((i + 1) * share, N))[:, None] & (c < C)[None, :]
+        acc += tl.load(X + n.to(tl.int64)[:, None] * sx + c[None, :], mask=ok, other=0.0).to(tl.float32)   # [T, BC]
+    tl.store(OUT + i.to(tl.int64) * so + c, tl.sum(acc, 0), mask=c < C)
+
+
+@triton.jit
+def add_parts(PARTS, FIRST, SECOND, parts, C, split, T: tl.constexpr, BC: tl.constexpr):
+    "Column sums of PARTS (parts, C): columns before `split` into FIRST, the others into SECOND. Grid: cdiv(C, BC)."
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    acc = tl.zeros([T, BC], tl.float32)
+    for n0 in range(0, parts, T):
+        n = n0 + tl.arange(0, T)
+        acc += tl.load(PARTS + n[:, None] * C + c[None, :], mask=(n < parts)[:, None] & (c < C)[None, :], other=0.0)
+    total = tl.sum(acc, 0)                                                                # [BC]
+    tl.store(FIRST + c, total.to(FIRST.dtype.element_ty), mask=c < split)
+    tl.store(SECOND + c - split, total.to(SECOND.dtype.element_ty), mask=(c >= split) & (c < C))
+
+# %% ../nbs/3_locality/davit.ipynb #b1a5e002
+def _bias_grads(sums, rows):
+    "Gradients of both biases from the sweeps' partial sums `(parts, 4 * C)` and the rows `(n, C)` of the layer's gradient."
+    if _as_bits(rows):
+        return tuple(g.to(rows.dtype) for g in _bias_grads(sums, rows.float()))
+    n, C = rows.shape
+    parts, grads = len(sums), (rows.new_empty(3 * C), rows.new_empty(C))
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    last = sums[:, 3 * C:]
+    block = 64 if C % 64 == 0 else 32
+    partial_sums[(parts * triton.cdiv(C, block),)](rows, last, rows.stride(0), last.stride(0), n, triton.cdiv(n, parts), C,
+                                                   T=64, BC=block, num_warps=4)
+    add_parts[(triton.cdiv(4 * C, 32),)](sums, *grads, parts, 4 * C, 3 * C, T=32, BC=32, num_warps=4)
+    return grads
+
 # %% ../nbs/3_locality/davit.ipynb #87633a8f
 @torch.library.custom_op("attnbook::channel_layer_backward", mutates_args=())
 def channel_layer_backward_op(dy: Tensor, x: Tensor, w_qkv: Tensor, w_proj: Tensor, qkv: Tensor, out: Tensor,
@@ -582,9 +623,11 @@ def channel_layer_backward_op(dy: Tensor, x: Tensor, w_qkv: Tensor, w_proj: Tens
     do = torch.mm(rows, w_proj).view(x.shape)
     sums = _channel_backward(_parts_of(do, groups, 1)[0], None, *_parts_of(qkv, groups, 3), weights,
                              *_parts_of(dqkv, groups, 3), scale, column_sums=True)
+    del do                                                            # its memory serves the gradient of x
+    biases = _bias_grads(sums, rows)
     flat = dqkv.view(-1, 3 * C)
-    return (torch.mm(flat, w_qkv).view(x.shape), torch.mm(flat.t(), x.reshape(-1, C)), sums.to(x.dtype),
-            torch.mm(rows.t(), out.view(-1, C)), rows.sum(0))
+    return (torch.mm(flat, w_qkv).view(x.shape), torch.mm(flat.t(), x.reshape(-1, C)), biases[0],
+            torch.mm(rows.t(), out.view(-1, C)), biases[1])
 
 
 @channel_layer_backward_op.register_fake

@@ -28,6 +28,9 @@ from attnbook.davit import (
     davit_tiny,
     from_timm,
     window_attention,
+    window_attention_op,
+    window_attention_packed,
+    window_attention_packed_op,
     window_numbers,
 )
 from attnbook.testing import (
@@ -210,6 +213,41 @@ def test_window_attention_refuses():
         (dict(pad_v=pv[:1]), ValueError, ["pad_v", "(1, 16)"]), (dict(q=q[0]), ValueError, ["q", "(2, 4, 5, 16)"]),
         (dict(k=k[:, :, :3]), ValueError, ["k", "3"]), (dict(q=q.long()), TypeError, ["q", "int64"]),
         (dict(v=v.double()), TypeError, ["v", "float64"])], q=q, k=k, v=v, window_size=3, pad_k=pk, pad_v=pv)
+
+
+def test_window_kernels_16_bit():
+    "Windows in one block of keys, in several, alone on the map, hanging over; some forward only by the own kernel."
+    for shape, w in {(6, 8): (3, 4), (7, 9): (3, 4), (10, 12): (9, 9), (3, 20): (3, 5), (9, 4): (8, 4)}.items():
+        op = lambda q, k, v, backend="torch": window_attention(q, k, v, w, pad_mode="mask", backend=backend)
+        check_against_reference(partial(op, backend="triton"), op, draw_maps(shape, B=1)[:3], dtype=torch.float16, grad_tol=2e-2)
+
+def test_window_packed_equals_separate():
+    heads, D = 2, 16
+    for shape, w, dtype in (((6, 8), (3, 4), torch.float32), ((5, 6), (3, 4), torch.bfloat16), ((4, 6), (2, 3), torch.bfloat16),
+                            ((10, 9), (10, 9), torch.float16)):
+        *_, pk, pv = draw_maps(shape, H=heads, D=D, dtype=dtype)
+        qkv = torch.cat(draw_maps(shape, B=2, H=1, D=heads * D, dtype=dtype)[:3], -1)[:, 0].requires_grad_()
+        cotangent = torch.randn(2, *shape, heads * D).to(qkv)
+        found = {}
+        for backend in ("torch", "triton"):
+            out = window_attention_packed(qkv, heads, w, pad_k=pk, pad_v=pv, backend=backend)
+            found[backend] = out, *torch.autograd.grad(out, qkv, cotangent)
+            parts = qkv.unflatten(-1, (3, heads, D)).permute(3, 0, 4, 1, 2, 5)
+            one = window_attention(*parts, w, pad_k=pk, pad_v=pv, backend=backend).movedim(1, -2).flatten(-2)
+            tol = 2e-2 if dtype != torch.float32 else 1e-5
+            assert rel_error(one, out) < tol and rel_error(torch.autograd.grad(one, qkv, cotangent)[0], found[backend][1]) < tol
+        for a, b in zip(*found.values()): assert rel_error(a, b) < (3e-2 if dtype == torch.bfloat16 else 1e-2 if dtype == torch.float16 else 1e-4)
+
+def test_window_ops_are_good_operations():
+    qkv = torch.randn(1, 3, 4, 96).to(device_under_test(), torch.float16)
+    op = lambda x: window_attention_packed(x, 2, (2, 4), pad_mode="mask", backend="triton")
+    for check in (check_compiles, check_deterministic): check(op, [qkv])
+    for keep in (False, True):
+        check_opcheck(window_attention_packed_op, (qkv.clone().requires_grad_(), 2, 2, 4, 0.25, keep))
+        q, k, v = (t.clone().requires_grad_() for t in draw_maps((3, 4), B=1, H=1, dtype=torch.float16)[:3])
+        check_opcheck(window_attention_op, (q, k, v, 2, 4, 0.25, keep))
+    check_raises(window_attention_packed, [(dict(qkv=qkv[..., :95]), ValueError, ["qkv", "95"]), (dict(heads=5), ValueError, ["heads", "5"]),
+                                           (dict(qkv=qkv[0]), ValueError, "qkv")], qkv=qkv, heads=2, window_size=2, pad_mode="mask")
 
 
 @pytest.mark.cuda

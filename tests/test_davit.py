@@ -26,6 +26,7 @@ from attnbook.davit import (
     counted_gmacs,
     davit,
     davit_tiny,
+    depthwise_residual_op,
     from_timm,
     window_attention,
     window_attention_op,
@@ -258,6 +259,32 @@ def test_nothing_large_is_kept():
         assert peak_memory(lambda: window_attention(q, k, v, 7), "cuda") < 1.5 * q.nbytes
         qkv = torch.randn(16, 3136, 288, device="cuda", dtype=torch.bfloat16)
         assert peak_memory(lambda: channel_group_attention_packed(qkv, 3), "cuda") < 0.5 * qkv.nbytes
+
+
+def test_position_encoding_as_one():
+    "The convolution as one operation equals its steps, gradients included, on maps of any size and in 16 bits."
+    for shape, dtype in (((2, 5, 7, 48), torch.float32), ((1, 1, 3, 16), torch.float32), ((1, 9, 1, 32), torch.float16),
+                         ((2, 4, 6, 32), torch.bfloat16)):
+        torch.manual_seed(0)
+        layer = ConvPositionalEncoding(shape[3], backend="triton").to(device_under_test(), dtype)
+        x = torch.randn(shape).to(device_under_test(), dtype).requires_grad_()
+        assert layer.as_one(x)
+        y, exact = layer(x), ConvPositionalEncoding(shape[3], backend="torch").to(x.device).double()
+        exact.load_state_dict(layer.state_dict())
+        x64 = x.detach().double().requires_grad_()
+        right, cotangent = exact(x64), torch.randn(shape).to(x)
+        tol = dict(zip((torch.float32, torch.float16, torch.bfloat16), (1e-5, 3e-3, 2e-2)))[dtype]
+        assert y.dtype == dtype and rel_error(y, right) < tol
+        got, want = (torch.autograd.grad(o, [i, *m.parameters()], cotangent.to(o)) for o, i, m in
+                     ((y, x, layer), (right, x64, exact)))
+        for g, w in zip(got, want): assert g.shape == w.shape and rel_error(g, w) < tol
+
+def test_position_encoding_is_a_good_operation():
+    layer = ConvPositionalEncoding(16, backend="triton").to(device_under_test())
+    x = torch.randn(1, 4, 5, 16, device=device_under_test())
+    for check in (check_compiles, check_deterministic): check(layer, [x])
+    check_opcheck(depthwise_residual_op, (x.requires_grad_(), *layer.parameters()))
+    assert not ConvPositionalEncoding(16, 5, backend="triton").as_one(x) and not ConvPositionalEncoding(16, act=True).as_one(x)
 
 
 def test_layer_is_projection_attention_projection():

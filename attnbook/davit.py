@@ -23,7 +23,7 @@ __all__ = ['CHANNEL_LAUNCH', 'FLOATS', 'WINDOW', 'WINDOW_LAUNCH', 'DEPTHWISE_LAU
            'florence2_base_tower', 'florence2_large_tower', 'count_parameters', 'davit_macs', 'counted_gmacs',
            'from_timm', 'digit_pairs', 'random_batches', 'pairs_experiment', 'row_entropy', 'resized',
            'scale_experiment', 'fitted_slope', 'three_attentions', 'bench_channel', 'bench_channel_core',
-           'bench_window', 'bench_linear', 'bench_training', 'bench_training_rest', 'claims']
+           'bench_window', 'bench_position', 'bench_linear', 'bench_training', 'bench_training_rest', 'claims']
 
 # %% ../nbs/3_locality/davit.ipynb #58792f83
 import math
@@ -1285,13 +1285,15 @@ def depthwise_backward(X, WEIGHT, DY, DX, PARTS, H, W, C, share, T: tl.constexpr
     tl.store(PARTS + 9 * C + c, tl.sum(total, 0), mask=c < C)
 
 # %% ../nbs/3_locality/davit.ipynb #b1a5e023
-DEPTHWISE_LAUNCH = dict(block=32, channels=32, warps=4, programs=2048)
+# positions per step, channels, warps, programs wanted, by kernel: more positions and the backward kernel's ten sums spill
+DEPTHWISE_LAUNCH = dict(forward=dict(block=32, channels=32, warps=4, programs=2048),
+                        backward=dict(block=16, channels=32, warps=4, programs=2048))
 
 
-def _depthwise_options(x):
+def _depthwise_options(kind, x):
     "Grid, parts of all images, and the kernels' sizes for x `(B, H, W, C)`."
     B, H, W, C = x.shape
-    p = DEPTHWISE_LAUNCH
+    p = DEPTHWISE_LAUNCH[kind]
     blocks = -(-C // p["channels"])
     parts = max(1, min(-(-H * W // (8 * p["block"])), -(-p["programs"] // max(B * blocks, 1))))
     share = -(-H * W // (parts * p["block"])) * p["block"]
@@ -1309,7 +1311,7 @@ def depthwise_residual_op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     "x + depthwise 3 x 3 convolution of x, contiguous `(B, H, W, C)`, in x's type; weight `(C, 1, 3, 3)`, bias `(C,)`."
     inner = _wide(x, weight.contiguous(), bias)
     out = torch.empty_like(inner[0])
-    grid, _, sizes, options = _depthwise_options(x)
+    grid, _, sizes, options = _depthwise_options("forward", x)
     if out.numel():
         depthwise_forward[grid](*inner, out, *sizes, **options)
     return out.to(x.dtype)
@@ -1322,7 +1324,7 @@ def _(x, weight, bias):
 
 @torch.library.custom_op("attnbook::depthwise_residual_backward", mutates_args=())
 def depthwise_residual_backward_op(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    grid, parts, sizes, options = _depthwise_options(x)
+    grid, parts, sizes, options = _depthwise_options("backward", x)
     inner = _wide(x, weight.contiguous(), dy.contiguous())
     C, dx = x.shape[3], torch.empty_like(inner[0])
     dw, db = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in _wide(weight, bias))
@@ -1901,6 +1903,19 @@ def bench_window():
                            chapter="davit",
                            bench="window", flops=dict(fwd=4 * pixels * w * w, bwd=10 * pixels * w * w),
                            bytes=dict(fwd=8 * pixels, bwd=14 * pixels))
+
+
+def bench_position():
+    "The position encoding's operation against the plain layer (cuDNN, channels last), forward and backward."
+    for dtype, B, side, C in ((torch.bfloat16, 128, 56, 96), (torch.bfloat16, 128, 14, 384)) if torch.cuda.is_available() else ():
+        layers = {name: ConvPositionalEncoding(C, backend=backend).to("cuda", dtype)
+                  for name, backend in (("ours", "triton"), ("torch", "torch"))}
+        peers = {name: _functional(layer, ("proj.weight", "proj.bias")) for name, layer in layers.items()}
+        peers["torch compiled"] = torch.compile(peers["torch"])
+        inputs = [torch.randn(B, side, side, C, device="cuda", dtype=dtype), *(p.detach() for p in layers["ours"].parameters())]
+        size = inputs[0].nbytes
+        yield from compare(dict(B=B, side=side, C=C), peers, inputs, grad_out="random", graph=True, chapter="davit",
+                           bench="position", bytes=dict(fwd=2 * size, bwd=3 * size))
 
 
 def bench_linear():

@@ -355,8 +355,8 @@ def channel_backward_qk(Q, K, DS, DQ, DK, SUMS, sq, sk, sdq, sdk, scale, N, shar
 
 # %% ../nbs/3_locality/davit.ipynb #8919f6e0
 # block, warps, stages, registers: for packs of up to 64 channels of 16 bits
-# together: both backward sweeps in one launch
-CHANNEL_LAUNCH = dict(bytes=128, block=64, programs=384, least=8, warps=4, stages=3, registers=168, together=False)
+# together: both backward sweeps in one launch; splits: parts of the rows in the layer's products for weight gradients
+CHANNEL_LAUNCH = dict(bytes=128, block=64, programs=384, least=8, warps=4, stages=3, registers=168, together=False, splits=1)
 
 
 def channel_launch(pairs: int, tokens: int, width: int, bits: int, device: torch.device) -> dict:
@@ -604,6 +604,15 @@ def add_parts(PARTS, FIRST, SECOND, parts, C, split, T: tl.constexpr, BC: tl.con
     tl.store(SECOND + c - split, total.to(SECOND.dtype.element_ty), mask=(c >= split) & (c < C))
 
 # %% ../nbs/3_locality/davit.ipynb #b1a5e002
+def _rows_product(a, b):
+    "a^T b `(m, n)` of two matrices with many rows, by `splits` partial products where that fills the machine better."
+    splits = CHANNEL_LAUNCH["splits"]
+    if splits == 1 or len(a) % splits:
+        return torch.mm(a.t(), b)
+    a, b = (t.reshape(splits, len(t) // splits, -1) for t in (a, b))
+    return torch.bmm(a.transpose(1, 2), b).sum(0)
+
+
 def _bias_grads(sums, rows):
     "Gradients of both biases from the sweeps' partial sums `(parts, 4 * C)` and the rows `(n, C)` of the layer's gradient."
     if _as_bits(rows):
@@ -631,8 +640,8 @@ def channel_layer_backward_op(dy: Tensor, x: Tensor, w_qkv: Tensor, w_proj: Tens
     del do                                                            # its memory serves the gradient of x
     biases = _bias_grads(sums, rows)
     flat = dqkv.view(-1, 3 * C)
-    return (torch.mm(flat, w_qkv).view(x.shape), torch.mm(flat.t(), x.reshape(-1, C)), biases[0],
-            torch.mm(rows.t(), out.view(-1, C)), biases[1])
+    return (torch.mm(flat, w_qkv).view(x.shape), _rows_product(flat, x.reshape(-1, C)), biases[0],
+            _rows_product(rows, out.view(-1, C)), biases[1])
 
 
 @channel_layer_backward_op.register_fake
@@ -1522,7 +1531,8 @@ class Stem(nn.Module):
         self.conv, self.norm = nn.Conv2d(in_channels, channels, 7, stride=4, padding=3), nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, -x.shape[-1] % 4, 0, -x.shape[-2] % 4)).contiguous(memory_format=torch.channels_last)
+        more = -x.shape[-1] % 4, -x.shape[-2] % 4
+        x = (F.pad(x, (0, more[0], 0, more[1])) if any(more) else x).contiguous(memory_format=torch.channels_last)
         return self.norm(self.conv(x).permute(0, 2, 3, 1))
 
 
@@ -1538,7 +1548,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        if self.conv.kernel_size[0] == 2:
+        if self.conv.kernel_size[0] == 2 and (x.shape[1] % 2 or x.shape[2] % 2):          # padding by nothing would copy
             x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 

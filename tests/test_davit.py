@@ -289,20 +289,21 @@ def test_position_encoding_is_a_good_operation():
 
 def test_layer_is_projection_attention_projection():
     "The layer as one operation equals its three steps, gradients of all parameters included."
-    for B, groups, together in ((1, 2, False), (3, 2, False), (3, 2, True)):              # three shares, one, one
+    for B, groups, together, splits in ((1, 2, False, 1), (3, 2, False, 4), (3, 2, True, 1)):   # shares: 3, 1, 1
         torch.manual_seed(0)
         layer = ChannelGroupAttention(32, groups, scale=0.1, backend="triton").to(device_under_test())
         with torch.no_grad():
             for p in layer.parameters(): p.normal_(std=0.5)
         x = torch.randn(B, 5, 8, 32, device=device_under_test()).requires_grad_()
         wanted, cotangent = [x, *layer.parameters()], torch.randn_like(x)
-        before, CHANNEL_LAUNCH["together"] = CHANNEL_LAUNCH["together"], together
+        before = dict(CHANNEL_LAUNCH)
+        CHANNEL_LAUNCH.update(together=together, splits=splits)
         try:
             assert layer.as_one(x)
             y = layer(x)
             got = torch.autograd.grad(y, wanted, cotangent)
         finally:
-            CHANNEL_LAUNCH["together"] = before
+            CHANNEL_LAUNCH.update(before)
         qkv = F.linear(x.flatten(1, 2), layer.qkv.weight, layer.qkv.bias)
         out = channel_group_attention_packed(qkv, groups, scale=0.1, backend="torch")
         right = F.linear(out, layer.proj.weight, layer.proj.bias).view(x.shape)

@@ -356,7 +356,8 @@ def channel_backward_qk(Q, K, DS, DQ, DK, SUMS, sq, sk, sdq, sdk, scale, N, shar
 # %% ../nbs/3_locality/davit.ipynb #8919f6e0
 # block, warps, stages, registers: for packs of up to 64 channels of 16 bits
 # together: both backward sweeps in one launch; splits: parts of the rows in the layer's products for weight gradients
-CHANNEL_LAUNCH = dict(bytes=128, block=64, programs=384, least=8, warps=4, stages=3, registers=168, together=False, splits=1)
+CHANNEL_LAUNCH = dict(bytes=128, block=64, programs=384, least=8, warps=4, stages=3, registers=168, together=False,
+                      splits=1)
 
 
 def channel_launch(pairs: int, tokens: int, width: int, bits: int, device: torch.device) -> dict:
@@ -429,7 +430,7 @@ def _channel_forward(q, k, v, out, scale):
 
 # %% ../nbs/3_locality/davit.ipynb #bd769e4b
 def _channel_backward(do, dweights, q, k, v, weights, dq, dk, dv, scale, column_sums=False):
-    "Fills dq, dk, dv; with column_sums returns their partial column sums, float32 `(parts, 4 * C)`, 3 * C of them filled."
+    "Fills dq, dk, dv; with column_sums returns their partial sums, float32 `(parts, 4 * C)`, 3 * C filled."
     if _as_bits(q):
         wide = [torch.empty_like(x, dtype=torch.float32) for x in (dq, dk, dv)]
         sums = _channel_backward(do.float(), dweights, q.float(), k.float(), v.float(), weights, *wide, scale,
@@ -614,7 +615,7 @@ def _rows_product(a, b):
 
 
 def _bias_grads(sums, rows):
-    "Gradients of both biases from the sweeps' partial sums `(parts, 4 * C)` and the rows `(n, C)` of the layer's gradient."
+    "Gradients of both biases from the sweeps' partial sums `(parts, 4 * C)` and the gradient's rows `(n, C)`."
     if _as_bits(rows):
         return tuple(g.to(rows.dtype) for g in _bias_grads(sums, rows.float()))
     n, C = rows.shape
@@ -622,8 +623,8 @@ def _bias_grads(sums, rows):
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     last = sums[:, 3 * C:]
     block = 64 if C % 64 == 0 else 32
-    partial_sums[(parts * triton.cdiv(C, block),)](rows, last, rows.stride(0), last.stride(0), n, triton.cdiv(n, parts), C,
-                                                   T=64, BC=block, num_warps=4)
+    partial_sums[(parts * triton.cdiv(C, block),)](rows, last, rows.stride(0), last.stride(0), n, triton.cdiv(n, parts),
+                                                   C, T=64, BC=block, num_warps=4)
     add_parts[(triton.cdiv(4 * C, 32),)](sums, *grads, parts, 4 * C, 3 * C, T=32, BC=32, num_warps=4)
     return grads
 
@@ -956,7 +957,8 @@ def key_blocks(tokens: int) -> tuple[tuple[int, int], ...]:
 
 def window_kernel(kind: str, dtype: torch.dtype, head_dim: int, tokens: int, scale: float) -> bool:
     "Whether the chapter's own kernel ('forward' or 'backward') takes windows of this many tokens; else the engine."
-    return torch.finfo(dtype).bits == 16 and head_dim <= 64 and scale > 0 and tokens <= (200 if kind == "forward" else 64)
+    most = 200 if kind == "forward" else 64
+    return torch.finfo(dtype).bits == 16 and head_dim <= 64 and scale > 0 and tokens <= most
 
 # %% ../nbs/3_locality/davit.ipynb #b1a5e015
 def _window_options(kind, x, window, scale):
@@ -969,7 +971,8 @@ def _window_options(kind, x, window, scale):
     per = min(p["per"], across)
     grid = (B * H * -(-X // window[0]) * -(-across // per) * tiles,)
     options = dict(C=tuple(window), R=rows, D=D, BD=_tile_width(D), RAGGED=X % window[0] + Y % window[1] > 0,
-                   PRECISION=None if x.element_size() == 2 else "ieee", STAGES=p["stages"], num_warps=p["warps"], maxnreg=p["registers"])
+                   PRECISION=None if x.element_size() == 2 else "ieee", STAGES=p["stages"], num_warps=p["warps"],
+                   maxnreg=p["registers"])
     if kind == "forward":
         options |= dict(BLOCKS=key_blocks(tokens), TILES=tiles)
     return grid, (X, Y, H, per), options
@@ -990,7 +993,8 @@ def _like_maps(q):
 def _window_forward(q, k, v, window, scale, keep):
     "Output and, with keep, LSE of the windows that fit; keys beyond the map are not seen."
     if not window_kernel("forward", q.dtype, q.shape[4], math.prod(window), scale):
-        return engine._through_float32(engine._forward, (q, k, v, None, None), [], WINDOW.name, q.shape[2:4], window, scale)
+        return engine._through_float32(engine._forward, (q, k, v, None, None), [], WINDOW.name, q.shape[2:4],
+                                      window, scale)
     if _as_bits(q):
         out, lse = _window_run_forward(q.float(), k.float(), v.float(), window, scale, keep)
         return out.to(q.dtype), lse
@@ -1002,31 +1006,33 @@ def _window_run_forward(q, k, v, window, scale, keep):
     out, lse = _like_maps(q), q.new_empty(q.shape[:-1] if keep else 0, dtype=torch.float32)
     grid, sizes, options = _window_options("forward", q, window, scale)
     if out.numel():
-        window_forward[grid](q, k, v, out, lse if keep else None, q.stride(), out.stride(), scale * LOG2E, *sizes, **options)
+        window_forward[grid](q, k, v, out, lse if keep else None, q.stride(), out.stride(), scale * LOG2E, *sizes,
+                             **options)
     return out, lse
 
 # %% ../nbs/3_locality/davit.ipynb #b1a5e016
 def _window_backward(do, dlse, q, k, v, out, lse, grads, window, scale):
     "Fills grads = (dq, dk, dv), which have strides in common."
+    one = window_kernel("backward", q.dtype, q.shape[4], math.prod(window), scale)
     if _as_bits(q):
         wide = [torch.empty_like(g, dtype=torch.float32) for g in grads]
-        one = window_kernel("backward", q.dtype, q.shape[4], math.prod(window), scale)
-        _window_run_backward(one, do.float(), dlse, q.float(), k.float(), v.float(), out.float(), lse, wide, window, scale)
+        do, q, k, v, out = (t.float() for t in (do, q, k, v, out))
+        _window_run_backward(one, do, dlse, q, k, v, out, lse, wide, window, scale)
         for g, w in zip(grads, wide): g.copy_(w)
     else:
-        one = window_kernel("backward", q.dtype, q.shape[4], math.prod(window), scale)
         _window_run_backward(one, do, dlse, q, k, v, out, lse, grads, window, scale)
 
 
 def _window_run_backward(one, do, dlse, q, k, v, out, lse, grads, window, scale):
     if not one:
-        engine._backward(do, dlse, q, k, v, None, None, [], out, lse, WINDOW.name, q.shape[2:4], window, scale, False, grads)
+        engine._backward(do, dlse, q, k, v, None, None, [], out, lse, WINDOW.name, q.shape[2:4], window, scale,
+                         False, grads)
     elif q.numel():
         q, k, v = _alike(q, k, v)
         dlse = None if dlse is None else dlse.contiguous()
         grid, sizes, options = _window_options("backward", q, window, scale)
-        window_backward[grid](q, k, v, do, dlse, *grads, q.stride(), do.stride(), grads[0].stride(), scale * LOG2E, scale,
-                              *sizes, **options)
+        window_backward[grid](q, k, v, do, dlse, *grads, q.stride(), do.stride(), grads[0].stride(), scale * LOG2E,
+                              scale, *sizes, **options)
 
 # %% ../nbs/3_locality/davit.ipynb #b1a5e018
 @torch.library.custom_op("attnbook::window_attention", mutates_args=())
@@ -1089,8 +1095,8 @@ def _(qkv, heads, wx, wy, scale, keep):
 
 
 @torch.library.custom_op("attnbook::window_attention_packed_backward", mutates_args=())
-def window_attention_packed_backward_op(do: Tensor, dlse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor, heads: int,
-                                        wx: int, wy: int, scale: float) -> Tensor:
+def window_attention_packed_backward_op(do: Tensor, dlse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor,
+                                        heads: int, wx: int, wy: int, scale: float) -> Tensor:
     dqkv = qkv.new_empty(qkv.shape)
     (do,), (out,) = _heads_of(do, heads, 1), _heads_of(out, heads, 1)
     _window_backward(do, dlse, *_heads_of(qkv, heads, 3), out, lse, _heads_of(dqkv, heads, 3), (wx, wy), scale)
@@ -1199,8 +1205,9 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window_size, *, scale: flo
         return out if pad_k is None else add_padding(out, lse, q, pad_k, pad_v, window_size, scale)
 
 # %% ../nbs/3_locality/davit.ipynb #b1a5e01b
-def window_attention_packed(qkv: Tensor, heads: int, window_size, *, scale: float | None = None, pad_mode: str = "token",
-                            pad_k: Tensor | None = None, pad_v: Tensor | None = None, backend: str = "auto") -> Tensor:
+def window_attention_packed(qkv: Tensor, heads: int, window_size, *, scale: float | None = None,
+                            pad_mode: str = "token", pad_k: Tensor | None = None,
+                            pad_v: Tensor | None = None, backend: str = "auto") -> Tensor:
     """`window_attention` of the packed projection: `(B, X, Y, 3C)` -> `(B, X, Y, C)`, without copies around it.
 
     The last axis of qkv holds q, k and v one after another, each as heads of C / heads channels. Raises ValueError or
@@ -1216,7 +1223,8 @@ def window_attention_packed(qkv: Tensor, heads: int, window_size, *, scale: floa
     ragged = _check_window_inputs(q, k, v, window_size, scale, pad_mode, pad_k, pad_v)
     backend, scale = resolve_backend(backend, qkv), q.shape[-1] ** -0.5 if scale is None else float(scale)
     if backend == "torch":
-        out = window_attention(q, k, v, window_size, scale=scale, pad_mode=pad_mode, pad_k=pad_k, pad_v=pad_v, backend=backend)
+        out = window_attention(q, k, v, window_size, scale=scale, pad_mode=pad_mode, pad_k=pad_k, pad_v=pad_v,
+                               backend=backend)
         return out.movedim(1, -2).flatten(-2)
     padded = ragged and pad_mode == "token"
     qkv, pad_k, pad_v = _autocast(qkv, *((pad_k, pad_v) if padded else (None, None)))
@@ -1244,7 +1252,8 @@ def shifted(X, n, c, dx, dy, H, W, C, stop):
     "Row n + (dx, dy) of the map at X, [T, BC] in float32, 0 beyond the map."
     x, y = n // W + dx, n % W + dy
     ok = (n < stop) & (x >= 0) & (x < H) & (y >= 0) & (y < W)
-    return tl.load(X + (n + dx * W + dy)[:, None] * C + c[None, :], mask=ok[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+    at = X + (n + dx * W + dy)[:, None] * C + c[None, :]
+    return tl.load(at, mask=ok[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -1262,7 +1271,8 @@ def depthwise_forward(X, WEIGHT, BIAS, O, H, W, C, share, T: tl.constexpr, BC: t
         for i in tl.static_range(9):
             x = shifted(X, n, c, i // 3 - 1, i % 3 - 1, H, W, C, stop)                    # [T, BC]
             acc += x * (taps[i][None, :] + (i == 4))
-        tl.store(O + n[:, None] * C + c[None, :], acc.to(O.dtype.element_ty), mask=(n < stop)[:, None] & (c < C)[None, :])
+        ok = (n < stop)[:, None] & (c < C)[None, :]
+        tl.store(O + n[:, None] * C + c[None, :], acc.to(O.dtype.element_ty), mask=ok)
 
 # %% ../nbs/3_locality/davit.ipynb #b1a5e022
 @triton.jit
@@ -1287,14 +1297,15 @@ def depthwise_backward(X, WEIGHT, DY, DX, PARTS, H, W, C, share, T: tl.constexpr
             if i == 4:
                 total += dy
         sums = new
-        tl.store(DX + n[:, None] * C + c[None, :], acc.to(DX.dtype.element_ty), mask=(n < stop)[:, None] & (c < C)[None, :])
+        ok = (n < stop)[:, None] & (c < C)[None, :]
+        tl.store(DX + n[:, None] * C + c[None, :], acc.to(DX.dtype.element_ty), mask=ok)
     PARTS += part.to(tl.int64) * 10 * C
     for i in tl.static_range(9):
         tl.store(PARTS + c * 9 + i, tl.sum(sums[i], 0), mask=c < C)
     tl.store(PARTS + 9 * C + c, tl.sum(total, 0), mask=c < C)
 
 # %% ../nbs/3_locality/davit.ipynb #b1a5e023
-# positions per step, channels, warps, programs wanted, by kernel: more positions and the backward kernel's ten sums spill
+# positions per step, channels, warps, programs wanted, by kernel; with more positions the ten sums of backward spill
 DEPTHWISE_LAUNCH = dict(forward=dict(block=32, channels=32, warps=4, programs=2048),
                         backward=dict(block=16, channels=32, warps=4, programs=2048))
 
@@ -1307,7 +1318,8 @@ def _depthwise_options(kind, x):
     parts = max(1, min(-(-H * W // (8 * p["block"])), -(-p["programs"] // max(B * blocks, 1))))
     share = -(-H * W // (parts * p["block"])) * p["block"]
     parts = -(-H * W // share)
-    return (B * parts * blocks,), B * parts, (H, W, C, share), dict(T=p["block"], BC=p["channels"], num_warps=p["warps"])
+    options = dict(T=p["block"], BC=p["channels"], num_warps=p["warps"])
+    return (B * parts * blocks,), B * parts, (H, W, C, share), options
 
 
 def _wide(*tensors):
@@ -1332,7 +1344,8 @@ def _(x, weight, bias):
 
 
 @torch.library.custom_op("attnbook::depthwise_residual_backward", mutates_args=())
-def depthwise_residual_backward_op(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def depthwise_residual_backward_op(dy: Tensor, x: Tensor, weight: Tensor,
+                                   bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     grid, parts, sizes, options = _depthwise_options("backward", x)
     inner = _wide(x, weight.contiguous(), dy.contiguous())
     C, dx = x.shape[3], torch.empty_like(inner[0])
@@ -1548,7 +1561,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        if self.conv.kernel_size[0] == 2 and (x.shape[1] % 2 or x.shape[2] % 2):          # padding by nothing would copy
+        if self.conv.kernel_size[0] == 2 and (x.shape[1] % 2 or x.shape[2] % 2):   # padding by nothing copies
             x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
@@ -1917,12 +1930,13 @@ def bench_window():
 
 def bench_position():
     "The position encoding's operation against the plain layer (cuDNN, channels last), forward and backward."
-    for dtype, B, side, C in ((torch.bfloat16, 128, 56, 96), (torch.bfloat16, 128, 14, 384)) if torch.cuda.is_available() else ():
-        layers = {name: ConvPositionalEncoding(C, backend=backend).to("cuda", dtype)
+    for B, side, C in ((128, 56, 96), (128, 14, 384)) if torch.cuda.is_available() else ():
+        layers = {name: ConvPositionalEncoding(C, backend=backend).to("cuda", torch.bfloat16)
                   for name, backend in (("ours", "triton"), ("torch", "torch"))}
         peers = {name: _functional(layer, ("proj.weight", "proj.bias")) for name, layer in layers.items()}
         peers["torch compiled"] = torch.compile(peers["torch"])
-        inputs = [torch.randn(B, side, side, C, device="cuda", dtype=dtype), *(p.detach() for p in layers["ours"].parameters())]
+        inputs = [torch.randn(B, side, side, C, device="cuda", dtype=torch.bfloat16),
+                  *(p.detach() for p in layers["ours"].parameters())]
         size = inputs[0].nbytes
         yield from compare(dict(B=B, side=side, C=C), peers, inputs, grad_out="random", graph=True, chapter="davit",
                            bench="position", bytes=dict(fwd=2 * size, bwd=3 * size))

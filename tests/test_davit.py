@@ -220,12 +220,13 @@ def test_window_kernels_16_bit():
     "Windows in one block of keys, in several, alone on the map, hanging over; some forward only by the own kernel."
     for shape, w in {(6, 8): (3, 4), (7, 9): (3, 4), (10, 12): (9, 9), (3, 20): (3, 5), (9, 4): (8, 4)}.items():
         op = lambda q, k, v, backend="torch": window_attention(q, k, v, w, pad_mode="mask", backend=backend)
-        check_against_reference(partial(op, backend="triton"), op, draw_maps(shape, B=1)[:3], dtype=torch.float16, grad_tol=2e-2)
+        check_against_reference(partial(op, backend="triton"), op, draw_maps(shape, B=1)[:3], dtype=torch.float16,
+                                grad_tol=2e-2)
 
 def test_window_packed_equals_separate():
     heads, D = 2, 16
-    for shape, w, dtype in (((6, 8), (3, 4), torch.float32), ((5, 6), (3, 4), torch.bfloat16), ((4, 6), (2, 3), torch.bfloat16),
-                            ((10, 9), (10, 9), torch.float16)):
+    for shape, w, dtype, tol in (((6, 8), (3, 4), torch.float32, 1e-4), ((5, 6), (3, 4), torch.bfloat16, 3e-2),
+                                 ((4, 6), (2, 3), torch.bfloat16, 3e-2), ((10, 9), (10, 9), torch.float16, 1e-2)):
         *_, pk, pv = draw_maps(shape, H=heads, D=D, dtype=dtype)
         qkv = torch.cat(draw_maps(shape, B=2, H=1, D=heads * D, dtype=dtype)[:3], -1)[:, 0].requires_grad_()
         cotangent = torch.randn(2, *shape, heads * D).to(qkv)
@@ -235,9 +236,8 @@ def test_window_packed_equals_separate():
             found[backend] = out, *torch.autograd.grad(out, qkv, cotangent)
             parts = qkv.unflatten(-1, (3, heads, D)).permute(3, 0, 4, 1, 2, 5)
             one = window_attention(*parts, w, pad_k=pk, pad_v=pv, backend=backend).movedim(1, -2).flatten(-2)
-            tol = 2e-2 if dtype != torch.float32 else 1e-5
-            assert rel_error(one, out) < tol and rel_error(torch.autograd.grad(one, qkv, cotangent)[0], found[backend][1]) < tol
-        for a, b in zip(*found.values()): assert rel_error(a, b) < (3e-2 if dtype == torch.bfloat16 else 1e-2 if dtype == torch.float16 else 1e-4)
+            for a, b in zip((one, *torch.autograd.grad(one, qkv, cotangent)), found[backend]): assert rel_error(a, b) < tol
+        for a, b in zip(*found.values()): assert rel_error(a, b) < tol
 
 def test_window_ops_are_good_operations():
     qkv = torch.randn(1, 3, 4, 96).to(device_under_test(), torch.float16)
@@ -247,8 +247,9 @@ def test_window_ops_are_good_operations():
         check_opcheck(window_attention_packed_op, (qkv.clone().requires_grad_(), 2, 2, 4, 0.25, keep))
         q, k, v = (t.clone().requires_grad_() for t in draw_maps((3, 4), B=1, H=1, dtype=torch.float16)[:3])
         check_opcheck(window_attention_op, (q, k, v, 2, 4, 0.25, keep))
-    check_raises(window_attention_packed, [(dict(qkv=qkv[..., :95]), ValueError, ["qkv", "95"]), (dict(heads=5), ValueError, ["heads", "5"]),
-                                           (dict(qkv=qkv[0]), ValueError, "qkv")], qkv=qkv, heads=2, window_size=2, pad_mode="mask")
+    check_raises(window_attention_packed, [
+        (dict(qkv=qkv[..., :95]), ValueError, ["qkv", "95"]), (dict(heads=5), ValueError, ["heads", "5"]),
+        (dict(qkv=qkv[0]), ValueError, "qkv")], qkv=qkv, heads=2, window_size=2, pad_mode="mask")
 
 
 @pytest.mark.cuda
@@ -284,7 +285,8 @@ def test_position_encoding_is_a_good_operation():
     x = torch.randn(1, 4, 5, 16, device=device_under_test())
     for check in (check_compiles, check_deterministic): check(layer, [x])
     check_opcheck(depthwise_residual_op, (x.requires_grad_(), *layer.parameters()))
-    assert not ConvPositionalEncoding(16, 5, backend="triton").as_one(x) and not ConvPositionalEncoding(16, act=True).as_one(x)
+    assert not ConvPositionalEncoding(16, 5, backend="triton").as_one(x)
+    assert not ConvPositionalEncoding(16, act=True, backend="triton").as_one(x)
 
 
 def test_layer_is_projection_attention_projection():

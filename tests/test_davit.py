@@ -236,7 +236,8 @@ def test_window_packed_equals_separate():
             found[backend] = out, *torch.autograd.grad(out, qkv, cotangent)
             parts = qkv.unflatten(-1, (3, heads, D)).permute(3, 0, 4, 1, 2, 5)
             one = window_attention(*parts, w, pad_k=pk, pad_v=pv, backend=backend).movedim(1, -2).flatten(-2)
-            for a, b in zip((one, *torch.autograd.grad(one, qkv, cotangent)), found[backend]): assert rel_error(a, b) < tol
+            apart = one, *torch.autograd.grad(one, qkv, cotangent)
+            for a, b in zip(apart, found[backend]): assert rel_error(a, b) < tol
         for a, b in zip(*found.values()): assert rel_error(a, b) < tol
 
 def test_window_ops_are_good_operations():

@@ -112,12 +112,30 @@ def _cases():
     def windows(shape, window, dtype=torch.bfloat16):
         attend(davit.WINDOW.name, shape, shape[2:-1], (window, window), dtype=dtype)
 
+    def packed_windows(B, X, Y, C, heads, window, dtype=torch.bfloat16, **options):
+        both_ways(davit.window_attention_packed, tensors((B, X, Y, 3 * C), dtype=dtype)[0], heads=heads, window_size=window,
+                  backend="triton", **options)
+
+    def positions(shape, dtype=torch.bfloat16):
+        x, weight, bias = tensors(shape, (shape[3], 1, 3, 3), (shape[3],), dtype=dtype)
+        both_ways(davit.depthwise_residual_op, x, weight, bias)
+
+    def layer(B, N, C, groups):
+        both_ways(davit.channel_layer_op, *tensors((B, N, C), (3 * C, C), (3 * C,), (C, C), (C,)), groups=groups, scale=0.1)
+
     cases += [
         ("channel attention", lambda: channels(64, 784, 384, 12)),
         ("channel attention, both sweeps in one launch", lambda: channels(64, 784, 384, 12, together=True)),
         ("channel attention, shares", lambda: channels(1, 65536, 96, 3)),
         ("channel attention, wide groups", lambda: channels(2, 784, 256, 2)),
         ("channel attention, float32", lambda: channels(2, 784, 384, 12, dtype=torch.float32)),
+        ("channel attention, layer", lambda: layer(8, 784, 384, 12)),
+        ("position encoding", lambda: positions((8, 56, 56, 96))),
+        ("position encoding, float32", lambda: positions((8, 56, 56, 96), torch.float32)),
+        ("own window 7", lambda: packed_windows(8, 56, 56, 96, 3, 7)),
+        ("own window 7, ragged", lambda: packed_windows(2, 64, 60, 192, 6, 7, pad_mode="mask")),
+        ("own window 12, ragged", lambda: packed_windows(2, 100, 90, 192, 6, 12, pad_mode="mask")),
+        ("own window 7, head_dim 64", lambda: packed_windows(2, 28, 28, 192, 3, 7)),
         ("window 7", lambda: windows((64, 3, 56, 56, 32), 7)),
         ("window 12, ragged", lambda: windows((2, 6, 100, 90, 32), 12)),
         ("window 16", lambda: windows((2, 8, 128, 128, 32), 16)),

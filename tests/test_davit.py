@@ -26,8 +26,12 @@ from attnbook.davit import (
     counted_gmacs,
     davit,
     davit_tiny,
+    depthwise_residual_op,
     from_timm,
     window_attention,
+    window_attention_op,
+    window_attention_packed,
+    window_attention_packed_op,
     window_numbers,
 )
 from attnbook.testing import (
@@ -212,6 +216,43 @@ def test_window_attention_refuses():
         (dict(v=v.double()), TypeError, ["v", "float64"])], q=q, k=k, v=v, window_size=3, pad_k=pk, pad_v=pv)
 
 
+def test_window_kernels_16_bit():
+    "Windows in one block of keys, in several, alone on the map, hanging over; some forward only by the own kernel."
+    for shape, w in {(6, 8): (3, 4), (7, 9): (3, 4), (10, 12): (9, 9), (3, 20): (3, 5), (9, 4): (8, 4)}.items():
+        op = lambda q, k, v, backend="torch": window_attention(q, k, v, w, pad_mode="mask", backend=backend)
+        check_against_reference(partial(op, backend="triton"), op, draw_maps(shape, B=1)[:3], dtype=torch.float16,
+                                grad_tol=2e-2)
+
+def test_window_packed_equals_separate():
+    heads, D = 2, 16
+    for shape, w, dtype, tol in (((6, 8), (3, 4), torch.float32, 1e-4), ((5, 6), (3, 4), torch.bfloat16, 3e-2),
+                                 ((4, 6), (2, 3), torch.bfloat16, 3e-2), ((10, 9), (10, 9), torch.float16, 1e-2)):
+        *_, pk, pv = draw_maps(shape, H=heads, D=D, dtype=dtype)
+        qkv = torch.cat(draw_maps(shape, B=2, H=1, D=heads * D, dtype=dtype)[:3], -1)[:, 0].requires_grad_()
+        cotangent = torch.randn(2, *shape, heads * D).to(qkv)
+        found = {}
+        for backend in ("torch", "triton"):
+            out = window_attention_packed(qkv, heads, w, pad_k=pk, pad_v=pv, backend=backend)
+            found[backend] = out, *torch.autograd.grad(out, qkv, cotangent)
+            parts = qkv.unflatten(-1, (3, heads, D)).permute(3, 0, 4, 1, 2, 5)
+            one = window_attention(*parts, w, pad_k=pk, pad_v=pv, backend=backend).movedim(1, -2).flatten(-2)
+            apart = one, *torch.autograd.grad(one, qkv, cotangent)
+            for a, b in zip(apart, found[backend]): assert rel_error(a, b) < tol
+        for a, b in zip(*found.values()): assert rel_error(a, b) < tol
+
+def test_window_ops_are_good_operations():
+    qkv = torch.randn(1, 3, 4, 96).to(device_under_test(), torch.float16)
+    op = lambda x: window_attention_packed(x, 2, (2, 4), pad_mode="mask", backend="triton")
+    for check in (check_compiles, check_deterministic): check(op, [qkv])
+    for keep in (False, True):
+        check_opcheck(window_attention_packed_op, (qkv.clone().requires_grad_(), 2, 2, 4, 0.25, keep))
+        q, k, v = (t.clone().requires_grad_() for t in draw_maps((3, 4), B=1, H=1, dtype=torch.float16)[:3])
+        check_opcheck(window_attention_op, (q, k, v, 2, 4, 0.25, keep))
+    check_raises(window_attention_packed, [
+        (dict(qkv=qkv[..., :95]), ValueError, ["qkv", "95"]), (dict(heads=5), ValueError, ["heads", "5"]),
+        (dict(qkv=qkv[0]), ValueError, "qkv")], qkv=qkv, heads=2, window_size=2, pad_mode="mask")
+
+
 @pytest.mark.cuda
 def test_nothing_large_is_kept():
     from attnbook.bench import peak_memory
@@ -222,22 +263,50 @@ def test_nothing_large_is_kept():
         assert peak_memory(lambda: channel_group_attention_packed(qkv, 3), "cuda") < 0.5 * qkv.nbytes
 
 
+def test_position_encoding_as_one():
+    "The convolution as one operation equals its steps, gradients included, on maps of any size and in 16 bits."
+    for shape, dtype in (((2, 5, 7, 48), torch.float32), ((1, 1, 3, 16), torch.float32), ((1, 9, 1, 32), torch.float16),
+                         ((2, 4, 6, 32), torch.bfloat16)):
+        torch.manual_seed(0)
+        layer = ConvPositionalEncoding(shape[3], backend="triton").to(device_under_test(), dtype)
+        x = torch.randn(shape).to(device_under_test(), dtype).requires_grad_()
+        assert layer.as_one(x)
+        y, exact = layer(x), ConvPositionalEncoding(shape[3], backend="torch").to(x.device).double()
+        exact.load_state_dict(layer.state_dict())
+        x64 = x.detach().double().requires_grad_()
+        right, cotangent = exact(x64), torch.randn(shape).to(x)
+        tol = dict(zip((torch.float32, torch.float16, torch.bfloat16), (1e-5, 3e-3, 2e-2)))[dtype]
+        assert y.dtype == dtype and rel_error(y, right) < tol
+        got, want = (torch.autograd.grad(o, [i, *m.parameters()], cotangent.to(o)) for o, i, m in
+                     ((y, x, layer), (right, x64, exact)))
+        for g, w in zip(got, want): assert g.shape == w.shape and rel_error(g, w) < tol
+
+def test_position_encoding_is_a_good_operation():
+    layer = ConvPositionalEncoding(16, backend="triton").to(device_under_test())
+    x = torch.randn(1, 4, 5, 16, device=device_under_test())
+    for check in (check_compiles, check_deterministic): check(layer, [x])
+    check_opcheck(depthwise_residual_op, (x.requires_grad_(), *layer.parameters()))
+    assert not ConvPositionalEncoding(16, 5, backend="triton").as_one(x)
+    assert not ConvPositionalEncoding(16, act=True, backend="triton").as_one(x)
+
+
 def test_layer_is_projection_attention_projection():
     "The layer as one operation equals its three steps, gradients of all parameters included."
-    for B, groups, together in ((1, 2, False), (3, 2, False), (3, 2, True)):              # three shares, one, one
+    for B, groups, together, splits in ((1, 2, False, 1), (3, 2, False, 4), (3, 2, True, 1)):   # shares: 3, 1, 1
         torch.manual_seed(0)
         layer = ChannelGroupAttention(32, groups, scale=0.1, backend="triton").to(device_under_test())
         with torch.no_grad():
             for p in layer.parameters(): p.normal_(std=0.5)
         x = torch.randn(B, 5, 8, 32, device=device_under_test()).requires_grad_()
         wanted, cotangent = [x, *layer.parameters()], torch.randn_like(x)
-        before, CHANNEL_LAUNCH["together"] = CHANNEL_LAUNCH["together"], together
+        before = dict(CHANNEL_LAUNCH)
+        CHANNEL_LAUNCH.update(together=together, splits=splits)
         try:
             assert layer.as_one(x)
             y = layer(x)
             got = torch.autograd.grad(y, wanted, cotangent)
         finally:
-            CHANNEL_LAUNCH["together"] = before
+            CHANNEL_LAUNCH.update(before)
         qkv = F.linear(x.flatten(1, 2), layer.qkv.weight, layer.qkv.bias)
         out = channel_group_attention_packed(qkv, groups, scale=0.1, backend="torch")
         right = F.linear(out, layer.proj.weight, layer.proj.bias).view(x.shape)

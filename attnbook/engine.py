@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['INTERPRETED', 'PROGRAMS', 'LAUNCH', 'FULL', 'BAND', 'BIAS_GRAD', 'FULL_BIAS', 'BAND_BIAS', 'PACKED', 'LISTED',
            'PROBLEMS', 'CANDIDATES', 'resolve_backend', 'row_offsets', 'head_base', 'load_rows', 'store_rows',
-           'row_ptr', 'tile_of_program', 'load_step', 'load_numbers', 'expand', 'logits', 'probabilities', 'product',
-           'score_step', 'softmax_step', 'value_step', 'extra_k_step', 'tile_forward', 'dq_step', 'tile_backward_dq',
-           'dkv_step', 'masked_step', 'tile_backward_dkv', 'tile_operand_grad', 'OperandGrad', 'Carried', 'TileProgram',
+           'row_ptr', 'tile_of_program', 'load_step', 'expand', 'logits', 'probabilities', 'product', 'score_step',
+           'softmax_step', 'value_step', 'extra_k_step', 'tile_forward', 'dq_step', 'tile_backward_dq', 'dkv_step',
+           'masked_step', 'tile_backward_dkv', 'tile_operand_grad', 'OperandGrad', 'Carried', 'TileProgram',
            'register_program', 'Launch', 'register_launch', 'arch_of', 'find_launch', 'unravel', 'extra_k_tile',
            'extra_q_span', 'extra_q_step', 'sum_rows', 'row_lists', 'scatter_rows', 'tile_attention_op',
            'tile_attention_backward_op', 'tile_attention', 'band_q_step', 'band_k_step', 'band_q_tile', 'band_k_tile',
@@ -160,20 +160,6 @@ def load_step(src, b, h, start, coords, strides, ok, R: tl.constexpr, D: tl.cons
         return load_rows(head_base(src, b, h, strides), coords, strides, ok, D, BD, MASKED, WIDE)
 
 # %% ../nbs/1_foundations/01_engine.ipynb #f5aa07c0
-@triton.jit
-def load_numbers(src, b, h, start, slots, strides, ok, other, R: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr):
-    "One number for each row of a step, [R], such as the LSE; with MASKED, `other` for rows that are not ok."
-    if TMA:
-        if len(slots) == 1:
-            x = src.load([b, h, start]).reshape(R)
-        else:
-            x = src.load((b, h) + start).reshape(R)
-        if MASKED:
-            x = tl.where(ok, x, other)
-        return x
-    else:
-        return tl.load(row_ptr(src, b, h, slots, strides), mask=ok, other=other)
-
 @triton.jit
 def expand(pos, AXIS: tl.constexpr):
     "Adds an axis to each vector of a tuple, so that queries and keys broadcast to a tile."
@@ -387,16 +373,16 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
 def dkv_step(dk, dv, k, v, q_src, do_src, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, ops, ints, C: tl.constexpr,
              Q_STEP: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr, MASKS: tl.constexpr,
              BM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-             TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, START: tl.constexpr = None, ROWS: tl.constexpr = False):
+             TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, START: tl.constexpr = None):
     start, coords, slots, ok, qpos = Q_STEP(i, state, b, h, ops, ints, C, BM)
     q = load_step(q_src, b, h, start, coords, sq, ok, BM, D, BD, TMA, MASKS, WIDE)        # [BM, BD]
-    lse = load_numbers(LSE2, b, h, start, slots, sl, ok, float("inf"), BM, ROWS, MASKS)   # [BM]
+    lse = tl.load(row_ptr(LSE2, b, h, slots, sl), mask=ok, other=float("inf"))            # [BM]
     qk = product(k, q, q, k, expand(qpos, 0), expand(kpos, 1), b, h, ops, ints, C, START, PRECISION)   # [BN, BM]
     s = logits(qk, q, k, ok[None, :], expand(qpos, 0), expand(kpos, 1), MASKS, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
     p = probabilities(s, lse[None, :], scale, FOLD)                                       # [BN, BM]
     do = load_step(do_src, b, h, start, slots, sdo, ok, BM, DV, BDV, TMA, MASKS, WIDE)    # [BM, BDV]
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)                        # [BN, BDV]
-    delta = load_numbers(DELTA, b, h, start, slots, sl, ok, 0.0, BM, ROWS, MASKS)         # [BM]
+    delta = tl.load(row_ptr(DELTA, b, h, slots, sl), mask=ok, other=0.0)                  # [BM]
     dp = tl.dot(v, do.T, input_precision=PRECISION)                                       # [BN, BM]
     ds = p * (dp - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)                         # [BN, BD]
@@ -415,8 +401,7 @@ def tile_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, ops, ints, sq, sk, s
                       C: tl.constexpr, K_TILE: tl.constexpr, Q_SPAN: tl.constexpr, Q_STEP: tl.constexpr,
                       MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, REVERSE: tl.constexpr, MASKS: tl.constexpr,
                       BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-                      TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, START: tl.constexpr = None,
-                      ROWS: tl.constexpr = False):
+                      TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, START: tl.constexpr = None):
     "dK and dV of one key tile. Grid: num_tiles * batch * kv_heads."
     bh, j = tile_of_program(num_tiles, together)
     HK = H // GROUP
@@ -431,12 +416,12 @@ def tile_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, ops, ints, sq, sk, s
         lo, full_lo, full_hi, hi = Q_SPAN(state, b, h, ops, ints, C, BM, BN)
         for i in tl.range(full_lo, full_hi, num_stages=STAGES):
             dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, ops, ints, C,
-                              Q_STEP, MASK, SCORE, FOLD, False, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION, START, ROWS)
+                              Q_STEP, MASK, SCORE, FOLD, False, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION, START)
         if MASKS:
             for t in tl.range(0, (full_lo - lo) + (hi - full_hi), num_stages=STAGES):
                 i = masked_step(t, lo, full_lo, full_hi)
                 dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, ops, ints, C,
-                                  Q_STEP, MASK, SCORE, FOLD, MASKS, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION, START, ROWS)
+                                  Q_STEP, MASK, SCORE, FOLD, MASKS, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION, START)
     store_rows(head_base(DK, b, hk, sdk), slots, sdk, ok, dk * dk_scale, D, BD, WIDE)
     store_rows(head_base(DV_OUT, b, hk, sdv), slots, sdv, ok, dv, DV, BDV, WIDE)
 
@@ -686,12 +671,6 @@ def _streams(program, a, b, rows, bd, bdv, device, consts, kernel):
     describe = lambda t, d: TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, *sides, d])
     return describe(a, bd), describe(b, bdv), True
 
-def _numbers(described, *tensors):
-    "Tensors of one number per row, streamed in boxes of the same rows as `described`, and whether they are descriptors."
-    if not isinstance(described, TensorDescriptor) or tensors[0].shape[-1] % 4:
-        return *tensors, False
-    return *(TensorDescriptor(t, list(t.shape), list(t.stride()), described.block_shape[:-1]) for t in tensors), True
-
 # %% ../nbs/1_foundations/01_engine.ipynb #4760bd38
 def _forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     program = PROGRAMS[program]
@@ -802,13 +781,12 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
         WIDE=wide, STAGES=p.stages, DQ_SCORE=program.dq_score, PREPARE=program.prepare, START=program.start, G=partial, num_warps=p.warps, **carry, **common)
     p = find_launch(program, "dkv", q.dtype, dim, q.device, consts)
     Q, DO, tma = _streams(program, q, do, p.BM, common["BD"], common["BDV"], q.device, consts, "dkv")
-    L, DELTA, rows = _numbers(Q, lse2, delta)
     tiles = program.k_tiles(ints, consts, p.BN)
     if k.numel():
         tile_backward_dkv[(tiles * k.shape[0] * k.shape[1],)](
-            Q, k, v, DO, L, DELTA, dk, dv, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), do.stride(), dk.stride(), dv.stride(),
+            Q, k, v, DO, lse2, delta, dk, dv, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), do.stride(), dk.stride(), dv.stride(),
             lse2.stride(), scale, plain_scale, tiles, _together(program, k.shape[0] * k.shape[1], q, do), heads, K_TILE=program.k_tile, Q_SPAN=program.q_span, Q_STEP=program.q_step, REVERSE=False, MASKS=_masks(program, ints, consts, p),
-            BM=p.BM, BN=p.BN, TMA=tma, WIDE=wide, STAGES=p.stages, START=program.start, ROWS=rows, num_warps=p.warps, **common)
+            BM=p.BM, BN=p.BN, TMA=tma, WIDE=wide, STAGES=p.stages, START=program.start, num_warps=p.warps, **common)
     if program.indexed:
         of_q, of_k = (row_lists(x.flatten(2), t.shape[2]) for x, t in zip(operands, (q, k)))
         dq = scatter_rows(dq, operands[0].flatten(2), q.shape[2], of_q)

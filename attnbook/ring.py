@@ -55,7 +55,6 @@ from attnbook.engine import (
     TileProgram,
     _common,
     _describable,
-    _numbers,
     _through_float32,
     _together,
     _wide,
@@ -686,7 +685,7 @@ def ring_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, sq, sk, sv, sdo, sl,
                       FOLD: tl.constexpr, MASKS: tl.constexpr, FRESH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                       D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TMA: tl.constexpr,
                       WIDE: tl.constexpr,
-                      PRECISION: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr):
+                      PRECISION: tl.constexpr, STAGES: tl.constexpr):
     """Adds one rank's queries to the packet of a key tile: dK not yet scaled, and dV. Grid: num_tiles * batch *
     kv_heads."""
     bh, j = tile_of_program(num_tiles, together)
@@ -707,15 +706,13 @@ def ring_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, sq, sk, sv, sdo, sl,
         lo, full_lo, full_hi, hi = ring_q_span(state, b, h, (), ints, C, BM, BN)
         for i in tl.range(full_lo, full_hi, num_stages=STAGES):
             dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, (), ints, C,
-                              ring_q_step, ring_mask, None, FOLD, False, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION,
-                              None, ROWS)
+                              ring_q_step, ring_mask, None, FOLD, False, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION)
         if MASKS:
             for t in tl.range(0, (full_lo - lo) + (hi - full_hi), num_stages=STAGES):
                 i = masked_step(t, lo, full_lo, full_hi)
                 dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, (), ints,
                                   C,
-                                  ring_q_step, ring_mask, None, FOLD, True, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION,
-                              None, ROWS)
+                                  ring_q_step, ring_mask, None, FOLD, True, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION)
     store_rows(head_base(DK, b, hk, sdk), slots, sdk, ok, dk, D, BD, WIDE)
     store_rows(head_base(DV_OUT, b, hk, sdv), slots, sdv, ok, dv, DV, BDV, WIDE)
 
@@ -894,14 +891,13 @@ def block_backward_dkv(s: Saved, k: Tensor, v: Tensor, hop: Hop, scale: float, p
     p = find_launch(RING, "dkv", q.dtype, max(common["BD"], common["BDV"]), q.device)
     tiles, masks = _k_plan(hop, p.BM, p.BN, fresh)
     Q, DO, tma = _stream(q, s.do, p.BM, common["BD"], common["BDV"])
-    LSE2, DELTA, rows = _numbers(Q, s.lse2, s.delta)
     del common["MASK"], common["SCORE"]
     ring_backward_dkv[(tiles * k.shape[0] * k.shape[1],)](
-        Q, k, v, DO, LSE2, DELTA, dk, dv, q.stride(), k.stride(), v.stride(), s.do.stride(), s.lse.stride(),
+        Q, k, v, DO, s.lse2, s.delta, dk, dv, q.stride(), k.stride(), v.stride(), s.do.stride(), s.lse.stride(),
         dk.stride(),
         dv.stride(), kernel_scale, *hop.q, *hop.k, tiles, _together(RING, k.shape[0] * k.shape[1], q, s.do), q.shape[1],
         MASKS=masks, FRESH=fresh,
-        BM=p.BM, BN=p.BN, TMA=tma, WIDE=_wide(q, k, v, s.do), STAGES=p.stages, ROWS=rows, num_warps=p.warps, **common)
+        BM=p.BM, BN=p.BN, TMA=tma, WIDE=_wide(q, k, v, s.do), STAGES=p.stages, num_warps=p.warps, **common)
     return dk, dv
 
 

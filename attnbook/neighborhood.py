@@ -10,15 +10,16 @@ __all__ = ['KERNEL_LAUNCH', 'NEIGHBORHOOD', 'NEIGHBORHOOD_1D', 'NEIGHBORHOOD_BIA
            'choose_q_tile', 'is_block_sparse', 'window_start', 'first_query', 'last_query', 'axis_tile',
            'nbh_tile_index', 'nbh_lanes', 'nbh_q_tile', 'nbh_k_tile', 'nbh_brick', 'nbh_k_step', 'nbh_q_step',
            'nbh_span', 'nbh_k_span', 'nbh_q_span', 'nbh_mask', 'unseen_along', 'unseen_tables', 'nbh_bits',
-           'nbh_unseen', 'nbh_bits_q_tile', 'nbh_bits_k_tile', 'nbh_unseen_k_step', 'nbh_unseen_q_step',
-           'nbh_bits_mask', 'nbh_bias', 'nbh_bias_span', 'nbh_bias_init', 'nbh_bias_step', 'nbh_bias_store',
-           'kernel_box', 'kernel_launch', 'kernel_tiles', 'neighborhood_attention', 'na1d', 'na2d', 'na3d',
-           'fit_neighborhood', 'NeighborhoodAttention1d', 'NeighborhoodAttention2d', 'NeighborhoodAttention3d',
-           'DropPath', 'NATBlock', 'Downsample', 'NAT', 'nat_mini', 'nat_tiny', 'nat_small', 'nat_base', 'dinat_mini',
-           'dinat_tiny', 'dinat_small', 'dinat_base', 'cost_experiment', 'on_maps', 'flex_mask_mod', 'flex_peer',
-           'photo_features', 'stride_experiment', 'equivariance_experiment', 'border_experiment', 'small_nat',
-           'nat_data', 'nat_experiment', 'compare_problem', 'bench_problems', 'bench_windows', 'bench_sizes',
-           'bench_natten', 'claims']
+           'nbh_unseen', 'nbh_ordered_span', 'nbh_bits_q_tile', 'nbh_bits_k_tile', 'nbh_unseen_k_step',
+           'nbh_unseen_q_step', 'nbh_ordered_k_span', 'nbh_ordered_q_span', 'nbh_bits_mask', 'nbh_bias',
+           'nbh_bias_span', 'nbh_bias_init', 'nbh_bias_step', 'nbh_bias_store', 'kernel_box', 'kernel_launch',
+           'inner_share', 'kernel_tiles', 'neighborhood_attention', 'na1d', 'na2d', 'na3d', 'fit_neighborhood',
+           'NeighborhoodAttention1d', 'NeighborhoodAttention2d', 'NeighborhoodAttention3d', 'DropPath', 'NATBlock',
+           'Downsample', 'NAT', 'nat_mini', 'nat_tiny', 'nat_small', 'nat_base', 'dinat_mini', 'dinat_tiny',
+           'dinat_small', 'dinat_base', 'cost_experiment', 'on_maps', 'flex_mask_mod', 'flex_peer', 'photo_features',
+           'stride_experiment', 'equivariance_experiment', 'border_experiment', 'small_nat', 'nat_data',
+           'nat_experiment', 'compare_problem', 'bench_problems', 'bench_windows', 'bench_sizes', 'bench_natten',
+           'claims']
 
 # %% ../nbs/3_locality/neighborhood.ipynb #9f27e846
 import math
@@ -262,11 +263,11 @@ def _unaligned_pairs(axes, q_tile, block_n, transpose):
 
 
 def _brick_pairs(axes, q_tile, brick, transpose):
-    "Every query tile times the largest of all boxes, filled up to whole bricks on each axis."
+    "Every query tile times the box of its windows, filled up to whole bricks on each axis."
     pairs = 1
     for axis, t, u in zip(axes, q_tile, brick):
         first, last = tile_spans(axis, t, transpose)
-        pairs *= t * len(first) * -(-int((last - first).max()) // u) * u
+        pairs *= t * u * int((-(-(last - first) // u)).sum())
     return pairs
 
 
@@ -302,7 +303,7 @@ def tile_waste(shape, window_size, *, stride=1, dilation=1, is_causal=False, q_t
     """Pairs computed / useful pairs for one way of cutting the work into tiles (1.0 is perfect).
 
     scheme "unaligned": `q_tile` a box (one side per axis), its keys the exact box of its windows in steps of `block_n`;
-    "bricks": one size of box for all tiles, read in bricks `block_n` (one side per axis), as our kernel does;
+    "bricks": the same box, read in bricks `block_n` (one side per axis), as our kernel does;
     "aligned": boxes `q_tile` and `block_n` (both one side per axis) on fixed grids; "row-major": `q_tile` and
     `block_n` consecutive tokens (integers).
     `transpose=True` counts the kernel for dK and dV instead: tiles of keys, boxes of the queries that see them (not
@@ -433,7 +434,7 @@ def nbh_q_tile(i, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
     index, lane = nbh_tile_index(i, ints, C, 1), nbh_lanes(BM, C, 1)
     coords, starts, places, residues, lows, sizes = (), (), (), (), (), ()
     ok = lane[0] >= 0
-    some, every = True, True
+    some, every, inner = True, True, ()
     for a in tl.static_range(tl.constexpr(C[0])):
         residue, n, m0 = axis_tile(index[a], ints[a], C[1 + a], C[13 + a])
         m = m0 + lane[a]
@@ -441,17 +442,20 @@ def nbh_q_tile(i, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
         last = tl.minimum(m0 + C[1 + a], n) - 1
         low, top = window_start(m0, n, C[7 + a], C[10 + a], C[16 + a]), window_start(last, n, C[7 + a], C[10 + a], C[16 + a])
         some = some & (m0 < n)
+        end, until = low + C[7 + a], top + C[7 + a]                                      # of the first and the last query's window
         if C[16 + a]:
-            every = every & (m0 == last) & (last + 1 - low == C[19 + a])
+            end, until = m0 + 1, last + 1
+        if a == 0:
+            inner = (top - low, end - low, until - low)
         else:
-            every = every & (low == top) & (C[7 + a] == C[19 + a])
+            every = every & (low == top) & (end == until) & (end - low == C[19 + a])
         starts += (window_start(m, n, C[7 + a], C[10 + a], C[16 + a]),)
         places += (m,)
         coords += (residue + m * C[13 + a],)
         residues += (residue,)
         lows += (low,)
         sizes += (n,)
-    return 0, coords, coords, ok, starts + places, residues + lows + sizes + (some, every)
+    return 0, coords, coords, ok, starts + places, residues + lows + sizes + (some, every) + inner
 
 # %% ../nbs/3_locality/neighborhood.ipynb #304d74d6
 @triton.jit
@@ -459,25 +463,25 @@ def nbh_k_tile(j, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
     index, lane = nbh_tile_index(j, ints, C, 4), nbh_lanes(BN, C, 4)
     coords, places, residues, lows, sizes = (), (), (), (), ()
     ok = lane[0] >= 0
-    some, every = True, True
+    some, every, inner = True, True, ()
     for a in tl.static_range(tl.constexpr(C[0])):
         residue, n, k0 = axis_tile(index[a], ints[a], C[4 + a], C[13 + a])
         k = k0 + lane[a]
         ok = ok & (k < n)
         last = tl.minimum(k0 + C[4 + a], n) - 1
-        low, top = first_query(k0, n, C[7 + a], C[10 + a], C[16 + a]), last_query(last, n, C[7 + a], C[10 + a], C[16 + a])
+        low, top = first_query(k0, n, C[7 + a], C[10 + a], C[16 + a]), first_query(last, n, C[7 + a], C[10 + a], C[16 + a])
+        end, until = last_query(k0, n, C[7 + a], C[10 + a], C[16 + a]) + 1, last_query(last, n, C[7 + a], C[10 + a], C[16 + a]) + 1
         some = some & (k0 < n)
-        every = every & (top + 1 - low == C[22 + a]) & (window_start(top, n, C[7 + a], C[10 + a], C[16 + a]) <= k0)
-        if C[16 + a]:
-            every = every & (last <= low)
+        if a == 0:
+            inner = (top - low, end - low, until - low)
         else:
-            every = every & (last < window_start(low, n, C[7 + a], C[10 + a], C[16 + a]) + C[7 + a])
+            every = every & (low == top) & (end == until) & (end - low == C[22 + a])
         places += (k,)
         coords += (residue + k * C[13 + a],)
         residues += (residue,)
         lows += (low,)
         sizes += (n,)
-    return 0, coords, coords, ok, places, residues + lows + sizes + (some, every)
+    return 0, coords, coords, ok, places, residues + lows + sizes + (some, every) + inner
 
 # %% ../nbs/3_locality/neighborhood.ipynb #6013d2b3
 @triton.jit
@@ -520,27 +524,29 @@ def nbh_q_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
 
 # %% ../nbs/3_locality/neighborhood.ipynb #12812ed0
 @triton.jit
-def nbh_span(state, C: tl.constexpr, BOX: tl.constexpr, BRICK: tl.constexpr):
-    "All bricks; those whole inside the box need no mask if every row of the tile sees the whole box."
-    whole: tl.constexpr = C[BOX] // C[BRICK]
-    bricks: tl.constexpr = (C[BOX] + C[BRICK] - 1) // C[BRICK]
+def nbh_span(state, C: tl.constexpr, BOX: tl.constexpr, BRICK: tl.constexpr, UNMASKED: tl.constexpr):
+    """All bricks of a box as long as the tile needs it on axis 0. Those that every row of the tile sees need no mask: places `inner` of axis 0,
+    if every row sees the whole box on the other axes."""
     layer: tl.constexpr = ((C[BOX + 1] + C[BRICK + 1] - 1) // C[BRICK + 1]) * ((C[BOX + 2] + C[BRICK + 2] - 1) // C[BRICK + 2])
-    steps = tl.where(state[3 * C[0]], bricks * layer, 0)
-    shared: tl.constexpr = (C[16] or C[7] == C[19]) and (C[17] or C[8] == C[20]) and (C[18] or C[9] == C[21])
-    if shared and C[BOX + 1] % C[BRICK + 1] == 0 and C[BOX + 2] % C[BRICK + 2] == 0:
-        return 0, 0, tl.where(state[3 * C[0] + 1], whole * layer, 0), steps
-    else:  # no tile shares one window, or bricks stick out of every box
+    some, every = state[3 * C[0]], state[3 * C[0] + 1]
+    inner, end, until = state[3 * C[0] + 2], state[3 * C[0] + 3], state[3 * C[0] + 4]
+    steps = tl.where(some, tl.cdiv(until, C[BRICK]) * layer, 0)
+    if UNMASKED and C[BOX + 1] % C[BRICK + 1] == 0 and C[BOX + 2] % C[BRICK + 2] == 0:
+        first = tl.cdiv(inner, C[BRICK])
+        last = tl.maximum(end // C[BRICK], first)
+        return 0, tl.where(some & every, first * layer, 0), tl.where(some & every, last * layer, 0), steps
+    else:  # too few, or bricks stick out of every box
         return 0, 0, 0, steps
 
 
 @triton.jit
 def nbh_k_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    return nbh_span(state, C, 19, 25)
+    return nbh_span(state, C, 19, 25, C[31])
 
 
 @triton.jit
 def nbh_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    return nbh_span(state, C, 22, 28)
+    return nbh_span(state, C, 22, 28, C[32])
 
 # %% ../nbs/3_locality/neighborhood.ipynb #eea9c995
 @triton.jit
@@ -556,7 +562,8 @@ def nbh_mask(qpos, kpos, ops, ints, C: tl.constexpr):
 
 # %% ../nbs/3_locality/neighborhood.ipynb #5e3b7a11
 def unseen_along(axis, tile, side, shift, transpose=False):
-    """The different patterns `(patterns, side)` of one axis, and the number of the pattern of every tile.
+    """The different patterns of one axis, their bits `(patterns, side)` and how many places are needed `(patterns,)`, and the number of the pattern of
+    every tile.
 
     Bit `shift + i` of an entry: row i of the tile does not see this place of its box; a place that does not exist has all bits set."""
     residue, _, size = axis_classes(axis.length, axis.dilation)
@@ -568,32 +575,38 @@ def unseen_along(axis, tile, side, shift, transpose=False):
         place = (int(s[0]) if len(s) else 0) + torch.arange(side)
         unseen = ((place < s) | (place >= e)).long() << (shift + torch.arange(len(s))[:, None])
         exists = place < (int(size[r]) if len(s) else 0)
-        rows.append(torch.where(exists, unseen.sum(0), -1))
-    return torch.unique(torch.stack(rows), dim=0, return_inverse=True)
+        rows.append(torch.cat([torch.where(exists, unseen.sum(0), -1), (e[-1] if len(e) else place[:1]) - place[:1]]))
+    patterns, number = torch.unique(torch.stack(rows), dim=0, return_inverse=True)
+    return patterns[:, :-1], patterns[:, -1], number
 
 # %% ../nbs/3_locality/neighborhood.ipynb #5e3b7a12
 @lru_cache(maxsize=256)
 def unseen_tables(axes, tile, box, brick, transpose, device):
-    """Two int32 tensors for one side of the kernel: for every tile index of every axis, in turn, its share of the row
-    number; and the rows `(patterns, bricks * rows of a brick)`, one word for each key in the order of the steps."""
+    """Three int32 tensors for one side of the kernel: for every tile index of every axis, in turn, its share of the row
+    number; the rows `(patterns, bricks * rows of a brick)`, one word for each key; and in which order to take the bricks, `(patterns, 2 + bricks)`:
+    how many need no mask, how many there are, then these first, those next, and last the ones that the tile does not need."""
     sides = [-(-side // u) * u for side, u in zip(box, brick)]
     shifts = [sum(tile[:a]) for a in range(len(axes))]
     parts = [unseen_along(*a, transpose) for a in zip(axes, tile, sides, shifts)]
-    counts, share = [len(patterns) for patterns, _ in parts], []
+    counts, share = [len(patterns) for patterns, *_ in parts], []
     words = torch.zeros(1, *[1] * len(axes), dtype=torch.long)                            # [row, side, side, …]
-    for a, (patterns, number) in enumerate(parts):
-        one_axis = patterns.view(len(patterns), *(sides[a] if i == a else 1 for i in range(len(axes))))
-        words = (words[:, None] | one_axis).flatten(0, 1)
+    needed = torch.ones(1, *[1] * len(axes), dtype=torch.bool)                            # [row, bricks, bricks, …]
+    for a, (patterns, length, number) in enumerate(parts):
+        along = lambda x: x.view(len(x), *(x.shape[1] if i == a else 1 for i in range(len(axes))))
+        words = (words[:, None] | along(patterns)).flatten(0, 1)
+        needed = (needed[:, None] & along(torch.arange(sides[a] // brick[a]) * brick[a] < length[:, None])).flatten(0, 1)
         share.append(number * math.prod(counts[a + 1:]))
     split = words.view(len(words), *(n for side, u in zip(sides, brick) for n in (side // u, u)))
     axis = range(1, split.dim(), 2)
-    by_brick = split.permute(0, *axis, *(a + 1 for a in axis)).flatten(1)
-    return torch.cat(share).int().to(device), by_brick.int().to(device)
+    by_brick = split.permute(0, *axis, *(a + 1 for a in axis)).reshape(*needed.flatten(1).shape, -1)
+    rank = torch.where(needed.flatten(1), (by_brick != 0).any(2).int(), 2)
+    order = torch.cat([(rank == 0).sum(1, True), (rank < 2).sum(1, True), rank.argsort(dim=1, stable=True)], 1)
+    return tuple(x.int().to(device) for x in (torch.cat(share), by_brick.flatten(1), order))
 
 # %% ../nbs/3_locality/neighborhood.ipynb #5e3b7a13
 @triton.jit
-def nbh_bits(i, tile, share, ints, C: tl.constexpr, SIDE: tl.constexpr, BOX: tl.constexpr, BRICK: tl.constexpr, B: tl.constexpr):
-    "The same tile with its rows' own bits for positions, and where its row of words begins at the end of its state."
+def nbh_bits(i, tile, share, ints, C: tl.constexpr, SIDE: tl.constexpr, B: tl.constexpr):
+    "The same tile with its rows' own bits for positions, and the number of its pattern at the end of its state."
     start, coords, slots, ok, _, state = tile
     index, lane = nbh_tile_index(i, ints, C, SIDE), nbh_lanes(B, C, SIDE)
     bits = lane[0] * 0
@@ -603,41 +616,63 @@ def nbh_bits(i, tile, share, ints, C: tl.constexpr, SIDE: tl.constexpr, BOX: tl.
         bits = bits | (1 << (lane[a] + shift))
         tiles += C[13 + a] * tl.cdiv(tl.cdiv(ints[a], C[13 + a]), C[SIDE + a])
         shift += C[SIDE + a]
-    for a in tl.static_range(3):
-        row = row * (((C[BOX + a] + C[BRICK + a] - 1) // C[BRICK + a]) * C[BRICK + a])
     return start, coords, slots, ok, (bits,), state + (row,)
 
 
 @triton.jit
-def nbh_unseen(j, step, words, state, C: tl.constexpr, B: tl.constexpr):
-    "The same step with the words of its rows for positions."
-    start, coords, slots, ok, _ = step
-    return start, coords, slots, ok, (tl.load(words + state[3 * C[0] + 2] + j * B + tl.arange(0, B)),)
+def nbh_unseen(j, words, order, state, C: tl.constexpr, BOX: tl.constexpr, BRICK: tl.constexpr, BRICKS: tl.constexpr, B: tl.constexpr):
+    "The brick that comes j-th, with the words of its rows for positions."
+    row = state[3 * C[0] + 5]
+    brick = tl.load(order + row * (BRICKS + 2) + 2 + j)
+    begin, places, coords, ok = nbh_brick(brick, state, C, BOX, BRICK, B)
+    return begin, coords, coords, ok, (tl.load(words + row * (BRICKS * B) + brick * B + tl.arange(0, B)),)
+
+
+@triton.jit
+def nbh_ordered_span(order, state, C: tl.constexpr, BRICKS: tl.constexpr, UNMASKED: tl.constexpr):
+    "The bricks that the tile needs; those without a mask come first."
+    first = order + state[3 * C[0] + 5] * (BRICKS + 2)
+    if UNMASKED:
+        return 0, 0, tl.load(first), tl.load(first + 1)
+    else:  # too few to be worth it
+        return 0, 0, 0, tl.load(first + 1)
+
 
 # %% ../nbs/3_locality/neighborhood.ipynb #5e3b7a14
 @triton.jit
 def nbh_bits_q_tile(i, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
-    return nbh_bits(i, nbh_q_tile(i, b, h, ops, ints, C, BM), ops[0], ints, C, 1, 19, 25, BM)
+    return nbh_bits(i, nbh_q_tile(i, b, h, ops, ints, C, BM), ops[0], ints, C, 1, BM)
 
 
 @triton.jit
 def nbh_bits_k_tile(j, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
-    return nbh_bits(j, nbh_k_tile(j, b, h, ops, ints, C, BN), ops[2], ints, C, 4, 22, 28, BN)
+    return nbh_bits(j, nbh_k_tile(j, b, h, ops, ints, C, BN), ops[3], ints, C, 4, BN)
 
 
 @triton.jit
 def nbh_unseen_k_step(j, state, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
-    return nbh_unseen(j, nbh_k_step(j, state, b, h, ops, ints, C, BN), ops[1], state, C, BN)
+    return nbh_unseen(j, ops[1], ops[2], state, C, 19, 25, C[33], BN)
 
 
 @triton.jit
 def nbh_unseen_q_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
-    return nbh_unseen(i, nbh_q_step(i, state, b, h, ops, ints, C, BM), ops[3], state, C, BM)
+    return nbh_unseen(i, ops[4], ops[5], state, C, 22, 28, C[34], BM)
+
+
+@triton.jit
+def nbh_ordered_k_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    return nbh_ordered_span(ops[2], state, C, C[33], C[31])
+
+
+@triton.jit
+def nbh_ordered_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    return nbh_ordered_span(ops[5], state, C, C[34], C[32])
 
 
 @triton.jit
 def nbh_bits_mask(qpos, kpos, ops, ints, C: tl.constexpr):
     return (qpos[0] & kpos[0]) == 0
+
 
 # %% ../nbs/3_locality/neighborhood.ipynb #325302a4
 @triton.jit
@@ -701,7 +736,7 @@ def kernel_box(axes, rows, step_rows, transpose=False):
     def cost(tile, brick):
         spans = [tile_spans(axis, t, transpose) for axis, t in zip(axes, tile)]
         sides = tuple(int((last - first).max()) for first, last in spans)
-        pairs = math.prod(len(first) for first, _ in spans) * math.prod(-(-s // u) * u for s, u in zip(sides, brick))
+        pairs = _brick_pairs(axes, tile, brick, transpose)
         ragged = sum(s % u for s, u in zip(sides[1:], brick[1:]))
         return pairs, ragged, [-u for u in brick[::-1]], [-t for t in tile[::-1]], tile, sides, brick
     tiles = [t for t in _boxes(rows, len(axes)) if len(axes) == 1 or sum(t) < 32]        # a bit for each row of a side
@@ -728,6 +763,24 @@ def kernel_launch(kernel, bits, head_dim, arch, consts=()):
     return Launch(rows_q, rows_k, warps, stages)
 
 # %% ../nbs/3_locality/neighborhood.ipynb #651b23f5
+@lru_cache(maxsize=1024)
+def inner_share(axes, tile, brick, transpose=False):
+    "The share of all steps that need no mask, because every row of the tile sees the whole brick, and the steps of a tile, both on average."
+    full = steps = tiles = 1
+    for axis, t, u in zip(axes, tile, brick):
+        residue, _, _ = axis_classes(axis.length, axis.dilation)
+        counts = np.zeros(3, dtype=np.int64)
+        for r in range(min(axis.dilation, axis.length)):
+            s, e = (x[residue == r].numpy() for x in (inverse_axis_window if transpose else axis_window)(*axis))
+            i = np.arange(0, len(s), t)
+            last = np.minimum(i + t, len(s)) - 1
+            low = s[i]
+            inner = np.maximum((e[i] - low) // u + (s[last] - low) // -u, 0)              # whole bricks between the last start and the first end
+            counts += inner.sum(), (-((low - e[last]) // u)).sum(), len(i)
+        full, steps, tiles = full * int(counts[0]), steps * int(counts[1]), tiles * int(counts[2])
+    return full / steps, steps / tiles
+
+
 def _expand_consts(q, v, ints, consts):
     "(n, windows, strides, dilations, causal) of a call -> the kernel's C."
     n, parts = consts[0], [consts[1 + 3 * i:4 + 3 * i] for i in range(4)]
@@ -736,9 +789,13 @@ def _expand_consts(q, v, ints, consts):
     forward, dkv = (kernel_launch(kernel, bits, dim, arch_of(q.device)) for kernel in ("forward", "dkv"))
     q_tile, k_box, k_brick = kernel_box(axes, forward.BM, forward.BN)
     k_tile, q_box, q_brick = kernel_box(axes, dkv.BN, dkv.BM, transpose=True)
+    of_q, _ = inner_share(axes, q_tile, k_brick)
+    of_k, steps = inner_share(axes, k_tile, q_brick, transpose=True)
+    count = lambda box, brick: math.prod(-(-side // u) for side, u in zip(box, brick))
     pad = lambda t: (*t, *([1] * (3 - n)))
     return (n, *pad(q_tile), *pad(k_tile), *(int(x) for part in parts for x in part), *pad(k_box), *pad(q_box),
-            *pad(k_brick), *pad(q_brick))
+            *pad(k_brick), *pad(q_brick), of_q >= 0.25, of_k == 1 or of_k >= 0.25 and steps >= 12,
+            count(k_box, k_brick), count(q_box, q_brick))
 
 
 def _tile_count(side):
@@ -761,7 +818,7 @@ def _brick(C, kernel):
 
 
 NEIGHBORHOOD = register_program(TileProgram(
-    "neighborhood", nbh_bits_q_tile, nbh_k_span, nbh_unseen_k_step, nbh_bits_k_tile, nbh_q_span, nbh_unseen_q_step,
+    "neighborhood", nbh_bits_q_tile, nbh_ordered_k_span, nbh_unseen_k_step, nbh_bits_k_tile, nbh_ordered_q_span, nbh_unseen_q_step,
     mask=nbh_bits_mask, mask_total=True, constants=_words, brick=_brick, launch=kernel_launch, expand=_expand_consts,
     q_tiles=_tile_count(1), k_tiles=_tile_count(4)))
 # one axis: a tile has more rows than a word has bits

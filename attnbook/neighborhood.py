@@ -12,8 +12,8 @@ __all__ = ['KERNEL_LAUNCH', 'WIDE_LAUNCH', 'NEIGHBORHOOD', 'NEIGHBORHOOD_1D', 'N
            'nbh_span', 'nbh_k_span', 'nbh_q_span', 'nbh_mask', 'unseen_along', 'unseen_tables', 'nbh_bits',
            'nbh_unseen', 'nbh_ordered_span', 'nbh_bits_q_tile', 'nbh_bits_k_tile', 'nbh_unseen_k_step',
            'nbh_unseen_q_step', 'nbh_ordered_k_span', 'nbh_ordered_q_span', 'nbh_bits_mask', 'nbh_bias',
-           'nbh_bias_span', 'nbh_bias_init', 'nbh_bias_step', 'nbh_bias_store', 'kernel_box', 'kernel_launch',
-           'ordered_launch', 'inner_share', 'kernel_tiles', 'neighborhood_attention', 'na1d', 'na2d', 'na3d',
+           'nbh_bias_span', 'nbh_bias_init', 'nbh_bias_step', 'nbh_bias_store', 'inner_share', 'kernel_box',
+           'kernel_launch', 'ordered_launch', 'kernel_tiles', 'neighborhood_attention', 'na1d', 'na2d', 'na3d',
            'fit_neighborhood', 'NeighborhoodAttention1d', 'NeighborhoodAttention2d', 'NeighborhoodAttention3d',
            'DropPath', 'NATBlock', 'Downsample', 'NAT', 'nat_mini', 'nat_tiny', 'nat_small', 'nat_base', 'dinat_mini',
            'dinat_tiny', 'dinat_small', 'dinat_base', 'cost_experiment', 'on_maps', 'flex_mask_mod', 'flex_peer',
@@ -730,17 +730,35 @@ def nbh_bias_store(G, sg, acc, i, part, b, h, qpos, ok, state, ints, C: tl.const
 
 # %% ../nbs/3_locality/neighborhood.ipynb #0f9ba7b1
 @lru_cache(maxsize=1024)
+def inner_share(axes, tile, brick, transpose=False):
+    "The share of all steps that need no mask, because every row of the tile sees the whole brick, and the steps of a tile, both on average."
+    full = steps = tiles = 1
+    for axis, t, u in zip(axes, tile, brick):
+        residue, _, _ = axis_classes(axis.length, axis.dilation)
+        counts = np.zeros(3, dtype=np.int64)
+        for r in range(min(axis.dilation, axis.length)):
+            s, e = (x[residue == r].numpy() for x in (inverse_axis_window if transpose else axis_window)(*axis))
+            i = np.arange(0, len(s), t)
+            last = np.minimum(i + t, len(s)) - 1
+            low = s[i]
+            inner = np.maximum((e[i] - low) // u + (s[last] - low) // -u, 0)              # whole bricks between the last start and the first end
+            counts += inner.sum(), (-((low - e[last]) // u)).sum(), len(i)
+        full, steps, tiles = full * int(counts[0]), steps * int(counts[1]), tiles * int(counts[2])
+    return full / steps, steps / tiles
+
+
+@lru_cache(maxsize=1024)
 def kernel_box(axes, rows, step_rows, transpose=False):
     """The kernel's tile of `rows` queries, the sides of its box of keys, and the brick of `step_rows` keys that a step
     reads, as three tuples; `transpose=True`: the tile of keys, its box of queries, and their brick."""
     def cost(tile, brick):
-        spans = [tile_spans(axis, t, transpose) for axis, t in zip(axes, tile)]
-        sides = tuple(int((last - first).max()) for first, last in spans)
-        pairs = _brick_pairs(axes, tile, brick, transpose)
+        sides = tuple(int(np.subtract(*tile_spans(axis, t, transpose)[::-1]).max()) for axis, t in zip(axes, tile))
         ragged = sum(s % u for s, u in zip(sides[1:], brick[1:]))
-        return pairs, ragged, [-u for u in brick[::-1]], [-t for t in tile[::-1]], tile, sides, brick
+        return -inner_share(axes, tile, brick, transpose)[0], ragged, [-u for u in brick[::-1]], [-t for t in tile[::-1]], tile, sides, brick
     tiles = [t for t in _boxes(rows, len(axes)) if len(axes) == 1 or sum(t) < 32]        # a bit for each row of a side
-    return min(cost(tile, brick) for tile in tiles for brick in _boxes(step_rows, len(axes)))[4:]
+    pairs = {(t, u): _brick_pairs(axes, t, u, transpose) for t in tiles for u in _boxes(step_rows, len(axes))}
+    return min(cost(*which) for which, n in pairs.items() if n == min(pairs.values()))[4:]
+
 
 # %% ../nbs/3_locality/neighborhood.ipynb #b5063dd7
 #: head_dim rounded up -> forward, dq, dkv: (rows of queries, rows of keys, warps, stages). Forward and dq share their
@@ -774,24 +792,6 @@ def ordered_launch(*args):
 
 
 # %% ../nbs/3_locality/neighborhood.ipynb #651b23f5
-@lru_cache(maxsize=1024)
-def inner_share(axes, tile, brick, transpose=False):
-    "The share of all steps that need no mask, because every row of the tile sees the whole brick, and the steps of a tile, both on average."
-    full = steps = tiles = 1
-    for axis, t, u in zip(axes, tile, brick):
-        residue, _, _ = axis_classes(axis.length, axis.dilation)
-        counts = np.zeros(3, dtype=np.int64)
-        for r in range(min(axis.dilation, axis.length)):
-            s, e = (x[residue == r].numpy() for x in (inverse_axis_window if transpose else axis_window)(*axis))
-            i = np.arange(0, len(s), t)
-            last = np.minimum(i + t, len(s)) - 1
-            low = s[i]
-            inner = np.maximum((e[i] - low) // u + (s[last] - low) // -u, 0)              # whole bricks between the last start and the first end
-            counts += inner.sum(), (-((low - e[last]) // u)).sum(), len(i)
-        full, steps, tiles = full * int(counts[0]), steps * int(counts[1]), tiles * int(counts[2])
-    return full / steps, steps / tiles
-
-
 def _expand_consts(q, v, ints, consts):
     "(n, windows, strides, dilations, causal) of a call -> the kernel's C."
     n, parts = consts[0], [consts[1 + 3 * i:4 + 3 * i] for i in range(4)]

@@ -6,8 +6,8 @@
 __all__ = ['INTERPRETED', 'PROGRAMS', 'LAUNCH', 'FULL', 'BAND', 'BIAS_GRAD', 'FULL_BIAS', 'BAND_BIAS', 'PACKED', 'LISTED',
            'PROBLEMS', 'CANDIDATES', 'resolve_backend', 'row_offsets', 'head_base', 'load_rows', 'store_rows',
            'row_ptr', 'tile_of_program', 'load_step', 'expand', 'logits', 'probabilities', 'product', 'score_step',
-           'softmax_step', 'value_step', 'extra_k_step', 'tile_forward', 'dq_step', 'tile_backward_dq', 'dkv_step',
-           'masked_step', 'tile_backward_dkv', 'tile_operand_grad', 'OperandGrad', 'Carried', 'TileProgram',
+           'softmax_step', 'value_step', 'extra_k_step', 'tile_forward', 'dq_step', 'tile_backward_dq', 'load_pair',
+           'dkv_step', 'masked_step', 'tile_backward_dkv', 'tile_operand_grad', 'OperandGrad', 'Carried', 'TileProgram',
            'register_program', 'Launch', 'register_launch', 'arch_of', 'find_launch', 'unravel', 'extra_k_tile',
            'extra_q_span', 'extra_q_step', 'sum_rows', 'row_lists', 'scatter_rows', 'tile_attention_op',
            'tile_attention_backward_op', 'tile_attention', 'band_q_step', 'band_k_step', 'band_q_tile', 'band_k_tile',
@@ -370,19 +370,29 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
 
 # %% ../nbs/1_foundations/01_engine.ipynb #35039d1e
 @triton.jit
+def load_pair(LSE2, DELTA, b, h, coords, strides, ok, MASKS: tl.constexpr):
+    """LSE and delta of each row, loaded as one tensor. Rows that are not ok read 0, whose pairs the mask rules out; without a mask of pairs
+    their LSE must be inf."""
+    first = (tl.arange(0, 2) == 0)[None, :]
+    ptr = tl.where(first, row_ptr(LSE2, b, h, coords, strides)[:, None], row_ptr(DELTA, b, h, coords, strides)[:, None])
+    lse, delta = tl.split(tl.load(ptr, mask=ok[:, None], other=0.0))
+    if MASKS == 3:
+        lse = tl.where(ok, lse, float("inf"))
+    return lse, delta
+
+@triton.jit
 def dkv_step(dk, dv, k, v, q_src, do_src, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, ops, ints, C: tl.constexpr,
              Q_STEP: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr, MASKS: tl.constexpr,
              BM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
              TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, START: tl.constexpr = None):
     start, coords, slots, ok, qpos = Q_STEP(i, state, b, h, ops, ints, C, BM)
     q = load_step(q_src, b, h, start, coords, sq, ok, BM, D, BD, TMA, MASKS, WIDE)        # [BM, BD]
-    lse = tl.load(row_ptr(LSE2, b, h, slots, sl), mask=ok, other=float("inf"))            # [BM]
+    lse, delta = load_pair(LSE2, DELTA, b, h, slots, sl, ok, MASKS)                       # [BM], [BM]
     qk = product(k, q, q, k, expand(qpos, 0), expand(kpos, 1), b, h, ops, ints, C, START, PRECISION)   # [BN, BM]
     s = logits(qk, q, k, ok[None, :], expand(qpos, 0), expand(kpos, 1), MASKS, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
     p = probabilities(s, lse[None, :], scale, FOLD)                                       # [BN, BM]
     do = load_step(do_src, b, h, start, slots, sdo, ok, BM, DV, BDV, TMA, MASKS, WIDE)    # [BM, BDV]
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)                        # [BN, BDV]
-    delta = tl.load(row_ptr(DELTA, b, h, slots, sl), mask=ok, other=0.0)                  # [BM]
     dp = tl.dot(v, do.T, input_precision=PRECISION)                                       # [BN, BM]
     ds = p * (dp - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)                         # [BN, BD]

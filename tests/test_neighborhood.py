@@ -21,6 +21,7 @@ from attnbook.neighborhood import (
     dinat_mini,
     dinat_small,
     dinat_tiny,
+    inner_share,
     inverse_axis_window,
     na1d,
     na2d,
@@ -34,7 +35,9 @@ from attnbook.neighborhood import (
     neighborhood_axes,
     neighborhood_mask,
     neighborhood_pairs,
+    tile_spans,
     tile_waste,
+    unseen_tables,
 )
 from attnbook.testing import TOLERANCE, check_against_reference, check_operation, check_raises, rel_error
 from attnbook.testing import device as device_under_test
@@ -370,6 +373,40 @@ def test_tiles():
     # blocks are perfect in both directions
     for transpose in (False, True):
         assert tile_waste((64, 64), 8, stride=8, q_tile=8, block_n=64, transpose=transpose) == 1.0
+
+def test_order_of_bricks():
+    "The tables agree with the dense mask: bricks without a mask come first, those that nobody sees are left out."
+    for kw, transpose in product((dict(window_size=(9, 5)), dict(window_size=(8, 6), stride=(4, 3)),
+                                  dict(window_size=(4, 3), dilation=(2, 1), is_causal=(True, False))), (False, True)):
+        shape, tile, brick = (18, 13), (4, 2), (2, 4)
+        axes = neighborhood_axes(shape, **kw)
+        sides = [int(np.max(np.subtract(*tile_spans(a, t, transpose)[::-1]))) for a, t in zip(axes, tile)]
+        share, _, order = unseen_tables(axes, tile, tuple(sides), brick, transpose, torch.device("cpu"))
+        mask = neighborhood_mask(shape, **kw).view(*shape, *shape)
+        mask = mask.permute(2, 3, 0, 1) if transpose else mask
+        starts = [tile_spans(a, t, transpose)[0] for a, t in zip(axes, tile)]
+        full, steps = 0, 0
+        for i, j in product(*(range(len(s)) for s in starts)):
+            row = order[share[i] + share[len(starts[0]) + j]].tolist()
+            per_class = len(starts[0]) // axes[0].dilation
+            rows = slice(i // per_class + i % per_class * 4 * axes[0].dilation, None, axes[0].dilation)
+            seen = mask[rows][:4, 2 * j:2 * j + 2]                                          # [4, 2, *shape]
+            for at, number in enumerate(row[2:]):
+                y, x = divmod(number, -(-sides[1] // 4))
+                place = seen[:, :, i // per_class::axes[0].dilation][:, :, starts[0][i] + 2 * y:, starts[1][j] + 4 * x:][:, :, :2, :4]
+                assert (place.shape[2:] == (2, 4) and bool(place.all())) == (at < row[0]), (kw, transpose, i, j, at)
+                assert bool(place.any()) == (at < row[1]), (kw, transpose, i, j, at)
+            full, steps = full + row[0], steps + row[1]
+        assert abs(inner_share(axes, tile, brick, transpose)[0] - full / steps) < 1e-12
+        useful = tile_waste(shape, **kw, q_tile=tile, block_n=brick, scheme="bricks", transpose=transpose)
+        assert round(useful * neighborhood_pairs(shape, **kw)) == 64 * steps
+
+def test_steps_without_mask():
+    "Windows so wide that most steps need no mask, in all kernels."
+    for shape, kw in (((16, 48), dict(window_size=(15, 47))), ((16, 24), dict(window_size=8, stride=8)),
+                      ((800,), dict(window_size=780)), ((300,), dict(window_size=290, is_causal=True))):
+        op = partial(neighborhood_attention, **kw, return_lse=True, backend="triton")
+        check_against_reference(op, partial(dense, shape=shape, kw=kw), draw(shape, H=1), grad_tol=2e-5, floor=0.05)
 
 
 def test_parameter_counts():

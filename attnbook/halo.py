@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'VARIANTS', 'PUBLISHED_MILLIONS', 'HALO_LAUNCH', 'SPLIT_RELATIVE', 'HALO', 'HALO_ZEROS', 'HALO_REL',
-           'FLOATS', 'halonet_h0', 'halonet_h1', 'halonet_h2', 'halonet_h3', 'halonet_h4', 'halonet_h5', 'halonet_h6',
-           'halonet_h7', 'NETS', 'CORES', 'axis_blocks', 'halo_mask', 'halo_boxes', 'offset_rows', 'halo_pairs',
-           'real_key_fraction', 'halo_attention_reference', 'halo_cost', 'tile_waste', 'key_tile', 'halo_queries',
-           'halo_q_tile', 'halo_k_step', 'halo_k_span', 'halo_blocks', 'halo_k_tile', 'halo_q_span', 'halo_q_step',
-           'halo_seen', 'halo_dot', 'halo_tables', 'halo_relative', 'halo_onehot', 'halo_terms', 'halo_prepare',
-           'halo_score', 'halo_carry_init', 'halo_carry_step', 'halo_carry_last', 'query_rows', 'halo_launch',
-           'halo_attention', 'halo_packed_op', 'halo_packed_backward_op', 'HaloAttention', 'from_timm',
+           'FLOATS', 'PARTS_BYTES', 'halonet_h0', 'halonet_h1', 'halonet_h2', 'halonet_h3', 'halonet_h4', 'halonet_h5',
+           'halonet_h6', 'halonet_h7', 'NETS', 'CORES', 'axis_blocks', 'halo_mask', 'halo_boxes', 'offset_rows',
+           'halo_pairs', 'real_key_fraction', 'halo_attention_reference', 'halo_cost', 'tile_waste', 'key_tile',
+           'halo_queries', 'halo_q_tile', 'halo_k_step', 'halo_k_span', 'halo_blocks', 'halo_k_tile', 'halo_q_span',
+           'halo_q_step', 'halo_seen', 'halo_dot', 'halo_tables', 'halo_relative', 'halo_onehot', 'halo_terms',
+           'halo_prepare', 'halo_score', 'halo_carry_init', 'halo_carry_step', 'halo_carry_last', 'query_rows',
+           'halo_launch', 'halo_attention', 'halo_packed_op', 'halo_packed_backward_op', 'HaloAttention', 'from_timm',
            'HaloBottleneck', 'HaloNet', 'halonet', 'cost_experiment', 'small_halonet', 'halo_data', 'outside_mass',
            'counted_flops', 'net_experiment', 'run_experiments', 'bench_module', 'unfolded_attention', 'flex_blocks',
            'bench_core', 'bench_sizes', 'bench_stages', 'bench_training', 'claims']
@@ -406,11 +406,12 @@ def halo_carry_last(dq, da, q, G, pid, b, h, ok, qpos, ops, ints, C: tl.constexp
 
 # %% ../nbs/3_locality/halo.ipynb #f7c91fef
 #: (bits, head_dim rounded up) -> forward, dq, dkv: (largest tile of queries, keys, warps, stages); chosen to fit
+#: and to be translated correctly: see the text above
 HALO_LAUNCH = {
-    (16, 16): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    (16, 16): ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
     (16, 32): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
     (16, 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 1)),
-    (16, 128): ((64, 64, 4, 2), (64, 32, 4, 1), (32, 64, 4, 1)),
+    (16, 128): ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 1)),
     (16, 256): ((64, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
     (32, 16): ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
     (32, 32): ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
@@ -472,7 +473,7 @@ HALO_ZEROS = register_program(replace(HALO, name="halo, zeros", prepare=halo_pre
 HALO_REL = register_program(replace(HALO_ZEROS, name="halo+rel", carried=Carried(
     halo_carry_init, halo_carry_step, halo_carry_last,
     buffer=lambda q, table, programs, ints, consts: q.new_empty(programs, *table.shape, dtype=torch.float32),
-    finish=lambda parts, table, ints, consts: parts.sum(0).to(table.dtype)),
+    finish=lambda parts, table, ints, consts: parts.sum(0)),
     # the score takes care of pairs; zeros as padding must be loaded as zeros
     unmasked=lambda ints, consts, BM, BN: "pairs" if consts[3] else True,
     constants=lambda q, ints, consts: (_onehot(
@@ -593,6 +594,16 @@ def _unpack(qkv, heads, widths):
     return [t.unflatten(-1, (heads, -1)).movedim(-2, 1) for t in qkv.split(widths, -1)]
 
 
+#: a packed backward pass takes so many images at a time that their parts of the tables' gradients fill this many bytes
+PARTS_BYTES = 2**25
+
+
+def _images_at_once(q, v, tables, ints, consts):
+    dim = max(engine._round_dim(t.shape[-1]) for t in (q, v))
+    rows = engine.find_launch(HALO_REL, "dq", q.dtype, dim, q.device, consts).BM
+    return max(1, PARTS_BYTES // (4 * tables.numel() * q.shape[1] * _query_tiles(ints, consts, rows)))
+
+
 @torch.library.custom_op("attnbook::halo_packed", mutates_args=())
 def halo_packed_op(qkv: Tensor, tables: Tensor, heads: int, widths: list[int], ints: list[int], consts: list[int],
                    scale: float) -> tuple[Tensor, Tensor]:
@@ -614,9 +625,13 @@ def halo_packed_backward_op(do: Tensor, qkv: Tensor, tables: Tensor, out: Tensor
                             scale: float) -> tuple[Tensor, Tensor]:
     def run(do, qkv, out):
         dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-        grads = engine._backward(do, None, *_unpack(qkv, heads, widths), None, None, [tables], out, lse, HALO_REL.name,
-                                 ints, consts, scale, True, into=_unpack(dqkv, heads, widths))
-        return dqkv, grads[3]
+        given, into = _unpack(qkv, heads, widths), _unpack(dqkv, heads, widths)
+        images = _images_at_once(given[0], given[2], tables, ints, consts)
+        dtables = torch.zeros(tables.shape, dtype=torch.float32, device=qkv.device)
+        for do, q, k, v, out, l, *d in zip(*(t.split(images) for t in (do, *given, out, lse, *into))):
+            dtables += engine._backward(do, None, q, k, v, None, None, [tables], out, l, HALO_REL.name, ints, consts,
+                                        scale, True, into=d)[3]
+        return dqkv, dtables
     dqkv, dtables = engine._through_float32(run, (do, qkv, out))
     return dqkv.to(qkv.dtype), dtables.to(tables.dtype)
 

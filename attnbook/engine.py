@@ -370,13 +370,13 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
 
 # %% ../nbs/1_foundations/01_engine.ipynb #35039d1e
 @triton.jit
-def load_pair(LSE2, DELTA, b, h, coords, strides, ok, MASKS: tl.constexpr):
-    """LSE and delta of each row, loaded as one tensor. Rows that are not ok read 0, whose pairs the mask rules out; without a mask of pairs
-    their LSE must be inf."""
+def load_pair(LSE2, DELTA, b, h, coords, strides, ok, GUARD: tl.constexpr):
+    """LSE and delta of each row, loaded as one tensor. Rows that are not ok read 0, which is enough where the mask rules their pairs out; without
+    a mask of pairs (GUARD) their LSE must be inf."""
     first = (tl.arange(0, 2) == 0)[None, :]
     ptr = tl.where(first, row_ptr(LSE2, b, h, coords, strides)[:, None], row_ptr(DELTA, b, h, coords, strides)[:, None])
     lse, delta = tl.split(tl.load(ptr, mask=ok[:, None], other=0.0))
-    if MASKS == 3:
+    if GUARD:
         lse = tl.where(ok, lse, float("inf"))
     return lse, delta
 
@@ -384,10 +384,10 @@ def load_pair(LSE2, DELTA, b, h, coords, strides, ok, MASKS: tl.constexpr):
 def dkv_step(dk, dv, k, v, q_src, do_src, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, ops, ints, C: tl.constexpr,
              Q_STEP: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr, MASKS: tl.constexpr,
              BM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-             TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, START: tl.constexpr = None):
+             TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, START: tl.constexpr = None, GUARD: tl.constexpr = True):
     start, coords, slots, ok, qpos = Q_STEP(i, state, b, h, ops, ints, C, BM)
     q = load_step(q_src, b, h, start, coords, sq, ok, BM, D, BD, TMA, MASKS, WIDE)        # [BM, BD]
-    lse, delta = load_pair(LSE2, DELTA, b, h, slots, sl, ok, MASKS)                       # [BM], [BM]
+    lse, delta = load_pair(LSE2, DELTA, b, h, slots, sl, ok, GUARD)                       # [BM], [BM]
     qk = product(k, q, q, k, expand(qpos, 0), expand(kpos, 1), b, h, ops, ints, C, START, PRECISION)   # [BN, BM]
     s = logits(qk, q, k, ok[None, :], expand(qpos, 0), expand(kpos, 1), MASKS, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
     p = probabilities(s, lse[None, :], scale, FOLD)                                       # [BN, BM]
@@ -426,12 +426,12 @@ def tile_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, ops, ints, sq, sk, s
         lo, full_lo, full_hi, hi = Q_SPAN(state, b, h, ops, ints, C, BM, BN)
         for i in tl.range(full_lo, full_hi, num_stages=STAGES):
             dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, ops, ints, C,
-                              Q_STEP, MASK, SCORE, FOLD, False, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION, START)
+                              Q_STEP, MASK, SCORE, FOLD, False, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION, START, MASKS != 2)
         if MASKS:
             for t in tl.range(0, (full_lo - lo) + (hi - full_hi), num_stages=STAGES):
                 i = masked_step(t, lo, full_lo, full_hi)
                 dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, ops, ints, C,
-                                  Q_STEP, MASK, SCORE, FOLD, MASKS, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION, START)
+                                  Q_STEP, MASK, SCORE, FOLD, MASKS, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION, START, MASKS == 3 or MASKS == 2 and SCORE is not None)
     store_rows(head_base(DK, b, hk, sdk), slots, sdk, ok, dk * dk_scale, D, BD, WIDE)
     store_rows(head_base(DV_OUT, b, hk, sdv), slots, sdv, ok, dv, DV, BDV, WIDE)
 
@@ -512,7 +512,7 @@ class TileProgram:
     q_tiles: Callable                 # host: (ints, consts, BM) -> number of query tiles
     k_tiles: Callable                 # host: (ints, consts, BN) -> number of key tiles
     mask: Callable | None = None
-    mask_total: bool = False          # the mask itself is False for keys that a step lacks
+    mask_total: bool = False          # the mask itself is False for rows that a step lacks; steps without a mask lack none
     score: Callable | None = None
     raw_score: bool = False           # the score adds to q.k before the scale, which then stays folded into the exponent; needs scale > 0
     start: Callable | None = None     # (q, k, qpos, kpos, b, h, ops, ints, C) -> float32 tile to which q.k is added before the scale

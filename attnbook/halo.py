@@ -8,12 +8,12 @@ __all__ = ['PRESETS', 'VARIANTS', 'PUBLISHED_MILLIONS', 'HALO_LAUNCH', 'SPLIT_RE
            'halonet_h6', 'halonet_h7', 'NETS', 'CORES', 'axis_blocks', 'halo_mask', 'halo_boxes', 'offset_rows',
            'halo_pairs', 'real_key_fraction', 'halo_attention_reference', 'halo_cost', 'tile_waste', 'key_tile',
            'halo_queries', 'halo_q_tile', 'halo_k_step', 'halo_k_span', 'halo_blocks', 'halo_k_tile', 'halo_q_span',
-           'halo_q_step', 'halo_seen', 'halo_dot', 'halo_tables', 'halo_relative', 'halo_onehot', 'halo_terms',
-           'halo_prepare', 'halo_score', 'halo_carry_init', 'halo_carry_step', 'halo_carry_last', 'query_rows',
-           'halo_launch', 'halo_attention', 'halo_packed_op', 'halo_packed_backward_op', 'HaloAttention', 'from_timm',
-           'HaloBottleneck', 'HaloNet', 'halonet', 'cost_experiment', 'small_halonet', 'halo_data', 'outside_mass',
-           'counted_flops', 'net_experiment', 'run_experiments', 'bench_module', 'unfolded_attention', 'flex_blocks',
-           'bench_core', 'bench_sizes', 'bench_stages', 'bench_training', 'claims']
+           'halo_q_step', 'halo_seen', 'halo_dot', 'halo_tables', 'halo_relative', 'halo_onehot', 'halo_kept',
+           'halo_terms', 'halo_prepare', 'halo_score', 'halo_carry_init', 'halo_carry_step', 'halo_carry_last',
+           'query_rows', 'halo_launch', 'halo_attention', 'halo_packed_op', 'halo_packed_backward_op', 'HaloAttention',
+           'from_timm', 'HaloBottleneck', 'HaloNet', 'halonet', 'cost_experiment', 'small_halonet', 'halo_data',
+           'outside_mass', 'counted_flops', 'net_experiment', 'run_experiments', 'bench_module', 'unfolded_attention',
+           'flex_blocks', 'bench_core', 'bench_sizes', 'bench_stages', 'bench_training', 'claims']
 
 # %% ../nbs/3_locality/halo.ipynb #649d69d4
 import math
@@ -191,24 +191,26 @@ def key_tile(block_size: int, halo_size: int, rows: int) -> tuple[int, int]:
 # %% ../nbs/3_locality/halo.ipynb #badbda50
 @triton.jit
 def halo_queries(block_y, block_x, chunk, ints, C: tl.constexpr, BM: tl.constexpr):
-    "Queries chunk * BM … of a block: coordinates in q's map (never beyond it), which exist, pixels within the block."
+    """Queries chunk * BM … of a block: coordinates in q's map (never beyond it), which exist, pixels within the block,
+    and the number of each, counted block by block."""
     n: tl.constexpr = C[0] // C[2]
     r = chunk * BM + tl.arange(0, BM)
     y, x = r // n, r % n
     qy, qx = block_y * n + y, block_x * n + x
     ok = (y < n) & (qy < ints[2]) & (qx < ints[3])
-    return (tl.minimum(qy, ints[2] - 1), tl.minimum(qx, ints[3] - 1)), ok, y * C[2], x * C[2]
+    row = (block_y * tl.cdiv(ints[1], C[0]) + block_x) * (n * n) + tl.minimum(r, n * n - 1)
+    return (tl.minimum(qy, ints[2] - 1), tl.minimum(qx, ints[3] - 1)), ok, y * C[2], x * C[2], row
 
 
 @triton.jit
 def halo_q_tile(i, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
-    "qpos: the query's pixel, counted from the corner of the box, and that corner, which is also the state."
+    "qpos: the query's pixel, counted from the corner of the box; that corner, which is also the state; its number."
     chunks: tl.constexpr = ((C[0] // C[2]) * (C[0] // C[2]) + BM - 1) // BM
     across = tl.cdiv(ints[1], C[0])
     block_y, block_x = i // chunks // across, i // chunks % across
-    at, ok, y, x = halo_queries(block_y, block_x, i % chunks, ints, C, BM)
-    top, left = block_y * C[0] - C[1], block_x * C[0] - C[1]
-    return 0, at, at, ok, (y + C[1], x + C[1], y * 0 + top, x * 0 + left), (top, left)
+    at, ok, y, x, row = halo_queries(block_y, block_x, i % chunks, ints, C, BM)
+    top, left, one = block_y * C[0] - C[1], block_x * C[0] - C[1], tl.zeros([1], tl.int32)
+    return 0, at, at, ok, (y + C[1], x + C[1], one + top, one + left, row), (top, left)
 
 # %% ../nbs/3_locality/halo.ipynb #4df148ab
 @triton.jit
@@ -266,12 +268,12 @@ def halo_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: t
 
 @triton.jit
 def halo_q_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
-    "qpos: the query's pixel and its block's corner, both counted from the corner of the tile of keys."
+    "qpos: the query's pixel and its block's corner, both counted from the corner of the tile of keys; its number."
     chunks: tl.constexpr = ((C[0] // C[2]) * (C[0] // C[2]) + BM - 1) // BM
     block_y, block_x = state[0] + i // chunks // state[3], state[2] + i // chunks % state[3]
-    at, ok, y, x = halo_queries(block_y, block_x, i % chunks, ints, C, BM)
-    top, left = block_y * C[0] - state[4], block_x * C[0] - state[5]
-    return 0, at, at, ok, (top + y, left + x, top + y * 0, left + x * 0)
+    at, ok, y, x, row = halo_queries(block_y, block_x, i % chunks, ints, C, BM)
+    top, left, one = block_y * C[0] - state[4], block_x * C[0] - state[5], tl.zeros([1], tl.int32)
+    return 0, at, at, ok, (top + y, left + x, one + top, one + left, row)
 
 
 @triton.jit
@@ -316,7 +318,15 @@ def halo_relative(q, y, x, ops, ints, C: tl.constexpr, SIDE: tl.constexpr, N: tl
 @triton.jit
 def halo_onehot(r, ops, C: tl.constexpr):
     "The further dimensions of keys r [BN, 1] of the box: [BN, N]. Read, since comparing costs more than reading."
-    return tl.load(ops[1] + r * C[9] + tl.arange(0, C[9])[None, :])
+    return tl.load(ops[len(ops) - 1] + r * C[9] + tl.arange(0, C[9])[None, :])
+
+
+@triton.jit
+def halo_kept(row, b, h, ints, C: tl.constexpr):
+    "Where A of queries row [BM, 1] lies in the tensors that pass it from the dQ to the dK, dV kernel: [BM, N]."
+    n: tl.constexpr = C[0] // C[2]
+    rows = tl.cdiv(ints[0], C[0]) * tl.cdiv(ints[1], C[0]) * (n * n)
+    return (b * C[16] + h).to(tl.int64) * rows * C[9] + row * C[9] + tl.arange(0, C[9])[None, :]
 
 # %% ../nbs/3_locality/halo.ipynb #75ebcb36
 @triton.jit
@@ -343,7 +353,13 @@ def halo_prepare(q, qpos, b, h, ops, ints, C: tl.constexpr):
         if not C[3]:                                 # rows and columns outside the map
             at = c + tl.where(c < w, qpos[2][:, None], qpos[3][:, None] - w)
             never = never | (at < 0) | (at >= tl.where(c < w, ints[0], ints[1]))
-        return halo_terms(tl.where(never, C[14], a), C)
+        hi, lo = halo_terms(tl.where(never, C[14], a), C)
+        if len(ops) > 2:                             # the backward pass of the packed operation
+            kept = halo_kept(qpos[4][:, None], b, h, ints, C)
+            tl.store(ops[1] + kept, hi)
+            if C[13]:
+                tl.store(ops[2] + kept, lo)
+        return hi, lo
     else:
         return q, q
 
@@ -363,6 +379,14 @@ def halo_score(s, q, k, qpos, kpos, b, h, ops, ints, C: tl.constexpr):
                 s = halo_dot(q[1], e.T, s, C)
         else:
             s = tl.where(kpos[0] < w, s, float("-inf"))
+    elif C[6] and len(ops) > 2:                      # A of all of the box, as the dQ kernel left it
+        u, v = kpos[0] - qpos[2] + C[1], kpos[1] - qpos[3] + C[1]                         # [BN, 1]
+        inside = (u >= 0) & (u < w) & (v >= 0) & (v < w)
+        e = halo_onehot(tl.where(inside, u * w + v, w * w), ops, C)                       # [BN, N]
+        kept = halo_kept(tl.trans(qpos[4]), b, h, ints, C)
+        s = halo_dot(e, tl.load(ops[1] + kept).T, s, C)
+        if C[13]:
+            s = halo_dot(e, tl.load(ops[2] + kept).T, s, C)
     elif C[6]:
         y, x, top, left = tl.trans(qpos[0]), tl.trans(qpos[1]), tl.trans(qpos[2]), tl.trans(qpos[3])
         a = halo_relative(q, y, x, ops, ints, C, C[4], C[10])                             # [BM, N]
@@ -448,7 +472,7 @@ def _expand(q, v, ints, consts):
     w, rows, exact = b + 2 * h, 2 * (b + h) - 1, bits == 32 and torch.get_float32_matmul_precision() == "highest"
     never, rounds = -1e30, bits == 16 and not INTERPRETED  # a logit that nothing makes up for; is A in bfloat16?
     return (b, h, s, zeros, side, shift, rel, rows, width(2 * rows), width(2 * w + (w * w % 256 > 0)), width(2 * side),
-            q.shape[-1], exact, rounds and SPLIT_RELATIVE, never, rounds)
+            q.shape[-1], exact, rounds and SPLIT_RELATIVE, never, rounds, q.shape[1])
 
 
 @lru_cache(maxsize=64)
@@ -599,9 +623,22 @@ PARTS_BYTES = 2**25
 
 
 def _images_at_once(q, v, tables, ints, consts):
+    "How many images, in pieces of nearly one size."
     dim = max(engine._round_dim(t.shape[-1]) for t in (q, v))
     rows = engine.find_launch(HALO_REL, "dq", q.dtype, dim, q.device, consts).BM
-    return max(1, PARTS_BYTES // (4 * tables.numel() * q.shape[1] * _query_tiles(ints, consts, rows)))
+    most = max(1, PARTS_BYTES // (4 * tables.numel() * q.shape[1] * max(1, _query_tiles(ints, consts, rows))))
+    pieces = max(1, -(-len(q) // most))
+    return max(1, -(-len(q) // pieces))
+
+
+def _kept(q, v, ints, consts, images):
+    "Tensors in which the dQ kernel leaves both terms of A, or none where a box has no lane for keys outside of it."
+    C = _expand(q, v, ints, consts)
+    if (C[0] + 2 * C[1])**2 % 256 == 0:
+        return []
+    rows = _query_tiles(ints, consts, (C[0] // C[2])**2) * (C[0] // C[2])**2
+    make = lambda n: q.new_empty(n, q.shape[1], rows, C[9], dtype=torch.bfloat16 if C[15] else torch.float32)
+    return [make(images), make(images if C[13] else 0)]
 
 
 @torch.library.custom_op("attnbook::halo_packed", mutates_args=())
@@ -627,9 +664,10 @@ def halo_packed_backward_op(do: Tensor, qkv: Tensor, tables: Tensor, out: Tensor
         dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
         given, into = _unpack(qkv, heads, widths), _unpack(dqkv, heads, widths)
         images = _images_at_once(given[0], given[2], tables, ints, consts)
+        operands = [tables, *_kept(given[0], given[2], ints, consts, images)]
         dtables = torch.zeros(tables.shape, dtype=torch.float32, device=qkv.device)
         for do, q, k, v, out, l, *d in zip(*(t.split(images) for t in (do, *given, out, lse, *into))):
-            dtables += engine._backward(do, None, q, k, v, None, None, [tables], out, l, HALO_REL.name, ints, consts,
+            dtables += engine._backward(do, None, q, k, v, None, None, operands, out, l, HALO_REL.name, ints, consts,
                                         scale, True, into=d)[3]
         return dqkv, dtables
     dqkv, dtables = engine._through_float32(run, (do, qkv, out))

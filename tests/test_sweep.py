@@ -164,7 +164,8 @@ def test_interrupted(tmp_path, short):
     """Ctrl-C ends the sweep, its Ray and the kernels, leaves no file of theirs, and says what is done."""
     notebook = example_notebook(tmp_path / "slow.ipynb", "import time\nif n > 1:\n    pathlib.Path(os.environ['SWEEP_TEST'], 'slow').touch()\n    time.sleep(600)")
     sweep = subprocess.Popen([sys.executable, "-m", "attnbook.cli", "sweep", str(notebook), "-g", "n=1,2", "--workers", "1", "--out", str(tmp_path / "sweep")],
-                             env={**os.environ, "PYTHONPATH": str(ROOT), "SWEEP_TEST": str(tmp_path), "RAY_TMPDIR": short}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                             env={**os.environ, "PYTHONPATH": str(ROOT), "SWEEP_TEST": str(tmp_path), "RAY_TMPDIR": short}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell starts background jobs with SIGINT ignored
     family = []
     try:
         end = time.monotonic() + 120

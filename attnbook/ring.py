@@ -359,14 +359,18 @@ class ProcessRing(_Collectives):
         into = [torch.empty(t.shape, dtype=t.dtype, device="cpu" if stage else t.device, pin_memory=stage) for t in out]
         after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         peers = [dist.get_global_rank(self.group, r) for r in (after, before)]
-        ops = [dist.P2POp(dist.isend, t, peers[0], self.group, tag=i) for i, t in enumerate(out)]
-        ops += [dist.P2POp(dist.irecv, t, peers[1], self.group, tag=i) for i, t in enumerate(into)]
+        ops = [[dist.P2POp(dist.isend, t, peers[0], self.group, tag=i) for i, t in enumerate(out)],
+               [dist.P2POp(dist.irecv, t, peers[1], self.group, tag=i) for i, t in enumerate(into)]]
+        names = [f"{request.what} could not be sent to rank {after}", f"{request.what} from rank {before} cannot come"]
+        if "nccl" in dist.get_backend_config(self.group):   # which must get them in one batch
+            ops, names = [sum(ops, [])], [f"{request.what} could not be exchanged with ranks {before} and {after}"]
         self.traffic[0]["p2p"] += sum(t.numel() * t.element_size() for t in out)
-        try:
-            works = dist.batch_isend_irecv(ops)
-        except RuntimeError as e:
-            raise _explain(self.rank, self.size, request.hop,
-                           f"{request.what} could not be exchanged with ranks {before} and {after}", e) from e
+        works = []
+        for batch, failed in zip(ops, names):
+            try:
+                works += dist.batch_isend_irecv(batch)
+            except RuntimeError as e:
+                raise _explain(self.rank, self.size, request.hop, failed, e) from e
         return request, works, out, into                    # `out` stays alive until it has been sent
 
     def wait(self, request: Wait):
@@ -1631,7 +1635,8 @@ def errors_on_rank(rank: int, cases: Sequence[dict], device: str = "cpu", mesh: 
 
 # %% ../nbs/4_long_context/ring.ipynb #ecd7f3e6
 def attend_with_lost_peer(rank: int, lost: int, hop: int, how: str, timeout: float) -> str:
-    "For `spawn_ranks`: a ring in which rank `lost` dies or stalls before it computes `hop`. What the others are told."
+    """For `spawn_ranks`: a ring in which rank `lost` dies or stalls before it computes `hop`. What the others are told;
+    they stay until all of them have been, or one would find the other gone."""
     q, k, v = (torch.zeros(1, 1, 4, 8) for _ in range(3))
     comm = communicator(dist.group.WORLD, timeout=timeout)
     job, count = Job(True, "zigzag", 4 * comm.size, 4 * comm.size, 1.0, False, False), 0
@@ -1647,6 +1652,10 @@ def attend_with_lost_peer(rank: int, lost: int, hop: int, how: str, timeout: flo
     except StopIteration:
         return "finished"
     except PeerError as e:
+        store, end = dist.distributed_c10d._get_default_store(), time.monotonic() + 10
+        store.add("told", 1)
+        while rank != lost and store.add("told", 0) < comm.size - 1 and time.monotonic() < end:
+            time.sleep(0.05)
         return str(e)
 
 

@@ -438,10 +438,15 @@ def _options(q, *tensors):
     return dict(D=D, BD=max(16, 1 << (D - 1).bit_length()), WIDE=wide, PRECISION=precision)
 
 
+def _table_type(dtype):
+    return torch.float32 if dtype == torch.float32 or INTERPRETED and dtype == torch.bfloat16 else torch.float16
+
+
 def _table(pos_weight, dtype, Y, X):
-    "The padded table P and its rows' moments."
+    """The padded table P and its rows' moments. For inputs of 16 bits P is float16, never bfloat16: its numbers lie
+    between 0 and 1, and the gradient of pos_weight, a difference of large sums, needs rounding eight times smaller."""
     heads, N, width = pos_weight.shape[0], Y * X, -(-Y * X // 128) * 128
-    table = pos_weight.new_zeros(heads, width, width, dtype=dtype)
+    table = pos_weight.new_zeros(heads, width, width, dtype=_table_type(dtype))
     moments = pos_weight.new_empty(heads, N, 3, dtype=torch.float32)
     rows = max(1, min(16, 4096 // ((1 << (Y - 1).bit_length()) * (1 << (X - 1).bit_length()))))
     positional_table[(-(-N // rows) * heads,)](
@@ -532,9 +537,7 @@ def gpsa_fused_op(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate_logi
 @gpsa_fused_op.register_fake
 def _(q, k, v, pos_weight, gate_logit, Y, X, scale):
     (B, H, N, _), f = q.shape, dict(dtype=torch.float32)
-    table = q.new_empty(
-        H, _padded(N), _padded(N), dtype=torch.float32 if INTERPRETED and q.dtype == torch.bfloat16 else q.dtype
-    )
+    table = q.new_empty(H, _padded(N), _padded(N), dtype=_table_type(q.dtype))
     return _like(q), q.new_empty(B, H, N, **f), table, q.new_empty(H, N, 3, **f)
 
 
@@ -588,9 +591,8 @@ def gpsa_packed_op(qkv: Tensor, pos_weight: Tensor, gate_logit: Tensor, Y: int, 
 @gpsa_packed_op.register_fake
 def _(qkv, pos_weight, gate_logit, Y, X, scale):
     (B, N, D), H, f = qkv.shape, pos_weight.shape[0], dict(dtype=torch.float32)
-    kind = torch.float32 if INTERPRETED and qkv.dtype == torch.bfloat16 else qkv.dtype
     return (qkv.new_empty(B, N, D // 3), qkv.new_empty(B, H, N, **f),
-            qkv.new_empty(H, _padded(N), _padded(N), dtype=kind), qkv.new_empty(H, N, 3, **f))
+            qkv.new_empty(H, _padded(N), _padded(N), dtype=_table_type(qkv.dtype)), qkv.new_empty(H, N, 3, **f))
 
 
 @torch.library.custom_op("attnbook::gpsa_packed_backward", mutates_args=())

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from attnbook.attention import attention_reference
 from attnbook.engine import attention
@@ -28,6 +29,7 @@ from attnbook.ring import (
     comm_bytes,
     errors_on_rank,
     exchange_op,
+    high_priority_group,
     hop_kind,
     largest,
     linformer_attention,
@@ -194,6 +196,21 @@ def test_usp_and_linformer():
     dense = lambda q, k, v, e, f: attention_reference(q, torch.einsum("jr,bhjd->bhrd", e, k),
                                                       torch.einsum("jr,bhjd->bhrd", f, v))
     check_against_reference(sparse, dense, (q, k, v, e, f), tol=1e-12)
+
+
+def test_high_priority_group():
+    "It needs NCCL; one rank on one GPU attends through it as through any group."
+    on_gpu = device_under_test() == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        if not on_gpu:
+            with pytest.raises(ValueError, match="group must have NCCL"): high_priority_group()
+            return
+        q, k, v = torch.randn(3, 1, 2, 64, 16, device="cuda").unbind(0)
+        found = ring_attention(q, k, v, group=high_priority_group(), is_causal=True)
+        torch.testing.assert_close(found, attention(q, k, v, is_causal=True))
+    finally:
+        dist.destroy_process_group()
 
 
 class Lossy(SimulatedGroup):

@@ -905,16 +905,16 @@ def cluster_forward(Q, K, V, O, LSE, INDEX, DRAWN, TABLE, sq, sk, sv, scale, til
     p, alpha, m, l = softmax_step(m, l, qk, q, k, ok, (r,), (r,), True, b, h, scale, (), (), C, MASK, SCORE, FOLD, 1)
     acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)                             # [BM, BDV]
     for t in tl.range(0, steps, num_stages=1):
-        k, v, s_now, ok_now = k_next, v_next, s_next, there_next
+        k_now, v_now, s_now, ok_now = k_next, v_next, s_next, there_next
         there = there & (t + 1 < steps)
         k_next = load_rows(KH, (other,), sk, there, D, BD, True, WIDE)
         v_next = load_rows(VH, (other,), sv, there, DV, BDV, True, WIDE)
         s_next, there_next = s, there
         s, other, there = other_slots(t + 2, skip, MANY, INDEX, width, BN)
-        qk = tl.dot(q, k.T, input_precision=PRECISION)                                    # [BM, BN]
-        p, alpha, m, l = softmax_step(m, l, qk, q, k, ok_now, (r,), (s_now,), True, b, h, scale, (), (), C, None,
-                                      None, FOLD, PARTIAL)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        qk_now = tl.dot(q, k_now.T, input_precision=PRECISION)                            # [BM, BN]
+        p_now, alpha, m, l = softmax_step(m, l, qk_now, q, k_now, ok_now, (r,), (s_now,), True, b, h, scale, (), (), C,
+                                          None, None, FOLD, PARTIAL)
+        acc = tl.dot(p_now.to(v.dtype), v_now, acc * alpha[:, None], input_precision=PRECISION)
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
     d = tl.arange(0, BDV)
@@ -953,7 +953,7 @@ def fold_some(X, row, count, most, S, D: tl.constexpr, BD: tl.constexpr, R: tl.c
     acc, last = tl.zeros([BM, BD], tl.float32), tl.full([BM], -1, tl.int32)
     for c in range(0, most):
         slot = tl.zeros([BM], tl.int32) + S
-        for i in tl.static_range(R):
+        for i in range(0, R):
             drawn = tl.load(row + i, mask=i < count, other=0)
             slot = tl.where((i < count) & (drawn > last), tl.minimum(slot, drawn), slot)
         acc += slot_rows(X, slot.to(tl.int64), S, D, BD)
@@ -966,17 +966,15 @@ def fold_many(X, INDEX, n, S, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexp
     "Sum of any number of rows for each of BM tokens from n on, which are looked for in all lists of the head."
     acc, d = tl.zeros([BM, BD], tl.float32), tl.arange(0, BD)
     for s in range(0, S, BS):
-        slot = s + tl.arange(0, BS)
-        own = tl.load(INDEX + slot, mask=slot < S, other=-1) - n
-        if tl.max(((own >= 0) & (own < BM)).to(tl.int32)) > 0:
-            for u in range(s, s + BS, 32):
-                slot = u + tl.arange(0, 32)
-                own = tl.load(INDEX + slot, mask=slot < S, other=-1) - n
-                ok = (own >= 0) & (own < BM)
-                x = tl.load(X + slot.to(tl.int64)[:, None] * D + d[None, :], mask=ok[:, None] & (d < D)[None, :],
-                            other=0.0)                                                    # [32, BD]
-                mine = (own[None, :] == tl.arange(0, BM)[:, None]).to(x.dtype)            # [BM, 32]
-                acc = tl.dot(mine, x, acc, input_precision="ieee")
+        slots = s + tl.arange(0, BS)
+        own = tl.load(INDEX + slots, mask=slots < S, other=-1) - n
+        slots = tl.where((own >= 0) & (own < BM), slots, S)
+        for c in range(0, tl.sum((slots < S).to(tl.int32))):
+            slot = tl.min(slots)
+            mine = tl.load(INDEX + slot) - n == tl.arange(0, BM)
+            x = tl.load(X + slot.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)
+            acc += tl.where(mine[:, None], x[None, :], 0.0)
+            slots = tl.where(slots == slot, S, slots)
     return acc
 
 
@@ -1022,7 +1020,7 @@ def fold_slots(XS, YS, INDEX, COUNTS, TABLE, N, S, MEAN: tl.constexpr, DS: tl.co
             if most <= R:
                 acc = fold_some(X, row, count, most, S, DS[a], BDS[a], R, BM)
             else:
-                acc = fold_many(X, INDEX + g * S, first, S, DS[a], BDS[a], BM, 1024)
+                acc = fold_many(X, INDEX + g * S, first, S, DS[a], BDS[a], BM, 512)
             put_rows(YS[a] + g * N * DS[a], n, N, acc, count, MEAN, DS[a], BDS[a])
 
 # %% ../nbs/4_long_context/routing.ipynb #cd67a13a
@@ -1097,12 +1095,12 @@ def shared_grads(Q, K, V, DO, LSE2, DELTA, DQ, DK, DV_OUT, INDEX, sq, sk, sv, sd
     # its queries with its keys
     p, ds = weights_and_grad(q, k, do, v, lse, delta, r, r, ok, b, h, scale, C, MASK, SCORE, FOLD, 1, PRECISION)
     dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)                  # [B, BDV]
-    ds = ds.to(q.dtype)
-    dq = tl.dot(ds, k, input_precision=PRECISION)                                         # [B, BD]
+    own = ds.to(q.dtype)
+    dq = tl.dot(own, k, input_precision=PRECISION)                                        # [B, BD]
     if SAME:
-        dq = tl.dot(tl.trans(ds), q, dq, input_precision=PRECISION)
+        dq = tl.dot(tl.trans(own), q, dq, input_precision=PRECISION)
     else:
-        dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(own), q, input_precision=PRECISION)
     # its queries with other keys
     for t in tl.range(0, before, num_stages=1):
         k_now, v_now, s_now, ok_now = a_next, b_next, s_next, there_next
@@ -1120,29 +1118,29 @@ def shared_grads(Q, K, V, DO, LSE2, DELTA, DQ, DK, DV_OUT, INDEX, sq, sk, sv, sd
         dk = dq
     else:
         tl.store(DQ + to, (dq * dscale).to(DQ.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
-    # its keys with other queries
+    # its keys with other queries; rows that do not exist add nothing, as all of them is 0
+    two = (tl.arange(0, 2) == 0)[None, :]
     s, other, there = other_slots(after, i, 1, INDEX, width, B)
     there = there & (after < tiles - 1)
     a_next = load_rows(QH, (other,), sq, there, D, BD, True, WIDE)
     b_next = load_rows(DOH, (slot + s if SPREAD else other,), sdo, there, DV, BDV, True, WIDE)
-    lse_next = tl.load(LSE2 + s, mask=there, other=float("inf"))
-    delta_next = tl.load(DELTA + s, mask=there, other=0.0)
+    pair_next = tl.load(tl.where(two, LSE2 + s[:, None], DELTA + s[:, None]), mask=there[:, None], other=0.0)
     s, other, there = other_slots(after + 1, i, 1, INDEX, width, B)
     for t in tl.range(after, tiles - 1, num_stages=1):
-        q_now, do_now, lse, delta = a_next, b_next, lse_next, delta_next
+        q_now, do_now = a_next, b_next
+        lse_now, delta_now = tl.split(pair_next)
         there = there & (t + 1 < tiles - 1)
         a_next = load_rows(QH, (other,), sq, there, D, BD, True, WIDE)
         b_next = load_rows(DOH, (slot + s if SPREAD else other,), sdo, there, DV, BDV, True, WIDE)
-        lse_next = tl.load(LSE2 + s, mask=there, other=float("inf"))
-        delta_next = tl.load(DELTA + s, mask=there, other=0.0)
+        pair_next = tl.load(tl.where(two, LSE2 + s[:, None], DELTA + s[:, None]), mask=there[:, None], other=0.0)
         s, other, there = other_slots(t + 2, i, 1, INDEX, width, B)
         qk = tl.dot(k, q_now.T, input_precision=PRECISION)                                # [B, B], rows are keys
         dp = tl.dot(v, do_now.T, input_precision=PRECISION)
         if not FOLD:
             qk = qk * (scale * 1.4426950408889634)
-        p = probabilities(qk, lse[None, :], scale, FOLD)
+        p = probabilities(qk, lse_now[None, :], scale, FOLD)
         dv = tl.dot(p.to(do.dtype), do_now, dv, input_precision=PRECISION)
-        dk = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q_now, dk, input_precision=PRECISION)
+        dk = tl.dot((p * (dp - delta_now[None, :])).to(q.dtype), q_now, dk, input_precision=PRECISION)
     tl.store((DQ if SAME else DK) + to, (dk * dscale).to(DQ.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
     e = tl.arange(0, BDV)
     tl.store(DV_OUT + (g * width + r)[:, None] * DV + e[None, :], dv.to(DV_OUT.dtype.element_ty),

@@ -789,8 +789,8 @@ SHARED_LAUNCH = {
     16: ((64, 64, 4, 1), (64, 64, 4, 1)),
     32: ((64, 64, 4, 1), (64, 64, 4, 1)),
     64: ((64, 64, 4, 1), (64, 64, 4, 1)),
-    128: ((64, 64, 4, 1), (64, 64, 8, 1)),
-    256: ((32, 32, 4, 1), (32, 32, 8, 1)),
+    128: ((64, 32, 4, 1), (32, 32, 4, 1)),
+    256: ((32, 16, 8, 1), (16, 16, 4, 1)),
 }
 FOLD_LAUNCH = (16, 4)  # tokens of a program, warps
 
@@ -800,7 +800,7 @@ def shared_launch(kernel, bits, head_dim, arch):
     if arch == "interpreter":
         return Launch(32, 16, 4, 1) if kernel == "forward" else Launch(16, 16, 4, 1)
     if bits == 32 or arch == "small":
-        return Launch(32, 32, 4, 1) if kernel == "forward" else Launch(16, 16, 4, 1)
+        return Launch(32, 16, 4, 1) if kernel == "forward" else Launch(16, 16, 4, 1)
     return Launch(*SHARED_LAUNCH[head_dim][("forward", "both").index(kernel)])
 
 

@@ -51,6 +51,7 @@ from .data import byte_splits, mqar, python_source
 from attnbook.engine import (
     BAND,
     INTERPRETED,
+    L2_SHARE,
     Launch,
     TileProgram,
     _common,
@@ -74,6 +75,7 @@ from attnbook.engine import (
     softmax_step,
     store_rows,
     tile_attention,
+    tile_of_program,
     tl,
     triton,
 )
@@ -854,10 +856,11 @@ BAND_SELF = register_program(replace(BAND, name="band+self", score=self_score, l
 
 # %% ../nbs/4_long_context/routing.ipynb #7c1e94d0
 @triton.jit
-def cluster_tile(tiles, groups, H):
-    "Number of the list among all lists, batch, head and tile of a program: neighbours share a list, its last tile first."
-    g = (tl.program_id(0) // tiles).to(tl.int64)
-    return g, g // groups // H, g // groups % H, tiles - 1 - tl.program_id(0) % tiles
+def cluster_tile(tiles, together, groups, H):
+    "A program's list among those of all batches and heads, batch, head, tile: last tiles first, of lists side by side."
+    g, i = tile_of_program(tiles, together)
+    g = g.to(tl.int64)
+    return g, g // groups // H, g // groups % H, tiles - 1 - i
 
 
 @triton.jit
@@ -868,15 +871,15 @@ def other_slots(t, skip, many, INDEX, width, B: tl.constexpr):
     return r, tl.maximum(token, 0), token >= 0
 
 
-@triton.jit(do_not_specialize=["tiles", "groups"])
-def cluster_forward(Q, K, V, O, LSE, INDEX, DRAWN, TABLE, sq, sk, sv, scale, tiles, groups, H, width, n,
-                    C: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr,
+@triton.jit(do_not_specialize=["tiles", "together", "groups"])
+def cluster_forward(Q, K, V, O, LSE, INDEX, DRAWN, TABLE, sq, sk, sv, scale, tiles, together, groups, H, width,
+                    n, C: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr,
                     PARTIAL: tl.constexpr, SAME: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
                     DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
                     PRECISION: tl.constexpr):
     """O and LSE of one tile of slots, whose list holds queries and keys; enters the slots in TABLE. PARTIAL: other
     tiles may lack keys. Grid: batch * heads * lists * tiles."""
-    g, b, h, i = cluster_tile(tiles, groups, H)
+    g, b, h, i = cluster_tile(tiles, together, groups, H)
     INDEX, QH, KH, VH = INDEX + g * width, head_base(Q, b, h, sq), head_base(K, b, h, sk), head_base(V, b, h, sv)
     MANY: tl.constexpr = BM // BN                                                         # steps that are its own
     skip, steps = i * MANY, i * MANY
@@ -1068,7 +1071,7 @@ def shared_grads(Q, K, V, DO, LSE2, DELTA, DQ, DK, DV_OUT, INDEX, sq, sk, sv, sd
                  DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of one tile of slots, whose list holds queries and keys. SAME: K = Q, and DQ gets the sum. SPREAD: DO
     has a row for each slot, not for each token. Grid: batch * heads * lists * tiles."""
-    g, b, h, i = cluster_tile(tiles, groups, H)
+    g, b, h, i = cluster_tile(tiles, 1, groups, H)
     QH, KH, VH, DOH = head_base(Q, b, h, sq), head_base(K, b, h, sk), head_base(V, b, h, sv), head_base(DO, b, h, sdo)
     INDEX, LSE2, DELTA, slot = INDEX + g * width, LSE2 + g * width, DELTA + g * width, (g % groups).to(tl.int32) * width
     before, after = i, i                                                                  # steps, first step
@@ -1238,6 +1241,13 @@ def _tiles(index, common, kernel, flags, dtype):
     return p, triton.cdiv(index.shape[3], p.BM), partial_
 
 
+def _lists_together(a, k, v):
+    """How many lists' tiles run side by side, heaviest first, so that the light ones fill the gaps at the end: those of as
+    many heads as the L2 cache holds."""
+    head = sum(x.shape[2] * x.shape[3] * x.element_size() for x in (k, v))
+    return a.shape[2] * max(1, min(a.shape[0] * a.shape[1], L2_SHARE // max(head, 1)))
+
+
 def _shared_forward(q, k, v, a, drawn, table, flags, scale):
     "Outputs and LSE by slot, where queries and keys share the list; enters the slots in the table."
     (B, H, n, _), S = q.shape, a.shape[2] * a.shape[3]
@@ -1247,8 +1257,8 @@ def _shared_forward(q, k, v, a, drawn, table, flags, scale):
         p, tiles, some = _tiles(a, common, "forward", flags, q.dtype)
         keys = q if k is None else k
         cluster_forward[(B * H * a.shape[2] * tiles,)](
-            q, keys, v, out, lse, a, drawn, table, q.stride(), keys.stride(), v.stride(), folded, tiles, a.shape[2], H,
-            a.shape[3], n, PARTIAL=some, BM=p.BM, BN=p.BN, R=DRAWS, WIDE=_wide(q, keys, v), num_warps=p.warps, **common)
+            q, keys, v, out, lse, a, drawn, table, q.stride(), keys.stride(), v.stride(), folded, tiles,
+            _lists_together(a, keys, v), a.shape[2], H, a.shape[3], n, PARTIAL=some, BM=p.BM, BN=p.BN, R=DRAWS, WIDE=_wide(q, keys, v), num_warps=p.warps, **common)
     return out, lse
 
 # %% ../nbs/4_long_context/routing.ipynb #c3b0f6d2

@@ -786,7 +786,7 @@ def cluster_launch(kernel, bits, head_dim, arch, consts=()):
     return Launch(rows_q, rows_k, warps, stages)
 
 
-#: the same where queries and keys share the list: forward, gradients
+#: the same where queries and keys share the list: forward, gradients; steps are always one ahead
 SHARED_LAUNCH = {
     16: ((64, 64, 4, 1), (64, 64, 4, 1)),
     32: ((64, 64, 4, 1), (64, 64, 4, 1)),
@@ -815,7 +815,7 @@ def band_launch(kernel, bits, head_dim, arch, consts=()):
         else found
     )
 
-
+# %% ../nbs/4_long_context/routing.ipynb #7d90b1f4
 CLUSTERS = register_program(
     TileProgram(
         "clusters",
@@ -941,7 +941,7 @@ def invert_lists(INDEX, DRAWN, TABLE, S, n, R: tl.constexpr, BM: tl.constexpr):
     token = tl.load(INDEX + g * S + s, mask=s < S, other=-1)
     enter_slots(token, s, token >= 0, DRAWN + g * n, TABLE + g * n * R, R)
 
-
+# %% ../nbs/4_long_context/routing.ipynb #5b20c7f1
 @triton.jit
 def slot_rows(X, slot, S, D: tl.constexpr, BD: tl.constexpr):
     "Rows of X (S, D) in float32; slot S reads 0."
@@ -980,7 +980,7 @@ def fold_many(X, INDEX, n, S, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexp
             slots = tl.where(slots == slot, S, slots)
     return acc
 
-
+# %% ../nbs/4_long_context/routing.ipynb #0f2d86a7
 @triton.jit
 def put_rows(Y, n, N, acc, count, MEAN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     d = tl.arange(0, BD)
@@ -1051,7 +1051,7 @@ def slot_weights(O, DO, INDEX, COUNTS, DRAWN, TABLE, LSE, LSE2, DELTA, SPREAD, s
     tl.store(LSE2 + g * S + s, lse, mask=ok)
     tl.store(DELTA + g * S + s, delta, mask=ok)
 
-
+# %% ../nbs/4_long_context/routing.ipynb #e3a815d2
 @triton.jit
 def weights_and_grad(q, k, do, v, lse, delta, qpos, kpos, ok, b, h, scale, C: tl.constexpr, MASK: tl.constexpr,
                      SCORE: tl.constexpr, FOLD: tl.constexpr, MASKS: tl.constexpr, PRECISION: tl.constexpr):
@@ -1063,7 +1063,7 @@ def weights_and_grad(q, k, do, v, lse, delta, qpos, kpos, ok, b, h, scale, C: tl
     p = probabilities(s, lse[:, None], scale, FOLD)
     return p, p * (dp - delta[:, None])
 
-
+# %% ../nbs/4_long_context/routing.ipynb #c46e0b93
 @triton.jit(do_not_specialize=["tiles", "groups"])
 def shared_grads(Q, K, V, DO, LSE2, DELTA, DQ, DK, DV_OUT, INDEX, sq, sk, sv, sdo, scale, dscale, tiles, groups, H,
                  width, C: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr,
@@ -1149,7 +1149,7 @@ def shared_grads(Q, K, V, DO, LSE2, DELTA, DQ, DK, DV_OUT, INDEX, sq, sk, sv, sd
     tl.store(DV_OUT + (g * width + r)[:, None] * DV + e[None, :], dv.to(DV_OUT.dtype.element_ty),
              mask=ok[:, None] & (e < DV)[None, :])
 
-
+# %% ../nbs/4_long_context/routing.ipynb #91f6b0a4
 @triton.jit
 def clusters_do_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
     "`clusters_q_step` whose slots have two coordinates, token and slot; the strides say which of them counts."
@@ -1198,7 +1198,7 @@ DRAWS = 16  # slots of a token that its row of the table can hold
 
 
 def _room(index, n):
-    "For the slots of `index` (batch, heads, lists, width): how many each token has drawn, and the table to enter them in."
+    "For the slots of `index` (batch, heads, lists, width): how many each token has drawn, and the table for them."
     return index.new_zeros(*index.shape[:2], n), index.new_empty(*index.shape[:2], n, DRAWS)
 
 
@@ -1223,7 +1223,7 @@ def _fold(xs, index, counts, table, mean=False):
             BDS=tuple(map(_pow2, dims)), R=DRAWS, BM=bm, num_warps=FOLD_LAUNCH[1])
     return ys
 
-
+# %% ../nbs/4_long_context/routing.ipynb #2d7c43be
 def _cluster_args(q, k, v, a, b, flags, scale):
     "What all kernels need, and the scale as they want it; flags = (causal, padded, last resort)."
     program = CLUSTERS_SELF if flags[2] else CLUSTERS
@@ -1237,13 +1237,13 @@ def _cluster_args(q, k, v, a, b, flags, scale):
 def _tiles(index, common, kernel, flags, dtype):
     "Launch parameters of a kernel for one list, number of tiles of a list, and whether other tiles may lack keys."
     p = shared_launch(kernel, torch.finfo(dtype).bits, max(common["BD"], common["BDV"]), arch_of(index.device))
-    partial_ = int(bool(flags[1]) or not flags[0] and index.shape[3] % p.BN > 0)
-    return p, triton.cdiv(index.shape[3], p.BM), partial_
+    lack = bool(flags[1]) or not flags[0] and index.shape[3] % p.BN > 0
+    return p, triton.cdiv(index.shape[3], p.BM), int(lack)
 
 
 def _lists_together(a, k, v):
-    """How many lists' tiles run side by side, heaviest first, so that the light ones fill the gaps at the end: those of as
-    many heads as the L2 cache holds."""
+    """How many lists' tiles run side by side, heaviest first, so that the light ones fill the gaps at the end: those of
+    as many heads as the L2 cache holds."""
     head = sum(x.shape[2] * x.shape[3] * x.element_size() for x in (k, v))
     return a.shape[2] * max(1, min(a.shape[0] * a.shape[1], L2_SHARE // max(head, 1)))
 
@@ -1303,7 +1303,7 @@ def _separate_grads(q, k, v, dy, a, b, lse2, delta, dq, dk, dv, spread, folded, 
                 lse2.stride(), dq.stride(), dk.stride(), dv.stride(), folded, scale, tiles, q.shape[1], QUERIES=queries,
                 BM=p.BM, WIDE=_wide(q, k, v, dy, dq, dv), STAGES=p.stages, num_warps=p.warps, **common)
 
-
+# %% ../nbs/4_long_context/routing.ipynb #b84e20c9
 @torch.library.custom_op("attnbook::cluster_attention_backward", mutates_args=())
 def cluster_attention_backward_op(dy: Tensor, q: Tensor, k: Tensor | None, v: Tensor, out: Tensor, a: Tensor,
                                   b: Tensor | None, lse: Tensor, counts: Tensor, flags: list[int],

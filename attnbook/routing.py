@@ -1080,8 +1080,7 @@ def shared_grads(Q, K, V, DO, LSE2, DELTA, DQ, DK, DV_OUT, INDEX, sq, sk, sv, sd
     r = i * B + tl.arange(0, B)
     row = tl.load(INDEX + r, mask=r < width, other=-1)
     token, ok = tl.maximum(row, 0), row >= 0
-    s, other, there = other_slots(0, i, 1, INDEX, width, B)
-    there = there & (0 < before)
+    s_next, near, there_next = other_slots(0, i, 1, INDEX, width, B)
     q = load_rows(QH, (token,), sq, ok, D, BD, True, WIDE)                                # [B, BD]
     v = load_rows(VH, (token,), sv, ok, DV, BDV, True, WIDE)                              # [B, BDV]
     do = load_rows(DOH, (slot + r if SPREAD else token,), sdo, ok, DV, BDV, True, WIDE)   # [B, BDV]
@@ -1091,9 +1090,8 @@ def shared_grads(Q, K, V, DO, LSE2, DELTA, DQ, DK, DV_OUT, INDEX, sq, sk, sv, sd
         k = load_rows(KH, (token,), sk, ok, D, BD, True, WIDE)
     lse = tl.load(LSE2 + r, mask=ok, other=float("inf"))
     delta = tl.load(DELTA + r, mask=ok, other=0.0)
-    a_next = load_rows(KH, (other,), sk, there, D, BD, True, WIDE)
-    b_next = load_rows(VH, (other,), sv, there, DV, BDV, True, WIDE)
-    s_next, there_next = s, there
+    a_next = load_rows(KH, (near,), sk, there_next & (before > 0), D, BD, True, WIDE)
+    b_next = load_rows(VH, (near,), sv, there_next & (before > 0), DV, BDV, True, WIDE)
     s, other, there = other_slots(1, i, 1, INDEX, width, B)
     # its queries with its keys
     p, ds = weights_and_grad(q, k, do, v, lse, delta, r, r, ok, b, h, scale, C, MASK, SCORE, FOLD, 1, PRECISION)
@@ -1107,10 +1105,9 @@ def shared_grads(Q, K, V, DO, LSE2, DELTA, DQ, DK, DV_OUT, INDEX, sq, sk, sv, sd
     # its queries with other keys
     for t in tl.range(0, before, num_stages=1):
         k_now, v_now, s_now, ok_now = a_next, b_next, s_next, there_next
-        there = there & (t + 1 < before)
-        a_next = load_rows(KH, (other,), sk, there, D, BD, True, WIDE)
-        b_next = load_rows(VH, (other,), sv, there, DV, BDV, True, WIDE)
-        s_next, there_next = s, there
+        a_next = load_rows(KH, (other,), sk, there & (t + 1 < before), D, BD, True, WIDE)
+        b_next = load_rows(VH, (other,), sv, there & (t + 1 < before), DV, BDV, True, WIDE)
+        s_next, near, there_next = s, other, there
         s, other, there = other_slots(t + 2, i, 1, INDEX, width, B)
         p, ds = weights_and_grad(q, k_now, do, v_now, lse, delta, r, s_now, ok_now, b, h, scale, C, None, None, FOLD,
                                  PARTIAL, PRECISION)
@@ -1123,19 +1120,22 @@ def shared_grads(Q, K, V, DO, LSE2, DELTA, DQ, DK, DV_OUT, INDEX, sq, sk, sv, sd
         tl.store(DQ + to, (dq * dscale).to(DQ.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
     # its keys with other queries; rows that do not exist add nothing, as all of them is 0
     two = (tl.arange(0, 2) == 0)[None, :]
-    s, other, there = other_slots(after, i, 1, INDEX, width, B)
-    there = there & (after < tiles - 1)
-    a_next = load_rows(QH, (other,), sq, there, D, BD, True, WIDE)
-    b_next = load_rows(DOH, (slot + s if SPREAD else other,), sdo, there, DV, BDV, True, WIDE)
-    pair_next = tl.load(tl.where(two, LSE2 + s[:, None], DELTA + s[:, None]), mask=there[:, None], other=0.0)
-    s, other, there = other_slots(after + 1, i, 1, INDEX, width, B)
+    if not C[0]:  # if causal, these steps follow those just taken, and their rows are known
+        s_next, near, there_next = other_slots(0, i, 1, INDEX, width, B)
+        s, other, there = other_slots(1, i, 1, INDEX, width, B)
+    there_next = there_next & (after < tiles - 1)
+    a_next = load_rows(QH, (near,), sq, there_next, D, BD, True, WIDE)
+    b_next = load_rows(DOH, (slot + s_next if SPREAD else near,), sdo, there_next, DV, BDV, True, WIDE)
+    where = tl.where(two, LSE2 + s_next[:, None], DELTA + s_next[:, None])
+    pair_next = tl.load(where, mask=there_next[:, None], other=0.0)
     for t in tl.range(after, tiles - 1, num_stages=1):
         q_now, do_now = a_next, b_next
         lse_now, delta_now = tl.split(pair_next)
         there = there & (t + 1 < tiles - 1)
+        where = tl.where(two, LSE2 + s[:, None], DELTA + s[:, None])
         a_next = load_rows(QH, (other,), sq, there, D, BD, True, WIDE)
         b_next = load_rows(DOH, (slot + s if SPREAD else other,), sdo, there, DV, BDV, True, WIDE)
-        pair_next = tl.load(tl.where(two, LSE2 + s[:, None], DELTA + s[:, None]), mask=there[:, None], other=0.0)
+        pair_next = tl.load(where, mask=there[:, None], other=0.0)
         s, other, there = other_slots(t + 2, i, 1, INDEX, width, B)
         qk = tl.dot(k, q_now.T, input_precision=PRECISION)                                # [B, B], rows are keys
         dp = tl.dot(v, do_now.T, input_precision=PRECISION)
@@ -1258,7 +1258,8 @@ def _shared_forward(q, k, v, a, drawn, table, flags, scale):
         keys = q if k is None else k
         cluster_forward[(B * H * a.shape[2] * tiles,)](
             q, keys, v, out, lse, a, drawn, table, q.stride(), keys.stride(), v.stride(), folded, tiles,
-            _lists_together(a, keys, v), a.shape[2], H, a.shape[3], n, PARTIAL=some, BM=p.BM, BN=p.BN, R=DRAWS, WIDE=_wide(q, keys, v), num_warps=p.warps, **common)
+            _lists_together(a, keys, v), a.shape[2], H, a.shape[3], n, PARTIAL=some, BM=p.BM, BN=p.BN, R=DRAWS,
+            WIDE=_wide(q, keys, v), num_warps=p.warps, **common)
     return out, lse
 
 # %% ../nbs/4_long_context/routing.ipynb #c3b0f6d2

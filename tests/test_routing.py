@@ -242,7 +242,8 @@ def test_uncovered_and_doubled_tokens():
 
 def test_tokens_in_many_clusters():
     n, k = 40, 20
-    for often, separate in ((8, False), (20, False), (20, True)):  # more slots than are summed at once; than a row holds
+    # more slots than are summed at once; than a row of the table holds
+    for often, separate in ((8, False), (20, False), (20, True)):
         a, b = _clusters(1, 2, n, k, 5, separate=separate)
         a[:, :, :often, 0], b[:, :, :often, 0] = 0, 0
         a[:, :, :often, 1:], b[:, :, :often, 1:] = (x[:, :, :often, 1:].clamp_min(1) for x in (a.clone(), b.clone()))

@@ -240,6 +240,18 @@ def test_uncovered_and_doubled_tokens():
         assert rel_error(out[0, 0, 3], sum(single) / 3) < 1e-5  # token 3 sits in three clusters: the mean
 
 
+def test_tokens_in_many_clusters():
+    n, k = 40, 20
+    # more slots than are summed at once; than a row of the table holds
+    for often, separate in ((8, False), (20, False), (20, True)):
+        a, b = _clusters(1, 2, n, k, 5, separate=separate)
+        a[:, :, :often, 0], b[:, :, :often, 0] = 0, 0
+        a[:, :, :often, 1:], b[:, :, :often, 1:] = (x[:, :, :often, 1:].clamp_min(1) for x in (a.clone(), b.clone()))
+        op = lambda q, k, v: routed_attention(q, k, v, (a, b) if separate else a, causal=True, backend="triton")
+        check_against_reference(op, _oracle(a, b, causal=True), make_qkv(1, 2, n, 16), tol=2e-5)
+        check_deterministic(op, make_qkv(1, 2, n, 16), repeats=2)
+
+
 def test_last_resort():
     q, k, v = make_qkv(1, 1, 12, 16)
     m = sort_by_cluster(torch.tensor([[[0, 1, 1, 2, 1, 2, 1, 1, 1, 2, 1, 1]]], device=q.device), 3)

@@ -16,18 +16,19 @@ __all__ = ['CHANNEL_LAUNCH', 'FLOATS', 'WINDOW', 'WINDOW_LAUNCH', 'DEPTHWISE_LAU
            'window_k_span', 'window_q_span', 'window_launch', 'window_offsets', 'window_exists', 'window_place',
            'window_base', 'window_forward', 'window_backward', 'key_blocks', 'window_kernel', 'window_attention_op',
            'window_attention_backward_op', 'window_attention_packed_op', 'window_attention_packed_backward_op',
-           'log_padding', 'add_padding', 'window_attention', 'window_attention_packed', 'depthwise_place', 'shifted',
-           'depthwise_forward', 'depthwise_backward', 'depthwise_residual_op', 'depthwise_residual_backward_op',
-           'ConvPositionalEncoding', 'SpatialWindowAttention', 'ChannelGroupAttention', 'DropPath', 'Mlp', 'DualBlock',
-           'SpatialBlock', 'ChannelBlock', 'Stem', 'Downsample', 'Stage', 'Head', 'DaViT', 'davit',
-           'florence2_base_tower', 'florence2_large_tower', 'count_parameters', 'davit_macs', 'counted_gmacs',
-           'from_timm', 'digit_pairs', 'random_batches', 'pairs_experiment', 'row_entropy', 'resized',
-           'scale_experiment', 'fitted_slope', 'three_attentions', 'bench_channel', 'bench_channel_core',
-           'bench_window', 'bench_position', 'bench_linear', 'bench_training', 'claims']
+           'log_padding', 'add_padding', 'window_attention', 'window_attention_packed', 'depthwise_tile', 'map_row',
+           'depthwise_taps', 'add_taps', 'depthwise_forward', 'tap_sums', 'depthwise_backward', 'depthwise_residual_op',
+           'depthwise_residual_backward_op', 'ConvPositionalEncoding', 'SpatialWindowAttention',
+           'ChannelGroupAttention', 'DropPath', 'Mlp', 'DualBlock', 'SpatialBlock', 'ChannelBlock', 'Stem',
+           'Downsample', 'Stage', 'Head', 'DaViT', 'davit', 'florence2_base_tower', 'florence2_large_tower',
+           'count_parameters', 'davit_macs', 'counted_gmacs', 'from_timm', 'digit_pairs', 'random_batches',
+           'pairs_experiment', 'row_entropy', 'resized', 'scale_experiment', 'fitted_slope', 'three_attentions',
+           'bench_channel', 'bench_channel_core', 'bench_window', 'bench_position', 'bench_linear', 'bench_training',
+           'claims']
 
 # %% ../nbs/3_locality/davit.ipynb #58792f83
 import math
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -1239,87 +1240,142 @@ def window_attention_packed(qkv: Tensor, heads: int, window_size, *, scale: floa
 
 # %% ../nbs/3_locality/davit.ipynb #b1a5e021
 @triton.jit
-def depthwise_place(H, W, C, share, BC: tl.constexpr):
-    "Of the program: image, number of its part, channels [BC], first position and the one after the last."
-    blocks, parts = tl.cdiv(C, BC), tl.cdiv(H * W, share)
-    c, part = tl.program_id(0) % blocks * BC + tl.arange(0, BC), tl.program_id(0) // blocks
-    first = part % parts * share
-    return part // parts, part, c, first, tl.minimum(first + share, H * W)
+def depthwise_tile(i, y, H, W, T: tl.constexpr, R: tl.constexpr):
+    "Of tile i of all maps' tiles, row by row: image, first row, columns [T, 1], y being those of the first tile."
+    across, down = tl.cdiv(W, T), tl.cdiv(H, R)
+    return i // (across * down), i // across % down * R, i % across * T + y
 
 
 @triton.jit
-def shifted(X, n, c, dx, dy, H, W, C, stop):
-    "Row n + (dx, dy) of the map at X, [T, BC] in float32, 0 beyond the map."
-    x, y = n // W + dx, n % W + dy
-    ok = (n < stop) & (x >= 0) & (x < H) & (y >= 0) & (y < W)
-    at = X + (n + dx * W + dy)[:, None] * C + c[None, :]
-    return tl.load(at, mask=ok[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+def map_row(X, x, y, c, H, W, C, REACH: tl.constexpr):
+    "Row x of the map at X in columns y - REACH to y + REACH, a tuple of [T, BC]; 0 beyond the map."
+    row, at = (), y * C + c
+    for j in tl.static_range(2 * REACH + 1):
+        ok = (x >= 0) & (x < H) & (y + j >= REACH) & (y + j < W + REACH)
+        row = row + (tl.load(X + (x * W + j - REACH) * C + at, mask=ok & (c < C), other=0.0),)
+    return row
 
 
 @triton.jit
-def depthwise_forward(X, WEIGHT, BIAS, O, H, W, C, share, T: tl.constexpr, BC: tl.constexpr):
-    "O = X + depthwise 3 x 3 convolution of X + BIAS. Grid: batch * parts * cdiv(C, BC)."
-    b, part, c, first, stop = depthwise_place(H, W, C, share, BC)
-    X, O = X + b.to(tl.int64) * H * W * C, O + b.to(tl.int64) * H * W * C
-    bias = tl.load(BIAS + c, mask=c < C, other=0.0).to(tl.float32)
+def depthwise_taps(WEIGHT, c, C):
+    "The nine weights of channels c, as they act with the residual: a tuple of [1, BC]."
     taps = ()
     for i in tl.static_range(9):
-        taps = taps + (tl.load(WEIGHT + c * 9 + i, mask=c < C, other=0.0).to(tl.float32),)            # [BC]
-    for n0 in range(first, stop, T):
-        n = n0 + tl.arange(0, T)
-        acc = tl.zeros([T, BC], tl.float32) + bias[None, :]
-        for i in tl.static_range(9):
-            x = shifted(X, n, c, i // 3 - 1, i % 3 - 1, H, W, C, stop)                    # [T, BC]
-            acc += x * (taps[i][None, :] + (i == 4))
-        ok = (n < stop)[:, None] & (c < C)[None, :]
-        tl.store(O + n[:, None] * C + c[None, :], acc.to(O.dtype.element_ty), mask=ok)
+        taps = taps + (tl.load(WEIGHT + c * 9 + i, mask=c < C, other=0.0).to(tl.float32) + (i == 4),)
+    return taps
+
+
+@triton.jit
+def add_taps(acc, row, taps, K: tl.constexpr, STEP: tl.constexpr):
+    "acc plus a row's three neighbours times row K of the taps, read forwards or (STEP = -1) backwards."
+    for j in tl.static_range(3):
+        acc += row[j].to(tl.float32) * taps[3 * K + 1 + (j - 1) * STEP]
+    return acc
+
+
+@triton.jit
+def depthwise_forward(X, WEIGHT, BIAS, O, H, W, C, tiles, share, T: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr,
+                      BC: tl.constexpr):
+    "O = X + depthwise 3 x 3 convolution of X + BIAS. Grid: cdiv(tiles, share) * cdiv(C, BC)."
+    blocks = tl.cdiv(C, BC)
+    first, c = tl.program_id(0) // blocks * share, tl.program_id(0) % blocks * BC + tl.arange(0, BC)[None, :]
+    taps, column = depthwise_taps(WEIGHT, c, C), tl.arange(0, T)[:, None]
+    start = tl.load(BIAS + c, mask=c < C, other=0.0).to(tl.float32) + tl.zeros([T, BC], tl.float32)
+    for i in range(first, tl.minimum(first + share, tiles)):
+        b, x0, y = depthwise_tile(i, column, H, W, T, R)
+        image = b.to(tl.int64) * H * W * C
+        rows, above, here = (), start, start
+        for n in tl.static_range(R + 2 + AHEAD):
+            if n < R + 2:
+                rows = rows + (map_row(X + image, x0 + n - 1, y, c, H, W, C, 1),)
+            if n >= AHEAD:                                   # row n - AHEAD - 1 of the tile, -1 the one above it
+                row, below = rows[n - AHEAD], start
+                if n - AHEAD < R:
+                    below = add_taps(start, row, taps, 0, 1)
+                if n - AHEAD >= 1 and n - AHEAD <= R:
+                    here = add_taps(here, row, taps, 1, 1)
+                if n - AHEAD >= 2:
+                    above = add_taps(above, row, taps, 2, 1)
+                    x = x0 + n - AHEAD - 2
+                    tl.store(O + image + x * W * C + (y * C + c), above.to(O.dtype.element_ty),
+                             mask=(x < H) & (y < W) & (c < C))
+                above, here = here, below
+
 
 # %% ../nbs/3_locality/davit.ipynb #b1a5e022
 @triton.jit
-def depthwise_backward(X, WEIGHT, DY, DX, PARTS, H, W, C, share, T: tl.constexpr, BC: tl.constexpr):
-    "DX, and the part's sums for weight (C, 9) and bias (C) in its row of PARTS. Grid: batch * parts * cdiv(C, BC)."
-    b, part, c, first, stop = depthwise_place(H, W, C, share, BC)
-    at = b.to(tl.int64) * H * W * C
-    X, DY, DX = X + at, DY + at, DX + at
-    taps, sums = (), ()
+def tap_sums(sums, row, x, K: tl.constexpr):
+    "The nine sums, those of row K of the taps plus x times a row's three neighbours, backwards."
+    new = ()
     for i in tl.static_range(9):
-        taps = taps + (tl.load(WEIGHT + c * 9 + i, mask=c < C, other=0.0).to(tl.float32),)            # [BC]
-        sums = sums + (tl.zeros([T, BC], tl.float32),)
-    total = tl.zeros([T, BC], tl.float32)
-    for n0 in range(first, stop, T):
-        n = n0 + tl.arange(0, T)
-        x = shifted(X, n, c, 0, 0, H, W, C, stop)                                         # [T, BC]
-        acc, new = tl.zeros([T, BC], tl.float32), ()
-        for i in tl.static_range(9):
-            dy = shifted(DY, n, c, 1 - i // 3, 1 - i % 3, H, W, C, stop)                  # [T, BC]
-            acc += dy * (taps[i][None, :] + (i == 4))
-            new = new + (sums[i] + dy * x,)
-            if i == 4:
-                total += dy
-        sums = new
-        ok = (n < stop)[:, None] & (c < C)[None, :]
-        tl.store(DX + n[:, None] * C + c[None, :], acc.to(DX.dtype.element_ty), mask=ok)
+        if i // 3 == K:
+            new = new + (sums[i] + row[2 - i % 3].to(tl.float32) * x,)
+        else:
+            new = new + (sums[i],)
+    return new
+
+
+@triton.jit
+def depthwise_backward(X, WEIGHT, DY, DX, PARTS, H, W, C, tiles, share, T: tl.constexpr, R: tl.constexpr,
+                       AHEAD: tl.constexpr, BC: tl.constexpr):
+    "DX, and the program's sums for weight (C, 9) and bias (C) in a row of PARTS. Grid: as forward."
+    blocks, sums = tl.cdiv(C, BC), ()
+    part, c = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BC + tl.arange(0, BC)[None, :]
+    taps, column = depthwise_taps(WEIGHT, c, C), tl.arange(0, T)[:, None]
+    start = tl.zeros([T, BC], tl.float32)
+    for i in tl.static_range(9):
+        sums = sums + (start,)
+    total = start
+    for i in range(part * share, tl.minimum(part * share + share, tiles)):
+        b, x0, y = depthwise_tile(i, column, H, W, T, R)
+        image = b.to(tl.int64) * H * W * C
+        rows, xs, above, here = (), (), start, start
+        for n in tl.static_range(R + 2 + AHEAD):
+            if n < R + 2:
+                rows = rows + (map_row(DY + image, x0 + n - 1, y, c, H, W, C, 1),)
+            if n < R:
+                xs = xs + (map_row(X + image, x0 + n, y, c, H, W, C, 0)[0],)
+            if n >= AHEAD:                                   # row n - AHEAD - 1 of the tile, -1 the one above it
+                row, below = rows[n - AHEAD], start
+                if n - AHEAD < R:                            # each row of dY meets the rows of X below, at and above it
+                    below = add_taps(start, row, taps, 2, -1)
+                    sums = tap_sums(sums, row, xs[n - AHEAD].to(tl.float32), 2)
+                if n - AHEAD >= 1 and n - AHEAD <= R:
+                    here = add_taps(here, row, taps, 1, -1)
+                    sums = tap_sums(sums, row, xs[n - AHEAD - 1].to(tl.float32), 1)
+                    total += row[1].to(tl.float32)
+                if n - AHEAD >= 2:
+                    above = add_taps(above, row, taps, 0, -1)
+                    sums = tap_sums(sums, row, xs[n - AHEAD - 2].to(tl.float32), 0)
+                    x = x0 + n - AHEAD - 2
+                    tl.store(DX + image + x * W * C + (y * C + c), above.to(DX.dtype.element_ty),
+                             mask=(x < H) & (y < W) & (c < C))
+                above, here = here, below
     PARTS += part.to(tl.int64) * 10 * C
+    c = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
     for i in tl.static_range(9):
         tl.store(PARTS + c * 9 + i, tl.sum(sums[i], 0), mask=c < C)
     tl.store(PARTS + 9 * C + c, tl.sum(total, 0), mask=c < C)
 
+
 # %% ../nbs/3_locality/davit.ipynb #b1a5e023
-# positions per step, channels, warps, programs wanted, by kernel; with more positions the ten sums of backward spill
-DEPTHWISE_LAUNCH = dict(forward=dict(block=32, channels=32, warps=4, programs=2048),
-                        backward=dict(block=16, channels=32, warps=4, programs=2048))
+# per kernel: most columns of a tile, its columns x channels, its most rows, rows loaded before they are needed, warps,
+# and programs, which share the tiles of all images
+DEPTHWISE_LAUNCH = dict(forward=dict(columns=16, block=512, rows=8, ahead=2, warps=4, programs=1056),
+                        backward=dict(columns=16, block=512, rows=8, ahead=1, warps=4, programs=1056))
 
 
-def _depthwise_options(kind, x):
-    "Grid, parts of all images, and the kernels' sizes for x `(B, H, W, C)`."
-    B, H, W, C = x.shape
-    p = DEPTHWISE_LAUNCH[kind]
-    blocks = -(-C // p["channels"])
-    parts = max(1, min(-(-H * W // (8 * p["block"])), -(-p["programs"] // max(B * blocks, 1))))
-    share = -(-H * W // (parts * p["block"])) * p["block"]
-    parts = -(-H * W // share)
-    options = dict(T=p["block"], BC=p["channels"], num_warps=p["warps"])
-    return (B * parts * blocks,), B * parts, (H, W, C, share), options
+@lru_cache(maxsize=None)
+def _depthwise_options(shape, columns, block, rows, ahead, warps, programs):
+    "Grid, programs per block of channels, and the kernels' sizes and constants for maps of `shape` (B, H, W, C)."
+    B, H, W, C = shape
+    T = min(columns, 1 << (W - 1).bit_length())
+    BC = min(block // T, 1 << (C - 1).bit_length())
+    R = -(-H // -(-H // rows))
+    tiles, blocks = B * -(-H // R) * -(-W // T), -(-C // BC)
+    share = -(-tiles // max(1, min(tiles, programs // blocks)))
+    parts = -(-tiles // share)
+    return (parts * blocks,), parts, (H, W, C, tiles, share), dict(T=T, R=R, AHEAD=ahead, BC=BC, num_warps=warps)
 
 
 def _wide(*tensors):
@@ -1332,8 +1388,8 @@ def depthwise_residual_op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     "x + depthwise 3 x 3 convolution of x, contiguous `(B, H, W, C)`, in x's type; weight `(C, 1, 3, 3)`, bias `(C,)`."
     inner = _wide(x, weight.contiguous(), bias)
     out = torch.empty_like(inner[0])
-    grid, _, sizes, options = _depthwise_options("forward", x)
     if out.numel():
+        grid, _, sizes, options = _depthwise_options(x.shape, **DEPTHWISE_LAUNCH["forward"])
         depthwise_forward[grid](*inner, out, *sizes, **options)
     return out.to(x.dtype)
 
@@ -1346,12 +1402,12 @@ def _(x, weight, bias):
 @torch.library.custom_op("attnbook::depthwise_residual_backward", mutates_args=())
 def depthwise_residual_backward_op(dy: Tensor, x: Tensor, weight: Tensor,
                                    bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    grid, parts, sizes, options = _depthwise_options("backward", x)
     inner = _wide(x, weight.contiguous(), dy.contiguous())
     C, dx = x.shape[3], torch.empty_like(inner[0])
     dw, db = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in _wide(weight, bias))
     if x.numel() == 0:
         return dx.to(x.dtype), weight.new_zeros(weight.shape), bias.new_zeros(C)
+    grid, parts, sizes, options = _depthwise_options(x.shape, **DEPTHWISE_LAUNCH["backward"])
     sums = torch.empty(parts, 10 * C, device=x.device)
     depthwise_backward[grid](*inner, dx, sums, *sizes, **options)
     add_parts[(triton.cdiv(10 * C, 32),)](sums, dw, db, parts, 10 * C, 9 * C, T=32, BC=32, num_warps=4)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from attnbook.attention import attention_reference
 from attnbook.davit import (
     CHANNEL_LAUNCH,
+    DEPTHWISE_LAUNCH,
     PARAMETERS,
     PUBLISHED_GMACS,
     ChannelGroupAttention,
@@ -263,10 +264,14 @@ def test_nothing_large_is_kept():
         assert peak_memory(lambda: channel_group_attention_packed(qkv, 3), "cuda") < 0.5 * qkv.nbytes
 
 
-def test_position_encoding_as_one():
+@pytest.mark.parametrize("programs", (1056, 3))
+@pytest.mark.parametrize("shape, dtype", (
+    ((2, 5, 7, 48), torch.float32), ((1, 1, 3, 16), torch.float32), ((1, 9, 1, 32), torch.float16),
+    ((2, 4, 6, 32), torch.bfloat16), ((3, 9, 18, 32), torch.float32), ((1, 17, 2, 8), torch.float32)))
+def test_position_encoding_as_one(shape, dtype, programs):
     "The convolution as one operation equals its steps, gradients included, on maps of any size and in 16 bits."
-    for shape, dtype in (((2, 5, 7, 48), torch.float32), ((1, 1, 3, 16), torch.float32), ((1, 9, 1, 32), torch.float16),
-                         ((2, 4, 6, 32), torch.bfloat16)):
+    with pytest.MonkeyPatch.context() as patch:
+        for launch in DEPTHWISE_LAUNCH.values(): patch.setitem(launch, "programs", programs)
         torch.manual_seed(0)
         layer = ConvPositionalEncoding(shape[3], backend="triton").to(device_under_test(), dtype)
         x = torch.randn(shape).to(device_under_test(), dtype).requires_grad_()

@@ -1360,13 +1360,13 @@ def depthwise_backward(X, WEIGHT, DY, DX, PARTS, H, W, C, tiles, share, T: tl.co
 
 # %% ../nbs/3_locality/davit.ipynb #b1a5e023
 # per kernel: most columns of a tile, its columns x channels, its most rows, rows loaded before they are needed, warps,
-# and programs, which share the tiles of all images
-DEPTHWISE_LAUNCH = dict(forward=dict(columns=16, block=512, rows=8, ahead=2, warps=4, programs=1056),
-                        backward=dict(columns=16, block=512, rows=8, ahead=1, warps=4, programs=1056))
+# bound on registers per thread (or None), and programs, which share the tiles of all images
+DEPTHWISE_LAUNCH = dict(forward=dict(columns=16, block=512, rows=8, ahead=1, warps=4, registers=96, programs=660),
+                        backward=dict(columns=16, block=512, rows=8, ahead=0, warps=4, registers=128, programs=528))
 
 
 @lru_cache(maxsize=None)
-def _depthwise_options(shape, columns, block, rows, ahead, warps, programs):
+def _depthwise_options(shape, columns, block, rows, ahead, warps, registers, programs):
     "Grid, programs per block of channels, and the kernels' sizes and constants for maps of `shape` (B, H, W, C)."
     B, H, W, C = shape
     T = min(columns, 1 << (W - 1).bit_length())
@@ -1375,7 +1375,8 @@ def _depthwise_options(shape, columns, block, rows, ahead, warps, programs):
     tiles, blocks = B * -(-H // R) * -(-W // T), -(-C // BC)
     share = -(-tiles // max(1, min(tiles, programs // blocks)))
     parts = -(-tiles // share)
-    return (parts * blocks,), parts, (H, W, C, tiles, share), dict(T=T, R=R, AHEAD=ahead, BC=BC, num_warps=warps)
+    return (parts * blocks,), parts, (H, W, C, tiles, share), dict(T=T, R=R, AHEAD=ahead, BC=BC, num_warps=warps,
+                                                                  maxnreg=registers)
 
 
 def _wide(*tensors):
@@ -1606,8 +1607,8 @@ class Stem(nn.Module):
 
 
 class Downsample(nn.Module):
-    """`(B, H, W, in)` -> `(B, ceil(H/2), ceil(W/2), out)`: layer norm first, then a convolution, 2 x 2 or (overlapped)
-    3 x 3."""
+    """`(B, H, W, in)` -> `(B, ceil(H/2), ceil(W/2), out)`: layer norm first, then a convolution, 2 x 2 (computed as a
+    linear layer on patches) or (overlapped) 3 x 3."""
     def __init__(self, in_channels: int, channels: int, kernel_size: int = 2):
         super().__init__()
         if kernel_size not in (2, 3):
@@ -1617,9 +1618,12 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        if self.conv.kernel_size[0] == 2 and (x.shape[1] % 2 or x.shape[2] % 2):   # padding by nothing copies
+        if self.conv.kernel_size[0] == 3:
+            return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if x.shape[1] % 2 or x.shape[2] % 2:                                       # padding by nothing copies
             x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        patches = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)     # (B, h, w, 2 * 2 * in)
+        return F.linear(patches, self.conv.weight.permute(0, 2, 3, 1).flatten(1), self.conv.bias)
 
 # %% ../nbs/3_locality/davit.ipynb #1a336e18
 class Stage(nn.Module):

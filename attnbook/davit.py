@@ -44,6 +44,7 @@ from .data import image_tensor, library, mnist5k
 from attnbook.engine import (
     INTERPRETED,
     LOG2E,
+    BoundLaunch,
     Launch,
     TileProgram,
     arch_of,
@@ -373,11 +374,11 @@ def channel_launch(pairs: int, tokens: int, width: int, bits: int, device: torch
     return dict(T=block, share=share, SHARES=-(-tokens // share))
 
 
-def channel_pack(groups: int, group_dim: int, like) -> int:
+def channel_pack(groups: int, group_dim: int, strides, element_size: int) -> int:
     "How many neighbouring groups a program takes: up to `bytes` of a position that lie side by side in all tensors."
-    if any(t.stride(1) != group_dim * t.stride(3) for t in like):
+    if any(s[1] != group_dim * s[3] for s in strides):
         return 1
-    most = CHANNEL_LAUNCH["bytes"] // (group_dim * like[0].element_size())
+    most = CHANNEL_LAUNCH["bytes"] // (group_dim * element_size)
     return max([p for p in range(1, most + 1) if groups % p == 0], default=1)
 
 
@@ -385,22 +386,57 @@ def _tile_width(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
-def _channel_options(q, like):
-    B, G, N, D = q.shape
-    pack = channel_pack(G, D, like)
-    wide = any((N - 1) * abs(t.stride(2)) + (D - 1) * abs(t.stride(3)) >= 2**31 for t in like)
+def _channel_options(shape, strides, dtype, device):
+    "Grids of the sweeps and of `channel_reduce`, positions per share, and the sweeps' constants."
+    B, G, N, D = shape
+    pack = channel_pack(G, D, strides, dtype.itemsize)
+    wide = any((N - 1) * abs(s[2]) + (D - 1) * abs(s[3]) >= 2**31 for s in strides)
     exact = torch.get_float32_matmul_precision() == "highest"
-    precision = None if q.dtype != torch.float32 else "ieee" if exact else "tf32"
+    precision = None if dtype != torch.float32 else "ieee" if exact else "tf32"
     width = _tile_width(D * pack)
-    launch = channel_launch(B * G // pack, N, width, torch.finfo(q.dtype).bits, q.device)
+    launch = channel_launch(B * G // pack, N, width, torch.finfo(dtype).bits, device)
+    share = launch.pop("share")
     options = dict(D=D, W=D * pack, BD=width, WIDE=wide, PRECISION=precision,
                    num_warps=CHANNEL_LAUNCH["warps"] if width <= 64 else 8,
                    num_stages=CHANNEL_LAUNCH["stages"] if width <= 64 else 2, **launch)
-    if q.element_size() == 2 and options["num_warps"] == 4:
+    if dtype.itemsize == 2 and options["num_warps"] == 4:
         options["maxnreg"] = CHANNEL_LAUNCH["registers"]
-    return (B * G // pack * launch["SHARES"],), (B * G,), options
+    return (B * G // pack * launch["SHARES"],), (B * G,), share, options
 
 # %% ../nbs/3_locality/davit.ipynb #f507f3f1
+def _channel_key(scale, *tensors):
+    "All that the launches for these tensors depend on."
+    q = tensors[0]
+    return (scale, q.shape, tuple(t.stride() for t in tensors), q.dtype, q.device,
+            torch.get_float32_matmul_precision(), *CHANNEL_LAUNCH.values())
+
+
+@lru_cache(maxsize=1024)
+def _forward_launches(scale, shape, strides, dtype, device, *_):
+    "Shares, and the forward pass: one launch, or with several shares three."
+    (_, G, N, D), (sq, sk, sv, so) = shape, strides
+    grid, groups, share, opt = _channel_options(shape, strides, dtype, device)
+    shares = opt["SHARES"]
+    if shares == 1:
+        return shares, BoundLaunch(channel_forward, grid, sq, sk, sv, so, scale, N, share, G, **opt)
+    return (shares, BoundLaunch(channel_scores, grid, sq, sk, N, share, G, **opt),
+            BoundLaunch(channel_reduce, groups, scale, shares, GRAD=False, D=D, BD=_tile_width(D)),
+            BoundLaunch(channel_mix, grid, sv, so, N, share, G, **opt))
+
+
+@lru_cache(maxsize=1024)
+def _backward_launches(scale, shape, strides, dtype, device, *_):
+    "Shares, and the backward pass: both sweeps in one (or None), sweep 1, sum of the shares, sweep 2."
+    (_, G, N, D), (sq, sk, sv, sdo, sdq, sdk, sdv) = shape, strides
+    grid, groups, share, opt = _channel_options(shape, strides, dtype, device)
+    shares = opt["SHARES"]
+    together = BoundLaunch(channel_backward, grid, sdo, sq, sk, sv, sdq, sdk, sdv, scale, N, share, G, **opt)
+    return (shares, together if shares == 1 and CHANNEL_LAUNCH["together"] else None,
+            BoundLaunch(channel_backward_v, grid, sdo, sv, sdv, N, share, G, **opt),
+            BoundLaunch(channel_reduce, groups, scale, shares, GRAD=True, D=D, BD=_tile_width(D)),
+            BoundLaunch(channel_backward_qk, grid, sq, sk, sdq, sdk, scale, N, share, G, **opt))
+
+
 def _as_bits(x):
     "Triton's interpreter keeps bfloat16 as raw bits and would multiply those: there the kernels get float32 copies."
     return INTERPRETED and x.dtype == torch.bfloat16
@@ -417,16 +453,14 @@ def _channel_forward(q, k, v, out, scale):
     weights = torch.empty(B, G, D, D, device=q.device, dtype=torch.float32)
     if weights.numel() == 0:
         return weights
-    grid, groups, opt = _channel_options(q, (q, k, v, out))
-    share, shares = opt.pop("share"), opt["SHARES"]
-    sq, sk, sv, so = (t.stride() for t in (q, k, v, out))
+    shares, first, *rest = _forward_launches(*_channel_key(scale, q, k, v, out))
     if shares == 1:
-        channel_forward[grid](q, k, v, weights, out, sq, sk, sv, so, scale, N, share, G, **opt)
+        first(q, k, v, weights, out)
         return weights
     sums = weights.new_empty(B * G, shares, D, D)
-    channel_scores[grid](q, k, sums, sq, sk, N, share, G, **opt)
-    channel_reduce[groups](sums, None, None, weights, scale, shares, GRAD=False, D=D, BD=_tile_width(D))
-    channel_mix[grid](v, weights, out, sv, so, N, share, G, **opt)
+    first(q, k, sums)
+    rest[0](sums, None, None, weights)
+    rest[1](v, weights, out)
     return weights
 
 # %% ../nbs/3_locality/davit.ipynb #bd769e4b
@@ -441,21 +475,18 @@ def _channel_backward(do, dweights, q, k, v, weights, dq, dk, dv, scale, column_
     B, G, N, D = q.shape
     if weights.numel() == 0:
         return weights.new_zeros(1, 4 * G * D) if column_sums else None
-    grid, groups, opt = _channel_options(q, (q, k, v, do, dq, dk, dv))
-    share, shares = opt.pop("share"), opt["SHARES"]
-    sdo, sq, sk, sv, sdq, sdk, sdv = (t.stride() for t in (do, q, k, v, dq, dk, dv))
+    shares, together, sweep_v, reduce, sweep_qk = _backward_launches(*_channel_key(scale, q, k, v, do, dq, dk, dv))
     dweights = None if dweights is None else dweights.contiguous()
     sums = weights.new_empty(B * shares, 4 * G * D) if column_sums else None
-    if shares == 1 and CHANNEL_LAUNCH["together"]:
-        channel_backward[grid](do, q, k, v, weights, dweights, dq, dk, dv, sums, sdo, sq, sk, sv, sdq, sdk, sdv, scale,
-                               N, share, G, **opt)
+    if together:
+        together(do, q, k, v, weights, dweights, dq, dk, dv, sums)
     else:
         ds = torch.empty_like(weights)
         parts = ds if shares == 1 else ds.new_empty(B * G, shares, D, D)
-        channel_backward_v[grid](do, v, weights, dweights, dv, parts, sums, sdo, sv, sdv, N, share, G, **opt)
+        sweep_v(do, v, weights, dweights, dv, parts, sums)
         if shares > 1:
-            channel_reduce[groups](parts, weights, dweights, ds, scale, shares, GRAD=True, D=D, BD=_tile_width(D))
-        channel_backward_qk[grid](q, k, ds, dq, dk, sums, sq, sk, sdq, sdk, scale, N, share, G, **opt)
+            reduce(parts, weights, dweights, ds)
+        sweep_qk(q, k, ds, dq, dk, sums)
     return sums
 
 # %% ../nbs/3_locality/davit.ipynb #3fb90aab
@@ -615,6 +646,18 @@ def _rows_product(a, b):
     return torch.bmm(a.transpose(1, 2), b).sum(0)
 
 
+@lru_cache(maxsize=1024)
+def _rows_launch(parts, n, C, sx, so):
+    block = 64 if C % 64 == 0 else 32
+    return BoundLaunch(partial_sums, (parts * -(-C // block),), sx, so, n, -(-n // parts), C, T=64, BC=block, num_warps=4)
+
+
+@lru_cache(maxsize=1024)
+def _parts_launch(parts, columns, split):
+    rows = min(128, _tile_width(parts))
+    return BoundLaunch(add_parts, (-(-columns // 16),), parts, columns, split, T=rows, BC=16, num_warps=4)
+
+
 def _bias_grads(sums, rows):
     "Gradients of both biases from the sweeps' partial sums `(parts, 4 * C)` and the gradient's rows `(n, C)`."
     if _as_bits(rows):
@@ -623,10 +666,8 @@ def _bias_grads(sums, rows):
     parts, grads = len(sums), (rows.new_empty(3 * C), rows.new_empty(C))
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     last = sums[:, 3 * C:]
-    block = 64 if C % 64 == 0 else 32
-    partial_sums[(parts * triton.cdiv(C, block),)](rows, last, rows.stride(0), last.stride(0), n, triton.cdiv(n, parts),
-                                                   C, T=64, BC=block, num_warps=4)
-    add_parts[(triton.cdiv(4 * C, 32),)](sums, *grads, parts, 4 * C, 3 * C, T=32, BC=32, num_warps=4)
+    _rows_launch(parts, n, C, rows.stride(0), last.stride(0))(rows, last)
+    _parts_launch(parts, 4 * C, 3 * C)(sums, *grads)
     return grads
 
 # %% ../nbs/3_locality/davit.ipynb #87633a8f
@@ -962,9 +1003,10 @@ def window_kernel(kind: str, dtype: torch.dtype, head_dim: int, tokens: int, sca
     return torch.finfo(dtype).bits == 16 and head_dim <= 64 and scale > 0 and tokens <= most
 
 # %% ../nbs/3_locality/davit.ipynb #b1a5e015
-def _window_options(kind, x, window, scale):
-    "Grid, strides' rest and constants of a kernel on maps x `(B, H, X, Y, D)`."
-    B, H, X, Y, D = x.shape
+@lru_cache(maxsize=1024)
+def _window_launch(kind, shape, dtype, window, strides, scales, *settings):
+    "The launch of a kernel on maps of `shape` (B, H, X, Y, D); `settings`: the values of its entry in WINDOW_LAUNCH."
+    B, H, X, Y, D = shape
     tokens, p = window[0] * window[1], WINDOW_LAUNCH[kind]
     rows = 16 if INTERPRETED and kind == "forward" else min(64, _tile_width(tokens))
     tiles = -(-tokens // rows) if kind == "forward" else 1
@@ -972,11 +1014,12 @@ def _window_options(kind, x, window, scale):
     per = min(p["per"], across)
     grid = (B * H * -(-X // window[0]) * -(-across // per) * tiles,)
     options = dict(C=tuple(window), R=rows, D=D, BD=_tile_width(D), RAGGED=X % window[0] + Y % window[1] > 0,
-                   PRECISION=None if x.element_size() == 2 else "ieee", STAGES=p["stages"], num_warps=p["warps"],
+                   PRECISION=None if dtype.itemsize == 2 else "ieee", STAGES=p["stages"], num_warps=p["warps"],
                    maxnreg=p["registers"])
     if kind == "forward":
         options |= dict(BLOCKS=key_blocks(tokens), TILES=tiles)
-    return grid, (X, Y, H, per), options
+    kernel = window_forward if kind == "forward" else window_backward
+    return BoundLaunch(kernel, grid, *strides, *scales, X, Y, H, per, **options)
 
 
 def _alike(*tensors):
@@ -1005,10 +1048,10 @@ def _window_forward(q, k, v, window, scale, keep):
 def _window_run_forward(q, k, v, window, scale, keep):
     q, k, v = _alike(q, k, v)
     out, lse = _like_maps(q), q.new_empty(q.shape[:-1] if keep else 0, dtype=torch.float32)
-    grid, sizes, options = _window_options("forward", q, window, scale)
     if out.numel():
-        window_forward[grid](q, k, v, out, lse if keep else None, q.stride(), out.stride(), scale * LOG2E, *sizes,
-                             **options)
+        run = _window_launch("forward", q.shape, q.dtype, window, (q.stride(), out.stride()), (scale * LOG2E,),
+                             *WINDOW_LAUNCH["forward"].values())
+        run(q, k, v, out, lse if keep else None)
     return out, lse
 
 # %% ../nbs/3_locality/davit.ipynb #b1a5e016
@@ -1031,9 +1074,9 @@ def _window_run_backward(one, do, dlse, q, k, v, out, lse, grads, window, scale)
     elif q.numel():
         q, k, v = _alike(q, k, v)
         dlse = None if dlse is None else dlse.contiguous()
-        grid, sizes, options = _window_options("backward", q, window, scale)
-        window_backward[grid](q, k, v, do, dlse, *grads, q.stride(), do.stride(), grads[0].stride(), scale * LOG2E,
-                              scale, *sizes, **options)
+        run = _window_launch("backward", q.shape, q.dtype, window, (q.stride(), do.stride(), grads[0].stride()),
+                             (scale * LOG2E, scale), *WINDOW_LAUNCH["backward"].values())
+        run(q, k, v, do, dlse, *grads)
 
 # %% ../nbs/3_locality/davit.ipynb #b1a5e018
 @torch.library.custom_op("attnbook::window_attention", mutates_args=())
@@ -1082,10 +1125,18 @@ def _heads_of(packed, heads, parts):
     return packed.unflatten(-1, (parts, heads, -1)).permute(3, 0, 4, 1, 2, 5).unbind(0)
 
 
+def _maps_of(packed, heads, parts):
+    "As `_heads_of`, by one call per view and blind to autograd: inside an operation only."
+    (B, X, Y, width), (sb, sx, sy, sc) = packed.shape, packed.stride()
+    D = width // (parts * heads)
+    return [packed.as_strided((B, heads, X, Y, D), (sb, D * sc, sx, sy, sc),
+                              packed.storage_offset() + i * heads * D * sc) for i in range(parts)]
+
+
 @torch.library.custom_op("attnbook::window_attention_packed", mutates_args=())
 def window_attention_packed_op(qkv: Tensor, heads: int, wx: int, wy: int, scale: float,
                                keep: bool) -> tuple[Tensor, Tensor]:
-    out, lse = _window_forward(*_heads_of(qkv, heads, 3), (wx, wy), scale, keep)
+    out, lse = _window_forward(*_maps_of(qkv, heads, 3), (wx, wy), scale, keep)
     return out.movedim(1, -2).reshape(*qkv.shape[:3], -1), lse
 
 
@@ -1099,8 +1150,8 @@ def _(qkv, heads, wx, wy, scale, keep):
 def window_attention_packed_backward_op(do: Tensor, dlse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor,
                                         heads: int, wx: int, wy: int, scale: float) -> Tensor:
     dqkv = qkv.new_empty(qkv.shape)
-    (do,), (out,) = _heads_of(do, heads, 1), _heads_of(out, heads, 1)
-    _window_backward(do, dlse, *_heads_of(qkv, heads, 3), out, lse, _heads_of(dqkv, heads, 3), (wx, wy), scale)
+    (do,), (out,) = _maps_of(do, heads, 1), _maps_of(out, heads, 1)
+    _window_backward(do, dlse, *_maps_of(qkv, heads, 3), out, lse, _maps_of(dqkv, heads, 3), (wx, wy), scale)
     return dqkv
 
 
@@ -1365,9 +1416,9 @@ DEPTHWISE_LAUNCH = dict(forward=dict(columns=16, block=512, rows=8, ahead=1, war
                         backward=dict(columns=16, block=512, rows=8, ahead=0, warps=4, registers=128, programs=528))
 
 
-@lru_cache(maxsize=None)
-def _depthwise_options(shape, columns, block, rows, ahead, warps, registers, programs):
-    "Grid, programs per block of channels, and the kernels' sizes and constants for maps of `shape` (B, H, W, C)."
+@lru_cache(maxsize=1024)
+def _depthwise_launch(kind, shape, columns, block, rows, ahead, warps, registers, programs):
+    "The launch of a kernel for maps of `shape` (B, H, W, C), and its programs per block of channels."
     B, H, W, C = shape
     T = min(columns, 1 << (W - 1).bit_length())
     BC = min(block // T, 1 << (C - 1).bit_length())
@@ -1375,8 +1426,9 @@ def _depthwise_options(shape, columns, block, rows, ahead, warps, registers, pro
     tiles, blocks = B * -(-H // R) * -(-W // T), -(-C // BC)
     share = -(-tiles // max(1, min(tiles, programs // blocks)))
     parts = -(-tiles // share)
-    return (parts * blocks,), parts, (H, W, C, tiles, share), dict(T=T, R=R, AHEAD=ahead, BC=BC, num_warps=warps,
-                                                                  maxnreg=registers)
+    kernel = depthwise_forward if kind == "forward" else depthwise_backward
+    return BoundLaunch(kernel, (parts * blocks,), H, W, C, tiles, share, T=T, R=R, AHEAD=ahead, BC=BC, num_warps=warps,
+                       maxnreg=registers), parts
 
 
 def _wide(*tensors):
@@ -1390,8 +1442,8 @@ def depthwise_residual_op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     inner = _wide(x, weight.contiguous(), bias)
     out = torch.empty_like(inner[0])
     if out.numel():
-        grid, _, sizes, options = _depthwise_options(x.shape, **DEPTHWISE_LAUNCH["forward"])
-        depthwise_forward[grid](*inner, out, *sizes, **options)
+        run, _ = _depthwise_launch("forward", x.shape, **DEPTHWISE_LAUNCH["forward"])
+        run(*inner, out)
     return out.to(x.dtype)
 
 
@@ -1408,10 +1460,10 @@ def depthwise_residual_backward_op(dy: Tensor, x: Tensor, weight: Tensor,
     dw, db = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in _wide(weight, bias))
     if x.numel() == 0:
         return dx.to(x.dtype), weight.new_zeros(weight.shape), bias.new_zeros(C)
-    grid, parts, sizes, options = _depthwise_options(x.shape, **DEPTHWISE_LAUNCH["backward"])
+    run, parts = _depthwise_launch("backward", x.shape, **DEPTHWISE_LAUNCH["backward"])
     sums = torch.empty(parts, 10 * C, device=x.device)
-    depthwise_backward[grid](*inner, dx, sums, *sizes, **options)
-    add_parts[(triton.cdiv(10 * C, 32),)](sums, dw, db, parts, 10 * C, 9 * C, T=32, BC=32, num_warps=4)
+    run(*inner, dx, sums)
+    _parts_launch(parts, 10 * C, 9 * C)(sums, dw, db)
     return dx.to(x.dtype), dw.to(weight.dtype), db.to(bias.dtype)
 
 

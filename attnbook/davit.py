@@ -16,18 +16,19 @@ __all__ = ['CHANNEL_LAUNCH', 'FLOATS', 'WINDOW', 'WINDOW_LAUNCH', 'DEPTHWISE_LAU
            'window_k_span', 'window_q_span', 'window_launch', 'window_offsets', 'window_exists', 'window_place',
            'window_base', 'window_forward', 'window_backward', 'key_blocks', 'window_kernel', 'window_attention_op',
            'window_attention_backward_op', 'window_attention_packed_op', 'window_attention_packed_backward_op',
-           'log_padding', 'add_padding', 'window_attention', 'window_attention_packed', 'depthwise_place', 'shifted',
-           'depthwise_forward', 'depthwise_backward', 'depthwise_residual_op', 'depthwise_residual_backward_op',
-           'ConvPositionalEncoding', 'SpatialWindowAttention', 'ChannelGroupAttention', 'DropPath', 'Mlp', 'DualBlock',
-           'SpatialBlock', 'ChannelBlock', 'Stem', 'Downsample', 'Stage', 'Head', 'DaViT', 'davit',
-           'florence2_base_tower', 'florence2_large_tower', 'count_parameters', 'davit_macs', 'counted_gmacs',
-           'from_timm', 'digit_pairs', 'random_batches', 'pairs_experiment', 'row_entropy', 'resized',
-           'scale_experiment', 'fitted_slope', 'three_attentions', 'bench_channel', 'bench_channel_core',
-           'bench_window', 'bench_position', 'bench_linear', 'bench_training', 'claims']
+           'log_padding', 'add_padding', 'window_attention', 'window_attention_packed', 'depthwise_tile', 'map_row',
+           'depthwise_taps', 'add_taps', 'depthwise_forward', 'tap_sums', 'depthwise_backward', 'depthwise_residual_op',
+           'depthwise_residual_backward_op', 'ConvPositionalEncoding', 'SpatialWindowAttention',
+           'ChannelGroupAttention', 'DropPath', 'Mlp', 'DualBlock', 'SpatialBlock', 'ChannelBlock', 'Stem',
+           'Downsample', 'Stage', 'Head', 'DaViT', 'davit', 'florence2_base_tower', 'florence2_large_tower',
+           'count_parameters', 'davit_macs', 'counted_gmacs', 'from_timm', 'digit_pairs', 'random_batches',
+           'pairs_experiment', 'row_entropy', 'resized', 'scale_experiment', 'fitted_slope', 'three_attentions',
+           'bench_channel', 'bench_channel_core', 'bench_window', 'bench_position', 'bench_linear', 'bench_training',
+           'claims']
 
 # %% ../nbs/3_locality/davit.ipynb #58792f83
 import math
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ from .data import image_tensor, library, mnist5k
 from attnbook.engine import (
     INTERPRETED,
     LOG2E,
+    BoundLaunch,
     Launch,
     TileProgram,
     arch_of,
@@ -372,11 +374,11 @@ def channel_launch(pairs: int, tokens: int, width: int, bits: int, device: torch
     return dict(T=block, share=share, SHARES=-(-tokens // share))
 
 
-def channel_pack(groups: int, group_dim: int, like) -> int:
+def channel_pack(groups: int, group_dim: int, strides, element_size: int) -> int:
     "How many neighbouring groups a program takes: up to `bytes` of a position that lie side by side in all tensors."
-    if any(t.stride(1) != group_dim * t.stride(3) for t in like):
+    if any(s[1] != group_dim * s[3] for s in strides):
         return 1
-    most = CHANNEL_LAUNCH["bytes"] // (group_dim * like[0].element_size())
+    most = CHANNEL_LAUNCH["bytes"] // (group_dim * element_size)
     return max([p for p in range(1, most + 1) if groups % p == 0], default=1)
 
 
@@ -384,22 +386,57 @@ def _tile_width(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
-def _channel_options(q, like):
-    B, G, N, D = q.shape
-    pack = channel_pack(G, D, like)
-    wide = any((N - 1) * abs(t.stride(2)) + (D - 1) * abs(t.stride(3)) >= 2**31 for t in like)
+def _channel_options(shape, strides, dtype, device):
+    "Grids of the sweeps and of `channel_reduce`, positions per share, and the sweeps' constants."
+    B, G, N, D = shape
+    pack = channel_pack(G, D, strides, dtype.itemsize)
+    wide = any((N - 1) * abs(s[2]) + (D - 1) * abs(s[3]) >= 2**31 for s in strides)
     exact = torch.get_float32_matmul_precision() == "highest"
-    precision = None if q.dtype != torch.float32 else "ieee" if exact else "tf32"
+    precision = None if dtype != torch.float32 else "ieee" if exact else "tf32"
     width = _tile_width(D * pack)
-    launch = channel_launch(B * G // pack, N, width, torch.finfo(q.dtype).bits, q.device)
+    launch = channel_launch(B * G // pack, N, width, torch.finfo(dtype).bits, device)
+    share = launch.pop("share")
     options = dict(D=D, W=D * pack, BD=width, WIDE=wide, PRECISION=precision,
                    num_warps=CHANNEL_LAUNCH["warps"] if width <= 64 else 8,
                    num_stages=CHANNEL_LAUNCH["stages"] if width <= 64 else 2, **launch)
-    if q.element_size() == 2 and options["num_warps"] == 4:
+    if dtype.itemsize == 2 and options["num_warps"] == 4:
         options["maxnreg"] = CHANNEL_LAUNCH["registers"]
-    return (B * G // pack * launch["SHARES"],), (B * G,), options
+    return (B * G // pack * launch["SHARES"],), (B * G,), share, options
 
 # %% ../nbs/3_locality/davit.ipynb #f507f3f1
+def _channel_key(scale, *tensors):
+    "All that the launches for these tensors depend on."
+    q = tensors[0]
+    return (scale, q.shape, tuple(t.stride() for t in tensors), q.dtype, q.device,
+            torch.get_float32_matmul_precision(), *CHANNEL_LAUNCH.values())
+
+
+@lru_cache(maxsize=1024)
+def _forward_launches(scale, shape, strides, dtype, device, *_):
+    "Shares, and the forward pass: one launch, or with several shares three."
+    (_, G, N, D), (sq, sk, sv, so) = shape, strides
+    grid, groups, share, opt = _channel_options(shape, strides, dtype, device)
+    shares = opt["SHARES"]
+    if shares == 1:
+        return shares, BoundLaunch(channel_forward, grid, sq, sk, sv, so, scale, N, share, G, **opt)
+    return (shares, BoundLaunch(channel_scores, grid, sq, sk, N, share, G, **opt),
+            BoundLaunch(channel_reduce, groups, scale, shares, GRAD=False, D=D, BD=_tile_width(D)),
+            BoundLaunch(channel_mix, grid, sv, so, N, share, G, **opt))
+
+
+@lru_cache(maxsize=1024)
+def _backward_launches(scale, shape, strides, dtype, device, *_):
+    "Shares, and the backward pass: both sweeps in one (or None), sweep 1, sum of the shares, sweep 2."
+    (_, G, N, D), (sq, sk, sv, sdo, sdq, sdk, sdv) = shape, strides
+    grid, groups, share, opt = _channel_options(shape, strides, dtype, device)
+    shares = opt["SHARES"]
+    together = BoundLaunch(channel_backward, grid, sdo, sq, sk, sv, sdq, sdk, sdv, scale, N, share, G, **opt)
+    return (shares, together if shares == 1 and CHANNEL_LAUNCH["together"] else None,
+            BoundLaunch(channel_backward_v, grid, sdo, sv, sdv, N, share, G, **opt),
+            BoundLaunch(channel_reduce, groups, scale, shares, GRAD=True, D=D, BD=_tile_width(D)),
+            BoundLaunch(channel_backward_qk, grid, sq, sk, sdq, sdk, scale, N, share, G, **opt))
+
+
 def _as_bits(x):
     "Triton's interpreter keeps bfloat16 as raw bits and would multiply those: there the kernels get float32 copies."
     return INTERPRETED and x.dtype == torch.bfloat16
@@ -416,16 +453,14 @@ def _channel_forward(q, k, v, out, scale):
     weights = torch.empty(B, G, D, D, device=q.device, dtype=torch.float32)
     if weights.numel() == 0:
         return weights
-    grid, groups, opt = _channel_options(q, (q, k, v, out))
-    share, shares = opt.pop("share"), opt["SHARES"]
-    sq, sk, sv, so = (t.stride() for t in (q, k, v, out))
+    shares, first, *rest = _forward_launches(*_channel_key(scale, q, k, v, out))
     if shares == 1:
-        channel_forward[grid](q, k, v, weights, out, sq, sk, sv, so, scale, N, share, G, **opt)
+        first(q, k, v, weights, out)
         return weights
     sums = weights.new_empty(B * G, shares, D, D)
-    channel_scores[grid](q, k, sums, sq, sk, N, share, G, **opt)
-    channel_reduce[groups](sums, None, None, weights, scale, shares, GRAD=False, D=D, BD=_tile_width(D))
-    channel_mix[grid](v, weights, out, sv, so, N, share, G, **opt)
+    first(q, k, sums)
+    rest[0](sums, None, None, weights)
+    rest[1](v, weights, out)
     return weights
 
 # %% ../nbs/3_locality/davit.ipynb #bd769e4b
@@ -440,21 +475,18 @@ def _channel_backward(do, dweights, q, k, v, weights, dq, dk, dv, scale, column_
     B, G, N, D = q.shape
     if weights.numel() == 0:
         return weights.new_zeros(1, 4 * G * D) if column_sums else None
-    grid, groups, opt = _channel_options(q, (q, k, v, do, dq, dk, dv))
-    share, shares = opt.pop("share"), opt["SHARES"]
-    sdo, sq, sk, sv, sdq, sdk, sdv = (t.stride() for t in (do, q, k, v, dq, dk, dv))
+    shares, together, sweep_v, reduce, sweep_qk = _backward_launches(*_channel_key(scale, q, k, v, do, dq, dk, dv))
     dweights = None if dweights is None else dweights.contiguous()
     sums = weights.new_empty(B * shares, 4 * G * D) if column_sums else None
-    if shares == 1 and CHANNEL_LAUNCH["together"]:
-        channel_backward[grid](do, q, k, v, weights, dweights, dq, dk, dv, sums, sdo, sq, sk, sv, sdq, sdk, sdv, scale,
-                               N, share, G, **opt)
+    if together:
+        together(do, q, k, v, weights, dweights, dq, dk, dv, sums)
     else:
         ds = torch.empty_like(weights)
         parts = ds if shares == 1 else ds.new_empty(B * G, shares, D, D)
-        channel_backward_v[grid](do, v, weights, dweights, dv, parts, sums, sdo, sv, sdv, N, share, G, **opt)
+        sweep_v(do, v, weights, dweights, dv, parts, sums)
         if shares > 1:
-            channel_reduce[groups](parts, weights, dweights, ds, scale, shares, GRAD=True, D=D, BD=_tile_width(D))
-        channel_backward_qk[grid](q, k, ds, dq, dk, sums, sq, sk, sdq, sdk, scale, N, share, G, **opt)
+            reduce(parts, weights, dweights, ds)
+        sweep_qk(q, k, ds, dq, dk, sums)
     return sums
 
 # %% ../nbs/3_locality/davit.ipynb #3fb90aab
@@ -614,6 +646,18 @@ def _rows_product(a, b):
     return torch.bmm(a.transpose(1, 2), b).sum(0)
 
 
+@lru_cache(maxsize=1024)
+def _rows_launch(parts, n, C, sx, so):
+    block = 64 if C % 64 == 0 else 32
+    return BoundLaunch(partial_sums, (parts * -(-C // block),), sx, so, n, -(-n // parts), C, T=64, BC=block, num_warps=4)
+
+
+@lru_cache(maxsize=1024)
+def _parts_launch(parts, columns, split):
+    rows = min(128, _tile_width(parts))
+    return BoundLaunch(add_parts, (-(-columns // 16),), parts, columns, split, T=rows, BC=16, num_warps=4)
+
+
 def _bias_grads(sums, rows):
     "Gradients of both biases from the sweeps' partial sums `(parts, 4 * C)` and the gradient's rows `(n, C)`."
     if _as_bits(rows):
@@ -622,10 +666,8 @@ def _bias_grads(sums, rows):
     parts, grads = len(sums), (rows.new_empty(3 * C), rows.new_empty(C))
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     last = sums[:, 3 * C:]
-    block = 64 if C % 64 == 0 else 32
-    partial_sums[(parts * triton.cdiv(C, block),)](rows, last, rows.stride(0), last.stride(0), n, triton.cdiv(n, parts),
-                                                   C, T=64, BC=block, num_warps=4)
-    add_parts[(triton.cdiv(4 * C, 32),)](sums, *grads, parts, 4 * C, 3 * C, T=32, BC=32, num_warps=4)
+    _rows_launch(parts, n, C, rows.stride(0), last.stride(0))(rows, last)
+    _parts_launch(parts, 4 * C, 3 * C)(sums, *grads)
     return grads
 
 # %% ../nbs/3_locality/davit.ipynb #87633a8f
@@ -961,9 +1003,10 @@ def window_kernel(kind: str, dtype: torch.dtype, head_dim: int, tokens: int, sca
     return torch.finfo(dtype).bits == 16 and head_dim <= 64 and scale > 0 and tokens <= most
 
 # %% ../nbs/3_locality/davit.ipynb #b1a5e015
-def _window_options(kind, x, window, scale):
-    "Grid, strides' rest and constants of a kernel on maps x `(B, H, X, Y, D)`."
-    B, H, X, Y, D = x.shape
+@lru_cache(maxsize=1024)
+def _window_launch(kind, shape, dtype, window, strides, scales, *settings):
+    "The launch of a kernel on maps of `shape` (B, H, X, Y, D); `settings`: the values of its entry in WINDOW_LAUNCH."
+    B, H, X, Y, D = shape
     tokens, p = window[0] * window[1], WINDOW_LAUNCH[kind]
     rows = 16 if INTERPRETED and kind == "forward" else min(64, _tile_width(tokens))
     tiles = -(-tokens // rows) if kind == "forward" else 1
@@ -971,11 +1014,12 @@ def _window_options(kind, x, window, scale):
     per = min(p["per"], across)
     grid = (B * H * -(-X // window[0]) * -(-across // per) * tiles,)
     options = dict(C=tuple(window), R=rows, D=D, BD=_tile_width(D), RAGGED=X % window[0] + Y % window[1] > 0,
-                   PRECISION=None if x.element_size() == 2 else "ieee", STAGES=p["stages"], num_warps=p["warps"],
+                   PRECISION=None if dtype.itemsize == 2 else "ieee", STAGES=p["stages"], num_warps=p["warps"],
                    maxnreg=p["registers"])
     if kind == "forward":
         options |= dict(BLOCKS=key_blocks(tokens), TILES=tiles)
-    return grid, (X, Y, H, per), options
+    kernel = window_forward if kind == "forward" else window_backward
+    return BoundLaunch(kernel, grid, *strides, *scales, X, Y, H, per, **options)
 
 
 def _alike(*tensors):
@@ -1004,10 +1048,10 @@ def _window_forward(q, k, v, window, scale, keep):
 def _window_run_forward(q, k, v, window, scale, keep):
     q, k, v = _alike(q, k, v)
     out, lse = _like_maps(q), q.new_empty(q.shape[:-1] if keep else 0, dtype=torch.float32)
-    grid, sizes, options = _window_options("forward", q, window, scale)
     if out.numel():
-        window_forward[grid](q, k, v, out, lse if keep else None, q.stride(), out.stride(), scale * LOG2E, *sizes,
-                             **options)
+        run = _window_launch("forward", q.shape, q.dtype, window, (q.stride(), out.stride()), (scale * LOG2E,),
+                             *WINDOW_LAUNCH["forward"].values())
+        run(q, k, v, out, lse if keep else None)
     return out, lse
 
 # %% ../nbs/3_locality/davit.ipynb #b1a5e016
@@ -1030,9 +1074,9 @@ def _window_run_backward(one, do, dlse, q, k, v, out, lse, grads, window, scale)
     elif q.numel():
         q, k, v = _alike(q, k, v)
         dlse = None if dlse is None else dlse.contiguous()
-        grid, sizes, options = _window_options("backward", q, window, scale)
-        window_backward[grid](q, k, v, do, dlse, *grads, q.stride(), do.stride(), grads[0].stride(), scale * LOG2E,
-                              scale, *sizes, **options)
+        run = _window_launch("backward", q.shape, q.dtype, window, (q.stride(), do.stride(), grads[0].stride()),
+                             (scale * LOG2E, scale), *WINDOW_LAUNCH["backward"].values())
+        run(q, k, v, do, dlse, *grads)
 
 # %% ../nbs/3_locality/davit.ipynb #b1a5e018
 @torch.library.custom_op("attnbook::window_attention", mutates_args=())
@@ -1081,10 +1125,18 @@ def _heads_of(packed, heads, parts):
     return packed.unflatten(-1, (parts, heads, -1)).permute(3, 0, 4, 1, 2, 5).unbind(0)
 
 
+def _maps_of(packed, heads, parts):
+    "As `_heads_of`, by one call per view and blind to autograd: inside an operation only."
+    (B, X, Y, width), (sb, sx, sy, sc) = packed.shape, packed.stride()
+    D = width // (parts * heads)
+    return [packed.as_strided((B, heads, X, Y, D), (sb, D * sc, sx, sy, sc),
+                              packed.storage_offset() + i * heads * D * sc) for i in range(parts)]
+
+
 @torch.library.custom_op("attnbook::window_attention_packed", mutates_args=())
 def window_attention_packed_op(qkv: Tensor, heads: int, wx: int, wy: int, scale: float,
                                keep: bool) -> tuple[Tensor, Tensor]:
-    out, lse = _window_forward(*_heads_of(qkv, heads, 3), (wx, wy), scale, keep)
+    out, lse = _window_forward(*_maps_of(qkv, heads, 3), (wx, wy), scale, keep)
     return out.movedim(1, -2).reshape(*qkv.shape[:3], -1), lse
 
 
@@ -1098,8 +1150,8 @@ def _(qkv, heads, wx, wy, scale, keep):
 def window_attention_packed_backward_op(do: Tensor, dlse: Tensor | None, qkv: Tensor, out: Tensor, lse: Tensor,
                                         heads: int, wx: int, wy: int, scale: float) -> Tensor:
     dqkv = qkv.new_empty(qkv.shape)
-    (do,), (out,) = _heads_of(do, heads, 1), _heads_of(out, heads, 1)
-    _window_backward(do, dlse, *_heads_of(qkv, heads, 3), out, lse, _heads_of(dqkv, heads, 3), (wx, wy), scale)
+    (do,), (out,) = _maps_of(do, heads, 1), _maps_of(out, heads, 1)
+    _window_backward(do, dlse, *_maps_of(qkv, heads, 3), out, lse, _maps_of(dqkv, heads, 3), (wx, wy), scale)
     return dqkv
 
 
@@ -1239,87 +1291,144 @@ def window_attention_packed(qkv: Tensor, heads: int, window_size, *, scale: floa
 
 # %% ../nbs/3_locality/davit.ipynb #b1a5e021
 @triton.jit
-def depthwise_place(H, W, C, share, BC: tl.constexpr):
-    "Of the program: image, number of its part, channels [BC], first position and the one after the last."
-    blocks, parts = tl.cdiv(C, BC), tl.cdiv(H * W, share)
-    c, part = tl.program_id(0) % blocks * BC + tl.arange(0, BC), tl.program_id(0) // blocks
-    first = part % parts * share
-    return part // parts, part, c, first, tl.minimum(first + share, H * W)
+def depthwise_tile(i, y, H, W, T: tl.constexpr, R: tl.constexpr):
+    "Of tile i of all maps' tiles, row by row: image, first row, columns [T, 1], y being those of the first tile."
+    across, down = tl.cdiv(W, T), tl.cdiv(H, R)
+    return i // (across * down), i // across % down * R, i % across * T + y
 
 
 @triton.jit
-def shifted(X, n, c, dx, dy, H, W, C, stop):
-    "Row n + (dx, dy) of the map at X, [T, BC] in float32, 0 beyond the map."
-    x, y = n // W + dx, n % W + dy
-    ok = (n < stop) & (x >= 0) & (x < H) & (y >= 0) & (y < W)
-    at = X + (n + dx * W + dy)[:, None] * C + c[None, :]
-    return tl.load(at, mask=ok[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+def map_row(X, x, y, c, H, W, C, REACH: tl.constexpr):
+    "Row x of the map at X in columns y - REACH to y + REACH, a tuple of [T, BC]; 0 beyond the map."
+    row, at = (), y * C + c
+    for j in tl.static_range(2 * REACH + 1):
+        ok = (x >= 0) & (x < H) & (y + j >= REACH) & (y + j < W + REACH)
+        row = row + (tl.load(X + (x * W + j - REACH) * C + at, mask=ok & (c < C), other=0.0),)
+    return row
 
 
 @triton.jit
-def depthwise_forward(X, WEIGHT, BIAS, O, H, W, C, share, T: tl.constexpr, BC: tl.constexpr):
-    "O = X + depthwise 3 x 3 convolution of X + BIAS. Grid: batch * parts * cdiv(C, BC)."
-    b, part, c, first, stop = depthwise_place(H, W, C, share, BC)
-    X, O = X + b.to(tl.int64) * H * W * C, O + b.to(tl.int64) * H * W * C
-    bias = tl.load(BIAS + c, mask=c < C, other=0.0).to(tl.float32)
+def depthwise_taps(WEIGHT, c, C):
+    "The nine weights of channels c, as they act with the residual: a tuple of [1, BC]."
     taps = ()
     for i in tl.static_range(9):
-        taps = taps + (tl.load(WEIGHT + c * 9 + i, mask=c < C, other=0.0).to(tl.float32),)            # [BC]
-    for n0 in range(first, stop, T):
-        n = n0 + tl.arange(0, T)
-        acc = tl.zeros([T, BC], tl.float32) + bias[None, :]
-        for i in tl.static_range(9):
-            x = shifted(X, n, c, i // 3 - 1, i % 3 - 1, H, W, C, stop)                    # [T, BC]
-            acc += x * (taps[i][None, :] + (i == 4))
-        ok = (n < stop)[:, None] & (c < C)[None, :]
-        tl.store(O + n[:, None] * C + c[None, :], acc.to(O.dtype.element_ty), mask=ok)
+        taps = taps + (tl.load(WEIGHT + c * 9 + i, mask=c < C, other=0.0).to(tl.float32) + (i == 4),)
+    return taps
+
+
+@triton.jit
+def add_taps(acc, row, taps, K: tl.constexpr, STEP: tl.constexpr):
+    "acc plus a row's three neighbours times row K of the taps, read forwards or (STEP = -1) backwards."
+    for j in tl.static_range(3):
+        acc += row[j].to(tl.float32) * taps[3 * K + 1 + (j - 1) * STEP]
+    return acc
+
+
+@triton.jit
+def depthwise_forward(X, WEIGHT, BIAS, O, H, W, C, tiles, share, T: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr,
+                      BC: tl.constexpr):
+    "O = X + depthwise 3 x 3 convolution of X + BIAS. Grid: cdiv(tiles, share) * cdiv(C, BC)."
+    blocks = tl.cdiv(C, BC)
+    first, c = tl.program_id(0) // blocks * share, tl.program_id(0) % blocks * BC + tl.arange(0, BC)[None, :]
+    taps, column = depthwise_taps(WEIGHT, c, C), tl.arange(0, T)[:, None]
+    start = tl.load(BIAS + c, mask=c < C, other=0.0).to(tl.float32) + tl.zeros([T, BC], tl.float32)
+    for i in range(first, tl.minimum(first + share, tiles)):
+        b, x0, y = depthwise_tile(i, column, H, W, T, R)
+        image = b.to(tl.int64) * H * W * C
+        rows, above, here = (), start, start
+        for n in tl.static_range(R + 2 + AHEAD):
+            if n < R + 2:
+                rows = rows + (map_row(X + image, x0 + n - 1, y, c, H, W, C, 1),)
+            if n >= AHEAD:                                   # row n - AHEAD - 1 of the tile, -1 the one above it
+                row, below = rows[n - AHEAD], start
+                if n - AHEAD < R:
+                    below = add_taps(start, row, taps, 0, 1)
+                if n - AHEAD >= 1 and n - AHEAD <= R:
+                    here = add_taps(here, row, taps, 1, 1)
+                if n - AHEAD >= 2:
+                    above = add_taps(above, row, taps, 2, 1)
+                    x = x0 + n - AHEAD - 2
+                    tl.store(O + image + x * W * C + (y * C + c), above.to(O.dtype.element_ty),
+                             mask=(x < H) & (y < W) & (c < C))
+                above, here = here, below
+
 
 # %% ../nbs/3_locality/davit.ipynb #b1a5e022
 @triton.jit
-def depthwise_backward(X, WEIGHT, DY, DX, PARTS, H, W, C, share, T: tl.constexpr, BC: tl.constexpr):
-    "DX, and the part's sums for weight (C, 9) and bias (C) in its row of PARTS. Grid: batch * parts * cdiv(C, BC)."
-    b, part, c, first, stop = depthwise_place(H, W, C, share, BC)
-    at = b.to(tl.int64) * H * W * C
-    X, DY, DX = X + at, DY + at, DX + at
-    taps, sums = (), ()
+def tap_sums(sums, row, x, K: tl.constexpr):
+    "The nine sums, those of row K of the taps plus x times a row's three neighbours, backwards."
+    new = ()
     for i in tl.static_range(9):
-        taps = taps + (tl.load(WEIGHT + c * 9 + i, mask=c < C, other=0.0).to(tl.float32),)            # [BC]
-        sums = sums + (tl.zeros([T, BC], tl.float32),)
-    total = tl.zeros([T, BC], tl.float32)
-    for n0 in range(first, stop, T):
-        n = n0 + tl.arange(0, T)
-        x = shifted(X, n, c, 0, 0, H, W, C, stop)                                         # [T, BC]
-        acc, new = tl.zeros([T, BC], tl.float32), ()
-        for i in tl.static_range(9):
-            dy = shifted(DY, n, c, 1 - i // 3, 1 - i % 3, H, W, C, stop)                  # [T, BC]
-            acc += dy * (taps[i][None, :] + (i == 4))
-            new = new + (sums[i] + dy * x,)
-            if i == 4:
-                total += dy
-        sums = new
-        ok = (n < stop)[:, None] & (c < C)[None, :]
-        tl.store(DX + n[:, None] * C + c[None, :], acc.to(DX.dtype.element_ty), mask=ok)
+        if i // 3 == K:
+            new = new + (sums[i] + row[2 - i % 3].to(tl.float32) * x,)
+        else:
+            new = new + (sums[i],)
+    return new
+
+
+@triton.jit
+def depthwise_backward(X, WEIGHT, DY, DX, PARTS, H, W, C, tiles, share, T: tl.constexpr, R: tl.constexpr,
+                       AHEAD: tl.constexpr, BC: tl.constexpr):
+    "DX, and the program's sums for weight (C, 9) and bias (C) in a row of PARTS. Grid: as forward."
+    blocks, sums = tl.cdiv(C, BC), ()
+    part, c = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BC + tl.arange(0, BC)[None, :]
+    taps, column = depthwise_taps(WEIGHT, c, C), tl.arange(0, T)[:, None]
+    start = tl.zeros([T, BC], tl.float32)
+    for i in tl.static_range(9):
+        sums = sums + (start,)
+    total = start
+    for i in range(part * share, tl.minimum(part * share + share, tiles)):
+        b, x0, y = depthwise_tile(i, column, H, W, T, R)
+        image = b.to(tl.int64) * H * W * C
+        rows, xs, above, here = (), (), start, start
+        for n in tl.static_range(R + 2 + AHEAD):
+            if n < R + 2:
+                rows = rows + (map_row(DY + image, x0 + n - 1, y, c, H, W, C, 1),)
+            if n < R:
+                xs = xs + (map_row(X + image, x0 + n, y, c, H, W, C, 0)[0],)
+            if n >= AHEAD:                                   # row n - AHEAD - 1 of the tile, -1 the one above it
+                row, below = rows[n - AHEAD], start
+                if n - AHEAD < R:                            # each row of dY meets the rows of X below, at and above it
+                    below = add_taps(start, row, taps, 2, -1)
+                    sums = tap_sums(sums, row, xs[n - AHEAD].to(tl.float32), 2)
+                if n - AHEAD >= 1 and n - AHEAD <= R:
+                    here = add_taps(here, row, taps, 1, -1)
+                    sums = tap_sums(sums, row, xs[n - AHEAD - 1].to(tl.float32), 1)
+                    total += row[1].to(tl.float32)
+                if n - AHEAD >= 2:
+                    above = add_taps(above, row, taps, 0, -1)
+                    sums = tap_sums(sums, row, xs[n - AHEAD - 2].to(tl.float32), 0)
+                    x = x0 + n - AHEAD - 2
+                    tl.store(DX + image + x * W * C + (y * C + c), above.to(DX.dtype.element_ty),
+                             mask=(x < H) & (y < W) & (c < C))
+                above, here = here, below
     PARTS += part.to(tl.int64) * 10 * C
+    c = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
     for i in tl.static_range(9):
         tl.store(PARTS + c * 9 + i, tl.sum(sums[i], 0), mask=c < C)
     tl.store(PARTS + 9 * C + c, tl.sum(total, 0), mask=c < C)
 
+
 # %% ../nbs/3_locality/davit.ipynb #b1a5e023
-# positions per step, channels, warps, programs wanted, by kernel; with more positions the ten sums of backward spill
-DEPTHWISE_LAUNCH = dict(forward=dict(block=32, channels=32, warps=4, programs=2048),
-                        backward=dict(block=16, channels=32, warps=4, programs=2048))
+# per kernel: most columns of a tile, its columns x channels, its most rows, rows loaded before they are needed, warps,
+# bound on registers per thread (or None), and programs, which share the tiles of all images
+DEPTHWISE_LAUNCH = dict(forward=dict(columns=16, block=512, rows=8, ahead=1, warps=4, registers=96, programs=660),
+                        backward=dict(columns=16, block=512, rows=8, ahead=0, warps=4, registers=128, programs=528))
 
 
-def _depthwise_options(kind, x):
-    "Grid, parts of all images, and the kernels' sizes for x `(B, H, W, C)`."
-    B, H, W, C = x.shape
-    p = DEPTHWISE_LAUNCH[kind]
-    blocks = -(-C // p["channels"])
-    parts = max(1, min(-(-H * W // (8 * p["block"])), -(-p["programs"] // max(B * blocks, 1))))
-    share = -(-H * W // (parts * p["block"])) * p["block"]
-    parts = -(-H * W // share)
-    options = dict(T=p["block"], BC=p["channels"], num_warps=p["warps"])
-    return (B * parts * blocks,), B * parts, (H, W, C, share), options
+@lru_cache(maxsize=1024)
+def _depthwise_launch(kind, shape, columns, block, rows, ahead, warps, registers, programs):
+    "The launch of a kernel for maps of `shape` (B, H, W, C), and its programs per block of channels."
+    B, H, W, C = shape
+    T = min(columns, 1 << (W - 1).bit_length())
+    BC = min(block // T, 1 << (C - 1).bit_length())
+    R = -(-H // -(-H // rows))
+    tiles, blocks = B * -(-H // R) * -(-W // T), -(-C // BC)
+    share = -(-tiles // max(1, min(tiles, programs // blocks)))
+    parts = -(-tiles // share)
+    kernel = depthwise_forward if kind == "forward" else depthwise_backward
+    return BoundLaunch(kernel, (parts * blocks,), H, W, C, tiles, share, T=T, R=R, AHEAD=ahead, BC=BC, num_warps=warps,
+                       maxnreg=registers), parts
 
 
 def _wide(*tensors):
@@ -1332,9 +1441,9 @@ def depthwise_residual_op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     "x + depthwise 3 x 3 convolution of x, contiguous `(B, H, W, C)`, in x's type; weight `(C, 1, 3, 3)`, bias `(C,)`."
     inner = _wide(x, weight.contiguous(), bias)
     out = torch.empty_like(inner[0])
-    grid, _, sizes, options = _depthwise_options("forward", x)
     if out.numel():
-        depthwise_forward[grid](*inner, out, *sizes, **options)
+        run, _ = _depthwise_launch("forward", x.shape, **DEPTHWISE_LAUNCH["forward"])
+        run(*inner, out)
     return out.to(x.dtype)
 
 
@@ -1346,15 +1455,15 @@ def _(x, weight, bias):
 @torch.library.custom_op("attnbook::depthwise_residual_backward", mutates_args=())
 def depthwise_residual_backward_op(dy: Tensor, x: Tensor, weight: Tensor,
                                    bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    grid, parts, sizes, options = _depthwise_options("backward", x)
     inner = _wide(x, weight.contiguous(), dy.contiguous())
     C, dx = x.shape[3], torch.empty_like(inner[0])
     dw, db = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in _wide(weight, bias))
     if x.numel() == 0:
         return dx.to(x.dtype), weight.new_zeros(weight.shape), bias.new_zeros(C)
+    run, parts = _depthwise_launch("backward", x.shape, **DEPTHWISE_LAUNCH["backward"])
     sums = torch.empty(parts, 10 * C, device=x.device)
-    depthwise_backward[grid](*inner, dx, sums, *sizes, **options)
-    add_parts[(triton.cdiv(10 * C, 32),)](sums, dw, db, parts, 10 * C, 9 * C, T=32, BC=32, num_warps=4)
+    run(*inner, dx, sums)
+    _parts_launch(parts, 10 * C, 9 * C)(sums, dw, db)
     return dx.to(x.dtype), dw.to(weight.dtype), db.to(bias.dtype)
 
 
@@ -1550,8 +1659,8 @@ class Stem(nn.Module):
 
 
 class Downsample(nn.Module):
-    """`(B, H, W, in)` -> `(B, ceil(H/2), ceil(W/2), out)`: layer norm first, then a convolution, 2 x 2 or (overlapped)
-    3 x 3."""
+    """`(B, H, W, in)` -> `(B, ceil(H/2), ceil(W/2), out)`: layer norm first, then a convolution, 2 x 2 (computed as a
+    linear layer on patches) or (overlapped) 3 x 3."""
     def __init__(self, in_channels: int, channels: int, kernel_size: int = 2):
         super().__init__()
         if kernel_size not in (2, 3):
@@ -1561,9 +1670,12 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        if self.conv.kernel_size[0] == 2 and (x.shape[1] % 2 or x.shape[2] % 2):   # padding by nothing copies
+        if self.conv.kernel_size[0] == 3:
+            return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if x.shape[1] % 2 or x.shape[2] % 2:                                       # padding by nothing copies
             x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        patches = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)     # (B, h, w, 2 * 2 * in)
+        return F.linear(patches, self.conv.weight.permute(0, 2, 3, 1).flatten(1), self.conv.bias)
 
 # %% ../nbs/3_locality/davit.ipynb #1a336e18
 class Stage(nn.Module):

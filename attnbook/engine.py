@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['INTERPRETED', 'PROGRAMS', 'LAUNCH', 'FULL', 'BAND', 'BIAS_GRAD', 'FULL_BIAS', 'BAND_BIAS', 'PACKED', 'LISTED',
-           'PROBLEMS', 'CANDIDATES', 'resolve_backend', 'row_offsets', 'head_base', 'load_rows', 'store_rows',
-           'row_ptr', 'tile_of_program', 'load_step', 'expand', 'logits', 'probabilities', 'product', 'score_step',
-           'softmax_step', 'value_step', 'extra_k_step', 'tile_forward', 'dq_step', 'tile_backward_dq', 'load_pair',
-           'dkv_step', 'masked_step', 'tile_backward_dkv', 'tile_operand_grad', 'OperandGrad', 'Carried', 'TileProgram',
-           'register_program', 'Launch', 'register_launch', 'arch_of', 'find_launch', 'unravel', 'extra_k_tile',
-           'extra_q_span', 'extra_q_step', 'sum_rows', 'row_lists', 'scatter_rows', 'tile_attention_op',
+           'PROBLEMS', 'CANDIDATES', 'resolve_backend', 'BoundLaunch', 'row_offsets', 'head_base', 'load_rows',
+           'store_rows', 'row_ptr', 'tile_of_program', 'load_step', 'expand', 'logits', 'probabilities', 'product',
+           'score_step', 'softmax_step', 'value_step', 'extra_k_step', 'tile_forward', 'dq_step', 'tile_backward_dq',
+           'load_pair', 'dkv_step', 'masked_step', 'tile_backward_dkv', 'tile_operand_grad', 'OperandGrad', 'Carried',
+           'TileProgram', 'register_program', 'Launch', 'register_launch', 'arch_of', 'find_launch', 'unravel',
+           'extra_k_tile', 'extra_q_span', 'extra_q_step', 'sum_rows', 'row_lists', 'scatter_rows', 'tile_attention_op',
            'tile_attention_backward_op', 'tile_attention', 'band_q_step', 'band_k_step', 'band_q_tile', 'band_k_tile',
            'band_span', 'band_k_span', 'band_q_span', 'band_mask', 'bias_score', 'bias_grad_span', 'bias_grad_init',
            'bias_grad_step', 'bias_grad_store', 'check_qkv', 'attention', 'find_sequence', 'packed_q_tile',
@@ -87,6 +87,31 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             raise TypeError(f"backend='triton' takes float16, bfloat16 or float32, not {tensor.dtype}; backend='torch' takes float64")
     return backend
+
+# %% ../nbs/1_foundations/01_engine.ipynb #b0d1a0c2
+class BoundLaunch:
+    """A launch with everything but the leading tensors: `BoundLaunch(kernel, grid, *rest, **constants)(*tensors)` is
+    `kernel[grid](*tensors, *rest, **constants)`, with less Python from the second call on.
+
+    The compiled kernel is kept by all that can differ between calls: the device, and of each tensor the type and whether
+    its address is a multiple of 16 (Triton compiles other code for those). `tensors` may hold None. `constants` names
+    all parameters that follow `rest`, and options such as num_warps.
+    """
+    def __init__(self, kernel, grid: tuple[int, ...], *rest, **constants):
+        self.kernel, self.grid, self.rest, self.constants, self.kept = kernel, grid, rest, constants, {}
+
+    def __call__(self, *tensors: Tensor | None):
+        if INTERPRETED:
+            return self.kernel[self.grid](*tensors, *self.rest, **self.constants)
+        kinds = [None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
+        key = (triton.runtime.driver.active.get_current_device(), *kinds)
+        if key in self.kept:
+            run, last = self.kept[key]
+            return run(*tensors, *self.rest, *last)
+        compiled = self.kernel[self.grid](*tensors, *self.rest, **self.constants)
+        if compiled is not None:                             # there are tools that replace Triton's launch
+            names = self.kernel.arg_names[len(tensors) + len(self.rest):]
+            self.kept[key] = compiled[(*self.grid, 1, 1)[:3]], [self.constants[n] for n in names]
 
 # %% ../nbs/1_foundations/01_engine.ipynb #cc5be493
 @triton.jit

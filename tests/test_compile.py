@@ -132,6 +132,7 @@ def _cases():
         ("channel attention, layer", lambda: layer(8, 784, 384, 12)),
         ("position encoding", lambda: positions((8, 56, 56, 96))),
         ("position encoding, float32", lambda: positions((8, 56, 56, 96), torch.float32)),
+        ("position encoding, small maps", lambda: [positions(shape) for shape in ((64, 14, 14, 384), (64, 7, 7, 768), (2, 9, 3, 24))]),
         ("own window 7", lambda: packed_windows(8, 56, 56, 96, 3, 7)),
         ("own window 7, ragged", lambda: packed_windows(2, 64, 60, 192, 6, 7, pad_mode="mask")),
         ("own window 12, ragged", lambda: packed_windows(2, 100, 90, 192, 6, 12, pad_mode="mask")),

@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from attnbook.attention import attention_reference
 from attnbook.davit import (
     CHANNEL_LAUNCH,
+    DEPTHWISE_LAUNCH,
     PARAMETERS,
     PUBLISHED_GMACS,
     ChannelGroupAttention,
     ConvPositionalEncoding,
     DaViT,
+    Downsample,
     DropPath,
     SpatialWindowAttention,
     channel_attention_op,
@@ -263,10 +265,14 @@ def test_nothing_large_is_kept():
         assert peak_memory(lambda: channel_group_attention_packed(qkv, 3), "cuda") < 0.5 * qkv.nbytes
 
 
-def test_position_encoding_as_one():
+@pytest.mark.parametrize("programs", (1056, 3))
+@pytest.mark.parametrize("shape, dtype", (
+    ((2, 5, 7, 48), torch.float32), ((1, 1, 3, 16), torch.float32), ((1, 9, 1, 32), torch.float16),
+    ((2, 4, 6, 32), torch.bfloat16), ((3, 9, 18, 32), torch.float32), ((1, 17, 2, 8), torch.float32)))
+def test_position_encoding_as_one(shape, dtype, programs):
     "The convolution as one operation equals its steps, gradients included, on maps of any size and in 16 bits."
-    for shape, dtype in (((2, 5, 7, 48), torch.float32), ((1, 1, 3, 16), torch.float32), ((1, 9, 1, 32), torch.float16),
-                         ((2, 4, 6, 32), torch.bfloat16)):
+    with pytest.MonkeyPatch.context() as patch:
+        for launch in DEPTHWISE_LAUNCH.values(): patch.setitem(launch, "programs", programs)
         torch.manual_seed(0)
         layer = ConvPositionalEncoding(shape[3], backend="triton").to(device_under_test(), dtype)
         x = torch.randn(shape).to(device_under_test(), dtype).requires_grad_()
@@ -321,6 +327,32 @@ def test_layer_is_a_good_operation():
     layer.proj.weight.requires_grad_(False)
     assert not layer.as_one(x) and layer(x).shape == x.shape                              # frozen: the three steps
     assert not ChannelGroupAttention(32, 2, qkv_bias=False, backend="triton").as_one(x)
+
+
+def test_downsample_is_a_convolution():
+    "On patches or by convolution: the same map and gradients, on odd sides too, with any memory format of the weight."
+    for kernel, side in ((2, (4, 6)), (2, (5, 3)), (2, (1, 1)), (3, (5, 4))):
+        torch.manual_seed(0)
+        layer = Downsample(6, 10, kernel).double().to(memory_format=torch.channels_last)
+        x = torch.randn(2, *side, 6, dtype=torch.float64, requires_grad=True)
+        right = F.pad(layer.norm(x).permute(0, 3, 1, 2), (0, side[1] % 2, 0, side[0] % 2) if kernel == 2 else (0,) * 4)
+        right = layer.conv(right).permute(0, 2, 3, 1)
+        assert torch.allclose(layer(x), right)
+        got, want = (torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()]) for y in (layer(x), right))
+        for g, w in zip(got, want): assert torch.allclose(g, w)
+
+def test_nothing_before_a_block_is_a_convolution():
+    "Only the stem convolves where the position encodings are operations: what torch.compile would lay out anew."
+    model = DaViT((16, 32), (1, 1), (1, 1), window_size=2, num_classes=3, backend="triton").to(device_under_test())
+    found = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            found.append(op is torch.ops.aten.convolution.default)
+            return op(*args, **kwargs or {})
+
+    with Count(): model(torch.randn(1, 3, 16, 16, device=device_under_test()))
+    assert sum(found) == 1
 
 
 def test_timm_gives_the_same_outputs():

@@ -8,6 +8,7 @@ import torch
 from attnbook.attention import attention_mask, attention_reference
 from attnbook.engine import (
     BAND,
+    BoundLaunch,
     Launch,
     attention,
     indexed_attention,
@@ -180,3 +181,20 @@ def test_every_tile_has_one_program():
         seen = torch.zeros(heads * tiles, dtype=torch.int32, device=device())
         note_tiles[(heads * tiles,)](seen, tiles, min(together, heads))
         assert (seen == 1).all(), (heads, tiles, together)
+
+
+@triton.jit
+def scale_and_add(X, MORE, OUT, factor, N, TWICE: tl.constexpr, BLOCK: tl.constexpr):
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(X + n, mask=n < N) * factor * (2 if TWICE else 1)
+    if MORE is not None:
+        x += tl.load(MORE + n, mask=n < N)
+    tl.store(OUT + n, x.to(OUT.dtype.element_ty), mask=n < N)
+
+def test_bound_launch():
+    "The same as a plain launch, again and again: other values, another type, an address that is no multiple of 16, None."
+    run = BoundLaunch(scale_and_add, (3,), 1.5, 40, TWICE=True, BLOCK=16, num_warps=1)
+    for dtype, first, more in itertools.product((torch.float32, torch.float16), (0, 0, 1), (True, False, True)):
+        x, y, out = (torch.randn(41).to(device(), dtype)[first:first + 40] for _ in range(3))
+        run(x, y if more else None, out)
+        assert torch.allclose(out, 3 * x + more * y, rtol=1e-2)

@@ -1412,8 +1412,8 @@ def depthwise_backward(X, WEIGHT, DY, DX, PARTS, H, W, C, tiles, share, T: tl.co
 # %% ../nbs/3_locality/davit.ipynb #b1a5e023
 # per kernel: most columns of a tile, its columns x channels, its most rows, rows loaded before they are needed, warps,
 # bound on registers per thread (or None), and programs, which share the tiles of all images
-DEPTHWISE_LAUNCH = dict(forward=dict(columns=16, block=512, rows=8, ahead=1, warps=4, registers=96, programs=660),
-                        backward=dict(columns=16, block=512, rows=8, ahead=0, warps=4, registers=128, programs=528))
+DEPTHWISE_LAUNCH = dict(forward=dict(columns=16, block=512, rows=8, ahead=1, warps=4, registers=80, programs=792),
+                        backward=dict(columns=16, block=512, rows=8, ahead=1, warps=4, registers=168, programs=396))
 
 
 @lru_cache(maxsize=1024)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'LAYOUTS', 'RING', 'NETWORKS', 'METHODS', 'P100', 'BERT', 'Chunk', 'chunk_of', 'hop_pairs', 'rank_pairs',
-           'padded_length', 'Post', 'Wait', 'Collective', 'collect', 'SimulatedGroup', 'PeerError', 'to_host',
+           'padded_length', 'Post', 'Wait', 'Collective', 'collect', 'SimulatedGroup', 'PeerError', 'to_host', 'Posted',
            'ProcessRing', 'communicator', 'high_priority_group', 'traffic', 'local_positions', 'shard_sequence',
            'local_positions_of', 'natural_order', 'unshard_sequence', 'row_position', 'rows_up_to', 'row_limit',
            'ring_q_step', 'ring_k_step', 'ring_q_tile', 'ring_k_tile', 'ring_mask', 'ring_k_span', 'ring_q_span',
@@ -326,6 +326,20 @@ class _Collectives:
         return torch.cat(y.unbind(0), request.concat % x.dim())
 
 # %% ../nbs/4_long_context/ring.ipynb #a9dd21eb
+class Posted(NamedTuple):
+    "A transfer and what must live until it has been made."
+    request: Post
+    works: list
+    out: list[Tensor]
+    into: list[Tensor]
+    ready: object  # CUDA event: what was queued before the transfer was posted
+
+
+@lru_cache(maxsize=None)
+def _side_stream(device: torch.device) -> "torch.cuda.Stream":
+    return torch.cuda.Stream(device)
+
+
 class ProcessRing(_Collectives):
     "Runs schedules over a process group of `torch.distributed`. Made by `communicator`."
     count = 1
@@ -334,7 +348,9 @@ class ProcessRing(_Collectives):
         self.group, self.size, rank = group, dist.get_world_size(group), dist.get_rank(group)
         self.ranks, self.rank, self.timeout = [rank], rank, timeout
         self.transport, self.traffic, self.name = transport, [_counter(group)], _register(self)
+        self.nccl = "nccl" in dist.get_backend_config(group)
         self.pending = []                                   # (event, hop, what) of hops not known to be over
+        self.line = []                                      # transfers over NCCL not yet handed to it
 
     def staged(self, tensor: Tensor) -> bool:
         "Must CUDA tensors travel through host memory?"
@@ -343,10 +359,11 @@ class ProcessRing(_Collectives):
         return "cuda:nccl" not in dist.get_backend_config(self.group)
 
     def run(self, schedules: list) -> list:
-        schedule, answer = schedules[0], None
+        schedule, answer, self.line = schedules[0], None, []
         try:
             while True:
                 request = schedule.send(answer)
+                if isinstance(request, Collective): self.hand_over()
                 handle = {Post: self.post, Wait: self.wait, Collective: self.collective}[type(request)]
                 answer = handle(request)
         except StopIteration as stop:
@@ -357,24 +374,44 @@ class ProcessRing(_Collectives):
         stage = self.staged(request.tensors[0])
         out = [to_host(t) if stage else t.contiguous() for t in request.tensors]
         into = [torch.empty(t.shape, dtype=t.dtype, device="cpu" if stage else t.device, pin_memory=stage) for t in out]
+        posted = Posted(request, [], out, into, None)
+        self.traffic[0]["p2p"] += sum(t.numel() * t.element_size() for t in out)
+        self.hand_over()
+        if self.nccl and out[0].is_cuda:                    # later, but as of now in the stream's order
+            posted = posted._replace(ready=torch.cuda.Event())
+            posted.ready.record()
+            self.line.append(posted)
+        else:
+            self.start(posted)
+        return posted
+
+    def hand_over(self):
+        "Starts the transfers in line, on a stream that waits for nothing queued after they were posted."
+        for posted in self.line:
+            side = _side_stream(posted.out[0].device)
+            side.wait_event(posted.ready)
+            with torch.cuda.stream(side):
+                self.start(posted)
+        self.line = []
+
+    def start(self, posted: Posted):
+        request, works, out, into, _ = posted
         after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         peers = [dist.get_global_rank(self.group, r) for r in (after, before)]
         ops = [[dist.P2POp(dist.isend, t, peers[0], self.group, tag=i) for i, t in enumerate(out)],
                [dist.P2POp(dist.irecv, t, peers[1], self.group, tag=i) for i, t in enumerate(into)]]
         names = [f"{request.what} could not be sent to rank {after}", f"{request.what} from rank {before} cannot come"]
-        if "nccl" in dist.get_backend_config(self.group):   # which must get them in one batch
+        if self.nccl:                                       # which must get them in one batch
             ops, names = [sum(ops, [])], [f"{request.what} could not be exchanged with ranks {before} and {after}"]
-        self.traffic[0]["p2p"] += sum(t.numel() * t.element_size() for t in out)
-        works = []
         for batch, failed in zip(ops, names):
             try:
                 works += dist.batch_isend_irecv(batch)
             except RuntimeError as e:
                 raise _explain(self.rank, self.size, request.hop, failed, e) from e
-        return request, works, out, into                    # `out` stays alive until it has been sent
 
     def wait(self, request: Wait):
-        posted, works, out, into = request.token
+        self.hand_over()
+        posted, works, out, into, _ = request.token
         arriving = f"{posted.what} from rank {(self.rank - 1) % self.size} did not arrive"
         self.finish(works[len(out):] or works, into[0], posted.hop, arriving)             # NCCL has one work for all
         if works[len(out):]:
@@ -1167,6 +1204,7 @@ def _(do, q, k, v, out, saved, group, method, layout, lengths, causal, scale, ke
 def _setup_attention(ctx, inputs, output):
     q, k, v, *ctx.settings = inputs
     ctx.n = len(q)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*q, *k, *v, *output)
 
 def _attention_gradient(ctx, grads):
@@ -2384,7 +2422,8 @@ def multi_gpu_scaling(tokens: int, methods: Sequence[str], repeats: int, heads: 
                 both()
                 torch.cuda.synchronize()
                 row |= {"peak_mb": (torch.cuda.max_memory_allocated() - held) / 1e6, "sent": dict(traffic(group))}
-                row |= {"ms_fwd": rank_ms(forward, repeats, 0), "ms_both": rank_ms(both, repeats, 0)}
+                warmup = 0 if repeats == 1 else 3
+                row |= {"ms_fwd": rank_ms(forward, repeats, warmup), "ms_both": rank_ms(both, repeats, warmup)}
         except Exception as e:
             row["note"] = f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
         torch.cuda.empty_cache()
@@ -2494,7 +2533,8 @@ def multi_gpu(budget_s: float = 300.0, longest: int = 2**20):
                   for rotation in ("allgather", "alltoall")]
         methods = ["ring", *torchs, "ulysses", "allgather"] if tokens <= 2**18 else ["ring", *torchs]
         single, found = one_gpu_ms(tokens) if tokens <= 2**17 else {}, None
-        for row in multi_gpu_scaling(tokens, methods, 5 if tokens <= 2**17 else 1, group=groups["high"]):
+        repeats = 25 if tokens <= 2**15 else 5 if tokens <= 2**17 else 1
+        for row in multi_gpu_scaling(tokens, methods, repeats, group=groups["high"]):
             ms = row.get("ms_both")
             found = ms if row["method"] == "ring" else found
             shares = {n: t / N / ms for n, t in zip(("relative_efficiency", "efficiency"), single.values()) if ms}

@@ -197,4 +197,4 @@ def test_bound_launch():
     for dtype, first, more in itertools.product((torch.float32, torch.float16), (0, 0, 1), (True, False, True)):
         x, y, out = (torch.randn(41).to(device(), dtype)[first:first + 40] for _ in range(3))
         run(x, y if more else None, out)
-        assert torch.allclose(out, 3 * x + more * y, rtol=1e-2)
+        assert torch.allclose(out, 3 * x + more * y, rtol=1e-2, atol=1e-2)

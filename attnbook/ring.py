@@ -749,12 +749,11 @@ def ring_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, sq, sk, sv, sdo, sl,
     start, coords, slots, ok, kpos, state = ring_k_tile(j, b, hk, (), ints, C, BN)
     k = load_rows(head_base(K, b, hk, sk), coords, sk, ok, D, BD, True, WIDE)              # [BN, BD]
     v = load_rows(head_base(V, b, hk, sv), coords, sv, ok, DV, BDV, True, WIDE)            # [BN, BDV]
-    if FRESH:
-        dk = tl.zeros([BN, BD], tl.float32)
-        dv = tl.zeros([BN, BDV], tl.float32)
-    else:
-        dk = load_rows(head_base(DK, b, hk, sdk), slots, sdk, ok, D, BD, True, WIDE).to(tl.float32)
-        dv = load_rows(head_base(DV_OUT, b, hk, sdv), slots, sdv, ok, DV, BDV, True, WIDE).to(tl.float32)
+    # a fresh packet is 0, but ptxas must not know it: it would set the accumulators between the matrix instructions of
+    # the second loop and then let these wait for each other, a third of the time
+    held = ok & (num_tiles < 0) if FRESH else ok
+    dk = load_rows(head_base(DK, b, hk, sdk), slots, sdk, held, D, BD, True, WIDE).to(tl.float32)
+    dv = load_rows(head_base(DV_OUT, b, hk, sdv), slots, sdv, held, DV, BDV, True, WIDE).to(tl.float32)
     for g in range(GROUP):
         h = hk * GROUP + g
         lo, full_lo, full_hi, hi = ring_q_span(state, b, h, (), ints, C, BM, BN)

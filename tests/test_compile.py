@@ -252,7 +252,8 @@ def _resources(ptx: str) -> tuple[int, int]:
         f.write(ptx)
         f.flush()
         said = subprocess.run([ptxas, "-v", "--gpu-name", target, f.name, "-o", "/dev/null"], capture_output=True, text=True, check=True).stderr
-    return int(re.search(r"Used (\d+) registers", said)[1]), int(re.search(r"(\d+) bytes spill stores", said)[1])
+    return (int(re.search(r"Used (\d+) registers", said)[1]), int(re.search(r"(\d+) bytes spill stores", said)[1]),
+            "instructions are serialized" in said)
 
 
 def _unwritten(cubin: bytes) -> list[str]:
@@ -308,9 +309,9 @@ def _compile_all(arch: str, part: int, parts: int) -> list[dict]:
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        registers, spills = _resources(kernel.asm["ptx"])
+        registers, spills, serialized = _resources(kernel.asm["ptx"])
         rows.append({"case": current[0], "kernel": self.fn.__name__, "registers": registers, "spills": spills, "shared": kernel.metadata.shared,
-                     "unwritten": _unwritten(kernel.asm["cubin"])})
+                     "serialized": serialized, "unwritten": _unwritten(kernel.asm["cubin"])})
 
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = compile_only

@@ -8,16 +8,16 @@ __all__ = ['FUSED', 'ROUTES', 'VARIANTS', 'DEIT_VARIANTS', 'convit_tiny', 'convi
            'DEIT_PARAMETERS', 'PUBLISHED_GMACS', 'EXPERIMENTS', 'KINDS', 'FIVE', 'MODULE_PARAMETERS', 'CANDIDATES',
            'relative_positions', 'positional_scores', 'content_scores', 'gpsa_attention_reference', 'gpsa_reference',
            'conv_init_', 'axis_scores', 'positional_factors', 'positional_attention', 'gpsa_cost', 'axis_softmax',
-           'positional_table', 'place_tile', 'gates', 'token_rows', 'load_tokens', 'store_tokens', 'gpsa_forward',
-           'gpsa_backward_dq', 'gpsa_backward_dkv', 'key_chunks', 'register_fused', 'fused_launch', 'fused_fits',
-           'gpsa_fused_op', 'gpsa_fused_backward_op', 'gpsa_packed_op', 'gpsa_packed_backward_op', 'mix_forward',
-           'mix_backward', 'gated_mix_op', 'gated_mix_backward_op', 'gpsa', 'gpsa_packed', 'GPSA', 'init_linear',
-           'square_grid', 'SelfAttention', 'Block', 'ConViT', 'DeiT', 'convit', 'deit', 'parameter_formula',
-           'count_parameters', 'convit_macs', 'from_timm', 'nonlocality', 'model_nonlocality', 'model_gates',
-           'AddedScores', 'small_vit', 'experiment_data', 'class_share', 'Experiments', 'sample_efficiency',
-           'escaping_locality', 'ablation', 'strength_and_layers', 'resolution_transfer', 'run_experiments',
-           'flex_twice', 'bench_core', 'functional', 'timm_gpsa', 'bench_module', 'bench_training', 'tune_gpsa',
-           'paper_claims', 'claims']
+           'positional_table', 'place_tile', 'unseen_zeros', 'gates', 'token_rows', 'load_tokens', 'store_tokens',
+           'gpsa_forward', 'gpsa_backward_dq', 'gpsa_backward_dkv', 'key_chunks', 'register_fused', 'fused_launch',
+           'fused_fits', 'gpsa_fused_op', 'gpsa_fused_backward_op', 'gpsa_packed_op', 'gpsa_packed_backward_op',
+           'mix_forward', 'mix_backward', 'gated_mix_op', 'gated_mix_backward_op', 'gpsa', 'gpsa_packed', 'GPSA',
+           'init_linear', 'square_grid', 'SelfAttention', 'Block', 'ConViT', 'DeiT', 'convit', 'deit',
+           'parameter_formula', 'count_parameters', 'convit_macs', 'from_timm', 'nonlocality', 'model_nonlocality',
+           'model_gates', 'AddedScores', 'small_vit', 'experiment_data', 'class_share', 'Experiments',
+           'sample_efficiency', 'escaping_locality', 'ablation', 'strength_and_layers', 'resolution_transfer',
+           'run_experiments', 'flex_twice', 'bench_core', 'functional', 'timm_gpsa', 'bench_module', 'bench_training',
+           'tune_gpsa', 'paper_claims', 'claims']
 
 # %% ../nbs/2_position/convit.ipynb #f81f9ef6
 import math
@@ -245,6 +245,14 @@ def place_tile(P, h, i, j, LP: tl.constexpr, KEYS_FIRST: tl.constexpr):
 
 
 @triton.jit
+def unseen_zeros(ptr, N, R: tl.constexpr, C: tl.constexpr):
+    """Zeros [R, C] which ptxas does not know to be zeros: it would write them between the matrix instructions of a loop
+    that starts from them, and make these wait for each other. N > 0; nothing is read. Two accumulators need two `ptr`,
+    or the compiler makes one of them and copies it, with the same effect."""
+    return tl.load(ptr + tl.zeros([R, C], tl.int32), mask=tl.zeros([R, C], tl.int32) + N < 0, other=0.0)
+
+
+@triton.jit
 def gates(GATE, h):
     "sigmoid(gate) and sigmoid(-gate) of a head, in float32."
     logit = tl.load(GATE + h).to(tl.float32)
@@ -330,7 +338,7 @@ def gpsa_backward_dq(
     lse = tl.load(LSE + bh.to(tl.int64) * N + i, mask=i < N, other=float("inf"))
     delta, rho = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
     gx, gy, gr = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
-    pk, pdk = tl.zeros([BM, BD], tl.float32), tl.zeros([BM, BD], tl.float32)
+    pk, pdk = unseen_zeros(LSE, N, BM, BD), unseen_zeros(DELTA, N, BM, BD)
     for j0 in tl.range(0, N, BN, num_stages=STAGES):
         j = j0 + tl.arange(0, BN)
         k = load_tokens(K, b, h, j, j < N, sk, D, BD, WIDE)                                 # [BN, BD]
@@ -338,10 +346,10 @@ def gpsa_backward_dq(
         s = tl.dot(q, k.T, input_precision=PRECISION) * scale                               # [BM, BN]
         p = tl.where((j < N)[None, :], tl.exp2(s - lse[:, None]), 0.0)
         da = tl.dot(do, v.T, input_precision=PRECISION)                                     # [BM, BN]
+        weighted = p * da
+        delta += tl.sum(weighted, 1)
         pk = tl.dot(p.to(k.dtype), k, pk, input_precision=PRECISION)                        # [BM, BD]
-        p *= da
-        pdk = tl.dot(p.to(k.dtype), k, pdk, input_precision=PRECISION)                      # [BM, BD]
-        delta += tl.sum(p, 1)
+        pdk = tl.dot(weighted.to(k.dtype), k, pdk, input_precision=PRECISION)               # [BM, BD]
         da *= place_tile(P, h, i, j, LP, False)
         rho += tl.sum(da, 1)
         xc, yc = (j % X).to(tl.float32) - X / 2, (j // X).to(tl.float32) - Y / 2            # centred: smaller sums
@@ -373,8 +381,7 @@ def gpsa_backward_dkv(
     j = (pid % TILES) * BN + tl.arange(0, BN)
     k = load_tokens(K, b, h, j, j < N, sk, D, BD, WIDE)                                     # [BN, BD]
     v = load_tokens(V, b, h, j, j < N, sv, D, BD, WIDE)                                     # [BN, BD]
-    dk = tl.zeros([BN, BD], tl.float32)
-    dv = tl.zeros([BN, BD], tl.float32)
+    dk, dv = unseen_zeros(LSE, N, BN, BD), unseen_zeros(DELTA, N, BN, BD)
     for i0 in tl.range(0, N, BM, num_stages=STAGES):
         i = i0 + tl.arange(0, BM)
         q = load_tokens(Q, b, h, i, i < N, sq, D, BD, WIDE)                                 # [BM, BD]

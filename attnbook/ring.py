@@ -2320,17 +2320,24 @@ def bench_linformer():
 
 # %% ../nbs/4_long_context/ring.ipynb #bd32e708
 def rank_ms(call: Callable, repeats: int = 3, warmup: int = 1) -> float:
-    "Milliseconds of a call, median, of the slowest rank; all ranks start together."
-    times = []
+    """Milliseconds of a call, median, of the slowest rank; all ranks start together. With `warmup` the GPUs are held back
+    until the hosts have queued the call, as in `bench`: in a training step they are ahead."""
+    times, held = [], torch.zeros((), device="cuda", dtype=torch.float64)                   # seconds
     for i in range(warmup + repeats):
         dist.barrier()
         torch.cuda.synchronize()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun = time.perf_counter()
+        torch.cuda._sleep(int(2e9 * float(held)))                                           # cycles
         start.record()
         call()
         end.record()
+        queued = time.perf_counter() - begun
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
+        if i < warmup:
+            held.fill_(min(1.5 * queued + 1e-4, 0.02))
+            dist.all_reduce(held, op=dist.ReduceOp.MAX)
     found = torch.tensor(sorted(times[warmup:])[repeats // 2], device="cuda")
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return float(found)

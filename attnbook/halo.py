@@ -494,7 +494,7 @@ HALO = register_program(TileProgram(
     "halo", halo_q_tile, halo_k_span, halo_k_step, halo_k_tile, halo_q_span, halo_q_step, mask=halo_seen,
     launch=halo_launch, expand=_expand, q_tiles=_query_tiles, k_tiles=_key_tiles))
 HALO_ZEROS = register_program(replace(HALO, name="halo, zeros", prepare=halo_prepare, score=halo_score, raw_score=True))
-HALO_REL = register_program(replace(HALO_ZEROS, name="halo+rel", carried=Carried(
+HALO_REL = register_program(replace(HALO_ZEROS, name="halo+rel", hide_zeros=("forward", "dkv"), carried=Carried(
     halo_carry_init, halo_carry_step, halo_carry_last,
     buffer=lambda q, table, programs, ints, consts: q.new_empty(programs, *table.shape, dtype=torch.float32),
     finish=lambda parts, table, ints, consts: parts.sum(0)),

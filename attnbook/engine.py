@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['INTERPRETED', 'PROGRAMS', 'LAUNCH', 'FULL', 'BAND', 'BIAS_GRAD', 'FULL_BIAS', 'BAND_BIAS', 'PACKED', 'LISTED',
            'PROBLEMS', 'CANDIDATES', 'resolve_backend', 'BoundLaunch', 'row_offsets', 'head_base', 'load_rows',
-           'store_rows', 'empty_sums', 'row_ptr', 'tile_of_program', 'load_step', 'expand', 'logits', 'probabilities',
-           'product', 'score_step', 'softmax_step', 'value_step', 'extra_k_step', 'tile_forward', 'dq_step',
-           'tile_backward_dq', 'load_pair', 'dkv_step', 'masked_step', 'tile_backward_dkv', 'tile_operand_grad',
-           'OperandGrad', 'Carried', 'TileProgram', 'register_program', 'Launch', 'register_launch', 'arch_of',
-           'find_launch', 'unravel', 'extra_k_tile', 'extra_q_span', 'extra_q_step', 'sum_rows', 'row_lists',
-           'scatter_rows', 'tile_attention_op', 'tile_attention_backward_op', 'tile_attention', 'band_q_step',
-           'band_k_step', 'band_q_tile', 'band_k_tile', 'band_span', 'band_k_span', 'band_q_span', 'band_mask',
-           'bias_score', 'bias_grad_span', 'bias_grad_init', 'bias_grad_step', 'bias_grad_store', 'check_qkv',
-           'attention', 'find_sequence', 'packed_q_tile', 'packed_k_tile', 'packed_step', 'packed_k_span',
-           'packed_q_span', 'packed_mask', 'varlen_attention', 'listed', 'listed_q_tile', 'listed_k_tile',
-           'listed_k_step', 'listed_q_step', 'listed_k_span', 'listed_q_span', 'indexed_attention_reference',
-           'indexed_attention', 'tune', 'bench_engine', 'bench_launches']
+           'store_rows', 'row_ptr', 'tile_of_program', 'load_step', 'expand', 'logits', 'probabilities', 'product',
+           'score_step', 'softmax_step', 'value_step', 'extra_k_step', 'tile_forward', 'dq_step', 'tile_backward_dq',
+           'load_pair', 'dkv_step', 'masked_step', 'tile_backward_dkv', 'tile_operand_grad', 'OperandGrad', 'Carried',
+           'TileProgram', 'register_program', 'Launch', 'register_launch', 'arch_of', 'find_launch', 'unravel',
+           'extra_k_tile', 'extra_q_span', 'extra_q_step', 'sum_rows', 'row_lists', 'scatter_rows', 'tile_attention_op',
+           'tile_attention_backward_op', 'tile_attention', 'band_q_step', 'band_k_step', 'band_q_tile', 'band_k_tile',
+           'band_span', 'band_k_span', 'band_q_span', 'band_mask', 'bias_score', 'bias_grad_span', 'bias_grad_init',
+           'bias_grad_step', 'bias_grad_store', 'check_qkv', 'attention', 'find_sequence', 'packed_q_tile',
+           'packed_k_tile', 'packed_step', 'packed_k_span', 'packed_q_span', 'packed_mask', 'varlen_attention',
+           'listed', 'listed_q_tile', 'listed_k_tile', 'listed_k_step', 'listed_q_step', 'listed_k_span',
+           'listed_q_span', 'indexed_attention_reference', 'indexed_attention', 'tune', 'bench_engine',
+           'bench_launches']
 
 # %% ../nbs/1_foundations/01_engine.ipynb #c06794ab
 import math
@@ -156,15 +156,6 @@ def store_rows(base, coords, strides, ok, x, D: tl.constexpr, BD: tl.constexpr, 
     ptr = base + row_offsets(coords, strides, WIDE)[:, None] + d[None, :] * strides[2 + len(coords)]
     tl.store(ptr, x.to(ptr.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
 
-# %% ../nbs/1_foundations/01_engine.ipynb #5e1f20ab
-@triton.jit
-def empty_sums(base, coords, strides, ok, num_tiles, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, HIDE: tl.constexpr):
-    "Sums to which nothing is added yet, [R, BD] of 0; with HIDE the assembler does not know that."
-    if HIDE:
-        return load_rows(base, coords, strides, ok & (num_tiles < 0), D, BD, True, WIDE).to(tl.float32)
-    else:
-        return tl.zeros([R, BD], tl.float32)
-
 # %% ../nbs/1_foundations/01_engine.ipynb #d8448a6a
 @triton.jit
 def row_ptr(ptr, b, h, coords, strides):
@@ -293,8 +284,7 @@ def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, s
                  C: tl.constexpr, Q_TILE: tl.constexpr, K_SPAN: tl.constexpr, K_STEP: tl.constexpr,
                  MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, REVERSE: tl.constexpr, MASKS: tl.constexpr,
                  BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-                 TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PREPARE: tl.constexpr = None, START: tl.constexpr = None,
-                 HIDE: tl.constexpr = False):
+                 TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PREPARE: tl.constexpr = None, START: tl.constexpr = None):
     "O and LSE of one query tile. Grid: num_tiles * batch * heads."
     bh, i = tile_of_program(num_tiles, together)
     if REVERSE:  # heavy tiles first, so that the light ones fill the gaps at the end
@@ -308,7 +298,7 @@ def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, s
         seen = PREPARE(q, qpos, b, h, ops, ints, C)
     m = tl.full([BM], float("-inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
-    acc = empty_sums(head_base(O, b, h, so), slots, so, ok, num_tiles, BM, DV, BDV, WIDE, HIDE)
+    acc = tl.zeros([BM, BDV], tl.float32)
     if XK is not None:
         for j in tl.range(0, tl.cdiv(NX, BN), num_stages=STAGES):
             qk, k, kok, kpos = score_step(q, qpos, XK, j, b, h, hk, state, sxk, (), (NX,), (), extra_k_step, None, True, BN, D, BD, False, WIDE, PRECISION)
@@ -364,7 +354,7 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
                      BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
                      TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
                      DQ_SCORE: tl.constexpr = None, G=None, CARRY_INIT: tl.constexpr = None, CARRY_STEP: tl.constexpr = None,
-                     CARRY_LAST: tl.constexpr = None, PREPARE: tl.constexpr = None, START: tl.constexpr = None, HIDE: tl.constexpr = False):
+                     CARRY_LAST: tl.constexpr = None, PREPARE: tl.constexpr = None, START: tl.constexpr = None):
     "dQ of one query tile, and its rows of LSE (base 2) and delta. Grid: num_tiles * batch * heads."
     bh, i = tile_of_program(num_tiles, together)
     place = bh * num_tiles + i                                                            # of what it carries out
@@ -386,7 +376,7 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, in
     seen = q
     if PREPARE is not None:
         seen = PREPARE(q, qpos, b, h, ops, ints, C)
-    dq = empty_sums(head_base(DQ, b, h, sdq), slots, sdq, ok, num_tiles, BM, D, BD, WIDE, HIDE)
+    dq = tl.zeros([BM, BD], tl.float32)
     carry = 0
     if CARRY_INIT is not None:
         carry = CARRY_INIT(ints, C, BM)
@@ -446,8 +436,7 @@ def tile_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, ops, ints, sq, sk, s
                       C: tl.constexpr, K_TILE: tl.constexpr, Q_SPAN: tl.constexpr, Q_STEP: tl.constexpr,
                       MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, REVERSE: tl.constexpr, MASKS: tl.constexpr,
                       BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-                      TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, START: tl.constexpr = None,
-                      HIDE: tl.constexpr = False):
+                      TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, START: tl.constexpr = None):
     "dK and dV of one key tile. Grid: num_tiles * batch * kv_heads."
     bh, j = tile_of_program(num_tiles, together)
     HK = H // GROUP
@@ -455,8 +444,8 @@ def tile_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, ops, ints, sq, sk, s
     start, coords, slots, ok, kpos, state = K_TILE(j, b, hk, ops, ints, C, BN)
     k = load_rows(head_base(K, b, hk, sk), coords, sk, ok, D, BD, True, WIDE)             # [BN, BD]
     v = load_rows(head_base(V, b, hk, sv), coords, sv, ok, DV, BDV, True, WIDE)           # [BN, BDV]
-    dk = empty_sums(head_base(DK, b, hk, sdk), slots, sdk, ok, num_tiles, BN, D, BD, WIDE, HIDE)
-    dv = empty_sums(head_base(DV_OUT, b, hk, sdv), slots, sdv, ok, num_tiles, BN, DV, BDV, WIDE, HIDE)
+    dk = tl.zeros([BN, BD], tl.float32)
+    dv = tl.zeros([BN, BDV], tl.float32)
     for g in range(GROUP):
         h = hk * GROUP + g
         lo, full_lo, full_hi, hi = Q_SPAN(state, b, h, ops, ints, C, BM, BN)
@@ -565,7 +554,6 @@ class TileProgram:
     constants: Callable | None = None # host: (q, ints, C) -> tensors that the hooks find behind the operands
     indexed: bool = False             # rows come through index lists operands[0] (queries) and operands[1] (keys)
     loose: bool = False               # nobody reads the slots without a row: the forward need not clear them
-    hide_zeros: tuple[str, ...] = ()  # kernels, of 'forward', 'dq' and 'dkv', whose sums must not be known to start at 0; see `empty_sums`
 
 PROGRAMS: dict[str, TileProgram] = {}
 
@@ -740,8 +728,7 @@ def _forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     tile_forward[(tiles * q.shape[0] * q.shape[1],)](
         q, K, V, extra_k, extra_v, out, lse, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1],
         out.stride(), lse.stride(), scale, tiles, _together(program, q.shape[0] * q.shape[1], k, v), q.shape[1], xs[2], Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step,
-        REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma, WIDE=_wide(q, k, v, out), STAGES=p.stages, PREPARE=program.prepare, START=program.start,
-        HIDE="forward" in program.hide_zeros, num_warps=p.warps, **common)
+        REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma, WIDE=_wide(q, k, v, out), STAGES=p.stages, PREPARE=program.prepare, START=program.start, num_warps=p.warps, **common)
     return out, lse
 
 # %% ../nbs/1_foundations/01_engine.ipynb #0e8d8418
@@ -826,7 +813,7 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
         q, K, V, extra_k, extra_v, out, do, lse, dlse, dq, lse2, delta, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1],
         out.stride(), do.stride(), dlse.stride() if dlse is not None else None, dq.stride(), lse.stride(), scale, plain_scale, tiles, _together(program, q.shape[0] * heads, k, v), heads, xs[2],
         Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step, REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma,
-        WIDE=wide, STAGES=p.stages, DQ_SCORE=program.dq_score, PREPARE=program.prepare, START=program.start, HIDE="dq" in program.hide_zeros, G=partial, num_warps=p.warps, **carry, **common)
+        WIDE=wide, STAGES=p.stages, DQ_SCORE=program.dq_score, PREPARE=program.prepare, START=program.start, G=partial, num_warps=p.warps, **carry, **common)
     p = find_launch(program, "dkv", q.dtype, dim, q.device, consts)
     Q, DO, tma = _streams(program, q, do, p.BM, common["BD"], common["BDV"], q.device, consts, "dkv")
     tiles = program.k_tiles(ints, consts, p.BN)
@@ -834,7 +821,7 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
         tile_backward_dkv[(tiles * k.shape[0] * k.shape[1],)](
             Q, k, v, DO, lse2, delta, dk, dv, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), do.stride(), dk.stride(), dv.stride(),
             lse2.stride(), scale, plain_scale, tiles, _together(program, k.shape[0] * k.shape[1], q, do), heads, K_TILE=program.k_tile, Q_SPAN=program.q_span, Q_STEP=program.q_step, REVERSE=False, MASKS=_masks(program, ints, consts, p),
-            BM=p.BM, BN=p.BN, TMA=tma, WIDE=wide, STAGES=p.stages, START=program.start, HIDE="dkv" in program.hide_zeros, num_warps=p.warps, **common)
+            BM=p.BM, BN=p.BN, TMA=tma, WIDE=wide, STAGES=p.stages, START=program.start, num_warps=p.warps, **common)
     if program.indexed:
         of_q, of_k = (row_lists(x.flatten(2), t.shape[2]) for x, t in zip(operands, (q, k)))
         dq = scatter_rows(dq, operands[0].flatten(2), q.shape[2], of_q)
@@ -1076,8 +1063,8 @@ BIAS_GRAD = OperandGrad(
     buffer=lambda q, k, bias, tiles, ints, consts: q.new_empty(bias.shape[0], q.shape[1], ints[0], ints[1], dtype=torch.float32),
     batches=lambda q, bias: q.shape[0] if bias.shape[0] == 1 else 1,
     finish=lambda buffer, bias: buffer.sum_to_size(bias.shape).to(bias.dtype))
-FULL_BIAS = register_program(replace(FULL, name="full+bias", score=bias_score, operand_grad=BIAS_GRAD, hide_zeros=("dkv",)))
-BAND_BIAS = register_program(replace(BAND, name="band+bias", score=bias_score, operand_grad=BIAS_GRAD, hide_zeros=("dkv",)))
+FULL_BIAS = register_program(replace(FULL, name="full+bias", score=bias_score, operand_grad=BIAS_GRAD))
+BAND_BIAS = register_program(replace(BAND, name="band+bias", score=bias_score, operand_grad=BIAS_GRAD))
 
 # %% ../nbs/1_foundations/01_engine.ipynb #581aa9df
 def check_qkv(q, k, v, axes: int | None = 1):

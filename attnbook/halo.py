@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'VARIANTS', 'PUBLISHED_MILLIONS', 'HALO_LAUNCH', 'SPLIT_RELATIVE', 'HALO', 'HALO_ZEROS', 'HALO_REL',
-           'HALO_NARROW', 'FLOATS', 'PARTS_BYTES', 'halonet_h0', 'halonet_h1', 'halonet_h2', 'halonet_h3', 'halonet_h4',
-           'halonet_h5', 'halonet_h6', 'halonet_h7', 'NETS', 'CORES', 'axis_blocks', 'halo_mask', 'halo_boxes',
-           'offset_rows', 'halo_pairs', 'real_key_fraction', 'halo_attention_reference', 'halo_cost', 'tile_waste',
-           'key_tile', 'halo_queries', 'halo_q_tile', 'halo_k_step', 'halo_k_span', 'halo_blocks', 'halo_k_tile',
-           'halo_q_span', 'halo_q_step', 'halo_seen', 'halo_dot', 'halo_tables', 'halo_relative', 'halo_onehot',
-           'halo_kept', 'halo_terms', 'halo_prepare', 'halo_score', 'halo_carry_init', 'halo_carry_step',
-           'halo_carry_last', 'query_rows', 'halo_launch', 'halo_attention', 'halo_packed_op',
-           'halo_packed_backward_op', 'HaloAttention', 'from_timm', 'HaloBottleneck', 'HaloNet', 'halonet',
-           'cost_experiment', 'small_halonet', 'halo_data', 'outside_mass', 'counted_flops', 'net_experiment',
-           'run_experiments', 'bench_module', 'unfolded_attention', 'flex_blocks', 'bench_core', 'bench_sizes',
-           'bench_stages', 'bench_training', 'claims']
+           'FLOATS', 'PARTS_BYTES', 'halonet_h0', 'halonet_h1', 'halonet_h2', 'halonet_h3', 'halonet_h4', 'halonet_h5',
+           'halonet_h6', 'halonet_h7', 'NETS', 'CORES', 'axis_blocks', 'halo_mask', 'halo_boxes', 'offset_rows',
+           'halo_pairs', 'real_key_fraction', 'halo_attention_reference', 'halo_cost', 'tile_waste', 'key_tile',
+           'halo_queries', 'halo_q_tile', 'halo_k_step', 'halo_k_span', 'halo_blocks', 'halo_k_tile', 'halo_q_span',
+           'halo_q_step', 'halo_seen', 'halo_dot', 'halo_tables', 'halo_relative', 'halo_onehot', 'halo_kept',
+           'halo_terms', 'halo_prepare', 'halo_score', 'halo_carry_init', 'halo_carry_step', 'halo_carry_last',
+           'query_rows', 'halo_launch', 'halo_attention', 'halo_packed_op', 'halo_packed_backward_op', 'HaloAttention',
+           'from_timm', 'HaloBottleneck', 'HaloNet', 'halonet', 'cost_experiment', 'small_halonet', 'halo_data',
+           'outside_mass', 'counted_flops', 'net_experiment', 'run_experiments', 'bench_module', 'unfolded_attention',
+           'flex_blocks', 'bench_core', 'bench_sizes', 'bench_stages', 'bench_training', 'claims']
 
 # %% ../nbs/3_locality/halo.ipynb #649d69d4
 import math
@@ -495,7 +494,7 @@ HALO = register_program(TileProgram(
     "halo", halo_q_tile, halo_k_span, halo_k_step, halo_k_tile, halo_q_span, halo_q_step, mask=halo_seen,
     launch=halo_launch, expand=_expand, q_tiles=_query_tiles, k_tiles=_key_tiles))
 HALO_ZEROS = register_program(replace(HALO, name="halo, zeros", prepare=halo_prepare, score=halo_score, raw_score=True))
-HALO_REL = register_program(replace(HALO_ZEROS, name="halo+rel", hide_zeros=("forward", "dkv"), carried=Carried(
+HALO_REL = register_program(replace(HALO_ZEROS, name="halo+rel", carried=Carried(
     halo_carry_init, halo_carry_step, halo_carry_last,
     buffer=lambda q, table, programs, ints, consts: q.new_empty(programs, *table.shape, dtype=torch.float32),
     finish=lambda parts, table, ints, consts: parts.sum(0)),
@@ -503,8 +502,6 @@ HALO_REL = register_program(replace(HALO_ZEROS, name="halo+rel", hide_zeros=("fo
     unmasked=lambda ints, consts, BM, BN: "pairs" if consts[3] else True,
     constants=lambda q, ints, consts: (_onehot(
         consts[0] + 2 * consts[1], consts[9], torch.bfloat16 if consts[15] else torch.float32, q.device),)))
-# for the narrowest heads the hidden zeros of dK and dV would cost the third program of a multiprocessor, and gain nothing
-HALO_NARROW = register_program(replace(HALO_REL, name="halo+rel, narrow", hide_zeros=("forward",)))
 
 # %% ../nbs/3_locality/halo.ipynb #1f86e515
 @torch.compiler.assume_constant_result
@@ -668,10 +665,9 @@ def halo_packed_backward_op(do: Tensor, qkv: Tensor, tables: Tensor, out: Tensor
         given, into = _unpack(qkv, heads, widths), _unpack(dqkv, heads, widths)
         images = _images_at_once(given[0], given[2], tables, ints, consts)
         operands = [tables, *_kept(given[0], given[2], ints, consts, images)]
-        program = HALO_NARROW if given[0].shape[-1] <= 8 else HALO_REL
         dtables = torch.zeros(tables.shape, dtype=torch.float32, device=qkv.device)
         for do, q, k, v, out, l, *d in zip(*(t.split(images) for t in (do, *given, out, lse, *into))):
-            dtables += engine._backward(do, None, q, k, v, None, None, operands, out, l, program.name, ints, consts,
+            dtables += engine._backward(do, None, q, k, v, None, None, operands, out, l, HALO_REL.name, ints, consts,
                                         scale, True, into=d)[3]
         return dqkv, dtables
     dqkv, dtables = engine._through_float32(run, (do, qkv, out))

@@ -44,7 +44,6 @@ from attnbook.engine import (
     band_q_step,
     band_q_tile,
     check_qkv,
-    empty_sums,
     head_base,
     load_rows,
     register_program,
@@ -360,11 +359,9 @@ def music_rel_grad(
     """
     pid = tl.program_id(0)
     c, part, h = pid % diagonals, (pid // diagonals) % splits, pid // (diagonals * splits)
+    hi = tl.zeros([B, BD], tl.float32)
+    lo = tl.zeros([B, BD], tl.float32)
     lane = tl.arange(0, B)
-    out = (c * B + lane,)
-    store_to = G + part.to(tl.int64) * sg[0] + h.to(tl.int64) * sg[2]
-    hi = empty_sums(store_to, out, sg[1:], lane >= 0, tiles, B, D, BD, True, BD <= 64)
-    lo = empty_sums(store_to, out, sg[1:], lane >= 0, tiles, B, D, BD, True, BD <= 64)
     e_hi = music_rows(c * B + lane, h, ops, ints, C, BD, Q.dtype.element_ty)
     e_lo = music_rows(c * B - B + lane, h, ops, ints, C, BD, Q.dtype.element_ty)
     # tiles of this diagonal in one batch
@@ -391,6 +388,7 @@ def music_rel_grad(
         hi = tl.dot(tl.trans(g_hi), q, hi, input_precision=PRECISION)
         lo = tl.dot(tl.trans(g_lo), q, lo, input_precision=PRECISION)
     every = lane < B
+    store_to = G + part.to(tl.int64) * sg[0] + h.to(tl.int64) * sg[2]
     d = tl.arange(0, BD)
     at = store_to + (c * B + lane).to(tl.int64)[:, None] * sg[3] + d[None, :]
     tl.store(at, hi, mask=every[:, None] & (d < D)[None, :])

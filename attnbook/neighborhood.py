@@ -838,7 +838,7 @@ NEIGHBORHOOD_1D = register_program(TileProgram(
     mask_total=True, brick=_brick, launch=kernel_launch, expand=_expand_consts, q_tiles=_tile_count(1),
     k_tiles=_tile_count(4)))
 NEIGHBORHOOD_BIAS = register_program(replace(
-    NEIGHBORHOOD_1D, name="neighborhood+bias", score=nbh_bias, hide_zeros=("dq", "dkv"), operand_grad=OperandGrad(
+    NEIGHBORHOOD_1D, name="neighborhood+bias", score=nbh_bias, operand_grad=OperandGrad(
         init=nbh_bias_init, step=nbh_bias_step, store=nbh_bias_store, span=nbh_bias_span,
         parts=lambda ints, consts, rows: -(-math.prod(2 * w - 1 for w in consts[7:10]) // 128),
         buffer=lambda q, k, table, tiles, ints, consts: q.new_empty(tiles, *table.shape, dtype=torch.float32),

@@ -845,7 +845,6 @@ SEGMENTS = register_program(
         segments_q_step,
         mask=segments_mask,
         launch=cluster_launch,
-        hide_zeros=("dq",),
         q_tiles=lambda ints, consts, BM: ints[3],
         k_tiles=lambda ints, consts, BN: ints[4],
     )

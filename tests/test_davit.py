@@ -341,6 +341,7 @@ def test_downsample_is_a_convolution():
         got, want = (torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()]) for y in (layer(x), right))
         for g, w in zip(got, want): assert torch.allclose(g, w)
 
+
 def test_nothing_before_a_block_is_a_convolution():
     "Only the stem convolves where the position encodings are operations: what torch.compile would lay out anew."
     model = DaViT((16, 32), (1, 1), (1, 1), window_size=2, num_classes=3, backend="triton").to(device_under_test())

@@ -860,15 +860,17 @@ def plot_lines(
     return ax
 
 def plot_bars(rows: Sequence[Mapping], y: str = "ms_fwd", *, by: str = "method", ax=None, xlabel: str | None = None,
-              fmt: str = "{:.3g}"):
-    "Horizontal bars, one per row, named by the field `by` and with their value at the end. Returns the axes."
+              fmt: str | None = None):
+    """Horizontal bars, one per row, named by the field `by` and with their value at the end, by `fmt` or with three
+    digits. Returns the axes."""
     rows = [r for r in rows if r.get(y) is not None]
     ax, anything = _axes(ax, rows, y)
     if not anything:
         return ax
     for i, r in enumerate(rows):
         ax.barh(i, r[y], color=look(r[by])["color"], height=0.7)
-        ax.text(r[y], i, " " + fmt.format(r[y]), va="center", fontsize=9)
+        form = fmt or ("{:,.0f}" if r[y] >= 1000 else "{:.3g}")
+        ax.text(r[y], i, " " + form.format(r[y]), va="center", fontsize=9)
     ax.set_yticks(range(len(rows)), [r[by] for r in rows])
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)

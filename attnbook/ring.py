@@ -2558,6 +2558,13 @@ def multi_gpu(budget_s: float = 300.0, longest: int = 2**20):
     dist.barrier()
     dist.destroy_process_group()
 
+
+def _last_run() -> list[dict]:
+    "Rows of the newest run on several GPUs, which takes less than half an hour: older ones are of other kernels."
+    rows = [r for r in load_results("ring", "multi scaling") if r.get("ms_both")]
+    newest = max((datetime.fromisoformat(r["date"]) for r in rows), default=None)
+    return [r for r in rows if newest - datetime.fromisoformat(r["date"]) < timedelta(minutes=30)]
+
 # %% ../nbs/4_long_context/ring.ipynb #474960f5
 P100, BERT = 16e9, dict(width=768, heads=12)  # bytes of the paper's cards; BERT-Base
 
@@ -2622,13 +2629,6 @@ def _precision_growth() -> dict | None:
 def _rsa_over_ring() -> float | None:
     ours, rsa = _bench_ms("methods", "ours"), _bench_ms("methods", "rsa")
     return ours and rsa and rsa / ours
-
-
-def _last_run() -> list[dict]:
-    "Rows of the newest run on several GPUs, which takes less than half an hour: older ones are of other kernels."
-    rows = [r for r in load_results("ring", "multi scaling") if r.get("ms_both")]
-    newest = max((datetime.fromisoformat(r["date"]) for r in rows), default=None)
-    return [r for r in rows if newest - datetime.fromisoformat(r["date"]) < timedelta(minutes=30)]
 
 
 def _against_torch(rows_per_rank: int = 8192) -> float | None:

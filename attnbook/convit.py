@@ -347,10 +347,10 @@ def gpsa_backward_dq(
         s = tl.dot(q, k.T, input_precision=PRECISION) * scale                               # [BM, BN]
         p = tl.where((j < N)[None, :], tl.exp2(s - lse[:, None]), 0.0)
         da = tl.dot(do, v.T, input_precision=PRECISION)                                     # [BM, BN]
-        weighted = p * da
-        delta += tl.sum(weighted, 1)
         pk = tl.dot(p.to(k.dtype), k, pk, input_precision=PRECISION)                        # [BM, BD]
-        pdk = tl.dot(weighted.to(k.dtype), k, pdk, input_precision=PRECISION)               # [BM, BD]
+        p *= da
+        pdk = tl.dot(p.to(k.dtype), k, pdk, input_precision=PRECISION)                      # [BM, BD]
+        delta += tl.sum(p, 1)
         da *= place_tile(P, h, i, j, LP, False)
         rho += tl.sum(da, 1)
         xc, yc = (j % X).to(tl.float32) - X / 2, (j // X).to(tl.float32) - Y / 2            # centred: smaller sums

@@ -248,8 +248,8 @@ def place_tile(P, h, i, j, LP: tl.constexpr, KEYS_FIRST: tl.constexpr):
 def unseen_zeros(ptr, N, R: tl.constexpr, C: tl.constexpr):
     """Zeros [R, C] which ptxas does not know to be zeros: it would write them between the matrix instructions of a loop
     that starts from them, and make these wait for each other. N > 0; nothing is read. Two accumulators need two `ptr`,
-    or the compiler makes one of them and copies it, with the same effect. Not in `gpsa_backward_dq`, where it
-    would cost the third program of a processor (in both kernels: 4 % faster at 256 tokens, 6 % slower at 196)."""
+    or the compiler makes one of them and copies it, with the same effect. Not in `gpsa_backward_dq`, where its
+    registers would cost the third program of a processor."""
     return tl.load(ptr + tl.zeros([R, C], tl.int32), mask=tl.zeros([R, C], tl.int32) + N < 0, other=0.0)
 
 

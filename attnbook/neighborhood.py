@@ -1560,20 +1560,37 @@ def _memory_growth():
 
 
 def _simulator_error():
-    """Deviation of our measured times from the simulator's: a fixed part and a rate times the simulated pairs. The
-    smallest and the largest window that is not the whole map give these two numbers; `largest` and `median` are over
-    the windows between them, `whole` is the whole map's, whose tiles need no mask; `no_fixed_part` is the largest of
-    all with a rate alone."""
-    rows = sorted((r["w"], r["useful"] * r["waste"], r["ms_fwd"]) for r in _rows("windows", method="ours")
-                  if r.get("ms_fwd"))
+    """Largest and median deviation of ours from time proportional to simulated pairs, over windows with at least 1 %
+    of the pairs, relative to the full window."""
+    time = {r["w"]: (r["ms_fwd"], r["useful"] * r["waste"], r["useful"])
+            for r in _rows("windows", method="ours") if r.get("ms_fwd")}
+    if len(time) < 3:
+        return None
+    full_ms, full_pairs, _ = time[max(time)]
+    off = [abs(ms / (full_ms * pairs / full_pairs) - 1) for ms, pairs, useful in time.values() if useful >= 0.01]
+    return dict(largest=max(off), median=_median(off))
+
+
+def _simulator_error_with_fixed_part():
+    """The same with time = fixed + rate * simulated pairs, both numbers from the smallest and the largest window that is
+    not the whole map (whose tiles need no mask). `largest` and `median`: over the windows between. `elsewhere`: over
+    the maps of `bench_sizes` with at least as many tokens, whose times gave neither number."""
+    rows = sorted((r["w"], r["useful"] * r["waste"], r["ms_fwd"], r["batch"] * r["heads"])
+                  for r in _rows("windows", method="ours") if r.get("ms_fwd"))
     if len(rows) < 5:
         return None
-    (_, few, low), *between, (_, many, high), (_, all_pairs, all_ms) = rows
+    (_, few, low, problems), *between, (_, many, high, _), _ = rows
     rate = (high - low) / (many - few)
-    off = [abs(ms / (low + rate * (pairs - few)) - 1) for _, pairs, ms in between]
-    alone = [abs(ms / (high * pairs / many) - 1) for _, pairs, ms in rows]
-    return dict(largest=max(off), median=_median(off), whole=all_ms / (low + rate * (all_pairs - few)) - 1,
-                no_fixed_part=max(alone))
+    off = [abs(ms / (low + rate * (pairs - few)) - 1) for _, pairs, ms, _ in between]
+    elsewhere = []
+    for r in _rows("sizes", method="ours"):
+        if r.get("ms_fwd") and r["N"] >= 128**2:
+            shape, window, share = (math.isqrt(r["N"]),) * 2, int(r["window"]), r["N"] / 128**2
+            q_tile, brick = kernel_tiles(shape, window, head_dim=r["head_dim"])
+            pairs = share * r["useful"] * tile_waste(shape, window, q_tile=q_tile, block_n=brick, scheme="bricks")
+            ms = share * r["batch"] * r["heads"] / problems * (low + rate * (pairs - few))
+            elsewhere.append(abs(r["ms_fwd"] / ms - 1))
+    return dict(largest=max(off), median=_median(off), elsewhere=max(elsewhere, default=math.inf))
 
 # %% ../nbs/3_locality/neighborhood.ipynb #1abe2dc8
 def _equivariance():
@@ -1632,10 +1649,14 @@ def claims():
               "FNA, abstract",
               lambda g: grade(g <= 1.05, g <= 1.5), measured=_memory_growth,
               scale="peak memory, window 128 over window 3, 128x128 map; holds: grows by less than 5 %"),
-        Claim("Cost is paid per tile: time is a fixed part and a rate times the pairs in all tiles touched", "", "FNA, title; GNA's simulator",
+        Claim("Cost is paid per tile: time follows the pairs in all tiles touched", "", "FNA, title; GNA's simulator",
               lambda e: grade(e["largest"] <= 0.25, e["median"] <= 0.25), measured=_simulator_error,
-              scale="windows 7 to 63 of a 128x128 map, the two numbers from windows 3 and 95; holds: all within 25 %, "
-                    "in part: the median"),
+              scale="window sweep, 128x128, relative to the full window; holds: all within 25 %, in part: the median"),
+        Claim("The same with a fixed part besides", "", "this chapter",
+              lambda e: grade(max(e["largest"], e["elsewhere"]) <= 0.25, e["median"] <= 0.25),
+              measured=_simulator_error_with_fixed_part,
+              scale="windows 7 to 63 of 128x128, both numbers from windows 3 and 95, and other maps with as many tokens; "
+                    "holds: all within 25 %, in part: the median of the windows"),
         Claim("A stride that fills tiles makes FLUX's 80x80 window 1.8 times faster (9.2x over 5.2x dense)", "1.8x",
               "NATTEN documentation", lambda r: grade(r >= 1.5, r >= 1.1), measured=_stride_gain,
               scale="stride 16 over stride 1, our kernel; holds: 1.5 times, in part: 1.1 times"),

@@ -337,6 +337,7 @@ class Posted(NamedTuple):
 
 @lru_cache(maxsize=None)
 def _side_stream(device: torch.device) -> "torch.cuda.Stream":
+    "Carries transfers to NCCL: not a stream that anything is computed or, as in `bench`, timed on."
     return torch.cuda.Stream(device)
 
 
@@ -486,11 +487,12 @@ def communicator(
 
 def high_priority_group(group=None):
     """A new NCCL process group of the same ranks whose transfers run on streams of high priority, to be passed as
-    `group`. Every rank must call it. ValueError if `group` (None: all processes) has no NCCL.
+    `group`. Every rank must call it. `group`: a process group or a 1-D DeviceMesh; None: all processes. ValueError if
+    it has no NCCL.
 
     At normal priority a transfer does not start before the attention kernel beside it has started its last program.
     """
-    group = dist.group.WORLD if group is None else group
+    group = communicator(dist.group.WORLD if group is None else group).group
     if "nccl" not in dist.get_backend_config(group):
         raise ValueError(f"group must have NCCL as a backend, not {dist.get_backend_config(group)}")
     return dist.new_group(dist.get_process_group_ranks(group), backend="nccl", use_local_synchronization=True,
@@ -750,7 +752,7 @@ def ring_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, sq, sk, sv, sdo, sl,
     k = load_rows(head_base(K, b, hk, sk), coords, sk, ok, D, BD, True, WIDE)              # [BN, BD]
     v = load_rows(head_base(V, b, hk, sv), coords, sv, ok, DV, BDV, True, WIDE)            # [BN, BDV]
     # a fresh packet is 0, but ptxas must not know it: it would set the accumulators between the matrix instructions of
-    # the second loop and then let these wait for each other, a third of the time
+    # the second loop and then let these wait for each other
     held = ok & (num_tiles < 0) if FRESH else ok
     dk = load_rows(head_base(DK, b, hk, sdk), slots, sdk, held, D, BD, True, WIDE).to(tl.float32)
     dv = load_rows(head_base(DV_OUT, b, hk, sdv), slots, sdv, held, DV, BDV, True, WIDE).to(tl.float32)
@@ -2547,14 +2549,14 @@ def multi_gpu(budget_s: float = 300.0, longest: int = 2**20):
             keep("multi scaling", ("method", "n", "N", "heads", "head_dim"), {**row, **single, **shares})
         return found
 
+    for row in multi_gpu_errors():
+        keep("multi errors", ("method", "layout", "is_causal", "dtype", "head_dim", "N"), {"N": N, **row})
     for tokens in sorted({n for n in (N * 2**13, N * 2**14, 2**16, 2**17, 2**18, 2**19, 2**20) if n <= longest}):
         if not time_left(): break
         ms = scale(tokens)
         if ms and tokens <= 2**17:
             keep("multi overlap", ("n", "N"), multi_gpu_overlap(tokens, groups))
             keep("multi projection", ("n", "N"), multi_gpu_projection(tokens, ms))
-    for row in multi_gpu_errors() if time_left() else ():
-        keep("multi errors", ("method", "layout", "is_causal", "dtype", "head_dim", "N"), {"N": N, **row})
     dist.barrier()
     dist.destroy_process_group()
 

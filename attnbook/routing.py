@@ -2925,9 +2925,9 @@ def _bits(a, b, field="prefix"):
         return None
     better, error = _mean_error(y[field] - x[field] for x, y in pairs)
     parallel, parallel_error = _mean_error(y["bits"] - x["bits"] for x, y in pairs)
-    found = {f"{a} better by": better, "parallel": parallel, "runs": len(pairs)}
-    errors = {"standard error": error, "standard error, parallel": parallel_error}
-    return found | (errors if len(pairs) > 1 else {})
+    found = {f"{a} better by": better, "standard error": error}
+    found |= {"parallel": parallel, "parallel standard error": parallel_error, "runs": len(pairs)}
+    return {k: v for k, v in found.items() if v is not None}
 
 
 def _divergences():
@@ -3045,8 +3045,8 @@ def _language_claims(claim):
     count = lambda *n: " or ".join(map(str, sorted(set(n)))) + (" seed" if set(n) == {1} else " seeds")
     seeds = lambda a, b: count(len(_pairs(a, b)))
     how = (
-        f"bits per byte from prefixes, mean over {seeds('topw', 'local')}, equal training time (in the timed run; further "
-        "seeds equal steps to it), n = 8192; holds: by 0.01, in part: at all"
+        f"bits per byte from prefixes, mean over {seeds('topw', 'local')}, equal training time (further seeds: "
+        "the timed run's steps), n = 8192; holds: by 0.01, in part: at all"
     )
     recalls = count(*found["runs"].values()) if (found := _recall_far()) else count(0)
     return [

@@ -763,7 +763,7 @@ def test_differences_are_taken_run_by_run():
     with only_these(runs[0], runs[2]):
         assert close(_bits("topw", "local"), {"topw better by": 1.0, "parallel": 0.5, "runs": 1})
         assert _bits("topw", "full") is None and next(iter(_bits("topw", "local"))) == "topw better by"
-    both = {"topw better by": 0.6, "parallel": 0.3, "runs": 2, "standard error": 0.4, "standard error, parallel": 0.2}
+    both = {"topw better by": 0.6, "parallel": 0.3, "runs": 2, "standard error": 0.4, "parallel standard error": 0.2}
     given = dict(timed=False, day=3)
     for more in ([], [_row("topw", 2, 9.0)], [_row("local", 2, 9.0, day=3), _row("full", 0, 9.0)]):  # a run of one only
         with only_these(*runs, *more):
@@ -771,7 +771,7 @@ def test_differences_are_taken_run_by_run():
     later = [_row(r["membership"], 0, 2 * r["bits"], device="two", day=2) for r in (runs[0], runs[2])]
     with only_these(*later, *runs):  # run 0 again on another device: the newer pair
         assert close(_bits("topw", "local"), both | {"topw better by": 1.1, "parallel": 0.55, "standard error": 0.9,
-                                                     "standard error, parallel": 0.45})
+                                                     "parallel standard error": 0.45})
     with only_these(*runs, later[0]):  # half of it: its training time is of another device
         assert close(_bits("topw", "local"), both)
     with only_these(_row("topw", 1, 1.0, **given), _row("local", 1, 1.5, device="two", **given)):  # equal steps

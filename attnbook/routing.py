@@ -2320,7 +2320,7 @@ def _check_steps(steps):
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a positive integer, not {steps!r}")
 
-
+# %% ../nbs/4_long_context/routing.ipynb #8b56ae8d
 def language_experiment(
     membership: str, cfg: dict, data, *, seconds: float | None = None, steps: int | None = None, run=0, device="cpu"
 ) -> tuple[nn.Module, dict]:

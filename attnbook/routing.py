@@ -23,10 +23,10 @@ __all__ = ['FAR_BELOW', 'SELECT_LAUNCH', 'CLUSTER_LAUNCH', 'SHARED_LAUNCH', 'FOL
            'routing_model', 'parameter_counts', 'leak_model', 'uniform_tokens', 'gain_on_the_bound', 'leak_experiment',
            'run_leak', 'longest', 'leak_summary', 'prefix_mismatch', 'future_changes', 'language_data', 'windows_of',
            'bits_per_byte', 'cluster_health', 'language_model', 'steps_within', 'language_experiment', 'run_language',
-           'attention_maps', 'divergence', 'head_rows', 'mutual_information', 'run_heads', 'recall_distance',
-           'recall_experiment', 'run_recall', 'clusters_for', 'route', 'exponent', 'scaling_experiment', 'gather_peer',
-           'gather_flash_peer', 'varlen_peer', 'flex_peer', 'bench_clusters', 'bench_segments', 'bench_crossover',
-           'bench_parts', 'break_even', 'claims']
+           'timed_steps', 'attention_maps', 'divergence', 'head_rows', 'mutual_information', 'run_heads',
+           'recall_distance', 'recall_experiment', 'run_recall', 'clusters_for', 'route', 'exponent',
+           'scaling_experiment', 'gather_peer', 'gather_flash_peer', 'varlen_peer', 'flex_peer', 'bench_clusters',
+           'bench_segments', 'bench_crossover', 'bench_parts', 'break_even', 'claims']
 
 # %% ../nbs/4_long_context/routing.ipynb #34bc1bcf
 import hashlib
@@ -2114,10 +2114,32 @@ def run_leak(preset: str = "cpu", device="cpu", seed: int = 0) -> list[dict]:
     ]
 
 # %% ../nbs/4_long_context/routing.ipynb #ddc0a788
+def _newest_device(rows: list[dict]) -> list[dict]:
+    "The rows of the device that was measured last: times of two devices are not compared."
+    newest = max(rows, key=lambda r: r["date"], default=None)
+    return [r for r in rows if r["device"] == newest["device"]]
+
+
+def _one_per_run(rows: list[dict]) -> list[dict]:
+    "Of a run that was recorded on several devices the newest rows. A row without `run` is of run 0."
+    where = ("step", "quarter", "layer", "pair")
+    rows = sorted(rows, key=lambda r: r["date"])
+    return list({(r["membership"], r.get("run", 0), *(r.get(k) for k in where)): r for r in rows}.values())
+
+
 def longest(name: str) -> list[dict]:
-    "Recorded rows of the largest training there is: preset gpu, else laptop, else cpu."
+    """Recorded rows of the largest training there is: preset gpu, else laptop, else cpu; all its runs, each once. Of a run
+    on several devices the newest rows count, so that runs of different devices may stand side by side."""
     rows = load_results("routing", name)
-    return next((found for t in ("gpu", "laptop", "cpu") if (found := [r for r in rows if r.get("training") == t])), [])
+    found = (_one_per_run([r for r in rows if r.get("training") == t]) for t in ("gpu", "laptop", "cpu"))
+    return next(filter(None, found), [])
+
+
+def _mean_error(values) -> tuple[float, float | None]:
+    "The mean, and its standard error; None for one value."
+    values = list(values)
+    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    return float(np.mean(values)), error
 
 
 def leak_summary(rows: list[dict] | None = None) -> dict | None:
@@ -2127,9 +2149,9 @@ def leak_summary(rows: list[dict] | None = None) -> dict | None:
     for m in dict.fromkeys(r["membership"] for r in rows):
         last = max(r["step"] for r in rows if r["membership"] == m)
         at = [r for r in rows if r["membership"] == m and r["step"] == last]
-        spread = float(np.std([r["gain"] for r in at], ddof=1) / len(at) ** 0.5) if len(at) > 1 else 0.0
-        error = max(spread, float(np.mean([r["error"] for r in at])) / len(at) ** 0.5)
-        out[m] = dict(gain=float(np.mean([r["gain"] for r in at])), error=error, runs=len(at), step=last)
+        gain, spread = _mean_error(r["gain"] for r in at)
+        error = max(spread or 0.0, float(np.mean([r["error"] for r in at])) / len(at) ** 0.5)
+        out[m] = dict(gain=gain, error=error, runs=len(at), step=last)
     return out or None
 
 # %% ../nbs/4_long_context/routing.ipynb #c6c8b4ed
@@ -2294,10 +2316,22 @@ def steps_within(seconds: float, model: nn.Module, batches, device, amp: bool) -
     return max(20, int(seconds / np.median(times[8:])))
 
 
+def _check_steps(steps):
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a positive integer, not {steps!r}")
+
+# %% ../nbs/4_long_context/routing.ipynb #8b56ae8d
 def language_experiment(
-    membership: str, cfg: dict, data, *, seconds: float, run: int = 0, device="cpu"
+    membership: str, cfg: dict, data, *, seconds: float | None = None, steps: int | None = None, run=0, device="cpu"
 ) -> tuple[nn.Module, dict]:
-    "Trains one model for `seconds`; the model and a row."
+    """Trains one model for `seconds`, which needs a device of its own, or for a given number of `steps`.
+
+    Returns the model and a row: its `seconds` as measured, and `timed`, False where the steps were given. ValueError
+    unless exactly one of `seconds` and `steps` is given, and for steps that are no positive integer."""
+    if (seconds is None) == (steps is None):
+        raise ValueError(f"give exactly one of seconds and steps, not seconds={seconds!r} and steps={steps!r}")
+    if steps is not None:
+        _check_steps(steps)
     amp = torch.device(device).type == "cuda"
     train, valid, _ = data
 
@@ -2310,7 +2344,9 @@ def language_experiment(
         x = train[starts + torch.arange(cfg["length"] + 1)].long()
         return x[:, :-1], x[:, 1:]
 
-    steps = steps_within(seconds, language_model(membership, cfg, run), batches, device, amp)
+    timed = steps is None
+    if timed:
+        steps = steps_within(seconds, language_model(membership, cfg, run), batches, device, amp)
     model = language_model(membership, cfg, run)
     x, y = windows_of(valid, cfg["length"], cfg["windows"])
     history = fit(
@@ -2337,6 +2373,7 @@ def language_experiment(
         run=run,
         length=cfg["length"],
         steps=steps,
+        timed=timed,
         seconds=history.seconds,
         parameters=count_parameters(model),
         curve=curve,
@@ -2346,28 +2383,47 @@ def language_experiment(
 
 # %% ../nbs/4_long_context/routing.ipynb #d3a297da
 def run_language(
-    preset: str = "cpu", device="cpu", seed: int = 0, budget: float | None = None, memberships=None
+    preset: str = "cpu",
+    device="cpu",
+    seed: int = 0,
+    budget: float | None = None,
+    memberships=None,
+    steps: dict[str, int] | None = None,
 ) -> dict[str, nn.Module]:
     """The language models of a preset, `budget` seconds of training in all (default: the preset's); records a row for
-    each. Returns the models. Preset "gpu" is meant to take about 4 minutes on an H100, compilation included."""
+    each. Returns the models. Preset "gpu" is meant to take about 4 minutes on an H100, compilation included.
+
+    `steps`, membership -> training steps, takes the place of the clock. It is for further seeds, which train as many
+    steps as the timed run did (`timed_steps`): equal cost was decided there, so they may share a GPU with other work.
+    Their rows say `timed=False`. Give another `seed` than the timed run's: on the same device a row takes the place of
+    an older one with its membership and seed. `memberships`: default those of `steps`, else the preset's.
+    ValueError for both `budget` and `steps`, a membership without steps, or steps that are no positive integer."""
     cfg, models = LANGUAGE[preset], {}
-    memberships, data = memberships or cfg["memberships"], language_data()
+    memberships = list(memberships or steps or cfg["memberships"])
+    if steps is None:
+        until = {m: dict(seconds=(budget or cfg["budget"]) / len(memberships)) for m in memberships}
+    elif budget is not None:
+        raise ValueError(f"give budget or steps, not both: budget={budget!r}, steps={steps!r}")
+    elif missing := [m for m in memberships if m not in steps]:
+        raise ValueError(f"steps must name every membership; it lacks {', '.join(missing)}: steps={steps!r}")
+    else:
+        until = {m: dict(steps=steps[m]) for m in memberships}
+        for m in memberships:
+            _check_steps(steps[m])
+    data = language_data()
     digest = hashlib.sha256(data[0].numpy().tobytes()).hexdigest()[:12]
+    what = dict(key=("membership", "run", "training"), device=device, seed=seed, training=preset, data=digest)
     for m in memberships:
-        models[m], row = language_experiment(
-            m, cfg, data, seconds=(budget or cfg["budget"]) / len(memberships), run=seed, device=device
-        )
-        record(
-            "routing",
-            "language",
-            key=("membership", "run", "training"),
-            device=device,
-            seed=seed,
-            training=preset,
-            data=digest,
-            **row,
-        )
+        models[m], row = language_experiment(m, cfg, data, run=seed, device=device, **until[m])
+        record("routing", "language", **what, **row)
     return models
+
+
+def timed_steps(preset: str = "gpu", run: int = 0) -> dict[str, int]:
+    """Membership -> training steps of the timed language models on record (see `run_language`), from the device that was
+    measured last. Empty if there are none."""
+    rows = load_results("routing", "language", training=preset, run=run)
+    return {r["membership"]: r["steps"] for r in _newest_device([r for r in rows if r.get("timed", True)])}
 
 # %% ../nbs/4_long_context/routing.ipynb #4b193ec4
 @torch.no_grad()
@@ -2430,9 +2486,10 @@ def mutual_information(a, b) -> float:
 
 # %% ../nbs/4_long_context/routing.ipynb #8b755eb3
 def run_heads(models: dict[str, nn.Module], preset: str = "cpu", device="cpu", seed: int = 0) -> list[dict]:
-    "Divergences of the heads of trained models (`run_language`) on validation text; records its rows."
+    "Divergences of the heads of trained models (`run_language`) on validation text; records its rows, `run` the seed."
     x = windows_of(language_data()[1], LANGUAGE[preset]["maps"], 1)[0].to(device)
-    return [record("routing", "heads", key=("membership", "layer", "pair", "training"), device=device, seed=seed,
+    key = ("membership", "run", "layer", "pair", "training")
+    return [record("routing", "heads", key=key, device=device, seed=seed, run=seed,
                    training=preset, membership=m, **row) for m, model in models.items() for row in head_rows(model, x)]
 
 # %% ../nbs/4_long_context/routing.ipynb #aded55da
@@ -2792,12 +2849,14 @@ def bench_parts():
                 t = measure(call, rep_ms=30, warmup_ms=10, graph=True)
             yield dict(n=n, part=name, ms=t.ms, peak_mb=t.peak_bytes / 1e6 if t.peak_bytes is not None else None)
 
+# %% ../nbs/4_long_context/routing.ipynb #c86fb99e
+def _gpu(name, **where):
+    "Rows of a benchmark with these fields, from the GPU on which it was measured last."
+    rows = _newest_device(load_results("routing", name, preset="gpu"))
+    return [r for r in rows if all(r.get(k) == v for k, v in where.items())]
+
 # %% ../nbs/4_long_context/routing.ipynb #487a9422
 NOT_YET = "not measured yet: needs the gpu preset on a GPU"
-
-
-def _gpu(name, **where):
-    return load_results("routing", name, preset="gpu", **where)
 
 
 def _on_gpu(found):
@@ -2848,34 +2907,59 @@ def _exponents():
     )
     return found if all(found.values()) else None
 
+# %% ../nbs/4_long_context/routing.ipynb #c2f29a98
+def _pairs(a, b):
+    """Rows of memberships a and b by run, on the gpu preset: of each run the newest two of equal cost. Rows of one device
+    are, and rows of two devices if their steps were given; a second of two devices is not the same training time."""
+    rows = sorted(load_results("routing", "language", training="gpu"), key=lambda r: r["date"])
+    of = lambda m: [r for r in rows if r["membership"] == m]
+    equal = lambda x, y: x["device"] == y["device"] or not (x.get("timed", True) or y.get("timed", True))
+    return {x["run"]: (x, y) for x in of(a) for y in of(b) if x["run"] == y["run"] and equal(x, y)}
+
 
 def _bits(a, b, field="prefix"):
-    "Bits per byte of membership b minus that of a, from the prefixes alone, on the gpu preset."
-    found = {r["membership"]: r for r in load_results("routing", "language", training="gpu")}
-    return (
-        {f"{a} better by": found[b][field] - found[a][field], "parallel": found[b]["bits"] - found[a]["bits"]}
-        if a in found and b in found
-        else None
-    )
+    """Bits per byte of membership b minus that of a, from the prefixes alone, on the gpu preset: the mean over the runs
+    that both have, the same for the parallel forward, and with two runs or more the standard errors over runs."""
+    pairs = _pairs(a, b).values()
+    if not pairs:
+        return None
+    better, error = _mean_error(y[field] - x[field] for x, y in pairs)
+    parallel, parallel_error = _mean_error(y["bits"] - x["bits"] for x, y in pairs)
+    found = {f"{a} better by": better, "standard error": error}
+    found |= {"parallel": parallel, "parallel standard error": parallel_error, "runs": len(pairs)}
+    return {k: v for k, v in found.items() if v is not None}
 
 
 def _divergences():
     rows = [r for r in longest("heads") if r["membership"] == "topw"]
     mean = lambda p: float(np.mean([r["divergence"] for r in rows if r["pair"] == p]))
     return (
-        dict(local_local=mean("local, local"), routing_local=mean("routing, local"), training=rows[0]["training"])
+        dict(
+            local_local=mean("local, local"),
+            routing_local=mean("routing, local"),
+            training=rows[0]["training"],
+            runs=len({r.get("run", 0) for r in rows}),
+        )
         if rows
         else None
     )
 
-# %% ../nbs/4_long_context/routing.ipynb #c2f29a98
+
 def _recall_far():
-    "Accuracy in the farthest quarter, by membership, and chance."
-    rows = [r for r in load_results("routing", "recall", training="gpu")]
-    if not rows:
+    """Accuracy in the farthest quarter, by membership: the mean over runs; and chance, the number of runs, the lowest and
+    the highest run. None unless all that the rule compares is on record."""
+    rows = _one_per_run(load_results("routing", "recall", training="gpu"))
+    far = max((r["quarter"] for r in rows), default=None)
+    found = {}
+    for r in rows:
+        if r["quarter"] == far:
+            found.setdefault(r["membership"], []).append(r["accuracy"])
+    if not {"full", "nearest", "local"} <= found.keys():
         return None
-    far = max(r["quarter"] for r in rows)
-    return {r["membership"]: r["accuracy"] for r in rows if r["quarter"] == far} | dict(chance=rows[0]["chance"])
+    over = lambda f: {m: f(v) for m, v in found.items()}
+    return over(lambda v: float(np.mean(v))) | dict(
+        chance=rows[0]["chance"], runs=over(len), lowest=over(min), highest=over(max)
+    )
 
 # %% ../nbs/4_long_context/routing.ipynb #20e7cf24
 def _judge_leak(m):
@@ -2958,7 +3042,13 @@ def _language_claims(claim):
         if m["full"] < 0.8
         else _grade(m["nearest"] > 0.8 and m["local"] < 0.3, m["nearest"] > m["local"] + 0.2)
     )
-    how = "bits per byte from prefixes, equal training time, n = 8192; holds: by 0.01, in part: at all"
+    count = lambda *n: " or ".join(map(str, sorted(set(n)))) + (" seed" if set(n) == {1} else " seeds")
+    seeds = lambda a, b: count(len(_pairs(a, b)))
+    how = (
+        f"bits per byte from prefixes, mean over {seeds('topw', 'local')}, equal training time (further seeds: "
+        "the timed run's steps), n = 8192; holds: by 0.01, in part: at all"
+    )
+    recalls = count(*found["runs"].values()) if (found := _recall_far()) else count(0)
     return [
         claim(
             "Routing heads beat local heads",
@@ -2974,7 +3064,7 @@ def _language_claims(claim):
             "this chapter",
             better,
             partial(_bits, "nearest", "local"),
-            "as above",
+            f"as above, {seeds('nearest', 'local')}",
         ),
         claim(
             "Routing by content beats random routing [m]",
@@ -2982,7 +3072,7 @@ def _language_claims(claim):
             "ablation on CIFAR-10 [m]",
             better,
             partial(_bits, "nearest", "random"),
-            "as above",
+            f"as above, {seeds('nearest', 'random')}",
         ),
         claim(
             "Routing is as good as full attention at equal cost",
@@ -2990,7 +3080,7 @@ def _language_claims(claim):
             "Sec. 5",
             lambda d: _grade(first(d) > -0.01, first(d) > -0.03),
             partial(_bits, "nearest", "full"),
-            "as above; holds: not worse by more than 0.01, in part: 0.03",
+            f"as above, {seeds('nearest', 'full')}; holds: not worse by more than 0.01, in part: 0.03",
         ),
         claim(
             "Routing finds what lies beyond the local window",
@@ -2998,7 +3088,8 @@ def _language_claims(claim):
             "motivation",
             far,
             _recall_far,
-            "accuracy of recall in the farthest quarter; holds: above 0.8 where local is below 0.3",
+            f"accuracy of recall in the farthest quarter, mean over {recalls}; "
+            "holds: above 0.8 where local is below 0.3",
         ),
     ]
 

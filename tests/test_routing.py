@@ -1,30 +1,50 @@
 # Written from the test cells of nbs/4_long_context/routing.ipynb by `attnbook export`. Do not edit.
+import json
 import math
+import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
+from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest import mock
 
 import numpy as np
 import torch
 
 from attnbook.attention import attention_reference
+from attnbook.bench import load_results
 from attnbook.routing import (
+    LANGUAGE,
     MEMBERSHIPS,
     OnlineKMeans,
     RoutingAttention,
     RoutingSelfAttention,
     RoutingTransformerLM,
     Segments,
+    _bits,
+    _divergences,
+    _exponents,
+    _gpu,
+    _language_claims,
+    _newest_device,
+    _recall_far,
+    _speed,
+    _total_speed,
     attention_maps,
     bits_per_byte,
+    break_even,
+    claims,
     cluster_attention_op,
     cluster_health,
     cluster_sums,
     cluster_sums_op,
     divergence,
     head_rows,
+    language_experiment,
+    leak_summary,
     mutual_information,
     nearest_membership,
     parameter_counts,
@@ -36,6 +56,7 @@ from attnbook.routing import (
     routed_attention_reference,
     routing_cost,
     routing_model,
+    run_language,
     segment_lists,
     segment_tiles_op,
     select_topw_op,
@@ -43,6 +64,7 @@ from attnbook.routing import (
     spherical_norm,
     spherical_norm_op,
     spherical_norm_reference,
+    timed_steps,
     topw_membership,
 )
 from attnbook.testing import (
@@ -657,6 +679,59 @@ def test_honest_bits():
         assert (abs(found["prefix"] - found["same"]) < 1e-4) == (m == "nearest"), (m, found)
 
 
+@contextmanager
+def only_these(*rows):
+    "Nothing is on record but made-up rows; what is recorded inside goes to the same place."
+    common = dict(key=sorted({"membership", "run", "step", "quarter", "layer", "pair", "method", "n"}), preset="gpu")
+    with (
+        TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, ATTNBOOK_RESULTS=folder),
+        mock.patch("attnbook.bench._checkout", return_value=None),
+    ):
+        Path(folder, "routing.jsonl").write_text("".join(json.dumps(common | r) + "\n" for r in rows))
+        yield
+
+
+def _row(membership, run, bits, device="one", day=1, **fields):
+    "A language model of the gpu preset; from the prefix it has twice the bits."
+    what = dict(name="language", training="gpu", device=device, date=f"2026-01-{day:02}T00:00:00+00:00")
+    return what | dict(membership=membership, run=run, bits=bits, prefix=2 * bits) | fields
+
+
+def test_steps_or_seconds():
+    cfg = LANGUAGE["cpu"] | dict(length=32, batch=2, windows=2, prefixes=2)
+    data = [torch.randint(256, (400,), generator=torch.Generator().manual_seed(i), dtype=torch.uint8) for i in range(3)]
+    train = partial(language_experiment, "local", cfg, data, device=device_under_test())
+    _, row = train(steps=3, run=1)
+    assert row["steps"] == 3 and row["timed"] is False and row["seconds"] > 0 and row["run"] == 1
+    _, row = train(seconds=1e-3)
+    assert row["steps"] == 20 and row["timed"] is True
+    both = (dict(steps=3, seconds=1.0), ValueError, ["seconds", "steps", "3"])
+    counts = [(dict(steps=s), ValueError, ["steps", repr(s)]) for s in (0, -1, 2.0, True)]
+    check_raises(train, [(dict(), ValueError, ["seconds", "steps"]), both, *counts])
+
+
+def test_further_seeds_take_the_steps_of_the_timed_run():
+    old = [_row(m, 0, 1.0, steps=s) for m, s in (("local", 3), ("full", 2))]
+    with only_these(*old, _row("local", 0, 1.0, day=2, device="two", steps=9, timed=False)):
+        assert timed_steps() == {"local": 3, "full": 2} and timed_steps(run=1) == timed_steps("laptop") == {}
+    with only_these(*old, _row("full", 0, 1.0, day=2, device="two", steps=8)):
+        assert timed_steps() == {"full": 8}
+    with only_these():
+        models = run_language("cpu", device_under_test(), seed=1, steps={"local": 2})
+        (row,) = load_results("routing", "language")
+        assert set(models) == {"local"} and row["key"] == ["membership", "run", "training"]
+        assert (row["run"], row["seed"], row["steps"], row["timed"]) == (1, 1, 2, False) and row["seconds"] > 0
+        bad = [
+            (dict(budget=5.0), ["budget", "steps", "5.0"]),
+            (dict(memberships=("local", "full")), ["steps", "lacks full"]),
+            (dict(steps={}), ["steps", "lacks topw"]),
+            (dict(steps={"local": 0}), ["steps", "0"]),
+        ]
+        check_raises(partial(run_language, steps={"local": 2}), [(kw, ValueError, words) for kw, words in bad])
+        assert len(load_results("routing")) == 1
+
+
 @torch.no_grad()
 def test_maps_and_divergence():
     model, x = _small("nearest"), _tokens(1, 24)
@@ -680,3 +755,83 @@ def test_maps_and_divergence():
     assert {r["pair"] for r in head_rows(model, x)} == {"routing, routing", "routing, local", "local, local"}
     health = cluster_health(_small("topw"), x)
     assert 0 < health["coverage"] < 1 and 0 < health["balance"] <= 1 and cluster_health(model, x)["coverage"] == 1
+
+
+def test_differences_are_taken_run_by_run():
+    close = lambda a, b: set(a) == set(b) and all(abs(a[k] - b[k]) < 1e-9 for k in a)
+    runs = [_row(m, i, b) for m, bits in (("topw", (1.0, 2.0)), ("local", (1.5, 2.1))) for i, b in enumerate(bits)]
+    with only_these(runs[0], runs[2]):
+        assert close(_bits("topw", "local"), {"topw better by": 1.0, "parallel": 0.5, "runs": 1})
+        assert _bits("topw", "full") is None and next(iter(_bits("topw", "local"))) == "topw better by"
+    both = {"topw better by": 0.6, "parallel": 0.3, "runs": 2, "standard error": 0.4, "parallel standard error": 0.2}
+    given = dict(timed=False, day=3)
+    for more in ([], [_row("topw", 2, 9.0)], [_row("local", 2, 9.0, day=3), _row("full", 0, 9.0)]):  # a run of one only
+        with only_these(*runs, *more):
+            assert close(_bits("topw", "local"), both), more
+    later = [_row(r["membership"], 0, 2 * r["bits"], device="two", day=2) for r in (runs[0], runs[2])]
+    with only_these(*later, *runs):  # run 0 again on another device: the newer pair
+        assert close(_bits("topw", "local"), both | {"topw better by": 1.1, "parallel": 0.55, "standard error": 0.9,
+                                                     "parallel standard error": 0.45})
+    with only_these(*runs, later[0]):  # half of it: its training time is of another device
+        assert close(_bits("topw", "local"), both)
+    with only_these(_row("topw", 1, 1.0, **given), _row("local", 1, 1.5, device="two", **given)):  # equal steps
+        assert _bits("topw", "local")["runs"] == 1
+    with only_these(*runs):
+        beats, *_ = _language_claims(lambda *c: c)
+        assert beats[3](beats[4]()) == "holds" and "2 seeds" in beats[5]
+        assert all(c.judge().verdict for c in claims())
+
+
+def test_recall_is_averaged():
+    quarter = lambda m, run, accuracy, q=3, **kw: _row(m, run, 0.0, **kw) | dict(
+        name="recall", quarter=q, accuracy=accuracy, chance=0.1
+    )
+    rows = [quarter(m, run, a) for m, at in (("full", (1.0, 1.0)), ("local", (0.1,))) for run, a in enumerate(at)]
+    rows += [quarter("nearest", 0, 0.7), quarter("nearest", 1, 0.5, device="two"), quarter("nearest", 2, 0.0, q=2)]
+    with only_these(*rows[:3]):
+        assert _recall_far() is None  # the rule compares three
+    with only_these(*rows, quarter("nearest", 0, 0.9, device="two", day=2)):  # run 0 on two devices: the newer
+        found = _recall_far()
+        assert abs(found["nearest"] - 0.7) < 1e-9 and (found["full"], found["local"], found["chance"]) == (1, 0.1, 0.1)
+        assert found["runs"] == {"full": 2, "local": 1, "nearest": 2}
+        assert (found["lowest"]["nearest"], found["highest"]["nearest"]) == (0.5, 0.9)
+        *_, claim = _language_claims(lambda *c: c)
+        assert claim[3](found) == "holds in part" and "1 or 2 seeds" in claim[5]
+
+
+def test_times_are_of_one_device():
+    def crossover(device, day, power, scale, methods=("ours", "topw (ours)", "flash", "cudnn")):
+        for m, n in product(methods, (16384, 32768, 65536)):
+            ms = scale * (n / 16384) ** (power if "ours" in m else 2)
+            time = dict(method=m, n=n, ms_fwd=ms, ms_bwd=ms if "ours" in m else 4 * ms)
+            yield dict(name="crossover", device=device, date=f"2026-01-{day:02}T00:00:00+00:00") | time
+
+    old, new = list(crossover("one", 1, 1.5, 100.0)), list(crossover("two", 2, 1.0, 1.0))
+    for rows in (old + new, new + old):  # both complete: the newer
+        with only_these(*rows):
+            assert {r["device"] for r in _gpu("crossover")} == {"two"} and len(_gpu("crossover", n=65536)) == 4
+            assert abs(_total_speed(16384) - 2.5) < 1e-9 and abs(_total_speed() - 10) < 1e-9 and break_even() == 16384
+            assert abs(_exponents()["routing"] - 1) < 1e-6 and abs(_exponents()["plain"] - 2) < 1e-6
+            assert _speed("crossover", {"flash", "cudnn"}, n=65536) == 4
+    with only_these(*old, *crossover("two", 2, 1.0, 1.0, ("flash",))):  # nothing is filled up from the older
+        assert _total_speed() is None and _exponents() is None and break_even() is None
+    with only_these():
+        assert _newest_device([]) == _gpu("crossover") == [] and _exponents() is None
+
+
+def test_a_run_counts_once():
+    leak = lambda run, gain, step=9, error=0.0, **kw: _row("topw", run, 0.0, **kw) | dict(
+        name="leak", step=step, gain=gain, error=error
+    )
+    rows = [leak(0, 1.0), leak(1, 3.0), leak(0, 5.0, day=2, device="two"), leak(0, 9.0, step=4)]
+    with only_these(*rows):
+        assert leak_summary() == {"topw": dict(gain=4.0, error=1.0, runs=2, step=9)}
+    head = lambda value, **kw: dict(name="heads", layer=0, divergence=value) | kw
+    old = {k: v for k, v in _row("topw", 0, 0.0).items() if k != "run"}  # recorded before rows had a run
+    with only_these(
+        *(old | head(0.1, pair=p) for p in ("local, local", "routing, local")),
+        *(_row("topw", i, 0.0, day=2) | head(0.2 + 0.2 * i, pair="local, local") for i in range(2)),
+        *(_row("topw", i, 0.0, day=2) | head(0.5, pair="routing, local") for i in range(2)),
+    ):
+        found = _divergences()
+        assert abs(found["local_local"] - 0.3) < 1e-9 and found["routing_local"] == 0.5 and found["runs"] == 2

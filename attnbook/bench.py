@@ -35,9 +35,10 @@ from .attention import attention_bytes, attention_flops, attention_pairs
 
 # %% auto #0
 __all__ = ['GRAPH_BELOW_MS', 'PALETTE', 'MARKS', 'Timing', 'Stopwatch', 'peak_memory', 'measure', 'measure_training',
-           'device_name', 'versions', 'results_dir', 'record', 'load_results', 'measure_ceilings', 'ceilings', 'floor',
-           'sdpa', 'block_mask', 'flex', 'naive', 'compare', 'run_benchmarks', 'row_line', 'bench_ceilings',
-           'bench_dense', 'look', 'style', 'source_note', 'label_ends', 'plot_lines', 'plot_bars', 'roofline']
+           'device_name', 'versions', 'results_dir', 'record', 'load_results', 'newest_device', 'measure_ceilings',
+           'ceilings', 'floor', 'sdpa', 'block_mask', 'flex', 'naive', 'compare', 'run_benchmarks', 'row_line',
+           'bench_ceilings', 'bench_dense', 'look', 'style', 'source_note', 'label_ends', 'plot_lines', 'plot_bars',
+           'roofline']
 
 # %% ../nbs/1_foundations/02_bench.ipynb #5149a503
 @dataclass(frozen=True)
@@ -432,6 +433,15 @@ def _fits(value, wanted) -> bool:
     if isinstance(wanted, (set, list, tuple)) and not isinstance(value, list):
         return value in [_plain(w) for w in wanted]
     return value == _plain(wanted)
+
+# %% ../nbs/1_foundations/02_bench.ipynb #36f2b668
+def newest_device(
+    rows: Iterable[Mapping],  # as `load_results` reads them, of one benchmark
+) -> list[dict]:  # in their order; empty if there are none
+    "The rows of the device that was measured last, by `date`; of equal dates the later row counts."
+    rows = list(rows)
+    last = max(reversed(rows), key=lambda r: r["date"], default=None)
+    return [r for r in rows if r["device"] == last["device"]]
 
 # %% ../nbs/1_foundations/02_bench.ipynb #975dd6c8
 def measure_ceilings(device=None, *, copy_bytes: int | None = None, size: int | None = None) -> dict:

@@ -28,6 +28,7 @@ from attnbook.bench import (
     measure_ceilings,
     measure_training,
     naive,
+    newest_device,
     plot_bars,
     plot_lines,
     record,
@@ -102,6 +103,12 @@ def test_newest_row_counts():
         assert b["ms"] is None and b["seed"] == 3 and b["preset"] == "gpu"
         assert len(load_results("unittest", shape=(4, 4))) == 2 and not load_results("unittest", shape=(4, 5))
         assert len(load_results("unittest", device={"GPU one", "GPU two"})) == 4 and not load_results("nothing_here")
+
+def test_newest_device():
+    rows = [{"device": f"GPU {name}", "date": f"2026-01-0{day}T00:00:00+00:00", "i": i}
+            for i, (name, day) in enumerate((("one", 1), ("two", 3), ("one", 2), ("two", 1), ("one", 3)))]
+    for some, want in ((rows[:3], [1]), (rows[:4], [1, 3]), (rows, [0, 2, 4]), (rows[::-1], [3, 1]), ([], [])):
+        assert [r["i"] for r in newest_device(r for r in some)] == want
 
 def test_several_processes_may_write_and_none_needs_matplotlib():
     with results_elsewhere() as folder:

@@ -2,6 +2,7 @@
 import math
 from functools import partial
 from itertools import product
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,19 +11,32 @@ import torch
 from attnbook.attention import attention_reference, merge_attention
 from attnbook.bench import peak_memory
 from attnbook.neighborhood import (
+    CALIBRATING,
     NAT,
+    SIMULATED,
     NeighborhoodAttention1d,
     NeighborhoodAttention2d,
     NeighborhoodAttention3d,
+    StepCosts,
+    _gpu_ratio,
+    _memory_growth,
+    _simulator_error,
+    _simulator_error_with_fixed_part,
+    _simulator_errors,
+    _stride_gain,
     axis_classes,
     axis_window,
     choose_q_tile,
+    claims,
     dinat_base,
     dinat_mini,
     dinat_small,
     dinat_tiny,
+    fit_costs,
     inner_share,
     inverse_axis_window,
+    kernel_steps,
+    kernel_tiles,
     na1d,
     na2d,
     na3d,
@@ -35,12 +49,76 @@ from attnbook.neighborhood import (
     neighborhood_axes,
     neighborhood_mask,
     neighborhood_pairs,
+    predicted_us,
+    simulated_times,
     tile_spans,
     tile_waste,
     unseen_tables,
 )
 from attnbook.testing import TOLERANCE, check_against_reference, check_operation, check_raises, rel_error
 from attnbook.testing import device as device_under_test
+
+
+def count_steps(shape, kw):
+    "What `kernel_steps` says, counted from the dense mask."
+    axes, (tile, brick) = neighborhood_axes(shape, **kw), kernel_tiles(shape, **kw)
+    mask = neighborhood_mask(shape, **kw).view(*shape, *shape).numpy()
+    sides = []                                                         # of every axis: the positions of every tile
+    for axis, t in zip(axes, tile):
+        longest = -(-axis.length // axis.dilation)
+        classes = [range(r, axis.length, axis.dilation) for r in range(axis.dilation)]
+        sides.append([c[i:i + t] for c in classes for i in range(0, longest, t)])
+    counts = []
+    for queries in product(*sides):
+        seen = mask[np.ix_(*queries)].reshape(-1, *shape)              # [queries, *shape]
+        free = steps = 0
+        if len(seen):
+            first = [int(k.min()) for k in seen.any(0).nonzero()]
+            bricks = [[range(k, axis.length, axis.dilation)[i:i + u] for i in range(0, axis.length, u)]
+                      for axis, k, u in zip(axes, first, brick)]
+            for keys in product(*bricks):
+                block = seen[np.ix_(range(len(seen)), *keys)]          # [queries, *brick], less at a border
+                steps += block.any()
+                free += block.all() and block.shape[1:] == brick
+        counts.append((free, steps - free))
+    free, masked = np.array(counts).T
+    if free.sum() < 0.25 * (free + masked).sum():                      # too few: every step takes the mask
+        free, masked = 0 * free, free + masked
+    return free * math.prod(brick), masked * math.prod(brick)
+
+def test_kernel_steps():
+    some = 0
+    for shape, kw in (((19, 24), dict(window_size=5)), ((24, 30), dict(window_size=(21, 27))),
+                      ((27, 16), dict(window_size=8, stride=8)), ((21, 16), dict(window_size=(5, 8), dilation=(2, 1))),
+                      ((11, 37), dict(window_size=(3, 4), dilation=(3, 5), stride=(2, 3))),
+                      ((24, 26), dict(window_size=(24, 20), is_causal=(True, False), stride=(1, 4))),
+                      ((40, 33), dict(window_size=(37, 33), is_causal=True)),
+                      ((6, 9, 10), dict(window_size=(3, 5, 4))), ((5, 8, 16), dict(window_size=(5, 8, 13))),
+                      ((4, 8, 9), dict(window_size=(4, 2, 3), stride=(1, 2, 3), is_causal=(True, False, False)))):
+        (free, masked), want = kernel_steps(shape, **kw), count_steps(shape, kw)
+        assert np.array_equal(free, want[0]) and np.array_equal(masked, want[1]), (shape, kw)
+        some += bool(free.any())
+    assert 3 <= some < 10                                              # both kinds of steps were there
+    check_raises(kernel_steps, [(dict(shape=(64,)), ValueError, ["shape", "two or three"]),
+                                (dict(head_dim=257), ValueError, ["head_dim"]),
+                                (dict(window_size=9), ValueError, ["window_size", "axis 0"])],
+                 shape=(8, 8), window_size=3)
+
+
+def test_predicted_us():
+    costs = StepCosts(launch=2.0, program=1.0, free=0.5, masked=0.75, alone=3.0)
+    keys = lambda *n: np.array(n)
+    one = keys(128), keys(64)                                          # work 1 + 2 * 0.5 + 0.75
+    assert predicted_us(one, 1, costs) == 2 + 3 * 2.75                 # alone on its multiprocessor
+    assert predicted_us(one, 4, costs, processors=4) == 2 + 3 * 2.75   # and so are four on four
+    assert predicted_us(one, 40, costs, processors=4) == 2 + 10 * 2.75 # ten on each: nobody is alone
+    assert predicted_us(one, 41, costs, processors=4) == 2 + 11 * 2.75
+    assert predicted_us((keys(0, 0, 256), keys(0, 0, 0)), 1, costs) == 2 + 3 * 3.0   # fewer than multiprocessors
+    # work 3, 1, 1, 1 on two: the ones fill up beside the three
+    assert predicted_us((keys(256, 0, 0, 0), keys(0, 0, 0, 0)), 1, costs._replace(alone=1.0), processors=2) == 2 + 3
+    # in the order of launch: 1, 1, 3 on two take 4, though 3, 1, 1 would take 3
+    assert predicted_us((keys(0, 0, 256), keys(0, 0, 0)), 1, costs._replace(alone=1.0), processors=2) == 2 + 4
+
 
 BACKENDS = ("torch", "triton")
 CASES = {  # name -> (shape, arguments), small: the interpreter is slow
@@ -451,3 +529,86 @@ def test_fit():
         net = NAT(dim=32, depths=(1, 2), num_heads=(1, 2), num_classes=4,
                   dilations=((1,), (1, 4))).to(device_under_test())
         assert net(torch.randn(2, 3, side, side, device=device_under_test())).shape == (2, 4)
+
+
+def simulated_steps(case):
+    "Steps of one head and number of heads of one of `SIMULATED`."
+    problem = SIMULATED[case]
+    return (kernel_steps(**{n: x for n, x in problem.items() if n not in ("batch", "heads")}),
+            problem["batch"] * problem["heads"])
+
+def simulator_rows(costs, device="GPU one", date="2026-01-01T00:00:00+00:00", processors=132, slower={}):
+    "Rows as `bench_simulator` would write them on a GPU with these costs; `slower`: {case: times as long}."
+    return [dict(case=case, method="ours", device=device, date=date, processors=processors,
+                 calibrates=case in CALIBRATING.values(),
+                 ms_fwd=predicted_us(*simulated_steps(case), costs, processors) * slower.get(case, 1) / 1e3)
+            for case in SIMULATED]
+
+def test_simulated_problems():
+    assert list(CALIBRATING.values()) == list(SIMULATED)[:5] and len(SIMULATED) == 23
+    for problem in SIMULATED.values():
+        axes = neighborhood_axes(*(problem.get(n, d) for n, d in (("shape", None), ("window_size", None), ("stride", 1),
+                                                                  ("dilation", 1), ("is_causal", False))))
+        assert len(axes) in (2, 3) and problem["head_dim"] == 64 and problem["heads"] == 8
+    assert len({repr(sorted(p.items())) for p in SIMULATED.values()}) == len(SIMULATED)
+
+def test_costs_are_found_again():
+    for want, processors in ((StepCosts(2.5, 1.1, 0.47, 0.53, 2.3), 132), (StepCosts(4.0, 0.3, 0.8, 1.5, 1.2), 132),
+                             (StepCosts(1.0, 5.0, 0.1, 0.4, 4.0), 132), (StepCosts(3.0, 0.5, 0.2, 0.25, 2.0), 160)):
+        problems = [simulated_steps(case) for case in CALIBRATING.values()]
+        calibration = [(*p, predicted_us(*p, want, processors)) for p in problems]
+        found = fit_costs(calibration, processors)
+        assert np.allclose(found, want, rtol=1e-6) and found == fit_costs(calibration, processors)
+    with pytest.raises(ValueError, match="five"): fit_costs(calibration[:4])
+    with pytest.raises(ValueError, match="first two"): fit_costs(calibration[::-1])
+    with pytest.raises(ValueError, match="no positive costs"): fit_costs([(*p, 50.0) for p in problems])
+    with pytest.raises(ValueError, match="no positive costs"): fit_costs(calibration[:4] + calibration[3:4], processors)
+
+def test_simulated_times():
+    costs = StepCosts(2.5, 1.1, 0.47, 0.53, 2.3)
+    other = costs._replace(free=0.3)
+    old, new = simulator_rows(costs), simulator_rows(other, "GPU two", "2026-01-02T00:00:00+00:00", 150)
+    for rows, want in ((old, costs), (old + new, other), (new + old, other)):
+        found, times = simulated_times(rows)
+        assert np.allclose(found, want, rtol=1e-6) and list(times) == list(SIMULATED)
+        assert all(abs(measured / predicted - 1) < 1e-6 for predicted, measured in times.values())
+    assert simulated_times([]) is None and simulated_times(old + new[:-1]) is None
+    assert simulated_times(simulator_rows(costs, processors=127)) is None
+
+
+def test_simulator_claim():
+    claim, = (c for c in claims() if c.measured is _simulator_errors)
+    costs = StepCosts(2.5, 1.1, 0.47, 0.53, 2.3)
+    predicted = [case for case in SIMULATED if case not in CALIBRATING.values()]
+    slow = lambda cases, by: simulator_rows(costs, slower=dict.fromkeys(cases, by))
+    verdict = lambda rows: claim.rule(_simulator_errors(rows))
+    assert _simulator_errors([]) is None
+    assert verdict(simulator_rows(costs)) == verdict(slow(predicted, 1.2)) == verdict(slow(predicted, 0.8)) == "holds"
+    assert verdict(slow(predicted[:1], 1.3)) == verdict(slow(predicted[-1:], 0.7)) == "holds in part"
+    assert verdict(slow(predicted, 1.3)) == verdict(slow(predicted, 0.7)) == "does not hold here"
+    constant = [{**r, "ms_fwd": 0.05} for r in simulator_rows(costs)]           # no costs give such times
+    assert verdict(constant) == "does not hold here" and _simulator_errors(constant)["median"] == math.inf
+
+def test_times_of_two_gpus_do_not_mix():
+    "The claims' helpers give for the rows of two GPUs what they give for those of the newer one alone."
+    def rows(device, day, slow):
+        row = lambda name, **fields: dict(name=name, device=device, date=f"2026-01-0{day}T00:00:00+00:00", **fields)
+        for w in (3, 7, 15, 23, 95, 128):
+            yield row("windows", w=w, method="ours", ms_fwd=slow + w**slow, peak_mb_fwd=100 + slow * w,
+                      useful=w * w / 128**2, waste=2.0, batch=2, heads=8)
+        yield row("sizes", N=128**2, method="ours", window="13", ms_fwd=slow, useful=0.01, batch=1, heads=8,
+                  head_dim=64)
+        for case, method in product(("FLUX 4K", "FLUX 4K, stride 16"), ("ours", "cudnn dense")):
+            yield row("natten", case=case, method=method, ms_fwd=1.0 if method == "ours" else 1 + slow * len(case))
+
+    def measured(rows):
+        fits = lambda row, where: all(row.get(n) == x for n, x in where.items())
+        found = lambda name, **where: [r for r in rows if r["name"] == name and fits(r, where)]
+        with mock.patch.dict(_gpu_ratio.__globals__, _rows=found):
+            return [f() for f in (partial(_gpu_ratio, "FLUX 4K"), _stride_gain, _memory_growth, _simulator_error,
+                                  _simulator_error_with_fixed_part)]
+
+    old, new = [*rows("GPU one", 1, 2)], [*rows("GPU two", 2, 1.5)]
+    assert None not in measured(new) and all(a != b for a, b in zip(measured(new), measured(old)))
+    assert measured(old + new) == measured(new + old) == measured(new)
+    assert measured(old + new[:6])[-1]["elsewhere"] == math.inf                # the newer GPU timed no other maps

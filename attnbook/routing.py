@@ -46,7 +46,7 @@ from torch import Tensor
 
 # %% ../nbs/4_long_context/routing.ipynb #5d7a14c1
 from .attention import attention_reference
-from .bench import compare, load_results, measure, record, sdpa
+from .bench import compare, load_results, measure, newest_device, record, sdpa
 from .data import byte_splits, mqar, python_source
 from attnbook.engine import (
     BAND,
@@ -2114,12 +2114,6 @@ def run_leak(preset: str = "cpu", device="cpu", seed: int = 0) -> list[dict]:
     ]
 
 # %% ../nbs/4_long_context/routing.ipynb #ddc0a788
-def _newest_device(rows: list[dict]) -> list[dict]:
-    "The rows of the device that was measured last: times of two devices are not compared."
-    newest = max(rows, key=lambda r: r["date"], default=None)
-    return [r for r in rows if r["device"] == newest["device"]]
-
-
 def _one_per_run(rows: list[dict]) -> list[dict]:
     "Of a run that was recorded on several devices the newest rows. A row without `run` is of run 0."
     where = ("step", "quarter", "layer", "pair")
@@ -2423,7 +2417,7 @@ def timed_steps(preset: str = "gpu", run: int = 0) -> dict[str, int]:
     """Membership -> training steps of the timed language models on record (see `run_language`), from the device that was
     measured last. Empty if there are none."""
     rows = load_results("routing", "language", training=preset, run=run)
-    return {r["membership"]: r["steps"] for r in _newest_device([r for r in rows if r.get("timed", True)])}
+    return {r["membership"]: r["steps"] for r in newest_device([r for r in rows if r.get("timed", True)])}
 
 # %% ../nbs/4_long_context/routing.ipynb #4b193ec4
 @torch.no_grad()
@@ -2852,7 +2846,7 @@ def bench_parts():
 # %% ../nbs/4_long_context/routing.ipynb #c86fb99e
 def _gpu(name, **where):
     "Rows of a benchmark with these fields, from the GPU on which it was measured last."
-    rows = _newest_device(load_results("routing", name, preset="gpu"))
+    rows = newest_device(load_results("routing", name, preset="gpu"))
     return [r for r in rows if all(r.get(k) == v for k, v in where.items())]
 
 # %% ../nbs/4_long_context/routing.ipynb #487a9422

@@ -29,7 +29,6 @@ from attnbook.routing import (
     _exponents,
     _gpu,
     _language_claims,
-    _newest_device,
     _recall_far,
     _speed,
     _total_speed,
@@ -816,7 +815,7 @@ def test_times_are_of_one_device():
     with only_these(*old, *crossover("two", 2, 1.0, 1.0, ("flash",))):  # nothing is filled up from the older
         assert _total_speed() is None and _exponents() is None and break_even() is None
     with only_these():
-        assert _newest_device([]) == _gpu("crossover") == [] and _exponents() is None
+        assert _gpu("crossover") == [] and _exponents() is None
 
 
 def test_a_run_counts_once():

@@ -179,6 +179,9 @@ def load_step(src, b, h, start, coords, strides, ok, R: tl.constexpr, D: tl.cons
     "The rows of one step, [R, BD], by tensor descriptor or by pointers."
     if TMA and len(coords) == 1:
         return src.load([b, h, start, 0]).reshape(R, BD)
+    elif TMA and len(coords) == 3:  # batch and head are one axis, see `_describe`
+        head = (b * (strides[0] // strides[1]) + h).to(tl.int32)
+        return src.load((head,) + start + (0,)).reshape(R, BD)
     elif TMA:  # a box of rows on a map
         return src.load((b, h) + start + (0,)).reshape(R, BD)
     else:
@@ -573,6 +576,7 @@ class Launch:
     BN: int          # rows of a key tile (or step)
     warps: int       # warps per program
     stages: int      # steps in flight
+    registers: int | None = None  # most that a thread may have, where one more program then fits a multiprocessor
 
 #: (architecture, kernel, bits of the type, head_dim rounded up to a power of two) -> Launch
 LAUNCH: dict[tuple[str, str, int, int], Launch] = {}
@@ -658,10 +662,18 @@ def _precision(dtype):
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 def _describable(t):
-    "May the tensor go through a tensor descriptor? (16-byte strides and address, unit stride in the last dimension, rows enough to be worth it)"
+    """May the tensor go through a tensor descriptor? (16-byte strides and address, unit stride in the last dimension, rows enough to be worth it,
+    and at most five axes: on a map of three, one for batch and heads)"""
     e = t.element_size()
-    return (t.dim() in (4, 5) and min(t.shape[2:-1]) >= 16 and t.stride(-1) == 1 and all(s * e % 16 == 0 and s > 0 for s in t.stride()[:-1])
+    one = t.dim() == 6 and (t.shape[0] == 1 or t.stride(0) == t.shape[1] * t.stride(1))
+    enough = math.prod(t.shape[2:-1]) >= 256 if one else t.dim() in (4, 5) and min(t.shape[2:-1]) >= 16
+    return (enough and t.stride(-1) == 1 and all(s * e % 16 == 0 and s > 0 for s in t.stride()[:-1])
             and t.data_ptr() % 16 == 0 and t.numel() > 0)
+
+def _describe(t, sides, dim):
+    "A tensor descriptor for boxes of rows, `sides` rows along the axes; batch and heads are one axis of a map of three."
+    t = t.flatten(0, 1) if t.dim() == 6 else t
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [*[1] * (t.dim() - len(sides) - 1), *sides, dim])
 
 def _wide(*tensors):
     "Does an offset within one head exceed 32 bits?"
@@ -703,8 +715,7 @@ def _streams(program, a, b, rows, bd, bdv, device, consts, kernel):
            and (device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9))
     if not tma:
         return a, b, False
-    describe = lambda t, d: TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, *sides, d])
-    return describe(a, bd), describe(b, bdv), True
+    return _describe(a, sides, bd), _describe(b, sides, bdv), True
 
 # %% ../nbs/1_foundations/01_engine.ipynb #4760bd38
 def _forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
@@ -728,7 +739,7 @@ def _forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     tile_forward[(tiles * q.shape[0] * q.shape[1],)](
         q, K, V, extra_k, extra_v, out, lse, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1],
         out.stride(), lse.stride(), scale, tiles, _together(program, q.shape[0] * q.shape[1], k, v), q.shape[1], xs[2], Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step,
-        REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma, WIDE=_wide(q, k, v, out), STAGES=p.stages, PREPARE=program.prepare, START=program.start, num_warps=p.warps, **common)
+        REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma, WIDE=_wide(q, k, v, out), STAGES=p.stages, PREPARE=program.prepare, START=program.start, num_warps=p.warps, maxnreg=p.registers, **common)
     return out, lse
 
 # %% ../nbs/1_foundations/01_engine.ipynb #0e8d8418
@@ -813,7 +824,7 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
         q, K, V, extra_k, extra_v, out, do, lse, dlse, dq, lse2, delta, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1],
         out.stride(), do.stride(), dlse.stride() if dlse is not None else None, dq.stride(), lse.stride(), scale, plain_scale, tiles, _together(program, q.shape[0] * heads, k, v), heads, xs[2],
         Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step, REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma,
-        WIDE=wide, STAGES=p.stages, DQ_SCORE=program.dq_score, PREPARE=program.prepare, START=program.start, G=partial, num_warps=p.warps, **carry, **common)
+        WIDE=wide, STAGES=p.stages, DQ_SCORE=program.dq_score, PREPARE=program.prepare, START=program.start, G=partial, num_warps=p.warps, maxnreg=p.registers, **carry, **common)
     p = find_launch(program, "dkv", q.dtype, dim, q.device, consts)
     Q, DO, tma = _streams(program, q, do, p.BM, common["BD"], common["BDV"], q.device, consts, "dkv")
     tiles = program.k_tiles(ints, consts, p.BN)
@@ -821,7 +832,7 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
         tile_backward_dkv[(tiles * k.shape[0] * k.shape[1],)](
             Q, k, v, DO, lse2, delta, dk, dv, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), do.stride(), dk.stride(), dv.stride(),
             lse2.stride(), scale, plain_scale, tiles, _together(program, k.shape[0] * k.shape[1], q, do), heads, K_TILE=program.k_tile, Q_SPAN=program.q_span, Q_STEP=program.q_step, REVERSE=False, MASKS=_masks(program, ints, consts, p),
-            BM=p.BM, BN=p.BN, TMA=tma, WIDE=wide, STAGES=p.stages, START=program.start, num_warps=p.warps, **common)
+            BM=p.BM, BN=p.BN, TMA=tma, WIDE=wide, STAGES=p.stages, START=program.start, num_warps=p.warps, maxnreg=p.registers, **common)
     if program.indexed:
         of_q, of_k = (row_lists(x.flatten(2), t.shape[2]) for x, t in zip(operands, (q, k)))
         dq = scatter_rows(dq, operands[0].flatten(2), q.shape[2], of_q)

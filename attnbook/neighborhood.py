@@ -763,8 +763,8 @@ def kernel_box(axes, rows, step_rows, transpose=False):
 
 
 # %% ../nbs/3_locality/neighborhood.ipynb #b5063dd7
-#: head_dim rounded up -> forward, dq, dkv: (rows of queries, rows of keys, warps, stages). Forward and dq share their
-#: tiles. 32, 64 and 128 are the fastest of six or seven tried on an H100 for the benchmarks below
+#: head_dim rounded up -> forward, dq, dkv: (rows of queries, rows of keys, warps, stages, registers of a thread where
+#: they are limited). Forward and dq share their tiles. 32, 64 and 128 are the fastest of six or seven tried on an H100 for the benchmarks below
 KERNEL_LAUNCH = {
     16: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 2)),
     32: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 2)),
@@ -772,7 +772,7 @@ KERNEL_LAUNCH = {
     128: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
     256: ((64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1))}
 #: the same where a window has 1024 keys and more: the box is large beside the tile, and larger steps waste little
-WIDE_LAUNCH = {dim: ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)) for dim in (32, 64)}
+WIDE_LAUNCH = {dim: ((64, 64, 4, 3, 168), (64, 64, 4, 3), (64, 64, 4, 3)) for dim in (32, 64)}
 
 
 #: where a smaller share of the steps goes without a mask, every step takes the mask
@@ -784,10 +784,10 @@ def kernel_launch(kernel, bits, head_dim, arch, consts=()):
     if arch == "interpreter":
         return Launch(64, 32, 4, 1) if kernel == "dkv" else Launch(32, 64, 4, 1)
     wide = head_dim in WIDE_LAUNCH and math.prod(consts[7:10]) >= 1024
-    rows_q, rows_k, warps, stages = (WIDE_LAUNCH if wide else KERNEL_LAUNCH)[head_dim][("forward", "dq", "dkv").index(kernel)]
+    launch = Launch(*(WIDE_LAUNCH if wide else KERNEL_LAUNCH)[head_dim][("forward", "dq", "dkv").index(kernel)])
     if bits == 32 or arch == "small":
-        rows_q, rows_k, stages = min(rows_q, 32), min(rows_k, 32 if head_dim <= 64 else 16), 1
-    return Launch(rows_q, rows_k, warps, stages)
+        return Launch(min(launch.BM, 32), min(launch.BN, 32 if head_dim <= 64 else 16), launch.warps, 1)
+    return launch if arch == "sm90" else replace(launch, registers=None)
 
 
 def ordered_launch(*args):

@@ -16,17 +16,18 @@ __all__ = ['FAR_BELOW', 'SELECT_LAUNCH', 'CLUSTER_LAUNCH', 'SHARED_LAUNCH', 'FOL
            'segments_k_tile', 'segments_k_step', 'segments_q_step', 'segments_k_span', 'segments_q_span',
            'segments_mask', 'cluster_launch', 'shared_launch', 'band_launch', 'cluster_tile', 'other_slots',
            'cluster_forward', 'enter_slots', 'invert_lists', 'slot_rows', 'fold_some', 'fold_many', 'put_rows',
-           'fold_slots', 'slot_weights', 'weights_and_grad', 'shared_grads', 'clusters_do_step', 'cluster_grads',
-           'cluster_attention_backward_op', 'cluster_attention_op', 'routed_attention', 'sum_tiles', 'cluster_sums_op',
-           'cluster_sums', 'OnlineKMeans', 'random_assignment', 'plain_attention', 'Router', 'ClusterCache',
-           'router_step', 'RoutingSelfAttention', 'RoutingAttention', 'GEGLU', 'RoutingBlock', 'RoutingTransformerLM',
-           'routing_model', 'parameter_counts', 'leak_model', 'uniform_tokens', 'gain_on_the_bound', 'leak_experiment',
-           'run_leak', 'longest', 'leak_summary', 'prefix_mismatch', 'future_changes', 'language_data', 'windows_of',
-           'bits_per_byte', 'cluster_health', 'language_model', 'steps_within', 'language_experiment', 'run_language',
-           'timed_steps', 'attention_maps', 'divergence', 'head_rows', 'mutual_information', 'run_heads',
-           'recall_distance', 'recall_experiment', 'run_recall', 'clusters_for', 'route', 'exponent',
-           'scaling_experiment', 'gather_peer', 'gather_flash_peer', 'varlen_peer', 'flex_peer', 'bench_clusters',
-           'bench_segments', 'bench_crossover', 'bench_parts', 'break_even', 'claims']
+           'fold_slots', 'slot_weights', 'weights_and_grad', 'key_step', 'put_slots', 'shared_grads',
+           'clusters_do_step', 'cluster_grads', 'cluster_attention_backward_op', 'cluster_attention_op',
+           'routed_attention', 'sum_tiles', 'cluster_sums_op', 'cluster_sums', 'OnlineKMeans', 'random_assignment',
+           'plain_attention', 'Router', 'ClusterCache', 'router_step', 'RoutingSelfAttention', 'RoutingAttention',
+           'GEGLU', 'RoutingBlock', 'RoutingTransformerLM', 'routing_model', 'parameter_counts', 'leak_model',
+           'uniform_tokens', 'gain_on_the_bound', 'leak_experiment', 'run_leak', 'longest', 'leak_summary',
+           'prefix_mismatch', 'future_changes', 'language_data', 'windows_of', 'bits_per_byte', 'cluster_health',
+           'language_model', 'steps_within', 'language_experiment', 'run_language', 'timed_steps', 'attention_maps',
+           'divergence', 'head_rows', 'mutual_information', 'run_heads', 'recall_distance', 'recall_experiment',
+           'run_recall', 'clusters_for', 'route', 'exponent', 'scaling_experiment', 'gather_peer', 'gather_flash_peer',
+           'varlen_peer', 'flex_peer', 'bench_clusters', 'bench_segments', 'bench_crossover', 'bench_parts',
+           'break_even', 'claims']
 
 # %% ../nbs/4_long_context/routing.ipynb #34bc1bcf
 import hashlib
@@ -786,11 +787,12 @@ def cluster_launch(kernel, bits, head_dim, arch, consts=()):
     return Launch(rows_q, rows_k, warps, stages)
 
 
-#: the same where queries and keys share the list: forward, gradients; steps are always one ahead
+#: the same where queries and keys share the list: forward, whose steps are one ahead, and gradients; after the stages,
+#: the registers that a thread may have where K = Q
 SHARED_LAUNCH = {
     16: ((64, 64, 4, 1), (64, 64, 4, 1)),
     32: ((64, 64, 4, 1), (64, 64, 4, 1)),
-    64: ((64, 32, 4, 1), (64, 64, 4, 1)),
+    64: ((64, 32, 4, 1), (64, 32, 4, 1, 128)),
     128: ((64, 32, 4, 1), (32, 32, 4, 1)),
     256: ((32, 16, 8, 1), (16, 16, 8, 1)),
 }
@@ -801,10 +803,11 @@ LISTS_APART = 4096  # with more programs than this in the forward pass, list aft
 def shared_launch(kernel, bits, head_dim, arch):
     "The same for `cluster_forward` ('forward') and `shared_grads` ('both'); rows of a tile, of a step of other rows."
     if arch == "interpreter":
-        return Launch(32, 16, 4, 1) if kernel == "forward" else Launch(16, 16, 4, 1)
+        return Launch(32, 16, 4, 1)
     if bits == 32 or arch == "small":
         return Launch(32, 16, 4, 1) if kernel == "forward" else Launch(16, 16, 4, 1)
-    return Launch(*SHARED_LAUNCH[head_dim][("forward", "both").index(kernel)])
+    launch = Launch(*SHARED_LAUNCH[head_dim][("forward", "both").index(kernel)])
+    return launch if arch == "sm90" else replace(launch, registers=None)
 
 
 def band_launch(kernel, bits, head_dim, arch, consts=()):
@@ -1049,9 +1052,10 @@ def slot_weights(O, DO, INDEX, COUNTS, DRAWN, TABLE, LSE, LSE2, DELTA, SPREAD, s
         share = (do.to(tl.float32) / count[:, None]).to(do.dtype)
         shift, delta = 0.0, tl.sum(o.to(tl.float32) * share.to(tl.float32), 1)
         tl.store(SPREAD + (g * S + s)[:, None] * DV + d[None, :], share, mask=ok[:, None] & (d < DV)[None, :])
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634 + shift)
-    tl.store(LSE2 + g * S + s, lse, mask=ok)
-    tl.store(DELTA + g * S + s, delta, mask=ok)
+    # slots without a token: weights of 0
+    lse = tl.where(ok & (lse > float("-inf")), lse * 1.4426950408889634 + shift, float("inf"))
+    tl.store(LSE2 + g * S + s, lse, mask=s < S)
+    tl.store(DELTA + g * S + s, tl.where(ok, delta, 0.0), mask=s < S)
 
 # %% ../nbs/4_long_context/routing.ipynb #e3a815d2
 @triton.jit
@@ -1065,24 +1069,44 @@ def weights_and_grad(q, k, do, v, lse, delta, qpos, kpos, ok, b, h, scale, C: tl
     p = probabilities(s, lse[:, None], scale, FOLD)
     return p, p * (dp - delta[:, None])
 
+
+@triton.jit
+def key_step(dk, dv, k, v, q, do, lse, delta, scale, FOLD: tl.constexpr, PRECISION: tl.constexpr):
+    "dK and dV of keys k, all of which queries q see. Rows of q and do that do not exist are 0 and add nothing."
+    qk = tl.dot(k, q.T, input_precision=PRECISION)                                        # rows are keys
+    dp = tl.dot(v, do.T, input_precision=PRECISION)
+    if not FOLD:
+        qk = qk * (scale * 1.4426950408889634)
+    p = probabilities(qk, lse[None, :], scale, FOLD)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    return tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk, input_precision=PRECISION), dv
+
+
+@triton.jit
+def put_slots(Y, slot, ok, x, D: tl.constexpr, BD: tl.constexpr):
+    d = tl.arange(0, BD)
+    tl.store(Y + slot[:, None] * D + d[None, :], x.to(Y.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
+
 # %% ../nbs/4_long_context/routing.ipynb #c46e0b93
 @triton.jit(do_not_specialize=["tiles", "groups"])
 def shared_grads(Q, K, V, DO, LSE2, DELTA, DQ, DK, DV_OUT, INDEX, sq, sk, sv, sdo, scale, dscale, tiles, groups, H,
                  width, C: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr,
-                 PARTIAL: tl.constexpr, SAME: tl.constexpr, SPREAD: tl.constexpr, B: tl.constexpr, D: tl.constexpr,
-                 DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    """Gradients of one tile of slots, whose list holds queries and keys. SAME: K = Q, and DQ gets the sum. SPREAD: DO
-    has a row for each slot, not for each token. Grid: batch * heads * lists * tiles."""
+                 PARTIAL: tl.constexpr, SAME: tl.constexpr, SPREAD: tl.constexpr, B: tl.constexpr, BN: tl.constexpr,
+                 D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, WIDE: tl.constexpr,
+                 PRECISION: tl.constexpr):
+    """Gradients of one tile of B slots, whose list holds queries and keys, in steps of BN other slots. SAME: K = Q, and
+    DQ gets the sum. SPREAD: DO has a row for each slot, not for each token. Grid: batch * heads * lists * tiles."""
     g, b, h, i = cluster_tile(tiles, 1, groups, H)
     QH, KH, VH, DOH = head_base(Q, b, h, sq), head_base(K, b, h, sk), head_base(V, b, h, sv), head_base(DO, b, h, sdo)
     INDEX, LSE2, DELTA, slot = INDEX + g * width, LSE2 + g * width, DELTA + g * width, (g % groups).to(tl.int32) * width
-    before, after = i, i                                                                  # steps, first step
+    MANY: tl.constexpr = B // BN                                                          # steps that are its own
+    skip, steps = i * MANY, tl.where(i == tiles - 1, i * MANY, tl.cdiv(width, BN) - MANY)
+    before, after = skip, skip                                                            # steps, first step
     if not C[0]:
-        before, after = tiles - 1, 0
+        before, after = steps, 0
     r = i * B + tl.arange(0, B)
     row = tl.load(INDEX + r, mask=r < width, other=-1)
     token, ok = tl.maximum(row, 0), row >= 0
-    s_next, near, there_next = other_slots(0, i, 1, INDEX, width, B)
     q = load_rows(QH, (token,), sq, ok, D, BD, True, WIDE)                                # [B, BD]
     v = load_rows(VH, (token,), sv, ok, DV, BDV, True, WIDE)                              # [B, BDV]
     do = load_rows(DOH, (slot + r if SPREAD else token,), sdo, ok, DV, BDV, True, WIDE)   # [B, BDV]
@@ -1090,66 +1114,40 @@ def shared_grads(Q, K, V, DO, LSE2, DELTA, DQ, DK, DV_OUT, INDEX, sq, sk, sv, sd
         k = q
     else:
         k = load_rows(KH, (token,), sk, ok, D, BD, True, WIDE)
-    lse = tl.load(LSE2 + r, mask=ok, other=float("inf"))
-    delta = tl.load(DELTA + r, mask=ok, other=0.0)
-    a_next = load_rows(KH, (near,), sk, there_next & (before > 0), D, BD, True, WIDE)
-    b_next = load_rows(VH, (near,), sv, there_next & (before > 0), DV, BDV, True, WIDE)
-    s, other, there = other_slots(1, i, 1, INDEX, width, B)
+    lse, delta = tl.load(LSE2 + r, mask=r < width, other=float("inf")), tl.load(DELTA + r, mask=r < width, other=0.0)
     # its queries with its keys
-    p, ds = weights_and_grad(q, k, do, v, lse, delta, r, r, ok, b, h, scale, C, MASK, SCORE, FOLD, 1, PRECISION)
-    dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)                  # [B, BDV]
+    full, ds = weights_and_grad(q, k, do, v, lse, delta, r, r, ok if PARTIAL else r < width, b, h, scale, C, MASK,
+                                SCORE, FOLD, 1, PRECISION)
     own = ds.to(q.dtype)
-    dq = tl.dot(own, k, input_precision=PRECISION)                                        # [B, BD]
+    dv = tl.dot(tl.trans(full.to(do.dtype)), do, input_precision=PRECISION)               # [B, BDV]
+    dk = tl.dot(tl.trans(own), q, input_precision=PRECISION)                              # [B, BD]
     if SAME:
-        dq = tl.dot(tl.trans(own), q, dq, input_precision=PRECISION)
+        dk = tl.dot(own, k, dk, input_precision=PRECISION)
     else:
-        dk = tl.dot(tl.trans(own), q, input_precision=PRECISION)
-    # its queries with other keys
+        dq = tl.dot(own, k, input_precision=PRECISION)
+    # its keys with other queries
+    for t in tl.range(after, steps, num_stages=1):
+        s, other, there = other_slots(t, skip, MANY, INDEX, width, BN)
+        q_now = load_rows(QH, (other,), sq, there, D, BD, True, WIDE)                     # [BN, BD]
+        do_now = load_rows(DOH, (slot + s if SPREAD else other,), sdo, there, DV, BDV, True, WIDE)
+        lse_now, delta_now = tl.load(LSE2 + s, mask=s < width, other=0.0), tl.load(DELTA + s, mask=s < width, other=0.0)
+        dk, dv = key_step(dk, dv, k, v, q_now, do_now, lse_now, delta_now, scale, FOLD, PRECISION)
+    put_slots(DV_OUT, g * width + r, ok, dv, DV, BDV)
+    if SAME:
+        dq = dk
+    else:
+        put_slots(DK, g * width + r, ok, dk * dscale, D, BD)
+    # its queries with other keys; LSE and delta are loaded again, not kept during the loop above
+    lse, delta = tl.load(LSE2 + r, mask=r < width, other=float("inf")), tl.load(DELTA + r, mask=r < width, other=0.0)
     for t in tl.range(0, before, num_stages=1):
-        k_now, v_now, s_now, ok_now = a_next, b_next, s_next, there_next
-        a_next = load_rows(KH, (other,), sk, there & (t + 1 < before), D, BD, True, WIDE)
-        b_next = load_rows(VH, (other,), sv, there & (t + 1 < before), DV, BDV, True, WIDE)
-        s_next, near, there_next = s, other, there
-        s, other, there = other_slots(t + 2, i, 1, INDEX, width, B)
-        p, ds = weights_and_grad(q, k_now, do, v_now, lse, delta, r, s_now, ok_now, b, h, scale, C, None, None, FOLD,
-                                 PARTIAL, PRECISION)
-        dq = tl.dot(ds.to(q.dtype), k_now, dq, input_precision=PRECISION)
-    d = tl.arange(0, BD)
-    to = (g * width + r)[:, None] * D + d[None, :]
-    if SAME:
-        dk = dq
-    else:
-        tl.store(DQ + to, (dq * dscale).to(DQ.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
-    # its keys with other queries; rows that do not exist add nothing, as all of them is 0
-    two = (tl.arange(0, 2) == 0)[None, :]
-    if not C[0]:  # if causal, these steps follow those just taken, and their rows are known
-        s_next, near, there_next = other_slots(0, i, 1, INDEX, width, B)
-        s, other, there = other_slots(1, i, 1, INDEX, width, B)
-    there_next = there_next & (after < tiles - 1)
-    a_next = load_rows(QH, (near,), sq, there_next, D, BD, True, WIDE)
-    b_next = load_rows(DOH, (slot + s_next if SPREAD else near,), sdo, there_next, DV, BDV, True, WIDE)
-    where = tl.where(two, LSE2 + s_next[:, None], DELTA + s_next[:, None])
-    pair_next = tl.load(where, mask=there_next[:, None], other=0.0)
-    for t in tl.range(after, tiles - 1, num_stages=1):
-        q_now, do_now = a_next, b_next
-        lse_now, delta_now = tl.split(pair_next)
-        there = there & (t + 1 < tiles - 1)
-        where = tl.where(two, LSE2 + s[:, None], DELTA + s[:, None])
-        a_next = load_rows(QH, (other,), sq, there, D, BD, True, WIDE)
-        b_next = load_rows(DOH, (slot + s if SPREAD else other,), sdo, there, DV, BDV, True, WIDE)
-        pair_next = tl.load(where, mask=there[:, None], other=0.0)
-        s, other, there = other_slots(t + 2, i, 1, INDEX, width, B)
-        qk = tl.dot(k, q_now.T, input_precision=PRECISION)                                # [B, B], rows are keys
-        dp = tl.dot(v, do_now.T, input_precision=PRECISION)
-        if not FOLD:
-            qk = qk * (scale * 1.4426950408889634)
-        p = probabilities(qk, lse_now[None, :], scale, FOLD)
-        dv = tl.dot(p.to(do.dtype), do_now, dv, input_precision=PRECISION)
-        dk = tl.dot((p * (dp - delta_now[None, :])).to(q.dtype), q_now, dk, input_precision=PRECISION)
-    tl.store((DQ if SAME else DK) + to, (dk * dscale).to(DQ.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
-    e = tl.arange(0, BDV)
-    tl.store(DV_OUT + (g * width + r)[:, None] * DV + e[None, :], dv.to(DV_OUT.dtype.element_ty),
-             mask=ok[:, None] & (e < DV)[None, :])
+        s, other, there = other_slots(t, skip, MANY, INDEX, width, BN)
+        k_now = load_rows(KH, (other,), sk, there, D, BD, True, WIDE)                     # [BN, BD]
+        v_now = load_rows(VH, (other,), sv, there, DV, BDV, True, WIDE)                   # [BN, BDV]
+        p_now, ds_now = weights_and_grad(q, k_now, do, v_now, lse, delta, r, s, there, b, h, scale, C, None, None, FOLD,
+                                         PARTIAL, PRECISION)
+        dq = tl.dot(ds_now.to(q.dtype), k_now, dq, input_precision=PRECISION)
+    put_slots(DQ, g * width + r, ok, dq * dscale, D, BD)
+
 
 # %% ../nbs/4_long_context/routing.ipynb #91f6b0a4
 @triton.jit
@@ -1288,8 +1286,8 @@ def _cluster_backward(dy, q, k, v, out, a, b, lse, counts, flags, scale):
             p, tiles, some = _tiles(a, common, "both", flags, q.dtype)
             shared_grads[(B * H * a.shape[2] * tiles,)](
                 q, keys, v, d, lse2, delta, dq, dk, dv, a, q.stride(), keys.stride(), v.stride(), d.stride(), folded,
-                scale, tiles, a.shape[2], H, a.shape[3], PARTIAL=some, SPREAD=spread is not None, B=p.BM, WIDE=wide,
-                num_warps=p.warps, **common)
+                scale, tiles, a.shape[2], H, a.shape[3], PARTIAL=some, SPREAD=spread is not None, B=p.BM, BN=p.BN,
+                WIDE=wide, num_warps=p.warps, maxnreg=p.registers if k is None else None, **common)
     if b is None:
         return _fold([x for x in (dq, dk, dv) if x is not None], a, counts, table)
     _separate_grads(q, k, v, d, a, b, lse2, delta, dq, dk, dv, spread is not None, folded, scale, common)

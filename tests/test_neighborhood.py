@@ -10,6 +10,7 @@ import torch
 
 from attnbook.attention import attention_reference, merge_attention
 from attnbook.bench import peak_memory
+from attnbook.engine import _describable
 from attnbook.neighborhood import (
     CALIBRATING,
     NAT,
@@ -360,6 +361,17 @@ def test_odd_sizes():
                      backend=backend)
         reference = partial(dense, shape=shape, kw=dict(window_size=tuple(min(x, 3) for x in shape)))
         check_against_reference(op, reference, draw(shape, B=1), grad_tol=2e-5, floor=0.05)
+
+def test_descriptors_on_maps_of_three():
+    "Batch and heads are one axis of a tensor descriptor where their strides allow it; else rows come by pointers."
+    shape, kw = (4, 8, 9), dict(window_size=(2, 3, 4), is_causal=(True, False, False))
+    op = partial(neighborhood_attention, return_lse=True, backend="triton", **kw)
+    heads_last = lambda t: t.movedim(1, -2).contiguous().movedim(-2, 1)
+    assert not _describable(heads_last(draw(shape, B=2)[0]))
+    for B, Hk, relay in ((2, 1, torch.Tensor.contiguous), (1, 2, heads_last)):
+        tensors = [relay(t) for t in draw(shape, B=B, Hk=Hk)]
+        assert all(_describable(t) for t in tensors)
+        check_against_reference(op, partial(dense, shape=shape, kw=kw), tensors, grad_tol=2e-5)
 
 def test_half_precision():
     for backend, dtype in product(BACKENDS, (torch.float16, torch.bfloat16)):

@@ -576,7 +576,11 @@ class Launch:
     BN: int          # rows of a key tile (or step)
     warps: int       # warps per program
     stages: int      # steps in flight
-    registers: int | None = None  # most that a thread may have, where one more program then fits a multiprocessor
+    registers: int | None = None  # limit for a thread, so that more programs fit a multiprocessor; None: the compiler decides
+
+    def options(self) -> dict:
+        "As options of a kernel's launch."
+        return dict(num_warps=self.warps) | (dict(maxnreg=self.registers) if self.registers else {})
 
 #: (architecture, kernel, bits of the type, head_dim rounded up to a power of two) -> Launch
 LAUNCH: dict[tuple[str, str, int, int], Launch] = {}
@@ -739,7 +743,7 @@ def _forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     tile_forward[(tiles * q.shape[0] * q.shape[1],)](
         q, K, V, extra_k, extra_v, out, lse, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1],
         out.stride(), lse.stride(), scale, tiles, _together(program, q.shape[0] * q.shape[1], k, v), q.shape[1], xs[2], Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step,
-        REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma, WIDE=_wide(q, k, v, out), STAGES=p.stages, PREPARE=program.prepare, START=program.start, num_warps=p.warps, maxnreg=p.registers, **common)
+        REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma, WIDE=_wide(q, k, v, out), STAGES=p.stages, PREPARE=program.prepare, START=program.start, **p.options(), **common)
     return out, lse
 
 # %% ../nbs/1_foundations/01_engine.ipynb #0e8d8418
@@ -824,7 +828,7 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
         q, K, V, extra_k, extra_v, out, do, lse, dlse, dq, lse2, delta, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1],
         out.stride(), do.stride(), dlse.stride() if dlse is not None else None, dq.stride(), lse.stride(), scale, plain_scale, tiles, _together(program, q.shape[0] * heads, k, v), heads, xs[2],
         Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step, REVERSE=program.heavy_last, MASKS=_masks(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma,
-        WIDE=wide, STAGES=p.stages, DQ_SCORE=program.dq_score, PREPARE=program.prepare, START=program.start, G=partial, num_warps=p.warps, maxnreg=p.registers, **carry, **common)
+        WIDE=wide, STAGES=p.stages, DQ_SCORE=program.dq_score, PREPARE=program.prepare, START=program.start, G=partial, **p.options(), **carry, **common)
     p = find_launch(program, "dkv", q.dtype, dim, q.device, consts)
     Q, DO, tma = _streams(program, q, do, p.BM, common["BD"], common["BDV"], q.device, consts, "dkv")
     tiles = program.k_tiles(ints, consts, p.BN)
@@ -832,7 +836,7 @@ def _backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, 
         tile_backward_dkv[(tiles * k.shape[0] * k.shape[1],)](
             Q, k, v, DO, lse2, delta, dk, dv, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), do.stride(), dk.stride(), dv.stride(),
             lse2.stride(), scale, plain_scale, tiles, _together(program, k.shape[0] * k.shape[1], q, do), heads, K_TILE=program.k_tile, Q_SPAN=program.q_span, Q_STEP=program.q_step, REVERSE=False, MASKS=_masks(program, ints, consts, p),
-            BM=p.BM, BN=p.BN, TMA=tma, WIDE=wide, STAGES=p.stages, START=program.start, num_warps=p.warps, maxnreg=p.registers, **common)
+            BM=p.BM, BN=p.BN, TMA=tma, WIDE=wide, STAGES=p.stages, START=program.start, **p.options(), **common)
     if program.indexed:
         of_q, of_k = (row_lists(x.flatten(2), t.shape[2]) for x, t in zip(operands, (q, k)))
         dq = scatter_rows(dq, operands[0].flatten(2), q.shape[2], of_q)

@@ -788,7 +788,7 @@ def cluster_launch(kernel, bits, head_dim, arch, consts=()):
 
 
 #: the same where queries and keys share the list: forward, whose steps are one ahead, and gradients; after the stages,
-#: the registers that a thread may have where K = Q
+#: the registers that a thread may have where K = Q: with 128 four programs of four warps share the 65,536 of an H100
 SHARED_LAUNCH = {
     16: ((64, 64, 4, 1), (64, 64, 4, 1)),
     32: ((64, 64, 4, 1), (64, 64, 4, 1)),
@@ -1084,6 +1084,7 @@ def key_step(dk, dv, k, v, q, do, lse, delta, scale, FOLD: tl.constexpr, PRECISI
 
 @triton.jit
 def put_slots(Y, slot, ok, x, D: tl.constexpr, BD: tl.constexpr):
+    "Writes rows x to the slots of Y that are ok."
     d = tl.arange(0, BD)
     tl.store(Y + slot[:, None] * D + d[None, :], x.to(Y.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
 
@@ -1287,7 +1288,7 @@ def _cluster_backward(dy, q, k, v, out, a, b, lse, counts, flags, scale):
             shared_grads[(B * H * a.shape[2] * tiles,)](
                 q, keys, v, d, lse2, delta, dq, dk, dv, a, q.stride(), keys.stride(), v.stride(), d.stride(), folded,
                 scale, tiles, a.shape[2], H, a.shape[3], PARTIAL=some, SPREAD=spread is not None, B=p.BM, BN=p.BN,
-                WIDE=wide, num_warps=p.warps, maxnreg=p.registers if k is None else None, **common)
+                WIDE=wide, **(p if k is None else replace(p, registers=None)).options(), **common)
     if b is None:
         return _fold([x for x in (dq, dk, dv) if x is not None], a, counts, table)
     _separate_grads(q, k, v, d, a, b, lse2, delta, dq, dk, dv, spread is not None, folded, scale, common)
@@ -2309,6 +2310,7 @@ def steps_within(seconds: float, model: nn.Module, batches, device, amp: bool) -
 
 
 def _check_steps(steps):
+    "ValueError unless `steps` is a positive integer."
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a positive integer, not {steps!r}")
 

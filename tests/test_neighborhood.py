@@ -364,14 +364,14 @@ def test_odd_sizes():
 
 def test_descriptors_on_maps_of_three():
     "Batch and heads are one axis of a tensor descriptor where their strides allow it; else rows come by pointers."
-    shape, kw = (4, 8, 9), dict(window_size=(2, 3, 4), is_causal=(True, False, False))
+    shape, kw = (4, 8, 9), dict(window_size=(2, 3, 3), is_causal=(True, False, False))
     op = partial(neighborhood_attention, return_lse=True, backend="triton", **kw)
     heads_last = lambda t: t.movedim(1, -2).contiguous().movedim(-2, 1)
     assert not _describable(heads_last(draw(shape, B=2)[0]))
     for B, Hk, relay in ((2, 1, torch.Tensor.contiguous), (1, 2, heads_last)):
         tensors = [relay(t) for t in draw(shape, B=B, Hk=Hk)]
         assert all(_describable(t) for t in tensors)
-        check_against_reference(op, partial(dense, shape=shape, kw=kw), tensors, grad_tol=2e-5)
+        check_against_reference(op, partial(dense, shape=shape, kw=kw), tensors, grad=B == 2, grad_tol=2e-5)
 
 def test_half_precision():
     for backend, dtype in product(BACKENDS, (torch.float16, torch.bfloat16)):

@@ -51,10 +51,10 @@ from .bench import compare, load_results, measure, record, sdpa
 from .data import Windows, python_source
 from attnbook.engine import (
     Launch,
-    TensorDescriptor,
     TileProgram,
     _common,
     _describable,
+    _describe,
     _through_float32,
     _together,
     _wide,
@@ -863,8 +863,7 @@ def _stream(a: Tensor, b: Tensor, rows: int, bd: int, bdv: int):
     if not (_describable(a) and _describable(b)
             and (not a.is_cuda or torch.cuda.get_device_capability(a.device)[0] >= 9)):
         return a, b, False
-    describe = lambda t, d: TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, rows, d])
-    return describe(a, bd), describe(b, bdv), True
+    return _describe(a, (rows,), bd), _describe(b, (rows,), bdv), True
 
 
 class State(NamedTuple):

@@ -16,7 +16,7 @@ from attnbook.attention import (
     online_step,
     softmax_lse,
 )
-from attnbook.testing import check_empty_rows, check_gradients, check_raises, device, make_qkv, rel_error, tolerance
+from attnbook.lab.testing import check_empty_rows, check_gradients, check_raises, device, make_qkv, rel_error, tolerance
 
 
 def test_scaled_scores_have_unit_variance():

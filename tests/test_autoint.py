@@ -29,7 +29,7 @@ from attnbook.autoint import (
     rank_correlation,
     sdpa_layer,
 )
-from attnbook.testing import (
+from attnbook.lab.testing import (
     check_against_reference,
     check_autocast,
     check_opcheck,
@@ -37,7 +37,7 @@ from attnbook.testing import (
     check_raises,
     rel_error,
 )
-from attnbook.testing import device as device_under_test
+from attnbook.lab.testing import device as device_under_test
 
 LAYERS = {  # B, M, d_in, heads, head width, residual, bias
     "packed": (5, 7, 16, 2, 8, True, False),

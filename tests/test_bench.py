@@ -15,29 +15,21 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 
-from attnbook.bench import (
-    MARKS,
-    PALETTE,
+from attnbook.lab.bench import (
     block_mask,
     compare,
     flex,
     floor,
-    load_results,
-    look,
     measure,
     measure_ceilings,
     measure_training,
     naive,
-    newest_device,
-    plot_bars,
-    plot_lines,
-    record,
-    roofline,
     run_benchmarks,
     sdpa,
-    style,
 )
-from attnbook.testing import check_raises, device, make_qkv, rel_error
+from attnbook.lab.plots import MARKS, PALETTE, look, plot_bars, plot_lines, roofline, style
+from attnbook.lab.results import load_results, newest_device, record
+from attnbook.lab.testing import check_raises, device, make_qkv, rel_error
 
 
 def test_measure_knows_how_long_a_nap_is():
@@ -83,7 +75,7 @@ def results_elsewhere():
 WRITER = """
 import sys
 sys.modules["matplotlib"] = None                                     # the library must not need it
-from attnbook.bench import record
+from attnbook.lab.bench import record
 for i in range(50):
     record("unittest", "many", device="a test", who=sys.argv[1], i=i, long="x" * 5000)
 """

@@ -8,36 +8,11 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from attnbook.book import (
-    CHAPTERS,
-    PARTS,
-    Claim,
-    Parameter,
-    Run,
-    RunFailed,
-    Verdict,
-    _free_names,
-    _keep_run,
-    _kinds,
-    _run_name,
-    _sweep_gpus,
-    _test_source,
-    chapters_table,
-    check_parameters,
-    claims_table,
-    example_notebook,
-    find_chapter,
-    make_test_file,
-    markdown_table,
-    read_parameters,
-    require,
-    run_chapter,
-    run_summary,
-    sweep_parameters,
-    sweep_table,
-    to_html,
-    to_markdown,
-)
+from attnbook.lab.book import CHAPTERS, PARTS, chapters_table, find_chapter, markdown_table, require
+from attnbook.lab.pages import to_html
+from attnbook.lab.parameters import Parameter, _kinds, check_parameters, example_notebook, read_parameters
+from attnbook.lab.run import Run, RunFailed, run_chapter, run_summary
+from attnbook.lab.sweep import _keep_run, _run_name, _sweep_gpus, sweep_parameters, sweep_table
 
 
 def test_require_says_what_to_install():
@@ -119,20 +94,6 @@ def test_page_is_self_contained():
     assert "visible" in page and "secret" not in page and "plot()" not in page and "#|" not in page and "<title>Title" in page
 
 
-def test_verdicts_come_from_rules():
-    rule = lambda x: "holds" if x > 1 else ("does not hold here", "too small")
-    judge = lambda measured: Claim("c", "1", "Table 1", rule, measured=measured).judge()
-    assert judge(2) == Verdict("holds", "", 2) and judge(lambda: 0) == Verdict("does not hold here", "too small", 0)
-    assert judge(None) == Verdict("out of reach here", "not measured") == judge(lambda: None)
-    with pytest.raises(ValueError, match="'maybe'.*holds in part"):
-        Claim("c", "1", "t", lambda x: "maybe", measured=1).judge()
-
-def test_claims_table():
-    table = claims_table([Claim("a | b", "2x", "Fig. 1", lambda m: "holds", measured={"ours": 1.23456, "theirs": 12345.6}), Claim("c", "", "", lambda m: "holds")])
-    assert "| a \\| b | 2x | Fig. 1 | ours 1.23, theirs 12346 |  | **holds** |" in table
-    assert table.splitlines()[-1].endswith("| – |  | **out of reach here**: not measured |")
-
-
 def test_run_leaves_everything_in_one_folder():
     with tempfile.TemporaryDirectory() as folder:
         source = example_notebook(Path(folder) / "small.ipynb")
@@ -208,47 +169,3 @@ def test_table_of_a_sweep():
     run = lambda n, **kw: Run("small", Path(f"n={n}"), Path(), None, {"n": n}, 2.4, **kw)
     table = sweep_table([run(1, rows={"a": 2, "b": 1}, verdicts={"holds": 1}), run(2, error="cell 3 (`a | b`): KeyError")])
     assert table.splitlines()[2:] == ["| 1 | 1 | 2 | 3 | holds: 1 | n=1 | finished |", "| 2 | 2 | 2 | 0 |  | n=2 | failed: cell 3 (`a \\| b`): KeyError |"]
-
-
-def test_free_names():
-    assert _free_names("def test_a(x=N):\n    y = torch.ones(x)\n    assert len(y) == helper(y) and [z for z in y if z != M]") == {"N", "torch", "helper", "M"}
-    assert _free_names("def helper(): pass\ndef test_a(): helper(); import os; os.x") == set()
-    assert _free_names("K = 3\n@pytest.mark.parametrize('k', range(K))\ndef test_a(k): f = lambda q: q + k; assert f(1)") == {"pytest"}
-
-def test_calls_are_stripped():
-    cell = "def test_a(n=1):\n    assert n\n\ntest_a()\nfor n in (1, 2):\n    test_a(n)\n"
-    assert _test_source(cell, "x") == "def test_a(n=1):\n    assert n"
-    assert _test_source("def test_b(): pass\ntest_b(), test_b()", "x") == "def test_b(): pass"
-    with pytest.raises(ValueError, match="x: a test cell may hold .* not `print"):
-        _test_source("print(1)", "x")
-
-
-def test_a_notebook_becomes_a_test_file():
-    cells = ["#| default_exp small", "import math\nfrom json import dumps, loads\nfrom json import dump as d\nimport os.path", "#| export\ndef double(x): return 2 * x\ndef _half(x): return x / 2",
-             "#| test\ndef test_double():\n    assert double(math.pi) == loads('6.283185307179586') and _half(2) == 1 and d\n\ntest_double()",
-             "#| test\n#| cuda\ndef test_gpu():\n    assert os.path.sep"]
-    with tempfile.TemporaryDirectory() as folder:
-        write = lambda cells: nbformat.write(new_notebook(cells=[new_code_cell(c) for c in cells]), f"{folder}/a.ipynb")
-        write(cells)
-        module, source = make_test_file(Path(folder) / "a.ipynb", "nbs/a.ipynb")
-        assert module == "small" and "nbs/a.ipynb" in source.splitlines()[0]
-        assert "import math\nimport os.path\nfrom json import loads\nfrom json import dump as d\n\nimport pytest\n\nfrom attnbook.small import _half, double\n" in source
-        assert "dumps" not in source and "_half, double\n\n\ndef test_double" in source and "\ntest_double()" not in source and "@pytest.mark.cuda\ndef test_gpu" in source
-        write([*cells, "#| test\ndef test_c():\n    assert helper()"])
-        with pytest.raises(ValueError, match="tests use helper, which the notebook neither exports nor imports"):
-            make_test_file(Path(folder) / "a.ipynb", "nbs/a.ipynb")
-        write([*cells, cells[3]])
-        with pytest.raises(ValueError, match="two test cells define test_double"):
-            make_test_file(Path(folder) / "a.ipynb", "nbs/a.ipynb")
-        write(cells[:3])
-        assert make_test_file(Path(folder) / "a.ipynb", "nbs/a.ipynb") is None
-
-
-def test_notebook_as_markdown():
-    nb = new_notebook(cells=[
-        new_markdown_cell("# T\n\n> one line"),
-        new_code_cell("#| hide\nx"),
-        new_code_cell("#| echo: false\ny", outputs=[new_output("execute_result", {"text/markdown": "| a |\n|---|", "text/plain": "no"})]),
-        new_code_cell("#| export\n1 + 1", outputs=[new_output("execute_result", {"text/plain": "2"})]),
-    ])
-    assert to_markdown(nb) == "# T\n\n> one line\n\n| a |\n|---|\n\n```python\n1 + 1\n```\n\n```\n2\n```\n"

@@ -1,7 +1,15 @@
 # Written from the test cells of nbs/1_foundations/07_cli.ipynb by `attnbook export`. Do not edit.
 import pytest
 
-from attnbook.cli import Check, _BareApp, _one_line_errors, join_parameters, run_checks, split_parameters, split_values
+from attnbook.lab.cli import (
+    Check,
+    _BareApp,
+    _one_line_errors,
+    join_parameters,
+    run_checks,
+    split_parameters,
+    split_values,
+)
 
 
 def test_errors_are_one_line(capsys=None):

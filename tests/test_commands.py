@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from attnbook.book import CHAPTERS, example_notebook
+from attnbook.lab.book import CHAPTERS
+from attnbook.lab.parameters import example_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def attnbook(*words, cwd=ROOT, **environment):
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run([sys.executable, "-m", "attnbook.cli", *map(str, words)], cwd=cwd, capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-m", "attnbook", *map(str, words)], cwd=cwd, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": path, **environment})
 
 
@@ -136,6 +137,6 @@ def test_run_that_fails(tmp_path):
 def test_without_the_extra(tmp_path, missing, words):
     """A machine with torch, triton and numpy only gets a sentence, not a traceback."""
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{missing!r}] = None\n")
-    done = subprocess.run([sys.executable, "-m", "attnbook.cli", "run", "book"], capture_output=True, text=True, cwd=tmp_path,
+    done = subprocess.run([sys.executable, "-m", "attnbook", "run", "book"], capture_output=True, text=True, cwd=tmp_path,
                           env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])})
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr

@@ -57,8 +57,8 @@ from attnbook.convit import (
     resolution_transfer,
     small_vit,
 )
-from attnbook.data import skip_without
-from attnbook.testing import (
+from attnbook.lab.data import skip_without
+from attnbook.lab.testing import (
     check_against_reference,
     check_autocast,
     check_compiles,
@@ -68,7 +68,7 @@ from attnbook.testing import (
     check_raises,
     rel_error,
 )
-from attnbook.testing import device as device_under_test
+from attnbook.lab.testing import device as device_under_test
 
 
 def example(Y=3, X=5, heads=4, d=8, batch=2, dtype=torch.float64, seed=0):

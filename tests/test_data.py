@@ -13,49 +13,26 @@ from unittest import SkipTest, TestCase, mock
 import numpy as np
 import torch
 
-from attnbook.data import (
-    DATA_FILES,
-    LISTOPS,
-    LISTOPS_VOCAB,
-    OPTIONAL_PACKAGES,
-    PACKAGED_IMAGES,
-    Batches,
-    Windows,
-    adult,
-    bach_chorales,
-    byte_splits,
-    cached,
-    chest_phantom,
-    chorale_split,
-    data_file,
+from attnbook.lab.data.actions import watch_recordings
+from attnbook.lab.data.batches import Batches, Windows, image_tensor, standardise
+from attnbook.lab.data.cache import cached
+from attnbook.lab.data.chorales import bach_chorales, chorale_split
+from attnbook.lab.data.classification import PACKAGED_IMAGES, image_classification
+from attnbook.lab.data.files import DATA_FILES, OPTIONAL_PACKAGES, data_file, library, package_dir, skip_without
+from attnbook.lab.data.images import (
     digit_reid,
     faces,
-    image_classification,
-    image_tensor,
-    library,
-    listops,
-    lung_masks,
-    ml100k_ctr,
-    ml100k_sequences,
     mnist5k,
     mnist_m,
-    mqar,
-    newsgroups,
-    nih_statistics,
-    package_dir,
-    pathfinder,
     photo_patches,
     photos,
-    python_source,
-    reviews,
-    reviews_text,
-    skip_without,
     stain_mask,
-    standardise,
     stereo_patches,
-    text_corpus,
-    watch_recordings,
 )
+from attnbook.lab.data.radiographs import chest_phantom, lung_masks, nih_statistics
+from attnbook.lab.data.synthetic import LISTOPS, LISTOPS_VOCAB, listops, mqar, pathfinder
+from attnbook.lab.data.tables import adult, ml100k_ctr, ml100k_sequences
+from attnbook.lab.data.text import byte_splits, newsgroups, python_source, reviews, reviews_text, text_corpus
 
 
 def test_files_are_the_ones_we_know():
@@ -112,7 +89,7 @@ def test_cache_is_used_and_a_broken_file_is_built_again():
 def test_a_changed_loader_does_not_find_the_old_file():
     code = """
         import numpy as np
-        from attnbook.data import cached
+        from attnbook.lab.data import cached
         SIZE = {size}
         def helper(): return np.full(SIZE, {value})
         @cached()

@@ -36,7 +36,7 @@ from attnbook.davit import (
     window_attention_packed_op,
     window_numbers,
 )
-from attnbook.testing import (
+from attnbook.lab.testing import (
     check_against_reference,
     check_autocast,
     check_compiles,
@@ -48,7 +48,7 @@ from attnbook.testing import (
     check_writes_everything,
     rel_error,
 )
-from attnbook.testing import device as device_under_test
+from attnbook.lab.testing import device as device_under_test
 
 
 def draw_groups(N=37, B=2, G=2, D=16, dtype=torch.float32, seed=0):
@@ -257,7 +257,7 @@ def test_window_ops_are_good_operations():
 
 @pytest.mark.cuda
 def test_nothing_large_is_kept():
-    from attnbook.bench import peak_memory
+    from attnbook.lab.bench import peak_memory
     q, k, v = (torch.randn(16, 56, 56, 3, 32, device="cuda", dtype=torch.bfloat16).movedim(3, 1) for _ in range(3))
     with torch.no_grad():
         assert peak_memory(lambda: window_attention(q, k, v, 7), "cuda") < 1.5 * q.nbytes

@@ -22,7 +22,7 @@ from attnbook.engine import (
     triton,
     varlen_attention,
 )
-from attnbook.testing import (
+from attnbook.lab.testing import (
     check_against_reference,
     check_autocast,
     check_compiles,

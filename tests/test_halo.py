@@ -27,8 +27,7 @@ from attnbook.halo import (
     tile_waste,
     unfolded_attention,
 )
-from attnbook.neighborhood import neighborhood_attention
-from attnbook.testing import (
+from attnbook.lab.testing import (
     TOLERANCE,
     check_against_reference,
     check_autocast,
@@ -41,8 +40,9 @@ from attnbook.testing import (
     evaluate,
     rel_error,
 )
-from attnbook.testing import device as device_under_test
-from attnbook.train import count_parameters, training_step
+from attnbook.lab.testing import device as device_under_test
+from attnbook.lab.train import count_parameters, training_step
+from attnbook.neighborhood import neighborhood_attention
 
 BACKENDS = ("torch", "triton")
 CASES = {  # name -> (map, block, halo, stride)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from attnbook.book import CHAPTERS, notebooks
+from attnbook.lab.book import CHAPTERS
+from attnbook.lab.export import notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -34,7 +35,7 @@ def test_every_direct_dependency_has_a_tested_version():
 
 
 def test_data_packages_agree():
-    from attnbook.data import DATA_PACKAGES
+    from attnbook.lab.data import DATA_PACKAGES
     lines = [line for line in (ROOT / "requirements-data.txt").read_text().splitlines() if line and line[0] != "#"]
     assert sorted(lines) == sorted(DATA_PACKAGES.values())
 
@@ -59,8 +60,8 @@ def test_chapter_has_the_agreed_form(chapter):
     cells = json.loads(chapter.path.read_text())["cells"]
     first, sources = "".join(cells[0]["source"]), ["".join(c["source"]) for c in cells]
     assert re.match(rf"# {re.escape(chapter.title)}\n\n> \S.*", first), "the notebook begins with its title and a promise"
-    assert f"#| default_exp {chapter.name}" in sources
-    assert (ROOT / "attnbook" / f"{chapter.name}.py").is_file()
+    rooms = [m[1] for s in sources if (m := re.match(r"#\| default_exp (\S+)", s))]
+    assert rooms and rooms[0] == chapter.module.removeprefix("attnbook."), "the first room is the chapter's own"
     for cell in cells:
         for output in cell.get("outputs", []):
             assert output["output_type"] != "error", "an error is stored in the notebook"
@@ -73,6 +74,6 @@ def test_import_needs_torch_triton_numpy_only(chapter):
     """The modules import where only the library's own requirements are installed."""
     extras = ["IPython", "ipykernel", "jupyter_client", "latex2mathml", "matplotlib", "nbclient", "nbconvert", "nbformat", "nbdev", "fastcore", "execnb",
               "pandas", "papermill", "pyarrow", "pytest", "rich", "scipy", "skimage", "sklearn", "tqdm", "typer", "einops", "yaml", "mlxtend", "music21"]
-    code = f"import sys\nfor m in {extras}: sys.modules[m] = None\nimport attnbook.{chapter.name}"
+    code = f"import sys\nfor m in {extras}: sys.modules[m] = None\nimport {chapter.module}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

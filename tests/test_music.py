@@ -9,7 +9,19 @@ import torch
 import torch.nn.functional as F
 
 from attnbook.attention import attention_reference
-from attnbook.data import skip_without
+from attnbook.lab.data import skip_without
+from attnbook.lab.testing import (
+    check_against_reference,
+    check_autocast,
+    check_compiles,
+    check_deterministic,
+    check_gradients,
+    check_raises,
+    check_strides,
+    check_writes_everything,
+    rel_error,
+)
+from attnbook.lab.testing import device as device_under_test
 from attnbook.music import (
     BOS,
     REST,
@@ -27,18 +39,6 @@ from attnbook.music import (
     tokens_to_grid,
     write_midi,
 )
-from attnbook.testing import (
-    check_against_reference,
-    check_autocast,
-    check_compiles,
-    check_deterministic,
-    check_gradients,
-    check_raises,
-    check_strides,
-    check_writes_everything,
-    rel_error,
-)
-from attnbook.testing import device as device_under_test
 
 
 def _qkv(L, M, H=2, D=16, B=1, dtype=torch.float32, shared=False, seed=0):

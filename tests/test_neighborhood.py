@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from attnbook.attention import attention_reference, merge_attention
-from attnbook.bench import peak_memory
 from attnbook.engine import _describable
+from attnbook.lab.bench import peak_memory
+from attnbook.lab.testing import TOLERANCE, check_against_reference, check_operation, check_raises, rel_error
+from attnbook.lab.testing import device as device_under_test
 from attnbook.neighborhood import (
     CALIBRATING,
     NAT,
@@ -56,8 +58,6 @@ from attnbook.neighborhood import (
     tile_waste,
     unseen_tables,
 )
-from attnbook.testing import TOLERANCE, check_against_reference, check_operation, check_raises, rel_error
-from attnbook.testing import device as device_under_test
 
 
 def count_steps(shape, kw):

@@ -12,6 +12,20 @@ import torch.distributed as dist
 
 from attnbook.attention import attention_reference
 from attnbook.engine import attention
+from attnbook.lab.testing import (
+    check_against_reference,
+    check_compiles,
+    check_deterministic,
+    check_empty_rows,
+    check_opcheck,
+    check_raises,
+    check_strides,
+    check_writes_everything,
+    evaluate,
+    make_qkv,
+    rel_error,
+)
+from attnbook.lab.testing import device as device_under_test
 from attnbook.ring import (
     LAYOUTS,
     METHODS,
@@ -52,20 +66,6 @@ from attnbook.ring import (
     unshard_sequence,
     usp_attention,
 )
-from attnbook.testing import (
-    check_against_reference,
-    check_compiles,
-    check_deterministic,
-    check_empty_rows,
-    check_opcheck,
-    check_raises,
-    check_strides,
-    check_writes_everything,
-    evaluate,
-    make_qkv,
-    rel_error,
-)
-from attnbook.testing import device as device_under_test
 
 
 def test_chunks_cover_the_sequence():

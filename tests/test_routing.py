@@ -15,7 +15,23 @@ import numpy as np
 import torch
 
 from attnbook.attention import attention_reference
-from attnbook.bench import load_results
+from attnbook.lab.results import load_results
+from attnbook.lab.testing import (
+    check_against_reference,
+    check_autocast,
+    check_compiles,
+    check_deterministic,
+    check_empty_rows,
+    check_opcheck,
+    check_operation,
+    check_raises,
+    check_strides,
+    check_writes_everything,
+    make_qkv,
+    rel_error,
+)
+from attnbook.lab.testing import device as device_under_test
+from attnbook.lab.train import count_parameters
 from attnbook.routing import (
     LANGUAGE,
     MEMBERSHIPS,
@@ -66,22 +82,6 @@ from attnbook.routing import (
     timed_steps,
     topw_membership,
 )
-from attnbook.testing import (
-    check_against_reference,
-    check_autocast,
-    check_compiles,
-    check_deterministic,
-    check_empty_rows,
-    check_opcheck,
-    check_operation,
-    check_raises,
-    check_strides,
-    check_writes_everything,
-    make_qkv,
-    rel_error,
-)
-from attnbook.testing import device as device_under_test
-from attnbook.train import count_parameters
 
 
 def _clusters(B, H, n, k, w, seed=0, separate=False, empty=0):
@@ -685,7 +685,7 @@ def only_these(*rows):
     with (
         TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, ATTNBOOK_RESULTS=folder),
-        mock.patch("attnbook.bench._checkout", return_value=None),
+        mock.patch("attnbook.lab.bench._checkout", return_value=None),
     ):
         Path(folder, "routing.jsonl").write_text("".join(json.dumps(common | r) + "\n" for r in rows))
         yield

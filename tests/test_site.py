@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from attnbook.book import notebooks
+from attnbook.lab.export import notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
 PROCESS = """

@@ -13,7 +13,8 @@ import time
 import pytest
 from test_commands import ROOT, attnbook, refused
 
-from attnbook.book import example_notebook, sweep_chapter
+from attnbook.lab.parameters import example_notebook
+from attnbook.lab.sweep import sweep_chapter
 
 psutil = pytest.importorskip("psutil")
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="needs Ray")
@@ -107,7 +108,7 @@ def test_without_ray(notebook, tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text("import sys\nsys.modules['ray'] = None\n")
     path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
-    done = subprocess.run([sys.executable, "-m", "attnbook.cli", "sweep", str(notebook), "-g", "n=1", "--out", str(tmp_path / "sweep")],
+    done = subprocess.run([sys.executable, "-m", "attnbook", "sweep", str(notebook), "-g", "n=1", "--out", str(tmp_path / "sweep")],
                           capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 2 and "pip install 'attnbook[ray]'" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "sweep").exists()
@@ -163,7 +164,7 @@ def short():
 def test_interrupted(tmp_path, short):
     """Ctrl-C ends the sweep, its Ray and the kernels, leaves no file of theirs, and says what is done."""
     notebook = example_notebook(tmp_path / "slow.ipynb", "import time\nif n > 1:\n    pathlib.Path(os.environ['SWEEP_TEST'], 'slow').touch()\n    time.sleep(600)")
-    sweep = subprocess.Popen([sys.executable, "-m", "attnbook.cli", "sweep", str(notebook), "-g", "n=1,2", "--workers", "1", "--out", str(tmp_path / "sweep")],
+    sweep = subprocess.Popen([sys.executable, "-m", "attnbook", "sweep", str(notebook), "-g", "n=1,2", "--workers", "1", "--out", str(tmp_path / "sweep")],
                              env={**os.environ, "PYTHONPATH": str(ROOT), "SWEEP_TEST": str(tmp_path), "RAY_TMPDIR": short}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell starts background jobs with SIGINT ignored
     family = []

@@ -6,7 +6,7 @@ import torch
 import torch._dynamo
 
 from attnbook.attention import attention_backward, attention_mask, attention_reference
-from attnbook.testing import (
+from attnbook.lab.testing import (
     LAYOUTS,
     TOLERANCE,
     check_against_reference,

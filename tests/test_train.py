@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from attnbook.data import Batches, image_tensor, mnist5k, skip_without, standardise
-from attnbook.train import (
+from attnbook.lab.data import Batches, image_tensor, mnist5k, skip_without, standardise
+from attnbook.lab.train import (
     History,
     count_parameters,
     cross_entropy,
@@ -86,8 +86,8 @@ def test_killed_run_resumes_to_the_bit():
     script = """
 import sys, json, time, torch
 from torch import nn
-from attnbook.train import fit, seed_everything
-from attnbook.data import Batches
+from attnbook.lab.train import fit, seed_everything
+from attnbook.lab.data import Batches
 def loss(model, x, y):
     print(step, flush=True) if (step := next(steps)) >= 0 else None
     time.sleep(pause)

@@ -20,7 +20,11 @@ from torch import Tensor
 # %% ../nbs/1_foundations/09_checks.ipynb #a4bcc139
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_KINDS = {"floating": (FLOATS, "a floating-point tensor"), "integer": (INTEGERS, "a tensor of integers"), "bool": ((torch.bool,), "a boolean tensor")}
+_KINDS = {
+    "floating": (FLOATS, "a floating-point tensor"),
+    "integer": (INTEGERS, "a tensor of integers"),
+    "bool": ((torch.bool,), "a boolean tensor"),
+}
 
 # %% ../nbs/1_foundations/09_checks.ipynb #086b3458
 def check_shape(
@@ -29,7 +33,8 @@ def check_shape(
     shape: Sequence[int | str | None],  # per axis the size it must have, or a name (or None) where it is free
 ):
     "ValueError unless t has this shape."
-    if t.dim() != len(shape) or any(not (want is None or isinstance(want, str)) and n != want for n, want in zip(t.shape, shape)):
+    free = lambda want: want is None or isinstance(want, str)
+    if t.dim() != len(shape) or any(not free(want) and n != want for n, want in zip(t.shape, shape)):
         wanted = ", ".join("*" if n is None else str(n) for n in shape)
         raise ValueError(f"{name} must have shape ({wanted}{',' * (len(shape) == 1)}), not {tuple(t.shape)}")
 
@@ -40,7 +45,7 @@ def check_tensor(
     *,
     ndim: int | Sequence[int] | None = None,  # how many axes it may have
     shape: Sequence[int | str | None] | None = None,  # as in `check_shape`
-    dtype: str | torch.dtype | Sequence[torch.dtype] | None = "floating",  # "floating", "integer", "bool", the types allowed, or None for any
+    dtype: str | torch.dtype | Sequence[torch.dtype] | None = "floating",  # or "integer", "bool", types; None for any
     like: Tensor | None = None,  # a tensor whose type and device it must have
     on: Tensor | None = None,  # a tensor whose device it must have
     of: str = "q",  # what the messages call `like` or `on`
@@ -49,10 +54,11 @@ def check_tensor(
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(t).__name__}")
     if dtype is not None:
-        allowed, words = _KINDS[dtype] if isinstance(dtype, str) else ((dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype), "")
+        allowed = (dtype,) if isinstance(dtype, torch.dtype) else _KINDS[dtype][0] if isinstance(dtype, str) else dtype
         if t.dtype not in allowed:
-            listed = " or ".join(str(d).removeprefix("torch.") for d in allowed)
-            raise TypeError(f"{name} must be {words or f'a tensor of {listed}'}, not {t.dtype}")
+            types = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+            words = _KINDS[dtype][1] if isinstance(dtype, str) else f"a tensor of {types}"
+            raise TypeError(f"{name} must be {words}, not {t.dtype}")
     if like is not None and t.dtype != like.dtype:
         raise TypeError(f"{name} must have {of}'s type {like.dtype}, not {t.dtype}")
     on = like if on is None else on
@@ -73,7 +79,8 @@ def check_broadcast(
 ):
     "ValueError unless t broadcasts to the shape."
     if t.dim() > len(shape) or any(n != want and n != 1 for n, want in zip(reversed(t.shape), reversed(shape))):
-        raise ValueError(f"{name} must broadcast to {f'{axes} = ' if axes else ''}{tuple(shape)}, not shape {tuple(t.shape)}")
+        wanted = f"{axes} = {tuple(shape)}" if axes else tuple(shape)
+        raise ValueError(f"{name} must broadcast to {wanted}, not shape {tuple(t.shape)}")
 
 # %% ../nbs/1_foundations/09_checks.ipynb #0c577a4d
 def _range(kind: str, least, most, optional: bool, positive: bool = False) -> str:
@@ -120,7 +127,7 @@ def check_number(
     positive: bool = False,  # above 0
     optional: bool = False,  # None is allowed, and returned
 ) -> float | None:
-    "The value as a float. TypeError for what is no real number (a bool, a tensor, text); ValueError if it is not finite or out of range."
+    "The value as a float. TypeError for no real number (a bool, a tensor, text); ValueError if not finite or out of range."
     if value is None and optional:
         return None
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
@@ -128,7 +135,8 @@ def check_number(
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name} must be {_range('a finite number', least, most, optional, positive)}, not {value!r}")
     number = float(value)
-    if not math.isfinite(number) or (least is not None and number < least) or (most is not None and number > most) or (positive and number <= 0):
+    small = (least is not None and number < least) or (positive and number <= 0)
+    if not math.isfinite(number) or small or (most is not None and number > most):
         raise ValueError(f"{name} must be {_range('a finite number', least, most, optional, positive)}, not {value!r}")
     return number
 
@@ -139,7 +147,7 @@ def check_scale(
     name: str = "scale",
 ) -> float:
     "The scale as a float; head_dim**-0.5 for None. TypeError for what is no number, ValueError if it is not finite."
-    return head_dim ** -0.5 if scale is None else check_number(name, scale, optional=True)
+    return head_dim**-0.5 if scale is None else check_number(name, scale, optional=True)
 
 
 def check_probability(name: str, value: Any) -> float:
@@ -157,7 +165,7 @@ def _each_axis(name: str, value: Any, axes: int, kind: str) -> tuple:
 
 
 def check_sizes(name: str, value: Any, axes: int, *, least: int | None = 1, most: int | None = None) -> tuple[int, ...]:
-    "An integer for each axis, from one or a sequence. TypeError and ValueError as in `check_int`, naming the axis; ValueError for another number of them."
+    "An integer for each axis, from one or a sequence. Errors as in `check_int`, naming the axis; ValueError for another number."
     values = _each_axis(name, value, axes, _range("an integer", least, most, False))
     if not isinstance(value, (tuple, list)):
         return (check_int(name, value, least=least, most=most),) * axes
@@ -168,7 +176,7 @@ def check_bool(name: str, value: Any) -> bool:
     "The value as a bool; numpy's are taken too. TypeError for everything else, 0 and 1 included."
     if isinstance(value, bool):
         return value
-    if getattr(value, "dtype", None) == bool and getattr(value, "ndim", 1) == 0:  # numpy's; a tensor's dtype is another
+    if str(getattr(value, "dtype", "")) == "bool" and value.ndim == 0:  # numpy's; a tensor's is torch.bool
         return bool(value)
     raise TypeError(f"{name} must be True or False, not {value!r}")
 
@@ -191,7 +199,7 @@ def check_choice(name: str, value: Any, choices: Sequence) -> Any:
 
 
 def check_divides(name: str, value: Any, of: str, total: int) -> int:
-    "total // value, as in the head_dim of `num_heads` heads in `embed_dim` channels. ValueError unless value is a positive divisor of total."
+    "total // value, as in the head_dim of `num_heads` in `embed_dim`. ValueError unless value is a positive divisor of total."
     value = check_int(name, value, least=1)
     if total % value:
         raise ValueError(f"{name} must divide {of} = {total}, not {value}")
@@ -207,18 +215,20 @@ def check_heads(heads: int, kv_heads: int):
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, axes: int | None = 1):
     """TypeError or ValueError unless q, k, v are (batch, heads, *axes, dim) tensors that belong together.
 
-    Of one floating-point type and device; k and v with q's batch, k with q's head_dim, v with k's heads and axes; q's heads a multiple of k's; dims 1 to 256.
+    Of one floating-point type and device; k and v with q's batch, k with q's head_dim, v with k's heads and axes; q's
+    heads a multiple of k's; dims 1 to 256.
     `axes`: how many axes lie between heads and head_dim; None for any number.
     """
-    between = "length" if axes == 1 else f"{axes} axes"
+    between = "length" if axes == 1 else "axes" if axes is None else f"{axes} axes"
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, t, like=None if name == "q" else q)
         if axes is not None and t.dim() != axes + 3:
-            raise ValueError(f"{name} must have {axes + 3} dimensions (batch, heads, {between}, head_dim), not shape {tuple(t.shape)}")
+            wanted = f"{axes + 3} dimensions (batch, heads, {between}, head_dim)"
+            raise ValueError(f"{name} must have {wanted}, not shape {tuple(t.shape)}")
     if k.shape[0] != q.shape[0] or v.shape[0] != q.shape[0]:
         raise ValueError(f"k and v must have q's batch size {q.shape[0]}, not {k.shape[0]} and {v.shape[0]}")
     if k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(f"v must have k's batch, heads and {'axes' if axes is None else between} {tuple(k.shape[:-1])}, not {tuple(v.shape[:-1])}")
+        raise ValueError(f"v must have k's batch, heads and {between} {tuple(k.shape[:-1])}, not {tuple(v.shape[:-1])}")
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"k must have q's head_dim {q.shape[-1]}, not {k.shape[-1]}")
     check_heads(q.shape[1], k.shape[1])

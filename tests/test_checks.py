@@ -29,10 +29,18 @@ BAD_TENSORS = {
     "integers": (dict(t=x.long()), TypeError, "x must be a floating-point tensor, not torch.int64"),
     "complex": (dict(t=x.cfloat()), TypeError, "x must be a floating-point tensor, not torch.complex64"),
     "not integers": (dict(t=x, dtype="integer"), TypeError, "x must be a tensor of integers, not torch.float32"),
-    "bool is no integer": (dict(t=x.bool(), dtype="integer"), TypeError, "x must be a tensor of integers, not torch.bool"),
+    "bool is no integer": (
+        dict(t=x.bool(), dtype="integer"),
+        TypeError,
+        "x must be a tensor of integers, not torch.bool",
+    ),
     "not bool": (dict(t=x, dtype="bool"), TypeError, "x must be a boolean tensor, not torch.float32"),
     "another type": (dict(t=x, dtype=torch.int32), TypeError, "x must be a tensor of int32, not torch.float32"),
-    "none of two types": (dict(t=x, dtype=(torch.int32, torch.int64)), TypeError, "x must be a tensor of int32 or int64, not torch.float32"),
+    "none of two types": (
+        dict(t=x, dtype=(torch.int32, torch.int64)),
+        TypeError,
+        "x must be a tensor of int32 or int64, not torch.float32",
+    ),
     "not like q": (dict(t=x, like=x.double()), TypeError, "x must have q's type torch.float64, not torch.float32"),
     "not where q is": (dict(t=x, like=x.to("meta")), ValueError, "x must be on q's device meta, not cpu"),
     "not where e is": (dict(t=x, on=x.to("meta").half(), of="e"), ValueError, "x must be on e's device meta, not cpu"),
@@ -43,6 +51,7 @@ BAD_TENSORS = {
     "shape, one axis": (dict(t=x, shape=(2,)), ValueError, "x must have shape (2,), not (2, 3)"),
 }
 
+
 @pytest.mark.parametrize("call", BAD_TENSORS.values(), ids=BAD_TENSORS)
 def test_tensors_that_are_refused(call):
     arguments, error, message = call
@@ -50,9 +59,23 @@ def test_tensors_that_are_refused(call):
         check_tensor("x", **arguments)
     assert str(e.value) == message
 
-@pytest.mark.parametrize("arguments", [
-    dict(), dict(ndim=2), dict(ndim=(1, 2)), dict(shape=(2, 3)), dict(shape=("batch", None)), dict(dtype=None), dict(dtype=torch.float32),
-    dict(like=x), dict(on=x.half()), dict(like=x, on=x)], ids=str)
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(),
+        dict(ndim=2),
+        dict(ndim=(1, 2)),
+        dict(shape=(2, 3)),
+        dict(shape=("batch", None)),
+        dict(dtype=None),
+        dict(dtype=torch.float32),
+        dict(like=x),
+        dict(on=x.half()),
+        dict(like=x, on=x),
+    ],
+    ids=str,
+)
 def test_tensors_that_are_taken(arguments):
     assert check_tensor("x", x, **arguments) is x
 
@@ -60,6 +83,7 @@ def test_tensors_that_are_taken(arguments):
 @pytest.mark.parametrize("shape", [(), (1,), (4,), (1, 4), (3, 1), (3, 4), (2, 3, 4), (1, 1, 1)], ids=str)
 def test_what_broadcasts(shape):
     check_broadcast("bias", torch.zeros(shape), (2, 3, 4))
+
 
 @pytest.mark.parametrize("shape", [(3,), (2, 4), (1, 2, 3, 4), (0, 4), (2, 3, 5)], ids=str)
 def test_what_does_not_broadcast(shape):
@@ -71,10 +95,12 @@ def test_what_does_not_broadcast(shape):
 INTEGERS_TAKEN = [0, 7, -3, np.int64(7), np.uint8(200), torch.Size([5])[0]]
 NO_INTEGERS = [True, np.True_, 2.0, np.float64(2), "2", None, [2], torch.tensor(2)]
 
+
 @pytest.mark.parametrize("value", INTEGERS_TAKEN, ids=repr)
 def test_integers(value):
     found = check_int("n", value)
     assert found == value and type(found) is int
+
 
 @pytest.mark.parametrize("value", NO_INTEGERS, ids=repr)
 def test_no_integers(value):
@@ -82,23 +108,36 @@ def test_no_integers(value):
         check_int("n", value, least=1)
     assert str(e.value) == f"n must be an integer of at least 1, not {value!r}"
 
-@pytest.mark.parametrize("bounds, value, words", [
-    (dict(least=1), 0, "of at least 1"), (dict(most=256), 257, "of at most 256"), (dict(least=1, most=3), 4, "from 1 to 3"), (dict(least=1, most=3), np.int64(0), "from 1 to 3"),
-    (dict(least=1, optional=True), -1, "of at least 1 or None")], ids=str)
+
+@pytest.mark.parametrize(
+    "bounds, value, words",
+    [
+        (dict(least=1), 0, "of at least 1"),
+        (dict(most=256), 257, "of at most 256"),
+        (dict(least=1, most=3), 4, "from 1 to 3"),
+        (dict(least=1, most=3), np.int64(0), "from 1 to 3"),
+        (dict(least=1, optional=True), -1, "of at least 1 or None"),
+    ],
+    ids=str,
+)
 def test_integers_out_of_range(bounds, value, words):
     with pytest.raises(ValueError) as e:
         check_int("n", value, **bounds)
     assert str(e.value) == f"n must be an integer {words}, not {value}"
+
 
 def test_bounds_belong_to_the_range():
     assert check_int("n", 1, least=1, most=1) == 1 and check_int("n", None, optional=True) is None
     assert check_number("x", 0, least=0, most=0) == 0.0 and check_number("x", None, optional=True) is None
 
 
-@pytest.mark.parametrize("value", [0, 1.5, -2, np.float32(0.5), np.float16(0.5), np.int64(3), float(np.float64(1e300))], ids=repr)
+@pytest.mark.parametrize(
+    "value", [0, 1.5, -2, np.float32(0.5), np.float16(0.5), np.int64(3), float(np.float64(1e300))], ids=repr
+)
 def test_numbers(value):
     found = check_number("x", value)
     assert found == value and type(found) is float
+
 
 @pytest.mark.parametrize("value", [True, np.True_, "1", None, 1j, torch.tensor(1.0), [1.0]], ids=repr)
 def test_no_numbers(value):
@@ -106,9 +145,21 @@ def test_no_numbers(value):
         check_number("x", value)
     assert str(e.value) == f"x must be a finite number, not {value!r}"
 
-@pytest.mark.parametrize("bounds, value, words", [
-    (dict(), math.nan, ""), (dict(), math.inf, ""), (dict(), np.float32(-math.inf), ""), (dict(least=0), -0.1, " of at least 0"), (dict(most=1), 1.1, " of at most 1"),
-    (dict(least=0, most=1), 2, " from 0 to 1"), (dict(positive=True), 0, " above 0"), (dict(positive=True, optional=True), -1, " above 0 or None")], ids=str)
+
+@pytest.mark.parametrize(
+    "bounds, value, words",
+    [
+        (dict(), math.nan, ""),
+        (dict(), math.inf, ""),
+        (dict(), np.float32(-math.inf), ""),
+        (dict(least=0), -0.1, " of at least 0"),
+        (dict(most=1), 1.1, " of at most 1"),
+        (dict(least=0, most=1), 2, " from 0 to 1"),
+        (dict(positive=True), 0, " above 0"),
+        (dict(positive=True, optional=True), -1, " above 0 or None"),
+    ],
+    ids=str,
+)
 def test_numbers_out_of_range(bounds, value, words):
     with pytest.raises(ValueError) as e:
         check_number("x", value, **bounds)
@@ -119,13 +170,29 @@ def test_scale():
     assert check_scale(None, 16) == 0.25 and check_scale(0, 16) == 0.0 and check_scale(np.float32(0.5), 16) == 0.5
     assert type(check_scale(2, 16)) is float
 
-@pytest.mark.parametrize("scale, error", [("1", TypeError), (True, TypeError), (torch.tensor(1.0), TypeError), (math.nan, ValueError), (-math.inf, ValueError)], ids=repr)
+
+@pytest.mark.parametrize(
+    "scale, error",
+    [
+        ("1", TypeError),
+        (True, TypeError),
+        (torch.tensor(1.0), TypeError),
+        (math.nan, ValueError),
+        (-math.inf, ValueError),
+    ],
+    ids=repr,
+)
 def test_scales_that_are_refused(scale, error):
     with pytest.raises(error) as e:
         check_scale(scale, 16)
     assert str(e.value) == f"scale must be a finite number or None, not {scale!r}"
 
-@pytest.mark.parametrize("value, error", [(-0.1, ValueError), (1.1, ValueError), (math.nan, ValueError), ("0", TypeError), (False, TypeError)], ids=repr)
+
+@pytest.mark.parametrize(
+    "value, error",
+    [(-0.1, ValueError), (1.1, ValueError), (math.nan, ValueError), ("0", TypeError), (False, TypeError)],
+    ids=repr,
+)
 def test_probability(value, error):
     assert check_probability("p", 0) == 0.0 and check_probability("p", 1) == 1.0
     with pytest.raises(error) as e:
@@ -133,26 +200,44 @@ def test_probability(value, error):
     assert str(e.value) == f"p must be a finite number from 0 to 1, not {value!r}"
 
 
-@pytest.mark.parametrize("value, want", [(7, (7, 7)), ((7, 9), (7, 9)), ([np.int64(7), 9], (7, 9)), (torch.Size([3, 4]), (3, 4))], ids=repr)
+@pytest.mark.parametrize(
+    "value, want", [(7, (7, 7)), ((7, 9), (7, 9)), ([np.int64(7), 9], (7, 9)), (torch.Size([3, 4]), (3, 4))], ids=repr
+)
 def test_sizes(value, want):
     found = check_sizes("window", value, 2)
     assert found == want and all(type(n) is int for n in found)
 
-@pytest.mark.parametrize("value, error, message", [
-    ((7,), ValueError, "window must be an integer of at least 1 or 2 of them, one per axis, not (7,)"),
-    ((7, 0), ValueError, "window[1] must be an integer of at least 1, not 0"), (0, ValueError, "window must be an integer of at least 1, not 0"),
-    ((7, 2.5), TypeError, "window[1] must be an integer of at least 1, not 2.5"), ("77", TypeError, "window must be an integer of at least 1, not '77'"),
-    (None, TypeError, "window must be an integer of at least 1, not None")], ids=repr)
+
+@pytest.mark.parametrize(
+    "value, error, message",
+    [
+        ((7,), ValueError, "window must be an integer of at least 1 or 2 of them, one per axis, not (7,)"),
+        ((7, 0), ValueError, "window[1] must be an integer of at least 1, not 0"),
+        (0, ValueError, "window must be an integer of at least 1, not 0"),
+        ((7, 2.5), TypeError, "window[1] must be an integer of at least 1, not 2.5"),
+        ("77", TypeError, "window must be an integer of at least 1, not '77'"),
+        (None, TypeError, "window must be an integer of at least 1, not None"),
+    ],
+    ids=repr,
+)
 def test_sizes_that_are_refused(value, error, message):
     with pytest.raises(error) as e:
         check_sizes("window", value, 2)
     assert str(e.value) == message
 
+
 def test_flags():
-    assert check_flags("is_causal", True, 2) == (True, True) and check_flags("is_causal", [True, np.False_], 2) == (True, False)
+    assert check_flags("is_causal", True, 2) == (True, True) and check_flags("is_causal", [True, np.False_], 2) == (
+        True,
+        False,
+    )
     assert check_bool("is_causal", np.True_) is True
-    for value, error, message in ((1, TypeError, "is_causal must be True or False, not 1"), ((True, 0), TypeError, r"is_causal\[1\] must be True or False, not 0"),
-                                  (torch.tensor(True), TypeError, "not tensor"), ((True,), ValueError, r"is_causal must be True or False or 2 of them")):
+    for value, error, message in (
+        (1, TypeError, "is_causal must be True or False, not 1"),
+        ((True, 0), TypeError, r"is_causal\[1\] must be True or False, not 0"),
+        (torch.tensor(True), TypeError, "not tensor"),
+        ((True,), ValueError, r"is_causal must be True or False or 2 of them"),
+    ):
         with pytest.raises(error, match=message):
             check_flags("is_causal", value, 2)
 
@@ -165,15 +250,23 @@ def test_choice():
             check_choice("backend", value, ("auto", "triton", "torch"))
         assert str(e.value) == f"backend must be one of 'auto', 'triton', 'torch', not {value!r}"
 
+
 def test_divisors():
     assert check_divides("num_heads", np.int64(3), "embed_dim", 12) == 4
-    for value, error, message in ((5, ValueError, "num_heads must divide embed_dim = 12, not 5"), (0, ValueError, "num_heads must be an integer of at least 1, not 0"),
-                                  (2.0, TypeError, "num_heads must be an integer of at least 1, not 2.0")):
+    for value, error, message in (
+        (5, ValueError, "num_heads must divide embed_dim = 12, not 5"),
+        (0, ValueError, "num_heads must be an integer of at least 1, not 0"),
+        (2.0, TypeError, "num_heads must be an integer of at least 1, not 2.0"),
+    ):
         with pytest.raises(error) as e:
             check_divides("num_heads", value, "embed_dim", 12)
         assert str(e.value) == message
 
-@pytest.mark.parametrize("heads, kv_heads, fits", [(4, 4, True), (4, 2, True), (4, 1, True), (4, 3, False), (2, 4, False), (4, 0, False), (0, 2, True)])
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, fits",
+    [(4, 4, True), (4, 2, True), (4, 1, True), (4, 3, False), (2, 4, False), (4, 0, False), (0, 2, True)],
+)
 def test_heads(heads, kv_heads, fits):
     if fits:
         return check_heads(heads, kv_heads)
@@ -187,17 +280,30 @@ BAD_QKV = {
     "integers": (dict(k=k.int()), TypeError, "k must be a floating-point tensor, not torch.int32"),
     "two types": (dict(v=v.double()), TypeError, "v must have q's type torch.float32, not torch.float64"),
     "two devices": (dict(k=k.to("meta")), ValueError, "k must be on q's device cpu, not meta"),
-    "axes": (dict(q=q[0]), ValueError, "q must have 4 dimensions (batch, heads, length, head_dim), not shape (4, 5, 8)"),
+    "axes": (
+        dict(q=q[0]),
+        ValueError,
+        "q must have 4 dimensions (batch, heads, length, head_dim), not shape (4, 5, 8)",
+    ),
     "batch of k": (dict(k=k[:1]), ValueError, "k and v must have q's batch size 2, not 1 and 2"),
     "batch of v": (dict(v=v[:1]), ValueError, "k and v must have q's batch size 2, not 2 and 1"),
     "heads of v": (dict(v=v[:, :1]), ValueError, "v must have k's batch, heads and length (2, 2, 7), not (2, 1, 7)"),
-    "length of v": (dict(v=v[:, :, :4]), ValueError, "v must have k's batch, heads and length (2, 2, 7), not (2, 2, 4)"),
+    "length of v": (
+        dict(v=v[:, :, :4]),
+        ValueError,
+        "v must have k's batch, heads and length (2, 2, 7), not (2, 2, 4)",
+    ),
     "head_dim": (dict(k=k[..., :4]), ValueError, "k must have q's head_dim 8, not 4"),
     "heads": (dict(q=q[:, :3]), ValueError, "q's heads must be a multiple of k's 2 heads, not 3 heads"),
-    "wide": (dict(q=q.new_zeros(2, 4, 5, 257), k=k.new_zeros(2, 2, 7, 257)), ValueError, "q's head_dim must be from 1 to 256, not 257"),
+    "wide": (
+        dict(q=q.new_zeros(2, 4, 5, 257), k=k.new_zeros(2, 2, 7, 257)),
+        ValueError,
+        "q's head_dim must be from 1 to 256, not 257",
+    ),
     "wide values": (dict(v=v.new_zeros(2, 2, 7, 257)), ValueError, "v's head_dim must be from 1 to 256, not 257"),
     "no width": (dict(v=v[..., :0]), ValueError, "v's head_dim must be from 1 to 256, not 0"),
 }
+
 
 @pytest.mark.parametrize("call", BAD_QKV.values(), ids=BAD_QKV)
 def test_qkv_that_are_refused(call):
@@ -206,9 +312,13 @@ def test_qkv_that_are_refused(call):
         check_qkv(**dict(q=q, k=k, v=v) | changed)
     assert str(e.value) == message
 
+
 def test_qkv_that_are_taken():
     check_qkv(q, k, v), check_qkv(q[:, :, :0], k[:, :, :0], v[:, :, :0]), check_qkv(q[:0], k[:0], v[:0])
-    check_qkv(*(t.new_zeros(1, 2, 1, 1, 256) for t in (q, k, v)), axes=2), check_qkv(*(t.new_zeros(1, 2, 3, 4, 5, 1).bfloat16() for t in (q, k, v)), axes=None)
+    (
+        check_qkv(*(t.new_zeros(1, 2, 1, 1, 256) for t in (q, k, v)), axes=2),
+        check_qkv(*(t.new_zeros(1, 2, 3, 4, 5, 1).bfloat16() for t in (q, k, v)), axes=None),
+    )
     with pytest.raises(ValueError, match=r"q must have 5 dimensions \(batch, heads, 2 axes, head_dim\)"):
         check_qkv(q, k, v, axes=2)
 
@@ -226,12 +336,15 @@ def checked(q, k, v, bias, window=3):
     check_choice("backend", "auto", ("auto", "torch"))
     return (q * scale * p).sum() + length + width + sizes[0] + flags[0]
 
+
 def _arguments(batch, length, device="cpu"):
     q, k, v = (torch.ones(batch, heads, length, 8, device=device) for heads in (4, 2, 2))
     return q, k, v, torch.zeros(batch, 1, length, length, device=device)
 
+
 def test_meta():
     assert checked(*_arguments(2, 5, "meta")).device.type == "meta"
+
 
 def test_compiled_with_symbolic_sizes():
     compiled = torch.compile(checked, dynamic=True, fullgraph=True, backend="eager")
@@ -240,11 +353,15 @@ def test_compiled_with_symbolic_sizes():
     with torch.compiler.set_stance("fail_on_recompile"):
         compiled(*_arguments(6, 11))
 
+
 def test_exported_with_symbolic_sizes():
     class Checked(torch.nn.Module):
         def forward(self, q, k, v, bias):
             return checked(q, k, v, bias)
+
     batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=2, max=64)
     axes = {0: batch, 2: length}
-    program = torch.export.export(Checked(), _arguments(3, 5), dynamic_shapes=(axes, axes, axes, {0: batch, 2: length, 3: length})).module()
+    program = torch.export.export(
+        Checked(), _arguments(3, 5), dynamic_shapes=(axes, axes, axes, {0: batch, 2: length, 3: length})
+    ).module()
     torch.testing.assert_close(program(*_arguments(4, 9)), checked(*_arguments(4, 9)))

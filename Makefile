@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab book gpu-test export clean setup
+.PHONY: help demo test test-all lab book gpu-test ledger export clean setup
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -45,6 +45,9 @@ test: $(STAMP)  ## run all tests: in sync, ruff, notebooks, pytest (some minutes
 	stage 'ruff'; ruff check .; \
 	stage 'notebooks run from top to bottom'; printf '%s\n' nbs/*.ipynb nbs/*/*.ipynb | xargs -P 2 -n 1 nbdev_test --n_workers 1 --timing --path; \
 	stage 'pytest: generated and written by hand, kernels compiled for sm_80 and sm_90, a run through the command line'; python -m pytest -q -n 2 --durations=8
+
+ledger: $(STAMP)  ## compile kernels that are new or changed, and write what they take to tests/compile_ledger.jsonl
+	@OMP_NUM_THREADS=1 "$(BIN)/python" tests/test_compile.py --update
 
 gpu-test: $(STAMP)  ## run the tests on the GPU
 	@"$(BIN)/python" -m pytest -q --device cuda

@@ -22,7 +22,7 @@ __all__ = ['PRESETS', 'LAYOUTS', 'Chunk', 'chunk_of', 'hop_pairs', 'rank_pairs',
            'precision_experiment', 'record_experiments', 'MergedRing', 'bench_ring', 'block_hops', 'bench_blocks',
            'tune_blocks', 'bench_methods', 'bench_linformer', 'rank_ms', 'EchoRing', 'communication_only',
            'torch_context_parallel', 'multi_gpu_errors', 'multi_gpu_scaling', 'multi_gpu_overlap',
-           'multi_gpu_projection', 'one_gpu_ms', 'check_on_cpus', 'multi_gpu', 'BERT', 'P100', 'claims']
+           'multi_gpu_projection', 'one_gpu_ms', 'check_on_cpus', 'multi_gpu', 'P100', 'BERT', 'claims']
 
 # %% ../nbs/4_long_context/ring.ipynb #c5e3167e
 import importlib

@@ -6,22 +6,12 @@ import pytest
 import torch
 
 from attnbook.attention import attention_mask, attention_reference
-from attnbook.engine import (
-    BAND,
-    BoundLaunch,
-    Launch,
-    attention,
-    indexed_attention,
-    register_launch,
-    row_lists,
-    scatter_rows,
-    tile_attention,
-    tile_attention_op,
-    tile_of_program,
-    tl,
-    triton,
-    varlen_attention,
-)
+from attnbook.engine.bands import BAND
+from attnbook.engine.host import BoundLaunch, Launch, tl, triton
+from attnbook.engine.op import attention, indexed_attention, tile_attention, tile_attention_op, varlen_attention
+from attnbook.engine.program import register_launch
+from attnbook.engine.run import row_lists, scatter_rows
+from attnbook.engine.tiles import tile_of_program
 from attnbook.lab.testing import (
     check_against_reference,
     check_autocast,

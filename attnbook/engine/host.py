@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #bb393fc4
 if not torch.cuda.is_available():
@@ -206,6 +205,7 @@ class Operation:
 
     def __call__(self, *args):
         if torch.compiler.is_compiling() or not _plain(args):
+            _refuse_transforms(self.name)
             return self.overload(*args)
         if self.backward is not None and (torch.is_grad_enabled() and _requires_grad(args) or forward_ad._current_level >= 0):
             return self.function.apply(*self._flat(args))
@@ -353,12 +353,35 @@ def _autograd_function(operation: Operation):
                 head[name] = next(found)
         return *head.values(), *(g for name in operation.lists for g in lists[name])
 
-    differentiable_once = once_differentiable(gradients)
-
     def backward(ctx, *grads):
-        return differentiable_once(ctx, *grads) if torch.is_grad_enabled() else gradients(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return gradients(ctx, *grads)
+        with torch.no_grad():                                # somebody may want to differentiate once more: that must not give zeros
+            found = gradients(ctx, *grads)
+        return _NoSecondDerivative.apply(operation.name, len(found), *found, *ctx.saved_tensors, *grads)
 
     return type(operation.name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    "Gradients that raise when they are differentiated themselves."
+    @staticmethod
+    def forward(ctx, name, count, *tensors):
+        ctx.name = name
+        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(f"attnbook::{ctx.name} has no second derivative; backend='torch' has")
+
+
+def _refuse_transforms(name: str):
+    "RuntimeError inside vmap, grad or jvp of torch.func, which would fail with less clear words, or give zeros."
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    for level in torch._C._functorch.get_interpreter_stack() or ():
+        if level.key() != torch._C._functorch.TransformType.Functionalize:
+            raise RuntimeError(f"attnbook::{name} cannot run inside torch.func.{level.key().name.lower()}; backend='torch' can")
 
 
 def _plain(args) -> bool:
@@ -401,7 +424,7 @@ def operation(name: str, forward: Callable, *, like: Callable, backward: Callabl
     - `gradients_like(call)`: what `backward` returns, as empty tensors. Default: like the arguments themselves.
     - `drop`: tensors that the backward pass does not need (None in `call`). `nondifferentiable`: outputs, by number, through which no gradient flows.
 
-    A second derivative raises RuntimeError; forward-mode differentiation and vmap raise as torch does for a function without a rule for them.
+    A second derivative and the transforms of torch.func (vmap, grad, jvp) raise RuntimeError, forward-mode differentiation NotImplementedError: never zeros in silence.
     Declaring a name again replaces it.
     """
     return Operation(name, forward, like, backward, gradients_like, tuple(drop), tuple(nondifferentiable))

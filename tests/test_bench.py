@@ -29,7 +29,7 @@ from attnbook.lab.bench import (
     sdpa,
 )
 from attnbook.lab.plots import MARKS, PALETTE, look, plot_bars, plot_lines, roofline, style
-from attnbook.lab.results import load_results, newest_device, record
+from attnbook.lab.results import load_results, newest_device, record, results_dir, rows_from, stored_dir
 from attnbook.lab.testing import check_raises, device, make_qkv, rel_error
 
 
@@ -115,6 +115,25 @@ def test_newest_row_counts():
         assert b["ms"] is None and b["seed"] == 3 and b["preset"] == "gpu"
         assert len(load_results("unittest", shape=(4, 4))) == 2 and not load_results("unittest", shape=(4, 5))
         assert len(load_results("unittest", device={"GPU one", "GPU two"})) == 4 and not load_results("nothing_here")
+
+def test_where_rows_are_written_and_read():
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ):
+        os.environ.pop("ATTNBOOK_RESULTS", None)
+        assert results_dir().parts[-2:] == ("runs", "results") and results_dir() != stored_dir()
+        os.environ["ATTNBOOK_RESULTS"] = folder
+        record("unittest", "a", device="GPU one", i=1)
+        other = Path(folder, "other")
+        with mock.patch.dict(os.environ, ATTNBOOK_RESULTS=str(other)):
+            record("unittest", "a", device="GPU one", i=2)
+        read = lambda: [r["i"] for r in load_results("unittest")]
+        assert read() == [1]
+        with rows_from(other):
+            assert read() == [2]
+            with rows_from(other, Path(folder)):
+                assert read() == [2, 1]
+            with rows_from():
+                assert read() == [] == load_results("bench")
+        assert read() == [1]
 
 def test_newest_device():
     rows = [{"device": f"GPU {name}", "date": f"2026-01-0{day}T00:00:00+00:00", "i": i}

@@ -132,7 +132,7 @@ _Chapter = Annotated[str, _argument(metavar="CHAPTER", help="its name as `attnbo
 def run(
     chapter: Annotated[str, _argument(metavar="CHAPTER", help="its name as `attnbook list` shows it, or the path of a notebook")],
     parameter: Annotated[list[str], _option("-p", "--parameter", metavar="NAME VALUE", help="a parameter of the notebook; may be repeated")] = [],
-    preset: Annotated[str, _option(help="cpu, gpu, or auto: gpu where torch sees a GPU")] = "auto",
+    preset: Annotated[str, _option(help="smoke, cpu, gpu, or auto: gpu where torch sees a GPU, else cpu")] = "auto",
     out: Annotated[Path | None, _option(help="where the run's folder is made  [default: runs/ in the checkout]")] = None,
     progress: Annotated[bool, _option(help="show a bar")] = True,
 ):

@@ -122,8 +122,8 @@ def test_bad_parameters_are_refused():
 def test_parameters_of_a_notebook():
     with tempfile.TemporaryDirectory() as folder:
         declared = read_parameters(example_notebook(Path(folder) / "small.ipynb"))
-    assert [str(p) for p in declared.values()] == ["preset ('smoke' | 'cpu' | 'gpu')", "n (int)", "scale (float)"]
-    assert (declared["n"].default, declared["n"].help) == (5, "terms")
+    assert [str(p) for p in declared.values()] == ["preset ('smoke' | 'cpu' | 'gpu')", "n (int, >= 0)", "scale (float)"]
+    assert (declared["n"].default, declared["n"].help) == (5, "terms, >= 0")
 
 def test_whatever_is_assigned_is_a_parameter():
     cell = new_code_cell("""%matplotlib inline
@@ -219,7 +219,7 @@ def test_bad_runs_do_not_start():
             (dict(chapter="zzz"), ValueError, "unknown chapter 'zzz'"),
             (dict(chapter=Path(folder) / "none.ipynb"), ValueError, "no notebook"),
             (dict(parameters={"m": 3}), ValueError, "no parameter 'm'"),
-            (dict(parameters={"n": "many"}), TypeError, "n \\(int\\).*'many'"),
+            (dict(parameters={"n": "many"}), TypeError, "n \\(int, >= 0\\).*'many'"),
             (dict(preset="tpu"), ValueError, "'smoke' | 'cpu' | 'gpu'"),
             (dict(record=True), ValueError, "rows of small cannot be recorded: it is no chapter"),
             (dict(out=source / "below"), OSError, "cannot write to the output folder"),

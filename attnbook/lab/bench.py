@@ -7,8 +7,8 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['Timing', 'Stopwatch', 'peak_memory', 'measure', 'measure_training', 'measure_ceilings', 'ceilings', 'floor', 'sdpa',
-           'block_mask', 'flex', 'naive', 'GRAPH_BELOW_MS', 'compare', 'run_benchmarks', 'row_line', 'bench_ceilings',
-           'bench_dense']
+           'block_mask', 'flex', 'naive', 'GRAPH_BELOW_MS', 'compare', 'find_benchmarks', 'run_benchmarks', 'row_line',
+           'bench_ceilings', 'bench_dense']
 
 # %% auto #imports
 import importlib
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import attention_bytes, attention_flops, attention_pairs
-from .book import CHAPTERS
+from .book import CHAPTERS, written_chapter
 from .results import _plain, device_name, load_results, record
 
 # %% ../../nbs/1_foundations/02_bench.ipynb #5149a503
@@ -524,28 +524,32 @@ def _take_turns(runs, rows, part, graph, rounds, rep_ms, warmup_ms):
     return times, watches
 
 # %% ../../nbs/1_foundations/02_bench.ipynb #5d468e8d
-def run_benchmarks(
+def find_benchmarks(
     chapter: str,  # the chapter's name
-    only: str | Iterable[str] | None = None,  # names of benchmarks, with or without `bench_`; all if None
-    *,
-    show: Callable[[str], object] = print,  # what is done with the progress lines
-) -> list[dict]:
-    """Runs the functions `bench_*` of a chapter in the order they stand there and returns their rows.
-
-    Rows that `compare` or `record` has not written yet are recorded here. ValueError for an unknown chapter or
-    benchmark, before anything runs.
-    """
-    name = CHAPTERS[chapter].study if chapter in CHAPTERS else f"attnbook.{chapter}"
-    if name is None:
-        raise ValueError(f"chapter {chapter!r} is planned, not written yet")
+) -> dict[str, Callable]:
+    "The functions `bench_*` of a chapter by name, in the order they stand there. ValueError for an unknown or planned chapter."
+    name = written_chapter(chapter).study if chapter in CHAPTERS else f"attnbook.{chapter}"
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as e:
         if e.name != name:
             raise
         raise ValueError(f"unknown chapter {chapter!r}: there is no module {name}") from None
-    found = {n.removeprefix("bench_"): f for n, f in vars(module).items()
-             if n.startswith("bench_") and inspect.isfunction(f) and f.__module__ == module.__name__}
+    return {n.removeprefix("bench_"): f for n, f in vars(module).items()
+            if n.startswith("bench_") and inspect.isfunction(f) and f.__module__ == module.__name__}
+
+def run_benchmarks(
+    chapter: str,  # the chapter's name
+    only: str | Iterable[str] | None = None,  # names of benchmarks, with or without `bench_`; all if None
+    *,
+    show: Callable[[str], object] = print,  # what is done with the progress lines
+) -> list[dict]:
+    """Runs the benchmarks of a chapter in the order they stand there and returns their rows.
+
+    Rows that `compare` or `record` has not written yet are recorded here. ValueError for an unknown chapter or
+    benchmark, before anything runs.
+    """
+    found = find_benchmarks(chapter)
     names = [only] if isinstance(only, str) else list(found) if only is None else list(only)
     names = [n.removeprefix("bench_") for n in names]
     unknown = [n for n in names if n not in found]

@@ -104,7 +104,7 @@ def read_parameters(notebook: str | Path) -> dict[str, Parameter]:
     return found
 
 # %% ../../nbs/1_foundations/05_book.ipynb #8212df21
-KERNEL_OPTIONS = ["--log-level=ERROR"]  # a kernel's own warnings are not for the reader of a run
+KERNEL_OPTIONS = ["--log-level=CRITICAL"]  # a kernel's own log is not for the reader of a run: what a cell says stands in the notebook
 
 
 @contextlib.contextmanager
@@ -217,7 +217,7 @@ def example_notebook(path: str | Path, *extra: str) -> Path:
     cells = [
         v4.new_markdown_cell("# A small chapter\n\n> It has what a chapter has.\n\nThe sum $\\sum_{i<n} i$ is\n\n$$\\frac{n(n-1)}{2}.$$"),
         v4.new_code_cell("#| hide\nimport json, os, pathlib"),
-        v4.new_code_cell('preset: str = "cpu"  # "smoke", "cpu" or "gpu"\nn: int = 5  # terms\nscale: float = 1.0', metadata={"tags": ["parameters"]}),
+        v4.new_code_cell('preset: str = "cpu"  # "smoke", "cpu" or "gpu"\nn: int = 5  # terms, >= 0\nscale: float = 1.0', metadata={"tags": ["parameters"]}),
         v4.new_code_cell("#| echo: false\nassert sum(range(n)) == n * (n - 1) // 2\nsum(range(n))"),
         v4.new_code_cell('rows = pathlib.Path(os.environ["ATTNBOOK_RESULTS"]); rows.mkdir(parents=True, exist_ok=True)\n'
                          'with open(rows / "small.jsonl", "a") as f: f.write(json.dumps({"name": "sum", "n": n, "sum": sum(range(n)) * scale}) + "\\n")'),

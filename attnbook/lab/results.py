@@ -22,13 +22,12 @@ from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-
 import attnbook
 
 # %% ../../nbs/1_foundations/02_bench.ipynb #c757ea5d
 def device_name(device=None) -> str:
     "The name numbers are filed under: the GPU's, or the processor's with the number of threads torch uses."
+    import torch  # here and below: the command line reads results where nothing is computed
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -50,6 +49,7 @@ def versions() -> dict:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = None
+    import torch
     return {"torch": torch.__version__, "triton": triton, "attnbook": attnbook.__version__}
 
 # %% ../../nbs/1_foundations/02_bench.ipynb #029a473b
@@ -91,7 +91,7 @@ def _plain(x):
         return {str(k): _plain(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):
         return [_plain(v) for v in x]
-    if isinstance(x, (torch.dtype, torch.device)):
+    if type(x).__module__ == "torch" and type(x).__name__ in ("dtype", "device"):
         return str(x).removeprefix("torch.")
     if hasattr(x, "item"):
         return _plain(x.item())

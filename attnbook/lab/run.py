@@ -127,7 +127,6 @@ def run_chapter(
     OSError for a folder that cannot be written. RunFailed if a cell fails, KeyboardInterrupt; what was done until then is kept.
     """
     name, source = _find_notebook(chapter)
-    papermill = require("papermill")
     declared = read_parameters(source)
     given = check_parameters(dict(parameters or {}), declared, name, text)
     if preset == "auto":
@@ -139,6 +138,7 @@ def run_chapter(
     book = (book_root() or Path(".")) / "nbs" / "results"
     if record and not (name in CHAPTERS and book.is_dir()):
         raise ValueError(f"the rows of {name} cannot be recorded: " + ("there is no nbs/results here" if name in CHAPTERS else "it is no chapter of the book"))
+    papermill = require("papermill")
     folder = _run_folder(out if out is not None else (book_root() or Path()) / "runs", name)
     run = Run(name, folder, folder / f"{name}.ipynb", None, given, 0.0)
     require("nbformat").write(with_parameters(source, given), str(run.notebook))

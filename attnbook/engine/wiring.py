@@ -34,9 +34,7 @@ class Operation:
         self.nondifferentiable = nondifferentiable
         self.places = {n: i for i, n in enumerate(self.parameters)}
         self.single_tensors = tuple(n for n in self.tensors if n not in self.lists)
-        self.op = torch.library.custom_op(f"attnbook::{name}", self.forward, mutates_args=(), schema=schema)
-        self.op.register_fake(like)
-        self.overload = self.op._opoverload
+        self.library, self.overload = _define(name, schema, self.forward, like)
         self.single = len(self.overload._schema.returns) == 1
         if backward is not None:
             self._register_backward(schema)
@@ -112,8 +110,7 @@ class Operation:
             call = self._call(args, grads, outputs, iter(needs))
             return self._listed(of(call), call)
 
-        self.backward_op = torch.library.custom_op(f"attnbook::{self.name}run_backward", lambda *a: run(*a, of=self.backward), mutates_args=(), schema=full)
-        self.backward_op.register_fake(lambda *a: run(*a, of=self.gradients_like))
+        _, gradients = _define(f"{self.name}_backward", full, lambda *a: run(*a, of=self.backward), lambda *a: run(*a, of=self.gradients_like))
 
         def setup(ctx, inputs, output):
             outputs = (output,) if self.single else tuple(output)
@@ -145,12 +142,25 @@ class Operation:
             wanted = [ctx.needs_input_grad[i] for i, n in enumerate(self.parameters) if n in self.tensors]
             needs = [b for w, there in zip(wanted, ctx.present) for b in
                      ([(w if isinstance(w, (list, tuple)) else [w] * len(there))[j] for j in range(len(there))] if isinstance(there, list) else [w and there])]
-            found = iter(self.backward_op._opoverload(list(grads), *args, outputs, needs))
+            found = iter(gradients(list(grads), *args, outputs, needs))
             needs = iter(needs)
             return tuple([next(found) if next(needs) else None for _ in b] if n in self.lists else (next(found) if next(needs) else None) if n in self.tensors else None
                          for n, b in zip(self.parameters, blank))
 
-        self.op.register_autograd(gradient, setup_context=setup)
+        torch.library.register_autograd(f"attnbook::{self.name}", gradient, setup_context=setup, lib=self.library)
+
+
+def _define(name: str, schema: str, run: Callable, like: Callable):
+    """Registers attnbook::<name>; its library, which must live as long as the operation, and the overload to call. (`torch.library.custom_op` would do the
+    same and check every call for outputs that share memory with inputs, which takes longer than most kernels.)"""
+    libraries = vars(torch.library).setdefault("_attnbook", {})          # also of another copy of this module: a notebook that runs defines all once more
+    if name in libraries:
+        libraries.pop(name)._destroy()
+    library = libraries[name] = torch.library.Library("attnbook", "FRAGMENT")
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"attnbook::{name}", like, lib=library)
+    return library, getattr(torch.ops.attnbook, name).default
 
 
 def _empty_copies(value):

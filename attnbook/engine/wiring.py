@@ -15,13 +15,14 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from .host import ORDINARY, on_device
+from .host import INTERPRETED, ORDINARY, on_device
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #e9a58d12
 class Operation:
     "A differentiable operation of the book, made by `operation`; call it with all its arguments by position."
 
-    def __init__(self, name, forward, like, backward, gradients_like, drop, nondifferentiable):
+    def __init__(self, name, forward, like, backward, gradients_like, drop, nondifferentiable, plan):
+        self.plan = plan
         self.name, self.forward, self.like, self.backward = name, on_device(forward), like, backward
         self.gradients_like = gradients_like or (lambda call: {n: _empty_copies(getattr(call, n)) for n in self.tensors})
         schema = torch.library.infer_schema(forward, mutates_args=())
@@ -41,16 +42,27 @@ class Operation:
             self._register_backward(schema)
         self.function = _autograd_function(self)
 
-    def __call__(self, *args):
+    def __call__(self, *args, kept: dict | None = None):
+        """The operation's outputs. `kept`: a dict that belongs to all calls with the same arguments but for the numbers in the tensors (`Plans.decide` makes
+        such); what forward and backward pass decide is kept in it."""
         if torch.compiler.is_compiling() or not _plain(args):
             _refuse_transforms(self.name)
             return self.overload(*args)
         if self.backward is not None and (torch.is_grad_enabled() and _requires_grad(args) or forward_ad._current_level >= 0):
-            return self.function.apply(*self._flat(args))
+            return self.function.apply(kept, *self._flat(args))
+        if kept is not None:
+            return self._planned(kept, args)
         if self.backward is not None or not torch.is_grad_enabled():
             return self.forward(*args)
         with torch._C._AutoDispatchBelowAutograd():          # nothing inside is to be differentiated
             return self.forward(*args)
+
+    def _planned(self, kept, args):
+        "The outputs by the plan that is kept, which is made first if it is not there."
+        run = kept.get("forward")
+        if run is None:
+            run = kept["forward"] = on_device(self.plan(*args)) if self.plan is not None and not INTERPRETED else self.forward
+        return run(*args)
 
     def _flat(self, args):
         "The arguments with every list of tensors replaced by its length and, at the end, its tensors."
@@ -71,7 +83,7 @@ class Operation:
 
     def _call(self, args, grads, outputs, needs):
         "What `backward` gets."
-        call = types.SimpleNamespace(**dict(zip(self.parameters, args)), grads=grads, outputs=outputs, needs={})
+        call = types.SimpleNamespace(**dict(zip(self.parameters, args)), grads=grads, outputs=outputs, needs={}, kept=None)
         for n in self.tensors:
             value = getattr(call, n)
             call.needs[n] = [next(needs) for _ in value] if n in self.lists else next(needs)
@@ -151,13 +163,14 @@ def _autograd_function(operation: Operation):
     n = len(operation.parameters)
 
     places, names, lists = [operation.places[m] for m in operation.single_tensors], operation.single_tensors, operation.lists
-    kept = [m in operation.kept for m in names]
+    saves = [m in operation.kept for m in names]
 
-    def forward(ctx, *flat):
+    def forward(ctx, kept, *flat):
         args = operation._unflat(flat)
-        found = operation.forward(*args)
+        found = operation.forward(*args) if kept is None else operation._planned(kept, args)
+        ctx.kept = kept
         outputs = (found,) if operation.single else found
-        ctx.save_for_backward(*(flat[i] if keep else None for i, keep in zip(places, kept)), *flat[n:], *outputs)
+        ctx.save_for_backward(*(flat[i] if keep else None for i, keep in zip(places, saves)), *flat[n:], *outputs)
         ctx.args = list(flat[:n])
         for i in places:
             ctx.args[i] = None
@@ -167,11 +180,11 @@ def _autograd_function(operation: Operation):
         return found
 
     def gradients(ctx, *grads):
-        wanted, count = ctx.needs_input_grad, len(places)
+        wanted, count = ctx.needs_input_grad[1:], len(places)
         if not any(g is not None for g in grads):
-            return (None,) * len(wanted)
+            return (None,) * (1 + len(wanted))
         saved = ctx.saved_tensors
-        call = types.SimpleNamespace(**dict(zip(operation.parameters, ctx.args)), grads=grads, needs={})
+        call = types.SimpleNamespace(**dict(zip(operation.parameters, ctx.args)), grads=grads, needs={}, kept=ctx.kept)
         for name, i, t in zip(names, places, saved):
             setattr(call, name, t)
             call.needs[name] = wanted[i]
@@ -194,7 +207,7 @@ def _autograd_function(operation: Operation):
             if any(needs) and any(w and (j >= len(some) or some[j] is None) for j, w in enumerate(needs)):
                 raise RuntimeError(f"attnbook::{operation.name} has no gradient for {name}")
             tail += [some[j] if w else None for j, w in enumerate(needs)]
-        return *head, *tail
+        return None, *head, *tail
 
     def backward(ctx, *grads):
         if not torch.is_grad_enabled():
@@ -252,7 +265,7 @@ def _requires_grad(args) -> bool:
 
 
 def operation(name: str, forward: Callable, *, like: Callable, backward: Callable | None = None, gradients_like: Callable | None = None,
-              drop: tuple[str, ...] = (), nondifferentiable: tuple[int, ...] = ()) -> Operation:
+              drop: tuple[str, ...] = (), nondifferentiable: tuple[int, ...] = (), plan: Callable | None = None) -> Operation:
     """Declares `attnbook::<name>` and returns it, ready to be called with all its arguments by position.
 
     - `forward(*args)` computes it: parameters and result are annotated (Tensor, Tensor | None, list[Tensor], int, float, bool, str, list[int]; one tensor
@@ -264,7 +277,10 @@ def operation(name: str, forward: Callable, *, like: Callable, backward: Callabl
     - `gradients_like(call)`: what `backward` returns, as empty tensors. Default: like the arguments themselves.
     - `drop`: tensors that the backward pass does not need (None in `call`). `nondifferentiable`: outputs, by number, through which no gradient flows.
 
+    - `plan(*args)`: a function of the same arguments that computes what `forward` does for all calls that differ in the tensors' numbers only. Used for calls
+      with `kept`, whose dict the backward pass finds as `call.kept`.
+
     A second derivative and the transforms of torch.func (vmap, grad, jvp) raise RuntimeError, forward-mode differentiation NotImplementedError: never zeros in silence.
     Declaring a name again replaces it.
     """
-    return Operation(name, forward, like, backward, gradients_like, tuple(drop), tuple(nondifferentiable))
+    return Operation(name, forward, like, backward, gradients_like, tuple(drop), tuple(nondifferentiable), plan)

@@ -10,14 +10,14 @@ __all__ = ['relative_positions', 'positional_scores', 'content_scores', 'gpsa_at
            'fused_launch', 'fused_fits', 'gpsa_fused_op', 'gpsa_fused_backward_op', 'gpsa_packed_op',
            'gpsa_packed_backward_op', 'mix_forward', 'mix_backward', 'gated_mix_op', 'gated_mix_backward_op', 'ROUTES',
            'gpsa', 'gpsa_packed', 'GPSA', 'init_linear', 'square_grid', 'SelfAttention', 'Block', 'ConViT', 'DeiT',
-           'VARIANTS', 'DEIT_VARIANTS', 'convit', 'deit', 'convit_small', 'convit_small_plus', 'convit_base_plus',
-           'convit_tiny_plus', 'convit_tiny', 'convit_base', 'deit_tiny', 'deit_small', 'deit_base', 'PARAMETERS',
-           'DEIT_PARAMETERS', 'parameter_formula', 'count_parameters', 'PUBLISHED_GMACS', 'convit_macs', 'from_timm',
-           'nonlocality', 'model_nonlocality', 'model_gates', 'AddedScores', 'EXPERIMENTS', 'KINDS', 'small_vit',
-           'experiment_data', 'class_share', 'Experiments', 'sample_efficiency', 'escaping_locality', 'ablation',
-           'strength_and_layers', 'resolution_transfer', 'FIVE', 'run_experiments', 'flex_twice', 'bench_core',
-           'MODULE_PARAMETERS', 'functional', 'timm_gpsa', 'bench_module', 'bench_training', 'CANDIDATES', 'tune_gpsa',
-           'paper_claims', 'claims']
+           'VARIANTS', 'DEIT_VARIANTS', 'convit', 'deit', 'convit_tiny', 'convit_small', 'convit_base',
+           'convit_tiny_plus', 'convit_small_plus', 'convit_base_plus', 'deit_tiny', 'deit_small', 'deit_base',
+           'PARAMETERS', 'DEIT_PARAMETERS', 'parameter_formula', 'count_parameters', 'PUBLISHED_GMACS', 'convit_macs',
+           'from_timm', 'nonlocality', 'model_nonlocality', 'model_gates', 'AddedScores', 'EXPERIMENTS', 'KINDS',
+           'small_vit', 'experiment_data', 'class_share', 'Experiments', 'sample_efficiency', 'escaping_locality',
+           'ablation', 'strength_and_layers', 'resolution_transfer', 'FIVE', 'run_experiments', 'flex_twice',
+           'bench_core', 'MODULE_PARAMETERS', 'functional', 'timm_gpsa', 'bench_module', 'bench_training', 'CANDIDATES',
+           'tune_gpsa', 'paper_claims', 'claims']
 
 # %% ../nbs/2_position/convit.ipynb #f81f9ef6
 import math

@@ -10,8 +10,8 @@ __all__ = ['PRESETS', 'axis_blocks', 'halo_mask', 'halo_boxes', 'offset_rows', '
            'halo_prepare', 'halo_score', 'halo_carry_init', 'halo_carry_step', 'halo_carry_last', 'HALO_LAUNCH',
            'SPLIT_RELATIVE', 'query_rows', 'halo_launch', 'HALO', 'HALO_ZEROS', 'HALO_REL', 'FLOATS', 'halo_attention',
            'PARTS_BYTES', 'halo_packed_op', 'halo_packed_backward_op', 'HaloAttention', 'from_timm', 'HaloBottleneck',
-           'HaloNet', 'halonet', 'halonet_h5', 'halonet_h6', 'halonet_h0', 'halonet_h7', 'halonet_h4', 'halonet_h1',
-           'halonet_h2', 'halonet_h3', 'cost_experiment', 'NETS', 'small_halonet', 'halo_data', 'outside_mass',
+           'HaloNet', 'halonet', 'halonet_h0', 'halonet_h1', 'halonet_h2', 'halonet_h3', 'halonet_h4', 'halonet_h5',
+           'halonet_h6', 'halonet_h7', 'cost_experiment', 'NETS', 'small_halonet', 'halo_data', 'outside_mass',
            'counted_flops', 'net_experiment', 'run_experiments', 'bench_module', 'unfolded_attention', 'flex_blocks',
            'CORES', 'bench_core', 'bench_sizes', 'bench_stages', 'bench_training', 'claims']
 

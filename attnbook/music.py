@@ -9,7 +9,7 @@ __all__ = ['relative_mask', 'PRESETS', 'extended_table', 'gathered_logits', 'ske
            'music_tile', 'music_start', 'music_unskew', 'music_dq_add', 'music_dq', 'music_rel_grad', 'MUSIC_LAUNCH',
            'music_launch', 'MUSIC', 'MUSIC_REL', 'relative_attention', 'PADDING', 'relative_attention_step',
            'RelativeMultiheadAttention', 'Layer', 'sinusoids', 'MusicTransformer', 'generate', 'sample', 'MODELS',
-           'music_model', 'parameter_counts', 'PAD', 'BOS', 'CHORALE_TOKENS', 'REST', 'EOS', 'LOWEST', 'grid_to_tokens',
+           'music_model', 'parameter_counts', 'PAD', 'REST', 'LOWEST', 'BOS', 'EOS', 'CHORALE_TOKENS', 'grid_to_tokens',
            'tokens_to_grid', 'load_chorales', 'Note', 'grid_to_notes', 'write_midi', 'read_midi', 'piano_roll',
            'PerformanceEncoder', 'sustain', 'stretch', 'perform', 'chorale_batches', 'music_loss', 'token_nll',
            'chorale_model', 'KINDS', 'train_chorales', 'longest', 'kept_by_length', 'slope', 'repetition',

@@ -8,7 +8,16 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from attnbook.lab.book import CHAPTERS, PARTS, chapters_table, find_chapter, markdown_table, require
+from attnbook.lab.book import (
+    CHAPTERS,
+    PARTS,
+    PRESET_NAMES,
+    chapters_table,
+    choose_preset,
+    find_chapter,
+    markdown_table,
+    require,
+)
 from attnbook.lab.pages import to_html
 from attnbook.lab.parameters import Parameter, _kinds, check_parameters, example_notebook, read_parameters
 from attnbook.lab.run import Run, RunFailed, run_chapter, run_summary
@@ -42,6 +51,18 @@ def test_tables_escape_bars_and_lines():
     assert "[arXiv 2403.04690](https://arxiv.org/abs/2403.04690)" in chapters_table()
 
 
+def test_preset(monkeypatch):
+    monkeypatch.delenv("IN_TEST", raising=False), monkeypatch.setenv("ATTNBOOK_PRESET", "gpu")
+    assert [choose_preset(p) for p in PRESET_NAMES] == ["smoke", "cpu", "gpu"]
+    monkeypatch.setenv("IN_TEST", "1")
+    assert choose_preset("cpu") == "gpu"
+    monkeypatch.delenv("ATTNBOOK_PRESET")
+    assert choose_preset("cpu") == "smoke"
+    monkeypatch.delenv("IN_TEST")
+    with pytest.raises(ValueError, match="preset must be one of 'smoke', 'cpu', 'gpu', not 'tpu'"):
+        choose_preset("tpu")
+
+
 def test_annotations():
     assert _kinds("int") == ((int,), ()) and _kinds("list[int]") == ((list,), ())
     assert _kinds("int | None") == ((int, type(None)), ()) == _kinds("Optional[int]")
@@ -73,7 +94,7 @@ def test_bad_parameters_are_refused():
 def test_parameters_of_a_notebook():
     with tempfile.TemporaryDirectory() as folder:
         declared = read_parameters(example_notebook(Path(folder) / "small.ipynb"))
-    assert [str(p) for p in declared.values()] == ["preset ('cpu' | 'gpu')", "n (int)", "scale (float)"]
+    assert [str(p) for p in declared.values()] == ["preset ('smoke' | 'cpu' | 'gpu')", "n (int)", "scale (float)"]
     assert (declared["n"].default, declared["n"].help) == (5, "terms")
 
 
@@ -124,7 +145,7 @@ def test_bad_runs_do_not_start():
             (dict(chapter=Path(folder) / "none.ipynb"), ValueError, "no notebook"),
             (dict(parameters={"m": 3}), ValueError, "no parameter 'm'"),
             (dict(parameters={"n": "many"}), TypeError, "n \\(int\\).*'many'"),
-            (dict(preset="tpu"), ValueError, "'cpu' | 'gpu'"),
+            (dict(preset="tpu"), ValueError, "'smoke' | 'cpu' | 'gpu'"),
             (dict(out=source / "below"), OSError, "cannot write to the output folder"),
         ):
             with pytest.raises(error, match=words):

@@ -9,6 +9,7 @@ from attnbook.attention import attention_backward, attention_mask, attention_ref
 from attnbook.lab.testing import (
     LAYOUTS,
     TOLERANCE,
+    both_ways,
     check_against_reference,
     check_autocast,
     check_compiles,
@@ -25,6 +26,7 @@ from attnbook.lab.testing import (
     poisoned,
     rel_error,
     relayout,
+    tensors,
     tolerance,
 )
 
@@ -251,3 +253,10 @@ def test_check_operation_runs_them_all():
     assert set(check_operation(reference, reference, qkv)) == {"float32"}
     for mistake in ("lse", "nan", "random", "unwritten", "stride"):
         complaint(check_operation, partial(attend, mistake=mistake), reference, qkv, skip=("compiles", "autocast"))
+
+
+def test_both_ways():
+    x, y, n = *tensors((2, 3), (3,), dtype=torch.float32), torch.arange(3)
+    assert x.shape == (2, 3) and y.dtype == torch.float32 and tensors((1,))[0].dtype == torch.bfloat16
+    dx, dy = both_ways(lambda x, n, y, factor: (factor * x * n, n), x, n, y, factor=2.0)
+    assert torch.equal(dx, 2.0 * n.expand(2, 3)) and dy is None

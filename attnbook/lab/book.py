@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['require', 'PARTS', 'book_root', 'Chapter', 'CHAPTERS', 'find_chapter', 'table_cell', 'MarkdownText', 'markdown_table',
-           'chapters_table']
+           'chapters_table', 'PRESET_NAMES', 'choose_preset']
 
 # %% auto #imports
 import difflib
 import importlib
 import importlib.util
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -176,3 +177,16 @@ def chapters_table(
     paper = lambda c: re.sub(r"arXiv (\d+\.\d+)", r"[arXiv \1](https://arxiv.org/abs/\1)", c.paper)
     return markdown_table(["part", "chapter", "module", "paper", "status"],
                           [(PARTS[c.part], title(c), f"`{c.home or c.name}`", paper(c), c.status) for c in CHAPTERS.values()])
+
+# %% ../../nbs/1_foundations/05_book.ipynb #8d72d43b
+PRESET_NAMES = ("smoke", "cpu", "gpu")
+
+
+def choose_preset(
+    preset: str,  # the notebook's parameter
+) -> str:
+    "The preset to run at: the given one, or in a test of the notebook `$ATTNBOOK_PRESET`, else `smoke`. ValueError for an unknown one."
+    chosen = os.environ.get("ATTNBOOK_PRESET", "smoke") if os.environ.get("IN_TEST") else preset
+    if chosen not in PRESET_NAMES:
+        raise ValueError(f"preset must be one of {', '.join(map(repr, PRESET_NAMES))}, not {chosen!r}")
+    return chosen

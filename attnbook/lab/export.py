@@ -101,9 +101,9 @@ def _defines(source: str) -> list[str]:
     "The names that a module's code assigns or defines at its top level, in order; imports and `_` excepted."
     names = {s.get_name() for s in symtable.symtable(source, "room", "exec").get_symbols() if s.is_assigned() or s.is_namespace()}
     names -= {"_", "__all__"}
-    order = {n.id if isinstance(n, ast.Name) else n.name: n.lineno for n in reversed(list(ast.walk(ast.parse(source))))
+    order = {n.id if isinstance(n, ast.Name) else n.name: (n.lineno, n.col_offset) for n in reversed(list(ast.walk(ast.parse(source))))
              if isinstance(n, (ast.Name, ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))}
-    return sorted(names, key=lambda n: order.get(n, 0))
+    return sorted(names, key=lambda n: order.get(n, (0, 0)))
 
 
 def _uses(source: str) -> set[str]:

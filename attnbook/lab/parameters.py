@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .book import require
+from .book import PRESET_NAMES, require
 
 # %% ../../nbs/1_foundations/05_book.ipynb #7e573ab6
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Parameter:
 
 # %% ../../nbs/1_foundations/05_book.ipynb #8eb30c10
 _KINDS = {k.__name__: k for k in (int, float, bool, str, list, tuple, dict)} | {"None": type(None)}
-_CHOICES = {"preset": ("cpu", "gpu"), "device": ("auto", "cpu", "cuda")}
+_CHOICES = {"preset": PRESET_NAMES, "device": ("auto", "cpu", "cuda")}
 
 
 def _kinds(annotation: str) -> tuple[tuple[type, ...], tuple]:
@@ -154,7 +154,7 @@ def example_notebook(path: str | Path, *extra: str) -> Path:
     cells = [
         v4.new_markdown_cell("# A small chapter\n\n> It has what a chapter has.\n\nThe sum $\\sum_{i<n} i$ is\n\n$$\\frac{n(n-1)}{2}.$$"),
         v4.new_code_cell("#| hide\nimport json, os, pathlib"),
-        v4.new_code_cell('preset: str = "cpu"  # "cpu" or "gpu"\nn: int = 5  # terms\nscale: float = 1.0', metadata={"tags": ["parameters"]}),
+        v4.new_code_cell('preset: str = "cpu"  # "smoke", "cpu" or "gpu"\nn: int = 5  # terms\nscale: float = 1.0', metadata={"tags": ["parameters"]}),
         v4.new_code_cell("#| echo: false\nassert sum(range(n)) == n * (n - 1) // 2\nsum(range(n))"),
         v4.new_code_cell('rows = pathlib.Path(os.environ["ATTNBOOK_RESULTS"]); rows.mkdir(parents=True, exist_ok=True)\n'
                          'with open(rows / "small.jsonl", "a") as f: f.write(json.dumps({"name": "sum", "n": n, "sum": sum(range(n)) * scale}) + "\\n")'),

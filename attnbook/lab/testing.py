@@ -18,7 +18,7 @@ from torch import Tensor
 __all__ = ['device', 'rel_error', 'TOLERANCE', 'tolerance', 'LAYOUTS', 'relayout', 'make_qkv', 'evaluate', 'cotangents',
            'check_against_reference', 'check_gradients', 'poisoned', 'check_writes_everything', 'check_strides',
            'check_deterministic', 'check_opcheck', 'check_compiles', 'check_autocast', 'check_empty_rows',
-           'check_raises', 'check_operation']
+           'check_raises', 'check_operation', 'tensors', 'both_ways']
 
 # %% ../../nbs/1_foundations/06_testing.ipynb #2eaa3286
 def device() -> str:
@@ -404,3 +404,19 @@ def check_operation(
         if name not in skip:
             check(op, inputs)
     return errors
+
+# %% ../../nbs/1_foundations/06_testing.ipynb #09618e3a
+def tensors(*shapes: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    "A tensor of each shape that holds nothing in particular: what a launch is compiled for, not what it is run on."
+    return [torch.empty(s, dtype=dtype) for s in shapes]
+
+def both_ways(
+    op: Callable,  # returns a tensor or a tuple of tensors
+    *tensors: Tensor,
+    **options,  # keyword arguments of the operation
+) -> tuple[Tensor | None, ...]:  # a gradient for each floating-point tensor, None where the output does not depend on it
+    "Forward, then backward to every floating-point tensor: every kernel of an operation is launched."
+    leaves = [t.requires_grad_() if t.is_floating_point() else t for t in tensors]
+    outs = op(*leaves, **options)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    return torch.autograd.grad(sum(o.float().sum() for o in outs), [t for t in leaves if t.is_floating_point()], allow_unused=True)

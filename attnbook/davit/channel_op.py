@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['channel_attention_op', 'channel_attention_backward_op', 'channel_attention_packed_op',
-           'channel_attention_packed_backward_op', 'channel_layer_op', 'channel_layer_backward_op', 'FLOATS',
+           'channel_attention_packed_backward_op', 'channel_layer_op', 'channel_layer_backward_op',
            'channel_group_attention', 'channel_group_attention_packed']
 
 # %% auto #imports
-import math
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_divides, check_scale, check_tensor
 from ..engine import INTERPRETED, BoundLaunch, resolve_backend
 from .channel_kernels import (
     CHANNEL_LAUNCH,
@@ -311,34 +311,6 @@ def _layer_autograd(ctx, dy, *_):
 channel_layer_op.register_autograd(_layer_autograd, setup_context=_layer_setup)
 
 # %% ../../nbs/3_locality/davit.ipynb #a49c4e50
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def _check_float(name, x, like=None):
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    if like is not None and x.dtype != like.dtype:
-        raise TypeError(f"{name} must have q's type {like.dtype}, got {x.dtype}")
-    if like is not None and x.device != like.device:
-        raise ValueError(f"{name} must be on q's device {like.device}, got {x.device}")
-
-
-def _check_scale(scale):
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
-        raise TypeError(f"scale must be a number or None, got {scale!r}")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-
-
-def _check_count(name, value):
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
 def _autocast(*tensors):
     "The tensors in autocast's type where autocast is on; float64 stays."
     kind = tensors[0].device.type
@@ -353,34 +325,28 @@ def _channel_backend(backend, tensor, group_dim):
     found = resolve_backend(backend, tensor)
     if found == "triton" and group_dim > 128:
         if backend == "triton":
-            raise ValueError(f"group_dim must be at most 128 for backend='triton', got {group_dim}")
+            raise ValueError(f"group_dim must be at most 128 for backend='triton', not {group_dim}")
         return "torch"
     return found
 
 # %% ../../nbs/3_locality/davit.ipynb #dc78bf47
-def channel_group_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str = "auto",
-                            return_weights: bool = False):
+def channel_group_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str = "auto", return_weights: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention between the channels of each group, over all positions.
 
     q, k, v `(B, groups, N, group_dim)`, of one floating-point type, any strides. `scale` defaults to group_dim**-0.5
-    (the paper);
-    Florence-2 takes N**-0.5. `backend`: "triton" (group_dim up to 128), "torch" or "auto". Returns `(B, groups, N,
-    group_dim)`, with
-    `return_weights` also the weights `(B, groups, group_dim, group_dim)` in float32, differentiable: row a mixes the
-    values into
-    output channel a. Raises ValueError or TypeError that names the argument. Source: DaViT, Sec. 3.3.
+    (the paper); Florence-2 takes N**-0.5. `backend`: "triton" (group_dim up to 128), "torch" or "auto". Returns
+    `(B, groups, N, group_dim)`, with `return_weights` also the weights `(B, groups, group_dim, group_dim)` in float32,
+    differentiable: row a mixes the values into output channel a. Raises ValueError or TypeError that names the
+    argument. Source: DaViT, Sec. 3.3.
     """
-    _check_float("q", q)
-    if q.dim() != 4 or 0 in q.shape[1:]:
-        raise ValueError("q must have shape (batch, groups, N, group_dim), all but batch at least 1, "
-                         f"got {tuple(q.shape)}")
-    for name, x in (("k", k), ("v", v)):
-        _check_float(name, x, q)
-        if x.shape != q.shape:
-            raise ValueError(f"{name} must have q's shape {tuple(q.shape)}, got {tuple(x.shape)}")
-    _check_scale(scale)
+    check_tensor("q", q, shape=("batch", "groups", "N", "group_dim"))
+    if 0 in q.shape[1:]:
+        raise ValueError(f"q must have shape (batch, groups, N, group_dim), none but batch 0, not {tuple(q.shape)}")
+    for name, x in (("k", k), ("v", v)): check_tensor(name, x, like=q, shape=q.shape)
+    scale = check_scale(scale, q.shape[-1])
     backend = _channel_backend(backend, q, q.shape[-1])
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v = _autocast(q, k, v)
     op = channel_attention_op if backend == "triton" else channel_attention_reference
     with torch.autocast(q.device.type, enabled=False):
@@ -388,25 +354,20 @@ def channel_group_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | N
     return (out, weights.float()) if return_weights else out
 
 # %% ../../nbs/3_locality/davit.ipynb #ecf0e1b2
-def channel_group_attention_packed(qkv: Tensor, groups: int, *, scale: float | None = None,
-                                   backend: str = "auto") -> Tensor:
+def channel_group_attention_packed(
+    qkv: Tensor, groups: int, *, scale: float | None = None, backend: str = "auto",
+) -> Tensor:
     """Channel group attention of the packed projection: `(B, N, 3C)` -> `(B, N, C)`, without copies around it.
 
     The last axis of qkv holds q, k and v one after another, each as groups of C / groups channels. `scale` and
-    `backend` as in
-    `channel_group_attention`. Raises ValueError or TypeError that names the argument.
+    `backend` as in `channel_group_attention`. Raises ValueError or TypeError that names the argument.
     """
-    _check_float("qkv", qkv)
-    _check_count("groups", groups)
-    if qkv.dim() != 3 or 0 in qkv.shape[1:] or qkv.shape[2] % 3:
-        raise ValueError("qkv must have shape (batch, N, 3 * channels), N and channels at least 1, "
-                         f"got {tuple(qkv.shape)}")
-    channels = qkv.shape[2] // 3
-    if channels % groups:
-        raise ValueError(f"groups must divide the {channels} channels, got {groups}")
-    _check_scale(scale)
-    backend = _channel_backend(backend, qkv, channels // groups)
-    scale = (channels // groups) ** -0.5 if scale is None else float(scale)
+    check_tensor("qkv", qkv, ndim=3)
+    if 0 in qkv.shape[1:] or qkv.shape[2] % 3:
+        raise ValueError(f"qkv must have shape (batch, N, 3 * channels), none but batch 0, not {tuple(qkv.shape)}")
+    group_dim = check_divides("groups", groups, "channels", qkv.shape[2] // 3)
+    scale = check_scale(scale, group_dim)
+    backend = _channel_backend(backend, qkv, group_dim)
     qkv, = _autocast(qkv)
     with torch.autocast(qkv.device.type, enabled=False):
         if backend == "triton":

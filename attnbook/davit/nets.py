@@ -18,29 +18,27 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_choice, check_divides, check_int, check_number, check_sizes
 from ..engine import resolve_backend
 from ..layers import DropPath, Mlp, drop_path_rates, init_linear
 from .channel_op import (
     _autocast,
     _channel_backend,
-    _check_count,
     _groups_of,
     channel_group_attention,
     channel_group_attention_packed,
     channel_layer_op,
 )
 from .depthwise_op import depthwise_residual_op
-from .window_op import _window_pair, window_attention_packed
+from .window_op import window_attention_packed
 
 # %% ../../nbs/3_locality/davit.ipynb #f97ae49c
 class ConvPositionalEncoding(nn.Module):
-    """x + depthwise convolution of x, for x `(B, H, W, channels)`; odd `kernel_size`; `act=True` puts a GELU on the
-    branch."""
+    "x + depthwise convolution of x, `(B, H, W, channels)`; odd `kernel_size`; `act=True` puts a GELU on the branch."
     def __init__(self, channels: int, kernel_size: int = 3, act: bool = False, backend: str = "auto"):
         super().__init__()
-        _check_count("kernel_size", kernel_size)
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        if check_int("kernel_size", kernel_size, least=1) % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, not {kernel_size}")
         self.proj = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
         self.act, self.backend = nn.GELU() if act else nn.Identity(), backend
 
@@ -55,23 +53,17 @@ class ConvPositionalEncoding(nn.Module):
             return depthwise_residual_op(x.contiguous(), self.proj.weight, self.proj.bias)
         return x + self.act(self.proj(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
-# %% ../../nbs/3_locality/davit.ipynb #9140c7da
-def _check_heads(channels, heads, name):
-    _check_count("channels", channels)
-    _check_count(name, heads)
-    if channels % heads:
-        raise ValueError(f"channels must be divisible by {name}, got {channels} and {heads}")
-
 # %% ../../nbs/3_locality/davit.ipynb #0bf5f5c6
 class SpatialWindowAttention(nn.Module):
-    """Window attention with its projections, `(B, H, W, channels)` -> the same. Ragged maps: padded tokens take
-    part, as in the
-    paper's code (`pad_mode="token"`), or do not ("mask")."""
-    def __init__(self, channels: int, heads: int, window_size=7, qkv_bias: bool = True, pad_mode: str = "token",
-                 backend: str = "auto"):
+    """Window attention with its projections, `(B, H, W, channels)` -> the same.
+
+    Ragged maps: padded tokens take part, as in the paper's code (`pad_mode="token"`), or do not ("mask")."""
+    def __init__(self, channels: int, heads: int, window_size: int | tuple[int, int] = 7, qkv_bias: bool = True,
+                 pad_mode: str = "token", backend: str = "auto"):
         super().__init__()
-        _check_heads(channels, heads, "heads")
-        self.heads, self.window_size, self.pad_mode, self.backend = heads, _window_pair(window_size), pad_mode, backend
+        check_divides("heads", heads, "channels", check_int("channels", channels, least=1))
+        self.heads, self.window_size = heads, check_sizes("window_size", window_size, 2)
+        self.pad_mode, self.backend = check_choice("pad_mode", pad_mode, ("token", "mask")), backend
         self.qkv = nn.Linear(channels, 3 * channels, bias=qkv_bias)
         self.proj = nn.Linear(channels, channels)
 
@@ -87,17 +79,16 @@ class SpatialWindowAttention(nn.Module):
 
 # %% ../../nbs/3_locality/davit.ipynb #f4db19f4
 class ChannelGroupAttention(nn.Module):
-    """Channel group attention with its projections, `(B, …, channels)` -> the same. `scale`: "group_dim" (the
-    paper), "tokens"
-    (Florence-2), or a number."""
+    """Channel group attention with its projections, `(B, …, channels)` -> the same.
+
+    `scale`: "group_dim" (the paper), "tokens" (Florence-2), or a number."""
     def __init__(self, channels: int, groups: int, qkv_bias: bool = True, scale: str | float = "group_dim",
                  backend: str = "auto"):
         super().__init__()
-        _check_heads(channels, groups, "groups")
-        if scale not in ("group_dim",
-                         "tokens") and (isinstance(scale, (str, bool)) or not isinstance(scale, (int, float))):
-            raise ValueError(f"scale must be 'group_dim', 'tokens' or a number, got {scale!r}")
-        self.groups, self.scale, self.backend = groups, scale, backend
+        check_divides("groups", groups, "channels", check_int("channels", channels, least=1))
+        named = isinstance(scale, str)
+        self.scale = check_choice("scale", scale, ("group_dim", "tokens")) if named else check_number("scale", scale)
+        self.groups, self.backend = groups, backend
         self.qkv = nn.Linear(channels, 3 * channels, bias=qkv_bias)
         self.proj = nn.Linear(channels, channels)
 
@@ -105,7 +96,7 @@ class ChannelGroupAttention(nn.Module):
         "The factor in front of the logits for a map of this many tokens."
         if isinstance(self.scale, str):
             return (tokens if self.scale == "tokens" else self.proj.in_features // self.groups) ** -0.5
-        return float(self.scale)
+        return self.scale
 
     def weights(self, x: Tensor) -> Tensor:
         "The weights A `(B, groups, group_dim, group_dim)` for input x."
@@ -192,8 +183,7 @@ class Downsample(nn.Module):
     linear layer on patches) or (overlapped) 3 x 3."""
     def __init__(self, in_channels: int, channels: int, kernel_size: int = 2):
         super().__init__()
-        if kernel_size not in (2, 3):
-            raise ValueError(f"kernel_size must be 2 or 3, got {kernel_size!r}")
+        check_choice("kernel_size", kernel_size, (2, 3))
         self.norm = nn.LayerNorm(in_channels)
         self.conv = nn.Conv2d(in_channels, channels, kernel_size, stride=2, padding=kernel_size // 3)
 
@@ -254,9 +244,9 @@ class DaViT(nn.Module):
     ):
         super().__init__()
         if not len(dims) == len(depths) == len(heads):
-            raise ValueError(f"dims, depths and heads must have one entry per stage, got {dims}, {depths} and {heads}")
+            raise ValueError(f"dims, depths and heads must have one entry per stage, not {dims}, {depths} and {heads}")
         if not attn_types or not set(attn_types) <= {"spatial", "channel"}:
-            raise ValueError(f"attn_types must hold 'spatial' and 'channel' only, got {attn_types!r}")
+            raise ValueError(f"attn_types must hold 'spatial' and 'channel' only, not {attn_types!r}")
         blocks = len(attn_types) * sum(depths)                  # spatial and channel blocks counted apart
         rates = iter(drop_path_rates(drop_path, blocks))
 
@@ -294,9 +284,7 @@ def davit(
     `window_size` and `downsample_kernel` are the variant's where they are None; the other settings are `DaViT`'s, which
     has more of them. ValueError for an unknown variant.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-    dims, depths, window, kernel = VARIANTS[variant]
+    dims, depths, window, kernel = VARIANTS[check_choice("variant", variant, tuple(VARIANTS))]
     return DaViT(dims, depths, tuple(d // 32 for d in dims), window_size=window if window_size is None else window_size,
                  attn_types=attn_types, channel_scale=channel_scale, drop_path=drop_path, pad_mode=pad_mode,
                  downsample_kernel=kernel if downsample_kernel is None else downsample_kernel, num_classes=num_classes,

@@ -9,15 +9,17 @@ __all__ = ['window_attention_op', 'window_attention_backward_op', 'window_attent
 
 # %% auto #imports
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .. import engine
+from ..checks import check_choice, check_divides, check_scale, check_sizes, check_tensor
 from ..engine import INTERPRETED, LOG2E, BoundLaunch, resolve_backend
 from .channel_kernels import _tile_width
-from .channel_op import _as_bits, _autocast, _check_count, _check_float, _check_scale
+from .channel_op import _as_bits, _autocast
 from .reference import window_attention_reference
 from .window_kernels import WINDOW, WINDOW_LAUNCH, key_blocks, window_backward, window_forward, window_kernel
 
@@ -197,75 +199,60 @@ def _window_packed_autograd(ctx, do, dlse):
 window_attention_packed_op.register_autograd(_window_packed_autograd, setup_context=_window_packed_setup)
 
 # %% ../../nbs/3_locality/davit.ipynb #995a61ae
-def log_padding(height: int, width: int, window_size: tuple[int, int], device=None) -> Tensor:
+def log_padding(
+    height: int, width: int, window_size: tuple[int, int], device: torch.device | str | None = None,
+) -> Tensor:
     "Logarithm of how many tokens are missing in each position's window: `(height, width)`, -inf where none is."
-    real = [torch.clamp(n - torch.arange(n, device=device) // w * w, max=w) for n,
-            w in zip((height, width), window_size)]
+    real = [torch.clamp(n - torch.arange(n, device=device) // w * w, max=w)
+            for n, w in zip((height, width), window_size)]
     return (window_size[0] * window_size[1] - real[0][:, None] * real[1]).float().log()
 
 
-def add_padding(out: Tensor, lse: Tensor, q: Tensor, pad_k: Tensor, pad_v: Tensor, window_size, scale: float) -> Tensor:
+def add_padding(
+    out: Tensor, lse: Tensor, q: Tensor, pad_k: Tensor, pad_v: Tensor, window_size: tuple[int, int], scale: float,
+) -> Tensor:
     "Lets the missing tokens of each window, all with key pad_k and value pad_v `(heads, head_dim)`, take part."
     logit = scale * (q.float() * pad_k[:, None, None].float()).sum(-1)                       # (B, H, X, Y)
     gate = torch.sigmoid(logit + log_padding(*q.shape[2:4], window_size, q.device) - lse)[..., None]
     return (out + gate * (pad_v[:, None, None] - out.float())).to(out.dtype)
 
 # %% ../../nbs/3_locality/davit.ipynb #60505dfb
-def _window_pair(window_size):
-    pair = tuple(window_size) if isinstance(window_size, (tuple, list)) else (window_size,) * 2
-    if len(pair) != 2:
-        raise ValueError(f"window_size must be an integer or two of them, got {window_size!r}")
-    for w in pair:
-        _check_count("window_size", w)
-    return pair
-
-
-def _check_window_inputs(q, k, v, window_size, scale, pad_mode, pad_k, pad_v):
-    "Raises unless everything fits; returns whether the map is ragged."
-    for name, x in (("k", k), ("v", v)):
-        _check_float(name, x, q)
-        if x.shape != q.shape:
-            raise ValueError(f"{name} must have q's shape {tuple(q.shape)}, got {tuple(x.shape)}")
-    _check_scale(scale)
-    if pad_mode not in ("token", "mask"):
-        raise ValueError(f"pad_mode must be 'token' or 'mask', got {pad_mode!r}")
+def _check_windows(q, k, v, window_size, pad_mode, pad_k, pad_v):
+    "The checks that both forms share, for q of a right shape. The window's sides, and whether the map is ragged."
+    for name, x in (("k", k), ("v", v)): check_tensor(name, x, like=q, shape=q.shape)
+    window_size = check_sizes("window_size", window_size, 2)
+    check_choice("pad_mode", pad_mode, ("token", "mask"))
     ragged = any(n % w for n, w in zip(q.shape[2:4], window_size))
     for name, x in (("pad_k", pad_k), ("pad_v", pad_v)):
         if x is None and pad_mode == "token" and ragged:
             raise ValueError(f"pad_mode='token' needs {name} (heads, head_dim): window_size {window_size} does not "
                              f"divide the map {tuple(q.shape[2:4])}; or take pad_mode='mask'")
         if x is not None:
-            _check_float(name, x)
-            if x.shape != (q.shape[1], q.shape[4]) or x.device != q.device:
-                raise ValueError(f"{name} must have shape (heads, head_dim) = {(q.shape[1], q.shape[4])} on q's "
-                                 f"device, got {tuple(x.shape)} on {x.device}")
-    return ragged
+            check_tensor(name, x, on=q, shape=(q.shape[1], q.shape[4]))
+    return window_size, ragged
 
 # %% ../../nbs/3_locality/davit.ipynb #6758068b
-def window_attention(q: Tensor, k: Tensor, v: Tensor, window_size, *, scale: float | None = None,
-                     pad_mode: str = "token",
-                     pad_k: Tensor | None = None, pad_v: Tensor | None = None, backend: str = "auto") -> Tensor:
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, window_size: int | Sequence[int], *, scale: float | None = None,
+    pad_mode: str = "token", pad_k: Tensor | None = None, pad_v: Tensor | None = None, backend: str = "auto",
+) -> Tensor:
     """Attention inside non-overlapping windows of a map.
 
-    q, k, v `(B, heads, X, Y, head_dim)`, of one floating-point type, any strides. `window_size`: an integer or one
-    per axis, any size.
-    Where it does not divide the map, windows hang over the right and lower border. `pad_mode`: "mask", keys there do
-    not exist;
-    "token", they are tokens with key `pad_k` and value `pad_v`, both `(heads, head_dim)`, which get gradients (in the
-    paper's
-    code: the biases of the projection). `scale` defaults to head_dim**-0.5. Returns `(B, heads, X, Y, head_dim)`.
-    Raises ValueError or TypeError that names the argument. Source: DaViT, Sec. 3.2, and its code for the padding.
+    q, k, v `(B, heads, X, Y, head_dim)`, of one floating-point type, any strides, head_dim up to 256. `window_size`: an
+    integer or one per axis, any size. Where it does not divide the map, windows hang over the right and lower border.
+    `pad_mode`: "mask", keys there do not exist; "token", they are tokens with key `pad_k` and value `pad_v`, both
+    `(heads, head_dim)`, which get gradients (in the paper's code: the biases of the projection). `scale` defaults to
+    head_dim**-0.5. Returns `(B, heads, X, Y, head_dim)`. Raises ValueError or TypeError that names the argument.
+    Source: DaViT, Sec. 3.2, and its code for the padding.
     """
-    _check_float("q", q)
-    if q.dim() != 5 or 0 in q.shape[1:] or q.shape[-1] > 256:
+    check_tensor("q", q, ndim=5)
+    if 0 in q.shape[1:] or q.shape[-1] > 256:
         raise ValueError("q must have shape (batch, heads, X, Y, head_dim up to 256), none but batch 0, "
-                         f"got {tuple(q.shape)}")
-    window_size = _window_pair(window_size)
-    ragged = _check_window_inputs(q, k, v, window_size, scale, pad_mode, pad_k, pad_v)
-    backend = resolve_backend(backend, q)
+                         f"not {tuple(q.shape)}")
+    window_size, ragged = _check_windows(q, k, v, window_size, pad_mode, pad_k, pad_v)
+    scale, backend = check_scale(scale, q.shape[-1]), resolve_backend(backend, q)
     if pad_mode == "mask" or not ragged:
         pad_k = pad_v = None
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v, pad_k, pad_v = _autocast(q, k, v, pad_k, pad_v)
     with torch.autocast(q.device.type, enabled=False):
         if backend == "torch":
@@ -276,23 +263,24 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window_size, *, scale: flo
         return out if pad_k is None else add_padding(out, lse, q, pad_k, pad_v, window_size, scale)
 
 # %% ../../nbs/3_locality/davit.ipynb #b1a5e01b
-def window_attention_packed(qkv: Tensor, heads: int, window_size, *, scale: float | None = None,
-                            pad_mode: str = "token", pad_k: Tensor | None = None,
-                            pad_v: Tensor | None = None, backend: str = "auto") -> Tensor:
+def window_attention_packed(
+    qkv: Tensor, heads: int, window_size: int | Sequence[int], *, scale: float | None = None, pad_mode: str = "token",
+    pad_k: Tensor | None = None, pad_v: Tensor | None = None, backend: str = "auto",
+) -> Tensor:
     """`window_attention` of the packed projection: `(B, X, Y, 3C)` -> `(B, X, Y, C)`, without copies around it.
 
     The last axis of qkv holds q, k and v one after another, each as heads of C / heads channels. Raises ValueError or
     TypeError that names the argument.
     """
-    _check_float("qkv", qkv)
-    _check_count("heads", heads)
-    if qkv.dim() != 4 or 0 in qkv.shape[1:] or qkv.shape[3] % (3 * heads) or qkv.shape[3] // (3 * heads) > 256:
-        raise ValueError("qkv must have shape (batch, X, Y, 3 * channels), channels a multiple of heads and up to 256 "
-                         f"times it, got {tuple(qkv.shape)} for {heads} heads")
-    window_size = _window_pair(window_size)
+    check_tensor("qkv", qkv, ndim=4)
+    if 0 in qkv.shape[1:] or qkv.shape[3] % 3:
+        raise ValueError(f"qkv must have shape (batch, X, Y, 3 * channels), none but batch 0, not {tuple(qkv.shape)}")
+    width = check_divides("heads", heads, "channels", qkv.shape[3] // 3)
+    if width > 256:
+        raise ValueError(f"qkv must have up to 256 channels a head, not {width}")
     q, k, v = _heads_of(qkv, heads, 3)
-    ragged = _check_window_inputs(q, k, v, window_size, scale, pad_mode, pad_k, pad_v)
-    backend, scale = resolve_backend(backend, qkv), q.shape[-1] ** -0.5 if scale is None else float(scale)
+    window_size, ragged = _check_windows(q, k, v, window_size, pad_mode, pad_k, pad_v)
+    scale, backend = check_scale(scale, width), resolve_backend(backend, qkv)
     if backend == "torch":
         out = window_attention(q, k, v, window_size, scale=scale, pad_mode=pad_mode, pad_k=pad_k, pad_v=pad_v,
                                backend=backend)
@@ -301,7 +289,7 @@ def window_attention_packed(qkv: Tensor, heads: int, window_size, *, scale: floa
     qkv, pad_k, pad_v = _autocast(qkv, *((pad_k, pad_v) if padded else (None, None)))
     with torch.autocast(qkv.device.type, enabled=False):
         seen = tuple(min(w, n) for w, n in zip(window_size, qkv.shape[1:3]))
-        keep = padded or not window_kernel("backward", qkv.dtype, q.shape[4], math.prod(seen), scale)
+        keep = padded or not window_kernel("backward", qkv.dtype, width, math.prod(seen), scale)
         out, lse = window_attention_packed_op(qkv, heads, *seen, scale, keep)
         if not padded:
             return out

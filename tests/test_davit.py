@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/3_locality/davit.ipynb by `attnbook export`. Do not edit.
+import contextlib
 import math
 from functools import partial
 
@@ -43,6 +44,8 @@ from attnbook.davit.window_op import (
     window_attention_packed,
     window_attention_packed_op,
 )
+from attnbook.engine import arch_of
+from attnbook.engine.host import INTERPRETED
 from attnbook.lab.testing import (
     check_against_reference,
     check_autocast,
@@ -87,7 +90,7 @@ def packed(N=21, B=1, C=32, seed=0):
     return torch.randn(B, N, 3 * C, generator=g).to(device_under_test())
 
 
-@pytest.mark.parametrize("backend, B", (("torch", 1), ("triton", 1), ("triton", 3)))
+@pytest.mark.parametrize("backend, B", (("torch", 1), ("triton", 1), ("triton", 4)))
 def test_packed_equals_separate(backend, B):
     def separate(qkv):
         parts = qkv.unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)
@@ -303,14 +306,17 @@ def test_nothing_large_is_kept():
 @pytest.mark.parametrize("programs", (1056, 3))
 @pytest.mark.parametrize("shape, dtype", (
     ((2, 5, 7, 48), torch.float32), ((1, 1, 3, 16), torch.float32), ((1, 9, 1, 32), torch.float16),
-    ((2, 4, 6, 32), torch.bfloat16), ((3, 9, 18, 32), torch.float32), ((1, 17, 2, 8), torch.float32)))
+    ((2, 4, 6, 32), torch.bfloat16), ((3, 9, 18, 32), torch.float32), ((1, 17, 2, 8), torch.float32)), ids=str)
 def test_position_encoding_as_one(shape, dtype, programs):
     "The convolution as one operation equals its steps, gradients included, on maps of any size and in 16 bits."
-    with pytest.MonkeyPatch.context() as patch:
-        for launch in DEPTHWISE_LAUNCH.values(): patch.setitem(launch, "programs", programs)
-        torch.manual_seed(0)
-        layer = ConvPositionalEncoding(shape[3], backend="triton").to(device_under_test(), dtype)
-        x = torch.randn(shape).to(device_under_test(), dtype).requires_grad_()
+    torch.manual_seed(0)
+    layer = ConvPositionalEncoding(shape[3], backend="triton").to(device_under_test(), dtype)
+    x = torch.randn(shape).to(device_under_test(), dtype).requires_grad_()
+    arch, bits = arch_of(x.device), 32 if INTERPRETED and dtype == torch.bfloat16 else torch.finfo(dtype).bits
+    with contextlib.ExitStack() as stack:
+        for kind in ("forward", "backward"):
+            changed = DEPTHWISE_LAUNCH.find(arch, kind, bits, 16)._replace(programs=programs)
+            stack.enter_context(DEPTHWISE_LAUNCH.trying(arch, kind, bits, 16, changed))
         assert layer.as_one(x)
         y, exact = layer(x), ConvPositionalEncoding(shape[3], backend="torch").to(x.device).double()
         exact.load_state_dict(layer.state_dict())
@@ -322,16 +328,25 @@ def test_position_encoding_as_one(shape, dtype, programs):
                      ((y, x, layer), (right, x64, exact)))
         for g, w in zip(got, want): assert g.shape == w.shape and rel_error(g, w) < tol
 
+
 def test_position_encoding_is_a_good_operation():
     layer = ConvPositionalEncoding(16, backend="triton").to(device_under_test())
     x = torch.randn(1, 4, 5, 16, device=device_under_test())
     for check in (check_compiles, check_deterministic): check(layer, [x])
     check_opcheck(depthwise_residual_op, (x.requires_grad_(), *layer.parameters()))
-    assert not ConvPositionalEncoding(16, 5, backend="triton").as_one(x)
-    assert not ConvPositionalEncoding(16, act=True, backend="triton").as_one(x)
 
 
-@pytest.mark.parametrize("B, groups, together, splits", ((1, 2, False, 1), (3, 2, False, 4), (3, 2, True, 1)),
+def test_position_encoding_in_steps():
+    "Other kernel sizes and activations go by PyTorch's convolution."
+    x = torch.randn(1, 4, 5, 16, device=device_under_test())
+    for layer in (ConvPositionalEncoding(16, 5, backend="triton"), ConvPositionalEncoding(16, act=True, backend="triton")):
+        layer = layer.to(x.device)
+        assert not layer.as_one(x)
+        branch = layer.act(layer.proj(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        assert torch.equal(layer(x), x + branch)
+
+
+@pytest.mark.parametrize("B, groups, together, splits", ((1, 2, False, 1), (4, 2, False, 4), (4, 2, True, 1)),
                          ids=("shares", "splits", "together"))
 def test_layer_is_projection_attention_projection(B, groups, together, splits):
     "The layer as one operation equals its three steps, gradients of all parameters included."
@@ -341,8 +356,9 @@ def test_layer_is_projection_attention_projection(B, groups, together, splits):
         for p in layer.parameters(): p.normal_(std=0.5)
     x = torch.randn(B, 5, 8, 32, device=device_under_test()).requires_grad_()
     wanted, cotangent = [x, *layer.parameters()], torch.randn_like(x)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in dict(together=together, splits=splits).items(): patch.setitem(CHANNEL_LAUNCH, name, value)
+    key = arch_of(x.device), "sweeps", 32, 64
+    changed = CHANNEL_LAUNCH.find(*key)._replace(together=together, splits=splits)
+    with CHANNEL_LAUNCH.trying(*key[:3], 32, changed), CHANNEL_LAUNCH.trying(*key, changed):
         assert layer.as_one(x)
         y = layer(x)
         got = torch.autograd.grad(y, wanted, cotangent)

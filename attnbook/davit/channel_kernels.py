@@ -5,13 +5,18 @@
 # %% auto #0
 __all__ = ['token_block', 'square', 'channel_softmax', 'place', 'scores_sweep', 'mix_sweep', 'channel_forward', 'channel_scores',
            'channel_mix', 'weights_grad', 'channel_reduce', 'column_sums', 'backward_v_sweep', 'backward_qk_sweep',
-           'store_sums', 'channel_backward', 'channel_backward_v', 'channel_backward_qk', 'CHANNEL_LAUNCH',
-           'channel_launch', 'channel_pack']
+           'store_sums', 'channel_backward', 'channel_backward_v', 'channel_backward_qk', 'ChannelLaunch',
+           'CHANNEL_LAUNCH', 'PACK_BYTES', 'channel_pack', 'channel_shares', 'channel_options']
 
 # %% auto #imports
-import torch
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from ..engine import arch_of, tl, triton
+import torch
+from torch import Tensor
+
+from ..engine import LaunchTable, arch_of, tl, triton
+from ..engine.host import dot_precision, round_dim
 
 # %% ../../nbs/3_locality/davit.ipynb #e8683b4a
 @triton.jit
@@ -264,49 +269,53 @@ def channel_backward_qk(Q, K, DS, DQ, DK, SUMS, sq, sk, sdq, sdk, scale, N, shar
         store_sums(SUMS, scale * tl.sum(ds * q_sums[:, None], 0), 1, b * SHARES + first // share, g, G, D, W, BD)
 
 # %% ../../nbs/3_locality/davit.ipynb #8919f6e0
-# block, warps, stages, registers: for packs of up to 64 channels of 16 bits
-# together: both backward sweeps in one launch; splits: parts of the rows in the layer's products for weight gradients
-CHANNEL_LAUNCH = dict(bytes=128, block=64, programs=384, least=8, warps=4, stages=3, registers=168, together=False,
-                      splits=1)
+class ChannelLaunch(NamedTuple):
+    "How the channel kernels are launched."
+    block: int  # positions at a time
+    warps: int
+    stages: int  # blocks in flight
+    registers: int | None = None  # bound for a thread; None: the compiler decides
+    programs: int = 384  # so many programs are wanted: with fewer packs, their positions are shared out
+    least: int = 8  # blocks that a share has at least
+    together: bool = False  # both backward sweeps in one launch
+    splits: int = 1  # parts of the rows in the layer's products for weight gradients
 
 
-def channel_launch(pairs: int, tokens: int, width: int, bits: int, device: torch.device) -> dict:
-    "Block of positions `T`, `SHARES` and positions per `share` of `pairs` = batch * groups / PACK problems."
-    if arch_of(device) == "interpreter":
-        block, wanted, least = 16, 3 if pairs <= 4 else 1, 1
-    else:
-        block = CHANNEL_LAUNCH["block"] * 64 // max(width, 64) if bits == 16 else 64 * 32 // max(width, 32)
-        wanted, least = -(-CHANNEL_LAUNCH["programs"] // pairs), CHANNEL_LAUNCH["least"]
-    shares = max(1, min(wanted, -(-tokens // (block * least))))
-    share = -(-tokens // (shares * block)) * block
-    return dict(T=block, share=share, SHARES=-(-tokens // share))
+CHANNEL_LAUNCH = LaunchTable("sweeps", record=ChannelLaunch)  # by the width of a pack, rounded up
+for _arch in ("sm90", "sm80", "small"):
+    CHANNEL_LAUNCH.rows(_arch, 16, {64: ((64, 4, 3, 168),), 128: ((32, 8, 2),)})
+    CHANNEL_LAUNCH.rows(_arch, 32, {32: ((64, 4, 3),), 64: ((32, 4, 3),), 128: ((16, 8, 2),)})
+for _bits in (16, 32):
+    CHANNEL_LAUNCH.rows("interpreter", _bits, {128: (ChannelLaunch(16, 4, 3, programs=4, least=1),)})
+PACK_BYTES = 128  # of a position that a program takes: a cache line
 
-
-def channel_pack(groups: int, group_dim: int, strides, element_size: int) -> int:
-    "How many neighbouring groups a program takes: up to `bytes` of a position that lie side by side in all tensors."
+# %% ../../nbs/3_locality/davit.ipynb #eda9ebb6
+def channel_pack(groups: int, group_dim: int, strides: Sequence[tuple[int, ...]], element_size: int) -> int:
+    "How many neighbouring groups a program takes: up to `PACK_BYTES` of a position that lie side by side in all tensors."
     if any(s[1] != group_dim * s[3] for s in strides):
         return 1
-    most = CHANNEL_LAUNCH["bytes"] // (group_dim * element_size)
+    most = PACK_BYTES // (group_dim * element_size)
     return max([p for p in range(1, most + 1) if groups % p == 0], default=1)
 
 
-def _tile_width(channels: int) -> int:
-    return max(16, 1 << (channels - 1).bit_length())
+def channel_shares(launch: ChannelLaunch, packs: int, tokens: int) -> tuple[int, int]:
+    "Into how many shares the positions of each of `packs` problems are cut, and positions of a share: full blocks."
+    wanted = -(-launch.programs // packs)
+    shares = max(1, min(wanted, -(-tokens // (launch.block * launch.least))))
+    share = -(-tokens // (shares * launch.block)) * launch.block
+    return -(-tokens // share), share
 
 
-def _channel_options(shape, strides, dtype, device):
-    "Grids of the sweeps and of `channel_reduce`, positions per share, and the sweeps' constants."
-    B, G, N, D = shape
-    pack = channel_pack(G, D, strides, dtype.itemsize)
-    wide = any((N - 1) * abs(s[2]) + (D - 1) * abs(s[3]) >= 2**31 for s in strides)
-    exact = torch.get_float32_matmul_precision() == "highest"
-    precision = None if dtype != torch.float32 else "ieee" if exact else "tf32"
-    width = _tile_width(D * pack)
-    launch = channel_launch(B * G // pack, N, width, torch.finfo(dtype).bits, device)
-    share = launch.pop("share")
-    options = dict(D=D, W=D * pack, BD=width, WIDE=wide, PRECISION=precision,
-                   num_warps=CHANNEL_LAUNCH["warps"] if width <= 64 else 8,
-                   num_stages=CHANNEL_LAUNCH["stages"] if width <= 64 else 2, **launch)
-    if dtype.itemsize == 2 and options["num_warps"] == 4:
-        options["maxnreg"] = CHANNEL_LAUNCH["registers"]
-    return (B * G // pack * launch["SHARES"],), (B * G,), share, options
+def channel_options(*tensors: Tensor) -> tuple[ChannelLaunch, int, tuple[int, ...], dict]:
+    "For tensors `(B, groups, N, group_dim)`: the launch, positions of a share, the sweeps' grid and their constants."
+    (B, G, N, D), q, strides = tensors[0].shape, tensors[0], [t.stride() for t in tensors]
+    pack = channel_pack(G, D, strides, q.element_size())
+    width = round_dim(D * pack)
+    launch = CHANNEL_LAUNCH.find(arch_of(q.device), "sweeps", torch.finfo(q.dtype).bits, width)
+    shares, share = channel_shares(launch, B * G // pack, N)
+    options = dict(SHARES=shares, T=launch.block, D=D, W=D * pack, BD=width, PRECISION=dot_precision(q.dtype),
+                   WIDE=any((N - 1) * abs(s[2]) + (D - 1) * abs(s[3]) >= 2**31 for s in strides),
+                   num_warps=launch.warps, num_stages=launch.stages)
+    if launch.registers:
+        options["maxnreg"] = launch.registers
+    return launch, share, (B * G // pack * shares,), options

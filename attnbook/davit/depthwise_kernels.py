@@ -4,12 +4,16 @@
 
 # %% auto #0
 __all__ = ['depthwise_tile', 'map_row', 'depthwise_taps', 'add_taps', 'depthwise_forward', 'tap_sums', 'depthwise_backward',
-           'DEPTHWISE_LAUNCH']
+           'DepthwiseLaunch', 'DEPTHWISE_LAUNCH', 'depthwise_launch']
 
 # %% auto #imports
-from functools import lru_cache
+from typing import NamedTuple
 
-from ..engine import BoundLaunch, tl, triton
+import torch
+from torch import Tensor
+
+from ..engine import LaunchTable, arch_of, tl, triton
+from ..engine.host import BoundLaunch
 
 # %% ../../nbs/3_locality/davit.ipynb #b1a5e021
 @triton.jit
@@ -130,22 +134,33 @@ def depthwise_backward(X, WEIGHT, DY, DX, PARTS, H, W, C, tiles, share, T: tl.co
     tl.store(PARTS + 9 * C + c, tl.sum(total, 0), mask=c < C)
 
 # %% ../../nbs/3_locality/davit.ipynb #b1a5e023
-# per kernel: most columns of a tile, its columns x channels, its most rows, rows loaded before they are needed, warps,
-# bound on registers per thread (or None), and programs, which share the tiles of all images
-DEPTHWISE_LAUNCH = dict(forward=dict(columns=16, block=512, rows=8, ahead=1, warps=4, registers=80, programs=792),
-                        backward=dict(columns=16, block=512, rows=8, ahead=1, warps=4, registers=168, programs=396))
+class DepthwiseLaunch(NamedTuple):
+    "How a depthwise kernel is launched."
+    columns: int  # at most, of a tile
+    block: int  # columns x channels of a tile
+    rows: int  # at most, of a tile
+    ahead: int  # rows loaded before they are needed
+    warps: int
+    registers: int  # bound for a thread
+    programs: int  # which share the tiles of all images
 
 
-@lru_cache(maxsize=1024)
-def _depthwise_launch(kind, shape, columns, block, rows, ahead, warps, registers, programs):
-    "The launch of a kernel for maps of `shape` (B, H, W, C), and its programs per block of channels."
-    B, H, W, C = shape
-    T = min(columns, 1 << (W - 1).bit_length())
-    BC = min(block // T, 1 << (C - 1).bit_length())
-    R = -(-H // -(-H // rows))
+DEPTHWISE_LAUNCH = LaunchTable("forward", "backward", record=DepthwiseLaunch)  # for any number of channels
+for _arch in ("sm90", "sm80", "small", "interpreter"):
+    for _bits in (16, 32):
+        DEPTHWISE_LAUNCH.rows(_arch, _bits, {16: ((16, 512, 8, 1, 4, 80, 792), (16, 512, 8, 1, 4, 168, 396))})
+
+
+def depthwise_launch(kind: str, x: Tensor) -> tuple[BoundLaunch, int]:
+    "The launch of the 'forward' or 'backward' kernel for maps x `(B, H, W, C)`, and its programs per block of channels."
+    B, H, W, C = x.shape
+    p = DEPTHWISE_LAUNCH.find(arch_of(x.device), kind, torch.finfo(x.dtype).bits, 16)
+    T = min(p.columns, 1 << (W - 1).bit_length())
+    BC = min(p.block // T, 1 << (C - 1).bit_length())
+    R = -(-H // -(-H // p.rows))
     tiles, blocks = B * -(-H // R) * -(-W // T), -(-C // BC)
-    share = -(-tiles // max(1, min(tiles, programs // blocks)))
+    share = -(-tiles // max(1, min(tiles, p.programs // blocks)))
     parts = -(-tiles // share)
     kernel = depthwise_forward if kind == "forward" else depthwise_backward
-    return BoundLaunch(kernel, (parts * blocks,), H, W, C, tiles, share, T=T, R=R, AHEAD=ahead, BC=BC, num_warps=warps,
-                       maxnreg=registers), parts
+    return BoundLaunch(kernel, (parts * blocks,), H, W, C, tiles, share, T=T, R=R, AHEAD=p.ahead, BC=BC,
+                       num_warps=p.warps, maxnreg=p.registers), parts

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from ..checks import check_choice, check_divides, check_int, check_number, check_sizes
 from ..engine import resolve_backend
+from ..engine.host import autocast
 from ..layers import DropPath, Mlp, drop_path_rates, init_linear
 from .channel_op import (
-    _autocast,
     _channel_backend,
-    _groups_of,
     channel_group_attention,
     channel_group_attention_packed,
     channel_layer_op,
+    packed_groups,
 )
 from .depthwise_op import depthwise_residual_op
 from .window_op import window_attention_packed
@@ -101,7 +101,7 @@ class ChannelGroupAttention(nn.Module):
     def weights(self, x: Tensor) -> Tensor:
         "The weights A `(B, groups, group_dim, group_dim)` for input x."
         qkv = self.qkv(x.flatten(1, -2))
-        return channel_group_attention(*_groups_of(qkv, self.groups, 3), scale=self.scale_for(qkv.shape[1]),
+        return channel_group_attention(*packed_groups(qkv, self.groups, 3), scale=self.scale_for(qkv.shape[1]),
                                        backend=self.backend, return_weights=True)[1]
 
     def as_one(self, x: Tensor) -> bool:
@@ -117,7 +117,7 @@ class ChannelGroupAttention(nn.Module):
         if not self.as_one(x):
             out = channel_group_attention_packed(self.qkv(tokens), self.groups, scale=scale, backend=self.backend)
             return self.proj(out).view(x.shape)
-        args = _autocast(tokens, self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias)
+        args = autocast(tokens, self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias)
         with torch.autocast(x.device.type, enabled=False):
             return channel_layer_op(*args, self.groups, scale)[0].view(x.shape)
 

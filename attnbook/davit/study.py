@@ -22,7 +22,7 @@ from ..lab.data import library
 from ..lab.results import load_results, record
 from ..lab.train import cross_entropy, evaluate_accuracy, fit, training_step
 from ..layers import count_parameters
-from .channel_op import _groups_of, channel_group_attention_packed
+from .channel_op import channel_group_attention_packed, packed_groups
 from .nets import (
     PUBLISHED_GMACS,
     VARIANTS,
@@ -206,11 +206,11 @@ def bench_channel() -> Iterator[dict]:
 def bench_channel_core() -> Iterator[dict]:
     "Channel attention without the projections, from the packed projection to `(B, N, C)`."
     def transposed(qkv, groups):
-        q, k, v = (x.transpose(2, 3) for x in _groups_of(qkv, groups, 3))
+        q, k, v = (x.transpose(2, 3) for x in packed_groups(qkv, groups, 3))
         return F.scaled_dot_product_attention(q, k, v, scale=32**-0.5).permute(0, 3, 1, 2).flatten(2)
 
     def plain(qkv, groups):
-        q, k, v = _groups_of(qkv, groups, 3)
+        q, k, v = packed_groups(qkv, groups, 3)
         weights = ((q.transpose(-1, -2) * 32**-0.5) @ k).softmax(-1)
         return (weights @ v.transpose(-1, -2)).permute(0, 3, 1, 2).flatten(2)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WindowShape', 'window_rows', 'window_tile', 'window_step', 'window_span', 'window_k_span', 'window_q_span',
            'window_launch', 'WINDOW', 'window_offsets', 'window_exists', 'window_place', 'window_base',
-           'window_forward', 'window_backward', 'WINDOW_LAUNCH', 'key_blocks', 'window_kernel']
+           'window_forward', 'window_backward', 'WindowLaunch', 'WINDOW_LAUNCH', 'key_blocks', 'window_kernel']
 
 # %% auto #imports
 import math
@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..engine import Launch, TileProgram, register_program, tl, triton
+from ..engine import Launch, LaunchTable, TileProgram, register_program, tl, triton
+from ..engine.host import round_dim
 
 # %% ../../nbs/3_locality/davit.ipynb #fcd5f471
 class WindowShape(NamedTuple):
@@ -66,26 +67,30 @@ def window_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN:
     return window_span(state, ints, C, BM)
 
 # %% ../../nbs/3_locality/davit.ipynb #a1792b31
-def window_launch(kernel, bits, head_dim, arch, consts):
+def window_launch(kernel: str, bits: int, head_dim: int, arch: str, consts: WindowShape) -> Launch:
     "The engine's `Launch`: a whole window per tile where it fits into 64 rows."
     if arch == "interpreter":
         return Launch(16, 16, 4, 1)
-    most = 64 if bits == 16 and head_dim <= 128 else 32
-    rows = min(most, max(16, 1 << (consts[0] * consts[1] - 1).bit_length()))
-    return Launch(rows, rows, 4, 2 if consts[0] * consts[1] > rows else 1)
+    tokens = consts.height * consts.width
+    rows = min(64 if bits == 16 and head_dim <= 128 else 32, round_dim(tokens))
+    return Launch(rows, rows, 4, 2 if tokens > rows else 1)
+
+
+def _window_shape(q, v, ints, consts):
+    return WindowShape(*consts)
 
 
 def _window_tiles(ints, consts, rows):
-    return math.prod(-(-n // w) for n, w in zip(ints, consts)) * -(-(consts[0] * consts[1]) // rows)
+    return math.prod(-(-n // w) for n, w in zip(ints, consts)) * -(-(consts.height * consts.width) // rows)
 
 
 def _window_unmasked(ints, consts, rows_q, rows_k):
-    tokens = consts[0] * consts[1]
+    tokens = consts.height * consts.width
     return all(n % w == 0 for n, w in zip(ints, consts)) and tokens % rows_q == 0 and tokens % rows_k == 0
 
 
 WINDOW = register_program(TileProgram(
-    "window", window_tile, window_k_span, window_step, window_tile, window_q_span, window_step,
+    "window", window_tile, window_k_span, window_step, window_tile, window_q_span, window_step, expand=_window_shape,
     launch=window_launch, unmasked=_window_unmasked, q_tiles=_window_tiles, k_tiles=_window_tiles))
 
 # %% ../../nbs/3_locality/davit.ipynb #b1a5e011
@@ -192,9 +197,17 @@ def window_backward(Q, K, V, DO, DLSE, DQ, DK, DV, s, sdo, sg, scale, plain_scal
         tl.store(DQ + y0 * sg[3] + grad_at, dq.to(DQ.dtype.element_ty), mask=ok[:, None] & d)
 
 # %% ../../nbs/3_locality/davit.ipynb #b1a5e014
-# windows per program, warps, windows in flight, bound on registers per thread (or None), by kernel
-WINDOW_LAUNCH = dict(forward=dict(per=1, warps=4, stages=2, registers=None),
-                     backward=dict(per=1, warps=4, stages=2, registers=None))
+class WindowLaunch(NamedTuple):
+    "How the kernels for windows that fit are launched."
+    per: int  # neighbouring windows of a program
+    warps: int
+    stages: int  # windows in flight
+    registers: int | None = None  # bound for a thread; None: the compiler decides
+
+
+WINDOW_LAUNCH = LaunchTable("forward", "backward", record=WindowLaunch)  # by head_dim, rounded up
+for _arch, _bits in (("sm90", 16), ("sm80", 16), ("small", 16), ("interpreter", 16), ("interpreter", 32)):
+    WINDOW_LAUNCH.rows(_arch, _bits, {64: ((1, 4, 2), (1, 4, 2))})
 
 
 def key_blocks(tokens: int) -> tuple[tuple[int, int], ...]:

@@ -38,8 +38,8 @@ from attnbook.convit.nets import (
     parameter_formula,
 )
 from attnbook.convit.op import (
-    _fused_backward,
-    _fused_forward,
+    _launch_backward,
+    _launch_forward,
     gated_mix_op,
     gpsa,
     gpsa_fused_op,
@@ -324,7 +324,7 @@ def test_bias_and_row_sums():
     assert (mixed.sum(-1) - 1).abs().max() < 1e-14 and rel_error(mixed, a) < 1e-14             # no division needed
 
 
-def test_positions_stay_exact_under_autocast():
+def test_positions_stay_exact_underautocast():
     w = conv_init_(torch.empty(9, 3), 1.0)
     with torch.autocast("cpu", torch.bfloat16):
         scores, factors = positional_scores(w, (14, 14)), positional_factors(w, (14, 14))
@@ -374,8 +374,8 @@ def test_nothing_of_batch_times_pairs_is_in_the_kernels():
     (Y, X), (q, k, v, w, gate), most = several_images()
     with Largest() as seen, torch.no_grad():
         out, do = torch.empty_like(q), torch.randn_like(q)
-        lse, table, moments = _fused_forward(q, k, v, w, gate, out, Y, X, 0.2)
-        _fused_backward(do, q, k, v, gate, lse, table, moments, *(torch.empty_like(q) for _ in range(3)), Y, X, 0.2)
+        lse, table, moments = _launch_forward(q, k, v, w, gate, out, Y, X, 0.2)
+        _launch_backward(do, q, k, v, gate, lse, table, moments, *(torch.empty_like(q) for _ in range(3)), Y, X, 0.2)
     assert 0 < seen.size <= most
 
 

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['axis_softmax', 'positional_table', 'place_tile', 'unseen_zeros', 'gates', 'token_rows', 'load_tokens', 'store_tokens',
-           'gpsa_forward', 'gpsa_backward_dq', 'gpsa_backward_dkv', 'key_chunks', 'FUSED', 'register_fused',
-           'fused_launch', 'fused_fits']
+           'gpsa_forward', 'gpsa_backward_dq', 'gpsa_backward_dkv', 'key_chunks', 'FUSED', 'fused_launch', 'fused_fits',
+           'mix_forward', 'mix_backward']
 
 # %% auto #imports
 import torch
 
-from ..engine import Launch, arch_of, tl, triton
+from ..engine import Launch, LaunchTable, arch_of, tl, triton
 
 # %% ../../nbs/2_position/convit.ipynb #32299bfa
 @triton.jit
@@ -225,29 +225,50 @@ def key_chunks(N: int, most: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(sizes), tuple(first)
 
 
-#: (architecture, bits, kernel) -> Launch of the fused kernels; BN of the forward is its largest chunk of keys
-FUSED = {}
-
-
-def register_fused(arch: str, bits: int, forward: Launch, dq: Launch, dkv: Launch):
-    "Sets the launch parameters of the three fused kernels."
-    FUSED[arch, bits, "forward"], FUSED[arch, bits, "dq"], FUSED[arch, bits, "dkv"] = forward, dq, dkv
-
-
-register_fused("sm90", 16, Launch(64, 128, 4, 2), Launch(64, 32, 4, 2), Launch(64, 64, 4, 2))
-register_fused("sm80", 16, Launch(32, 64, 4, 1), Launch(64, 32, 4, 2), Launch(32, 32, 4, 2))
-register_fused("small", 16, Launch(32, 64, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1))
+FUSED = LaunchTable("forward", "dq", "dkv")  # heads of up to 64 channels; BN of the forward is its largest chunk of keys
+FUSED.rows("sm90", 16, {64: ((64, 128, 4, 2), (64, 32, 4, 2), (64, 64, 4, 2))})
+FUSED.rows("sm80", 16, {64: ((32, 64, 4, 1), (64, 32, 4, 2), (32, 32, 4, 2))})
+FUSED.rows("small", 16, {64: ((32, 64, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1))})
 for _arch in ("sm90", "sm80", "small"):
-    register_fused(_arch, 32, Launch(32, 32, 4, 1), Launch(32, 16, 4, 1), Launch(32, 32, 4, 1))
+    FUSED.rows(_arch, 32, {64: ((32, 32, 4, 1), (32, 16, 4, 1), (32, 32, 4, 1))})
 for _bits in (16, 32):
-    register_fused("interpreter", _bits, *[Launch(32, 32, 4, 1)] * 3)
+    FUSED.rows("interpreter", _bits, {64: ((32, 32, 4, 1),) * 3})
 
 
 def fused_launch(kernel: str, dtype: torch.dtype, device: torch.device) -> Launch:
     "Launch parameters of 'forward', 'dq' or 'dkv'."
-    return FUSED[arch_of(device), torch.finfo(dtype).bits, kernel]
+    return FUSED.find(arch_of(device), kernel, torch.finfo(dtype).bits, 64)
 
 
 def fused_fits(N: int, head_dim: int, dtype: torch.dtype) -> bool:
     "Do all keys and values of a head, and a tile's scores for all of them, fit on one processor?"
     return N <= (256 if torch.finfo(dtype).bits == 16 else 64) and head_dim <= 64
+
+# %% ../../nbs/2_position/convit.ipynb #55095c3a
+@triton.jit
+def mix_forward(CONTENT, PLACE, GATE, O, sc, sp, so, H, N, TILES, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+                WIDE: tl.constexpr):
+    "O = (1 - g) CONTENT + g PLACE for a tile of tokens. Grid: TILES * batch * heads."
+    bh, i = tl.program_id(0) // TILES, (tl.program_id(0) % TILES) * BM + tl.arange(0, BM)
+    b, h = bh // H, bh % H
+    gate, rest = gates(GATE, h)
+    content = load_tokens(CONTENT, b, h, i, i < N, sc, D, BD, WIDE).to(tl.float32)
+    place = load_tokens(PLACE, b, h, i, i < N, sp, D, BD, WIDE).to(tl.float32)
+    store_tokens(O, b, h, i, i < N, so, rest * content + gate * place, D, BD, WIDE)
+
+
+@triton.jit
+def mix_backward(
+    DO, CONTENT, PLACE, GATE, DC, DP, SUMS, sdo, sc, sp, sdc, sdp, H, N, TILES, BM: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, WIDE: tl.constexpr,
+):
+    "Gradients of both parts, and the tile's part of the gate's. Grid: TILES * batch * heads."
+    bh, i = tl.program_id(0) // TILES, (tl.program_id(0) % TILES) * BM + tl.arange(0, BM)
+    b, h = bh // H, bh % H
+    gate, rest = gates(GATE, h)
+    do = load_tokens(DO, b, h, i, i < N, sdo, D, BD, WIDE).to(tl.float32)
+    content = load_tokens(CONTENT, b, h, i, i < N, sc, D, BD, WIDE).to(tl.float32)
+    place = load_tokens(PLACE, b, h, i, i < N, sp, D, BD, WIDE).to(tl.float32)
+    store_tokens(DC, b, h, i, i < N, sdc, rest * do, D, BD, WIDE)
+    store_tokens(DP, b, h, i, i < N, sdp, gate * do, D, BD, WIDE)
+    tl.store(SUMS + tl.program_id(0), gate * rest * tl.sum(tl.sum(do * (place - content), 1), 0))

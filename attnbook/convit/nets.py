@@ -21,7 +21,7 @@ from torch import Tensor
 from ..checks import check_choice, check_divides, check_int, check_probability, check_sizes
 from ..engine import attention
 from ..layers import DropPath, Mlp, drop_path_rates, init_linear
-from .op import _parts, gpsa_packed
+from .op import gpsa_packed, packed_heads
 from .reference import (
     _check_grid,
     content_scores,
@@ -67,7 +67,7 @@ class GPSA(nn.Module):
 
     def attention(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
         "The mixed attention `(B, heads, N, N)` for input x, in float32 at least."
-        q, k, _ = _parts(self.packed(x), self.num_heads, 3)
+        q, k, _ = packed_heads(self.packed(x), self.num_heads, 3)
         return gpsa_attention_reference(
             q, k, self.pos_proj.weight, self.gating_param, square_grid(x.shape[1], grid_size)
         )
@@ -75,7 +75,7 @@ class GPSA(nn.Module):
     def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
         grid_size = square_grid(x.shape[1], grid_size)
         if self.attn_drop.p and self.training:
-            v = _parts(self.v(x), self.num_heads, 1)[0]
+            v = packed_heads(self.v(x), self.num_heads, 1)[0]
             out = (self.attn_drop(self.attention(x, grid_size)).to(v.dtype) @ v).transpose(1, 2).flatten(2)
         else:
             out = gpsa_packed(self.packed(x), self.pos_proj.weight, self.gating_param, grid_size,
@@ -110,11 +110,11 @@ class SelfAttention(nn.Module):
 
     def attention(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
         "The attention `(B, heads, N, N)` for input x, in float32 at least."
-        q, k, _ = _parts(self.qkv(x), self.num_heads, 3)
+        q, k, _ = packed_heads(self.qkv(x), self.num_heads, 3)
         return content_scores(q, k).softmax(-1)
 
     def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
-        q, k, v = _parts(self.qkv(x), self.num_heads, 3)
+        q, k, v = packed_heads(self.qkv(x), self.num_heads, 3)
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
@@ -370,11 +370,11 @@ def model_gates(model: ConViT) -> Tensor:
 class AddedScores(GPSA):
     "GPSA without gate: one softmax over the sum of content and positional scores (the mechanism GPSA replaces)."
     def attention(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
-        q, k, _ = _parts(self.packed(x), self.num_heads, 3)
+        q, k, _ = packed_heads(self.packed(x), self.num_heads, 3)
         places = positional_scores(self.pos_proj.weight, square_grid(x.shape[1], grid_size))
         return (content_scores(q, k) + places).softmax(-1)
 
     def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
-        q, k, v = _parts(self.packed(x), self.num_heads, 3)
+        q, k, v = packed_heads(self.packed(x), self.num_heads, 3)
         bias = positional_scores(self.pos_proj.weight, square_grid(x.shape[1], grid_size))[None]
         return self.proj(attention(q, k, v, bias=bias, backend=self.backend).transpose(1, 2).flatten(2))

@@ -9,6 +9,7 @@ __all__ = ['PRESETS', 'KINDS', 'small_vit', 'experiment_data', 'class_share', 'N
            'CANDIDATES', 'tune_gpsa', 'paper_claims', 'claims']
 
 # %% auto #imports
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -372,26 +373,16 @@ def tune_gpsa(
     inputs += [torch.randn(H, 3, device="cuda", requires_grad=True), torch.ones(H, device="cuda", requires_grad=True)]
     forward = lambda: gpsa(*inputs, (side, side), route="fused")
     times, arch, bits = {}, arch_of(inputs[0].device), torch.finfo(dtype).bits
+    errors, compiler = triton.runtime.errors, triton.compiler.errors
     for kernel, launches in candidates.items():
-        kept, times[kernel] = FUSED[arch, bits, kernel], []
+        times[kernel] = []
         for launch in launches:
-            FUSED[arch, bits, kernel] = launch
-            try:
+            with FUSED.trying(arch, kernel, bits, 64, launch), contextlib.suppress(
+                    errors.OutOfResources, errors.PTXASError, compiler.CompilationError):
                 out = forward()
-                grad = torch.randn_like(out)
-                call = (
-                    forward
-                    if kernel == "forward"
-                    else partial(torch.autograd.grad, out, inputs, grad, retain_graph=True)
-                )
+                backward = partial(torch.autograd.grad, out, inputs, torch.randn_like(out), retain_graph=True)
+                call = forward if kernel == "forward" else backward
                 times[kernel].append((measure(call, rep_ms=50, graph=True).ms, launch))
-            except (
-                triton.runtime.errors.OutOfResources,
-                triton.runtime.errors.PTXASError,
-                triton.compiler.errors.CompilationError,
-            ):
-                continue
-        FUSED[arch, bits, kernel] = kept
         times[kernel].sort(key=lambda t: t[0])
     return times
 

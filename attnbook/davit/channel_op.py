@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import check_divides, check_scale, check_tensor
 from ..engine import arch_of, operation, resolve_backend
-from ..engine.host import BoundLaunch, autocast, round_dim, through_float32
+from ..engine.host import BoundLaunch, Plans, autocast, round_dim, signature, through_float32
 from .channel_kernels import (
     CHANNEL_LAUNCH,
     channel_backward,
@@ -26,7 +26,7 @@ from .channel_kernels import (
     channel_scores,
 )
 from .reference import channel_attention_reference
-from .sum_kernels import Plans, launch_add_parts, launch_partial_sums, signature
+from .sum_kernels import launch_add_parts, launch_partial_sums
 
 # %% ../../nbs/3_locality/davit.ipynb #f507f3f1
 _CHANNEL_FORWARD, _CHANNEL_BACKWARD = Plans(), Plans()
@@ -226,7 +226,7 @@ def _layer_gradients(call):
 
 
 channel_layer_op = operation("channel_layer", _layer_forward, like=_layer_like, backward=_layer_backward,
-                             gradients_like=_layer_gradients, drop=("b_qkv", "b_proj"), nondifferentiable=(1, 2, 3))
+                             gradients_like=_layer_gradients, drop=("b_qkv", "b_proj", 0), nondifferentiable=(1, 2, 3))
 
 # %% ../../nbs/3_locality/davit.ipynb #b05f3d5b
 def _channel_backend(backend, tensor, group_dim):

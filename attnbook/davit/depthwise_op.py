@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..engine import operation
-from ..engine.host import through_float32
+from ..engine.host import Plans, through_float32
 from .depthwise_kernels import depthwise_launch
-from .sum_kernels import Plans, launch_add_parts
+from .sum_kernels import launch_add_parts
 
 # %% ../../nbs/3_locality/davit.ipynb #c208533a
 _DEPTHWISE_FORWARD, _DEPTHWISE_BACKWARD = Plans(), Plans()
@@ -47,6 +47,6 @@ def _residual_backward(call):
 
 depthwise_residual_op = operation(
     "depthwise_residual", _residual_forward, like=lambda x, weight, bias: torch.empty_like(x),
-    backward=_residual_backward, gradients_like=lambda call: {
+    backward=_residual_backward, drop=(0,), gradients_like=lambda call: {
         "x": torch.empty_like(call.x), "weight": call.weight.new_empty(call.weight.shape),
         "bias": call.bias.new_empty(call.bias.shape)})

@@ -9,19 +9,7 @@ __all__ = ['partial_sums', 'add_parts', 'launch_partial_sums', 'launch_add_parts
 from torch import Tensor
 
 from ..engine import tl, triton
-from ..engine.host import BoundLaunch, round_dim
-
-# %% ../../nbs/3_locality/davit.ipynb #780a4b12
-# SHIM
-class Plans:
-    def __init__(self): self.kept = {}
-
-    def find(self, key, make, *args):
-        return make(*args)
-
-
-def signature(*tensors):
-    return ()
+from ..engine.host import BoundLaunch, Plans, round_dim
 
 # %% ../../nbs/3_locality/davit.ipynb #b1a5e001
 @triton.jit

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ..checks import check_choice, check_divides, check_scale, check_sizes, check_tensor
 from ..engine import arch_of, operation, resolve_backend
-from ..engine.host import INTERPRETED, BoundLaunch, autocast, round_dim, through_float32
+from ..engine.host import INTERPRETED, BoundLaunch, Plans, autocast, round_dim, signature, through_float32
 from ..engine.run import LOG2E, empty_heads, run_backward, run_forward
 from .reference import window_attention_reference
-from .sum_kernels import Plans, signature
 from .window_kernels import (
     WINDOW,
     WINDOW_LAUNCH,

@@ -30,7 +30,7 @@ class Operation:
         self.lists = tuple(n for n, kind in zip(self.parameters, kinds) if kind == "List[Tensor]")
         self.tensors = tuple(n for n, kind in zip(self.parameters, kinds) if "Tensor" in kind)
         self.kept = tuple(n for n in self.tensors if n not in drop)
-        self.nondifferentiable = nondifferentiable
+        self.nondifferentiable, self.unsaved = nondifferentiable, tuple(i for i in drop if isinstance(i, int))
         self.op = torch.library.custom_op(f"attnbook::{name}", self.forward, mutates_args=(), schema=schema)
         self.op.register_fake(like)
         self.overload = self.op._opoverload
@@ -65,6 +65,10 @@ class Operation:
                 args[i], at = list(flat[at:at + args[i]]), at + args[i]
         return args
 
+    def _saved(self, outputs) -> list:
+        "The outputs that the backward pass keeps, None in place of the others."
+        return [None if i in self.unsaved else o for i, o in enumerate(outputs)]
+
     def _call(self, args, grads, outputs, needs):
         "What `backward` gets."
         call = types.SimpleNamespace(**dict(zip(self.parameters, args)), grads=grads, outputs=outputs, needs={})
@@ -89,7 +93,7 @@ class Operation:
     def _register_backward(self, schema):
         "The backward pass as an operation of its own, for compiled and traced code."
         inputs = [re.sub(r"^Tensor(?=[^\[?])", "Tensor?", a.strip()) for a in re.match(r"\((.*)\) ->", schema)[1].split(", ")]
-        full = f"(Tensor?[] grads, {', '.join(re.sub(r'=[^,]*', '', a) for a in inputs)}, Tensor[] outputs, bool[] needs) -> Tensor[]"
+        full = f"(Tensor?[] grads, {', '.join(re.sub(r'=[^,]*', '', a) for a in inputs)}, Tensor?[] outputs, bool[] needs) -> Tensor[]"
 
         def run(grads, *rest, of):
             *args, outputs, needs = rest
@@ -107,7 +111,7 @@ class Operation:
                 keep = n in self.kept
                 places.append(len(value) if listed else n in self.tensors and value is not None and keep)
                 saved += list(value) if listed else [value] if n in self.tensors and value is not None and keep else []
-            ctx.save_for_backward(*saved, *outputs)
+            ctx.save_for_backward(*saved, *self._saved(outputs))
             ctx.rest = [None if n in self.tensors else v for n, v in zip(self.parameters, inputs)]
             ctx.places, ctx.outputs = places, len(outputs)
             ctx.present = [[True] * len(v) if n in self.lists else v is not None for n, v in zip(self.parameters, inputs) if n in self.tensors]
@@ -152,7 +156,7 @@ def _autograd_function(operation: Operation):
         outputs = (found,) if operation.single else tuple(found)
         ctx.args = [None if name in operation.tensors else a for name, a in zip(operation.parameters, args)]
         tensors = [a if name in operation.kept else None for name, a in zip(operation.parameters, args) if name in operation.tensors and name not in operation.lists]
-        ctx.save_for_backward(*tensors, *flat[n:], *outputs)
+        ctx.save_for_backward(*tensors, *flat[n:], *operation._saved(outputs))
         ctx.counts = [len(a) for name, a in zip(operation.parameters, args) if name in operation.lists]
         if operation.nondifferentiable:
             ctx.mark_non_differentiable(*(outputs[i] for i in operation.nondifferentiable))
@@ -245,7 +249,7 @@ def _requires_grad(args) -> bool:
 
 
 def operation(name: str, forward: Callable, *, like: Callable, backward: Callable | None = None, gradients_like: Callable | None = None,
-              drop: tuple[str, ...] = (), nondifferentiable: tuple[int, ...] = ()) -> Operation:
+              drop: tuple[str | int, ...] = (), nondifferentiable: tuple[int, ...] = ()) -> Operation:
     """Declares `attnbook::<name>` and returns it, ready to be called with all its arguments by position.
 
     - `forward(*args)` computes it: parameters and result are annotated (Tensor, Tensor | None, list[Tensor], int, float, bool, str, list[int]; one tensor
@@ -255,7 +259,8 @@ def operation(name: str, forward: Callable, *, like: Callable, backward: Callabl
       gradient came), `call.outputs`, and `call.needs` (by name a bool, for a list a list of bools). What is not needed may be left out. Without it the
       operation has no gradient.
     - `gradients_like(call)`: what `backward` returns, as empty tensors. Default: like the arguments themselves.
-    - `drop`: tensors that the backward pass does not need (None in `call`). `nondifferentiable`: outputs, by number, through which no gradient flows.
+    - `drop`: tensors, and outputs by number, that the backward pass does not need (None in `call`, not kept for it). `nondifferentiable`: outputs, by
+      number, through which no gradient flows.
 
     A second derivative and the transforms of torch.func (vmap, grad, jvp) raise RuntimeError, forward-mode differentiation NotImplementedError: never zeros in silence.
     Declaring a name again replaces it.

@@ -324,7 +324,7 @@ def test_bias_and_row_sums():
     assert (mixed.sum(-1) - 1).abs().max() < 1e-14 and rel_error(mixed, a) < 1e-14             # no division needed
 
 
-def test_positions_stay_exact_underautocast():
+def test_positions_stay_exact_under_autocast():
     w = conv_init_(torch.empty(9, 3), 1.0)
     with torch.autocast("cpu", torch.bfloat16):
         scores, factors = positional_scores(w, (14, 14)), positional_factors(w, (14, 14))

@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..lab.bench import compare, measure, sdpa
+from ..lab.claims import Claim, at_least, at_most, beyond_spread, grade, matches, out_of_reach
 from ..lab.data import library
 from ..lab.results import load_results, record
+from ..lab.stats import fitted_exponent, over_seeds, speedups, spread
 from ..lab.train import cross_entropy, evaluate_accuracy, fit, training_step
 from ..layers import count_parameters
 from .channel_op import channel_group_attention_packed, packed_groups
@@ -143,9 +145,8 @@ def scale_experiment(
 
 # %% ../../nbs/3_locality/davit.ipynb #fc2b8773
 def fitted_slope(Ns: Sequence[float], times: Sequence[float]) -> float:
-    "Slope of log time over log N, over the larger half of the sizes."
-    points = sorted(zip(Ns, times))[len(Ns) // 2:]
-    return float(np.polyfit(*np.log(np.array(points)).T, 1)[0])
+    "The exponent of time over N, fitted over the larger half of the sizes."
+    return fitted_exponent(*zip(*sorted(zip(Ns, times))[len(Ns) // 2:])).slope
 
 
 def three_attentions(channels: int, window_size: int = 7) -> dict[str, Callable]:
@@ -318,13 +319,12 @@ def _pairs_accuracy(stages):
     """Mean accuracy and its spread over seeds by kind; gpu preset, at least three seeds, with one or with several
     stages."""
     rows = [r for r in load_results("davit", "pairs", preset="gpu") if (r["stages"] == 1) == (stages == 1)]
-    longest = max((r["steps"] for r in rows), default=0)
-    found = {}
+    longest, found = max((r["steps"] for r in rows), default=0), {}
     for kind in PAIR_KINDS:
         a = [100 * r["accuracy"] for r in rows if r["kind"] == kind and r["steps"] == longest]
         if len(a) < 3:
             return None
-        found |= {kind: sum(a) / len(a), f"{kind} spread": max(a) - min(a)}
+        found |= {kind: over_seeds(a).mean, f"{kind} spread": spread(a)}
     return found
 
 
@@ -335,10 +335,10 @@ def _scale_effect():
         rows = [r for r in load_results("davit", "scale", preset="gpu") if r["scale"] == scale]
         if len({r["run"] for r in rows}) < 3:
             return None
-        mean = lambda what, n: np.mean([r[what] for r in rows if r["N"] == n])
+        mean = lambda what, n: over_seeds(r[what] for r in rows if r["N"] == n).mean
         small, large = min(r["N"] for r in rows), max(r["N"] for r in rows)
-        found |= {f"{scale} entropy": float(mean("entropy", large) / mean("entropy", small)),
-                  f"{scale} accuracy": float(100 * (mean("accuracy", large) - mean("accuracy", small)))}
+        found |= {f"{scale} entropy": mean("entropy", large) / mean("entropy", small),
+                  f"{scale} accuracy": 100 * (mean("accuracy", large) - mean("accuracy", small))}
     return found
 
 # %% ../../nbs/3_locality/davit.ipynb #e9b16339
@@ -349,80 +349,71 @@ def _linear_slopes():
     return {m: fitted_slope(*zip(*p)) for m, p in points.items()} if min(map(len, points.values())) > 3 else None
 
 
-def _speedup(bench, peers, field="ms_fwd", own=None, **where):
-    """Time of the fastest of the peers over that of the fastest of ours (all, or those named `own`); for fields that are
-    not times, the inverse."""
-    rows = [r for r in load_results("davit", bench, preset="gpu", **where) if r.get(field)]
-    best = max if field == "images_per_s" else min
-    ours = [r[field] for r in rows if (r["method"] in own if own else r["method"].startswith("ours"))]
-    theirs = [r[field] for r in rows if r["method"] in peers]
-    if not ours or not theirs:
-        return None
-    return best(ours) / best(theirs) if field == "images_per_s" else best(theirs) / best(ours)
+def _speedup(bench, peers, field="ms_fwd", ours=None, **where):
+    "How many times faster the fastest of ours is than the fastest of the peers, at the problem that `where` names."
+    found = speedups(load_results("davit", bench, preset="gpu", **where), field=field, ours=ours, peers=peers,
+                     more=field == "images_per_s")
+    return found[0].ratio if found else None
 
 
 def _parameter_counts():
     return {v: count_parameters(partial(davit, v)) / 1e6 for v in VARIANTS}
 
+# %% ../../nbs/3_locality/davit.ipynb #c6015715
+def _beats(m: dict[str, float], other: str) -> bool:
+    "Is dual attention more accurate than another kind, by more than the seeds of either spread?"
+    return beyond_spread(m["dual"] - m[other], max(m["dual spread"], m[f"{other} spread"])) == "holds"
+
 # %% ../../nbs/3_locality/davit.ipynb #e299ce74
-def claims():
+def claims() -> list[Claim]:
     "The chapter's claims with their rules; measured numbers are read from the recorded results."
-    from ..lab.claims import Claim
-    grade = lambda good, fair: "holds" if good else "holds in part" if fair else "does not hold here"
-    faster = lambda r: grade(r >= 1.2, r >= 0.95)
-    far = lambda statement, number, where, why: Claim(statement, number, where, lambda m: ("out of reach here", why),
-                                                      True)
-    beats = lambda m, other: m["dual"] - m[other] > max(m["dual spread"], m[f"{other} spread"])
+    faster = at_least(1.2, 0.95)
     compiled = ("timm compiled", "timm V2 compiled")
     fused = ("cudnn, pre-partitioned", "flash, pre-partitioned", "efficient, pre-partitioned")
+    own = "not in the paper", "this chapter"
     return [
         Claim("Windows and channels in turn beat either alone", "82.8 against [m] less", "Sec. 4, ablation",
-              lambda m: grade(beats(m, "window") and beats(m, "channel"), m["dual"] > max(m["window"], m["channel"])),
+              lambda m: grade(_beats(m, "window") and _beats(m, "channel"), m["dual"] > max(m["window"], m["channel"])),
               partial(_pairs_accuracy, 2),
               "digit pairs, all stages, 3 seeds; holds: both gaps beyond the seeds' spread"),
         Claim("Channel attention gives every layer a global view, window attention does not", "", "Sec. 1, Sec. 3.3",
-              lambda m: grade(beats(m, "window") and m["window"] < 60, beats(m, "window")), partial(_pairs_accuracy, 1),
+              lambda m: grade(_beats(m, "window") and m["window"] < 60, _beats(m, "window")), partial(_pairs_accuracy, 1),
               "digit pairs, one stage, 3 seeds; holds: dual beyond window, which is below 60 %"),
         Claim("Cost is linear in the number of pixels for both attentions", "O(N)", "Sec. 3",
-              lambda s: grade(max(s["window"], s["channel"]) < 1.15,
-                              max(s["window"], s["channel"]) < 1.5), _linear_slopes,
-              "one GPU, N to 65,536, forward; holds: exponent below 1.15"),
+              at_most(1.15, 1.5, of=lambda slopes: max(slopes["window"], slopes["channel"])), _linear_slopes,
+              "one GPU, N to 65,536, forward; holds: exponent up to 1.15"),
         Claim("Logits scaled by N^-1/2 do not depend on the resolution, those by Cg^-1/2 do", "", "Florence-2",
               lambda m: grade(abs(m["tokens entropy"] - 1) < 0.1 and m["group_dim entropy"] < 0.9,
                               abs(m["tokens entropy"] - 1) < abs(m["group_dim entropy"] - 1)), _scale_effect,
               "MNIST, trained at 32, tested at 128 pixels, 3 seeds; holds: entropy within 10 % against a fall of more"),
         Claim("Tiny to Giant have 28.3, 49.7, 87.9, 196.8, 362 and 1437 M parameters", "28.3 … 1437 M",
               "Table 1; README",
-              lambda m: grade(all(abs(m[v] - n) < 1 for v,
-                                  n in zip(VARIANTS, (28.36, 49.75, 87.95, 196.81, 362.7, 1437.4))),
-                              False), _parameter_counts, "full size; holds: all within a million"),
+              matches(dict(zip(VARIANTS, (28.36, 49.75, 87.95, 196.81, 362.7, 1437.4))), absolute=1),
+              _parameter_counts, "full size; holds: all within a million"),
         Claim("Tiny to Giant cost 4.5, 8.8, 15.5 (224), 103 (384), 334 and 1038 (512) GMACs", "4.5 … 1038 G",
               "Table 1; README",
-              lambda m: grade(all(abs(m[v] / g - 1) < 0.01 for (v, _), g in PUBLISHED_GMACS.items()), False),
+              matches({v: gmacs for (v, _), gmacs in PUBLISHED_GMACS.items()}, relative=0.01),
               lambda: {v: gmacs for (v, _), gmacs in counted_gmacs().items()},
               "counted from the architecture; holds: all within 1 %"),
-        Claim("Our channel attention module is faster than timm's compiled, forward", "not in the paper",
-              "this chapter", faster,
-              partial(_speedup, "channel", compiled,
-                      N=784), "[64, 784, 384], bf16; holds: 1.2 times, in part: no slower"),
-        Claim("The same, backward", "not in the paper", "this chapter", faster,
-              partial(_speedup, "channel", compiled, "ms_bwd", N=784), "the same"),
+        Claim("Our channel attention module is faster than timm's compiled, forward", *own, faster,
+              partial(_speedup, "channel", compiled, N=784),
+              "[64, 784, 384], bf16; holds: 1.2 times, in part: no slower"),
+        Claim("The same, backward", *own, faster, partial(_speedup, "channel", compiled, "ms_bwd", N=784), "the same"),
         Claim("Our window attention on whole maps is no slower than fused attention on ready-made windows",
-              "not in the paper",
-              "this chapter", lambda r: grade(r >= 0.95, r >= 0.7), partial(_speedup, "window", fused, side=56),
+              *own, at_least(0.95, 0.7), partial(_speedup, "window", fused, side=56),
               "64 x 56 x 56 x 96, bf16, forward; holds: within 5 %"),
-        *(Claim(f"A training step of DaViT-Tiny at {size} is faster than timm's, {how}", "not in the paper",
-                "this chapter", faster,
+        *(Claim(f"A training step of DaViT-Tiny at {size} is faster than timm's, {how}", *own, faster,
                 partial(_speedup, "training", [f"timm {m}" for m in modes], "images_per_s", [f"ours {m}" for m in modes],
                         size=size),
                 "images/s, bf16 autocast; holds: 1.2 times, in part: no slower")
           for size in (224, 512) for how, modes in (("each compiled in its fastest mode", ("compiled", "graphs")),
                                                     ("both compiled in the default mode", ("compiled",)))),
-        far("ImageNet-1K top-1 of Tiny, Small, Base", "82.8 / 84.2 / 84.6 %", "README",
-            "needs ImageNet and 300 epochs"),
-        far("Window first, then channel, is the best order [m]", "82.8 against 82.6 [m]", "ablation [m]",
-            "a fifth of a point on ImageNet"),
-        far("Giant reaches 90.4 % on ImageNet", "90.4 %", "abstract", "needs 1.5 billion image-text pairs"),
-        far("COCO 3x box AP and ADE20K mIoU of Tiny, Small, Base", "47.4 / 49.5 / 49.9, 46.3 / 48.8 / 49.4", "README",
-            "needs COCO, ADE20K and their detectors"),
+        Claim("ImageNet-1K top-1 of Tiny, Small, Base", "82.8 / 84.2 / 84.6 %", "README",
+              out_of_reach("needs ImageNet and 300 epochs")),
+        Claim("Window first, then channel, is the best order [m]", "82.8 against 82.6 [m]", "ablation [m]",
+              out_of_reach("a fifth of a point on ImageNet")),
+        Claim("Giant reaches 90.4 % on ImageNet", "90.4 %", "abstract",
+              out_of_reach("needs 1.5 billion image-text pairs")),
+        Claim("COCO 3x box AP and ADE20K mIoU of Tiny, Small, Base", "47.4 / 49.5 / 49.9, 46.3 / 48.8 / 49.4", "README",
+              out_of_reach("needs COCO, ADE20K and their detectors")),
     ]

@@ -9,6 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attnbook.convit.experiments_study import (
+    KINDS,
+    NETWORK,
+    PRESETS,
+    Experiments,
+    class_share,
+    escaping_locality,
+    resolution_transfer,
+    small_vit,
+)
 from attnbook.convit.nets import (
     DEIT_PARAMETERS,
     DEIT_VARIANTS,
@@ -55,21 +65,7 @@ from attnbook.convit.reference import (
     positional_scores,
     relative_positions,
 )
-from attnbook.convit.study import (
-    KINDS,
-    NETWORK,
-    PRESETS,
-    Experiments,
-    _judge_gains,
-    _judge_gates,
-    _judge_parts,
-    _judge_strength,
-    claims,
-    class_share,
-    escaping_locality,
-    resolution_transfer,
-    small_vit,
-)
+from attnbook.convit.study import _gain, _module_gain, _over_plain, _peak_memory, claims
 from attnbook.lab.data import skip_without
 from attnbook.lab.testing import (
     check_against_reference,
@@ -670,20 +666,65 @@ def test_a_run_of_experiments():
     assert len(e.trained) == 2 and {(r["height"], r["width"]) for r in transfer} == set(e.settings["sizes"])
 
 
-def test_rules():
-    gaps = dict.fromkeys(("frozen gates", "no conv init", "DeiT", "added scores"), 2.0) | dict(spread=1.0)
-    assert _judge_parts("DeiT")(gaps) == "holds" and _judge_parts("DeiT")(gaps | dict(spread=3.0)) == "holds in part"
-    assert _judge_parts("DeiT", "frozen gates")(gaps | {"DeiT": -1.0}) == "does not hold here"
-    judge = lambda small, full: _judge_gains({"gain": small, "spread": 2.0, "full": full, "full spread": 1.0})
-    assert judge(10.0, 1.0) == "holds" and judge(1.0, 0.5) == "holds in part"
-    assert judge(1.0, 3.0) == "does not hold here"
-    assert _judge_gates(dict(early=0.9, late=0.4, start=0.73)) == "holds"
-    assert _judge_gates(dict(early=0.9, late=0.72, start=0.73)) == "holds in part"
-    assert _judge_strength({"a": 1, "b": 3, "c": 2}) == "holds"
-    assert _judge_strength({"a": 4, "b": 3, "c": 2}) == "does not hold here"
+VERDICTS = ["holds", "holds in part", "does not hold here"]
+
+
+def verdicts(words, *measured):
+    "What the rule of the claim whose statement holds these words says of each."
+    claim, = (c for c in claims() if words in c.statement)
+    found = [claim.rule(m) for m in measured]
+    return [v if isinstance(v, str) else v[0] for v in found]
+
+
+def parts_lost(gap, seeds):
+    "What the claims on the ablation are judged by."
+    return dict.fromkeys(("frozen gates", "no conv init", "DeiT", "added scores"), gap) | dict(spread=seeds)
+
+
+def gains(small, full):
+    "What the claim on sample efficiency is judged by."
+    return {"gain": small, "spread": 2.0, "full": full, "full spread": 1.0}
+
+
+RULES = {
+    "more sample efficient": (gains(10.0, 1.0), gains(1.0, 0.5), gains(1.0, 3.0)),
+    "With all data": tuple(dict(gap=g, spread=1.0) for g in (1.5, 0.5, -0.5)),
+    "Trained gates": (parts_lost(2.0, 1.0), parts_lost(2.0, 3.0), parts_lost(2.0, 1.0) | {"frozen gates": -1.0}),
+    "Mixing after the softmax": (parts_lost(2.0, 1.0), parts_lost(2.0, 3.0), parts_lost(-2.0, 1.0)),
+    "Early layers": tuple(dict(early=e, late=l, start=0.73) for e, l in ((0.9, 0.4), (0.9, 0.72), (0.4, 0.5))),
+    "DeiT's first layer": tuple(dict(start=2.0, end=e) for e in (1.7, 1.9, 2.1)),
+    "positions carry over": tuple(dict(ConViT=c, DeiT=10.0) for c in (8.0, 9.5, 11.0)),
+    "Our module is": (3.0, 1.5, 0.9),
+    "The same twice": (2.0, 1.5, 0.9),
+    "With a fifth": (5.0, 1.5, 0.9),
+    "at most 1.3 times plain": (1.3, 1.6, 1.7),
+    "training step of ConViT-S": (1.3, 1.1, 0.9),
+}
+
+
+@pytest.mark.parametrize("words", RULES)
+def test_rules(words):
+    assert verdicts(words, *RULES[words]) == VERDICTS
+
+
+def test_a_moderate_strength_is_neither_end():
+    assert verdicts("moderate locality", {"a": 1, "b": 3, "c": 2}) == ["holds"]
+    assert verdicts("moderate locality", {"a": 4, "b": 3, "c": 2}, {"a": 1, "b": 3, "c": 5}) == VERDICTS[2:] * 2
+
+
+def test_gains_are_those_of_the_best():
+    with pytest.MonkeyPatch.context() as patch:
+        row = dict(device="a GPU", versions={}, date="2026-01-01T00:00:00")
+        times = {"ours": 4.0, "ours compiled": 2.0, "ours, composed": 1.0, "timm compiled": 3.0, "timm": 0.5,
+                 "flash, content only": 2.0, "cudnn, content only": 4.0}
+        rows = [row | dict(method=m, ms_fwd=t, ms_bwd=t, peak_mb_fwd=t, peak_mb_bwd=2 * t) for m, t in times.items()]
+        patch.setitem(_gain.__globals__, "load_results", lambda *_, **__: rows)
+        assert _module_gain("ms_fwd") == _module_gain(("ms_fwd", "ms_bwd")) == _module_gain(_peak_memory) == 1.5
+        assert _over_plain("ms_fwd") == 0.5
 
 
 def test_claims_are_judged():
     found = {c.statement: c.judge() for c in claims()}
     assert len(found) == len(claims()) and found["Six models of 5.7 to 153 million parameters"].verdict == "holds"
+    assert found["Ti, S and B cost 1.26, 5.76 and 17.52 G multiply-adds"].verdict == "holds"
     assert all(v.reason for v in found.values() if v.verdict == "out of reach here")

@@ -54,7 +54,7 @@ def slot_shape(program, q, operands):
 def common_arguments(program, q, k, v, extra_k, operands, ints, consts, scale):
     D, DV = q.shape[-1], v.shape[-1]
     fold = scale > 0 and (program.score is None or program.raw_score)
-    return dict(C=tuple(consts), MASK=program.mask, SCORE=program.score, GROUP=q.shape[1] // k.shape[1], FOLD=fold,
+    return dict(C=consts if isinstance(consts, tuple) else tuple(consts), MASK=program.mask, SCORE=program.score, GROUP=q.shape[1] // k.shape[1], FOLD=fold,
                 D=D, DV=DV, BD=round_dim(D), BDV=round_dim(DV), PRECISION=dot_precision(q.dtype)), scale * (LOG2E if fold else 1.0)
 
 def mask_kind(program, ints, consts, p):

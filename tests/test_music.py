@@ -1,5 +1,6 @@
 # Written from the test cells of nbs/2_position/music.ipynb by `attnbook export`. Do not edit.
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 from attnbook.attention import attention_reference
 from attnbook.lab.data import skip_without
+from attnbook.lab.stats import Exponent
 from attnbook.lab.testing import (
     check_against_reference,
     check_autocast,
@@ -38,7 +40,7 @@ from attnbook.music.midi import (
 from attnbook.music.nets import MusicTransformer, generate, parameter_counts, sample, token_nll
 from attnbook.music.op import relative_attention
 from attnbook.music.reference import relative_attention_reference
-from attnbook.music.study import load_chorales
+from attnbook.music.study import _gap, _growth, claims, load_chorales, longest
 
 
 def _qkv(L, M, H=2, D=16, B=1, dtype=torch.float32, shared=False, seed=0):
@@ -269,7 +271,7 @@ ROUND_TRIPS = {
 }
 
 
-def written(notes, **kw):
+def written_midi(notes, **kw):
     "The notes and the bytes of a file with these notes."
     with TemporaryDirectory() as folder:
         path = write_midi(Path(folder) / "test.mid", notes, **kw)
@@ -278,14 +280,14 @@ def written(notes, **kw):
 
 @pytest.mark.parametrize("case", ROUND_TRIPS)
 def test_midi_holds_the_notes(case):
-    assert written(ROUND_TRIPS[case])[0] == sorted(ROUND_TRIPS[case])
+    assert written_midi(ROUND_TRIPS[case])[0] == sorted(ROUND_TRIPS[case])
 
 
 def test_midi_rounds_to_ticks():
-    assert written([Note(0.1234, 0.1234, 60)])[0] == [Note(0.124, 0.126, 60)]            # at least one tick
-    assert written([Note(0.1234, 0.5, 60)], ticks=10)[0] == [Note(0.1, 0.5, 60)]
+    assert written_midi([Note(0.1234, 0.1234, 60)])[0] == [Note(0.124, 0.126, 60)]            # at least one tick
+    assert written_midi([Note(0.1234, 0.5, 60)], ticks=10)[0] == [Note(0.1, 0.5, 60)]
     numbers = [Note(np.float32(0.5), np.float64(1), np.int64(60), np.uint8(3))]
-    assert written(numbers)[0] == [Note(0.5, 1, 60, 3)]
+    assert written_midi(numbers)[0] == [Note(0.5, 1, 60, 3)]
 
 
 def test_midi_bytes():
@@ -293,7 +295,7 @@ def test_midi_bytes():
     head = "4d546864 00000006 0000 0001 01f4 4d54726b 00000024 00ff5103 0f4240"
     events = " 00 903c40 8174 803c00 00 904040 00 914040 01 804000 01 814000 00 ff2f00"
     notes = [Note(0, 0.488, 60), Note(0.488, 0.49, 64), Note(0.488, 0.492, 64)]
-    assert written(notes)[1] == bytes.fromhex(head + events)
+    assert written_midi(notes)[1] == bytes.fromhex(head + events)
 
 
 @pytest.mark.parametrize("bad, error, words", [
@@ -316,10 +318,10 @@ def test_midi_refuses(bad, error, words):
 
 def test_midi_has_channels_for_fifteen():
     with pytest.raises(ValueError, match=r"notes\[15\].*pitch 60"):
-        written([Note(0, 1, 60)] * 16)
+        written_midi([Note(0, 1, 60)] * 16)
     for ticks, error in ((0, ValueError), (32768, ValueError), (2.5, TypeError)):
         with pytest.raises(error, match="ticks"):
-            written([], ticks=ticks)
+            written_midi([], ticks=ticks)
 
 
 HEADER = "4d546864 00000006"
@@ -435,3 +437,71 @@ def test_any_tokens_decode():
 def test_sustain():
     notes = [Note(0, 0.5, 60), Note(1, 1.25, 60), Note(0, 0.25, 64)]
     assert [n.end for n in sustain(notes, [(0.125, 2)])] == [1, 2, 2]                  # until struck again, until released
+
+
+def gap(training, gap):
+    return dict(training=training, gap=gap)
+
+
+def growth(relative, absolute, training="gpu"):
+    return dict(relative=relative, absolute=absolute, training=training)
+
+
+RULES = {  # a word of the claim, what was measured, the verdict
+    "lower": ("beats absolute", gap("gpu", 0.03), "holds"), "hardly lower": ("beats absolute", gap("gpu", 0.01), "does not hold here"),
+    "lower, small": ("beats absolute", gap("laptop", 0.03), "holds in part"),
+    "higher, small": ("beats absolute", gap("laptop", -0.03), "does not hold here"),
+    "lower, in a minute": ("beats absolute", gap("cpu", 0.03), "not measured"),
+    "labels": ("labels of voice", gap("gpu", 0.03), "holds"), "no better than labels": ("labels of voice", gap("gpu", 0), "does not hold here"),
+    "local as good": ("local attention", gap("gpu", 0.02), "holds"), "local better": ("local attention", gap("gpu", -1), "holds"),
+    "local worse": ("local attention", gap("gpu", 0.05), "does not hold here"),
+    "goes on": ("goes on", growth(0.01, 0.2), "holds"), "both deteriorate": ("goes on", growth(0.1, 0.2), "does not hold here"),
+    "neither deteriorates": ("goes on", growth(0.01, 0.02), "does not hold here"),
+    "goes on, small": ("distances only", growth(-0.1, 2, "laptop"), "holds in part"),
+    "linear": ("Skewing keeps", dict(gather=2.0, skew=1.8, ours=0.9), "holds"),
+    "linear, and so is the skew": ("Skewing keeps", dict(gather=2.0, skew=1.2, ours=0.9), "holds in part"),
+    "nearly linear": ("Skewing keeps", dict(gather=2.0, skew=1.8, ours=1.2), "holds in part"),
+    "square": ("Skewing keeps", dict(gather=2.0, skew=1.8, ours=1.9), "does not hold here"),
+    "peak linear": ("Peak memory", Exponent(1.0, math.nan, 2), "holds"), "peak square": ("Peak memory", 2.0, "does not hold here"),
+    "4.2 MB": ("4.2 MB", [4.2, 8.6], "holds"), "Shaw's only": ("4.2 MB", [5, 8.5], "holds in part"),
+    "three times": ("compiled skew, forward", {"a": 3.1, "b": 9}, "holds"), "twice": ("compiled skew, forward", {"a": 2, "b": 9}, "holds in part"),
+    "slower": ("compiled skew, forward", {"a": 1, "b": 9}, "does not hold here"),
+    "slower than flex": ("FlexAttention", {"a": 0.7}, "does not hold here"),
+    "plain": ("costs at most twice", {"a": 0.5}, "holds"), "plain, thrice": ("costs at most twice", {"a": 0.34}, "holds in part"),
+}
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_rules(case):
+    words, measured, want = RULES[case]
+    claim = next(c for c in claims() if words in c.statement)
+    assert replace(claim, measured=measured).judge().verdict == want
+
+
+def test_claims_read_the_right_rows():
+    "Signs and sides: what is lower, over which positions, and which training and method is read."
+    nll = {"absolute": 1.0, "absolute + labels": 0.9, "relative": 0.8, "relative local": 0.81, "relative only": 0.8}
+    curve = lambda x, later: {"0": x, "64": x, "128": x + later, "192": x + later, "256": 9.0}
+    trainings = [dict(kind=k, run=i, training=t, length=128, nll=x if t == "gpu" else 1 - x,
+                      curve=curve(x, 0.5 if k == "absolute" else 0.01))
+                 for k, x in nll.items() for i in range(2) for t in ("cpu", "gpu")]
+    speed = [dict(method=m, B=1, L=8, D=64, ms_fwd=x, ms_bwd=2 * x)
+             for m, x in (("ours", 1.0), ("skew, compiled", 4.0), ("flex, QE buffer", 2.0), ("cudnn, no relative term", 0.6))]
+    kept = [dict(method=m, L=L, kept=L**n) for m, n in (("gather", 2), ("skew", 2), ("ours", 1)) for L in (8, 16, 32)]
+    peaks = [dict(method="ours", B=2, L=L, D=64, ms_fwd=None, peak_mb_bwd=L * 2.0) for L in (8, 16)]
+    shelf = dict(chorales=trainings, attention=speed, kept=kept, memory=peaks)
+    frame = dict(date="2026-01-01T00:00:00+00:00", device="made up", versions={}, preset="gpu")
+    read = lambda chapter, name, **where: [frame | r for r in shelf.get(name, [])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(longest.__globals__, "load_results", read)
+        found = [c.judge() for c in claims()]
+        assert _gap("relative", "absolute")["gap"] == pytest.approx(0.2)
+        assert _growth("absolute", longest()) == pytest.approx(0.5) and _growth("relative", longest()) == pytest.approx(0.01)
+    assert [v.verdict for v in found] == ["holds"] * 12 + ["out of reach here"] * 3
+
+
+def test_claims_cope_with_missing_rows():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(longest.__globals__, "load_results", lambda *args, **where: [])
+        verdicts = [c.judge().verdict for c in claims()]
+    assert verdicts == ["holds"] + ["not measured"] * 11 + ["out of reach here"] * 3

@@ -111,7 +111,7 @@ def lead(data: str, method: str, base: str) -> Interval | None:
     "By how much a method's AUC is higher over the seeds that both have; None if there is no such seed."
     return paired(scores(data, method), scores(data, base))
 
-# %% ../../nbs/6_beyond_tokens/autoint.ipynb #e551c7e9
+# %% ../../nbs/6_beyond_tokens/autoint.ipynb #8ee53ebe
 def mutual_information(a: np.ndarray, y: np.ndarray) -> float:
     "Plug-in mutual information in nats of integer codes a and binary y."
     _, code = np.unique(a, return_inverse=True)

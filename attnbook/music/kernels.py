@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ..engine import Launch, LaunchTable, tl, triton
 from ..engine.tiles import head_base, load_rows, row_ptr
 
-# %% ../../nbs/2_position/music.ipynb #02b876fe
+# %% ../../nbs/2_position/music.ipynb #624bec11
 class MusicConsts(NamedTuple):
     "What the kernels of relative attention are compiled for."
     local: bool  # blocks of ints[5]?

@@ -110,7 +110,7 @@ def _number_bytes(n):
         out.append(n & 127 | 128)
     return bytes(reversed(out))
 
-# %% ../../nbs/2_position/music.ipynb #565095d4
+# %% ../../nbs/2_position/music.ipynb #f7ddacef
 _DATA_BYTES = {**dict(zip(range(0x8, 0xF), (2, 2, 2, 2, 1, 1, 2))),  # of a channel's messages, by their upper four bits …
                0xF1: 1, 0xF2: 2, 0xF3: 1, 0xF6: 0, 0xF8: 0, 0xFA: 0, 0xFB: 0, 0xFC: 0, 0xFE: 0}  # … and of the system's
 
@@ -155,7 +155,7 @@ def _track_events(data):
         if status == 0xFF and content[0] == 0x2F:  # the end of the track
             return
 
-# %% ../../nbs/2_position/music.ipynb #44cd6445
+# %% ../../nbs/2_position/music.ipynb #f874f2de
 def read_midi(path: str | Path) -> list[Note]:
     """Notes of a Standard MIDI File of format 0 or 1, of all its tracks and channels (the drums' too), by onset.
 

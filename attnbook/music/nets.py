@@ -216,10 +216,11 @@ def parameter_counts() -> dict[str, int]:
 # %% ../../nbs/2_position/music.ipynb #867eff26
 @torch.no_grad()
 def token_nll(model: nn.Module, pieces: list[Tensor], context: int) -> Tensor:
-    "Negative log likelihood of each of the first `context` tokens of each piece, (pieces, context), NaN after the end."
+    """Negative log likelihood of each of the first `context` tokens of each piece, (pieces, context), NaN after the end.
+    Computed in eval mode; the model's layers are left in the modes in which they are."""
     device, out = next(model.parameters()).device, torch.full((len(pieces), context), torch.nan)
-    model.eval()
-    for row, piece in zip(out, pieces):
-        x = piece[None, :context].to(device)
-        row[:x.shape[1]] = F.cross_entropy(model(x).float()[0], x[0], reduction="none").cpu()
+    with evaluating(model):
+        for row, piece in zip(out, pieces):
+            x = piece[None, :context].to(device)
+            row[:x.shape[1]] = F.cross_entropy(model(x).float()[0], x[0], reduction="none").cpu()
     return out

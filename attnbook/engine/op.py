@@ -12,10 +12,11 @@ from torch import Tensor
 from ..attention import attention_reference
 from ..checks import check_bool, check_broadcast, check_int, check_qkv, check_scale, check_tensor
 from .bands import BAND, BAND_BIAS, FULL, FULL_BIAS
-from .host import autocast, operation, resolve_backend, through_float32
+from .host import Plans, autocast, resolve_backend, through_float32
 from .lists import LISTED, PACKED
 from .program import PROGRAMS, TileProgram
 from .run import empty_heads, run_backward, run_forward, slot_shape
+from .wiring import operation
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #e51ffe97
 def _tile_forward(q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None, operands: list[Tensor],
@@ -76,6 +77,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, windo
     Returns the output `(batch, heads, Nq, v_dim)` in q's type, with `return_lse` also the natural-log sum of exponentials `(batch, heads, Nq)`
     in float32, differentiable. Raises ValueError or TypeError naming the argument.
     """
+    options = dict(is_causal=is_causal, window_size=window_size, scale=scale, backend=backend)
+    program, ints, consts, scale = _DECIDED.decide(_decide_attention, (q, k, v, bias), options)
+    if program is None:
+        return attention_reference(q, k, v, is_causal=is_causal, window_size=window_size, bias=bias, scale=scale, return_lse=return_lse)
+    q, k, v, _ = autocast(q, k, v, None)
+    out, lse = tile_attention_op(q, k, v, None, None, [] if bias is None else [bias[(None,) * (4 - bias.dim())]], program, ints, consts, scale)
+    return (out, lse) if return_lse else out
+
+
+_DECIDED = Plans()
+
+
+def _decide_attention(q, k, v, bias, *, is_causal, window_size, scale, backend):
+    "The checks of `attention`, and its tile program with what it needs; None for the torch backend."
     check_qkv(q, k, v)
     is_causal, scale = check_bool("is_causal", is_causal), check_scale(scale, q.shape[-1])
     window_size = check_int("window_size", window_size, least=1, optional=True)
@@ -83,17 +98,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, windo
         check_tensor("bias", bias, on=q)
         check_broadcast("bias", bias, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]), "(batch, heads, Nq, Nk)")
     if resolve_backend(backend, q) == "torch":
-        return attention_reference(q, k, v, is_causal=is_causal, window_size=window_size, bias=bias, scale=scale, return_lse=return_lse)
+        return None, None, None, scale
     left = window_size - 1 if window_size is not None else 0
-    ints = [q.shape[2], k.shape[2], left, 0 if is_causal else left]
-    banded, operands = is_causal or window_size is not None, ()
+    ints, banded = [q.shape[2], k.shape[2], left, 0 if is_causal else left], is_causal or window_size is not None
     if bias is not None:
         bias = bias[(None,) * (4 - bias.dim())]
         ints += [0 if n == 1 else s for n, s in zip(bias.shape, bias.stride())]
-        operands = (bias,)
     program = {(False, False): FULL, (True, False): BAND, (False, True): FULL_BIAS, (True, True): BAND_BIAS}[banded, bias is not None]
-    out, lse = tile_attention(q, k, v, program, operands=operands, ints=ints, consts=(window_size is not None, banded), scale=scale)
-    return (out, lse) if return_lse else out
+    return program.name, ints, [int(window_size is not None), int(banded)], scale
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #3ac3ee26
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None, *, is_causal: bool = False,

@@ -248,13 +248,13 @@ def dq_step(dq, carry, q, seen, do, lse, delta, k_src, v_src, j, masked, b, h, h
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #3ee14626
 @triton.jit(do_not_specialize=["num_tiles", "together"])
-def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, ints,
+def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, G, ops, ints,
                      sq, sk, sv, sxk, sxv, so, sdo, sdl, sdq, sl, scale, dq_scale, num_tiles, together, H, NX,
                      C: tl.constexpr, Q_TILE: tl.constexpr, K_SPAN: tl.constexpr, K_STEP: tl.constexpr,
                      MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, REVERSE: tl.constexpr, MASKS: tl.constexpr,
                      BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
                      TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-                     DQ_SCORE: tl.constexpr = None, G=None, CARRY_INIT: tl.constexpr = None, CARRY_STEP: tl.constexpr = None,
+                     DQ_SCORE: tl.constexpr = None, CARRY_INIT: tl.constexpr = None, CARRY_STEP: tl.constexpr = None,
                      CARRY_LAST: tl.constexpr = None, PREPARE: tl.constexpr = None, START: tl.constexpr = None):
     "dQ of one query tile, and its rows of LSE (base 2) and delta. Grid: num_tiles * batch * heads."
     bh, i = tile_of_program(num_tiles, together)

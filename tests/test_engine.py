@@ -1,27 +1,21 @@
 # Written from the test cells of nbs/1_foundations/01_engine.ipynb by `attnbook export`. Do not edit.
+import contextlib
 import itertools
 import math
+import types
 
 import pytest
 import torch
+from torch import Tensor
 
 from attnbook.attention import attention_mask, attention_reference
-from attnbook.engine import (
-    BAND,
-    BoundLaunch,
-    Launch,
-    attention,
-    indexed_attention,
-    register_launch,
-    row_lists,
-    scatter_rows,
-    tile_attention,
-    tile_attention_op,
-    tile_of_program,
-    tl,
-    triton,
-    varlen_attention,
-)
+from attnbook.engine.bands import BAND
+from attnbook.engine.host import BoundLaunch, Launch, Plans, arch_of, tl, triton
+from attnbook.engine.op import attention, indexed_attention, tile_attention, tile_attention_op, varlen_attention
+from attnbook.engine.program import LAUNCH, register_launch
+from attnbook.engine.run import row_lists, scatter_rows
+from attnbook.engine.tiles import tile_of_program
+from attnbook.engine.wiring import operation
 from attnbook.lab.testing import (
     check_against_reference,
     check_autocast,
@@ -29,11 +23,11 @@ from attnbook.lab.testing import (
     check_deterministic,
     check_empty_rows,
     check_opcheck,
-    check_raises,
     check_strides,
     check_writes_everything,
     device,
     make_qkv,
+    rel_error,
     tolerance,
 )
 
@@ -140,21 +134,36 @@ def test_scatter_rows():
     assert torch.equal(scatter_rows(x, index, 7, row_lists(index, 7)), scatter_rows(x, index, 7))
 
 
-def test_bad_input():
+BAD = {  # what is changed -> error, words of its message
+    "q without batch": (lambda a: dict(q=a.q[0]), ValueError, "q must have 4 dimensions"),
+    "q no tensor": (lambda a: dict(q=1), TypeError, "q must be a tensor"),
+    "k of integers": (lambda a: dict(k=a.k.int()), TypeError, "k must be a floating-point"),
+    "v of another type": (lambda a: dict(v=a.v.double()), TypeError, "v must have q's type"),
+    "k of another width": (lambda a: dict(k=a.k[..., :8]), ValueError, "k must have q's head_dim 16, not 8"),
+    "v of another length": (lambda a: dict(v=a.v[:, :, :4]), ValueError, "v must have k's"),
+    "heads that do not share out": (lambda a: dict(q=a.q[:, :3]), ValueError, "3 heads"),
+    "another backend": (lambda a: dict(backend="cuda"), ValueError, "backend must be"),
+    "is_causal no bool": (lambda a: dict(is_causal=1), TypeError, "is_causal"),
+    "window_size 0": (lambda a: dict(window_size=0), ValueError, "window_size must be"),
+    "window_size no integer": (lambda a: dict(window_size=2.5), TypeError, "window_size must be .*2.5"),
+    "scale no number": (lambda a: dict(scale="1"), TypeError, "scale"),
+    "scale not finite": (lambda a: dict(scale=math.nan), ValueError, "scale"),
+    "bias of another shape": (lambda a: dict(bias=torch.zeros(3, 8, 8, device=device())), ValueError, "bias must broadcast"),
+    "wide heads": (lambda a: dict(q=a.q.new_zeros(1, 4, 8, 300), k=a.q.new_zeros(1, 2, 8, 300)), ValueError, "from 1 to 256"),
+    "float64 on triton": (lambda a: dict(q=a.q.double(), k=a.k.double(), v=a.v.double()), TypeError, "float64")}
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    change, error, words = BAD[case]
+    given = types.SimpleNamespace(**dict(zip("qkv", make_qkv(1, 4, 8, kv_heads=2))))
+    with pytest.raises(error, match=words):
+        attention(**vars(given) | {"backend": "triton"} | change(given))
+
+def test_bad_lists():
     q, k, v = make_qkv(1, 4, 8, kv_heads=2)
-    bad = lambda **kw: {"q": q, "k": k, "v": v, "backend": "triton"} | kw
-    check_raises(attention, [
-        (bad(q=q[0]), ValueError, "q must have 4 dimensions"), (bad(q=1), TypeError, "q must be a tensor"),
-        (bad(k=k.int()), TypeError, "k must be a floating-point"), (bad(v=v.double()), ValueError, "v must have q's type"),
-        (bad(k=k[..., :8]), ValueError, ["k must have q's head_dim 16", "8"]), (bad(v=v[:, :, :4]), ValueError, "v must have k's"),
-        (bad(q=q[:, :3]), ValueError, "3 heads"), (bad(backend="cuda"), ValueError, "backend must be"),
-        (bad(is_causal=1), TypeError, "is_causal"), (bad(window_size=0), ValueError, "window_size must be"), (bad(window_size=2.5), ValueError, "2.5"),
-        (bad(bias=torch.zeros(3, 8, 8, device=device())), ValueError, "bias of shape"),
-        (bad(q=q.new_zeros(1, 4, 8, 300), k=k.new_zeros(1, 2, 8, 300)), ValueError, "between 1 and 256"),
-        (bad(q=q.double(), k=k.double(), v=v.double()), TypeError, "float64")])
-    with pytest.raises(ValueError, match="int32"):
-        varlen_attention(q[0], k[0], v[0], torch.tensor([0, 8], device=device()))
-    with pytest.raises(ValueError, match="q_index must be"):
+    with pytest.raises(TypeError, match="cu_seqlens_q must be a tensor of integers"):
+        varlen_attention(q[0], k[0], v[0], torch.tensor([0.0, 8.0], device=device()))
+    with pytest.raises(ValueError, match="q_index must have shape"):
         indexed_attention(q, k, v, torch.zeros(1, 2, 1, 3, dtype=torch.int32, device=device()), torch.zeros(1, 2, 1, 3, dtype=torch.int32, device=device()))
     with pytest.raises(ValueError, match="kernel must be"):
         register_launch("sm90", "backward", 16, 64, Launch(64, 64, 4, 2))
@@ -201,3 +210,81 @@ def test_bound_launch():
         scale_and_add[(3,)](x, y if more else None, plain, 1.5, 40, TWICE=True, BLOCK=16, num_warps=1)
         want = 3 * x.double() + more * y.double()
         assert torch.equal(out, plain) and (out - want).norm() < 1e-3 * want.norm()
+
+
+def example_operation(name):
+    "y = sum of the list + a x, z = its rows' places; written in plain torch."
+    def forward(x: Tensor, others: list[Tensor], bias: Tensor | None, a: float) -> tuple[Tensor, Tensor]:
+        y = a * x + sum(others) + (0 if bias is None else bias)
+        return y, y.argmax(-1)
+
+    def backward(call):
+        dy = call.grads[0]
+        return dict(x=call.a * dy, others=[dy.clone() for _ in call.others], bias=None if call.bias is None else dy.sum_to_size(call.bias.shape).clone())
+    return operation(name, forward, like=lambda x, *_: (torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.int64)), backward=backward)
+
+def test_operation():
+    "Lists, absent tensors and what needs no gradient, in eager mode, through torch's registry and compiled."
+    op = example_operation("example_operation")
+    x, y, z, b = (torch.randn(3, 4, device=device(), dtype=torch.float64, requires_grad=r) for r in (True, False, True, True))
+    for run in (op, op.overload, torch.compile(op, fullgraph=True, backend="aot_eager")):
+        for bias in (b, None):
+            out, place = run(x, [y, z], bias, 2.0)
+            found = torch.autograd.grad(out.square().sum(), [t for t in (x, z, bias) if t is not None])
+            want = torch.autograd.grad((2 * x + y + z + (0 if bias is None else bias)).square().sum(), [t for t in (x, z, bias) if t is not None])
+            assert all(torch.allclose(f, w) for f, w in zip(found, want, strict=True)) and torch.equal(place, out.argmax(-1))
+    check_opcheck(op, (x, [y, z], b, 2.0))
+    assert example_operation("example_operation")(x, [y], None, 1.0)[0].requires_grad      # declared again, as a cell that runs twice does
+
+def test_operation_is_loud():
+    "No second derivative, no transform: an error, never zeros."
+    op = example_operation("example_operation")
+    x, y = (torch.randn(2, 4, device=device(), requires_grad=True) for _ in range(2))
+    grad, = torch.autograd.grad(op(x, [y], None, 2.0)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grad.sum(), x)
+    for transform in (torch.func.vmap, torch.func.grad, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))):
+        with pytest.raises(RuntimeError, match="cannot run inside torch.func"):
+            transform(lambda x: op(x, [y.detach()], None, 2.0)[0].sum())(x.detach())
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        op(torch.autograd.forward_ad.make_dual(x.detach(), x.detach()), [y.detach()], None, 2.0)
+
+
+def plan_cases():
+    "name -> (q, k, v, options, entry of the launch table)"
+    q, k, v = make_qkv(2, 2, 20)
+    shifted = torch.randn(q.numel() + 1, device=q.device)[1:].view(q.shape)           # its address is no multiple of 16
+    return {
+        "plain": (q, k, v, {}, None), "causal": (q, k, v, dict(is_causal=True), None), "scale": (q, k, v, dict(scale=0.1), None),
+        "window": (q, k, v, dict(window_size=4), None), "wider window": (q, k, v, dict(window_size=5), None),
+        "heads last": (*(t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)), {}, None),
+        "every other key": (q, *(torch.cat([t, t], 2)[:, :, ::2] for t in (k, v)), {}, None), "shifted": (shifted, k, v, {}, None),
+        "float16": (q.half(), k.half(), v.half(), {}, None), "one image": (q[:1], k[:1], v[:1], {}, None),
+        "shared head": (q, k[:, :1], v[:, :1], {}, None), "other tiles": (q, k, v, {}, Launch(16, 16, 4, 1))}
+
+def test_plans_are_not_fooled():
+    cases = plan_cases()
+    arch, bits = arch_of(torch.device(device())), 32
+    for name in [*cases, *reversed(cases)]:
+        q, k, v, options, launch = cases[name]
+        with LAUNCH.trying(arch, "forward", bits, 16, launch) if launch else contextlib.nullcontext():
+            for grad in (False, True):
+                inputs = [t.detach().clone(memory_format=torch.preserve_format) if name != "shifted" else t.detach() for t in (q, k, v)]
+                inputs = [t.requires_grad_(grad) for t in inputs]
+                out = attention(*inputs, backend="triton", **options)
+                want = attention(*(t.detach().double().requires_grad_(grad) for t in inputs), backend="torch", **options)
+                assert rel_error(out, want) < (2e-3 if q.dtype == torch.float16 else 1e-5), name
+                assert out.requires_grad == grad
+
+def test_plans_are_few_and_shared():
+    plans, made = Plans(most=3), []
+    make = lambda key: made.append(key) or key
+    assert [plans.find(k, make, k) for k in (1, 2, 1, 3, 4, 4, 1)] == [1, 2, 1, 3, 4, 4, 1] and made == [1, 2, 3, 4, 1] and len(plans.kept) == 3
+    for change in (lambda: LAUNCH.__setitem__(("nowhere", "forward", 16, 16), 1), lambda: LAUNCH.__delitem__(("nowhere", "forward", 16, 16))):
+        change()                                             # a table changed: what was decided with the old one is not used
+        made.clear()
+        plans.find(4, make, 4)
+        assert made == [4]
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda i: plans.find(i % 5, lambda k: k, i % 5), range(400))) == [i % 5 for i in range(400)]

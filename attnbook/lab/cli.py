@@ -211,11 +211,13 @@ class Check:
 
 # %% ../../nbs/1_foundations/07_cli.ipynb #04c84958
 def check_python() -> Check:
+    "Is this Python new enough?"
     version = ".".join(map(str, sys.version_info[:3]))
     return Check("Python", sys.version_info >= (3, 11), version, "use Python 3.11 or newer", needed=True)
 
 
 def check_torch() -> Check:
+    "Is torch there, and new enough?"
     try:
         import torch
     except ModuleNotFoundError:
@@ -225,6 +227,7 @@ def check_torch() -> Check:
 
 
 def check_gpu() -> Check:
+    "Does torch see a GPU that the kernels are made for?"
     with_torch = importlib.util.find_spec("torch") is not None
     if with_torch and require("torch").cuda.is_available():
         cuda = require("torch").cuda
@@ -249,6 +252,7 @@ assert (x == 1).all()
 
 
 def check_triton() -> Check:
+    "Does Triton run a kernel, on the GPU or in its interpreter?"
     if importlib.util.find_spec("triton") is None:
         return Check("Triton", False, "not installed: backend='torch' only", "pip install 'triton>=3.6' (Linux)")
     gpu = require("torch").cuda.is_available()
@@ -266,12 +270,14 @@ def check_triton() -> Check:
 
 # %% ../../nbs/1_foundations/07_cli.ipynb #2f680fcf
 def check_book() -> Check:
+    "Are the packages there that reading and running the book needs?"
     wanted = ["jupyterlab", "ipykernel", "latex2mathml", "matplotlib", "nbconvert", "pandas", "papermill", "pyarrow", "scipy", "skimage", "sklearn", "tqdm"]
     missing = [m for m in wanted if importlib.util.find_spec(m) is None]
     return Check("book packages", not missing, f"missing: {', '.join(missing)}" if missing else "all there", "pip install 'attnbook[book]'")
 
 
 def check_kernel() -> Check:
+    "Is the Jupyter kernel `python3` this Python?"
     if importlib.util.find_spec("jupyter_client") is None:
         return Check("Jupyter kernel", False, "no Jupyter", "pip install 'attnbook[book]'")
     try:
@@ -284,6 +290,7 @@ def check_kernel() -> Check:
 
 
 def check_data() -> Check:
+    "Are the data packages installed?"
     packages = require("attnbook.lab.data").data_packages()
     optional = set(require("attnbook.lab.data").OPTIONAL_PACKAGES.values())
     missing = [p for p, version in packages.items() if version is None and p not in optional]
@@ -292,6 +299,7 @@ def check_data() -> Check:
 
 # %% ../../nbs/1_foundations/07_cli.ipynb #c4329221
 def check_cache() -> Check:
+    "Can what is made from data be kept?"
     folder = require("attnbook.lab.data").cache_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -303,6 +311,7 @@ def check_cache() -> Check:
 
 
 def check_notebooks() -> Check:
+    "Are the notebooks here?"
     root = CHAPTERS["book"].path
     there = root is not None and root.is_file()
     return Check("notebooks", there, str(root.parents[2]) if there else "not here: the library works, the chapters cannot be run",
@@ -310,6 +319,7 @@ def check_notebooks() -> Check:
 
 
 def check_quarto() -> Check:
+    "Is Quarto there, which builds the site?"
     quarto = shutil.which("quarto")
     if not quarto:
         return Check("Quarto", False, "not installed; only `make book` needs it", "pip install quarto-cli")
@@ -318,6 +328,7 @@ def check_quarto() -> Check:
 
 
 def check_ray() -> Check:
+    "Is Ray there, which sweeps need?"
     there = importlib.util.find_spec("ray") is not None
     return Check("Ray", there, importlib.metadata.version("ray") if there else "not installed; only sweeps need it", "pip install 'attnbook[ray]'")
 

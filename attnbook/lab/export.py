@@ -85,15 +85,15 @@ def read_sections(notebook: Path) -> Sections:
             found.imports.append(source)
         room.cells.append((cell["id"], source, kind != "exporti"))
     if found.package:
-        found.public = _public_names(notebook, found.rooms[found.package])
+        found.public = _public_names(notebook, [s for _, s, _ in found.rooms[found.package].cells if s not in found.imports])
     return found
 
 
-def _public_names(notebook: Path, package: Room) -> list[str]:
+def _public_names(notebook: Path, sources: list[str]) -> list[str]:
     "The list `__all__` that a notebook gives its package. ValueError if the package's room holds anything else."
-    body = ast.parse(package.source).body
+    body = ast.parse("\n".join(sources)).body
     if len(body) != 1 or not isinstance(body[0], ast.Assign) or ast.unparse(body[0].targets[0]) != "__all__":
-        raise ValueError(f"{notebook.name}: what is exported to {package.name!r}, the package of the chapter's rooms, must be one list, `__all__ = [...]`")
+        raise ValueError(f"{notebook.name}: what is exported to the package of the chapter's rooms must be imports and one list, `__all__ = [...]`")
     return list(ast.literal_eval(body[0].value))
 
 # %% ../../nbs/1_foundations/11_export.ipynb #f54f74a0

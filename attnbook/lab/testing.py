@@ -286,10 +286,10 @@ def check_deterministic(op: Callable, inputs: Sequence | Mapping, *, repeats: in
 def check_opcheck(custom_op, args: Sequence, kwargs: Mapping | None = None, **options) -> dict[str, str]:
     """`torch.library.opcheck`: schema, fake kernel, autograd registration and AOT dispatch of a registered operation.
 
-    `custom_op` is what `torch.library.custom_op` returned, or `torch.ops.<namespace>.<name>`. Tensors with
+    `custom_op` is what `attnbook.engine.operation` or `torch.library.custom_op` returned, or `torch.ops.<namespace>.<name>`. Tensors with
     `requires_grad` have the gradients checked. Raises what opcheck raises.
     """
-    return torch.library.opcheck(custom_op, tuple(args), dict(kwargs or {}), **options)
+    return torch.library.opcheck(getattr(custom_op, "overload", custom_op), tuple(args), dict(kwargs or {}), **options)
 
 # %% ../../nbs/1_foundations/06_testing.ipynb #c1b9a339
 def check_compiles(

@@ -10,8 +10,8 @@ __all__ = ['Segments', 'spherical_norm', 'route_scores', 'topw_membership', 'nea
            'routing_model', 'parameter_counts']
 
 # %% auto #imports
-from .kmeans import OnlineKMeans
-from .membership import cluster_sums, nearest_membership, route_scores, spherical_norm, topw_membership
+from .kmeans_nets import OnlineKMeans
+from .membership_op import cluster_sums, nearest_membership, route_scores, spherical_norm, topw_membership
 from .nets import (
     CONFIGS,
     MEMBERSHIPS,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['norm_rows', 'launch_norm', 'assign_tiles', 'place_tiles', 'launch_assign', 'launch_scores', 'sum_tiles',
-           'launch_sums', 'tile_table', 'launch_table']
+           'launch_sums']
 
 # %% auto #imports
 from functools import partial
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..engine import INTERPRETED, arch_of, tl, triton
-from ..lists import padded_dim
+from ..engine.host import round_dim
 
 # %% ../../nbs/4_long_context/routing.ipynb #2eccd578
 @triton.jit
@@ -42,7 +42,7 @@ def launch_norm(x: Tensor, dy: Tensor | None, eps: float) -> Tensor:
     if y.numel():
         bm, (B, H, n, D) = 32, x.shape
         norm_rows[(B * H * triton.cdiv(n, bm),)](x, dy, y, x.stride(), None if dy is None else dy.stride(), n, H, eps,
-                                                 D=D, BD=padded_dim(D), BM=bm, num_warps=4)
+                                                 D=D, BD=round_dim(D), BM=bm, num_warps=4)
     return y
 
 # %% ../../nbs/4_long_context/routing.ipynb #a80510f2
@@ -109,7 +109,7 @@ def launch_assign(x: Tensor, centroids: Tensor, mask: Tensor | None) -> tuple[Te
     cluster, counts, order, offsets = ints(B, H, n), ints(B, H, S * T), ints(B, H, n), ints(B, H, S + 1)
     _launch_assign(x, centroids, None if mask is None else mask.contiguous().view(torch.uint8), cluster, counts, None)
     ends = counts.flatten().cumsum(0, dtype=torch.int32)  # one long sum: torch is slow at a few long rows
-    place_tiles[(B * H * T,)](cluster, counts, ends, order, offsets, n, S, T, BM=bm, BS=padded_dim(S + 1), num_warps=4)
+    place_tiles[(B * H * T,)](cluster, counts, ends, order, offsets, n, S, T, BM=bm, BS=round_dim(S + 1), num_warps=4)
     return cluster, order, offsets
 
 
@@ -134,8 +134,8 @@ def _launch_assign(x, centroids, mask, cluster, counts, scores):
     if INTERPRETED and x.dtype == torch.bfloat16:
         x, mu = x.float(), mu.float()
     exact = "ieee" if x.dtype == torch.float32 else None  # a tie must not hang on tf32
-    assign_tiles[(B * H * T,)](x, mu, mask, cluster, counts, scores, x.stride(), n, k, S, H, T, D=D, BD=padded_dim(D),
-                               BM=bm, BK=bk, BS=padded_dim(S + 1), PRECISION=exact, num_warps=4)
+    assign_tiles[(B * H * T,)](x, mu, mask, cluster, counts, scores, x.stride(), n, k, S, H, T, D=D, BD=round_dim(D),
+                               BM=bm, BK=bk, BS=round_dim(S + 1), PRECISION=exact, num_warps=4)
 
 # %% ../../nbs/4_long_context/routing.ipynb #6256e049
 @triton.jit
@@ -158,29 +158,6 @@ def launch_sums(x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     (B, H, n, D), S = x.shape, offsets.shape[2] - 1
     y = x.new_empty(B, H, S, D, dtype=torch.float32)
     if y.numel():
-        sum_tiles[(B * H * S,)](x, order, offsets.contiguous(), y, x.stride(), n, S, H, D=D, BD=padded_dim(D), BM=32,
+        sum_tiles[(B * H * S,)](x, order, offsets.contiguous(), y, x.stride(), n, S, H, D=D, BD=round_dim(D), BM=32,
                                 num_warps=4)
     return y
-
-# %% ../../nbs/4_long_context/routing.ipynb #28df1be4
-@triton.jit
-def tile_table(OFFSETS, TABLE, S, T, ROWS: tl.constexpr, BS: tl.constexpr):
-    "TABLE (batch * heads, T, 2): segment and first row of every tile. Grid: batch * heads. Unused tiles keep -1."
-    bh = tl.program_id(0).to(tl.int64)
-    s = tl.arange(0, BS)
-    first = tl.load(OFFSETS + bh * (S + 1) + s, mask=s < S, other=0)
-    last = tl.load(OFFSETS + bh * (S + 1) + s + 1, mask=s < S, other=0)
-    tiles = tl.cdiv(last - first, ROWS)
-    at = tl.cumsum(tiles, 0) - tiles
-    for j in range(0, tl.max(tiles)):
-        to = TABLE + (bh * T + at + j) * 2
-        tl.store(to, s, mask=j < tiles)
-        tl.store(to + 1, first + j * ROWS, mask=j < tiles)
-
-
-def launch_table(offsets: Tensor, tiles: int, rows: int) -> Tensor:
-    "Segment and first row of every tile of `rows` rows, -1 for tiles beyond the last: `(B, H, tiles, 2)` int32."
-    (B, H), S = offsets.shape[:2], offsets.shape[2] - 1
-    table = torch.full((B, H, tiles, 2), -1, device=offsets.device, dtype=torch.int32)
-    tile_table[(B * H,)](offsets.contiguous(), table, S, tiles, ROWS=rows, BS=padded_dim(S), num_warps=4)
-    return table

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from ..attention import attention_reference
 from ..checks import check_choice, check_divides, check_int, check_number
+from ..clusters import FAR_BELOW, take_rows
 from ..layers import sinusoids
 from ..music import relative_attention, relative_attention_step
-from .kmeans import OnlineKMeans
-from .membership import spherical_norm, topw_membership
+from .kmeans_nets import OnlineKMeans
+from .membership_op import spherical_norm, topw_membership
 from .op import plain_attention, random_assignment, routed_attention
-from .reference import FAR_BELOW, Segments, score_reference, sort_by_cluster, spherical_norm_reference, take_rows
+from .reference import Segments, score_reference, sort_by_cluster, spherical_norm_reference
 
 # %% ../../nbs/4_long_context/routing.ipynb #5c188d03
 MEMBERSHIPS = ("topw", "nearest", "random", "local", "full")

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['spherical_norm_reference', 'topw_reference', 'Segments', 'sort_by_cluster', 'score_reference', 'nearest_reference',
-           'segment_lists', 'FAR_BELOW', 'routed_attention_reference', 'take_rows', 'mean_of_slots',
-           'routed_attention_gather', 'segment_attention_tiles', 'routing_cost']
+           'segment_lists', 'routed_attention_reference', 'routing_cost']
 
 # %% auto #imports
 import math
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..lists import select_largest_reference
+from ..clusters import FAR_BELOW, select_largest_reference
 
 # %% ../../nbs/4_long_context/routing.ipynb #125860e8
 def spherical_norm_reference(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -74,9 +73,6 @@ def segment_lists(segments: Segments) -> Tensor:
     return lists.masked_fill(r >= size[..., None], -1)
 
 # %% ../../nbs/4_long_context/routing.ipynb #224c5c8c
-FAR_BELOW = -1e5  # logit of a token with itself when it is the last resort
-
-
 def routed_attention_reference(q: Tensor, k: Tensor, v: Tensor, q_lists: Tensor, k_lists: Tensor, *, causal: bool,
                                scale: float | None = None, self_attention: str = "include",
                                window: int | None = None) -> Tensor:
@@ -100,80 +96,6 @@ def routed_attention_reference(q: Tensor, k: Tensor, v: Tensor, q_lists: Tensor,
             out, count = out.index_add(0, i, p @ v[b, h, j]), count.index_add(0, i, torch.ones_like(v[b, h, i, :1]))
         rows.append(out / count.clamp_min(1))
     return torch.stack(rows).unflatten(0, q.shape[:2])
-
-# %% ../../nbs/4_long_context/routing.ipynb #40df4879
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    "Rows of x `(B, H, n, d)` by number `(B, H, …)`, row 0 for -1: `(B, H, …, d)`."
-    flat = index.clamp_min(0).flatten(2).long()[..., None].expand(-1, -1, -1, x.shape[-1])
-    return x.gather(2, flat).unflatten(2, index.shape[2:])
-
-
-def mean_of_slots(out: Tensor, index: Tensor, n: int) -> Tensor:
-    "Means by token, 0 where there is none: out `(B, H, slots, d)`, token numbers `(B, H, slots)`, -1 for none."
-    at = torch.where(index < 0, n, index).long()[..., None]                                # n: a bin for empty slots
-    total = out.new_zeros(*out.shape[:2], n + 1, out.shape[-1]).scatter_add(2, at.expand_as(out), out)
-    count = torch.zeros_like(total[..., :1]).scatter_add(2, at, torch.ones_like(out[..., :1]))
-    return (total / count.clamp_min(1))[:, :, :n]
-
-
-def routed_attention_gather(q: Tensor, k: Tensor, v: Tensor, q_lists: Tensor, k_lists: Tensor, *, causal: bool,
-                            scale: float | None = None, self_attention: str = "include",
-                            window: int | None = None) -> Tensor:
-    "`routed_attention_reference` with gathered tensors instead of loops: what everybody writes."
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    full = torch.promote_types(q.dtype, torch.float32)
-    qc, kc, vc = (take_rows(x, i).to(full) for x, i in ((q, q_lists), (k, k_lists), (v, k_lists)))  # [B, H, k, w, d]
-    i, j = q_lists[..., :, None], k_lists[..., None, :]
-    s = torch.einsum("bhcid,bhcjd->bhcij", qc, kc) * scale                                 # [B, H, k, w, w]
-    if self_attention == "fallback":
-        s = s.masked_fill(i == j, FAR_BELOW)
-    seen = (i >= 0) & (j >= 0)
-    if causal:
-        seen = seen & (j <= i)
-    if window is not None:
-        r, t = (torch.arange(x.shape[-1], device=q.device) for x in (q_lists, k_lists))
-        seen = seen & (t > r[:, None] - window)
-    p = s.masked_fill(~seen, -math.inf).softmax(-1).masked_fill(~seen, 0.0)
-    out = torch.einsum("bhcij,bhcje->bhcie", p, vc).flatten(2, 3)                          # [B, H, k * w, dv]
-    return mean_of_slots(out, q_lists.flatten(2), q.shape[2]).to(v.dtype)
-
-# %% ../../nbs/4_long_context/routing.ipynb #b1000008
-def segment_attention_tiles(q: Tensor, k: Tensor, v: Tensor, a: Segments, b: Segments, *, causal: bool,
-                            scale: float | None = None, self_attention: str = "include", window: int | None = None,
-                            tile: int = 32) -> Tensor:
-    """Attention in segments of queries `a` and keys `b`, tile by tile; otherwise like `routed_attention_reference`."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    full, ranks, n = torch.promote_types(q.dtype, torch.float32), torch.arange(tile, device=q.device), q.shape[2]
-    (first_q, size_q), (first_k, size_k) = ((x.offsets[..., :-1].long(), x.offsets.diff(dim=-1).long()) for x in (a, b))
-    ends = ((size_q + tile - 1) // tile).cumsum(-1)                                       # [B, H, S]
-    t = torch.arange(n // tile + ends.shape[-1], device=q.device).expand(*ends.shape[:2], -1).contiguous()
-    s = torch.searchsorted(ends, t, right=True).clamp(max=ends.shape[-1] - 1)             # [B, H, T]: tile -> segment
-    of = lambda x: x.gather(2, s)[..., None]                                              # [B, H, T, 1]
-    r = (t[..., None] - of(ends) + of((size_q + tile - 1) // tile)) * tile + ranks        # [B, H, T, tile]
-    row = take_rows(a.order[..., None], (of(first_q) + r).clamp(0, max(n - 1, 0)))[..., 0]
-    row = torch.where((r >= 0) & (r < of(size_q)), row.long(), -1)
-    x = take_rows(q, row).to(full) * scale                                                # [B, H, T, tile, d]
-    top, total = x.new_full(row.shape, -math.inf), x.new_zeros(row.shape)
-    acc = x.new_zeros(*row.shape, v.shape[-1])
-    static = size_k.is_meta or torch.compiler.is_compiling()
-    for step in range(-(-(k.shape[2] if static else int(size_k.max())) // tile)):
-        c = step * tile + ranks                                                           # [tile]
-        col = take_rows(b.order[..., None], (of(first_k) + c).clamp(max=k.shape[2] - 1))[..., 0].long()
-        seen = (c < of(size_k))[..., None, :] & (row >= 0)[..., None]                     # [B, H, T, tile, tile]
-        logit = x @ take_rows(k, col).to(full).transpose(-1, -2)
-        if self_attention == "fallback":
-            logit = logit.masked_fill(row[..., None] == col[..., None, :], FAR_BELOW)
-        if causal:
-            seen = seen & (col[..., None, :] <= row[..., None])
-        if window is not None:
-            seen = seen & (c > r[..., None] - window)
-        logit = logit.masked_fill(~seen, -math.inf)
-        new = torch.maximum(top, logit.detach().amax(-1))
-        safe = new.masked_fill(new == -math.inf, 0.0)
-        p, shrink = (logit - safe[..., None]).exp(), (top - safe).exp()
-        total, acc, top = total * shrink + p.sum(-1), acc * shrink[..., None] + p @ take_rows(v, col).to(full), new
-    out = acc / total.masked_fill(total == 0, 1.0)[..., None]
-    return mean_of_slots(out.flatten(2, 3), row.flatten(2), n).to(v.dtype)
 
 # %% ../../nbs/4_long_context/routing.ipynb #6515551c
 def routing_cost(n: int, k: int, w: int, d: int, *, batch: int = 1, heads: int = 1, causal: bool = True,

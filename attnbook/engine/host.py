@@ -10,6 +10,7 @@ __all__ = ['HAS_TRITON', 'triton', 'tl', 'TensorDescriptor', 'INTERPRETED', 'res
 # %% auto #imports
 import contextlib
 import functools
+import inspect
 import os
 import threading
 from collections.abc import Callable
@@ -181,23 +182,71 @@ class BoundLaunch:
             return self.kernel[self.grid](*tensors, *self.rest, **self.constants)
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
-        key = (device, *(_kind(t) for t in tensors))
-        known = self.kept.get(key)
+        known = self.kept.get((device, *map(_kind, tensors)))
         if known is None or _hooked():
-            compiled = self.kernel[self.grid](*tensors, *self.rest, **self.constants)
-            if hasattr(compiled, "packed_metadata"):         # there are tools that replace Triton's launch
-                names = self.kernel.arg_names[len(tensors) + len(self.rest):]
-                self.kept[key] = compiled.run, compiled.function, compiled.packed_metadata, (*self.rest, *(self.constants[n] for n in names))
-            return
-        run, function, metadata, last = known
-        run(*self.grid, driver.get_current_stream(device), function, metadata, None, None, None, *tensors, *last)
+            return self._first(device, tensors)
+        known(driver.get_current_stream(device), tensors)
+
+    def _first(self, device, tensors):
+        "A launch by Triton itself, whose compiled kernel is kept."
+        compiled = self.kernel[self.grid](*tensors, *self.rest, **self.constants)
+        if hasattr(compiled, "packed_metadata"):             # there are tools that replace Triton's launch
+            names = self.kernel.arg_names[len(tensors) + len(self.rest):]
+            last = (*self.rest, *(self.constants[n] for n in names))
+            self.kept[(device, *map(_kind, tensors))] = _direct_launch(compiled, self.grid, tensors, last) or functools.partial(
+                _plain_launch, compiled.run, self.grid, compiled.function, compiled.packed_metadata, last)
 
 
 def _kind(t):
     "What Triton compiles for: type and alignment of a tensor."
     if isinstance(t, Tensor):
-        return t.dtype, t.data_ptr() % 16 == 0
+        return t.dtype, t.data_ptr() & 15
     return tuple(map(_kind, t)) if isinstance(t, tuple) else None
+
+
+def _plain_launch(run, grid, function, metadata, last, stream, tensors):
+    "Launches a compiled kernel the way Triton does."
+    run(*grid, stream, function, metadata, None, None, None, *tensors, *last)
+
+
+def _direct_launch(compiled, grid, tensors, last) -> Callable | None:
+    """Launches a compiled kernel as Triton 3.6 does, without making again what is the same each time: the list of arguments, and of a tensor descriptor all
+    but the address. None for other versions and for kernels that want scratch memory."""
+    run = compiled.run
+    if not triton.__version__.startswith("3.6.") or run.global_scratch_size or run.profile_scratch_size:
+        return None
+    launch, boxes = run.launch, {}
+    if inspect.isfunction(launch):                           # it makes descriptors before it calls the launcher proper
+        inside = inspect.getclosurevars(launch).nonlocals
+        launch, boxes = inside["launcher"], dict(zip(sorted(inside["tensordesc_indices"]), inside["tensordesc_meta"]))
+        if not all(boxes.values()) or max(boxes) >= len(tensors):
+            return None
+    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+    fill = triton.runtime.driver.active.utils.fill_tma_descriptor
+    args = [*grid, None, compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None]
+    plain, described = [], []
+    for i, x in enumerate((*tensors, *last)):
+        if i in boxes:
+            m = boxes[i]
+            if m["fp4_padded"]:
+                return None
+            described.append((len(args), i, (m["swizzle"], m["elem_size"], TMA_DTYPE_DEVICE_TO_HOST[m["elem_type"]], m["block_size"],
+                                             x.shape, x.strides, int(x.padding == "nan"))))
+            args += [None, *x.shape, *x.strides]
+        else:
+            if i < len(tensors):
+                plain.append((len(args), i))
+            args.append(x if i >= len(tensors) else None)
+
+    def go(stream, tensors):
+        full = args.copy()
+        full[3] = stream
+        for at, i in plain:
+            full[at] = tensors[i]
+        for at, i, rest in described:
+            full[at] = fill(tensors[i].base.data_ptr(), *rest)
+        launch(*full)
+    return go
 
 
 def _hooked() -> bool:
@@ -238,7 +287,7 @@ class Plans:
 
         For the checks and choices of a public function. Where somebody traces, and for tensors that are no ordinary ones, it is made anew.
         """
-        if torch.compiler.is_compiling() or not all(t is None or type(t) in ORDINARY for t in tensors):
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not all(t is None or type(t) in ORDINARY for t in tensors):
             return make(*tensors, **options)
         key = signature(*tensors), tuple((type(x), x) for x in options.values())     # 1, 1.0 and True are equal, and not the same
         try:

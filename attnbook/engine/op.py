@@ -22,7 +22,7 @@ from .wiring import operation
 def _tile_forward(q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None, operands: list[Tensor],
                   program: str, ints: list[int], consts: list[int], scale: float) -> tuple[Tensor, Tensor]:
     out, lse = through_float32(run_forward, (q, k, v, extra_k, extra_v), operands, program, ints, consts, scale)
-    return out.to(q.dtype), lse
+    return out if out.dtype == q.dtype else out.to(q.dtype), lse
 
 def _tile_like(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     slots = slot_shape(PROGRAMS[program], q, operands)
@@ -39,10 +39,11 @@ def _tile_backward(call):
     run = lambda do, q, k, v, extra_k, extra_v, out: run_backward(
         do, dlse, q, k, v, extra_k, extra_v, call.operands, out, lse, call.program, call.ints, call.consts, call.scale, wants)
     dq, dk, dv, *rest = through_float32(run, (do, call.q, call.k, call.v, call.extra_k, call.extra_v, out))
-    found = dict(q=dq.to(call.q.dtype), k=dk.to(call.q.dtype), v=dv.to(call.q.dtype))
-    if call.extra_k is not None:
-        found |= dict(extra_k=rest.pop(0).to(call.q.dtype), extra_v=rest.pop(0).to(call.q.dtype))
-    return found | dict(operands=[g.to(t.dtype) for g, t in zip(rest, call.operands)] + [None] * (len(call.operands) - len(rest)))
+    grads = [dq, dk, dv, *rest]
+    likes = [t for t in (call.q, call.k, call.v, call.extra_k, call.extra_v) if t is not None] + call.operands[:wants]
+    grads = [g if g.dtype == t.dtype else g.to(t.dtype) for g, t in zip(grads, likes)]
+    names = ("q", "k", "v") if call.extra_k is None else ("q", "k", "v", "extra_k", "extra_v")
+    return dict(zip(names, grads)) | dict(operands=grads[len(names):] + [None] * (len(call.operands) - wants))
 
 def _tile_gradients(call):
     indexed = PROGRAMS[call.program].indexed

@@ -31,6 +31,8 @@ class Operation:
         self.tensors = tuple(n for n, kind in zip(self.parameters, kinds) if "Tensor" in kind)
         self.kept = tuple(n for n in self.tensors if n not in drop)
         self.nondifferentiable = nondifferentiable
+        self.places = {n: i for i, n in enumerate(self.parameters)}
+        self.single_tensors = tuple(n for n in self.tensors if n not in self.lists)
         self.op = torch.library.custom_op(f"attnbook::{name}", self.forward, mutates_args=(), schema=schema)
         self.op.register_fake(like)
         self.overload = self.op._opoverload
@@ -45,7 +47,9 @@ class Operation:
             return self.overload(*args)
         if self.backward is not None and (torch.is_grad_enabled() and _requires_grad(args) or forward_ad._current_level >= 0):
             return self.function.apply(*self._flat(args))
-        with torch._C._AutoDispatchBelowAutograd():
+        if self.backward is not None or not torch.is_grad_enabled():
+            return self.forward(*args)
+        with torch._C._AutoDispatchBelowAutograd():          # nothing inside is to be differentiated
             return self.forward(*args)
 
     def _flat(self, args):
@@ -146,48 +150,51 @@ def _autograd_function(operation: Operation):
     "The `torch.autograd.Function` through which an operation is differentiated in eager mode."
     n = len(operation.parameters)
 
+    places, names, lists = [operation.places[m] for m in operation.single_tensors], operation.single_tensors, operation.lists
+    kept = [m in operation.kept for m in names]
+
     def forward(ctx, *flat):
         args = operation._unflat(flat)
         found = operation.forward(*args)
-        outputs = (found,) if operation.single else tuple(found)
-        ctx.args = [None if name in operation.tensors else a for name, a in zip(operation.parameters, args)]
-        tensors = [a if name in operation.kept else None for name, a in zip(operation.parameters, args) if name in operation.tensors and name not in operation.lists]
-        ctx.save_for_backward(*tensors, *flat[n:], *outputs)
-        ctx.counts = [len(a) for name, a in zip(operation.parameters, args) if name in operation.lists]
+        outputs = (found,) if operation.single else found
+        ctx.save_for_backward(*(flat[i] if keep else None for i, keep in zip(places, kept)), *flat[n:], *outputs)
+        ctx.args = list(flat[:n])
+        for i in places:
+            ctx.args[i] = None
         if operation.nondifferentiable:
             ctx.mark_non_differentiable(*(outputs[i] for i in operation.nondifferentiable))
         ctx.set_materialize_grads(False)
-        return found if operation.single else outputs
+        return found
 
     def gradients(ctx, *grads):
-        wanted = ctx.needs_input_grad
-        if all(g is None for g in grads):
+        wanted, count = ctx.needs_input_grad, len(places)
+        if not any(g is not None for g in grads):
             return (None,) * len(wanted)
         saved = ctx.saved_tensors
-        plain = [name for name in operation.tensors if name not in operation.lists]
-        by_name, at, i = dict(zip(plain, saved)), len(plain), 0
-        needs, place = [], n
-        for name, count in zip(operation.lists, ctx.counts):
-            by_name[name] = list(saved[at:at + count])
-            at += count
-        for name in operation.tensors:
-            if name in operation.lists:
-                count = ctx.counts[i]
-                needs += wanted[place:place + count]
-                place, i = place + count, i + 1
-            else:
-                needs.append(wanted[operation.parameters.index(name)])
-        args = [by_name.get(name, a) for name, a in zip(operation.parameters, ctx.args)]
-        call = operation._call(args, grads, saved[at:], iter(needs))
-        found = iter(operation._listed(operation.backward(call), call))
-        head = dict.fromkeys(operation.parameters)
-        lists = {}
-        for name in operation.tensors:                       # in the order of `_listed`
-            if name in operation.lists:
-                lists[name] = [next(found) if w else None for w in call.needs[name]]
-            elif call.needs[name]:
-                head[name] = next(found)
-        return *head.values(), *(g for name in operation.lists for g in lists[name])
+        call = types.SimpleNamespace(**dict(zip(operation.parameters, ctx.args)), grads=grads, needs={})
+        for name, i, t in zip(names, places, saved):
+            setattr(call, name, t)
+            call.needs[name] = wanted[i]
+        place = n
+        for name in lists:                                   # `_flat` left the length of a list in its place
+            length = ctx.args[operation.places[name]]
+            setattr(call, name, list(saved[count:count + length]))
+            call.needs[name] = list(wanted[place:place + length])
+            count, place = count + length, place + length
+        call.outputs = saved[count:]
+        found = operation.backward(call)
+        head, tail = [None] * n, []
+        for name, i in zip(names, places):
+            if wanted[i]:
+                head[i] = found.get(name)
+                if head[i] is None:
+                    raise RuntimeError(f"attnbook::{operation.name} has no gradient for {name}")
+        for name in lists:
+            needs, some = call.needs[name], found.get(name) or ()
+            if any(needs) and any(w and (j >= len(some) or some[j] is None) for j, w in enumerate(needs)):
+                raise RuntimeError(f"attnbook::{operation.name} has no gradient for {name}")
+            tail += [some[j] if w else None for j, w in enumerate(needs)]
+        return *head, *tail
 
     def backward(ctx, *grads):
         if not torch.is_grad_enabled():

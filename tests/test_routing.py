@@ -134,21 +134,21 @@ def test_norm_forgets_shift_and_scale():
     assert (spherical_norm(torch.ones(1, 1, 2, 8)) == 0).all()
 
 
-ROUTES = [(1, 1, 16, False), (70, 5, 16, True), (45, 21, 24, False)]  # tokens, clusters, head_dim, with padding
+ROUTES = [(1, 1, 16, False), (70, 5, 16, True), (40, 18, 24, False)]  # tokens, clusters, head_dim, with padding
 
 
 @pytest.mark.parametrize("n, k, d, masked", ROUTES)
 def test_assignment_kernels(n, k, d, masked):
-    x = spherical_norm(make_qkv(2, 2, n, d)[0])
+    B = 1 + masked
+    x = spherical_norm(make_qkv(B, 2, n, d)[0])
     mu = spherical_norm(make_qkv(1, 2, k, d, seed=3)[0])[0]
-    mask = torch.rand(2, n, generator=torch.Generator().manual_seed(1)).to(x.device) > 0.2 if masked else None
+    mask = torch.rand(B, n, generator=torch.Generator().manual_seed(1)).to(x.device) > 0.2 if masked else None
     want, got = (nearest_membership(x, mu, mask, backend=z) for z in ("torch", "triton"))
     r, s = (route_scores(x, mu, backend=z) for z in ("torch", "triton"))
     assert all(torch.equal(a, b) for a, b in zip(want, got)) and rel_error(s, r) < 1e-5
     assert (got.offsets.diff(dim=-1) >= 0).all() and (got.offsets[..., -1] == n).all()
-    for w in (1, 4, n):
-        a, b = (topw_membership(r, w, mask, backend=z) for z in ("torch", "triton"))
-        assert torch.equal(a, b) and a.shape == (2, 2, k, min(w, n))
+    a, b = (topw_membership(r[:, :, :5], 4, mask, backend=z) for z in ("torch", "triton"))
+    assert torch.equal(a, b) and a.shape == (B, 2, min(k, 5), min(4, n))
 
 
 ROUTED = {  # membership of queries and of keys, arguments
@@ -335,9 +335,9 @@ def test_empty_cluster_and_official_start():
 def test_averages_move_in_any_type(dtype):
     m = _kmeans().to(dtype)
     assert all(t.dtype == torch.promote_types(dtype, torch.float32) for t in m.buffers())
-    for _ in range(3000): m.update(torch.ones(2, 3, 16), torch.tensor([[64.0, 0, 1]] * 2))
-    want = 0.999**3000 + (1 - 0.999**3000) * torch.tensor([64.0, 0, 1])
-    assert (m.counts.cpu() - want).abs().max() < 0.01
+    for _ in range(300): m.update(torch.ones(2, 3, 16), torch.tensor([[64.0, 0, 1]] * 2))
+    want = 0.999**300 + (1 - 0.999**300) * torch.tensor([64.0, 0, 1])
+    assert (m.counts.cpu() - want).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.999])
@@ -378,7 +378,7 @@ def test_commitment_gradient():
 
 TWO_PROCESSES = """
 import os, sys, torch
-from attnbook.routing.kmeans import OnlineKMeans, spherical_norm_reference
+from attnbook.routing.kmeans_nets import OnlineKMeans, spherical_norm_reference
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 x = spherical_norm_reference(torch.randn(2, 2, 30, 16, generator=torch.Generator().manual_seed(0)))

@@ -13,6 +13,7 @@ import math
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from .nets import Router, RoutingSelfAttention, RoutingTransformerLM
 from .presets_study import PRESETS
 
 # %% ../../nbs/4_long_context/routing.ipynb #1d7199a3
+@lru_cache(maxsize=1)
 def language_data() -> tuple[Tensor, Tensor, Tensor]:
     "Python's standard library as bytes, in pieces for training, validation and test."
     skip = ("test", "tests", "site-packages", "__pycache__", "idlelib", "lib2to3")

@@ -15,13 +15,14 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from .host import ORDINARY, on_device
+from .host import INTERPRETED, ORDINARY, on_device
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #e9a58d12
 class Operation:
     "A differentiable operation of the book, made by `operation`; call it with all its arguments by position."
 
-    def __init__(self, name, forward, like, backward, gradients_like, drop, nondifferentiable):
+    def __init__(self, name, forward, like, backward, gradients_like, drop, nondifferentiable, plan):
+        self.plan = plan
         self.name, self.forward, self.like, self.backward = name, on_device(forward), like, backward
         self.gradients_like = gradients_like or (lambda call: {n: _empty_copies(getattr(call, n)) for n in self.tensors})
         schema = torch.library.infer_schema(forward, mutates_args=())
@@ -31,6 +32,8 @@ class Operation:
         self.tensors = tuple(n for n, kind in zip(self.parameters, kinds) if "Tensor" in kind)
         self.kept = tuple(n for n in self.tensors if n not in drop)
         self.nondifferentiable = nondifferentiable
+        self.places = {n: i for i, n in enumerate(self.parameters)}
+        self.single_tensors = tuple(n for n in self.tensors if n not in self.lists)
         self.op = torch.library.custom_op(f"attnbook::{name}", self.forward, mutates_args=(), schema=schema)
         self.op.register_fake(like)
         self.overload = self.op._opoverload
@@ -39,14 +42,27 @@ class Operation:
             self._register_backward(schema)
         self.function = _autograd_function(self)
 
-    def __call__(self, *args):
+    def __call__(self, *args, kept: dict | None = None):
+        """The operation's outputs. `kept`: a dict that belongs to all calls with the same arguments but for the numbers in the tensors (`Plans.decide` makes
+        such); what forward and backward pass decide is kept in it."""
         if torch.compiler.is_compiling() or not _plain(args):
             _refuse_transforms(self.name)
             return self.overload(*args)
         if self.backward is not None and (torch.is_grad_enabled() and _requires_grad(args) or forward_ad._current_level >= 0):
-            return self.function.apply(*self._flat(args))
-        with torch._C._AutoDispatchBelowAutograd():
+            return self.function.apply(kept, *self._flat(args))
+        if kept is not None:
+            return self._planned(kept, args)
+        if self.backward is not None or not torch.is_grad_enabled():
             return self.forward(*args)
+        with torch._C._AutoDispatchBelowAutograd():          # nothing inside is to be differentiated
+            return self.forward(*args)
+
+    def _planned(self, kept, args):
+        "The outputs by the plan that is kept, which is made first if it is not there."
+        run = kept.get("forward")
+        if run is None:
+            run = kept["forward"] = on_device(self.plan(*args)) if self.plan is not None and not INTERPRETED else self.forward
+        return run(*args)
 
     def _flat(self, args):
         "The arguments with every list of tensors replaced by its length and, at the end, its tensors."
@@ -67,7 +83,7 @@ class Operation:
 
     def _call(self, args, grads, outputs, needs):
         "What `backward` gets."
-        call = types.SimpleNamespace(**dict(zip(self.parameters, args)), grads=grads, outputs=outputs, needs={})
+        call = types.SimpleNamespace(**dict(zip(self.parameters, args)), grads=grads, outputs=outputs, needs={}, kept=None)
         for n in self.tensors:
             value = getattr(call, n)
             call.needs[n] = [next(needs) for _ in value] if n in self.lists else next(needs)
@@ -146,48 +162,52 @@ def _autograd_function(operation: Operation):
     "The `torch.autograd.Function` through which an operation is differentiated in eager mode."
     n = len(operation.parameters)
 
-    def forward(ctx, *flat):
+    places, names, lists = [operation.places[m] for m in operation.single_tensors], operation.single_tensors, operation.lists
+    saves = [m in operation.kept for m in names]
+
+    def forward(ctx, kept, *flat):
         args = operation._unflat(flat)
-        found = operation.forward(*args)
-        outputs = (found,) if operation.single else tuple(found)
-        ctx.args = [None if name in operation.tensors else a for name, a in zip(operation.parameters, args)]
-        tensors = [a if name in operation.kept else None for name, a in zip(operation.parameters, args) if name in operation.tensors and name not in operation.lists]
-        ctx.save_for_backward(*tensors, *flat[n:], *outputs)
-        ctx.counts = [len(a) for name, a in zip(operation.parameters, args) if name in operation.lists]
+        found = operation.forward(*args) if kept is None else operation._planned(kept, args)
+        ctx.kept = kept
+        outputs = (found,) if operation.single else found
+        ctx.save_for_backward(*(flat[i] if keep else None for i, keep in zip(places, saves)), *flat[n:], *outputs)
+        ctx.args = list(flat[:n])
+        for i in places:
+            ctx.args[i] = None
         if operation.nondifferentiable:
             ctx.mark_non_differentiable(*(outputs[i] for i in operation.nondifferentiable))
         ctx.set_materialize_grads(False)
-        return found if operation.single else outputs
+        return found
 
     def gradients(ctx, *grads):
-        wanted = ctx.needs_input_grad
-        if all(g is None for g in grads):
-            return (None,) * len(wanted)
+        wanted, count = ctx.needs_input_grad[1:], len(places)
+        if not any(g is not None for g in grads):
+            return (None,) * (1 + len(wanted))
         saved = ctx.saved_tensors
-        plain = [name for name in operation.tensors if name not in operation.lists]
-        by_name, at, i = dict(zip(plain, saved)), len(plain), 0
-        needs, place = [], n
-        for name, count in zip(operation.lists, ctx.counts):
-            by_name[name] = list(saved[at:at + count])
-            at += count
-        for name in operation.tensors:
-            if name in operation.lists:
-                count = ctx.counts[i]
-                needs += wanted[place:place + count]
-                place, i = place + count, i + 1
-            else:
-                needs.append(wanted[operation.parameters.index(name)])
-        args = [by_name.get(name, a) for name, a in zip(operation.parameters, ctx.args)]
-        call = operation._call(args, grads, saved[at:], iter(needs))
-        found = iter(operation._listed(operation.backward(call), call))
-        head = dict.fromkeys(operation.parameters)
-        lists = {}
-        for name in operation.tensors:                       # in the order of `_listed`
-            if name in operation.lists:
-                lists[name] = [next(found) if w else None for w in call.needs[name]]
-            elif call.needs[name]:
-                head[name] = next(found)
-        return *head.values(), *(g for name in operation.lists for g in lists[name])
+        call = types.SimpleNamespace(**dict(zip(operation.parameters, ctx.args)), grads=grads, needs={}, kept=ctx.kept)
+        for name, i, t in zip(names, places, saved):
+            setattr(call, name, t)
+            call.needs[name] = wanted[i]
+        place = n
+        for name in lists:                                   # `_flat` left the length of a list in its place
+            length = ctx.args[operation.places[name]]
+            setattr(call, name, list(saved[count:count + length]))
+            call.needs[name] = list(wanted[place:place + length])
+            count, place = count + length, place + length
+        call.outputs = saved[count:]
+        found = operation.backward(call)
+        head, tail = [None] * n, []
+        for name, i in zip(names, places):
+            if wanted[i]:
+                head[i] = found.get(name)
+                if head[i] is None:
+                    raise RuntimeError(f"attnbook::{operation.name} has no gradient for {name}")
+        for name in lists:
+            needs, some = call.needs[name], found.get(name) or ()
+            if any(needs) and any(w and (j >= len(some) or some[j] is None) for j, w in enumerate(needs)):
+                raise RuntimeError(f"attnbook::{operation.name} has no gradient for {name}")
+            tail += [some[j] if w else None for j, w in enumerate(needs)]
+        return None, *head, *tail
 
     def backward(ctx, *grads):
         if not torch.is_grad_enabled():
@@ -245,7 +265,7 @@ def _requires_grad(args) -> bool:
 
 
 def operation(name: str, forward: Callable, *, like: Callable, backward: Callable | None = None, gradients_like: Callable | None = None,
-              drop: tuple[str, ...] = (), nondifferentiable: tuple[int, ...] = ()) -> Operation:
+              drop: tuple[str, ...] = (), nondifferentiable: tuple[int, ...] = (), plan: Callable | None = None) -> Operation:
     """Declares `attnbook::<name>` and returns it, ready to be called with all its arguments by position.
 
     - `forward(*args)` computes it: parameters and result are annotated (Tensor, Tensor | None, list[Tensor], int, float, bool, str, list[int]; one tensor
@@ -257,7 +277,10 @@ def operation(name: str, forward: Callable, *, like: Callable, backward: Callabl
     - `gradients_like(call)`: what `backward` returns, as empty tensors. Default: like the arguments themselves.
     - `drop`: tensors that the backward pass does not need (None in `call`). `nondifferentiable`: outputs, by number, through which no gradient flows.
 
+    - `plan(*args)`: a function of the same arguments that computes what `forward` does for all calls that differ in the tensors' numbers only. Used for calls
+      with `kept`, whose dict the backward pass finds as `call.kept`.
+
     A second derivative and the transforms of torch.func (vmap, grad, jvp) raise RuntimeError, forward-mode differentiation NotImplementedError: never zeros in silence.
     Declaring a name again replaces it.
     """
-    return Operation(name, forward, like, backward, gradients_like, tuple(drop), tuple(nondifferentiable))
+    return Operation(name, forward, like, backward, gradients_like, tuple(drop), tuple(nondifferentiable), plan)

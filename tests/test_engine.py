@@ -266,6 +266,34 @@ def test_operation_keeps_what_it_needs():
         assert torch.allclose(found[0], x.exp()) and torch.equal(found[1], torch.ones_like(b))
 
 
+@pytest.mark.parametrize("ruled_out", [slice(0, 16), slice(1, None), slice(None)], ids=["the first tile", "all but one key", "all keys"])
+@pytest.mark.parametrize("value", [-math.inf, -1e4], ids=str)
+def test_bias_rules_out(ruled_out, value):
+    q, k, v = make_qkv(1, 1, 32)
+    bias = torch.zeros(1, 1, 1, 32, device=q.device)
+    bias[..., ruled_out] = value
+    check_against_reference(*[lambda q, k, v, b=b: attention(q, k, v, bias=bias.to(q.dtype), backend=b) for b in ("triton", "torch")], (q, k, v))
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_rows_behind_the_last_sequence(backend):
+    cu = torch.tensor([0, 3, 8], dtype=torch.int32, device=device())
+    junk = [torch.full((1, 2, 10, 8), 7e9, device=device()) for _ in range(50)]
+    del junk                                                 # what an allocation without zeros would show
+    inputs = [torch.randn(2, 10, 8, device=device(), requires_grad=True) for _ in range(3)]
+    out, lse = varlen_attention(*inputs, cu, return_lse=True, backend=backend)
+    grads = torch.autograd.grad(out.sum(), inputs)
+    assert out.shape == (2, 10, 8) and (out[:, 8:] == 0).all() and (lse[:, 8:] == -math.inf).all() and all((g[:, 8:] == 0).all() for g in grads)
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("batch, groups, width, keys", [(0, 1, 2, 4), (1, 0, 2, 4), (1, 1, 0, 4), (1, 1, 2, 0)], ids=["batch", "groups", "width", "keys"])
+def test_lists_of_nothing(batch, groups, width, keys, backend):
+    q, k = (torch.randn(batch, 2, n, 8, device=device(), requires_grad=True) for n in (4, keys))
+    index = torch.full((batch, 2, groups, width), -1, dtype=torch.int32, device=device())
+    out, lse = indexed_attention(q, k, k, index, index.clone(), return_lse=True, backend=backend)
+    grads = torch.autograd.grad(out.sum(), (q, k))
+    assert out.shape == (*index.shape, 8) and (out == 0).all() and lse.shape == index.shape and all(g.shape == t.shape and (g == 0).all() for g, t in zip(grads, (q, k)))
+
+
 def plan_cases():
     "name -> (q, k, v, options, entry of the launch table)"
     q, k, v = make_qkv(2, 2, 20)

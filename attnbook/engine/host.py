@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HAS_TRITON', 'triton', 'tl', 'TensorDescriptor', 'INTERPRETED', 'resolve_backend', 'arch_of', 'pretend', 'Launch',
            'LaunchTable', 'BoundLaunch', 'signature', 'Plans', 'ORDINARY', 'on_device', 'round_dim', 'dot_precision',
-           'needs_64_bit', 'through_float32', 'autocast']
+           'needs_64_bit', 'through_float32', 'autocasting', 'autocast']
 
 # %% auto #imports
 import contextlib
@@ -211,6 +211,19 @@ class BoundLaunch:
             return self._first(device, tensors)
         known(driver.get_current_stream(device), tensors)
 
+    def same(self, *tensors):
+        "The launch where all calls have tensors of one type and alignment: what is known is looked up by the device alone."
+        if INTERPRETED:
+            return self.kernel[self.grid](*tensors, *self.rest, **self.constants)
+        driver = triton.runtime.driver.active
+        device = driver.get_current_device()
+        known = self.kept.get(device)
+        if known is None or _hooked():
+            self._first(device, tensors)
+            self.kept[device] = self.kept.get((device, *map(_kind, tensors)))
+        else:
+            known(driver.get_current_stream(device), tensors)
+
     def _first(self, device, tensors):
         "A launch by Triton itself, whose compiled kernel is kept."
         compiled = self.kernel[self.grid](*tensors, *self.rest, **self.constants)
@@ -281,7 +294,7 @@ def _hooked() -> bool:
 
 def signature(*tensors: Tensor | None) -> tuple:
     "All that a plan may depend on of its tensors: shape, strides, type, device, and whether the address is a multiple of 16."
-    return tuple(None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16 == 0) for t in tensors)
+    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15 == 0) for t in tensors])
 
 
 class Plans:
@@ -296,7 +309,10 @@ class Plans:
     def find(self, key, make: Callable, *args):
         "The plan kept under the key, or `make(*args)`, which is then kept."
         key = key, LaunchTable.version, _PRETENDED[-1] if _PRETENDED else None, torch.get_float32_matmul_precision()
-        plan = self.kept.get(key)
+        try:
+            plan = self.kept.get(key)
+        except TypeError:
+            raise _Unhashable from None
         if plan is None:
             plan = make(*args)
             with self.lock:
@@ -311,14 +327,20 @@ class Plans:
 
         For the checks and choices of a public function. Where somebody traces, and for tensors that are no ordinary ones, it is made anew.
         """
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not all(t is None or type(t) in ORDINARY for t in tensors):
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return make(*tensors, **options)
-        key = signature(*tensors), tuple((type(x), x) for x in options.values())     # 1, 1.0 and True are equal, and not the same
+        for t in tensors:
+            if t is not None and type(t) not in ORDINARY or t is not None and t.is_meta:
+                return make(*tensors, **options)
+        key = make, signature(*tensors), *options.values(), *map(type, options.values())   # 1, 1.0 and True are equal, and not the same
         try:
-            hash(key)
-        except TypeError:                                    # a list, say: whoever checks it will say so
+            return self.find(key, lambda: make(*tensors, **options))
+        except _Unhashable:                                  # a list, say: whoever checks it will say so
             return make(*tensors, **options)
-        return self.find((make, *key), lambda: make(*tensors, **options))
+
+
+class _Unhashable(Exception):
+    "A key cannot be looked up."
 
 
 #: types of tensors that come as they are; others (fake ones, subclasses) want to see what is done with them
@@ -359,10 +381,14 @@ def through_float32(run: Callable, tensors, *rest):
     return run(*(t if t is None or t.dtype != torch.bfloat16 else t.float() for t in tensors), *rest)
 
 
+def autocasting(t: Tensor) -> bool:
+    "Is autocast on for the tensor's device, and does it mean this type?"
+    return torch.is_autocast_enabled(t.device.type) and t.dtype != torch.float64
+
+
 def autocast(*tensors: Tensor | None) -> tuple:
     "The tensors in autocast's type, if it is on for their device, as `scaled_dot_product_attention` takes them."
-    first = tensors[0]
-    if not torch.is_autocast_enabled(first.device.type) or first.dtype == torch.float64:
+    if not autocasting(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t if t is None else t.to(dtype) for t in tensors)

@@ -15,13 +15,14 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from .host import ORDINARY, on_device
+from .host import INTERPRETED, ORDINARY, on_device
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #e9a58d12
 class Operation:
     "A differentiable operation of the book, made by `operation`; call it with all its arguments by position."
 
-    def __init__(self, name, forward, like, backward, gradients_like, drop, nondifferentiable):
+    def __init__(self, name, forward, like, backward, gradients_like, drop, nondifferentiable, plan):
+        self.plan = plan
         self.name, self.forward, self.like, self.backward = name, on_device(forward), like, backward
         self.gradients_like = gradients_like or (lambda call: {n: _empty_copies(getattr(call, n)) for n in self.tensors})
         schema = torch.library.infer_schema(forward, mutates_args=())
@@ -33,24 +34,33 @@ class Operation:
         self.nondifferentiable = nondifferentiable
         self.places = {n: i for i, n in enumerate(self.parameters)}
         self.single_tensors = tuple(n for n in self.tensors if n not in self.lists)
-        self.op = torch.library.custom_op(f"attnbook::{name}", self.forward, mutates_args=(), schema=schema)
-        self.op.register_fake(like)
-        self.overload = self.op._opoverload
+        self.library, self.overload = _define(name, schema, self.forward, like)
         self.single = len(self.overload._schema.returns) == 1
         if backward is not None:
             self._register_backward(schema)
         self.function = _autograd_function(self)
 
-    def __call__(self, *args):
+    def __call__(self, *args, kept: dict | None = None):
+        """The operation's outputs. `kept`: a dict that belongs to all calls with the same arguments but for the numbers in the tensors (`Plans.decide` makes
+        such); what forward and backward pass decide is kept in it."""
         if torch.compiler.is_compiling() or not _plain(args):
             _refuse_transforms(self.name)
             return self.overload(*args)
         if self.backward is not None and (torch.is_grad_enabled() and _requires_grad(args) or forward_ad._current_level >= 0):
-            return self.function.apply(*self._flat(args))
+            return self.function.apply(kept, *self._flat(args))
+        if kept is not None:
+            return self._planned(kept, args)
         if self.backward is not None or not torch.is_grad_enabled():
             return self.forward(*args)
         with torch._C._AutoDispatchBelowAutograd():          # nothing inside is to be differentiated
             return self.forward(*args)
+
+    def _planned(self, kept, args):
+        "The outputs by the plan that is kept, which is made first if it is not there."
+        run = kept.get("forward")
+        if run is None:
+            run = kept["forward"] = on_device(self.plan(*args)) if self.plan is not None and not INTERPRETED else self.forward
+        return run(*args)
 
     def _flat(self, args):
         "The arguments with every list of tensors replaced by its length and, at the end, its tensors."
@@ -71,7 +81,7 @@ class Operation:
 
     def _call(self, args, grads, outputs, needs):
         "What `backward` gets."
-        call = types.SimpleNamespace(**dict(zip(self.parameters, args)), grads=grads, outputs=outputs, needs={})
+        call = types.SimpleNamespace(**dict(zip(self.parameters, args)), grads=grads, outputs=outputs, needs={}, kept=None)
         for n in self.tensors:
             value = getattr(call, n)
             call.needs[n] = [next(needs) for _ in value] if n in self.lists else next(needs)
@@ -100,8 +110,7 @@ class Operation:
             call = self._call(args, grads, outputs, iter(needs))
             return self._listed(of(call), call)
 
-        self.backward_op = torch.library.custom_op(f"attnbook::{self.name}run_backward", lambda *a: run(*a, of=self.backward), mutates_args=(), schema=full)
-        self.backward_op.register_fake(lambda *a: run(*a, of=self.gradients_like))
+        _, gradients = _define(f"{self.name}_backward", full, lambda *a: run(*a, of=self.backward), lambda *a: run(*a, of=self.gradients_like))
 
         def setup(ctx, inputs, output):
             outputs = (output,) if self.single else tuple(output)
@@ -133,12 +142,25 @@ class Operation:
             wanted = [ctx.needs_input_grad[i] for i, n in enumerate(self.parameters) if n in self.tensors]
             needs = [b for w, there in zip(wanted, ctx.present) for b in
                      ([(w if isinstance(w, (list, tuple)) else [w] * len(there))[j] for j in range(len(there))] if isinstance(there, list) else [w and there])]
-            found = iter(self.backward_op._opoverload(list(grads), *args, outputs, needs))
+            found = iter(gradients(list(grads), *args, outputs, needs))
             needs = iter(needs)
             return tuple([next(found) if next(needs) else None for _ in b] if n in self.lists else (next(found) if next(needs) else None) if n in self.tensors else None
                          for n, b in zip(self.parameters, blank))
 
-        self.op.register_autograd(gradient, setup_context=setup)
+        torch.library.register_autograd(f"attnbook::{self.name}", gradient, setup_context=setup, lib=self.library)
+
+
+def _define(name: str, schema: str, run: Callable, like: Callable):
+    """Registers attnbook::<name>; its library, which must live as long as the operation, and the overload to call. (`torch.library.custom_op` would do the
+    same and check every call for outputs that share memory with inputs, which takes longer than most kernels.)"""
+    libraries = vars(torch.library).setdefault("_attnbook", {})          # also of another copy of this module: a notebook that runs defines all once more
+    if name in libraries:
+        libraries.pop(name)._destroy()
+    library = libraries[name] = torch.library.Library("attnbook", "FRAGMENT")
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"attnbook::{name}", like, lib=library)
+    return library, getattr(torch.ops.attnbook, name).default
 
 
 def _empty_copies(value):
@@ -151,13 +173,14 @@ def _autograd_function(operation: Operation):
     n = len(operation.parameters)
 
     places, names, lists = [operation.places[m] for m in operation.single_tensors], operation.single_tensors, operation.lists
-    kept = [m in operation.kept for m in names]
+    saves = [m in operation.kept for m in names]
 
-    def forward(ctx, *flat):
+    def forward(ctx, kept, *flat):
         args = operation._unflat(flat)
-        found = operation.forward(*args)
+        found = operation.forward(*args) if kept is None else operation._planned(kept, args)
+        ctx.kept = kept
         outputs = (found,) if operation.single else found
-        ctx.save_for_backward(*(flat[i] if keep else None for i, keep in zip(places, kept)), *flat[n:], *outputs)
+        ctx.save_for_backward(*(flat[i] if keep else None for i, keep in zip(places, saves)), *flat[n:], *outputs)
         ctx.args = list(flat[:n])
         for i in places:
             ctx.args[i] = None
@@ -167,11 +190,11 @@ def _autograd_function(operation: Operation):
         return found
 
     def gradients(ctx, *grads):
-        wanted, count = ctx.needs_input_grad, len(places)
+        wanted, count = ctx.needs_input_grad[1:], len(places)
         if not any(g is not None for g in grads):
-            return (None,) * len(wanted)
+            return (None,) * (1 + len(wanted))
         saved = ctx.saved_tensors
-        call = types.SimpleNamespace(**dict(zip(operation.parameters, ctx.args)), grads=grads, needs={})
+        call = types.SimpleNamespace(**dict(zip(operation.parameters, ctx.args)), grads=grads, needs={}, kept=ctx.kept)
         for name, i, t in zip(names, places, saved):
             setattr(call, name, t)
             call.needs[name] = wanted[i]
@@ -194,7 +217,7 @@ def _autograd_function(operation: Operation):
             if any(needs) and any(w and (j >= len(some) or some[j] is None) for j, w in enumerate(needs)):
                 raise RuntimeError(f"attnbook::{operation.name} has no gradient for {name}")
             tail += [some[j] if w else None for j, w in enumerate(needs)]
-        return *head, *tail
+        return None, *head, *tail
 
     def backward(ctx, *grads):
         if not torch.is_grad_enabled():
@@ -252,7 +275,7 @@ def _requires_grad(args) -> bool:
 
 
 def operation(name: str, forward: Callable, *, like: Callable, backward: Callable | None = None, gradients_like: Callable | None = None,
-              drop: tuple[str, ...] = (), nondifferentiable: tuple[int, ...] = ()) -> Operation:
+              drop: tuple[str, ...] = (), nondifferentiable: tuple[int, ...] = (), plan: Callable | None = None) -> Operation:
     """Declares `attnbook::<name>` and returns it, ready to be called with all its arguments by position.
 
     - `forward(*args)` computes it: parameters and result are annotated (Tensor, Tensor | None, list[Tensor], int, float, bool, str, list[int]; one tensor
@@ -264,7 +287,10 @@ def operation(name: str, forward: Callable, *, like: Callable, backward: Callabl
     - `gradients_like(call)`: what `backward` returns, as empty tensors. Default: like the arguments themselves.
     - `drop`: tensors that the backward pass does not need (None in `call`). `nondifferentiable`: outputs, by number, through which no gradient flows.
 
+    - `plan(*args)`: a function of the same arguments that computes what `forward` does for all calls that differ in the tensors' numbers only. Used for calls
+      with `kept`, whose dict the backward pass finds as `call.kept`.
+
     A second derivative and the transforms of torch.func (vmap, grad, jvp) raise RuntimeError, forward-mode differentiation NotImplementedError: never zeros in silence.
     Declaring a name again replaces it.
     """
-    return Operation(name, forward, like, backward, gradients_like, tuple(drop), tuple(nondifferentiable))
+    return Operation(name, forward, like, backward, gradients_like, tuple(drop), tuple(nondifferentiable), plan)

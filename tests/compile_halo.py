@@ -8,10 +8,11 @@ from attnbook.lab.testing import both_ways, tensors
 
 def haloed(B, H, side, D, b, h, Dv=None, stride=1, tables=True, dtype=torch.bfloat16, **options):
     "The operation, forward and backward."
-    few = -(-side // stride)
-    shapes = (B, H, few, few, D), (B, H, side, side, D), (B, H, side, side, Dv or D), *[(2 * (b + h) - 1, D)] * (2 * tables)
-    both_ways(lambda q, k, v, y=None, x=None: halo_attention(
-        q, k, v, b, h, rel_height=y, rel_width=x, query_stride=stride, backend="triton", **options), *tensors(*shapes, dtype=dtype))
+    few, table = -(-side // stride), (2 * (b + h) - 1, D)
+    shapes = (B, H, few, few, D), (B, H, side, side, D), (B, H, side, side, Dv or D), *[table] * (2 * tables)
+    run = lambda q, k, v, y=None, x=None: halo_attention(q, k, v, b, h, rel_height=y, rel_width=x, query_stride=stride,
+                                                         backend="triton", **options)
+    both_ways(run, *tensors(*shapes, dtype=dtype))
 
 def packed_layer(B, H, side, D, dtype=torch.bfloat16, **options):
     "The packed operation, as networks use it."

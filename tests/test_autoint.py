@@ -209,10 +209,11 @@ def test_fields_refuse_bad_codes():
         (dict(categorical=x), TypeError, ["field 0", "integers"]),
         (dict(numerical=None), ValueError, "numerical 1"),
     ], categorical=x.long(), numerical=x)
-    check_raises(FieldEmbedding, [(dict(categorical=[0]), ValueError, "categorical[0]"), (dict(dim=0), ValueError, "dim"),
-                                  (dict(categorical=[]), ValueError, "at least one field"),
-                                  (dict(categorical=[2.0]), TypeError, "categorical[0]")],
-                 categorical=[3])
+    check_raises(FieldEmbedding, [
+        (dict(categorical=[0]), ValueError, "categorical[0]"), (dict(dim=0), ValueError, "dim"),
+        (dict(categorical=[]), ValueError, "at least one field"),
+        (dict(categorical=[2.0]), TypeError, "categorical[0]"),
+    ], categorical=[3])
 
 
 def network_size(M, **kw):

@@ -178,7 +178,7 @@ def test_agrees_with_shared_heads_and_wide_values():
 
 @pytest.mark.parametrize("shape, block, halo", [((19, 3), 10, 3), ((13, 1), 14, 2)], ids=["H7", "H5"])
 def test_paper_sizes_that_do_not_divide(shape, block, halo):
-    "A strip of H7's last map, 19 pixels wide, in blocks of 10; and H5's blocks of 14, with more than one tile of queries."
+    "A strip of H7's last map, 19 pixels wide, in blocks of 10; H5's blocks of 14, with more than one tile of queries."
     compare_backends(draw(shape, block, halo, H=1), block, halo)
 
 
@@ -318,7 +318,8 @@ def test_bad_input():
     q, k, v, r = i["q"], i["k"], i["v"], i["rel_height"]
     bad = [(dict(block_size=0), ValueError, "block_size"), (dict(block_size=2.0), TypeError, "block_size"),
            (dict(halo_size=-1), ValueError, "halo_size"), (dict(halo_size=True), TypeError, "halo_size"),
-           (dict(query_stride=3), ValueError, ("query_stride", "4")), (dict(query_stride=0), ValueError, "query_stride"),
+           (dict(query_stride=3), ValueError, ("query_stride", "4")),
+           (dict(query_stride=0), ValueError, "query_stride"),
            (dict(padding="reflect"), ValueError, ("mask", "zeros")), (dict(padding=None), TypeError, "padding"),
            (dict(rel_height=r[1:]), ValueError, ("rel_height", "9")),
            (dict(rel_width=r[:, :8]), ValueError, "rel_width"),
@@ -370,7 +371,8 @@ def test_layout_of_timm(bias):
              "pos_embed.height_rel": make(2 * (b + 2 * h) - 1, D), "pos_embed.width_rel": make(2 * (b + 2 * h) - 1, D)}
     state |= {"q.bias": make(H * D), "kv.bias": make(H * (D + Dv))} if bias else {}
     x = make(1, C, 8, 5)
-    q, kv = (F.conv2d(x, state[f"{n}.weight"], state.get(f"{n}.bias")).unflatten(1, (H, -1)).movedim(2, -1) for n in ("q", "kv"))
+    q, kv = (F.conv2d(x, state[f"{n}.weight"], state.get(f"{n}.bias")).unflatten(1, (H, -1)).movedim(2, -1)
+             for n in ("q", "kv"))
     want = halo_attention_reference(q, kv[..., :D], kv[..., D:], b, h, padding="zeros", **{
         f"rel_{n}": state[f"pos_embed.{n}_rel"][2 * h:] for n in ("height", "width")})
     got = from_timm(state, b, h)(x)
@@ -378,12 +380,11 @@ def test_layout_of_timm(bias):
     with pytest.raises(ValueError, match="rows"): from_timm(state, b, h + 1)
 
 
-FACTORIES = dict(h0=halonet_h0, h1=halonet_h1, h2=halonet_h2, h3=halonet_h3, h4=halonet_h4, h5=halonet_h5, h6=halonet_h6, h7=halonet_h7)
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_parameter_counts(name):
+@pytest.mark.parametrize("make", [halonet_h0, halonet_h1, halonet_h2, halonet_h3, halonet_h4, halonet_h5, halonet_h6,
+                                  halonet_h7], ids=lambda make: make.__name__)
+def test_parameter_counts(make):
     "To the parameter; and to the paper's decimal."
-    found = count_parameters(FACTORIES[name])
+    found, name = count_parameters(make), make.__name__.removeprefix("halonet_")
     assert found == VARIANTS[name][-1] and round(found / 1e6, 1) == PUBLISHED_MILLIONS[name]
 
 def test_where_the_values_are_wide():
@@ -438,7 +439,8 @@ def test_packed_under_autocast():
     check_autocast(packed, [torch.randn(1, 32, 4, 4, device=device_under_test()), *parameters])
 
 def test_packed_operation():
-    qkv, tables = (torch.randn(*size, device=device_under_test()).requires_grad_() for size in ((1, 2, 2, 48), (2 * 5, 16)))
+    qkv, tables = (torch.randn(*size, device=device_under_test()).requires_grad_()
+                   for size in ((1, 2, 2, 48), (2 * 5, 16)))
     check_opcheck(torch.ops.attnbook.halo_packed, (qkv, tables, 1, [16, 16, 16], [2, 2, 2, 2, _float_bits(4.0)],
                                                    [2, 1, 1, 0, 1], 0.25))
 
@@ -462,14 +464,16 @@ def test_packed_backward_in_pieces(bytes_, monkeypatch):
 
 
 ON_GPU = torch.device(device_under_test()).type == "cuda"
+LAYERS = [(64, 64, 8), (32, 32, 16), (16, 16, 32), (8, 8, 64)] if ON_GPU else [(9, 3, 8), (8, 8, 16)]
 
 @pytest.mark.parametrize("padding", ["zeros", "mask"])
-@pytest.mark.parametrize("Y, X, D", [(64, 64, 8), (32, 32, 16), (16, 16, 32), (8, 8, 64)] if ON_GPU else [(9, 3, 8), (8, 8, 16)])
+@pytest.mark.parametrize("Y, X, D", LAYERS)
 def test_layers_of_a_network(Y, X, D, padding):
     torch.manual_seed(0)
     heads, dtype = (8, torch.bfloat16) if ON_GPU else (1, torch.float32)
     make = lambda backend: HaloAttention(heads * D, num_heads=heads, padding=padding, backend=backend)
-    ours, plain = (make(backend).to(device_under_test(), t) for backend, t in (("triton", dtype), ("torch", torch.float32)))
+    ours, plain = (make(backend).to(device_under_test(), t)
+                   for backend, t in (("triton", dtype), ("torch", torch.float32)))
     plain.load_state_dict(ours.state_dict())
     x = torch.randn(4 if ON_GPU else 1, heads * D, Y, X, device=device_under_test()).to(dtype)
     inputs = [x.contiguous(memory_format=torch.channels_last).to(t).requires_grad_() for t in (dtype, torch.float32)]
@@ -503,16 +507,17 @@ def test_strided_module_is_the_module_at_every_second_pixel():
 def test_networks(changes):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 32, 32, device=device_under_test())
-    net = HaloNet(4, 1, **(dict(widths=(16, 32), depths=(1, 2), num_heads=(2, 2), stem_stride=2, num_classes=5) | changes))
+    settings = dict(widths=(16, 32), depths=(1, 2), num_heads=(2, 2), stem_stride=2, num_classes=5) | changes
+    net = HaloNet(4, 1, **settings)
     out = net.to(x.device)(x)
     out.square().mean().backward()
     assert out.shape == (2, 5) and all(p.grad is not None for p in net.parameters())
 
 def test_pooling_and_strided_convolutions_are_what_they_say():
-    kinds = {d: type(HaloBottleneck(16, 16, 16, 2, downsample=d, num_heads=2).mix[0]).__name__ for d in ("query", "pool", "conv")}
-    assert kinds == dict(query="HaloAttention", pool="HaloAttention", conv="Conv2d")
-    strides = [HaloBottleneck(16, 16, 16, 2, downsample=d, num_heads=2).mix[0].stride for d in ("query", "pool", "conv")]
-    assert strides == [2, 1, (2, 2)]
+    mix = [HaloBottleneck(16, 16, 16, 2, downsample=d, num_heads=2).mix[:2] for d in ("query", "pool", "conv")]
+    assert [type(m).__name__ for m, _ in mix] == ["HaloAttention", "HaloAttention", "Conv2d"]
+    assert [m.stride for m, _ in mix] == [2, 1, (2, 2)]
+    assert [type(pool).__name__ for _, pool in mix] == ["Identity", "AvgPool2d", "Identity"]
 
 
 def test_modules_refuse():
@@ -572,7 +577,8 @@ VERDICTS_OF = {  # claim -> made-up measurements that hold, hold in part, do not
     "A halo improves": [_pair("halo 2", "halo 0", 90.0, x) for x in (88.0, 89.5, 91.0)],
     "Larger windows": [_pair("halo 3", "halo 1", 90.0, x) for x in (88.0, 89.5, 91.0)],
     "Attention in all": [{"halo 2": 90.0, "conv 1": a, "conv 1-2": b} for a, b in ((89, 89), (91, 89), (89, 91))],
-    "Attention in early": [dict(zip(("4 of 4", "3 of 4", "2 of 4", "1 of 4"), t)) for t in ((4, 3, 2, 1), (4, 5, 2, 1), (1, 2, 3, 4))],
+    "Attention in early": [{f"{n} of 4": ms for n, ms in zip((4, 3, 2, 1), times)}
+                           for times in ((4, 3, 2, 1), (4, 5, 2, 1), (1, 2, 3, 4))],
     "Attention downsampling": [_pair("halo 2", "pool", 90.0, x) for x in (91.0, 91.5, 92.5)],
     "The same against strided": [_pair("halo 2", "strided conv", 90.0, x) for x in (91.0, 91.5, 92.5)],
     "Zeros around": (0.05, 0.1, 0.2),
@@ -599,11 +605,13 @@ def _recorded(monkeypatch, **tables):
     monkeypatch.setitem(_rows.__globals__, "load_results", read)
 
 def test_networks_are_looked_up(monkeypatch):
-    row = lambda net, run, accuracy, steps=500, preset="gpu": dict(net=net, run=run, accuracy=accuracy, steps=steps, preset=preset)
+    def row(net, run, accuracy, steps=500, preset="gpu"):
+        return dict(net=net, run=run, accuracy=accuracy, steps=steps, preset=preset)
     nets = [row("halo 2", i, x) for i, x in enumerate((0.9, 0.92, 0.94))] + [row("halo 0", i, 0.5) for i in range(3)]
     nets += [row("halo 2", 0, 0.1, steps=40), row("pool", 0, 0.9), row("halo 2", 7, 0.2, preset="cpu")]
     _recorded(monkeypatch, nets=nets)
-    assert _nets("halo 2", "halo 0") == pytest.approx({"halo 2": 92, "halo 2 spread": 4, "halo 0": 50, "halo 0 spread": 0})
+    want = {"halo 2": 92, "halo 2 spread": 4, "halo 0": 50, "halo 0 spread": 0}
+    assert _nets("halo 2", "halo 0") == pytest.approx(want)
     assert _nets("halo 2", "pool") is None and _nets("zeros") is None
 
 def test_speed_is_looked_up(monkeypatch):
@@ -611,16 +619,19 @@ def test_speed_is_looked_up(monkeypatch):
     _recorded(monkeypatch, module=[
         row("ours", "first", 2.0, 2.0), row("ours compiled", "first", 1.0, 4.0), row("ours, mask", "first", 0.1, 0.1),
         row("timm", "first", 1.0, 1.0), row("timm compiled", "first", 6.0, 6.0), row("ours", "last", 1.0, None)])
-    assert [s.ratio for s in _against_timm("ms_fwd")] == [6.0] and [s.ratio for s in _against_timm(("ms_fwd", "ms_bwd"))] == [3.0]
+    for fields, ratio in (("ms_fwd", 6.0), (("ms_fwd", "ms_bwd"), 3.0)):
+        assert [s.ratio for s in _against_timm(fields)] == [ratio]
     assert _training_gain("peak_mb") is None
 
 def test_other_rows_are_looked_up(monkeypatch):
-    cost = [dict(method="ours", side=s, block=b, ms=ms, preset="gpu") for s, b, ms in ((56, 1, 1.0), (112, 1, 9.0), (112, 5, 3.0), (112, 15, 4.0))]
+    cost = [dict(method="ours", side=s, block=b, ms=ms, preset="gpu")
+            for s, b, ms in ((56, 1, 1.0), (112, 1, 9.0), (112, 5, 3.0), (112, 15, 4.0))]
     layers = [dict(mass=0.3, lanes=0.32), dict(mass=0.5, lanes=0.4)]
-    training = [dict(method=m, size=256, images_per_s=x, peak_mb=y, preset="gpu") for m, x, y in (("ours", 90.0, 4.0), ("timm compiled", 60.0, 8.0))]
+    training = [dict(method=m, size=256, images_per_s=x, peak_mb=y, preset="gpu")
+                for m, x, y in (("ours", 90.0, 4.0), ("timm compiled", 60.0, 8.0))]
     stages = [dict(method=f"attention in {n} of 4", ms=n, preset="gpu") for n in (1, 2, 3, 4)]
-    _recorded(monkeypatch, cost=cost, nets=[dict(net="halo 2", before=layers), dict(net="halo 1", before=[dict(mass=9, lanes=0)])],
-              training=training, stages=stages)
+    nets = [dict(net="halo 2", before=layers), dict(net="halo 1", before=[dict(mass=9, lanes=0)])]
+    _recorded(monkeypatch, cost=cost, nets=nets, training=training, stages=stages)
     assert _blocking_gain() == dict(gain=3.0, block=5) and _border_law() == pytest.approx(0.1)
     assert [_training_gain(f)[0].ratio for f in ("images_per_s", "peak_mb")] == [1.5, 2.0]
     assert _stage_times() == {"4 of 4": 4, "3 of 4": 3, "2 of 4": 2, "1 of 4": 1}

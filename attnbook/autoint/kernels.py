@@ -168,7 +168,7 @@ def head_backward(x, ws, DY, BIAS, dx, dws, dbs, b, m, ok, pack, sdy, scale, h, 
         dx, wr, br = back_project(dx, dws[3], dbs[3], g, x, ws[3], ACT, PRECISION)
         return dx, (wq, wk, wv, wr), (bq, bk, bv, br)
 
-# %% ../../nbs/6_beyond_tokens/autoint.ipynb #d338850b
+# %% ../../nbs/6_beyond_tokens/autoint.ipynb #e42992b9
 @triton.jit
 def interacting_backward(X, W, BIAS, DY, DX, DW, DB, sx, sdy, sdx, B, scale, M: tl.constexpr, D: tl.constexpr,
                          DH: tl.constexpr, H: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, R: tl.constexpr,
@@ -209,7 +209,7 @@ def interacting_backward(X, W, BIAS, DY, DX, DW, DB, sx, sdy, sdx, B, scale, M: 
                     tl.store(DB + row * U + (h0 + j) * DH + c, dbs[j][i], mask=c < DH)
         tl.debug_barrier()                                                                    # dX is read again
 
-# %% ../../nbs/6_beyond_tokens/autoint.ipynb #3878806e
+# %% ../../nbs/6_beyond_tokens/autoint.ipynb #5acbe9fc
 PROCESSORS = {"sm90": 132, "sm80": 108, "small": 64, "interpreter": 1}
 
 

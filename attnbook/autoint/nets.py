@@ -271,8 +271,8 @@ def autoint_infer(
             raise ValueError(f"model: a packed model runs on the kernel only, with at most 128 fields and widths of "
                              f"{MAX_WIDTH}; pass the AutoInt itself, or backend='triton'")
         if backend == "triton":
-            raise ValueError(f"index: the kernel takes at most 128 fields and widths of {MAX_WIDTH}, not {fields} fields "
-                             f"and widths of {' and '.join(map(str, widths))}")
+            raise ValueError(f"index: the kernel takes at most 128 fields and widths of {MAX_WIDTH}, not {fields} "
+                             f"fields and widths of {' and '.join(map(str, widths))}")
         return model(index, value)
     p = packed or pack_for_inference(model)
     out = network_op(index.contiguous(), value.contiguous(), *p[:-1])

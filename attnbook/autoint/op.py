@@ -125,7 +125,8 @@ def interacting_attention(e: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wr: Ten
     Returns `(B, M, H d')`, and with `return_weights` the attention `(B, H, M, M)`.
     """
     weights = {"wq": wq, "wk": wk, "wv": wv, **({} if wr is None else {"wr": wr})}
+    check_tensor("wq", wq, ndim=2)
     for name, w in weights.items():
-        check_tensor(name, w, ndim=2, shape=wq.shape if name != "wq" else None, like=None if name == "wq" else wq, of="wq")
+        check_tensor(name, w, shape=wq.shape, like=wq, of="wq")
     return interacting_layer(e, torch.stack(list(weights.values())), num_heads=num_heads, scale=scale, backend=backend,
                              return_weights=return_weights)

@@ -111,7 +111,7 @@ def lead(data: str, method: str, base: str) -> Interval | None:
     "By how much a method's AUC is higher over the seeds that both have; None if there is no such seed."
     return paired(scores(data, method), scores(data, base))
 
-# %% ../../nbs/6_beyond_tokens/autoint.ipynb #8ee53ebe
+# %% ../../nbs/6_beyond_tokens/autoint.ipynb #d9055e6a
 def mutual_information(a: np.ndarray, y: np.ndarray) -> float:
     "Plug-in mutual information in nats of integer codes a and binary y."
     _, code = np.unique(a, return_inverse=True)
@@ -301,7 +301,9 @@ def _judge_baselines(found):
 def _judge_gains(gains):
     "The first layer gains more than all others, and beyond its interval."
     first, more = gains["first"], gains["first"].mean > abs(gains["rest"])
-    return ("not measured", "one seed has no interval") if math.isinf(first.half) else grade(more and first.low > 0, more)
+    if math.isinf(first.half):
+        return "not measured", "one seed has no interval"
+    return grade(more and first.low > 0, more)
 
 def _judge_orders(auc):
     "Order 2 needs a layer, order 3 two: AUC above 0.9 with as many, and for order 2 below 0.6 without."

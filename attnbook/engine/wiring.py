@@ -31,7 +31,7 @@ class Operation:
         self.lists = tuple(n for n, kind in zip(self.parameters, kinds) if kind == "List[Tensor]")
         self.tensors = tuple(n for n, kind in zip(self.parameters, kinds) if "Tensor" in kind)
         self.kept = tuple(n for n in self.tensors if n not in drop)
-        self.nondifferentiable = nondifferentiable
+        self.nondifferentiable, self.unsaved = nondifferentiable, tuple(i for i in drop if isinstance(i, int))
         self.places = {n: i for i, n in enumerate(self.parameters)}
         self.single_tensors = tuple(n for n in self.tensors if n not in self.lists)
         self.library, self.overload = _define(name, schema, self.forward, like)
@@ -79,6 +79,10 @@ class Operation:
                 args[i], at = list(flat[at:at + args[i]]), at + args[i]
         return args
 
+    def _saved(self, outputs) -> list:
+        "The outputs that the backward pass keeps, None in place of the others."
+        return [None if i in self.unsaved else o for i, o in enumerate(outputs)]
+
     def _call(self, args, grads, outputs, needs):
         "What `backward` gets."
         call = types.SimpleNamespace(**dict(zip(self.parameters, args)), grads=grads, outputs=outputs, needs={}, kept=None)
@@ -103,7 +107,7 @@ class Operation:
     def _register_backward(self, schema):
         "The backward pass as an operation of its own, for compiled and traced code."
         inputs = [re.sub(r"^Tensor(?=[^\[?])", "Tensor?", a.strip()) for a in re.match(r"\((.*)\) ->", schema)[1].split(", ")]
-        full = f"(Tensor?[] grads, {', '.join(re.sub(r'=[^,]*', '', a) for a in inputs)}, Tensor[] outputs, bool[] needs) -> Tensor[]"
+        full = f"(Tensor?[] grads, {', '.join(re.sub(r'=[^,]*', '', a) for a in inputs)}, Tensor?[] outputs, bool[] needs) -> Tensor[]"
 
         def run(grads, *rest, of):
             *args, outputs, needs = rest
@@ -120,7 +124,7 @@ class Operation:
                 keep = n in self.kept
                 places.append(len(value) if listed else n in self.tensors and value is not None and keep)
                 saved += list(value) if listed else [value] if n in self.tensors and value is not None and keep else []
-            ctx.save_for_backward(*saved, *outputs)
+            ctx.save_for_backward(*saved, *self._saved(outputs))
             ctx.rest = [None if n in self.tensors else v for n, v in zip(self.parameters, inputs)]
             ctx.places, ctx.outputs = places, len(outputs)
             ctx.present = [[True] * len(v) if n in self.lists else v is not None for n, v in zip(self.parameters, inputs) if n in self.tensors]
@@ -180,7 +184,7 @@ def _autograd_function(operation: Operation):
         found = operation.forward(*args) if kept is None else operation._planned(kept, args)
         ctx.kept = kept
         outputs = (found,) if operation.single else found
-        ctx.save_for_backward(*(flat[i] if keep else None for i, keep in zip(places, saves)), *flat[n:], *outputs)
+        ctx.save_for_backward(*(flat[i] if keep else None for i, keep in zip(places, saves)), *flat[n:], *operation._saved(outputs))
         ctx.args = list(flat[:n])
         for i in places:
             ctx.args[i] = None
@@ -275,7 +279,7 @@ def _requires_grad(args) -> bool:
 
 
 def operation(name: str, forward: Callable, *, like: Callable, backward: Callable | None = None, gradients_like: Callable | None = None,
-              drop: tuple[str, ...] = (), nondifferentiable: tuple[int, ...] = (), plan: Callable | None = None) -> Operation:
+              drop: tuple[str | int, ...] = (), nondifferentiable: tuple[int, ...] = (), plan: Callable | None = None) -> Operation:
     """Declares `attnbook::<name>` and returns it, ready to be called with all its arguments by position.
 
     - `forward(*args)` computes it: parameters and result are annotated (Tensor, Tensor | None, list[Tensor], int, float, bool, str, list[int]; one tensor
@@ -285,7 +289,8 @@ def operation(name: str, forward: Callable, *, like: Callable, backward: Callabl
       gradient came), `call.outputs`, and `call.needs` (by name a bool, for a list a list of bools). What is not needed may be left out. Without it the
       operation has no gradient.
     - `gradients_like(call)`: what `backward` returns, as empty tensors. Default: like the arguments themselves.
-    - `drop`: tensors that the backward pass does not need (None in `call`). `nondifferentiable`: outputs, by number, through which no gradient flows.
+    - `drop`: tensors, and outputs by number, that the backward pass does not need (None in `call`, not kept for it). `nondifferentiable`: outputs, by
+      number, through which no gradient flows.
 
     - `plan(*args)`: a function of the same arguments that computes what `forward` does for all calls that differ in the tensors' numbers only. Used for calls
       with `kept`, whose dict the backward pass finds as `call.kept`.

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['halo_attention', 'halo_attention_reference', 'halo_mask', 'halo_boxes', 'halo_pairs', 'real_key_fraction',
-           'halo_cost', 'HaloAttention', 'HaloBottleneck', 'HaloNet', 'halonet', 'halonet_h0', 'halonet_h1',
-           'halonet_h2', 'halonet_h3', 'halonet_h4', 'halonet_h5', 'halonet_h6', 'halonet_h7', 'from_timm', 'VARIANTS',
-           'PUBLISHED_MILLIONS']
+           'halo_cost', 'HaloAttention', 'from_timm', 'HaloBottleneck', 'HaloNet', 'VARIANTS', 'PUBLISHED_MILLIONS',
+           'halonet', 'halonet_h0', 'halonet_h1', 'halonet_h2', 'halonet_h3', 'halonet_h4', 'halonet_h5', 'halonet_h6',
+           'halonet_h7']
 
 # %% auto #imports
 from .nets import (

@@ -354,8 +354,8 @@ def halo_constants(q: Tensor, v: Tensor, ints, consts) -> HaloConstants:
     side, shift = key_tile(b, h, tile)
     narrow = bits == 16 and not INTERPRETED
     return HaloConstants(
-        block=b, halo=h, stride=s, zeros=bool(zeros), tables=bool(tables), box=w, queries=b // s, side=side, shift=shift,
-        rows=rows, table_lanes=round_dim(2 * rows), box_lanes=round_dim(2 * w + (w * w % 256 > 0)),
+        block=b, halo=h, stride=s, zeros=bool(zeros), tables=bool(tables), box=w, queries=b // s, side=side,
+        shift=shift, rows=rows, table_lanes=round_dim(2 * rows), box_lanes=round_dim(2 * w + (w * w % 256 > 0)),
         tile_lanes=round_dim(2 * side), head_dim=q.shape[-1], heads=q.shape[1],
         exact=bits == 32 and torch.get_float32_matmul_precision() == "highest", narrow=narrow,
         two_terms=narrow and SPLIT_RELATIVE, never=-1e30)

@@ -109,11 +109,15 @@ class HaloAttention(nn.Module):
         q, kv = F.linear(x[:, ::s, ::s], q_weight, few), F.linear(x, kv_weight, all_)
         return _unpack(q, self.num_heads, (n,)) + _unpack(kv, self.num_heads, self.widths[1:])
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **changes) -> Tensor | tuple[Tensor, Tensor]:
-        "`halo_attention` with the layer's settings and tables; `changes` are arguments of it that differ."
-        options = dict(rel_height=self.rel_height, rel_width=self.rel_width, query_stride=self.stride,
-                       padding=self.padding, scale_rel=self.scale_rel, backend=self.backend)
-        return halo_attention(q, k, v, self.block_size, self.halo_size, **(options | changes))
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, padding: str | None = None, return_lse: bool = False,
+        backend: str | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        "`halo_attention` with the layer's settings and tables; another padding or backend if given."
+        return halo_attention(
+            q, k, v, self.block_size, self.halo_size, rel_height=self.rel_height, rel_width=self.rel_width,
+            query_stride=self.stride, padding=padding or self.padding, scale_rel=self.scale_rel, return_lse=return_lse,
+            backend=backend or self.backend)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.dim:

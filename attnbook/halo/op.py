@@ -155,6 +155,9 @@ def _packed_backward(call):
     return dict(qkv=dqkv.to(call.qkv.dtype), tables=dtables.to(call.tables.dtype))
 
 
-halo_packed = operation(
-    "halo_packed", _packed_forward, like=_packed_like, backward=_packed_backward, nondifferentiable=(1,),
-    gradients_like=lambda call: dict(qkv=call.qkv.new_empty(call.qkv.shape), tables=call.tables.new_empty(call.tables.shape)))
+def _packed_gradients(call):
+    return {n: t.new_empty(t.shape) for n, t in (("qkv", call.qkv), ("tables", call.tables))}
+
+
+halo_packed = operation("halo_packed", _packed_forward, like=_packed_like, backward=_packed_backward,
+                        gradients_like=_packed_gradients, nondifferentiable=(1,))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ..engine import Launch, LaunchTable, tl, triton
 from ..engine.tiles import head_base, load_rows, row_ptr
 
-# %% ../../nbs/2_position/music.ipynb #624bec11
+# %% ../../nbs/2_position/music.ipynb #e6dd87a2
 class MusicConsts(NamedTuple):
     "What the kernels of relative attention are compiled for."
     local: bool  # blocks of ints[5]?
@@ -60,8 +60,8 @@ def music_mask(qpos, kpos, ops, ints, C: tl.constexpr):
 # %% ../../nbs/2_position/music.ipynb #ab77c0df
 @triton.jit
 def music_distances(qpos, kpos, BM: tl.constexpr, BN: tl.constexpr, AXIS: tl.constexpr):
-    """r0 + t for the lanes t of the tile's keys, r0 the distance of its first query from its first key. Without a minimum
-    over the positions that change from step to step: that would be a reduction over the program's threads."""
+    """r0 + t for the lanes t of the tile's keys, r0 the distance of its first query from its first key. Without a
+    minimum over the positions that change from step to step: that would be a reduction over the program's threads."""
     if AXIS == 1:
         return tl.min(qpos[0]) + 2 * tl.arange(0, BN) - kpos[0].reshape(BN)
     elif BM == BN:
@@ -193,7 +193,7 @@ def music_rel_grad(Q, K, V, DO, LSE2, DELTA, G, ops, ints, sq, sk, sv, sdo, sl, 
         delta = tl.load(row_ptr(DELTA, b, h, (n,), sl), mask=ok, other=0.0)
         rel = music_tile(q, e_hi, e_lo, lane[:, None], lane[None, :], C)
         s = tl.dot(q, k.T, rel, input_precision=PRECISION)  # [B, B]
-        if C.local or c == 0:  # the tiles of other diagonals are seen whole; rows that do not exist have an infinite LSE
+        if C.local or c == 0:  # tiles of other diagonals are seen whole; rows that do not exist have an infinite LSE
             s = tl.where(music_mask((n[:, None],), (m[None, :],), ops, ints, C), s, float("-inf"))
         p = tl.exp2(s * (scale * 1.4426950408889634) - lse[:, None])
         ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])

@@ -88,7 +88,8 @@ def write_midi(path: str | Path, notes: Iterable[Note], ticks: int = 500) -> Pat
         start = round(n.start * ticks)
         end = max(round(n.end * ticks), start + 1)
         if end > LAST_TICK:
-            raise ValueError(f"notes[{i}] must end before {LAST_TICK / ticks:.0f} s at {ticks} ticks a second, not {n.end}")
+            latest = f"before {LAST_TICK / ticks:.0f} s with {ticks} ticks"
+            raise ValueError(f"notes[{i}] must end {latest}, not at {n.end} s")
         free = next((c for c in CHANNELS if ends.get((c, n.pitch), 0) <= start), None)
         if free is None:
             raise ValueError(f"notes[{i}]: more than {len(CHANNELS)} notes of pitch {n.pitch} sound at {n.start} s")
@@ -110,9 +111,9 @@ def _number_bytes(n):
         out.append(n & 127 | 128)
     return bytes(reversed(out))
 
-# %% ../../nbs/2_position/music.ipynb #f7ddacef
-_DATA_BYTES = {**dict(zip(range(0x8, 0xF), (2, 2, 2, 2, 1, 1, 2))),  # of a channel's messages, by their upper four bits …
-               0xF1: 1, 0xF2: 2, 0xF3: 1, 0xF6: 0, 0xF8: 0, 0xFA: 0, 0xFB: 0, 0xFC: 0, 0xFE: 0}  # … and of the system's
+# %% ../../nbs/2_position/music.ipynb #885fe479
+_DATA_BYTES = dict(zip(range(0x8, 0xF), (2, 2, 2, 2, 1, 1, 2)))  # of a channel's messages, by their upper four bits …
+_DATA_BYTES |= {0xF1: 1, 0xF2: 2, 0xF3: 1, 0xF6: 0, 0xF8: 0, 0xFA: 0, 0xFB: 0, 0xFC: 0, 0xFE: 0}  # … and the system's
 
 
 def _take_number(data, at):
@@ -155,7 +156,7 @@ def _track_events(data):
         if status == 0xFF and content[0] == 0x2F:  # the end of the track
             return
 
-# %% ../../nbs/2_position/music.ipynb #f874f2de
+# %% ../../nbs/2_position/music.ipynb #c57b2af2
 def read_midi(path: str | Path) -> list[Note]:
     """Notes of a Standard MIDI File of format 0 or 1, of all its tracks and channels (the drums' too), by onset.
 

@@ -159,8 +159,9 @@ def generate(model: MusicTransformer, prime: Tensor, length: int, *, temperature
     if clamp is not None:
         check_tensor("clamp", clamp, dtype="integer", shape=(P + length,))
     for name, given, least in (("prime", prime, 0), ("clamp", clamp, -1)):
-        if given is not None and given.numel() and not least <= int(given.min()) <= int(given.max()) < V:
-            raise ValueError(f"{name} must hold tokens from {least} to {V - 1}, not {int(given.min())} to {int(given.max())}")
+        low, high = (int(given.min()), int(given.max())) if given is not None and given.numel() else (0, 0)
+        if low < least or high >= V:
+            raise ValueError(f"{name} must hold tokens from {least} to {V - 1}, not {low} to {high}")
     if allowed is not None and not check_tensor("allowed", allowed, dtype="bool", shape=(V,)).any():
         raise ValueError("allowed must hold at least one True: nothing could be sampled")
     g = torch.Generator().manual_seed(seed)
@@ -216,8 +217,8 @@ def parameter_counts() -> dict[str, int]:
 # %% ../../nbs/2_position/music.ipynb #867eff26
 @torch.no_grad()
 def token_nll(model: nn.Module, pieces: list[Tensor], context: int) -> Tensor:
-    """Negative log likelihood of each of the first `context` tokens of each piece, (pieces, context), NaN after the end.
-    Computed in eval mode; the model's layers are left in the modes in which they are."""
+    """Negative log likelihood of each of the first `context` tokens of each piece, (pieces, context), NaN after its
+    end. Computed in eval mode; the model's layers are left in the modes in which they are."""
     device, out = next(model.parameters()).device, torch.full((len(pieces), context), torch.nan)
     with evaluating(model):
         for row, piece in zip(out, pieces):

@@ -287,13 +287,13 @@ def _gpu_slope():
     "Growth of peak memory on a GPU."
     return slope(load_results("music", "memory", preset="gpu"), "ours", "peak_mb_bwd")
 
-# %% ../../nbs/2_position/music.ipynb #b2597edc
+# %% ../../nbs/2_position/music.ipynb #cfb60840
 def _faster(peer: str, field: str = "ms_fwd") -> list[Speedup] | None:
     "How many times faster ours is than a peer, at all sizes with M = L; None if nothing was measured."
     rows = [r for bench in ("attention", "memory") for r in load_results("music", bench, preset="gpu")]
     return speedups(rows, "B", "L", "D", field=field, ours=("ours",), peers=(peer,)) or None
 
-# %% ../../nbs/2_position/music.ipynb #9728b21e
+# %% ../../nbs/2_position/music.ipynb #4338da6a
 def trained(good: Callable[[dict], bool]) -> Callable:
     "Rule on what was measured in a training: good there, in full in `gpu` and in part in `laptop`, else not measured."
     def rule(measured):
@@ -325,12 +325,14 @@ def claims() -> list[Claim]:
     return [
         Claim("The relative term needs 4.2 MB a layer instead of Shaw's 8.5 GB (L 2048, width 512)", "4.2 MB, 8.5 GB",
               "Sec. 3.4", matches([4.2, 8.5], relative=0.02),
-              measured=[8 * 2048 * 64 * 4 / 1e6, 8 * 2048**2 * 64 * 4 / 1e9], scale="arithmetic; holds: both within 2 %"),
+              measured=[8 * 2048 * 64 * 4 / 1e6, 8 * 2048**2 * 64 * 4 / 1e9],
+              scale="arithmetic; holds: both within 2 %"),
         Claim("Skewing keeps memory for L x L numbers, the kernel of this chapter for L only", "",
-              "Sec. 3.4 and this chapter", _judge_slopes, measured=_slopes, scale="growth of what autograd keeps, L 128 "
-              "to 256; holds: ours below 1.1, gather above 1.9, skew above 1.7"),
-        Claim("Peak memory of the kernel on a GPU is linear in L", "", "this chapter", exponent_between(0, 1.1, (0, 1.3)),
-              measured=_gpu_slope, scale="exponent from L 16,384 to 32,768; holds: at most 1.1"),
+              "Sec. 3.4 and this chapter", _judge_slopes, measured=_slopes, scale="growth of what autograd keeps, "
+              "L 128 to 256; holds: ours below 1.1, gather above 1.9, skew above 1.7"),
+        Claim("Peak memory of the kernel on a GPU is linear in L", "", "this chapter",
+              exponent_between(0, 1.1, (0, 1.3)), measured=_gpu_slope,
+              scale="exponent from L 16,384 to 32,768; holds: at most 1.1"),
         Claim("Relative attention beats absolute positions on chorales (Table 2: 0.357 against 0.417 [m])",
               "0.06 nats [m]", "Table 2", lower, measured=partial(_gap, "relative", "absolute"),
               scale="validation NLL within the training length; holds: by 0.02 nats"),
@@ -351,7 +353,8 @@ def claims() -> list[Claim]:
         Claim("The same, backward", "", "this chapter", over_range(3, 1.5),
               measured=partial(_faster, "skew, compiled", "ms_bwd"), scale="the same"),
         Claim("It is faster than FlexAttention with a buffer of L x L, forward", "", "this chapter", over_range(1, 0.8),
-              measured=partial(_faster, "flex, QE buffer"), scale="the same sizes; holds: as fast at each, in part: 0.8"),
+              measured=partial(_faster, "flex, QE buffer"),
+              scale="the same sizes; holds: as fast at each, in part: 0.8"),
         Claim("The relative term costs at most twice a plain causal forward", "", "this chapter", over_range(0.5, 0.33),
               measured=partial(_faster, "cudnn, no relative term"),
               scale="cuDNN's time over ours, the same sizes; holds: 0.5 at each, in part: 0.33"),

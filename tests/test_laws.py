@@ -43,7 +43,9 @@ def chapter_of(module: str) -> str | None:
 
 
 def room_of(module: str) -> str:
-    """The kind of a module's room: kernels for halo.kernels and davit.channel_kernels."""
+    """The kind of a module's room: kernels for halo.kernels and davit.channel_kernels; what `python -m` runs is a study."""
+    if module.endswith(".__main__"):
+        return "study"
     return module.split(".")[-1].split("_")[-1] if "." in module else ""
 
 

@@ -85,7 +85,7 @@ def common_arguments(program: TileProgram, q: Tensor, k: Tensor, v: Tensor, cons
     "The constexpr arguments that all kernels share, and the scale in the base and the place where the kernels want it."
     D, DV = q.shape[-1], v.shape[-1]
     fold = scale > 0 and (program.score is None or program.raw_score)
-    return dict(C=tuple(consts), MASK=program.mask, SCORE=program.score, GROUP=q.shape[1] // k.shape[1], FOLD=fold,
+    return dict(C=consts if isinstance(consts, tuple) else tuple(consts), MASK=program.mask, SCORE=program.score, GROUP=q.shape[1] // k.shape[1], FOLD=fold,
                 D=D, DV=DV, BD=round_dim(D), BDV=round_dim(DV), PRECISION=dot_precision(q.dtype)), scale * (LOG2E if fold else 1.0)
 
 def mask_kind(program: TileProgram, ints, consts, p: Launch) -> int:

@@ -30,11 +30,13 @@ class Operation:
         self.lists = tuple(n for n, kind in zip(self.parameters, kinds) if kind == "List[Tensor]")
         self.tensors = tuple(n for n, kind in zip(self.parameters, kinds) if "Tensor" in kind)
         self.kept = tuple(n for n in self.tensors if n not in drop)
+        self.keeps_outputs = "outputs" not in drop
         self.nondifferentiable = nondifferentiable
         self.op = torch.library.custom_op(f"attnbook::{name}", self.forward, mutates_args=(), schema=schema)
         self.op.register_fake(like)
         self.overload = self.op._opoverload
-        self.single = len(self.overload._schema.returns) == 1
+        returns = [str(r.type) for r in self.overload._schema.returns]
+        self.single, self.many = returns == ["Tensor"], returns == ["List[Tensor]"]
         if backward is not None:
             self._register_backward(schema)
         self.function = _autograd_function(self)
@@ -88,7 +90,8 @@ class Operation:
 
     def _register_backward(self, schema):
         "The backward pass as an operation of its own, for compiled and traced code."
-        inputs = [re.sub(r"^Tensor(?=[^\[?])", "Tensor?", a.strip()) for a in re.match(r"\((.*)\) ->", schema)[1].split(", ")]
+        optional = lambda a: re.sub(r"^Tensor(?=\[\] )", "Tensor?", a) if a.split()[-1] not in self.kept else a
+        inputs = [optional(re.sub(r"^Tensor(?=[^\[?])", "Tensor?", a.strip())) for a in re.match(r"\((.*)\) ->", schema)[1].split(", ")]
         full = f"(Tensor?[] grads, {', '.join(re.sub(r'=[^,]*', '', a) for a in inputs)}, Tensor[] outputs, bool[] needs) -> Tensor[]"
 
         def run(grads, *rest, of):
@@ -106,16 +109,18 @@ class Operation:
                 listed = n in self.lists
                 keep = n in self.kept
                 places.append(len(value) if listed else n in self.tensors and value is not None and keep)
-                saved += list(value) if listed else [value] if n in self.tensors and value is not None and keep else []
-            ctx.save_for_backward(*saved, *outputs)
+                saved += list(value) if listed and keep else [value] if n in self.tensors and not listed and value is not None and keep else []
+            kept = outputs if self.keeps_outputs else ()
+            ctx.save_for_backward(*saved, *kept)
             ctx.rest = [None if n in self.tensors else v for n, v in zip(self.parameters, inputs)]
-            ctx.places, ctx.outputs = places, len(outputs)
+            ctx.places, ctx.outputs = places, len(kept)
             ctx.present = [[True] * len(v) if n in self.lists else v is not None for n, v in zip(self.parameters, inputs) if n in self.tensors]
             ctx.mark_non_differentiable(*(outputs[i] for i in self.nondifferentiable))
             ctx.set_materialize_grads(False)
 
         def gradient(ctx, *grads):
             blank = [[None] * place if n in self.lists else None for n, place in zip(self.parameters, ctx.places)]
+            grads = (grads[0] or ()) if self.many else grads
             if all(g is None for g in grads):
                 return tuple(blank)
             saved = list(ctx.saved_tensors)
@@ -123,7 +128,7 @@ class Operation:
             at = 0
             for i, (n, place) in enumerate(zip(self.parameters, ctx.places)):
                 if n in self.lists:
-                    args[i], at = saved[at:at + place], at + place
+                    args[i], at = (saved[at:at + place], at + place) if n in self.kept else ([None] * place, at)
                 elif place:
                     args[i], at = saved[at], at + 1
             wanted = [ctx.needs_input_grad[i] for i, n in enumerate(self.parameters) if n in self.tensors]
@@ -152,7 +157,8 @@ def _autograd_function(operation: Operation):
         outputs = (found,) if operation.single else tuple(found)
         ctx.args = [None if name in operation.tensors else a for name, a in zip(operation.parameters, args)]
         tensors = [a if name in operation.kept else None for name, a in zip(operation.parameters, args) if name in operation.tensors and name not in operation.lists]
-        ctx.save_for_backward(*tensors, *flat[n:], *outputs)
+        lists = [t for name, a in zip(operation.parameters, args) if name in operation.lists and name in operation.kept for t in a]
+        ctx.save_for_backward(*tensors, *lists, *(outputs if operation.keeps_outputs else ()))
         ctx.counts = [len(a) for name, a in zip(operation.parameters, args) if name in operation.lists]
         if operation.nondifferentiable:
             ctx.mark_non_differentiable(*(outputs[i] for i in operation.nondifferentiable))
@@ -168,8 +174,7 @@ def _autograd_function(operation: Operation):
         by_name, at, i = dict(zip(plain, saved)), len(plain), 0
         needs, place = [], n
         for name, count in zip(operation.lists, ctx.counts):
-            by_name[name] = list(saved[at:at + count])
-            at += count
+            by_name[name], at = (list(saved[at:at + count]), at + count) if name in operation.kept else ([None] * count, at)
         for name in operation.tensors:
             if name in operation.lists:
                 count = ctx.counts[i]
@@ -248,14 +253,14 @@ def operation(name: str, forward: Callable, *, like: Callable, backward: Callabl
               drop: tuple[str, ...] = (), nondifferentiable: tuple[int, ...] = ()) -> Operation:
     """Declares `attnbook::<name>` and returns it, ready to be called with all its arguments by position.
 
-    - `forward(*args)` computes it: parameters and result are annotated (Tensor, Tensor | None, list[Tensor], int, float, bool, str, list[int]; one tensor
-      or a tuple of them), no output is an input or a view of one. A list must not be empty (torch.library cannot tell what it is a list of).
+    - `forward(*args)` computes it: parameters and result are annotated (Tensor, Tensor | None, list[Tensor], int, float, bool, str, list[int]; one tensor,
+      a tuple or a list of them), no output is an input or a view of one. A list must not be empty (torch.library cannot tell what it is a list of).
     - `like(*args)`: empty tensors of the shapes, types and strides that `forward` returns; called with fake tensors, so no launches and no values.
     - `backward(call)`: gradients by parameter name, {"q": dq, …}. `call` holds forward's arguments by name, `call.grads` (one per output; None where no
       gradient came), `call.outputs`, and `call.needs` (by name a bool, for a list a list of bools). What is not needed may be left out. Without it the
       operation has no gradient.
     - `gradients_like(call)`: what `backward` returns, as empty tensors. Default: like the arguments themselves.
-    - `drop`: tensors that the backward pass does not need (None in `call`). `nondifferentiable`: outputs, by number, through which no gradient flows.
+    - `drop`: tensors and lists that the backward pass does not need (None in `call`), and "outputs" if it needs none of these. `nondifferentiable`: outputs, by number, through which no gradient flows.
 
     A second derivative and the transforms of torch.func (vmap, grad, jvp) raise RuntimeError, forward-mode differentiation NotImplementedError: never zeros in silence.
     Declaring a name again replaces it.

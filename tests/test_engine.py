@@ -266,6 +266,22 @@ def test_operation_is_loud():
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
         op(torch.autograd.forward_ad.make_dual(x.detach(), x.detach()), [y.detach()], None, 2.0)
 
+def test_operation_keeps_what_it_needs():
+    "What `drop` names, a tensor or an output, is not kept for the backward pass."
+    def forward(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return x.exp() + bias, x.exp()
+
+    def backward(call):
+        assert call.bias is None and call.outputs[0] is None
+        return dict(x=call.grads[0] * call.outputs[1], bias=call.grads[0].clone())
+    like = lambda x, bias=None: (torch.empty_like(x), torch.empty_like(x))
+    op = operation("example_that_drops", forward, like=like, backward=backward, drop=("bias", 0), nondifferentiable=(1,),
+                   gradients_like=lambda call: dict(zip(("x", "bias"), like(call.x))))
+    x, b = (torch.randn(3, 4, device=device(), requires_grad=True) for _ in range(2))
+    for run in (op, op.overload, torch.compile(op, fullgraph=True, backend="aot_eager")):
+        found = torch.autograd.grad(run(x, b)[0].sum(), (x, b))
+        assert torch.allclose(found[0], x.exp()) and torch.equal(found[1], torch.ones_like(b))
+
 
 def plan_cases():
     "name -> (q, k, v, options, entry of the launch table)"

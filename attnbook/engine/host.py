@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['HAS_TRITON', 'triton', 'tl', 'TensorDescriptor', 'INTERPRETED', 'resolve_backend', 'arch_of', 'pretend', 'Launch',
            'LaunchTable', 'BoundLaunch', 'signature', 'Plans', 'ORDINARY', 'on_device', 'round_dim', 'dot_precision',
-           'needs_64_bit', 'through_float32', 'autocast']
+           'needs_64_bit', 'through_float32', 'autocasting', 'autocast']
 
 # %% auto #imports
 import contextlib
 import functools
+import inspect
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,6 +53,30 @@ def _interpret_language():
 
 if INTERPRETED:
     _interpret_language()
+
+# %% ../../nbs/1_foundations/01_engine.ipynb #edfb30eb
+def _interpret_quickly():
+    "Patches Triton's language once for the process, and turns the check of integer overflow off."
+    from triton.runtime import interpreter
+    if not hasattr(interpreter, "_LangPatchScope"):  # another version of Triton
+        return
+    patch, done, wants = interpreter._patch_lang, set(), {}
+
+    def patch_once(fn):
+        if fn not in wants:  # which of the two faces of the language the function sees
+            wants[fn] = {id(m) for m in fn.__globals__.values() if m is tl or m is tl.core}
+        if not wants[fn] or not wants[fn] <= done:
+            patch(fn)
+            done.update(wants[fn])
+        return interpreter._LangPatchScope()  # nothing to restore
+
+    interpreter._patch_lang = patch_once
+    if os.environ.get("TRITON_SANITIZE_OVERFLOW") != "1":
+        builder = interpreter.interpreter_builder
+        builder.options = replace(builder.options, sanitize_overflow=False)
+
+if INTERPRETED:
+    _interpret_quickly()
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #18167dde
 def resolve_backend(backend: str, tensor: Tensor) -> str:
@@ -181,23 +206,84 @@ class BoundLaunch:
             return self.kernel[self.grid](*tensors, *self.rest, **self.constants)
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
-        key = (device, *(_kind(t) for t in tensors))
-        known = self.kept.get(key)
+        known = self.kept.get((device, *map(_kind, tensors)))
         if known is None or _hooked():
-            compiled = self.kernel[self.grid](*tensors, *self.rest, **self.constants)
-            if hasattr(compiled, "packed_metadata"):         # there are tools that replace Triton's launch
-                names = self.kernel.arg_names[len(tensors) + len(self.rest):]
-                self.kept[key] = compiled.run, compiled.function, compiled.packed_metadata, (*self.rest, *(self.constants[n] for n in names))
-            return
-        run, function, metadata, last = known
-        run(*self.grid, driver.get_current_stream(device), function, metadata, None, None, None, *tensors, *last)
+            return self._first(device, tensors)
+        known(driver.get_current_stream(device), tensors)
+
+    def same(self, *tensors):
+        "The launch where all calls have tensors of one type and alignment: what is known is looked up by the device alone."
+        if INTERPRETED:
+            return self.kernel[self.grid](*tensors, *self.rest, **self.constants)
+        driver = triton.runtime.driver.active
+        device = driver.get_current_device()
+        known = self.kept.get(device)
+        if known is None or _hooked():
+            self._first(device, tensors)
+            self.kept[device] = self.kept.get((device, *map(_kind, tensors)))
+        else:
+            known(driver.get_current_stream(device), tensors)
+
+    def _first(self, device, tensors):
+        "A launch by Triton itself, whose compiled kernel is kept."
+        compiled = self.kernel[self.grid](*tensors, *self.rest, **self.constants)
+        if hasattr(compiled, "packed_metadata"):             # there are tools that replace Triton's launch
+            names = self.kernel.arg_names[len(tensors) + len(self.rest):]
+            last = (*self.rest, *(self.constants[n] for n in names))
+            self.kept[(device, *map(_kind, tensors))] = _direct_launch(compiled, self.grid, tensors, last) or functools.partial(
+                _plain_launch, compiled.run, self.grid, compiled.function, compiled.packed_metadata, last)
 
 
 def _kind(t):
     "What Triton compiles for: type and alignment of a tensor."
     if isinstance(t, Tensor):
-        return t.dtype, t.data_ptr() % 16 == 0
+        return t.dtype, t.data_ptr() & 15
     return tuple(map(_kind, t)) if isinstance(t, tuple) else None
+
+
+def _plain_launch(run, grid, function, metadata, last, stream, tensors):
+    "Launches a compiled kernel the way Triton does."
+    run(*grid, stream, function, metadata, None, None, None, *tensors, *last)
+
+
+def _direct_launch(compiled, grid, tensors, last) -> Callable | None:
+    """Launches a compiled kernel as Triton 3.6 does, without making again what is the same each time: the list of arguments, and of a tensor descriptor all
+    but the address. None for other versions and for kernels that want scratch memory."""
+    run = compiled.run
+    if not triton.__version__.startswith("3.6.") or run.global_scratch_size or run.profile_scratch_size:
+        return None
+    launch, boxes = run.launch, {}
+    if inspect.isfunction(launch):                           # it makes descriptors before it calls the launcher proper
+        inside = inspect.getclosurevars(launch).nonlocals
+        launch, boxes = inside["launcher"], dict(zip(sorted(inside["tensordesc_indices"]), inside["tensordesc_meta"]))
+        if not all(boxes.values()) or max(boxes) >= len(tensors):
+            return None
+    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+    fill = triton.runtime.driver.active.utils.fill_tma_descriptor
+    args = [*grid, None, compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None]
+    plain, described = [], []
+    for i, x in enumerate((*tensors, *last)):
+        if i in boxes:
+            m = boxes[i]
+            if m["fp4_padded"]:
+                return None
+            described.append((len(args), i, (m["swizzle"], m["elem_size"], TMA_DTYPE_DEVICE_TO_HOST[m["elem_type"]], m["block_size"],
+                                             x.shape, x.strides, int(x.padding == "nan"))))
+            args += [None, *x.shape, *x.strides]
+        else:
+            if i < len(tensors):
+                plain.append((len(args), i))
+            args.append(x if i >= len(tensors) else None)
+
+    def go(stream, tensors):
+        full = args.copy()
+        full[3] = stream
+        for at, i in plain:
+            full[at] = tensors[i]
+        for at, i, rest in described:
+            full[at] = fill(tensors[i].base.data_ptr(), *rest)
+        launch(*full)
+    return go
 
 
 def _hooked() -> bool:
@@ -208,7 +294,7 @@ def _hooked() -> bool:
 
 def signature(*tensors: Tensor | None) -> tuple:
     "All that a plan may depend on of its tensors: shape, strides, type, device, and whether the address is a multiple of 16."
-    return tuple(None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16 == 0) for t in tensors)
+    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15 == 0) for t in tensors])
 
 
 class Plans:
@@ -223,7 +309,10 @@ class Plans:
     def find(self, key, make: Callable, *args):
         "The plan kept under the key, or `make(*args)`, which is then kept."
         key = key, LaunchTable.version, _PRETENDED[-1] if _PRETENDED else None, torch.get_float32_matmul_precision()
-        plan = self.kept.get(key)
+        try:
+            plan = self.kept.get(key)
+        except TypeError:
+            raise _Unhashable from None
         if plan is None:
             plan = make(*args)
             with self.lock:
@@ -238,14 +327,20 @@ class Plans:
 
         For the checks and choices of a public function. Where somebody traces, and for tensors that are no ordinary ones, it is made anew.
         """
-        if torch.compiler.is_compiling() or not all(t is None or type(t) in ORDINARY for t in tensors):
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return make(*tensors, **options)
-        key = signature(*tensors), tuple((type(x), x) for x in options.values())     # 1, 1.0 and True are equal, and not the same
+        for t in tensors:
+            if t is not None and type(t) not in ORDINARY or t is not None and t.is_meta:
+                return make(*tensors, **options)
+        key = make, signature(*tensors), *options.values(), *map(type, options.values())   # 1, 1.0 and True are equal, and not the same
         try:
-            hash(key)
-        except TypeError:                                    # a list, say: whoever checks it will say so
+            return self.find(key, lambda: make(*tensors, **options))
+        except _Unhashable:                                  # a list, say: whoever checks it will say so
             return make(*tensors, **options)
-        return self.find((make, *key), lambda: make(*tensors, **options))
+
+
+class _Unhashable(Exception):
+    "A key cannot be looked up."
 
 
 #: types of tensors that come as they are; others (fake ones, subclasses) want to see what is done with them
@@ -287,10 +382,14 @@ def through_float32(run: Callable, tensors, *rest):
     return run(*(t if t is None or t.dtype != torch.bfloat16 else t.float() for t in tensors), *rest)
 
 
+def autocasting(t: Tensor) -> bool:
+    "Is autocast on for the tensor's device, and does it mean this type?"
+    return torch.is_autocast_enabled(t.device.type) and t.dtype != torch.float64
+
+
 def autocast(*tensors: Tensor | None) -> tuple:
     "The tensors in autocast's type, if it is on for their device, as `scaled_dot_product_attention` takes them."
-    first = tensors[0]
-    if not torch.is_autocast_enabled(first.device.type) or first.dtype == torch.float64:
+    if not autocasting(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t if t is None else t.to(dtype) for t in tensors)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOG2E', 'describable', 'describe', 'descriptor_of', 'empty_heads', 'slot_shape', 'common_arguments', 'mask_kind',
-           'L2_SHARE', 'heads_together', 'stream', 'run_forward', 'run_backward', 'row_lists', 'scatter_rows']
+           'L2_SHARE', 'heads_together', 'stream', 'run_forward', 'plan_forward', 'run_backward', 'plan_backward',
+           'row_lists', 'scatter_rows']
 
 # %% auto #imports
 import functools
@@ -120,10 +121,10 @@ _FORWARD, _BACKWARD = Plans(), Plans()
 def run_forward(q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None, operands, program: str, ints, consts, scale: float):
     "(out, lse) of a registered tile program: the forward kernel, launched. Arguments as in `tile_attention`, unchecked."
     key = PROGRAMS[program], signature(q, k, v, extra_k, extra_v, *operands), tuple(ints), tuple(consts), scale
-    return _FORWARD.find(key, _plan_forward, q, k, v, extra_k, extra_v, operands, *key[:1], ints, consts, scale)(q, k, v, extra_k, extra_v, operands)
+    return _FORWARD.find(key, plan_forward, q, k, v, extra_k, extra_v, operands, *key[:1], ints, consts, scale)(q, k, v, extra_k, extra_v, operands)
 
 
-def _plan_forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
+def plan_forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     "The forward pass of all calls like this one, as a function of its tensors."
     consts = program.expand(q, v, ints, consts) if program.expand else consts
     fixed = tuple(program.constants(q, ints, consts)) if program.constants else ()
@@ -132,7 +133,7 @@ def _plan_forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, sc
     like = q.new_empty(*slots, v.shape[-1]) if program.indexed else empty_heads(q, v.shape[-1])
     shape, strides, device, dtype = like.shape, like.stride(), q.device, q.dtype
     empty = like.numel() == 0
-    lse_like = torch.empty(slots, device="meta")
+    lse_strides = torch.empty(slots, device="meta").stride()
     if not empty:
         common, scale = common_arguments(program, q, k, v, consts, scale)
         p = find_launch(program, "forward", dtype, max(common["BD"], common["BDV"]), device, consts)
@@ -140,7 +141,7 @@ def _plan_forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, sc
         tiles, heads = program.q_tiles(ints, consts, p.BM), q.shape[0] * q.shape[1]
         xs = (extra_k.stride(), extra_v.stride(), extra_k.shape[2]) if extra_k is not None else (None, None, 0)
         launch = BoundLaunch(
-            tile_forward, (tiles * heads,), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1], strides, lse_like.stride(), scale, tiles,
+            tile_forward, (tiles * heads,), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1], strides, lse_strides, scale, tiles,
             heads_together(program, heads, k, v), q.shape[1], xs[2], Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step,
             REVERSE=program.heavy_last, MASKS=mask_kind(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma, WIDE=needs_64_bit(q, k, v, like),
             STAGES=p.stages, PREPARE=program.prepare, START=program.start, **p.options(), **common)
@@ -151,9 +152,9 @@ def _plan_forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, sc
             lse = torch.full(slots, float("-inf"), device=device, dtype=torch.float32)
         else:
             out = torch.empty_strided(shape, strides, device=device, dtype=dtype)
-            lse = torch.empty(slots, device=device, dtype=torch.float32)
+            lse = torch.empty_strided(slots, lse_strides, device=device, dtype=torch.float32)
         if not empty:
-            launch(q, k_of(k), v_of(v), extra_k, extra_v, out, lse, (*operands, *fixed))
+            launch.same(q, k_of(k), v_of(v), extra_k, extra_v, out, lse, (*operands, *fixed))
         return out, lse
     return run
 
@@ -180,11 +181,11 @@ def run_backward(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tenso
                  lse: Tensor, program: str, ints, consts, scale: float, operand_grad: bool, into=None) -> list[Tensor]:
     "Gradients of q, k, v (in the tensors `into`, if given), of the extra keys and values if there are any, and with `operand_grad` of operand 0."
     key = (PROGRAMS[program], signature(do, dlse, q, k, v, extra_k, extra_v, out, lse, *operands, *(into or ())), tuple(ints), tuple(consts), scale, operand_grad)
-    plan = _BACKWARD.find(key, _plan_backward, do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, key[0], ints, consts, scale, operand_grad, into)
+    plan = _BACKWARD.find(key, plan_backward, do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, key[0], ints, consts, scale, operand_grad, into)
     return plan(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, into)
 
 
-def _plan_backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, ints, consts, scale, operand_grad, into):
+def plan_backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, ints, consts, scale, operand_grad, into):
     "The backward pass of all calls like this one, as a function of its tensors."
     if out.numel() == 0 or k.numel() == 0 and extra_k is None:
         return functools.partial(_no_gradients, program, operand_grad)
@@ -229,9 +230,9 @@ def _plan_backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, prog
                 t.zero_()
         lse2, delta, ops = make(), make(), (*operands, *fixed)
         partial = carried.buffer(q, operands[0], programs, ints, consts) if carried and operand_grad else None
-        dq_launch(q, k_of(k), v_of(v), extra_k, extra_v, out, do, lse, dlse, dq, lse2, delta, partial, ops)
+        dq_launch.same(q, k_of(k), v_of(v), extra_k, extra_v, out, do, lse, dlse, dq, lse2, delta, partial, ops)
         if dkv_launch is not None:
-            dkv_launch(q_of(q), k, v, do_of(do), lse2, delta, dk, dv, ops)
+            dkv_launch.same(q_of(q), k, v, do_of(do), lse2, delta, dk, dv, ops)
         if program.indexed:
             of_q, of_k = (row_lists(x.flatten(2), t.shape[2]) for x, t in zip(operands, (q, k)))
             dq = scatter_rows(dq, operands[0].flatten(2), q.shape[2], of_q)

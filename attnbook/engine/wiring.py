@@ -15,13 +15,14 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from .host import ORDINARY, on_device
+from .host import INTERPRETED, ORDINARY, on_device
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #e9a58d12
 class Operation:
     "A differentiable operation of the book, made by `operation`; call it with all its arguments by position."
 
-    def __init__(self, name, forward, like, backward, gradients_like, drop, nondifferentiable):
+    def __init__(self, name, forward, like, backward, gradients_like, drop, nondifferentiable, plan):
+        self.plan = plan
         self.name, self.forward, self.like, self.backward = name, on_device(forward), like, backward
         self.gradients_like = gradients_like or (lambda call: {n: _empty_copies(getattr(call, n)) for n in self.tensors})
         schema = torch.library.infer_schema(forward, mutates_args=())
@@ -30,25 +31,36 @@ class Operation:
         self.lists = tuple(n for n, kind in zip(self.parameters, kinds) if kind == "List[Tensor]")
         self.tensors = tuple(n for n, kind in zip(self.parameters, kinds) if "Tensor" in kind)
         self.kept = tuple(n for n in self.tensors if n not in drop)
-        self.keeps_outputs = "outputs" not in drop
-        self.nondifferentiable = nondifferentiable
-        self.op = torch.library.custom_op(f"attnbook::{name}", self.forward, mutates_args=(), schema=schema)
-        self.op.register_fake(like)
-        self.overload = self.op._opoverload
-        returns = [str(r.type) for r in self.overload._schema.returns]
-        self.single, self.many = returns == ["Tensor"], returns == ["List[Tensor]"]
+        self.nondifferentiable, self.unsaved = nondifferentiable, tuple(i for i in drop if isinstance(i, int))
+        self.places = {n: i for i, n in enumerate(self.parameters)}
+        self.single_tensors = tuple(n for n in self.tensors if n not in self.lists)
+        self.library, self.overload = _define(name, schema, self.forward, like)
+        self.single = len(self.overload._schema.returns) == 1
         if backward is not None:
             self._register_backward(schema)
         self.function = _autograd_function(self)
 
-    def __call__(self, *args):
+    def __call__(self, *args, kept: dict | None = None):
+        """The operation's outputs. `kept`: a dict that belongs to all calls with the same arguments but for the numbers in the tensors (`Plans.decide` makes
+        such); what forward and backward pass decide is kept in it."""
         if torch.compiler.is_compiling() or not _plain(args):
             _refuse_transforms(self.name)
             return self.overload(*args)
         if self.backward is not None and (torch.is_grad_enabled() and _requires_grad(args) or forward_ad._current_level >= 0):
-            return self.function.apply(*self._flat(args))
-        with torch._C._AutoDispatchBelowAutograd():
+            return self.function.apply(kept, *self._flat(args))
+        if kept is not None:
+            return self._planned(kept, args)
+        if self.backward is not None or not torch.is_grad_enabled():
             return self.forward(*args)
+        with torch._C._AutoDispatchBelowAutograd():          # nothing inside is to be differentiated
+            return self.forward(*args)
+
+    def _planned(self, kept, args):
+        "The outputs by the plan that is kept, which is made first if it is not there."
+        run = kept.get("forward")
+        if run is None:
+            run = kept["forward"] = on_device(self.plan(*args)) if self.plan is not None and not INTERPRETED else self.forward
+        return run(*args)
 
     def _flat(self, args):
         "The arguments with every list of tensors replaced by its length and, at the end, its tensors."
@@ -67,9 +79,13 @@ class Operation:
                 args[i], at = list(flat[at:at + args[i]]), at + args[i]
         return args
 
+    def _saved(self, outputs) -> list:
+        "The outputs that the backward pass keeps, None in place of the others."
+        return [None if i in self.unsaved else o for i, o in enumerate(outputs)]
+
     def _call(self, args, grads, outputs, needs):
         "What `backward` gets."
-        call = types.SimpleNamespace(**dict(zip(self.parameters, args)), grads=grads, outputs=outputs, needs={})
+        call = types.SimpleNamespace(**dict(zip(self.parameters, args)), grads=grads, outputs=outputs, needs={}, kept=None)
         for n in self.tensors:
             value = getattr(call, n)
             call.needs[n] = [next(needs) for _ in value] if n in self.lists else next(needs)
@@ -90,17 +106,15 @@ class Operation:
 
     def _register_backward(self, schema):
         "The backward pass as an operation of its own, for compiled and traced code."
-        optional = lambda a: re.sub(r"^Tensor(?=\[\] )", "Tensor?", a) if a.split()[-1] not in self.kept else a
-        inputs = [optional(re.sub(r"^Tensor(?=[^\[?])", "Tensor?", a.strip())) for a in re.match(r"\((.*)\) ->", schema)[1].split(", ")]
-        full = f"(Tensor?[] grads, {', '.join(re.sub(r'=[^,]*', '', a) for a in inputs)}, Tensor[] outputs, bool[] needs) -> Tensor[]"
+        inputs = [re.sub(r"^Tensor(?=[^\[?])", "Tensor?", a.strip()) for a in re.match(r"\((.*)\) ->", schema)[1].split(", ")]
+        full = f"(Tensor?[] grads, {', '.join(re.sub(r'=[^,]*', '', a) for a in inputs)}, Tensor?[] outputs, bool[] needs) -> Tensor[]"
 
         def run(grads, *rest, of):
             *args, outputs, needs = rest
             call = self._call(args, grads, outputs, iter(needs))
             return self._listed(of(call), call)
 
-        self.backward_op = torch.library.custom_op(f"attnbook::{self.name}run_backward", lambda *a: run(*a, of=self.backward), mutates_args=(), schema=full)
-        self.backward_op.register_fake(lambda *a: run(*a, of=self.gradients_like))
+        _, gradients = _define(f"{self.name}_backward", full, lambda *a: run(*a, of=self.backward), lambda *a: run(*a, of=self.gradients_like))
 
         def setup(ctx, inputs, output):
             outputs = (output,) if self.single else tuple(output)
@@ -109,18 +123,16 @@ class Operation:
                 listed = n in self.lists
                 keep = n in self.kept
                 places.append(len(value) if listed else n in self.tensors and value is not None and keep)
-                saved += list(value) if listed and keep else [value] if n in self.tensors and not listed and value is not None and keep else []
-            kept = outputs if self.keeps_outputs else ()
-            ctx.save_for_backward(*saved, *kept)
+                saved += list(value) if listed else [value] if n in self.tensors and value is not None and keep else []
+            ctx.save_for_backward(*saved, *self._saved(outputs))
             ctx.rest = [None if n in self.tensors else v for n, v in zip(self.parameters, inputs)]
-            ctx.places, ctx.outputs = places, len(kept)
+            ctx.places, ctx.outputs = places, len(outputs)
             ctx.present = [[True] * len(v) if n in self.lists else v is not None for n, v in zip(self.parameters, inputs) if n in self.tensors]
             ctx.mark_non_differentiable(*(outputs[i] for i in self.nondifferentiable))
             ctx.set_materialize_grads(False)
 
         def gradient(ctx, *grads):
             blank = [[None] * place if n in self.lists else None for n, place in zip(self.parameters, ctx.places)]
-            grads = (grads[0] or ()) if self.many else grads
             if all(g is None for g in grads):
                 return tuple(blank)
             saved = list(ctx.saved_tensors)
@@ -128,18 +140,31 @@ class Operation:
             at = 0
             for i, (n, place) in enumerate(zip(self.parameters, ctx.places)):
                 if n in self.lists:
-                    args[i], at = (saved[at:at + place], at + place) if n in self.kept else ([None] * place, at)
+                    args[i], at = saved[at:at + place], at + place
                 elif place:
                     args[i], at = saved[at], at + 1
             wanted = [ctx.needs_input_grad[i] for i, n in enumerate(self.parameters) if n in self.tensors]
             needs = [b for w, there in zip(wanted, ctx.present) for b in
                      ([(w if isinstance(w, (list, tuple)) else [w] * len(there))[j] for j in range(len(there))] if isinstance(there, list) else [w and there])]
-            found = iter(self.backward_op._opoverload(list(grads), *args, outputs, needs))
+            found = iter(gradients(list(grads), *args, outputs, needs))
             needs = iter(needs)
             return tuple([next(found) if next(needs) else None for _ in b] if n in self.lists else (next(found) if next(needs) else None) if n in self.tensors else None
                          for n, b in zip(self.parameters, blank))
 
-        self.op.register_autograd(gradient, setup_context=setup)
+        torch.library.register_autograd(f"attnbook::{self.name}", gradient, setup_context=setup, lib=self.library)
+
+
+def _define(name: str, schema: str, run: Callable, like: Callable):
+    """Registers attnbook::<name>; its library, which must live as long as the operation, and the overload to call. (`torch.library.custom_op` would do the
+    same and check every call for outputs that share memory with inputs, which takes longer than most kernels.)"""
+    libraries = vars(torch.library).setdefault("_attnbook", {})          # also of another copy of this module: a notebook that runs defines all once more
+    if name in libraries:
+        libraries.pop(name)._destroy()
+    library = libraries[name] = torch.library.Library("attnbook", "FRAGMENT")
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"attnbook::{name}", like, lib=library)
+    return library, getattr(torch.ops.attnbook, name).default
 
 
 def _empty_copies(value):
@@ -151,48 +176,52 @@ def _autograd_function(operation: Operation):
     "The `torch.autograd.Function` through which an operation is differentiated in eager mode."
     n = len(operation.parameters)
 
-    def forward(ctx, *flat):
+    places, names, lists = [operation.places[m] for m in operation.single_tensors], operation.single_tensors, operation.lists
+    saves = [m in operation.kept for m in names]
+
+    def forward(ctx, kept, *flat):
         args = operation._unflat(flat)
-        found = operation.forward(*args)
-        outputs = (found,) if operation.single else tuple(found)
-        ctx.args = [None if name in operation.tensors else a for name, a in zip(operation.parameters, args)]
-        tensors = [a if name in operation.kept else None for name, a in zip(operation.parameters, args) if name in operation.tensors and name not in operation.lists]
-        lists = [t for name, a in zip(operation.parameters, args) if name in operation.lists and name in operation.kept for t in a]
-        ctx.save_for_backward(*tensors, *lists, *(outputs if operation.keeps_outputs else ()))
-        ctx.counts = [len(a) for name, a in zip(operation.parameters, args) if name in operation.lists]
+        found = operation.forward(*args) if kept is None else operation._planned(kept, args)
+        ctx.kept = kept
+        outputs = (found,) if operation.single else found
+        ctx.save_for_backward(*(flat[i] if keep else None for i, keep in zip(places, saves)), *flat[n:], *operation._saved(outputs))
+        ctx.args = list(flat[:n])
+        for i in places:
+            ctx.args[i] = None
         if operation.nondifferentiable:
             ctx.mark_non_differentiable(*(outputs[i] for i in operation.nondifferentiable))
         ctx.set_materialize_grads(False)
-        return found if operation.single else outputs
+        return found
 
     def gradients(ctx, *grads):
-        wanted = ctx.needs_input_grad
-        if all(g is None for g in grads):
-            return (None,) * len(wanted)
+        wanted, count = ctx.needs_input_grad[1:], len(places)
+        if not any(g is not None for g in grads):
+            return (None,) * (1 + len(wanted))
         saved = ctx.saved_tensors
-        plain = [name for name in operation.tensors if name not in operation.lists]
-        by_name, at, i = dict(zip(plain, saved)), len(plain), 0
-        needs, place = [], n
-        for name, count in zip(operation.lists, ctx.counts):
-            by_name[name], at = (list(saved[at:at + count]), at + count) if name in operation.kept else ([None] * count, at)
-        for name in operation.tensors:
-            if name in operation.lists:
-                count = ctx.counts[i]
-                needs += wanted[place:place + count]
-                place, i = place + count, i + 1
-            else:
-                needs.append(wanted[operation.parameters.index(name)])
-        args = [by_name.get(name, a) for name, a in zip(operation.parameters, ctx.args)]
-        call = operation._call(args, grads, saved[at:], iter(needs))
-        found = iter(operation._listed(operation.backward(call), call))
-        head = dict.fromkeys(operation.parameters)
-        lists = {}
-        for name in operation.tensors:                       # in the order of `_listed`
-            if name in operation.lists:
-                lists[name] = [next(found) if w else None for w in call.needs[name]]
-            elif call.needs[name]:
-                head[name] = next(found)
-        return *head.values(), *(g for name in operation.lists for g in lists[name])
+        call = types.SimpleNamespace(**dict(zip(operation.parameters, ctx.args)), grads=grads, needs={}, kept=ctx.kept)
+        for name, i, t in zip(names, places, saved):
+            setattr(call, name, t)
+            call.needs[name] = wanted[i]
+        place = n
+        for name in lists:                                   # `_flat` left the length of a list in its place
+            length = ctx.args[operation.places[name]]
+            setattr(call, name, list(saved[count:count + length]))
+            call.needs[name] = list(wanted[place:place + length])
+            count, place = count + length, place + length
+        call.outputs = saved[count:]
+        found = operation.backward(call)
+        head, tail = [None] * n, []
+        for name, i in zip(names, places):
+            if wanted[i]:
+                head[i] = found.get(name)
+                if head[i] is None:
+                    raise RuntimeError(f"attnbook::{operation.name} has no gradient for {name}")
+        for name in lists:
+            needs, some = call.needs[name], found.get(name) or ()
+            if any(needs) and any(w and (j >= len(some) or some[j] is None) for j, w in enumerate(needs)):
+                raise RuntimeError(f"attnbook::{operation.name} has no gradient for {name}")
+            tail += [some[j] if w else None for j, w in enumerate(needs)]
+        return None, *head, *tail
 
     def backward(ctx, *grads):
         if not torch.is_grad_enabled():
@@ -250,19 +279,23 @@ def _requires_grad(args) -> bool:
 
 
 def operation(name: str, forward: Callable, *, like: Callable, backward: Callable | None = None, gradients_like: Callable | None = None,
-              drop: tuple[str, ...] = (), nondifferentiable: tuple[int, ...] = ()) -> Operation:
+              drop: tuple[str | int, ...] = (), nondifferentiable: tuple[int, ...] = (), plan: Callable | None = None) -> Operation:
     """Declares `attnbook::<name>` and returns it, ready to be called with all its arguments by position.
 
-    - `forward(*args)` computes it: parameters and result are annotated (Tensor, Tensor | None, list[Tensor], int, float, bool, str, list[int]; one tensor,
-      a tuple or a list of them), no output is an input or a view of one. A list must not be empty (torch.library cannot tell what it is a list of).
+    - `forward(*args)` computes it: parameters and result are annotated (Tensor, Tensor | None, list[Tensor], int, float, bool, str, list[int]; one tensor
+      or a tuple of them), no output is an input or a view of one. A list must not be empty (torch.library cannot tell what it is a list of).
     - `like(*args)`: empty tensors of the shapes, types and strides that `forward` returns; called with fake tensors, so no launches and no values.
     - `backward(call)`: gradients by parameter name, {"q": dq, …}. `call` holds forward's arguments by name, `call.grads` (one per output; None where no
       gradient came), `call.outputs`, and `call.needs` (by name a bool, for a list a list of bools). What is not needed may be left out. Without it the
       operation has no gradient.
     - `gradients_like(call)`: what `backward` returns, as empty tensors. Default: like the arguments themselves.
-    - `drop`: tensors and lists that the backward pass does not need (None in `call`), and "outputs" if it needs none of these. `nondifferentiable`: outputs, by number, through which no gradient flows.
+    - `drop`: tensors, and outputs by number, that the backward pass does not need (None in `call`, not kept for it). `nondifferentiable`: outputs, by
+      number, through which no gradient flows.
+
+    - `plan(*args)`: a function of the same arguments that computes what `forward` does for all calls that differ in the tensors' numbers only. Used for calls
+      with `kept`, whose dict the backward pass finds as `call.kept`.
 
     A second derivative and the transforms of torch.func (vmap, grad, jvp) raise RuntimeError, forward-mode differentiation NotImplementedError: never zeros in silence.
     Declaring a name again replaces it.
     """
-    return Operation(name, forward, like, backward, gradients_like, tuple(drop), tuple(nondifferentiable))
+    return Operation(name, forward, like, backward, gradients_like, tuple(drop), tuple(nondifferentiable), plan)

@@ -239,6 +239,23 @@ def test_operation():
     check_opcheck(op, (x, [y, z], b, 2.0))
     assert example_operation("example_operation")(x, [y], None, 1.0)[0].requires_grad      # declared again, as a cell that runs twice does
 
+def test_operation_of_lists():
+    "As many outputs as inputs, in a list, of which nothing is kept for the backward pass, nor of the inputs."
+    def forward(x: list[Tensor], a: float) -> list[Tensor]:
+        return [a * t for t in x]
+
+    def backward(call):
+        assert call.x == [None, None] and not call.outputs
+        return dict(x=[torch.zeros(3, device=device()) if g is None else call.a * g for g in call.grads])
+    op = operation("example_of_lists", forward, like=lambda x, a: [torch.empty_like(t) for t in x], backward=backward, drop=("x", "outputs"),
+                   gradients_like=lambda call: dict(x=[torch.empty(3, device=device()) for _ in call.grads]))
+    x, y = (torch.randn(3, device=device(), requires_grad=True) for _ in range(2))
+    for run in (op, op.overload, torch.compile(op, fullgraph=True, backend="aot_eager")):
+        for used in (2, 1):
+            found = torch.autograd.grad(sum(o.square().sum() for o in run([x, y], 3.0)[:used]), (x, y)[:used])
+            assert all(torch.allclose(g, 18 * t) for g, t in zip(found, (x, y)))
+    with torch.no_grad(): assert torch.equal(op([x, y], 3.0)[1], 3 * y)
+
 def test_operation_is_loud():
     "No second derivative, no transform: an error, never zeros."
     op = example_operation("example_operation")

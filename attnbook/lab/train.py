@@ -171,24 +171,42 @@ def name_of(f) -> str:
     return f if isinstance(f, str) else getattr(f, "__qualname__", type(f).__name__)
 
 # %% ../../nbs/1_foundations/04_train.ipynb #596a90ff
-def step_function(batches, first: int) -> Callable:
-    """`batches` as a function that is called with `first`, `first + 1`, …"""
-    if callable(batches):
-        return batches
+class Stream:
+    """Batches by step: of a function of the step, or of an iterable, which is started again when it ends."""
+    def __init__(self, batches):
+        self.batches, self.taken, self.last = batches, 0, None
+        self.began, self.rng = 0, None  # the step at which this pass began, and the generators then
+        self.again = {}  # what `began` and `rng` were in an earlier sitting
+        self.passes = None if callable(batches) else self._passes()
 
-    def endless():
+    def __call__(self, step: int):
+        self.last = self.batches(step) if self.passes is None else next(self.passes)
+        return self.last
+
+    def _passes(self):
         while True:
-            empty = True
-            for batch in batches:
-                empty = False
+            if self.again and self.again["began"] == self.taken:
+                set_rng_state(self.again["rng"])
+            self.began, self.rng, before = self.taken, rng_state(), self.taken
+            for batch in self.batches:
+                self.taken += 1
                 yield batch
-            if empty:
+            if self.taken == before:
                 raise ValueError("batches gave no batch; an exhausted iterator cannot be started again: give a list, a "
                                  "DataLoader, Batches or a function of the step")
-    stream = endless()
-    for _ in range(first):
-        next(stream)
-    return lambda step: next(stream)
+
+    def state(self) -> dict:
+        "What `replay` needs, in types that `torch.load(weights_only=True)` accepts."
+        return {} if self.passes is None else {"began": self.began, "rng": self.rng, "last": digest(self.last)}
+
+    def replay(self, steps: int, state: dict):
+        "Goes through the batches of an earlier sitting. ValueError if the last is not the one that it saw."
+        self.again = state
+        for step in range(steps if self.passes is not None else 0):
+            self(step)
+        if state and steps and digest(self.last) != state["last"]:
+            raise ValueError(f"batches does not give again what it gave before: the batch of step {steps - 1} is another one. Its order must "
+                             "follow from the global generators when a pass begins; or give a function of the step, such as Batches")
 
 # %% ../../nbs/1_foundations/04_train.ipynb #462f6f04
 def to_device(batch, device):
@@ -284,8 +302,8 @@ def fit(
 
     With `checkpoint`, an interrupted call repeated with the same arguments goes on where the last checkpoint was
     written; on a CPU its losses are bit for bit those of an uninterrupted run. A checkpoint of other settings,
-    another model layout or other data (judged by the first batch) is refused (ValueError). Raises FloatingPointError
-    naming the step when loss or gradient is not finite."""
+    another model layout or other data (judged by the first batch of a function, the last of an iterable) is refused
+    (ValueError). Raises FloatingPointError naming the step when loss or gradient is not finite."""
     warmup = steps // 20 if warmup is None and isinstance(steps, int) else warmup
     check_settings(model, loss_fn, steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=schedule,
                    clip=clip, every=every, eval_every=eval_every)
@@ -302,13 +320,14 @@ def fit(
         amp=device.type == "cuda" if amp is None else bool(amp),
         model=digest([(k, v.dtype, tuple(v.shape)) for k, v in model.state_dict().items()]),
         first_batch=digest(batches(0)) if callable(batches) else None))
+    take = Stream(batches)
     if path and (state := load_checkpoint(path, history.settings)):
         model.load_state_dict(state["model"])
         opt.load_state_dict(state["optimizer"])
         history = History.from_dict(state["history"])
+        take.replay(len(history.loss), state.get("batches", {}))
         set_rng_state(state["rng"])
     done = len(history.loss)
-    take = step_function(batches, done)
     began = time.perf_counter() - history.seconds
     pending, lag = [], 1 if device.type == "cpu" else 20  # reading a loss waits for the GPU: do it rarely
     model.train()
@@ -339,7 +358,7 @@ def fit(
                 began = time.perf_counter() - history.seconds  # evaluation does not count as training time
             if saving:
                 save_checkpoint(path, {"model": model.state_dict(), "optimizer": opt.state_dict(),
-                                       "history": history.to_dict(), "rng": rng_state()})
+                                       "history": history.to_dict(), "rng": rng_state(), "batches": take.state()})
     model.eval()
     return history
 

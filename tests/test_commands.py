@@ -74,7 +74,7 @@ def test_planned_chapter():
 
 def test_unknown_parameter(small, tmp_path):
     line = refused("run", small, "-p", "m", "3", "--out", tmp_path / "runs")
-    assert "no parameter 'm'" in line and "preset ('cpu' | 'gpu'), n (int), scale (float)" in line
+    assert "no parameter 'm'" in line and "preset ('smoke' | 'cpu' | 'gpu'), n (int), scale (float)" in line
     assert not (tmp_path / "runs").exists()
 
 

@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/1_foundations/01_engine.ipynb by `attnbook export`. Do not edit.
+import contextlib
 import itertools
 import math
 import types
@@ -9,11 +10,12 @@ from torch import Tensor
 
 from attnbook.attention import attention_mask, attention_reference
 from attnbook.engine.bands import BAND
-from attnbook.engine.host import BoundLaunch, Launch, operation, tl, triton
+from attnbook.engine.host import BoundLaunch, Launch, Plans, arch_of, tl, triton
 from attnbook.engine.op import attention, indexed_attention, tile_attention, tile_attention_op, varlen_attention
-from attnbook.engine.program import register_launch
+from attnbook.engine.program import LAUNCH, register_launch
 from attnbook.engine.run import row_lists, scatter_rows
 from attnbook.engine.tiles import tile_of_program
+from attnbook.engine.wiring import operation
 from attnbook.lab.testing import (
     check_against_reference,
     check_autocast,
@@ -25,6 +27,7 @@ from attnbook.lab.testing import (
     check_writes_everything,
     device,
     make_qkv,
+    rel_error,
     tolerance,
 )
 
@@ -245,3 +248,43 @@ def test_operation_is_loud():
             transform(lambda x: op(x, [y.detach()], None, 2.0)[0].sum())(x.detach())
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
         op(torch.autograd.forward_ad.make_dual(x.detach(), x.detach()), [y.detach()], None, 2.0)
+
+
+def plan_cases():
+    "name -> (q, k, v, options, entry of the launch table)"
+    q, k, v = make_qkv(2, 2, 20)
+    shifted = torch.randn(q.numel() + 1, device=q.device)[1:].view(q.shape)           # its address is no multiple of 16
+    return {
+        "plain": (q, k, v, {}, None), "causal": (q, k, v, dict(is_causal=True), None), "scale": (q, k, v, dict(scale=0.1), None),
+        "window": (q, k, v, dict(window_size=4), None), "wider window": (q, k, v, dict(window_size=5), None),
+        "heads last": (*(t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)), {}, None),
+        "every other key": (q, *(torch.cat([t, t], 2)[:, :, ::2] for t in (k, v)), {}, None), "shifted": (shifted, k, v, {}, None),
+        "float16": (q.half(), k.half(), v.half(), {}, None), "one image": (q[:1], k[:1], v[:1], {}, None),
+        "shared head": (q, k[:, :1], v[:, :1], {}, None), "other tiles": (q, k, v, {}, Launch(16, 16, 4, 1))}
+
+def test_plans_are_not_fooled():
+    cases = plan_cases()
+    arch, bits = arch_of(torch.device(device())), 32
+    for name in [*cases, *reversed(cases)]:
+        q, k, v, options, launch = cases[name]
+        with LAUNCH.trying(arch, "forward", bits, 16, launch) if launch else contextlib.nullcontext():
+            for grad in (False, True):
+                inputs = [t.detach().clone(memory_format=torch.preserve_format) if name != "shifted" else t.detach() for t in (q, k, v)]
+                inputs = [t.requires_grad_(grad) for t in inputs]
+                out = attention(*inputs, backend="triton", **options)
+                want = attention(*(t.detach().double().requires_grad_(grad) for t in inputs), backend="torch", **options)
+                assert rel_error(out, want) < (2e-3 if q.dtype == torch.float16 else 1e-5), name
+                assert out.requires_grad == grad
+
+def test_plans_are_few_and_shared():
+    plans, made = Plans(most=3), []
+    make = lambda key: made.append(key) or key
+    assert [plans.find(k, make, k) for k in (1, 2, 1, 3, 4, 4, 1)] == [1, 2, 1, 3, 4, 4, 1] and made == [1, 2, 3, 4, 1] and len(plans.kept) == 3
+    for change in (lambda: LAUNCH.__setitem__(("nowhere", "forward", 16, 16), 1), lambda: LAUNCH.__delitem__(("nowhere", "forward", 16, 16))):
+        change()                                             # a table changed: what was decided with the old one is not used
+        made.clear()
+        plans.find(4, make, 4)
+        assert made == [4]
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda i: plans.find(i % 5, lambda k: k, i % 5), range(400))) == [i % 5 for i in range(400)]

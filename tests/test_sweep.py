@@ -79,7 +79,7 @@ def alive(processes):
 
 
 @pytest.mark.parametrize("grid, how, error, words", [
-    ({"m": ["1"]}, {}, ValueError, r"small has no parameter 'm'; it has preset \('cpu' \| 'gpu'\), n \(int\), scale \(float\)"),
+    ({"m": ["1"]}, {}, ValueError, r"small has no parameter 'm'; it has preset \('smoke' \| 'cpu' \| 'gpu'\), n \(int\), scale \(float\)"),
     ({"n": ["1", "many"]}, {}, TypeError, r"parameter n \(int\) of small cannot be 'many'"),
     ({"preset": ["cpu", "tpu"]}, {}, ValueError, "'tpu'"),
     ({"n": ["1", "01"]}, {}, ValueError, "parameter 'n' is given a value twice"),

@@ -18,21 +18,25 @@ from .program import OperandGrad, TileProgram, register_program
 # %% ../../nbs/1_foundations/01_engine.ipynb #0bf82bf5
 @triton.jit
 def band_q_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
+    "Queries i * BM and on: rows, slots, which exist, positions."
     n = i * BM + tl.arange(0, BM)
     return i * BM, (n,), (n,), n < ints[0], (n,)
 
 @triton.jit
 def band_k_step(j, state, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
+    "Keys j * BN and on, likewise."
     n = j * BN + tl.arange(0, BN)
     return j * BN, (n,), (n,), n < ints[1], (n,)
 
 @triton.jit
 def band_q_tile(i, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
+    "The same as a tile; its state is its first row."
     n = i * BM + tl.arange(0, BM)
     return i * BM, (n,), (n,), n < ints[0], (n,), (i * BM,)
 
 @triton.jit
 def band_k_tile(j, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
+    "The same for keys."
     n = j * BN + tl.arange(0, BN)
     return j * BN, (n,), (n,), n < ints[1], (n,), (j * BN,)
 
@@ -55,16 +59,19 @@ def band_span(first, last, left, right, n, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl
 
 @triton.jit
 def band_k_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    "Steps of keys that a tile of queries needs, and those it needs no mask for. ints[2:4]: how far a query sees to the left and right."
     last = tl.minimum(state[0] + BM, ints[0]) - 1
     return band_span(state[0], last, ints[2], ints[3], ints[1], C[0], C[1], BN)
 
 @triton.jit
 def band_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    "Steps of queries that see a tile of keys."
     last = tl.minimum(state[0] + BN, ints[1]) - 1
     return band_span(state[0], last, ints[3], ints[2], ints[0], C[1], C[0], BM)
 
 @triton.jit
 def band_mask(qpos, kpos, ops, ints, C: tl.constexpr):
+    "Is the key within the band around the query? C[0], C[1]: is there a left end, a right end."
     d = kpos[0] - qpos[0]
     if C[0] and C[1]:
         return (d >= -ints[2]) & (d <= ints[3])
@@ -90,18 +97,22 @@ def bias_score(s, q, k, qpos, kpos, b, h, ops, ints, C: tl.constexpr):
 # %% ../../nbs/1_foundations/01_engine.ipynb #1c0fff6d
 @triton.jit
 def bias_grad_span(part, lo, hi, ints, C: tl.constexpr):
+    "Each part of the gradient is one step of keys."
     return tl.minimum(tl.maximum(part, lo), hi), tl.maximum(tl.minimum(part + 1, hi), lo)
 
 @triton.jit
 def bias_grad_init(part, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    "A tile of zeros."
     return tl.zeros([BM, BN], tl.float32)
 
 @triton.jit
 def bias_grad_step(acc, ds, j, part, qpos, kpos, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    "The gradient of a bias is that of the score."
     return acc + ds
 
 @triton.jit
 def bias_grad_store(G, sg, acc, i, part, b, h, qpos, ok, state, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    "Writes one tile of the gradient."
     n = part * BN + tl.arange(0, BN)
     ptr = G + b.to(tl.int64) * sg[0] + h.to(tl.int64) * sg[1] + qpos[0].to(tl.int64)[:, None] * sg[2] + n[None, :]
     tl.store(ptr, acc, mask=ok[:, None] & (n < ints[1])[None, :])

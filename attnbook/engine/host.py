@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['HAS_TRITON', 'triton', 'tl', 'TensorDescriptor', 'INTERPRETED', 'resolve_backend', 'arch_of', 'pretend', 'Launch',
-           'LaunchTable', 'BoundLaunch', 'Operation', 'operation', 'round_dim', 'dot_precision', 'needs_64_bit',
-           'through_float32', 'autocast']
+           'LaunchTable', 'BoundLaunch', 'signature', 'Plans', 'ORDINARY', 'on_device', 'round_dim', 'dot_precision',
+           'needs_64_bit', 'through_float32', 'autocasting', 'autocast']
 
 # %% auto #imports
 import contextlib
+import functools
 import inspect
 import os
-import re
-import types
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #bb393fc4
@@ -123,6 +122,16 @@ class LaunchTable(dict):
     `LaunchTable("forward", "dq", "dkv")` names the kernels in the order of a row; `rows` fills it; `find` looks up. Where an architecture has no entry,
     `fallback` (arch, kernel, bits, width) -> record is asked, if there is one.
     """
+    version = 0  # of all tables together; plans are kept under it
+
+    def __setitem__(self, key, record):
+        super().__setitem__(key, record)
+        LaunchTable.version += 1
+
+    def __delitem__(self, key):
+        super().__delitem__(key)
+        LaunchTable.version += 1
+
     def __init__(self, *kernels: str, record: Callable = Launch, fallback: Callable | None = None):
         super().__init__()
         self.kernels, self.record, self.fallback = kernels, record, fallback
@@ -158,276 +167,170 @@ class LaunchTable(dict):
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #b0d1a0c2
 class BoundLaunch:
-    """A launch with everything but the leading tensors: `BoundLaunch(kernel, grid, *rest, **constants)(*tensors)` is
+    """A launch with everything but the leading arguments: `BoundLaunch(kernel, grid, *rest, **constants)(*tensors)` is
     `kernel[grid](*tensors, *rest, **constants)`, with less Python from the second call on.
 
-    The compiled kernel is kept by all that can differ between calls: the device, and of each tensor the type and whether
-    its address is a multiple of 16 (Triton compiles other code for those). `tensors` may hold None. `constants` names
-    all parameters that follow `rest`, and options such as num_warps.
+    The compiled kernel is kept by all that can differ between calls: the device, and of each tensor the type and whether its address is a multiple of 16
+    (Triton compiles other code for those). A leading argument may also be None, a tuple of tensors, or a tensor descriptor of always the same type, shape
+    and box. `constants` names all parameters that follow `rest`, and options such as num_warps.
     """
     def __init__(self, kernel, grid: tuple[int, ...], *rest, **constants):
-        self.kernel, self.grid, self.rest, self.constants, self.kept = kernel, grid, rest, constants, {}
+        self.kernel, self.grid, self.rest, self.constants, self.kept = kernel, (*grid, 1, 1)[:3], rest, constants, {}
 
-    def __call__(self, *tensors: Tensor | None):
+    def __call__(self, *tensors):
         if INTERPRETED:
             return self.kernel[self.grid](*tensors, *self.rest, **self.constants)
-        kinds = [None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors]
-        key = (triton.runtime.driver.active.get_current_device(), *kinds)
-        if key in self.kept:
-            run, last = self.kept[key]
-            return run(*tensors, *self.rest, *last)
+        driver = triton.runtime.driver.active
+        device = driver.get_current_device()
+        known = self.kept.get((device, *map(_kind, tensors)))
+        if known is None or _hooked():
+            return self._first(device, tensors)
+        known(driver.get_current_stream(device), tensors)
+
+    def same(self, *tensors):
+        "The launch where all calls have tensors of one type and alignment: what is known is looked up by the device alone."
+        if INTERPRETED:
+            return self.kernel[self.grid](*tensors, *self.rest, **self.constants)
+        driver = triton.runtime.driver.active
+        device = driver.get_current_device()
+        known = self.kept.get(device)
+        if known is None or _hooked():
+            self._first(device, tensors)
+            self.kept[device] = self.kept.get((device, *map(_kind, tensors)))
+        else:
+            known(driver.get_current_stream(device), tensors)
+
+    def _first(self, device, tensors):
+        "A launch by Triton itself, whose compiled kernel is kept."
         compiled = self.kernel[self.grid](*tensors, *self.rest, **self.constants)
-        if compiled is not None:                             # there are tools that replace Triton's launch
+        if hasattr(compiled, "packed_metadata"):             # there are tools that replace Triton's launch
             names = self.kernel.arg_names[len(tensors) + len(self.rest):]
-            self.kept[key] = compiled[(*self.grid, 1, 1)[:3]], [self.constants[n] for n in names]
-
-# %% ../../nbs/1_foundations/01_engine.ipynb #e9a58d12
-class Operation:
-    "A differentiable operation of the book, made by `operation`; call it with all its arguments by position."
-
-    def __init__(self, name, forward, like, backward, gradients_like, drop, nondifferentiable):
-        self.name, self.forward, self.like, self.backward = name, forward, like, backward
-        self.gradients_like = gradients_like or (lambda call: {n: _empty_copies(getattr(call, n)) for n in self.tensors})
-        schema = torch.library.infer_schema(forward, mutates_args=())
-        self.parameters = tuple(inspect.signature(forward).parameters)
-        kinds = [str(a.type) for a in torch._C.parse_schema(f"attnbook::{name}{schema}").arguments]
-        self.lists = tuple(n for n, kind in zip(self.parameters, kinds) if kind == "List[Tensor]")
-        self.tensors = tuple(n for n, kind in zip(self.parameters, kinds) if "Tensor" in kind)
-        self.kept = tuple(n for n in self.tensors if n not in drop)
-        self.nondifferentiable = nondifferentiable
-        self.op = torch.library.custom_op(f"attnbook::{name}", forward, mutates_args=(), schema=schema)
-        self.op.register_fake(like)
-        self.overload = self.op._opoverload
-        self.single = len(self.overload._schema.returns) == 1
-        if backward is not None:
-            self._register_backward(schema)
-        self.function = _autograd_function(self)
-
-    def __call__(self, *args):
-        if torch.compiler.is_compiling() or not _plain(args):
-            _refuse_transforms(self.name)
-            return self.overload(*args)
-        if self.backward is not None and (torch.is_grad_enabled() and _requires_grad(args) or forward_ad._current_level >= 0):
-            return self.function.apply(*self._flat(args))
-        with torch._C._AutoDispatchBelowAutograd():
-            return self.forward(*args)
-
-    def _flat(self, args):
-        "The arguments with every list of tensors replaced by its length and, at the end, its tensors."
-        if not self.lists:
-            return args
-        tail = [t for n, a in zip(self.parameters, args) if n in self.lists for t in a]
-        return *(len(a) if n in self.lists else a for n, a in zip(self.parameters, args)), *tail
-
-    def _unflat(self, flat):
-        "The arguments that `_flat` was given."
-        if not self.lists:
-            return flat
-        args, at = list(flat[:len(self.parameters)]), len(self.parameters)
-        for i, n in enumerate(self.parameters):
-            if n in self.lists:
-                args[i], at = list(flat[at:at + args[i]]), at + args[i]
-        return args
-
-    def _call(self, args, grads, outputs, needs):
-        "What `backward` gets."
-        call = types.SimpleNamespace(**dict(zip(self.parameters, args)), grads=grads, outputs=outputs, needs={})
-        for n in self.tensors:
-            value = getattr(call, n)
-            call.needs[n] = [next(needs) for _ in value] if n in self.lists else next(needs)
-        return call
-
-    def _listed(self, found: dict, call) -> list:
-        "The gradients that are needed, of what `backward` or `gradients_like` returned, in the order of the tensors."
-        out = []
-        for n in self.tensors:
-            need, grad = call.needs[n], found.get(n)
-            if n in self.lists:
-                out += [g for g, wanted in zip(grad or [None] * len(need), need) if wanted]
-            elif need:
-                out.append(grad)
-        if any(g is None for g in out):
-            raise RuntimeError(f"attnbook::{self.name} has no gradient for one of {', '.join(n for n in self.tensors if call.needs[n])}")
-        return out
-
-    def _register_backward(self, schema):
-        "The backward pass as an operation of its own, for compiled and traced code."
-        inputs = [re.sub(r"^Tensor(?=[^\[?])", "Tensor?", a.strip()) for a in re.match(r"\((.*)\) ->", schema)[1].split(", ")]
-        full = f"(Tensor?[] grads, {', '.join(re.sub(r'=[^,]*', '', a) for a in inputs)}, Tensor[] outputs, bool[] needs) -> Tensor[]"
-
-        def run(grads, *rest, of):
-            *args, outputs, needs = rest
-            call = self._call(args, grads, outputs, iter(needs))
-            return self._listed(of(call), call)
-
-        self.backward_op = torch.library.custom_op(f"attnbook::{self.name}run_backward", lambda *a: run(*a, of=self.backward), mutates_args=(), schema=full)
-        self.backward_op.register_fake(lambda *a: run(*a, of=self.gradients_like))
-
-        def setup(ctx, inputs, output):
-            outputs = (output,) if self.single else tuple(output)
-            saved, places = [], []
-            for n, value in zip(self.parameters, inputs):
-                listed = n in self.lists
-                keep = n in self.kept
-                places.append(len(value) if listed else n in self.tensors and value is not None and keep)
-                saved += list(value) if listed else [value] if n in self.tensors and value is not None and keep else []
-            ctx.save_for_backward(*saved, *outputs)
-            ctx.rest = [None if n in self.tensors else v for n, v in zip(self.parameters, inputs)]
-            ctx.places, ctx.outputs = places, len(outputs)
-            ctx.present = [[True] * len(v) if n in self.lists else v is not None for n, v in zip(self.parameters, inputs) if n in self.tensors]
-            ctx.mark_non_differentiable(*(outputs[i] for i in self.nondifferentiable))
-            ctx.set_materialize_grads(False)
-
-        def gradient(ctx, *grads):
-            blank = [[None] * place if n in self.lists else None for n, place in zip(self.parameters, ctx.places)]
-            if all(g is None for g in grads):
-                return tuple(blank)
-            saved = list(ctx.saved_tensors)
-            outputs, args = saved[len(saved) - ctx.outputs:], list(ctx.rest)
-            at = 0
-            for i, (n, place) in enumerate(zip(self.parameters, ctx.places)):
-                if n in self.lists:
-                    args[i], at = saved[at:at + place], at + place
-                elif place:
-                    args[i], at = saved[at], at + 1
-            wanted = [ctx.needs_input_grad[i] for i, n in enumerate(self.parameters) if n in self.tensors]
-            needs = [b for w, there in zip(wanted, ctx.present) for b in
-                     ([(w if isinstance(w, (list, tuple)) else [w] * len(there))[j] for j in range(len(there))] if isinstance(there, list) else [w and there])]
-            found = iter(self.backward_op._opoverload(list(grads), *args, outputs, needs))
-            needs = iter(needs)
-            return tuple([next(found) if next(needs) else None for _ in b] if n in self.lists else (next(found) if next(needs) else None) if n in self.tensors else None
-                         for n, b in zip(self.parameters, blank))
-
-        self.op.register_autograd(gradient, setup_context=setup)
+            last = (*self.rest, *(self.constants[n] for n in names))
+            self.kept[(device, *map(_kind, tensors))] = _direct_launch(compiled, self.grid, tensors, last) or functools.partial(
+                _plain_launch, compiled.run, self.grid, compiled.function, compiled.packed_metadata, last)
 
 
-def _empty_copies(value):
-    "Tensors like a tensor or like those of a list; None for None."
-    return [torch.empty_like(t) for t in value] if isinstance(value, (list, tuple)) else None if value is None else torch.empty_like(value)
-
-# %% ../../nbs/1_foundations/01_engine.ipynb #5656c9f1
-def _autograd_function(operation: Operation):
-    "The `torch.autograd.Function` through which an operation is differentiated in eager mode."
-    n = len(operation.parameters)
-
-    def forward(ctx, *flat):
-        args = operation._unflat(flat)
-        found = operation.forward(*args)
-        outputs = (found,) if operation.single else tuple(found)
-        ctx.args = [None if name in operation.tensors else a for name, a in zip(operation.parameters, args)]
-        tensors = [a if name in operation.kept else None for name, a in zip(operation.parameters, args) if name in operation.tensors and name not in operation.lists]
-        ctx.save_for_backward(*tensors, *flat[n:], *outputs)
-        ctx.counts = [len(a) for name, a in zip(operation.parameters, args) if name in operation.lists]
-        if operation.nondifferentiable:
-            ctx.mark_non_differentiable(*(outputs[i] for i in operation.nondifferentiable))
-        ctx.set_materialize_grads(False)
-        return found if operation.single else outputs
-
-    def gradients(ctx, *grads):
-        wanted = ctx.needs_input_grad
-        if all(g is None for g in grads):
-            return (None,) * len(wanted)
-        saved = ctx.saved_tensors
-        plain = [name for name in operation.tensors if name not in operation.lists]
-        by_name, at, i = dict(zip(plain, saved)), len(plain), 0
-        needs, place = [], n
-        for name, count in zip(operation.lists, ctx.counts):
-            by_name[name] = list(saved[at:at + count])
-            at += count
-        for name in operation.tensors:
-            if name in operation.lists:
-                count = ctx.counts[i]
-                needs += wanted[place:place + count]
-                place, i = place + count, i + 1
-            else:
-                needs.append(wanted[operation.parameters.index(name)])
-        args = [by_name.get(name, a) for name, a in zip(operation.parameters, ctx.args)]
-        call = operation._call(args, grads, saved[at:], iter(needs))
-        found = iter(operation._listed(operation.backward(call), call))
-        head = dict.fromkeys(operation.parameters)
-        lists = {}
-        for name in operation.tensors:                       # in the order of `_listed`
-            if name in operation.lists:
-                lists[name] = [next(found) if w else None for w in call.needs[name]]
-            elif call.needs[name]:
-                head[name] = next(found)
-        return *head.values(), *(g for name in operation.lists for g in lists[name])
-
-    def backward(ctx, *grads):
-        if not torch.is_grad_enabled():
-            return gradients(ctx, *grads)
-        with torch.no_grad():                                # somebody may want to differentiate once more: that must not give zeros
-            found = gradients(ctx, *grads)
-        return _NoSecondDerivative.apply(operation.name, len(found), *found, *ctx.saved_tensors, *grads)
-
-    return type(operation.name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+def _kind(t):
+    "What Triton compiles for: type and alignment of a tensor."
+    if isinstance(t, Tensor):
+        return t.dtype, t.data_ptr() & 15
+    return tuple(map(_kind, t)) if isinstance(t, tuple) else None
 
 
-class _NoSecondDerivative(torch.autograd.Function):
-    "Gradients that raise when they are differentiated themselves."
-    @staticmethod
-    def forward(ctx, name, count, *tensors):
-        ctx.name = name
-        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(f"attnbook::{ctx.name} has no second derivative; backend='torch' has")
+def _plain_launch(run, grid, function, metadata, last, stream, tensors):
+    "Launches a compiled kernel the way Triton does."
+    run(*grid, stream, function, metadata, None, None, None, *tensors, *last)
 
 
-def _refuse_transforms(name: str):
-    "RuntimeError inside vmap, grad or jvp of torch.func, which would fail with less clear words, or give zeros."
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return
-    for level in torch._C._functorch.get_interpreter_stack() or ():
-        if level.key() != torch._C._functorch.TransformType.Functionalize:
-            raise RuntimeError(f"attnbook::{name} cannot run inside torch.func.{level.key().name.lower()}; backend='torch' can")
+def _direct_launch(compiled, grid, tensors, last) -> Callable | None:
+    """Launches a compiled kernel as Triton 3.6 does, without making again what is the same each time: the list of arguments, and of a tensor descriptor all
+    but the address. None for other versions and for kernels that want scratch memory."""
+    run = compiled.run
+    if not triton.__version__.startswith("3.6.") or run.global_scratch_size or run.profile_scratch_size:
+        return None
+    launch, boxes = run.launch, {}
+    if inspect.isfunction(launch):                           # it makes descriptors before it calls the launcher proper
+        inside = inspect.getclosurevars(launch).nonlocals
+        launch, boxes = inside["launcher"], dict(zip(sorted(inside["tensordesc_indices"]), inside["tensordesc_meta"]))
+        if not all(boxes.values()) or max(boxes) >= len(tensors):
+            return None
+    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+    fill = triton.runtime.driver.active.utils.fill_tma_descriptor
+    args = [*grid, None, compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None]
+    plain, described = [], []
+    for i, x in enumerate((*tensors, *last)):
+        if i in boxes:
+            m = boxes[i]
+            if m["fp4_padded"]:
+                return None
+            described.append((len(args), i, (m["swizzle"], m["elem_size"], TMA_DTYPE_DEVICE_TO_HOST[m["elem_type"]], m["block_size"],
+                                             x.shape, x.strides, int(x.padding == "nan"))))
+            args += [None, *x.shape, *x.strides]
+        else:
+            if i < len(tensors):
+                plain.append((len(args), i))
+            args.append(x if i >= len(tensors) else None)
+
+    def go(stream, tensors):
+        full = args.copy()
+        full[3] = stream
+        for at, i in plain:
+            full[at] = tensors[i]
+        for at, i, rest in described:
+            full[at] = fill(tensors[i].base.data_ptr(), *rest)
+        launch(*full)
+    return go
 
 
-def _plain(args) -> bool:
-    "Are these arguments for eager mode: ordinary tensors with storage, no transform and no mode that wants to see operations?"
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
-        return False
-    for a in args:
-        if isinstance(a, Tensor):
-            if type(a) not in _ORDINARY or a.is_meta:
-                return False
-        elif type(a) is list and a and isinstance(a[0], Tensor) and not all(type(t) in _ORDINARY for t in a):
-            return False
-    return True
+def _hooked() -> bool:
+    "Does a profiler want to see launches?"
+    hook = triton.knobs.runtime.launch_enter_hook
+    return bool(getattr(hook, "calls", hook))
 
 
-_ORDINARY = (Tensor, torch.nn.Parameter)
+def signature(*tensors: Tensor | None) -> tuple:
+    "All that a plan may depend on of its tensors: shape, strides, type, device, and whether the address is a multiple of 16."
+    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15 == 0) for t in tensors])
 
 
-def _requires_grad(args) -> bool:
-    "Does any tensor among the arguments want a gradient?"
-    for a in args:
-        if isinstance(a, Tensor):
-            if a.requires_grad:
-                return True
-        elif type(a) is list and a and isinstance(a[0], Tensor) and any(t.requires_grad for t in a):
-            return True
-    return False
+class Plans:
+    """What calls decided, by key; the oldest goes when there are more than `most`. Threads may share it.
 
-
-def operation(name: str, forward: Callable, *, like: Callable, backward: Callable | None = None, gradients_like: Callable | None = None,
-              drop: tuple[str, ...] = (), nondifferentiable: tuple[int, ...] = ()) -> Operation:
-    """Declares `attnbook::<name>` and returns it, ready to be called with all its arguments by position.
-
-    - `forward(*args)` computes it: parameters and result are annotated (Tensor, Tensor | None, list[Tensor], int, float, bool, str, list[int]; one tensor
-      or a tuple of them), no output is an input or a view of one. A list must not be empty (torch.library cannot tell what it is a list of).
-    - `like(*args)`: empty tensors of the shapes, types and strides that `forward` returns; called with fake tensors, so no launches and no values.
-    - `backward(call)`: gradients by parameter name, {"q": dq, …}. `call` holds forward's arguments by name, `call.grads` (one per output; None where no
-      gradient came), `call.outputs`, and `call.needs` (by name a bool, for a list a list of bools). What is not needed may be left out. Without it the
-      operation has no gradient.
-    - `gradients_like(call)`: what `backward` returns, as empty tensors. Default: like the arguments themselves.
-    - `drop`: tensors that the backward pass does not need (None in `call`). `nondifferentiable`: outputs, by number, through which no gradient flows.
-
-    A second derivative and the transforms of torch.func (vmap, grad, jvp) raise RuntimeError, forward-mode differentiation NotImplementedError: never zeros in silence.
-    Declaring a name again replaces it.
+    A key must hold everything the decision depends on. To the one given to `find`, the tables of launches (their version), the architecture and torch's
+    precision of float32 products are added here.
     """
-    return Operation(name, forward, like, backward, gradients_like, tuple(drop), tuple(nondifferentiable))
+    def __init__(self, most: int = 512):
+        self.most, self.kept, self.lock = most, {}, threading.Lock()
+
+    def find(self, key, make: Callable, *args):
+        "The plan kept under the key, or `make(*args)`, which is then kept."
+        key = key, LaunchTable.version, _PRETENDED[-1] if _PRETENDED else None, torch.get_float32_matmul_precision()
+        try:
+            plan = self.kept.get(key)
+        except TypeError:
+            raise _Unhashable from None
+        if plan is None:
+            plan = make(*args)
+            with self.lock:
+                while len(self.kept) >= self.most:
+                    del self.kept[next(iter(self.kept))]
+                self.kept[key] = plan
+        return plan
+
+
+    def decide(self, make: Callable, tensors: tuple, options: dict):
+        """`make(*tensors, **options)`, which must not depend on more than the tensors' signature and the options; kept for calls alike.
+
+        For the checks and choices of a public function. Where somebody traces, and for tensors that are no ordinary ones, it is made anew.
+        """
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return make(*tensors, **options)
+        for t in tensors:
+            if t is not None and type(t) not in ORDINARY or t is not None and t.is_meta:
+                return make(*tensors, **options)
+        key = make, signature(*tensors), *options.values(), *map(type, options.values())   # 1, 1.0 and True are equal, and not the same
+        try:
+            return self.find(key, lambda: make(*tensors, **options))
+        except _Unhashable:                                  # a list, say: whoever checks it will say so
+            return make(*tensors, **options)
+
+
+class _Unhashable(Exception):
+    "A key cannot be looked up."
+
+
+#: types of tensors that come as they are; others (fake ones, subclasses) want to see what is done with them
+ORDINARY = (Tensor, torch.nn.Parameter)
+
+
+def on_device(run: Callable) -> Callable:
+    "`run`, with the device of its first tensor as the current one: Triton launches there."
+    def wrapped(first, *rest):
+        if first.is_cuda and first.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return run(first, *rest)
+        return run(first, *rest)
+    return functools.wraps(run)(wrapped)
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #57177b42
 def round_dim(d: int) -> int:
@@ -454,10 +357,14 @@ def through_float32(run: Callable, tensors, *rest):
     return run(*(t if t is None or t.dtype != torch.bfloat16 else t.float() for t in tensors), *rest)
 
 
+def autocasting(t: Tensor) -> bool:
+    "Is autocast on for the tensor's device, and does it mean this type?"
+    return torch.is_autocast_enabled(t.device.type) and t.dtype != torch.float64
+
+
 def autocast(*tensors: Tensor | None) -> tuple:
     "The tensors in autocast's type, if it is on for their device, as `scaled_dot_product_attention` takes them."
-    first = tensors[0]
-    if not torch.is_autocast_enabled(first.device.type) or first.dtype == torch.float64:
+    if not autocasting(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t if t is None else t.to(dtype) for t in tensors)

@@ -29,6 +29,7 @@ def find_sequence(i, cu, count, B: tl.constexpr):
 # %% ../../nbs/1_foundations/01_engine.ipynb #1a0b45ac
 @triton.jit
 def packed_q_tile(i, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
+    "Tile i of the packed queries: rows, slots, which exist, positions within the sequence, and what `packed_step` wants."
     s, start, end = find_sequence(i, ops[0], ints[0], BM)
     n = start + tl.arange(0, BM)
     q0, k0 = tl.load(ops[0] + s), tl.load(ops[1] + s)
@@ -36,6 +37,7 @@ def packed_q_tile(i, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def packed_k_tile(j, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
+    "The same for packed keys."
     s, start, end = find_sequence(j, ops[1], ints[0], BN)
     n = start + tl.arange(0, BN)
     q0, k0 = tl.load(ops[0] + s), tl.load(ops[1] + s)
@@ -50,18 +52,21 @@ def packed_step(j, state, b, h, ops, ints, C: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def packed_k_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    "Steps of keys, counted within the sequence of a tile of queries."
     first, last = state[0] - state[2], tl.minimum(state[0] + BM, state[1]) - 1 - state[2]
     keys = tl.where(state[0] < state[1], state[4] - state[3], 0)
     return band_span(first, last, 0, 0, keys, False, C[1], BN)
 
 @triton.jit
 def packed_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    "Steps of queries, counted within the sequence of a tile of keys."
     first, last = state[0] - state[2], tl.minimum(state[0] + BN, state[1]) - 1 - state[2]
     queries = tl.where(state[0] < state[1], state[4] - state[3], 0)
     return band_span(first, last, 0, 0, queries, C[1], False, BM)
 
 @triton.jit
 def packed_mask(qpos, kpos, ops, ints, C: tl.constexpr):
+    "Within a sequence: no key after the query if C[1], else all."
     if C[1]:
         return kpos[0] <= qpos[0]
     else:
@@ -83,32 +88,38 @@ def listed(t, state, index, heads, h, b, groups, width, B: tl.constexpr):
 
 @triton.jit
 def listed_q_tile(i, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
+    "A tile of a group's queries, all of one list; the state is the group."
     tiles = tl.cdiv(ints[1], BM)
     row, slot, ok = listed(i % tiles, (i // tiles,), ops[0], ints[3] * C[0], h, b, ints[0], ints[1], BM)
     return 0, (row,), (slot,), ok, (slot,), (i // tiles,)
 
 @triton.jit
 def listed_k_tile(j, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
+    "The same for keys."
     tiles = tl.cdiv(ints[2], BN)
     row, slot, ok = listed(j % tiles, (j // tiles,), ops[1], ints[3], h, b, ints[0], ints[2], BN)
     return 0, (row,), (slot,), ok, (slot,), (j // tiles,)
 
 @triton.jit
 def listed_k_step(j, state, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
+    "A step of the group's keys."
     row, slot, ok = listed(j, state, ops[1], ints[3], h // C[0], b, ints[0], ints[2], BN)
     return 0, (row,), (slot,), ok, (slot,)
 
 @triton.jit
 def listed_q_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
+    "A step of the group's queries."
     row, slot, ok = listed(i, state, ops[0], ints[3] * C[0], h, b, ints[0], ints[1], BM)
     return 0, (row,), (slot,), ok, (slot,)
 
 @triton.jit
 def listed_k_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    "All steps of keys, each with a mask."
     return 0, 0, 0, tl.cdiv(ints[2], BN)
 
 @triton.jit
 def listed_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    "All steps of queries, each with a mask."
     return 0, 0, 0, tl.cdiv(ints[1], BM)
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #910d378a

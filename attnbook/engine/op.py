@@ -12,16 +12,17 @@ from torch import Tensor
 from ..attention import attention_reference
 from ..checks import check_bool, check_broadcast, check_int, check_qkv, check_scale, check_tensor
 from .bands import BAND, BAND_BIAS, FULL, FULL_BIAS
-from .host import autocast, operation, resolve_backend, through_float32
+from .host import INTERPRETED, Plans, autocast, autocasting, resolve_backend, signature, through_float32
 from .lists import LISTED, PACKED
 from .program import PROGRAMS, TileProgram
-from .run import empty_heads, run_backward, run_forward, slot_shape
+from .run import empty_heads, plan_backward, plan_forward, run_backward, run_forward, slot_shape
+from .wiring import operation
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #e51ffe97
 def _tile_forward(q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None, operands: list[Tensor],
                   program: str, ints: list[int], consts: list[int], scale: float) -> tuple[Tensor, Tensor]:
     out, lse = through_float32(run_forward, (q, k, v, extra_k, extra_v), operands, program, ints, consts, scale)
-    return out.to(q.dtype), lse
+    return out if out.dtype == q.dtype else out.to(q.dtype), lse
 
 def _tile_like(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     slots = slot_shape(PROGRAMS[program], q, operands)
@@ -35,13 +36,21 @@ def _tile_backward(call):
     out, lse = call.outputs
     do = torch.zeros_like(out) if do is None else do
     wants = any(call.needs["operands"])
-    run = lambda do, q, k, v, extra_k, extra_v, out: run_backward(
-        do, dlse, q, k, v, extra_k, extra_v, call.operands, out, lse, call.program, call.ints, call.consts, call.scale, wants)
-    dq, dk, dv, *rest = through_float32(run, (do, call.q, call.k, call.v, call.extra_k, call.extra_v, out))
-    found = dict(q=dq.to(call.q.dtype), k=dk.to(call.q.dtype), v=dv.to(call.q.dtype))
-    if call.extra_k is not None:
-        found |= dict(extra_k=rest.pop(0).to(call.q.dtype), extra_v=rest.pop(0).to(call.q.dtype))
-    return found | dict(operands=[g.to(t.dtype) for g, t in zip(rest, call.operands)] + [None] * (len(call.operands) - len(rest)))
+    if call.kept is not None and not INTERPRETED:            # all but the gradients is alike in calls that share `kept`
+        key = signature(do, dlse), wants
+        plan = call.kept.get(key)
+        if plan is None:
+            plan = call.kept[key] = plan_backward(do, dlse, call.q, call.k, call.v, call.extra_k, call.extra_v, call.operands, out, lse, PROGRAMS[call.program],
+                                                  call.ints, call.consts, call.scale, wants, None)
+        grads = plan(do, dlse, call.q, call.k, call.v, call.extra_k, call.extra_v, call.operands, out, lse, None)
+    else:
+        run = lambda do, q, k, v, extra_k, extra_v, out: run_backward(
+            do, dlse, q, k, v, extra_k, extra_v, call.operands, out, lse, call.program, call.ints, call.consts, call.scale, wants)
+        grads = through_float32(run, (do, call.q, call.k, call.v, call.extra_k, call.extra_v, out))
+    likes = [t for t in (call.q, call.k, call.v, call.extra_k, call.extra_v) if t is not None] + call.operands[:wants]
+    grads = [g if g.dtype == t.dtype else g.to(t.dtype) for g, t in zip(grads, likes)]
+    names = ("q", "k", "v") if call.extra_k is None else ("q", "k", "v", "extra_k", "extra_v")
+    return dict(zip(names, grads)) | dict(operands=grads[len(names):] + [None] * (len(call.operands) - wants))
 
 def _tile_gradients(call):
     indexed = PROGRAMS[call.program].indexed
@@ -49,7 +58,11 @@ def _tile_gradients(call):
     plain = lambda t: None if t is None else t.new_empty(t.shape)
     return dict(q=like(call.q), k=like(call.k), v=like(call.v), extra_k=plain(call.extra_k), extra_v=plain(call.extra_v), operands=[plain(t) for t in call.operands])
 
-tile_attention_op = operation("tile_attention", _tile_forward, like=_tile_like, backward=_tile_backward, gradients_like=_tile_gradients)
+def _tile_plan(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
+    run = plan_forward(q, k, v, extra_k, extra_v, operands, PROGRAMS[program], ints, consts, scale)
+    return lambda q, k, v, extra_k, extra_v, operands, *rest: run(q, k, v, extra_k, extra_v, operands)
+
+tile_attention_op = operation("tile_attention", _tile_forward, like=_tile_like, backward=_tile_backward, gradients_like=_tile_gradients, plan=_tile_plan)
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #add741cb
 def tile_attention(q: Tensor, k: Tensor, v: Tensor, program: TileProgram, *, operands=(), ints=(), consts=(), scale: float | None = None,
@@ -76,6 +89,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, windo
     Returns the output `(batch, heads, Nq, v_dim)` in q's type, with `return_lse` also the natural-log sum of exponentials `(batch, heads, Nq)`
     in float32, differentiable. Raises ValueError or TypeError naming the argument.
     """
+    options = dict(is_causal=is_causal, window_size=window_size, scale=scale, backend=backend)
+    program, ints, consts, scale, kept = _DECIDED.decide(_decide_attention, (q, k, v, bias), options)
+    if program is None:
+        return attention_reference(q, k, v, is_causal=is_causal, window_size=window_size, bias=bias, scale=scale, return_lse=return_lse)
+    if autocasting(q):                                       # other types than those that were decided about
+        (q, k, v), kept = autocast(q, k, v), None
+    operands = [] if bias is None else [bias[(None,) * (4 - bias.dim())]]
+    out, lse = tile_attention_op(q, k, v, None, None, operands, program, ints, consts, scale, kept=kept)
+    return (out, lse) if return_lse else out
+
+
+_DECIDED = Plans()
+
+
+def _decide_attention(q, k, v, bias, *, is_causal, window_size, scale, backend):
+    "The checks of `attention`, and its tile program with what it needs; None for the torch backend."
     check_qkv(q, k, v)
     is_causal, scale = check_bool("is_causal", is_causal), check_scale(scale, q.shape[-1])
     window_size = check_int("window_size", window_size, least=1, optional=True)
@@ -83,17 +112,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, windo
         check_tensor("bias", bias, on=q)
         check_broadcast("bias", bias, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]), "(batch, heads, Nq, Nk)")
     if resolve_backend(backend, q) == "torch":
-        return attention_reference(q, k, v, is_causal=is_causal, window_size=window_size, bias=bias, scale=scale, return_lse=return_lse)
+        return None, None, None, scale, None
     left = window_size - 1 if window_size is not None else 0
-    ints = [q.shape[2], k.shape[2], left, 0 if is_causal else left]
-    banded, operands = is_causal or window_size is not None, ()
+    ints, banded = [q.shape[2], k.shape[2], left, 0 if is_causal else left], is_causal or window_size is not None
     if bias is not None:
         bias = bias[(None,) * (4 - bias.dim())]
         ints += [0 if n == 1 else s for n, s in zip(bias.shape, bias.stride())]
-        operands = (bias,)
     program = {(False, False): FULL, (True, False): BAND, (False, True): FULL_BIAS, (True, True): BAND_BIAS}[banded, bias is not None]
-    out, lse = tile_attention(q, k, v, program, operands=operands, ints=ints, consts=(window_size is not None, banded), scale=scale)
-    return (out, lse) if return_lse else out
+    return program.name, ints, [int(window_size is not None), int(banded)], scale, {}
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #3ac3ee26
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None, *, is_causal: bool = False,

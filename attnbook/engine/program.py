@@ -65,7 +65,7 @@ class TileProgram:
     heavy_last: bool = False          # later query tiles do more work
     unmasked: Callable | None = None  # host: (ints, consts, BM, BN) -> True if no step of either pass needs a mask; "pairs" if only loads of rows do
     launch: Callable | None = None    # host: (kernel, bits, BD, consts) -> Launch, where the table does not fit
-    expand: Callable | None = None    # host: (q, v, ints, consts) -> C, where C is more than the call's consts
+    expand: Callable | None = None    # host: (q, v, ints, consts) -> C, where C is more than the call's consts; a NamedTuple gives them names, `C.block`
     constants: Callable | None = None # host: (q, ints, C) -> tensors that the hooks find behind the operands
     indexed: bool = False             # rows come through index lists operands[0] (queries) and operands[1] (keys)
     loose: bool = False               # nobody reads the slots without a row: the forward need not clear them

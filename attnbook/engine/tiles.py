@@ -233,6 +233,7 @@ def dq_step(dq, carry, q, seen, do, lse, delta, k_src, v_src, j, masked, b, h, h
             BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
             TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DQ_SCORE: tl.constexpr = None, CARRY_STEP: tl.constexpr = None,
             START: tl.constexpr = None):
+    "One step of keys towards the gradient of a tile of queries."
     start, coords, slots, ok, kpos = K_STEP(j, state, b, h, ops, ints, C, BN)
     k = load_step(k_src, b, hk, start, coords, sk, ok, BN, D, BD, TMA, MASKS, WIDE)       # [BN, BD]
     v = load_step(v_src, b, hk, start, coords, sv, ok, BN, DV, BDV, TMA, MASKS, WIDE)     # [BN, BDV]
@@ -248,13 +249,13 @@ def dq_step(dq, carry, q, seen, do, lse, delta, k_src, v_src, j, masked, b, h, h
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #3ee14626
 @triton.jit(do_not_specialize=["num_tiles", "together"])
-def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, ops, ints,
+def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, G, ops, ints,
                      sq, sk, sv, sxk, sxv, so, sdo, sdl, sdq, sl, scale, dq_scale, num_tiles, together, H, NX,
                      C: tl.constexpr, Q_TILE: tl.constexpr, K_SPAN: tl.constexpr, K_STEP: tl.constexpr,
                      MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, REVERSE: tl.constexpr, MASKS: tl.constexpr,
                      BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
                      TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-                     DQ_SCORE: tl.constexpr = None, G=None, CARRY_INIT: tl.constexpr = None, CARRY_STEP: tl.constexpr = None,
+                     DQ_SCORE: tl.constexpr = None, CARRY_INIT: tl.constexpr = None, CARRY_STEP: tl.constexpr = None,
                      CARRY_LAST: tl.constexpr = None, PREPARE: tl.constexpr = None, START: tl.constexpr = None):
     "dQ of one query tile, and its rows of LSE (base 2) and delta. Grid: num_tiles * batch * heads."
     bh, i = tile_of_program(num_tiles, together)
@@ -311,6 +312,7 @@ def dkv_step(dk, dv, k, v, q_src, do_src, LSE2, DELTA, i, b, h, kpos, state, sq,
              Q_STEP: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr, MASKS: tl.constexpr,
              BM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
              TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, START: tl.constexpr = None, GUARD: tl.constexpr = True):
+    "One step of queries towards the gradients of a tile of keys and values."
     start, coords, slots, ok, qpos = Q_STEP(i, state, b, h, ops, ints, C, BM)
     q = load_step(q_src, b, h, start, coords, sq, ok, BM, D, BD, TMA, MASKS, WIDE)        # [BM, BD]
     lse, delta = load_pair(LSE2, DELTA, b, h, slots, sl, ok, GUARD)                       # [BM], [BM]
@@ -414,6 +416,7 @@ def unravel(n, shape, FIRST: tl.constexpr):
 
 @triton.jit
 def extra_k_tile(j, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
+    "A tile of the extra keys, for one chunk of the queries."
     tiles = tl.cdiv(ints[2], BN)
     chunk = j // tiles
     n = (j % tiles) * BN + tl.arange(0, BN)
@@ -421,6 +424,7 @@ def extra_k_tile(j, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def extra_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    "The steps of queries in the chunk."
     steps = tl.cdiv(ints[0], BM)
     lo = state[0] * ints[1]
     hi = tl.minimum(lo + ints[1], steps)
@@ -428,6 +432,7 @@ def extra_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: 
 
 @triton.jit
 def extra_q_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
+    "A step of queries, counted over all axes."
     n = i * BM + tl.arange(0, BM)
     at = unravel(n, ints, 3)
     return 0, at, at, n < ints[0], (n,)

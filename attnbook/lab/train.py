@@ -175,6 +175,7 @@ def digest(*values) -> str:
 
 # %% ../../nbs/1_foundations/04_train.ipynb #299a8ffd
 def name_of(f) -> str:
+    "A function's or an object's name for a digest; text as it is."
     return f if isinstance(f, str) else getattr(f, "__qualname__", type(f).__name__)
 
 # %% ../../nbs/1_foundations/04_train.ipynb #596a90ff
@@ -199,6 +200,7 @@ def step_function(batches, first: int) -> Callable:
 
 # %% ../../nbs/1_foundations/04_train.ipynb #462f6f04
 def to_device(batch, device):
+    "The batch on the device: a tensor, or dicts, lists and tuples of tensors; anything else as it is."
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
@@ -232,6 +234,7 @@ class NoBar(contextlib.nullcontext):
     def __enter__(self): return self
 
 def progress_bar(steps: int, done: int, wanted: bool):
+    "A bar where one is wanted, somebody watches and tqdm is installed; else something that does nothing."
     if not (wanted and watched()):
         return NoBar()
     try:

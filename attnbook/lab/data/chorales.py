@@ -29,6 +29,7 @@ def read_musicxml(path: Path) -> ET.Element:
         return ET.fromstring(z.read(score))
 
 def midi_pitch(pitch: ET.Element) -> int:
+    "The MIDI number of a MusicXML pitch; middle C is 60."
     octave, step, alter = int(pitch.findtext("octave")), pitch.findtext("step"), pitch.findtext("alter")
     return 12 * (octave + 1) + STEP[step] + int(float(alter or 0))
 

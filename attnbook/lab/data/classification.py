@@ -34,6 +34,7 @@ PACKAGED_IMAGES = ("mnist_m", "mnist5k", "digits", "photo_patches")
 
 # %% ../../../nbs/1_foundations/03_data.ipynb #d421416d
 def from_torchvision(name, root, download) -> ImageSet:
+    "A standard image set by way of torchvision. FileNotFoundError if it is not there and may not be fetched."
     kind = getattr(library("torchvision.datasets"), STANDARD_IMAGES[name][0])
     root = Path(root) if root else cache_dir() / "torchvision"
     try:
@@ -60,6 +61,7 @@ def load_hub(path: str, config: str | None, root, download: bool):
             module.HF_HUB_OFFLINE = before
 
 def from_huggingface(name, root, download) -> ImageSet:
+    "A standard image set by way of the Hugging Face hub."
     _, path, label = STANDARD_IMAGES[name]
     parts = load_hub(path, None, root, download)
     out = []
@@ -71,6 +73,7 @@ def from_huggingface(name, root, download) -> ImageSet:
 
 # %% ../../../nbs/1_foundations/03_data.ipynb #b975e3fc
 def from_packages(name, seed) -> ImageSet:
+    "An image set made from what installed packages ship."
     if name == "mnist_m":
         (a, b), (c, d) = mnist_m(seed=seed)
         return ImageSet(a, b, c, d, [str(k) for k in range(10)])

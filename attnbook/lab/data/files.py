@@ -85,6 +85,7 @@ def library(
 
 # %% ../../../nbs/1_foundations/03_data.ipynb #f0bdb0f9
 def installed_version(distribution: str) -> str | None:
+    "The version of an installed distribution; None if it is not installed."
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

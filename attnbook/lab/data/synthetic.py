@@ -44,6 +44,7 @@ LISTOPS_VOCAB = {t: i + 1 for i, t in enumerate([*"0123456789", *LISTOPS, "]"])}
 
 # %% ../../../nbs/1_foundations/03_data.ipynb #99e2a3f7
 def listops_value(op: str, values: list[int]) -> int:
+    "What an operator of ListOps makes of its arguments."
     return {"[MAX": max, "[MIN": min, "[MED": lambda v: int(np.median(v)), "[SM": lambda v: sum(v) % 10}[op](values)
 
 # %% ../../../nbs/1_foundations/03_data.ipynb #c35f45d6

@@ -93,6 +93,7 @@ def byte_splits(
 
 # %% ../../../nbs/1_foundations/03_data.ipynb #a53c340c
 def newsgroups_text() -> str:
+    "All posts, training and test, one after another."
     return "\n".join(newsgroups("train")[0] + newsgroups("test")[0])
 
 # %% ../../../nbs/1_foundations/03_data.ipynb #4c91e1cc

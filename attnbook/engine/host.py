@@ -14,7 +14,7 @@ import inspect
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,30 @@ def _interpret_language():
 
 if INTERPRETED:
     _interpret_language()
+
+# %% ../../nbs/1_foundations/01_engine.ipynb #edfb30eb
+def _interpret_quickly():
+    "Patches Triton's language once for the process, and turns the check of integer overflow off."
+    from triton.runtime import interpreter
+    if not hasattr(interpreter, "_LangPatchScope"):  # another version of Triton
+        return
+    patch, done, wants = interpreter._patch_lang, set(), {}
+
+    def patch_once(fn):
+        if fn not in wants:  # which of the two faces of the language the function sees
+            wants[fn] = {id(m) for m in fn.__globals__.values() if m is tl or m is tl.core}
+        if not wants[fn] or not wants[fn] <= done:
+            patch(fn)
+            done.update(wants[fn])
+        return interpreter._LangPatchScope()  # nothing to restore
+
+    interpreter._patch_lang = patch_once
+    if os.environ.get("TRITON_SANITIZE_OVERFLOW") != "1":
+        builder = interpreter.interpreter_builder
+        builder.options = replace(builder.options, sanitize_overflow=False)
+
+if INTERPRETED:
+    _interpret_quickly()
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #18167dde
 def resolve_backend(backend: str, tensor: Tensor) -> str:

@@ -219,8 +219,11 @@ def all_of(*rules: Callable) -> Callable:
 # %% ../../nbs/1_foundations/08_claims.ipynb #80503ad9
 def chapter_claims(name: str) -> list[Claim]:
     "The claims of a chapter; empty if its study has no function `claims`. ValueError for an unknown or unwritten chapter."
-    if find_chapter(name).status != "ready":
+    chapter = find_chapter(name)
+    if chapter.status != "ready":
         raise ValueError(f"chapter {name!r} is planned, not written yet")
-    study = find_chapter(name).study
-    module = importlib.import_module(study) if study else None
+    judged = chapter.study and (
+        chapter.paper or chapter.study.endswith(".study")
+    )  # a foundation's own module claims nothing
+    module = importlib.import_module(chapter.study) if judged else None
     return list(module.claims()) if hasattr(module, "claims") else []

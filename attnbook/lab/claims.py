@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .book import MarkdownText, find_chapter, markdown_table
+from .book import MarkdownText, markdown_table, written_chapter
 from .stats import Speedup
 
 # %% ../../nbs/1_foundations/08_claims.ipynb #e3c54020
@@ -219,11 +219,7 @@ def all_of(*rules: Callable) -> Callable:
 # %% ../../nbs/1_foundations/08_claims.ipynb #80503ad9
 def chapter_claims(name: str) -> list[Claim]:
     "The claims of a chapter; empty if its study has no function `claims`. ValueError for an unknown or unwritten chapter."
-    chapter = find_chapter(name)
-    if chapter.status != "ready":
-        raise ValueError(f"chapter {name!r} is planned, not written yet")
-    judged = chapter.study and (
-        chapter.paper or chapter.study.endswith(".study")
-    )  # a foundation's own module claims nothing
-    module = importlib.import_module(chapter.study) if judged else None
+    chapter = written_chapter(name)
+    study = None if chapter.home.startswith("lab.") else chapter.study  # a tool claims nothing
+    module = importlib.import_module(study) if study else None
     return list(module.claims()) if hasattr(module, "claims") else []

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..engine import tl, triton
 
-# %% ../../nbs/3_locality/neighborhood.ipynb #ed5313cf
+# %% ../../nbs/3_locality/neighborhood.ipynb #4bf85b90
 class Tiling(NamedTuple):
     "How one side of the kernels is cut. The tuples have one entry per axis."
     tile: tuple[int, ...]  # sides of a tile, which a program keeps
@@ -120,7 +120,7 @@ def nbh_q_tile(i, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
         low = window_start(m0, n, C.window[a], C.stride[a], C.causal[a])
         top = window_start(last, n, C.window[a], C.stride[a], C.causal[a])
         some = some & (m0 < n)
-        end, until = low + C.window[a], top + C.window[a]                                # of the first and the last query's window
+        end, until = low + C.window[a], top + C.window[a]                            # of the first and last query
         if C.causal[a]:
             end, until = m0 + 1, last + 1
         if a == 0:
@@ -236,7 +236,7 @@ def nbh_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl
 # %% ../../nbs/3_locality/neighborhood.ipynb #eea9c995
 @triton.jit
 def nbh_mask(qpos, kpos, ops, ints, C: tl.constexpr):
-    "Is the key inside the query's window? qpos: starts of the windows, then the queries' places; kpos: the keys' places."
+    "Is the key inside the query's window? qpos: starts of the windows, then the queries' places; kpos: places."
     inside = (kpos[0] - qpos[0]).to(tl.uint32) < C.window[0]
     if C.causal[0]:
         inside = inside & (kpos[0] <= qpos[len(C.window)])
@@ -348,11 +348,12 @@ def nbh_bias_init(part, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexp
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #f053af90
 @triton.jit
-def nbh_bias_step(acc, ds, j, part, qpos, kpos, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def nbh_bias_step(acc, ds, j, part, qpos, kpos, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr,
+                  BN: tl.constexpr):
     "Row r of ds, shifted so that lane t holds offset t of the table, then summed over rows."
     corner = state[1]
     t = part * 128 + tl.arange(0, 128)
-    at = tl.zeros([BM, 128], tl.int32)                                                   # where in the steps, one after another
+    at = tl.zeros([BM, 128], tl.int32)                                          # where in the steps, one after another
     lane, brick = 1, BN
     known = at == 0
     for a in tl.static_range(tl.constexpr(len(C.window) - 1), -1, -1):
@@ -374,7 +375,8 @@ def nbh_bias_step(acc, ds, j, part, qpos, kpos, state, b, h, ops, ints, C: tl.co
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #3a581267
 @triton.jit
-def nbh_bias_store(G, sg, acc, i, part, b, h, qpos, ok, state, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def nbh_bias_store(G, sg, acc, i, part, b, h, qpos, ok, state, ints, C: tl.constexpr, BM: tl.constexpr,
+                   BN: tl.constexpr):
     "The share of query tile i in one head's table."
     t = part * 128 + tl.arange(0, 128)
     tl.store(G + i.to(tl.int64) * sg[0] + h * sg[1] + t, acc, mask=t < C.table)

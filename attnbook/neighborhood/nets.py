@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit_neighborhood', 'NeighborhoodAttention1d', 'NeighborhoodAttention2d', 'NeighborhoodAttention3d', 'NATBlock',
            'Downsample', 'NAT', 'nat_mini', 'nat_tiny', 'nat_small', 'nat_base', 'dinat_mini', 'dinat_tiny',
-           'dinat_small', 'dinat_base']
+           'dinat_small', 'dinat_base', 'NAT_KINDS', 'small_nat']
 
 # %% auto #imports
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checks import (
     check_bool,
+    check_choice,
     check_divides,
     check_flags,
     check_int,
@@ -219,7 +220,7 @@ def nat_base(*, num_classes: int = 1000, in_chans: int = 3, window_size: int = 7
     return NAT(num_classes=num_classes, in_chans=in_chans, window_size=window_size, stride=stride,
                drop_path_rate=drop_path_rate, backend=backend, **_BASE)
 
-# %% ../../nbs/3_locality/neighborhood.ipynb #a834318f
+# %% ../../nbs/3_locality/neighborhood.ipynb #25366e69
 def _dilations(depths=(3, 4, 18, 5)):
     return [[d if j % 2 else 1 for j in range(n)] for n, d in zip(depths, (8, 4, 2, 1))]
 
@@ -250,3 +251,18 @@ def dinat_base(*, num_classes: int = 1000, in_chans: int = 3, window_size: int =
     "DiNAT-Base: NAT-Base with dilation 1 and 8, 4, 2, 1 by level in turn. Arguments as in `NAT`."
     return NAT(num_classes=num_classes, in_chans=in_chans, window_size=window_size, stride=stride,
                drop_path_rate=drop_path_rate, backend=backend, dilations=_dilations(), **_BASE)
+
+# %% ../../nbs/3_locality/neighborhood.ipynb #e510d565
+NAT_KINDS = ("NA", "NA + dilated", "blocked", "global")
+
+
+def small_nat(kind: str, side: int, dim: int, depths: Sequence[int], backend: str = "auto") -> NAT:
+    """A two-level NAT for 10 classes on `side` x `side` images: window 5 on maps of side/2 and side/4, neighbourhoods
+    of one of `NAT_KINDS`."""
+    check_choice("kind", kind, NAT_KINDS)
+    widest = [max(side // 2 ** (i + 1) // 5, 1) for i in range(len(depths))]          # largest dilation that fits
+    dilations = [[d if j % 2 or n == 1 else 1 for j in range(n)] for d, n in zip(widest, depths)]
+    return NAT(dim=dim, depths=depths, num_heads=(dim // 32, dim // 16) if dim >= 64 else (2, 4),
+               window_size=side // 2 if kind == "global" else 5,
+               dilations=dilations if kind == "NA + dilated" else None, stride=5 if kind == "blocked" else 1,
+               drop_path_rate=0.0, num_classes=10, stem=1, backend=backend)

@@ -44,7 +44,8 @@ from .reference import Axis, axis_classes, axis_window, inverse_axis_window
 from .tiles import inner_share, kernel_box
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #5e3b7a11
-def unseen_along(axis: Axis, tile: int, side: int, shift: int, transpose: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def unseen_along(axis: Axis, tile: int, side: int, shift: int,
+                 transpose: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The different patterns of one axis, their bits `(patterns, side)` and how many places are needed `(patterns,)`,
     and the number of the pattern of every tile.
 
@@ -82,7 +83,8 @@ def unseen_tables(axes: tuple[Axis, ...], tile: tuple[int, ...], box: tuple[int,
     for a, (patterns, length, number) in enumerate(parts):
         along = lambda x: x.view(len(x), *(x.shape[1] if i == a else 1 for i in range(len(axes))))
         words = (words[:, None] | along(patterns)).flatten(0, 1)
-        needed = (needed[:, None] & along(torch.arange(sides[a] // brick[a]) * brick[a] < length[:, None])).flatten(0, 1)
+        begins = torch.arange(sides[a] // brick[a]) * brick[a]
+        needed = (needed[:, None] & along(begins < length[:, None])).flatten(0, 1)
         share.append(number * math.prod(counts[a + 1:]))
     split = words.view(len(words), *(n for side, u in zip(sides, brick) for n in (side // u, u)))
     axis = range(1, split.dim(), 2)
@@ -178,7 +180,7 @@ def _ordered_launch(*args):
     launch = _launch(*args)
     return replace(launch, stages=2 * launch.stages - 1)
 
-# %% ../../nbs/3_locality/neighborhood.ipynb #0858a33f
+# %% ../../nbs/3_locality/neighborhood.ipynb #a479883a
 NEIGHBORHOOD = register_program(TileProgram(
     "neighborhood", nbh_bits_q_tile, nbh_ordered_k_span, nbh_unseen_k_step, nbh_bits_k_tile, nbh_ordered_q_span,
     nbh_unseen_q_step, mask=nbh_bits_mask, mask_total=True, constants=_words, brick=_brick, launch=_ordered_launch,

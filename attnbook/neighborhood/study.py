@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'cost_experiment', 'on_maps', 'flex_peer', 'photo_features', 'stride_experiment', 'equivariance_experiment',
-           'border_experiment', 'NAT_KINDS', 'small_nat', 'nat_data', 'nat_experiment', 'PROBLEMS', 'compare_problem',
-           'bench_problems', 'bench_windows', 'bench_sizes', 'NATTEN_H100', 'bench_natten', 'bench_simulator',
-           'simulated_times', 'UNJUDGED', 'claims']
+           'border_experiment', 'nat_data', 'nat_experiment', 'PROBLEMS', 'compare_problem', 'bench_problems',
+           'bench_windows', 'bench_sizes', 'NATTEN_H100', 'bench_natten', 'bench_simulator', 'simulated_times',
+           'UNJUDGED', 'claims']
 
 # %% auto #imports
 import math
@@ -29,7 +29,7 @@ from ..lab.results import load_results, newest_device
 from ..lab.stats import by_seed, newest, over_seeds, speedups, spread
 from ..lab.train import fit
 from ..layers import count_parameters
-from .nets import NAT, nat_base, nat_mini, nat_small, nat_tiny
+from .nets import nat_base, nat_mini, nat_small, nat_tiny, small_nat
 from .op import na2d, neighborhood_attention
 from .reference import (
     Flags,
@@ -211,21 +211,6 @@ def border_experiment(image: np.ndarray, side: int, window: int, corner: tuple[i
         rows.append(dict(distance=distance, window=window, side=side, **error))
     return rows
 
-# %% ../../nbs/3_locality/neighborhood.ipynb #e510d565
-NAT_KINDS = ("NA", "NA + dilated", "blocked", "global")
-
-
-def small_nat(kind: str, side: int, dim: int, depths: Sequence[int], backend: str = "auto") -> NAT:
-    """A two-level NAT for 10 classes on `side` x `side` images: window 5 on maps of side/2 and side/4, neighbourhoods
-    of one of `NAT_KINDS`."""
-    check_choice("kind", kind, NAT_KINDS)
-    widest = [max(side // 2 ** (i + 1) // 5, 1) for i in range(len(depths))]          # largest dilation that fits
-    dilations = [[d if j % 2 or n == 1 else 1 for j in range(n)] for d, n in zip(widest, depths)]
-    return NAT(dim=dim, depths=depths, num_heads=(dim // 32, dim // 16) if dim >= 64 else (2, 4),
-               window_size=side // 2 if kind == "global" else 5,
-               dilations=dilations if kind == "NA + dilated" else None, stride=5 if kind == "blocked" else 1,
-               drop_path_rate=0.0, num_classes=10, stem=1, backend=backend)
-
 # %% ../../nbs/3_locality/neighborhood.ipynb #51404de7
 def nat_data(name: str, side: int, copies: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Digits in `side` x `side` pixels, standardised: x `(n, 3, side, side)`, y `(n,)`, and the same for testing.
@@ -358,8 +343,8 @@ def bench_simulator() -> Iterator[dict]:
 
 def simulated_times(rows: Iterable[Mapping]) -> tuple[StepCosts, dict[str, tuple[float, float]]] | None:
     """The `StepCosts` of the GPU that was measured last, and {name: (predicted, measured)} in microseconds for all of
-    `SIMULATED`; None where one of them has no time on that GPU, where it has fewer than 128 multiprocessors, so that the
-    programs of "32², w 13" are not alone, or where its kernels have smaller tiles (`arch` "small" of the launch table).
+    `SIMULATED`; None where one of them has no time on that GPU, where it has fewer than 128 multiprocessors, so that
+    the programs of "32², w 13" are not alone, or where its kernels have smaller tiles (`arch` "small").
 
     `rows`: of `bench_simulator`. Raises ValueError where no costs give the calibrating times."""
     rows = newest_device(r for r in rows if r.get("ms_fwd"))
@@ -392,7 +377,7 @@ def _memory_growth():
     peak = {r["w"]: r["peak_mb_fwd"] for r in rows}
     return peak[max(peak)] / peak[min(peak)] if len(peak) > 1 else None
 
-# %% ../../nbs/3_locality/neighborhood.ipynb #ce3f5963
+# %% ../../nbs/3_locality/neighborhood.ipynb #2740a821
 def _simulator_error():
     """Largest and median deviation of ours from time proportional to simulated pairs, over windows with at least 1 %
     of the pairs, relative to the full window."""
@@ -406,8 +391,8 @@ def _simulator_error():
 
 
 def _simulator_error_with_fixed_part():
-    """The same with time = fixed + rate * simulated pairs, both numbers from the smallest and the largest window that is
-    not the whole map (whose tiles need no mask). `largest` and `median`: over the windows between. `elsewhere`: over
+    """The same with time = fixed + rate * simulated pairs, both numbers from the smallest and the largest window that
+    is not the whole map (whose tiles need no mask). `largest` and `median`: over the windows between. `elsewhere`: over
     the maps of `bench_sizes` with at least as many tokens, whose times gave neither number."""
     one_gpu = newest_device(r for r in _rows("windows", method="ours") if r.get("ms_fwd"))
     rows = sorted((r["w"], r["useful"] * r["waste"], r["ms_fwd"], r["batch"] * r["heads"]) for r in one_gpu)
@@ -498,13 +483,13 @@ def claims() -> list[Claim]:
               scale="window sweep, 128x128, relative to the full window; holds: all within 25 %, in part: the median"),
         Claim("The same with a fixed part besides", "", "this chapter", close,
               measured=_simulator_error_with_fixed_part,
-              scale="windows 7 to 63 of 128x128, both numbers from windows 3 and 95, and other maps with as many tokens; "
-                    "holds: all within 25 %, in part: the median of the windows"),
+              scale="windows 7 to 63 of 128x128, both numbers from windows 3 and 95, and other maps with as many "
+                    "tokens; holds: all within 25 %, in part: the median of the windows"),
         Claim("Time follows from programs, steps without and with a mask, and multiprocessors", "",
               "this chapter", close, measured=_simulator_errors,
               scale=f"D 64, forward: {len(CALIBRATING)} problems give the costs, {len(SIMULATED) - len(CALIBRATING)} "
-                    "are predicted (windows, maps, strides, causal axes, 3-D); stated before it was measured; holds: all "
-                    "within 25 %, in part: the median"),
+                    "are predicted (windows, maps, strides, causal axes, 3-D); stated before it was measured; holds: "
+                    "all within 25 %, in part: the median"),
         Claim("A stride that fills tiles makes FLUX's 80x80 window 1.8 times faster (9.2x over 5.2x dense)", "1.8x",
               "NATTEN documentation", at_least(1.5, 1.1), measured=_stride_gain,
               scale="stride 16 over stride 1, our kernel; holds: 1.5 times, in part: 1.1 times"),
@@ -515,6 +500,7 @@ def claims() -> list[Claim]:
               lambda m: beyond_spread(m["gap"], m["spread"]), measured=_nat_gap,
               scale="two-level NAT, sliding against blocked windows, MNIST-M, 3 seeds; holds: gap beyond seed spread"),
         Claim("NAT Mini, Tiny, Small, Base have 20, 28, 51, 90 million parameters", "20/28/51/90 M",
-              "NAT, official repository", matches([20, 28, 51, 90], absolute=0.5), measured=_parameter_counts, scale="full size"),
+              "NAT, official repository", matches([20, 28, 51, 90], absolute=0.5), measured=_parameter_counts,
+              scale="full size"),
         *(Claim(statement, number, where, rule) for statement, number, where, rule in UNJUDGED),
     ]

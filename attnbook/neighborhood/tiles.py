@@ -105,7 +105,8 @@ def tile_waste(shape: Sizes, window_size: Sizes, *, stride: Sizes = 1, dilation:
     useful = neighborhood_pairs(shape, window_size, stride=stride, dilation=dilation, is_causal=is_causal)
     check_choice("scheme", scheme, ("unaligned", "bricks", "aligned", "row-major"))
     if scheme == "row-major":
-        return _row_major_pairs(axes, check_int("q_tile", q_tile, least=1), check_int("block_n", block_n, least=1)) / useful
+        rows, step = check_int("q_tile", q_tile, least=1), check_int("block_n", block_n, least=1)
+        return _row_major_pairs(axes, rows, step) / useful
     q_tile = check_sizes("q_tile", q_tile, len(axes))
     if scheme == "unaligned":
         return _unaligned_pairs(axes, q_tile, check_int("block_n", block_n, least=1), transpose) / useful
@@ -184,8 +185,8 @@ def kernel_box(axes: tuple[Axis, ...], rows: int, step_rows: int,
     def cost(tile, brick):
         sides = tuple(int(np.subtract(*tile_spans(axis, t, transpose)[::-1]).max()) for axis, t in zip(axes, tile))
         ragged = sum(s % u for s, u in zip(sides[1:], brick[1:]))
-        order = -inner_share(axes, tile, brick, transpose)[0], ragged, [-u for u in brick[::-1]], [-t for t in tile[::-1]]
-        return *order, tile, sides, brick
+        longest = [-u for u in brick[::-1]], [-t for t in tile[::-1]]
+        return -inner_share(axes, tile, brick, transpose)[0], ragged, *longest, tile, sides, brick
     tiles = [t for t in _boxes(rows, len(axes)) if len(axes) == 1 or sum(t) < 32]        # a bit for each row of a side
     pairs = {(t, u): _brick_pairs(axes, t, u, transpose) for t in tiles for u in _boxes(step_rows, len(axes))}
     return min(cost(*which) for which, n in pairs.items() if n == min(pairs.values()))[4:]

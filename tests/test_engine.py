@@ -237,12 +237,12 @@ def test_operation():
     assert example_operation("example_operation")(x, [y], None, 1.0)[0].requires_grad      # declared again, as a cell that runs twice does
 
 def test_operation_of_lists():
-    "As many outputs as inputs, in a list, of which nothing is kept for the backward pass, nor of the inputs."
+    "As many outputs as inputs, in a list; nothing of either is kept for the backward pass."
     def forward(x: list[Tensor], a: float) -> list[Tensor]:
         return [a * t for t in x]
 
     def backward(call):
-        assert call.x == [None, None] and not call.outputs
+        assert call.x == [None, None] and list(call.outputs) == [None, None]
         return dict(x=[torch.zeros(3, device=device()) if g is None else call.a * g for g in call.grads])
     op = operation("example_of_lists", forward, like=lambda x, a: [torch.empty_like(t) for t in x], backward=backward, drop=("x", "outputs"),
                    gradients_like=lambda call: dict(x=[torch.empty(3, device=device()) for _ in call.grads]))

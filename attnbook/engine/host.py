@@ -35,7 +35,7 @@ except ImportError:  # no wheel for this platform
     class _NoTriton:
         "Stands in for `triton` where there is none: decorators and annotations work, launching does not."
         def __getattr__(self, name): return self
-        def __call__(self, fn=None, **kwargs): return fn
+        def __call__(self, fn=None, **kwargs): return self if fn is None else fn
 
     triton = tl = TensorDescriptor = _NoTriton()
 

@@ -150,7 +150,11 @@ SIMULATED = {  # name -> the problem, as in `PROBLEMS`
                                               heads=8, head_dim=64),
 }
 
+<<<<<<< HEAD
 # %% ../../nbs/3_locality/neighborhood.ipynb #83879c3f
+=======
+# %% ../../nbs/3_locality/neighborhood.ipynb #25b874dd
+>>>>>>> h-neighborhood
 @lru_cache(maxsize=64)
 def _simulated_problem(case):
     "Steps of one head of one of `SIMULATED`, and its number of heads in all."

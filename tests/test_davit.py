@@ -174,16 +174,16 @@ def draw_maps(shape=(7, 9), B=2, H=2, D=16, dtype=torch.float32, seed=0):
 
 def windowed(window, backend="torch"):
     "fn(q, k, v[, pad_k, pad_v]): without the two, what lies beyond the map is not seen."
-    return lambda q, k, v, *pads: window_attention(q, k, v, window, pad_mode="token" if pads else "mask", backend=backend,
-                                                   **dict(zip(("pad_k", "pad_v"), pads)))
+    return lambda q, k, v, *pads: window_attention(q, k, v, window, pad_mode="token" if pads else "mask",
+                                                   backend=backend, **dict(zip(("pad_k", "pad_v"), pads)))
 
 
 @pytest.mark.parametrize("padded", (False, True), ids=("masked", "padded"))
 @pytest.mark.parametrize("shape, window", (((7, 9), (3, 4)), ((6, 6), (3, 3)), ((5, 7), (5, 7)), ((2, 3), (4, 5)),
                                            ((8, 4), (4, 4)), ((11, 1), (2, 3))), ids=str)
 def test_window_attention_agrees(shape, window, padded):
-    check_against_reference(windowed(window, "triton"), windowed(window), draw_maps(shape, B=1, H=1)[:5 if padded else 3],
-                            grad_tol=3e-5)
+    inputs = draw_maps(shape, B=1, H=1)[:5 if padded else 3]
+    check_against_reference(windowed(window, "triton"), windowed(window), inputs, grad_tol=3e-5)
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
@@ -246,8 +246,8 @@ def test_window_attention_refuses():
                                            ((9, 4), (8, 4))), ids=str)
 def test_window_kernels_16_bit(shape, window):
     "Windows in one block of keys, in several, alone on the map, hanging over; some forward only by the own kernel."
-    check_against_reference(windowed(window, "triton"), windowed(window), draw_maps(shape, B=1, H=1)[:3], dtype=torch.float16,
-                            grad_tol=2e-2)
+    check_against_reference(windowed(window, "triton"), windowed(window), draw_maps(shape, B=1, H=1)[:3],
+                            dtype=torch.float16, grad_tol=2e-2)
 
 
 @pytest.mark.parametrize("shape, window, dtype, tol", (
@@ -339,8 +339,8 @@ def test_position_encoding_is_a_good_operation():
 def test_position_encoding_in_steps():
     "Other kernel sizes and activations go by PyTorch's convolution."
     x = torch.randn(1, 4, 5, 16, device=device_under_test())
-    for layer in (ConvPositionalEncoding(16, 5, backend="triton"), ConvPositionalEncoding(16, act=True, backend="triton")):
-        layer = layer.to(x.device)
+    for settings in (dict(kernel_size=5), dict(act=True)):
+        layer = ConvPositionalEncoding(16, backend="triton", **settings).to(x.device)
         assert not layer.as_one(x)
         branch = layer.act(layer.proj(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         assert torch.equal(layer(x), x + branch)
@@ -375,7 +375,8 @@ def triton_layer(**settings):
     return layer, torch.randn(1, 6, 32, device=device_under_test())
 
 
-@pytest.mark.parametrize("check", (check_compiles, check_autocast, check_deterministic), ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", (check_compiles, check_autocast, check_deterministic),
+                         ids=lambda check: check.__name__)
 def test_layer_is_a_good_operation(check):
     layer, x = triton_layer()
     check(layer, [x])
@@ -485,7 +486,8 @@ def loud(model):
     return model.double().eval()
 
 
-@pytest.mark.parametrize("size", ((24, 24), (32, 20), (29, 51)), ids=("6 x 6", "8 x 5, hanging over", "8 x 13, hanging over"))
+@pytest.mark.parametrize("size", ((24, 24), (32, 20), (29, 51)),
+                         ids=("6 x 6", "8 x 5, hanging over", "8 x 13, hanging over"))
 def test_converted_weights_give_the_official_outputs(size):
     official = loud(small_davit())
     ours = from_timm(small_davit().double(), official.state_dict()).eval()
@@ -518,7 +520,8 @@ def test_drop_path_schedule():
     assert torch.allclose(torch.tensor(rates), torch.linspace(0, 0.1, 12))
 
 
-@pytest.mark.parametrize("types", (("spatial", "spatial"), ("channel", "channel"), ("channel", "spatial")), ids=" ".join)
+@pytest.mark.parametrize("types", (("spatial", "spatial"), ("channel", "channel"), ("channel", "spatial")),
+                         ids=" ".join)
 def test_blocks_have_the_same_number_of_parameters(types):
     assert count_parameters(partial(small_davit, attn_types=types)) == count_parameters(small_davit)
 
@@ -551,7 +554,8 @@ def test_published_parameters(variant, kernel):
     assert count_parameters(partial(davit, variant, downsample_kernel=kernel)) == PARAMETERS[variant, kernel]
 
 
-FACTORIES = dict(tiny=davit_tiny, small=davit_small, base=davit_base, large=davit_large, huge=davit_huge, giant=davit_giant)
+FACTORIES = dict(tiny=davit_tiny, small=davit_small, base=davit_base, large=davit_large, huge=davit_huge,
+                 giant=davit_giant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -92,6 +92,7 @@ def load_tokens(ptr, b, h, n, ok, strides, D: tl.constexpr, BD: tl.constexpr, WI
 
 @triton.jit
 def store_tokens(ptr, b, h, n, ok, strides, value, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr):
+    "Writes rows of a head, in the type of what is written to; token and channel beyond the end are left out."
     inside = ok[:, None] & (tl.arange(0, BD) < D)[None, :]
     tl.store(token_rows(ptr, b, h, n, strides, BD, WIDE), value.to(ptr.dtype.element_ty), mask=inside)
 

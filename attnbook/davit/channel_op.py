@@ -156,8 +156,8 @@ def _packed_like(qkv, groups, scale):
 def _packed_backward(call):
     def run(do, qkv):
         dqkv = qkv.new_empty(qkv.shape)
-        _launch_channel_backward(*_views(do, call.groups, 1), call.grads[1], *_views(qkv, call.groups, 3), call.outputs[1],
-                      *_views(dqkv, call.groups, 3), call.scale)
+        _launch_channel_backward(*_views(do, call.groups, 1), call.grads[1], *_views(qkv, call.groups, 3),
+                                 call.outputs[1], *_views(dqkv, call.groups, 3), call.scale)
         return dqkv
     do = torch.zeros_like(call.outputs[0]) if call.grads[0] is None else call.grads[0]
     return dict(qkv=through_float32(run, (do, call.qkv)).to(call.qkv.dtype))
@@ -210,8 +210,9 @@ def _layer_backward(call):
 
     def run(do, qkv):
         dqkv = torch.empty_like(qkv)
-        return dqkv, _launch_channel_backward(*_views(do, call.groups, 1), None, *_views(qkv, call.groups, 3), weights,
-                                   *_views(dqkv, call.groups, 3), call.scale, column_sums=True)
+        return dqkv, _launch_channel_backward(
+            *_views(do, call.groups, 1), None, *_views(qkv, call.groups, 3), weights, *_views(dqkv, call.groups, 3),
+            call.scale, column_sums=True)
     dqkv, sums = through_float32(run, (do, qkv))
     del do                                                            # its memory serves the gradient of x
     b_qkv, b_proj = _bias_grads(sums, rows)

@@ -373,7 +373,7 @@ def counted_gmacs() -> dict[tuple[str, int], float]:
 
 # %% ../../nbs/3_locality/davit.ipynb #b6b73e33
 def from_timm(model: DaViT, state: dict, v2: bool = False) -> DaViT:
-    """Loads a timm `davit_*` state dict into a model of the same size and returns it. Raises what `load_state_dict` does.
+    """Loads a timm `davit_*` state dict into a model of its size and returns it. Raises what `load_state_dict` raises.
 
     `v2`: the checkpoint was made with `channel_attn_v2=True`, whose names are the paper's."""
     state = {n.replace(".spatial_block.", ".0.").replace(".channel_block.", ".1."): t for n, t in state.items()}

@@ -70,7 +70,8 @@ def _launch_window_forward(q, k, v, window, scale, keep, own):
 def _launch_window_backward(do, dlse, q, k, v, out, lse, grads, window, scale, own):
     "Fills grads = (dq, dk, dv), which have strides in common."
     if not own:
-        run_backward(do, dlse, q, k, v, None, None, [], out, lse, WINDOW.name, q.shape[2:4], window, scale, False, grads)
+        rest = WINDOW.name, q.shape[2:4], window, scale
+        run_backward(do, dlse, q, k, v, None, None, [], out, lse, *rest, False, grads)
     elif q.numel():
         q, k, v = _alike(q, k, v)
         dlse = None if dlse is None else dlse.contiguous()
@@ -137,7 +138,8 @@ def _window_packed_like(qkv, heads, wx, wy, scale, keep):
 
 def _window_packed_backward(call):
     "The gradient of qkv, packed."
-    own = window_kernel("backward", call.qkv.dtype, call.qkv.shape[3] // (3 * call.heads), call.wx * call.wy, call.scale)
+    width = call.qkv.shape[3] // (3 * call.heads)
+    own = window_kernel("backward", call.qkv.dtype, width, call.wx * call.wy, call.scale)
     (do, dlse), (out, lse) = call.grads, call.outputs
 
     def run(do, qkv, out):

@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab book gpu-test export clean setup
+.PHONY: help demo test test-all lab book gpu-test ledger export clean setup
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,6 +10,7 @@ STAMP := $(VENV)/.installed
 PIP_FLAGS ?=
 LAB_FLAGS ?=
 CHAPTER ?= neighborhood
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | while IFS=$$'\t' read -r name what; do printf '  make %-10s %s\n' "$$name" "$$what"; done
@@ -35,16 +36,25 @@ setup: $(STAMP)  ## make .venv and install everything in it
 demo: $(STAMP)  ## run a chapter (CHAPTER=neighborhood); leaves page, notebook and numbers in runs/
 	@"$(BIN)/attnbook" run $(CHAPTER)
 
-# Every notebook is tested in a process of its own: torch.compile looks classes up in __main__, which a second notebook replaces.
+test: $(STAMP)  ## run all tests: in sync, ruff, notebooks (preset smoke), pytest (some minutes on two cores)
+test-all: $(STAMP)  ## the same with the notebooks' preset cpu, slow tests, and every kernel compiled anew (an hour or more)
+test-all: export ATTNBOOK_PRESET := cpu
+test-all: PYTEST_FLAGS += --slow
+
+# Every notebook is tested in a process of its own: torch.compile looks classes up in __main__, which a second notebook replaces. The longest begin.
 # What the tests record goes to a folder of its own: the committed numbers stay as they are.
-test: $(STAMP)  ## run all tests: in sync, ruff, notebooks, pytest (some minutes on two cores)
+test test-all:
 	@results=$$(mktemp -d); trap 'rm -rf "$$results"' EXIT; \
-	export ATTNBOOK_RESULTS="$$results" OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH"; \
+	export ATTNBOOK_RESULTS="$$results" OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"; \
 	stage() { printf '\n== %s\n' "$$1"; }; \
 	stage 'generated files in sync with the notebooks'; attnbook export --check; \
 	stage 'ruff'; ruff check .; \
-	stage 'notebooks run from top to bottom'; printf '%s\n' nbs/*.ipynb nbs/*/*.ipynb | xargs -P 2 -n 1 nbdev_test --n_workers 1 --timing --path; \
-	stage 'pytest: generated and written by hand, kernels compiled for sm_80 and sm_90, a run through the command line'; python -m pytest -q -n 2 --durations=8
+	stage 'notebooks run from top to bottom'; ls -S nbs/index.ipynb nbs/[0-9]*/*.ipynb | xargs -P $(JOBS) -n 1 nbdev_test --n_workers 1 --timing --path; \
+	stage 'pytest: generated and written by hand, kernels that are new compiled for sm_80 and sm_90, a run through the command line'; \
+	python -m pytest -q -n $(JOBS) --dist worksteal --durations=15 $(PYTEST_FLAGS)
+
+ledger: $(STAMP)  ## compile kernels that changed, and write what they take to tests/compile_ledger.jsonl
+	@OMP_NUM_THREADS=1 "$(BIN)/python" tests/test_compile.py --update
 
 gpu-test: $(STAMP)  ## run the tests on the GPU
 	@"$(BIN)/python" -m pytest -q --device cuda

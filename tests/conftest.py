@@ -3,6 +3,8 @@ import os
 
 import pytest
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="the device under test (default: cpu)")
@@ -14,6 +16,8 @@ def pytest_configure(config):
     device = config.getoption("--device")
     os.environ["ATTNBOOK_DEVICE"] = device
     os.environ.setdefault("MPLBACKEND", "agg")
+    # processes that tests start find this checkout, installed or not
+    os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
     if device == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
         os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,6 +1,9 @@
 # Written from the test cells of nbs/1_foundations/05_book.ipynb by `attnbook export`. Do not edit.
+import ast
 import json
+import math
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,8 +22,16 @@ from attnbook.lab.book import (
     require,
 )
 from attnbook.lab.pages import to_html
-from attnbook.lab.parameters import Parameter, _kinds, check_parameters, example_notebook, read_parameters
-from attnbook.lab.run import Run, RunFailed, run_chapter, run_summary
+from attnbook.lab.parameters import (
+    Parameter,
+    _declared,
+    _kinds,
+    as_code,
+    check_parameters,
+    example_notebook,
+    read_parameters,
+)
+from attnbook.lab.run import Run, RunFailed, _judged, _tally, run_chapter, run_summary, where_measured, with_parameters
 from attnbook.lab.sweep import _keep_run, _run_name, _sweep_gpus, sweep_parameters, sweep_table
 
 
@@ -67,7 +78,8 @@ def test_annotations():
     assert _kinds("int") == ((int,), ()) and _kinds("list[int]") == ((list,), ())
     assert _kinds("int | None") == ((int, type(None)), ()) == _kinds("Optional[int]")
     assert _kinds("Literal['a', 'b']") == ((str,), ("a", "b"))
-    assert _kinds("torch.dtype") == ((), ())
+    assert _kinds("Literal['a', 1] | None") == ((str, int, type(None)), ("a", 1, None)) == _kinds("Optional[Literal['a', 1]]")
+    assert _kinds("torch.dtype") == ((), ()) and _kinds("tuple[int, ...]") == ((tuple,), ())
 
 def test_parameters_are_read_from_text():
     of = lambda kinds, text: check_parameters({"x": text}, {"x": Parameter("x", kinds, None)}, text=True)["x"]
@@ -76,6 +88,22 @@ def test_parameters_are_read_from_text():
     for kinds, text in (((int,), "3.5"), ((int,), "abc"), ((bool,), "1"), ((list,), "3"), ((float,), "x")):
         with pytest.raises(TypeError, match="parameter x"):
             of(kinds, text)
+
+def test_values_as_code():
+    for value in (None, True, -3, 1e-5, "a'\n\"b", (1,), (), [1, (2, [3.5])], {1: "x", "y": (None, {})}):
+        assert ast.literal_eval(as_code(value)) == value
+    assert math.isinf(eval(as_code([-math.inf]))[0]) and math.isnan(eval(as_code(math.nan)))
+    for value in ({1, 2}, b"x", 1j, Path("x"), type("Int", (int,), {})(3)):
+        with pytest.raises(TypeError, match="which no literal"):
+            as_code([value])
+
+def test_numbers_have_bounds():
+    p = lambda help, kinds=(int,): {"x": Parameter("x", kinds, 0, help, bounds=_declared("x", None, ast.Constant(0), help).bounds)}
+    assert check_parameters({"x": 1}, p("layers, >= 1")) == {"x": 1} and str(p("> 0 and <= 0.5")["x"]) == "x (int, > 0, <= 0.5)"
+    assert check_parameters({"x": (1, 2)}, p(">= 1", (tuple,))) == {"x": (1, 2)} and p("a -> b; 3 < 5x")["x"].bounds == ()
+    for help, kinds, value in ((">= 1", (int,), 0), ("> 0", (float,), 0.0), ("< 1", (float,), 1), (">= 0", (tuple,), (1, -1)), ("> 0", (float,), math.nan)):
+        with pytest.raises(ValueError, match=r"parameter x \(.*cannot be"):
+            check_parameters({"x": value}, p(help, kinds))
 
 def test_bad_parameters_are_refused():
     declared = {"steps": Parameter("steps", (int,), 3), "preset": Parameter("preset", (str,), "cpu", choices=("cpu", "gpu")), "rate": Parameter("rate", (float,), 0.1)}
@@ -94,8 +122,28 @@ def test_bad_parameters_are_refused():
 def test_parameters_of_a_notebook():
     with tempfile.TemporaryDirectory() as folder:
         declared = read_parameters(example_notebook(Path(folder) / "small.ipynb"))
-    assert [str(p) for p in declared.values()] == ["preset ('smoke' | 'cpu' | 'gpu')", "n (int)", "scale (float)"]
-    assert (declared["n"].default, declared["n"].help) == (5, "terms")
+    assert [str(p) for p in declared.values()] == ["preset ('smoke' | 'cpu' | 'gpu')", "n (int, >= 0)", "scale (float)"]
+    assert (declared["n"].default, declared["n"].help) == (5, "terms, >= 0")
+
+def test_whatever_is_assigned_is_a_parameter():
+    cell = new_code_cell("""%matplotlib inline
+from typing import Literal
+a: int | None = None  # nothing yet
+b: Literal["x", "y"] = "x"
+c: tuple = (1,  # one
+            2)  # two, >= 0
+d = {"k": -1}; steps: int = 0  # 0 takes the preset's
+e: float = 2 * 3.0
+f, g = 1, 2
+h: int""", metadata={"tags": ["parameters"]})
+    with tempfile.TemporaryDirectory() as folder:
+        nbformat.write(new_notebook(cells=[new_code_cell("z = 1"), cell]), path := Path(folder) / "a.ipynb")
+        declared = read_parameters(path)
+        nbformat.write(new_notebook(cells=[new_code_cell("a: int = ", metadata={"tags": ["parameters"]})]), path)
+        with pytest.raises(ValueError, match="parameters of a.ipynb cannot be read"):
+            read_parameters(path)
+    assert [str(p) for p in declared.values()] == ["a (int | None)", "b ('x' | 'y')", "c (tuple, >= 0)", "d (dict)", "steps (int, >= 0)", "e (float)"]
+    assert [p.default for p in declared.values()] == [None, "x", (1, 2), {"k": -1}, 0, "2 * 3.0"] and declared["c"].help == "two, >= 0"
 
 
 def test_page_is_self_contained():
@@ -125,7 +173,7 @@ def test_run_leaves_everything_in_one_folder():
         files = {p.name for p in run.folder.iterdir()}
     assert row == {"name": "sum", "n": 7, "sum": 21.0} and run.rows == {"small.jsonl": 1}
     assert files == {"small.ipynb", "small.html", "summary.json", "results"} and run.folder.name.startswith("small-2")
-    assert summary["parameters"] == {"n": 7, "preset": "cpu"} and summary["error"] == "" and "21" in page and "<math" in page
+    assert summary["parameters"] == {"n": 7, "preset": "cpu"} and summary["claims"] == [] and summary["error"] == "" and "21" in page and "<math" in page
     assert "small finished" in run_summary(run) and "1 row in small.jsonl" in run_summary(run)
 
 def test_failed_run_says_where_and_keeps_the_rest():
@@ -136,6 +184,33 @@ def test_failed_run_says_where_and_keeps_the_rest():
         run = e.value.run
         assert run.page.is_file() and run.notebook.is_file() and run.rows == {"small.jsonl": 1} and "failed in cell" in run_summary(run)
 
+def test_values_arrive_as_they_were_given():
+    with tempfile.TemporaryDirectory() as folder:
+        cells = [new_code_cell("t: tuple = (1, 2)\nd: dict = {}\nx: float | None = 1.0", metadata={"tags": ["parameters"]}), new_code_cell("print((t, d, x))")]
+        nbformat.write(new_notebook(cells=cells), source := Path(folder) / "values.ipynb")
+        given = check_parameters({"t": "(3, 'a')", "d": "{1: (None, 'x')}", "x": "inf"}, read_parameters(source), text=True)
+        injected = with_parameters(source, given).cells[1].source
+        assert [c.source for c in with_parameters(source, {}).cells] == [c.source for c in cells]
+    scope = {}
+    exec(injected, scope)
+    assert (scope["t"], scope["d"], scope["x"]) == ((3, "a"), {1: (None, "x")}, math.inf)
+
+def test_claims_are_judged_by_rows_of_one_folder(monkeypatch):
+    from attnbook.lab.claims import Claim, at_least
+    from attnbook.lab.results import load_results, record
+    best = lambda: max((r["score"] for r in load_results("halo")), default=None)
+    monkeypatch.setattr(sys.modules[_judged.__module__], "chapter_claims", lambda name: [Claim("high", "9", "Table 1", at_least(5), best), Claim("there", "", "", lambda m: "holds", 1),
+                                                                                              Claim("broken", "", "", at_least(1), lambda: 1 / 0)])
+    with tempfile.TemporaryDirectory() as folder:
+        for name, score in (("own", 3.0), ("book", 7.0)):
+            monkeypatch.setenv("ATTNBOOK_RESULTS", f"{folder}/{name}")
+            record("halo", "a", device=f"GPU {name}", score=score)
+        verdicts = {name: _tally(v.verdict for _, v in _judged("halo", Path(folder) / name)) for name in ("own", "book", "none")}
+        with sys.modules[record.__module__].rows_from(Path(folder) / "own"):
+            assert where_measured(load_results("halo")) == "GPU own, preset gpu"
+    assert verdicts == {"own": {"holds": 1, "does not hold here": 1, "not measured": 1}, "book": {"holds": 2, "not measured": 1}, "none": {"holds": 1, "not measured": 2}}
+    assert _judged("small", Path()) == [] == _judged("halo", None) and where_measured([]) == "nothing"
+
 def test_bad_runs_do_not_start():
     with tempfile.TemporaryDirectory() as folder:
         source = example_notebook(Path(folder) / "small.ipynb")
@@ -144,8 +219,9 @@ def test_bad_runs_do_not_start():
             (dict(chapter="zzz"), ValueError, "unknown chapter 'zzz'"),
             (dict(chapter=Path(folder) / "none.ipynb"), ValueError, "no notebook"),
             (dict(parameters={"m": 3}), ValueError, "no parameter 'm'"),
-            (dict(parameters={"n": "many"}), TypeError, "n \\(int\\).*'many'"),
+            (dict(parameters={"n": "many"}), TypeError, "n \\(int, >= 0\\).*'many'"),
             (dict(preset="tpu"), ValueError, "'smoke' | 'cpu' | 'gpu'"),
+            (dict(record=True), ValueError, "rows of small cannot be recorded: it is no chapter"),
             (dict(out=source / "below"), OSError, "cannot write to the output folder"),
         ):
             with pytest.raises(error, match=words):
@@ -187,6 +263,17 @@ def test_gpus_of_a_run():
             _sweep_gpus(nodes, gpus)
 
 def test_table_of_a_sweep():
-    run = lambda n, **kw: Run("small", Path(f"n={n}"), Path(), None, {"n": n}, 2.4, **kw)
-    table = sweep_table([run(1, rows={"a": 2, "b": 1}, verdicts={"holds": 1}), run(2, error="cell 3 (`a | b`): KeyError")])
-    assert table.splitlines()[2:] == ["| 1 | 1 | 2 | 3 | holds: 1 | n=1 | finished |", "| 2 | 2 | 2 | 0 |  | n=2 | failed: cell 3 (`a \\| b`): KeyError |"]
+    with tempfile.TemporaryDirectory() as folder:
+        def run(n, *rows, **kw):
+            (path := Path(folder) / f"n={n}" / "results").mkdir(parents=True)
+            (path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+            return Run("small", path.parent, Path(), None, {"n": n}, 2.4, rows={"a.jsonl": len(rows)}, **kw)
+        row = lambda n, m, s, **kw: {"name": "net", "key": ["n", "method"], "n": n, "method": m, "score": s, "ms": 2.0, "seed": 0} | kw
+        runs = [run(1, row(1, "ours", 0.25), row(1, "torch", 0.123456), verdicts={"holds": 1}), run(2, error="cell 3 (`a | b`): KeyError"),
+                run(3, row(3, "ours", 9.0), row(3, "ours", 0.5), row(3, "torch", 0.125, extra=1.0))]
+        table, short = sweep_table(runs), sweep_table(runs, most=1)
+    assert table.splitlines()[0] == "| run | n | net ours score | net torch score | net ours ms | net torch ms | seconds | rows | claims | folder | outcome |"
+    assert table.splitlines()[2:] == ["| 1 | 1 | 0.25 | 0.1235 | 2 | 2 | 2 | 2 | holds: 1 | n=1 | finished |",
+                                      "| 2 | 2 |  |  |  |  | 2 | 0 |  | n=2 | failed: cell 3 (`a \\| b`): KeyError |",
+                                      "| 3 | 3 | 0.5 | 0.125 | 2 | 2 | 2 | 3 |  | n=3 | finished |"]
+    assert "| net ours score | seconds |" in short and short.endswith("3 more numbers of each run are in its results")

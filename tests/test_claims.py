@@ -5,7 +5,9 @@ import statistics
 import numpy as np
 import pytest
 
+from attnbook.lab.book import CHAPTERS
 from attnbook.lab.claims import (
+    VERDICTS,
     Claim,
     Verdict,
     all_of,
@@ -13,6 +15,7 @@ from attnbook.lab.claims import (
     at_most,
     beyond_interval,
     beyond_spread,
+    chapter_claims,
     claims_table,
     exponent_between,
     matches,
@@ -81,6 +84,7 @@ def test_over_seeds():
         and found.error == pytest.approx(math.sqrt(14 / 3) / 2)
     )
     assert str(found) == "3, deviation 2.2, 4 seeds"
+    assert str(over_seeds([1.0, 3.0])) == "2, deviation 1.4, 2 seeds"
     one = over_seeds(iter([2.0]))
     assert one.mean == 2 and math.isnan(one.deviation) and math.isnan(one.error) and str(one) == "2, one seed"
     with pytest.raises(ValueError, match="values"):
@@ -280,7 +284,9 @@ def test_exponent_against_scipy():
 
 
 @pytest.mark.parametrize(
-    "x, y", [([1], [1]), ([2, 2], [1, 3]), ([1, 2], [1]), ([0, 1], [1, 1]), ([1, 2], [1, -1])], ids=str
+    "x, y",
+    [([1], [1]), ([2, 2], [1, 3]), ([1, 2], [1]), ([0, 1], [1, 1]), ([1, 2], [1, -1]), ([1, 2], [0, 1])],
+    ids=str,
 )
 def test_no_exponent(x, y):
     with pytest.raises(ValueError, match="x and y must hold as many positive numbers"):
@@ -524,6 +530,7 @@ def test_undecided_says_why():
         "undecided: the interval of 5 seeds, -0.2 to 0.4, contains 0",
     )
     assert beyond_interval()(Interval(0.1, math.inf, 1)) == ("not measured", "undecided: one seed has no interval")
+    assert beyond_interval()(Interval(0.4, 0.3, 2)) == "holds"
     better = beyond_interval()(paired({0: 3.0, 1: 3.1, 2: 3.2}, {0: 1.0, 1: 1.1, 2: 1.1}))
     worse = beyond_interval()(paired({0: 1.0, 1: 1.1, 2: 1.1}, {0: 3.0, 1: 3.1, 2: 3.2}))
     assert (better, worse) == ("holds", "does not hold here")
@@ -583,3 +590,13 @@ def test_all_of_several_rules():
         lambda m: ("holds in part", "a"), lambda m: ("does not hold here", "b"), lambda m: ("does not hold here", "c")
     )(0) == ("does not hold here", "b; c")
     assert all_of(lambda m: "does not hold here", not_measured("no row"))(0) == ("not measured", "no row")
+
+
+def test_claims_of_a_chapter():
+    planned = next(c.name for c in CHAPTERS.values() if c.status == "planned")
+    for name, words in ((planned, "is planned, not written yet"), ("nowhere", "unknown chapter")):
+        with pytest.raises(ValueError, match=words):
+            chapter_claims(name)
+    assert chapter_claims("claims") == chapter_claims("cli") == chapter_claims("engine") == []
+    found = chapter_claims("halo")
+    assert len(found) > 5 and all(c.statement and c.judge().verdict in VERDICTS for c in found)

@@ -1,19 +1,28 @@
 # Written from the test cells of nbs/1_foundations/07_cli.ipynb by `attnbook export`. Do not edit.
 import re
 import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
 
 import pytest
 
+import attnbook
 from attnbook.lab.book import book_root
 from attnbook.lab.cli import (
+    Application,
     Check,
-    _BareApp,
+    _argument,
     _one_line_errors,
+    _option,
+    book_packages,
+    check_book,
     join_parameters,
     new_chapter,
     run_checks,
     split_parameters,
     split_values,
+    version_note,
     write_book_list,
 )
 
@@ -45,6 +54,39 @@ def test_values_of_a_grid():
         split_parameters(["n"], "-g")
 
 
+def test_options_are_read_from_signatures(capsys):
+    app, seen = Application("What it is."), []
+    @app.command(words=join_parameters)
+    def go(chapter: Annotated[str, _argument(metavar="CHAPTER", help="its name")],
+           other: Annotated[Path | None, _argument(help="a file")] = None,
+           parameter: Annotated[list[str], _option("-p", "--parameter", help="one")] = [],
+           n: Annotated[int | None, _option(help="how many")] = None,
+           progress: Annotated[bool, _option(help="a bar")] = True,
+           check: Annotated[bool, _option("--check", help="look only")] = False):
+        "Does it. And more."
+        seen.append((chapter, other, parameter, n, progress, check))
+    app(["go", "x"])
+    app(["go", "x", "y", "-p", "a", "-1", "--parameter", "b=2", "--n", "3", "--no-progress", "--check"])
+    assert seen == [("x", None, [], None, True, False), ("x", Path("y"), ["a=-1", "b=2"], 3, False, True)]
+    for words, said in ((["go"], "required: CHAPTER"), (["go", "x", "--n", "y"], "invalid int value"), (["come"], "invalid choice: 'come'"), (["go", "x", "--chec"], "unrecognized")):
+        with pytest.raises(SystemExit) as e:
+            app(words)
+        assert e.value.code == 2 and said in (line := capsys.readouterr().err) and line.count("\n") == 1 and line.startswith("error: ")
+    for words, code, said in (([], 2, "Does it"), (["--version"], 0, f"attnbook {attnbook.__version__}"), (["go", "--help"], 0, "--progress, --no-progress")):
+        with pytest.raises(SystemExit) as e:
+            app(words)
+        assert e.value.code == code and said in capsys.readouterr().out
+
+
+def test_versions_that_were_not_tested_are_named():
+    assert version_note("torch", "2.13.0+cpu") == "2.13.0+cpu" and version_note("triton", "3.8.0") == "3.8.0"
+    assert version_note("torch", "2.15.0") == "2.15.0, newer than what was tested (2.11 to 2.14)" and version_note("Python", "3.14.1").endswith("(3.11 to 3.13)")
+
+def test_missing_packages_are_named(monkeypatch):
+    assert {"papermill", "pytest", "jupyterlab"} <= set(book_packages()) and check_book().ok
+    monkeypatch.setattr(sys.modules[check_book.__module__], "book_packages", lambda: ["pip", "no-such-package"])
+    assert not check_book().ok and check_book().found == "missing: no-such-package"
+
 def test_checks():
     missing = Check("GPU", False, "none", "buy one")
     assert str(missing).splitlines() == ["--   GPU            none", f"{'':20}-> buy one"]
@@ -75,12 +117,3 @@ def test_list_of_the_book_is_in_order(tmp_path):
     shutil.copy(root / "_quarto.yml", tmp_path / "_quarto.yml")
     write_book_list(tmp_path)
     assert (tmp_path / "_quarto.yml").read_text(encoding="utf-8") == (root / "_quarto.yml").read_text(encoding="utf-8")
-
-
-def test_without_typer_there_is_bench():
-    bare = _BareApp()
-    assert bare.command("x", cls=object)(len) is len
-    for words in ([], ["run", "attention"], ["bench"], ["bench", "nowhere"]):
-        with pytest.raises(SystemExit) as e:
-            bare(words)
-        assert e.value.code == 2

@@ -2,11 +2,14 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from hiding import hidden_env
 
 from attnbook.lab.book import CHAPTERS
 from attnbook.lab.parameters import example_notebook
@@ -15,9 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def attnbook(*words, cwd=ROOT, **environment):
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run([sys.executable, "-m", "attnbook", *map(str, words)], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": path, **environment})
+    return subprocess.run([sys.executable, "-m", "attnbook", *map(str, words)], cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment})
 
 
 def refused(*words, **kw):
@@ -57,7 +58,7 @@ def test_doctor_finds_an_unwritable_cache(small):
 
 def test_no_command_shows_the_help():
     done = attnbook()
-    assert "Usage" in done.stdout + done.stderr and "doctor" in done.stdout + done.stderr
+    assert done.returncode == 2 and done.stdout.startswith("usage: attnbook") and "doctor" in done.stdout
 
 
 @pytest.mark.parametrize("command", ["run", "sweep", "bench", "claims"])
@@ -65,21 +66,39 @@ def test_unknown_chapter(command):
     assert "did you mean neighborhood?" in refused(command, "neighbourhood")
 
 
-def test_planned_chapter():
+@pytest.mark.parametrize("command", ["run", "sweep", "bench", "claims"])
+def test_planned_chapter(command):
     planned = [c.name for c in CHAPTERS.values() if c.status == "planned"]
     if not planned:
         pytest.skip("every chapter is written")
-    assert "planned, not written yet; ready are attention" in refused("run", planned[0])
+    assert "planned, not written yet; ready are attention" in refused(command, planned[0])
+
+
+def test_claims_of_a_chapter_and_of_a_foundation():
+    """The book's rows, with where they come from; a foundation claims nothing, also one that has a function of that name."""
+    done = attnbook("claims", "halo", CUDA_VISIBLE_DEVICES="", ATTNBOOK_RESULTS=os.devnull + "/none")
+    assert done.returncode == 0 and "| claim | paper |" in done.stdout and re.search(r"^measured on: .*, preset \w+", done.stdout, re.M), done.stderr
+    for name in ("cli", "engine"):
+        done = attnbook("claims", name)
+        assert done.returncode == 0 and "no claims" in done.stdout, done.stderr
+
+
+def test_benchmarks_that_need_a_gpu(tmp_path):
+    """They say so, and leave nothing."""
+    line = refused("bench", "halo", CUDA_VISIBLE_DEVICES="", ATTNBOOK_RESULTS=str(tmp_path / "results"))
+    assert "the benchmarks of halo need a GPU, and torch sees none here" in line and not (tmp_path / "results").exists()
+    done = attnbook("bench", "checks")
+    assert done.returncode == 0 and "checks has no benchmarks" in done.stdout
 
 
 def test_unknown_parameter(small, tmp_path):
     line = refused("run", small, "-p", "m", "3", "--out", tmp_path / "runs")
-    assert "no parameter 'm'" in line and "preset ('smoke' | 'cpu' | 'gpu'), n (int), scale (float)" in line
+    assert "no parameter 'm'" in line and "preset ('smoke' | 'cpu' | 'gpu'), n (int, >= 0), scale (float)" in line
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("name, value", [("n", "many"), ("n", "2.5"), ("scale", "big"), ("preset", "tpu")])
-def test_ill_typed_parameter(small, tmp_path, name, value):
+@pytest.mark.parametrize("name, value", [("n", "many"), ("n", "2.5"), ("n", "-1"), ("scale", "big"), ("preset", "laptop")])
+def test_ill_parameter(small, tmp_path, name, value):
     line = refused("run", small, "-p", name, value, "--out", tmp_path / "runs")
     assert f"parameter {name} (" in line and repr(value) in line
     assert not (tmp_path / "runs").exists()
@@ -115,13 +134,17 @@ def test_run_from_any_folder(small, tmp_path):
 
 
 def test_run_a_chapter(tmp_path):
-    """A chapter of the book itself, as `make demo` runs one."""
-    done = attnbook("run", "attention", "--out", tmp_path, "--no-progress", cwd=tmp_path)
+    """A chapter of the book itself, as `make demo` runs one, where only `pip install '.[book]'` and the data packages are there. Its verdicts are its own."""
+    done = attnbook("run", "halo", "--preset", "smoke", "--out", tmp_path / "runs", "--no-progress", cwd=tmp_path, **hidden_env(tmp_path / "site", "book", data=True))
     assert done.returncode == 0, done.stderr
-    folder, = tmp_path.iterdir()
-    page = (folder / "attention.html").read_text()
+    folder, = (tmp_path / "runs").iterdir()
+    page = (folder / "halo.html").read_text()
     assert page.count("<math") > 10 and "data:image/png;base64" in page and "$$" not in page
     assert "Traceback" not in page
+    summary = json.loads((folder / "summary.json").read_text())
+    judged = [c["verdict"] for c in summary["claims"]]
+    assert judged and sum(summary["stored"].values()) == len(judged) and judged.count("not measured") > summary["stored"].get("not measured", 0)
+    assert re.search(r"claims +by the rows of this run, .*not measured: \d+", done.stdout) and re.search(r"by those stored with the book, .*\(.*preset gpu", done.stdout)
 
 
 def test_run_that_fails(tmp_path):
@@ -133,10 +156,33 @@ def test_run_that_fails(tmp_path):
     assert (folder / "broken.ipynb").is_file() and "ZeroDivisionError" in (folder / "broken.html").read_text()
 
 
-@pytest.mark.parametrize("missing, words", [("typer", "pip install 'attnbook[book]'"), ("papermill", "pip install 'attnbook[book]'")])
-def test_without_the_extra(tmp_path, missing, words):
-    """A machine with torch, triton and numpy only gets a sentence, not a traceback."""
-    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{missing!r}] = None\n")
-    done = subprocess.run([sys.executable, "-m", "attnbook", "run", "book"], capture_output=True, text=True, cwd=tmp_path,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])})
-    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+def test_stopped(tmp_path):
+    """Ctrl-C ends a run; its rows, its notebook and a summary are there."""
+    slow = example_notebook(tmp_path / "slow.ipynb", "import time\npathlib.Path(os.environ['STOP_TEST'], 'slow').touch()\ntime.sleep(600)")
+    run = subprocess.Popen([sys.executable, "-m", "attnbook", "run", str(slow), "--out", str(tmp_path / "runs"), "--no-progress"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           env={**os.environ, "STOP_TEST": str(tmp_path)}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell starts background jobs with SIGINT ignored
+    try:
+        end = time.monotonic() + 120
+        while not (tmp_path / "slow").exists():
+            assert run.poll() is None and time.monotonic() < end, run.communicate()
+            time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        said = run.communicate(timeout=60)[1]
+    finally:
+        run.kill()
+    folder, = (tmp_path / "runs").iterdir()
+    assert run.returncode == 130 and f"stopped; what was done until now is in {folder} (1 row in small.jsonl)" in said and "Traceback" not in said
+    assert json.loads((folder / "summary.json").read_text())["error"] == "stopped"
+    assert (folder / "slow.ipynb").is_file() and (folder / "results" / "small.jsonl").read_text()
+
+
+def test_without_the_extra(tmp_path):
+    """A machine with torch, triton and numpy only: what needs no more works, the rest gets a sentence, not a traceback."""
+    env = hidden_env(tmp_path / "site")
+    done = attnbook("run", "attention", cwd=tmp_path, **env)
+    assert done.returncode == 2 and "pip install 'attnbook[book]'" in done.stderr and "Traceback" not in done.stderr
+    done = attnbook("sweep", "attention", "-g", "seed=1", cwd=tmp_path, **env)
+    assert done.returncode == 2 and "pip install 'attnbook[ray]'" in done.stderr and "Traceback" not in done.stderr
+    for words, said in ((["--version"], "attnbook "), (["list"], "Foundations"), (["bench", "checks"], "no benchmarks"), (["doctor"], "missing: ipykernel")):
+        done = attnbook(*words, cwd=tmp_path, **env)
+        assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr

@@ -2,6 +2,9 @@
 import contextlib
 import itertools
 import math
+import os
+import subprocess
+import sys
 import types
 
 import pytest
@@ -236,6 +239,23 @@ def test_operation():
     check_opcheck(op, (x, [y, z], b, 2.0))
     assert example_operation("example_operation")(x, [y], None, 1.0)[0].requires_grad      # declared again, as a cell that runs twice does
 
+def test_operation_of_lists():
+    "As many outputs as inputs, in a list; nothing of either is kept for the backward pass."
+    def forward(x: list[Tensor], a: float) -> list[Tensor]:
+        return [a * t for t in x]
+
+    def backward(call):
+        assert call.x == [None, None] and list(call.outputs) == [None, None]
+        return dict(x=[torch.zeros(3, device=device()) if g is None else call.a * g for g in call.grads])
+    op = operation("example_of_lists", forward, like=lambda x, a: [torch.empty_like(t) for t in x], backward=backward, drop=("x", "outputs"),
+                   gradients_like=lambda call: dict(x=[torch.empty(3, device=device()) for _ in call.grads]))
+    x, y = (torch.randn(3, device=device(), requires_grad=True) for _ in range(2))
+    for run in (op, op.overload, torch.compile(op, fullgraph=True, backend="aot_eager")):
+        for used in (2, 1):
+            found = torch.autograd.grad(sum(o.square().sum() for o in run([x, y], 3.0)[:used]), (x, y)[:used])
+            assert all(torch.allclose(g, 18 * t) for g, t in zip(found, (x, y)))
+    with torch.no_grad(): assert torch.equal(op([x, y], 3.0)[1], 3 * y)
+
 def test_operation_is_loud():
     "No second derivative, no transform: an error, never zeros."
     op = example_operation("example_operation")
@@ -264,6 +284,57 @@ def test_operation_keeps_what_it_needs():
     for run in (op, op.overload, torch.compile(op, fullgraph=True, backend="aot_eager")):
         found = torch.autograd.grad(run(x, b)[0].sum(), (x, b))
         assert torch.allclose(found[0], x.exp()) and torch.equal(found[1], torch.ones_like(b))
+
+
+@pytest.mark.parametrize("ruled_out", [slice(0, 16), slice(1, None), slice(None)], ids=["the first tile", "all but one key", "all keys"])
+@pytest.mark.parametrize("value", [-math.inf, -1e4], ids=str)
+def test_bias_rules_out(ruled_out, value):
+    q, k, v = make_qkv(1, 1, 32)
+    bias = torch.zeros(1, 1, 1, 32, device=q.device)
+    bias[..., ruled_out] = value
+    got, want = [], []
+    for backend, dtype, found in (("triton", torch.float32, got), ("torch", torch.float64, want)):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        out = attention(*inputs, bias=bias.to(dtype), backend=backend)
+        found += [out, *torch.autograd.grad((out * torch.arange(16, device=q.device)).sum(), inputs)]
+    for a, b in zip(got, want):                              # float32 logits near 1e4 have three digits behind the point
+        assert (a - b).norm() <= (3e-3 if value == -1e4 else 1e-5) * max(b.norm(), 1)
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_rows_behind_the_last_sequence(backend):
+    cu = torch.tensor([0, 3, 8], dtype=torch.int32, device=device())
+    junk = [torch.full((1, 2, 10, 8), 7e9, device=device()) for _ in range(50)]
+    del junk                                                 # what an allocation without zeros would show
+    inputs = [torch.randn(2, 10, 8, device=device(), requires_grad=True) for _ in range(3)]
+    out, lse = varlen_attention(*inputs, cu, return_lse=True, backend=backend)
+    grads = torch.autograd.grad(out.sum(), inputs)
+    assert out.shape == (2, 10, 8) and (out[:, 8:] == 0).all() and (lse[:, 8:] == -math.inf).all() and all((g[:, 8:] == 0).all() for g in grads)
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("batch, groups, width, keys", [(0, 1, 2, 4), (1, 0, 2, 4), (1, 1, 0, 4), (1, 1, 2, 0)], ids=["batch", "groups", "width", "keys"])
+def test_lists_of_nothing(batch, groups, width, keys, backend):
+    q, k = (torch.randn(batch, 2, n, 8, device=device(), requires_grad=True) for n in (4, keys))
+    index = torch.full((batch, 2, groups, width), -1, dtype=torch.int32, device=device())
+    out, lse = indexed_attention(q, k, k, index, index.clone(), return_lse=True, backend=backend)
+    grads = torch.autograd.grad(out.sum(), (q, k))
+    assert out.shape == (*index.shape, 8) and (out == 0).all() and lse.shape == index.shape and all(g.shape == t.shape and (g == 0).all() for g, t in zip(grads, (q, k)))
+
+def test_without_triton():
+    "Where triton is missing (macOS, Windows) everything imports, and the plain backend computes."
+    code = """if True:
+        import sys
+        class Missing:
+            def find_spec(self, name, *rest):
+                if name.split(".")[0] == "triton": raise ModuleNotFoundError(name, name=name)
+        sys.meta_path.insert(0, Missing())
+        import torch
+        from attnbook.engine import attention, HAS_TRITON
+        assert not HAS_TRITON and attention(*torch.randn(3, 1, 2, 8, 16)).shape == (1, 2, 8, 16)
+        try: attention(*torch.randn(3, 1, 2, 8, 16), backend="triton")
+        except RuntimeError as e: assert "not installed" in str(e)
+        else: raise AssertionError("no error")"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def plan_cases():

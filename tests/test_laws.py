@@ -25,6 +25,12 @@ OTHER_ROOMS = {
     "neighborhood.tiles": ("kernels", "which tiles of queries and boxes of keys cover a window"),
     "neighborhood.programs": ("kernels", "the kernels as tile programs of the engine, with their launch tables"),
     "neighborhood.simulator": ("kernels", "how long a kernel takes, predicted from its tiles"),
+    "ring.costs": ("reference", "formulas of memory, traffic and time"),
+    "ring.shards": ("transport", "how a sequence is cut into shards and joined"),
+    "ring.schedule": ("op", "what a rank computes, and when it talks"),
+    "ring.ranks": ("study", "what the processes of a group run"),
+    "ring.experiments": ("study", "experiments in simulation, and the peers"),
+    "ring.cluster": ("study", "the measurement on several GPUs"),
 }
 PUBLIC, LINES, MOST_LINES = 30, 500, 800
 

@@ -1,4 +1,5 @@
 """What must agree between files that no notebook holds."""
+import ast
 import configparser
 import json
 import re
@@ -8,9 +9,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+from hiding import hidden_env, modules_of, packages_of
 
+from attnbook.lab import cli
 from attnbook.lab.book import CHAPTERS
+from attnbook.lab.claims import VERDICTS, chapter_claims
 from attnbook.lab.export import notebooks
+from attnbook.lab.results import rows_from
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -69,11 +75,95 @@ def test_chapter_has_the_agreed_form(chapter):
         assert [c for c in cells if "parameters" in c["metadata"].get("tags", [])], "no cell is tagged parameters"
 
 
-@pytest.mark.parametrize("chapter", [c for c in READY if c.name != "cli"], ids=lambda c: c.name)
-def test_import_needs_torch_triton_numpy_only(chapter):
-    """The modules import where only the library's own requirements are installed."""
-    extras = ["IPython", "ipykernel", "jupyter_client", "latex2mathml", "matplotlib", "nbclient", "nbconvert", "nbformat", "nbdev", "fastcore", "execnb",
-              "pandas", "papermill", "pyarrow", "pytest", "rich", "scipy", "skimage", "sklearn", "tqdm", "typer", "einops", "yaml", "mlxtend", "music21"]
-    code = f"import sys\nfor m in {extras}: sys.modules[m] = None\nimport {chapter.module}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+IMPORT_ALL = """
+import importlib, json, pkgutil, sys
+import torch, triton
+base, failed, heavy = set(sys.modules), {}, {}
+import attnbook
+names = ["attnbook." + c for c in CHAPTERS] + [m.name for m in pkgutil.walk_packages(attnbook.__path__, "attnbook.") if not m.name.endswith(("_modidx", "__main__"))]
+for name in names:
+    try:
+        importlib.import_module(name)
+    except Exception as e:
+        failed[name] = f"{type(e).__name__}: {e}"
+    for m in ("torch._dynamo", "torch._inductor", "sympy"):
+        if m in sys.modules and m not in base:
+            heavy.setdefault(m, name)
+print(json.dumps([len(names), failed, heavy]))
+"""
+
+
+def test_modules_import_with_torch_triton_and_numpy_only(tmp_path):
+    """Every module, where only the library's own requirements are installed; and none brings what makes an import slow: torch's compiler takes two seconds.
+    One process imports them all, chapters first."""
+    chapters = [c.module.removeprefix("attnbook.") for c in READY if c.paper]
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL.replace("CHAPTERS", repr(chapters))], cwd=tmp_path, capture_output=True, text=True, env=hidden_env(tmp_path / "site"))
     assert done.returncode == 0, done.stderr
+    count, failed, heavy = json.loads(done.stdout)
+    assert count > len(READY) and not failed, "\n".join(f"{n}: {e}" for n, e in failed.items())
+    assert not heavy, f"loaded with the first module that is named: {heavy}"
+
+
+def code_of(notebook):
+    return [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("notebook", notebooks(ROOT), ids=lambda p: p.stem)
+def test_notebooks_import_what_the_extra_book_brings(notebook):
+    """Imports that may fail stand in a `try`; the exporter, which belongs to the extra dev, imports nbdev inside functions."""
+    known = sys.stdlib_module_names | modules_of(packages_of("book", data=True)) | ({"nbdev"} if notebook.stem == "11_export" else set())
+    unknown = set()
+
+    def look(node):
+        if isinstance(node, ast.Try):
+            return
+        if isinstance(node, ast.Import):
+            unknown.update(a.name.split(".")[0] for a in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            unknown.add(node.module.split(".")[0])
+        for child in ast.iter_child_nodes(node):
+            look(child)
+    for cell in code_of(notebook):
+        look(ast.parse(re.sub(r"^[%!].*$", "", "".join(cell["source"]), flags=re.M)))
+    assert unknown <= known, f"{notebook.name} imports {', '.join(sorted(unknown - known))}"
+
+
+@pytest.mark.parametrize("notebook", notebooks(ROOT), ids=lambda p: p.stem)
+def test_option_lines_are_yaml(notebook):
+    """Quarto reads the lines `#| name: value` of a cell as YAML, and one that is none stops the whole site."""
+    for cell in code_of(notebook):
+        lines = []
+        for line in cell["source"]:
+            if not (m := re.match(r"#\s*\|\s?(.*)", line)):
+                break
+            lines += [m[1]] if re.match(r"[\w-]+:( |$)", m[1]) else []
+        for text in [*lines, "\n".join(lines)]:
+            try:
+                assert isinstance(yaml.safe_load(text), dict) or not text
+            except (yaml.YAMLError, AssertionError) as e:
+                raise AssertionError(f"cell {cell['id']}: `#| {text[:90]}` is no YAML; quote a text with a colon ({str(e).splitlines()[0]})") from None
+
+
+@pytest.mark.parametrize("rows", ["none", "cpu"])
+@pytest.mark.parametrize("chapter", [c for c in READY if c.paper], ids=lambda c: c.name)
+def test_claims_are_judged_whatever_rows_there_are(chapter, rows, tmp_path):
+    """A run on a laptop is judged by its own rows, which are few."""
+    if rows == "cpu":
+        kept = [line for line in (ROOT / "nbs" / "results" / f"{chapter.name}.jsonl").read_text().splitlines() if json.loads(line)["preset"] == "cpu"]
+        (tmp_path / f"{chapter.name}.jsonl").write_text("".join(f"{line}\n" for line in kept))
+    with rows_from(tmp_path):
+        judged = [c.judge().verdict for c in chapter_claims(chapter.name)]
+    assert judged and set(judged) <= set(VERDICTS)
+
+
+def test_what_is_said_about_versions_agrees():
+    first, last = cli.TESTED["Python"]
+    assert PROJECT["requires-python"] == f">={first}"
+    listed = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if re.fullmatch(r"Programming Language :: Python :: 3\.\d+", c)]
+    assert (listed[0], listed[-1]) == (first, last)
+    assert f"Python {first} to {last}" in (ROOT / "README.md").read_text() and f"Python {first} to {last}" in (ROOT / "Makefile").read_text()
+    for name in ("torch", "triton"):
+        first, last = cli.TESTED[name]
+        assert any(d.startswith(f"{name}>={first}") for d in PROJECT["dependencies"]) and f"{name} {first} to {last}" in (ROOT / "README.md").read_text()
+        pinned = re.search(rf"^{name}==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M)[1]
+        assert cli._version(first) <= cli._version(pinned) <= cli._version(last)

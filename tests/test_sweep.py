@@ -79,11 +79,11 @@ def alive(processes):
 
 
 @pytest.mark.parametrize("grid, how, error, words", [
-    ({"m": ["1"]}, {}, ValueError, r"small has no parameter 'm'; it has preset \('smoke' \| 'cpu' \| 'gpu'\), n \(int\), scale \(float\)"),
-    ({"n": ["1", "many"]}, {}, TypeError, r"parameter n \(int\) of small cannot be 'many'"),
+    ({"m": ["1"]}, {}, ValueError, r"small has no parameter 'm'; it has preset \('smoke' \| 'cpu' \| 'gpu'\), n \(int, >= 0\), scale \(float\)"),
+    ({"n": ["1", "many"]}, {}, TypeError, r"parameter n \(int, >= 0\) of small cannot be 'many'"),
     ({"preset": ["cpu", "tpu"]}, {}, ValueError, "'tpu'"),
     ({"n": ["1", "01"]}, {}, ValueError, "parameter 'n' is given a value twice"),
-    ({}, {}, ValueError, r"a sweep needs values to run over; small has preset .*, n \(int\), scale"),
+    ({}, {}, ValueError, r"a sweep needs values to run over; small has preset .*, n \(int, >= 0\), scale"),
     ({"n": ["1"]}, {"workers": 0}, ValueError, "workers cannot be 0"),
     ({"n": ["1"]}, {"workers": 2, "address": "ray://here:1"}, ValueError, "workers cannot be 2: on a cluster Ray decides"),
 ])

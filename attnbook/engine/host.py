@@ -35,7 +35,7 @@ except ImportError:  # no wheel for this platform
     class _NoTriton:
         "Stands in for `triton` where there is none: decorators and annotations work, launching does not."
         def __getattr__(self, name): return self
-        def __call__(self, fn=None, **kwargs): return fn
+        def __call__(self, fn=None, **kwargs): return self if fn is None else fn
 
     triton = tl = TensorDescriptor = _NoTriton()
 
@@ -348,10 +348,11 @@ ORDINARY = (Tensor, torch.nn.Parameter)
 
 
 def on_device(run: Callable) -> Callable:
-    "`run`, with the device of its first tensor as the current one: Triton launches there."
+    "`run`, with the device of its first tensor (or of the first of its first list) as the current one: Triton launches there."
     def wrapped(first, *rest):
-        if first.is_cuda and first.get_device() != torch.cuda.current_device():
-            with torch.cuda.device(first.device):
+        at = first if isinstance(first, Tensor) else first[0]
+        if at.is_cuda and at.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(at.device):
                 return run(first, *rest)
         return run(first, *rest)
     return functools.wraps(run)(wrapped)

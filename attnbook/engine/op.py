@@ -6,7 +6,10 @@
 __all__ = ['tile_attention', 'attention', 'varlen_attention', 'indexed_attention_reference', 'indexed_attention']
 
 # %% auto #imports
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import attention_reference
@@ -66,16 +69,17 @@ tile_attention_op = operation("tile_attention", _tile_forward, like=_tile_like, 
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #add741cb
 def tile_attention(q: Tensor, k: Tensor, v: Tensor, program: TileProgram, *, operands=(), ints=(), consts=(), scale: float | None = None,
-                   extra_k: Tensor | None = None, extra_v: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                   extra_k: Tensor | None = None, extra_v: Tensor | None = None, kept: dict | None = None) -> tuple[Tensor, Tensor]:
     """Runs a tile program: `(out, lse)` for q `(batch, heads, *axes, head_dim)`, k and v with `kv_heads` heads.
 
     The common entrance of all mechanisms, after their own checks. `scale` defaults to 1/sqrt(head_dim). Under autocast
-    the tensors are cast to autocast's type, as `scaled_dot_product_attention` does.
+    the tensors are cast to autocast's type, as `scaled_dot_product_attention` does. `kept`: as for `Operation`.
     """
-    q, k, v, extra_k, extra_v = autocast(q, k, v, extra_k, extra_v)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if autocasting(q):                                       # other types than those that were decided about
+        (q, k, v, extra_k, extra_v), kept = autocast(q, k, v, extra_k, extra_v), None
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     # never empty: torch.library takes an empty list for one of tensors
-    return tile_attention_op(q, k, v, extra_k, extra_v, list(operands), program.name, list(ints) or [0], list(consts) or [0], scale)
+    return tile_attention_op(q, k, v, extra_k, extra_v, list(operands), program.name, list(ints) or [0], list(consts) or [0], scale, kept=kept)
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #543fbbee
 def attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, window_size: int | None = None, bias: Tensor | None = None,
@@ -128,7 +132,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_s
 
     q `(heads, total_q, head_dim)`, k and v `(kv_heads, total_k, dim)`. `cu_seqlens_q` `(sequences + 1,)` integers: where each sequence begins, from 0 to total_q;
     `cu_seqlens_k` the same for keys (default: the queries'). `is_causal` is aligned to the top left of every sequence. The values of cu_seqlens are trusted:
-    checking them would wait for the GPU. Returns `(heads, total_q, v_dim)`, and with `return_lse` the LSE `(heads, total_q)`.
+    checking them would wait for the GPU; rows behind the last sequence give zeros, and get zero gradients. Returns `(heads, total_q, v_dim)`, and with `return_lse` the LSE `(heads, total_q)`.
     """
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -147,8 +151,13 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_s
         parts = [attention_reference(q[None, :, a:b], k[None, :, c:d], v[None, :, c:d], is_causal=is_causal, scale=scale, return_lse=True)
                  for a, b, c, d in zip(qs, qs[1:], ks, ks[1:])]
         out, lse = torch.cat([o[0] for o, _ in parts], 1), torch.cat([x[0] for _, x in parts], 1)
+        unused = q.shape[1] - out.shape[1]
+        out, lse = F.pad(out, (0, 0, 0, unused)), F.pad(lse, (0, unused), value=-math.inf)
         return (out, lse) if return_lse else out
-    out, lse = tile_attention(q[None], k[None], v[None], PACKED, operands=(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()),
+    # rows behind the last sequence: one more sequence of queries without keys, and one of keys without queries
+    more = lambda cu, *ends: torch.cat([cu, *(cu.new_tensor([e]) if isinstance(e, int) else e for e in ends)])
+    cu_seqlens_q, cu_seqlens_k = more(cu_seqlens_q, q.shape[1], q.shape[1]), more(cu_seqlens_k, cu_seqlens_k[-1:], k.shape[1])
+    out, lse = tile_attention(q[None], k[None], v[None], PACKED, operands=(cu_seqlens_q, cu_seqlens_k),
                               ints=(len(cu_seqlens_q) - 1, q.shape[1], k.shape[1]), consts=(False, is_causal), scale=scale)
     return (out[0], lse[0]) if return_lse else out[0]
 
@@ -177,6 +186,10 @@ def indexed_attention(q: Tensor, k: Tensor, v: Tensor, q_index: Tensor, k_index:
     scale = check_scale(scale, q.shape[-1])
     check_tensor("q_index", q_index, dtype="integer", shape=(q.shape[0], q.shape[1], "groups", "width"), on=q)
     check_tensor("k_index", k_index, dtype="integer", shape=(q.shape[0], k.shape[1], q_index.shape[2], "width"), on=q)
+    if 0 in (*q.shape[:3], k.shape[2], *q_index.shape[2:], k_index.shape[3]):    # no pair: zeros, with zero gradients
+        nothing = q[:, :, :0].sum() + k[:, :, :0].sum() + v[:, :, :0].sum()
+        out, lse = nothing + q.new_zeros(*q_index.shape, v.shape[-1]), nothing.float() + torch.full(q_index.shape, -math.inf, device=q.device)
+        return (out, lse) if return_lse else out
     if resolve_backend(backend, q) == "torch":
         out, lse = indexed_attention_reference(q, k, v, q_index, k_index, scale=scale)
         return (out, lse) if return_lse else out

@@ -155,7 +155,7 @@ def softmax_step(m, l, qk, q, k, ok, qpos, kpos, masked, b, h, scale, ops, ints,
         top = top * scale
     m_new = tl.maximum(m, top)
     safe = m_new
-    if MASKS == 1 or MASKS == 2:
+    if MASKS == 1 or MASKS == 2 or SCORE is not None and not FOLD:  # a bias may rule out a whole tile
         safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     elif FOLD and SCORE is not None:  # a raw score may rule pairs out by a huge number: s * scale - m, fused, is then not 0 at its own maximum
         safe = tl.where(m_new < -1e15, 0.0, m_new)

@@ -31,11 +31,12 @@ class Operation:
         self.lists = tuple(n for n, kind in zip(self.parameters, kinds) if kind == "List[Tensor]")
         self.tensors = tuple(n for n, kind in zip(self.parameters, kinds) if "Tensor" in kind)
         self.kept = tuple(n for n in self.tensors if n not in drop)
-        self.nondifferentiable, self.unsaved = nondifferentiable, tuple(i for i in drop if isinstance(i, int))
+        self.nondifferentiable, self.unsaved = nondifferentiable, tuple(i for i in drop if isinstance(i, int) or i == "outputs")
         self.places = {n: i for i, n in enumerate(self.parameters)}
         self.single_tensors = tuple(n for n in self.tensors if n not in self.lists)
         self.library, self.overload = _define(name, schema, self.forward, like)
-        self.single = len(self.overload._schema.returns) == 1
+        returns = [str(r.type) for r in self.overload._schema.returns]
+        self.single, self.many = returns == ["Tensor"], returns == ["List[Tensor]"]
         if backward is not None:
             self._register_backward(schema)
         self.function = _autograd_function(self)
@@ -81,7 +82,7 @@ class Operation:
 
     def _saved(self, outputs) -> list:
         "The outputs that the backward pass keeps, None in place of the others."
-        return [None if i in self.unsaved else o for i, o in enumerate(outputs)]
+        return [None if i in self.unsaved or "outputs" in self.unsaved else o for i, o in enumerate(outputs)]
 
     def _call(self, args, grads, outputs, needs):
         "What `backward` gets."
@@ -107,6 +108,7 @@ class Operation:
     def _register_backward(self, schema):
         "The backward pass as an operation of its own, for compiled and traced code."
         inputs = [re.sub(r"^Tensor(?=[^\[?])", "Tensor?", a.strip()) for a in re.match(r"\((.*)\) ->", schema)[1].split(", ")]
+        inputs = [a if a.split()[1] in self.kept else a.replace("Tensor[]", "Tensor?[]") for a in inputs]
         full = f"(Tensor?[] grads, {', '.join(re.sub(r'=[^,]*', '', a) for a in inputs)}, Tensor?[] outputs, bool[] needs) -> Tensor[]"
 
         def run(grads, *rest, of):
@@ -123,7 +125,7 @@ class Operation:
                 listed = n in self.lists
                 keep = n in self.kept
                 places.append(len(value) if listed else n in self.tensors and value is not None and keep)
-                saved += list(value) if listed else [value] if n in self.tensors and value is not None and keep else []
+                saved += (list(value) if listed else [value]) if keep and value is not None else []
             ctx.save_for_backward(*saved, *self._saved(outputs))
             ctx.rest = [None if n in self.tensors else v for n, v in zip(self.parameters, inputs)]
             ctx.places, ctx.outputs = places, len(outputs)
@@ -133,6 +135,7 @@ class Operation:
 
         def gradient(ctx, *grads):
             blank = [[None] * place if n in self.lists else None for n, place in zip(self.parameters, ctx.places)]
+            grads = grads[0] or () if self.many else grads
             if all(g is None for g in grads):
                 return tuple(blank)
             saved = list(ctx.saved_tensors)
@@ -140,7 +143,7 @@ class Operation:
             at = 0
             for i, (n, place) in enumerate(zip(self.parameters, ctx.places)):
                 if n in self.lists:
-                    args[i], at = saved[at:at + place], at + place
+                    args[i], at = (saved[at:at + place], at + place) if n in self.kept else ([None] * place, at)
                 elif place:
                     args[i], at = saved[at], at + 1
             wanted = [ctx.needs_input_grad[i] for i, n in enumerate(self.parameters) if n in self.tensors]
@@ -177,21 +180,22 @@ def _autograd_function(operation: Operation):
     n = len(operation.parameters)
 
     places, names, lists = [operation.places[m] for m in operation.single_tensors], operation.single_tensors, operation.lists
-    saves = [m in operation.kept for m in names]
+    saves, dropped = [m in operation.kept for m in names], [m for m in lists if m not in operation.kept]
 
     def forward(ctx, kept, *flat):
         args = operation._unflat(flat)
         found = operation.forward(*args) if kept is None else operation._planned(kept, args)
         ctx.kept = kept
         outputs = (found,) if operation.single else found
-        ctx.save_for_backward(*(flat[i] if keep else None for i, keep in zip(places, saves)), *flat[n:], *operation._saved(outputs))
+        listed = [t for m in lists if m not in dropped for t in args[operation.places[m]]] if dropped else flat[n:]
+        ctx.save_for_backward(*(flat[i] if keep else None for i, keep in zip(places, saves)), *listed, *operation._saved(outputs))
         ctx.args = list(flat[:n])
         for i in places:
             ctx.args[i] = None
         if operation.nondifferentiable:
             ctx.mark_non_differentiable(*(outputs[i] for i in operation.nondifferentiable))
         ctx.set_materialize_grads(False)
-        return found
+        return tuple(found) if operation.many else found
 
     def gradients(ctx, *grads):
         wanted, count = ctx.needs_input_grad[1:], len(places)
@@ -205,9 +209,9 @@ def _autograd_function(operation: Operation):
         place = n
         for name in lists:                                   # `_flat` left the length of a list in its place
             length = ctx.args[operation.places[name]]
-            setattr(call, name, list(saved[count:count + length]))
+            setattr(call, name, [None] * length if name in dropped else list(saved[count:count + length]))
             call.needs[name] = list(wanted[place:place + length])
-            count, place = count + length, place + length
+            count, place = count + length * (name not in dropped), place + length
         call.outputs = saved[count:]
         found = operation.backward(call)
         head, tail = [None] * n, []
@@ -282,14 +286,14 @@ def operation(name: str, forward: Callable, *, like: Callable, backward: Callabl
               drop: tuple[str | int, ...] = (), nondifferentiable: tuple[int, ...] = (), plan: Callable | None = None) -> Operation:
     """Declares `attnbook::<name>` and returns it, ready to be called with all its arguments by position.
 
-    - `forward(*args)` computes it: parameters and result are annotated (Tensor, Tensor | None, list[Tensor], int, float, bool, str, list[int]; one tensor
-      or a tuple of them), no output is an input or a view of one. A list must not be empty (torch.library cannot tell what it is a list of).
+    - `forward(*args)` computes it: parameters and result are annotated (Tensor, Tensor | None, list[Tensor], int, float, bool, str, list[int]; one tensor,
+      a tuple or a list of them), no output is an input or a view of one. A list must not be empty (torch.library cannot tell what it is a list of).
     - `like(*args)`: empty tensors of the shapes, types and strides that `forward` returns; called with fake tensors, so no launches and no values.
     - `backward(call)`: gradients by parameter name, {"q": dq, …}. `call` holds forward's arguments by name, `call.grads` (one per output; None where no
       gradient came), `call.outputs`, and `call.needs` (by name a bool, for a list a list of bools). What is not needed may be left out. Without it the
       operation has no gradient.
     - `gradients_like(call)`: what `backward` returns, as empty tensors. Default: like the arguments themselves.
-    - `drop`: tensors, and outputs by number, that the backward pass does not need (None in `call`, not kept for it). `nondifferentiable`: outputs, by
+    - `drop`: tensors, lists, and outputs by number or all as "outputs", that the backward pass does not need (None in `call`, not kept for it). `nondifferentiable`: outputs, by
       number, through which no gradient flows.
 
     - `plan(*args)`: a function of the same arguments that computes what `forward` does for all calls that differ in the tensors' numbers only. Used for calls

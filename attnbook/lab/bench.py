@@ -7,8 +7,8 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['Timing', 'Stopwatch', 'peak_memory', 'measure', 'measure_training', 'measure_ceilings', 'ceilings', 'floor', 'sdpa',
-           'block_mask', 'flex', 'naive', 'GRAPH_BELOW_MS', 'compare', 'run_benchmarks', 'row_line', 'bench_ceilings',
-           'bench_dense']
+           'block_mask', 'flex', 'naive', 'GRAPH_BELOW_MS', 'compare', 'find_benchmarks', 'run_benchmarks', 'row_line',
+           'bench_ceilings', 'bench_dense']
 
 # %% auto #imports
 import importlib
@@ -26,13 +26,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..attention import attention_bytes, attention_flops, attention_pairs
-from .book import CHAPTERS
+from .book import CHAPTERS, written_chapter
 from .results import _plain, device_name, load_results, record
 
 # %% ../../nbs/1_foundations/02_bench.ipynb #5149a503
@@ -207,6 +205,10 @@ def measure(
     return _timing(watch.sample(rep_ms), peak, watch)
 
 # %% ../../nbs/1_foundations/02_bench.ipynb #7fd1bfa3
+def _functorch():
+    "Settings of compiled backward passes; studies import this module where nothing is compiled."
+    return importlib.import_module("torch._functorch.config")
+
 def _random_like(out: Tensor) -> Tensor:
     g = torch.Generator(out.device).manual_seed(0)
     return torch.randn(out.shape, generator=g, dtype=torch.float32, device=out.device).to(out.dtype)
@@ -270,7 +272,7 @@ def measure_training(
     graph: bool = False,  # see `measure`
 ) -> dict[str, Timing]:  # {"fwd": …, "bwd": …}
     "Forward (with gradients enabled) and backward timed apart. Peak memory is counted above the inputs."
-    with functorch_config.patch(donated_buffer=False):              # a compiled fn must allow retain_graph
+    with _functorch().patch(donated_buffer=False):                   # a compiled fn must allow retain_graph
         run = _Training(fn, inputs, grad_out)
         run.first_run()
         timings = {}
@@ -350,6 +352,7 @@ def sdpa(
     scale: float | None = None,
 ) -> Callable:  # fn(q, k, v) -> out, which raises RuntimeError where the backend can't run
     "`torch.nn.functional.scaled_dot_product_attention` by one backend."
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     names = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
              "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
     if backend not in (*names, "auto"):
@@ -397,7 +400,7 @@ def flex(
 ) -> Callable:  # fn(q, k, v) -> out
     "FlexAttention compiled with static shapes: the general fused peer."
     from torch.nn.attention.flex_attention import flex_attention
-    functorch_config.donated_buffer = False                          # else a compiled backward refuses retain_graph
+    _functorch().donated_buffer = False                              # else a compiled backward refuses retain_graph
     def attend(q, k, v, blocks):
         return flex_attention(q, k, v, score_mod=score_mod, block_mask=blocks, scale=scale,
                               enable_gqa=q.shape[1] != k.shape[1])
@@ -452,7 +455,7 @@ def compare(
     flops, bytes = _by_part(flops, 2.5), _by_part(bytes, 2)
     empty = {f"{n}_{p}": None for p in parts for n in ("ms", "peak_mb", "tflops", "floor_ms")}
     rows = {m: {**_plain(problem), "method": m, "dtype": dtype, **empty, **fields} for m in peers}
-    with functorch_config.patch(donated_buffer=False):               # compiled peers must allow retain_graph
+    with _functorch().patch(donated_buffer=False):                   # compiled peers must allow retain_graph
         runs = _first_runs(peers, rows, inputs, grad_out)
         for part in parts:
             times, watches = _take_turns(runs, rows, part, graph, rounds, rep_ms, warmup_ms)
@@ -521,28 +524,32 @@ def _take_turns(runs, rows, part, graph, rounds, rep_ms, warmup_ms):
     return times, watches
 
 # %% ../../nbs/1_foundations/02_bench.ipynb #5d468e8d
-def run_benchmarks(
+def find_benchmarks(
     chapter: str,  # the chapter's name
-    only: str | Iterable[str] | None = None,  # names of benchmarks, with or without `bench_`; all if None
-    *,
-    show: Callable[[str], object] = print,  # what is done with the progress lines
-) -> list[dict]:
-    """Runs the functions `bench_*` of a chapter in the order they stand there and returns their rows.
-
-    Rows that `compare` or `record` has not written yet are recorded here. ValueError for an unknown chapter or
-    benchmark, before anything runs.
-    """
-    name = CHAPTERS[chapter].study if chapter in CHAPTERS else f"attnbook.{chapter}"
-    if name is None:
-        raise ValueError(f"chapter {chapter!r} is planned, not written yet")
+) -> dict[str, Callable]:
+    "The functions `bench_*` of a chapter by name, in the order they stand there. ValueError for an unknown or planned chapter."
+    name = written_chapter(chapter).study if chapter in CHAPTERS else f"attnbook.{chapter}"
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as e:
         if e.name != name:
             raise
         raise ValueError(f"unknown chapter {chapter!r}: there is no module {name}") from None
-    found = {n.removeprefix("bench_"): f for n, f in vars(module).items()
-             if n.startswith("bench_") and inspect.isfunction(f) and f.__module__ == module.__name__}
+    return {n.removeprefix("bench_"): f for n, f in vars(module).items()
+            if n.startswith("bench_") and inspect.isfunction(f) and f.__module__ == module.__name__}
+
+def run_benchmarks(
+    chapter: str,  # the chapter's name
+    only: str | Iterable[str] | None = None,  # names of benchmarks, with or without `bench_`; all if None
+    *,
+    show: Callable[[str], object] = print,  # what is done with the progress lines
+) -> list[dict]:
+    """Runs the benchmarks of a chapter in the order they stand there and returns their rows.
+
+    Rows that `compare` or `record` has not written yet are recorded here. ValueError for an unknown chapter or
+    benchmark, before anything runs.
+    """
+    found = find_benchmarks(chapter)
     names = [only] if isinstance(only, str) else list(found) if only is None else list(only)
     names = [n.removeprefix("bench_") for n in names]
     unknown = [n for n in names if n not in found]

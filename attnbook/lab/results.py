@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['device_name', 'versions', 'results_dir', 'record', 'load_results', 'newest_device']
+__all__ = ['device_name', 'versions', 'results_dir', 'stored_dir', 'rows_from', 'record', 'load_results', 'newest_device']
 
 # %% auto #imports
 import importlib
@@ -17,17 +17,17 @@ import os
 import platform
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
-
-import torch
 
 import attnbook
 
 # %% ../../nbs/1_foundations/02_bench.ipynb #c757ea5d
 def device_name(device=None) -> str:
     "The name numbers are filed under: the GPU's, or the processor's with the number of threads torch uses."
+    import torch  # here and below: the command line reads results where nothing is computed
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -49,6 +49,7 @@ def versions() -> dict:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = None
+    import torch
     return {"torch": torch.__version__, "triton": triton, "attnbook": attnbook.__version__}
 
 # %% ../../nbs/1_foundations/02_bench.ipynb #029a473b
@@ -60,11 +61,26 @@ def _checkout() -> Path | None:
     return None
 
 def results_dir() -> Path:
-    "Where `record` writes: `$ATTNBOOK_RESULTS` if set, else nbs/results of the checkout, else ./results."
+    "Where `record` writes: `$ATTNBOOK_RESULTS` if set, else runs/results of the checkout, else ./runs/results."
     if os.environ.get("ATTNBOOK_RESULTS"):
         return Path(os.environ["ATTNBOOK_RESULTS"]).expanduser()
+    return (_checkout() or Path()) / "runs" / "results"
+
+def stored_dir() -> Path | None:
+    "Where the book's own numbers lie: nbs/results of the checkout; None where there is no checkout."
     checkout = _checkout()
-    return checkout / "nbs" / "results" if checkout else Path("results")
+    return checkout / "nbs" / "results" if checkout else None
+
+_read_from: list[list[Path]] = []  # what `rows_from` says, the innermost last
+
+@contextmanager
+def rows_from(*folders: Path):
+    "Within the block `load_results` reads these folders only: those of one run, say, or the book's."
+    _read_from.append(list(folders))
+    try:
+        yield
+    finally:
+        _read_from.pop()
 
 # %% ../../nbs/1_foundations/02_bench.ipynb #60456958
 def _plain(x):
@@ -75,7 +91,7 @@ def _plain(x):
         return {str(k): _plain(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):
         return [_plain(v) for v in x]
-    if isinstance(x, (torch.dtype, torch.device)):
+    if type(x).__module__ == "torch" and type(x).__name__ in ("dtype", "device"):
         return str(x).removeprefix("torch.")
     if hasattr(x, "item"):
         return _plain(x.item())
@@ -145,13 +161,12 @@ def load_results(
     name: str | None = None,  # rows of this benchmark only
     **where,  # fields a row must have, with these values; a set, list or tuple holds the values allowed
 ) -> list[dict]:  # in the order they were first written
-    """The recorded rows: those committed under nbs/results and those in `$ATTNBOOK_RESULTS`.
+    """The recorded rows: the book's own in nbs/results and those in `results_dir()`; `rows_from` names other folders.
 
     Of rows with the same name, device and key fields the newest counts. A line that is not JSON is skipped, with a
     warning.
     """
-    checkout = _checkout()
-    folders = ([checkout / "nbs" / "results"] if checkout else []) + [results_dir()]
+    folders = _read_from[-1] if _read_from else [f for f in (stored_dir(), results_dir()) if f]
     rows = {}
     for path in dict.fromkeys(f.resolve() / f"{chapter}.jsonl" for f in folders):
         for row in _read_lines(path):

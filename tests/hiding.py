@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import re
 import tomllib
+from functools import lru_cache
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -54,6 +55,7 @@ def closure(lines: list[str]) -> set[str]:
     return {name for name, _ in found}
 
 
+@lru_cache(maxsize=None)
 def packages_of(extra: str = "", data: bool = False) -> set[str]:
     """The packages of a plain install, or of one with an extra."""
     lines = PROJECT["dependencies"] + (PROJECT["optional-dependencies"][extra] if extra else [])
@@ -63,15 +65,21 @@ def packages_of(extra: str = "", data: bool = False) -> set[str]:
     return found
 
 
+@lru_cache(maxsize=None)
+def modules() -> dict[str, set[str]]:
+    """The packages that bring a module, by its first name."""
+    return {m: {plain(n) for n in names} for m, names in importlib.metadata.packages_distributions().items()}
+
+
 def modules_of(packages: set[str]) -> set[str]:
     """The modules, by first name, that packages bring."""
-    return {m for m, names in importlib.metadata.packages_distributions().items() if {plain(n) for n in names} & packages}
+    return {m for m, names in modules().items() if names & packages}
 
 
-def hidden_env(folder: Path, extra: str = "", data: bool = False) -> dict[str, str]:
+def hidden_env(folder: Path, extra: str = "", data: bool = False, library: Path = ROOT) -> dict[str, str]:
+    """The environment of a process; `library` is the folder that holds attnbook."""
     seen = packages_of(extra, data)
-    packages = {plain(d.name) for d in importlib.metadata.distributions() if d.name} - seen
-    modules = set(importlib.metadata.packages_distributions()) - modules_of(seen)
+    hidden = {plain(d.name) for d in importlib.metadata.distributions() if d.name} - seen
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sitecustomize.py").write_text(SITE.format(modules=modules, packages=packages))
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+    (folder / "sitecustomize.py").write_text(SITE.format(modules=set(modules()) - modules_of(seen), packages=hidden))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(library)])}

@@ -243,6 +243,17 @@ def small_model(**kw):
     batch = fields.pack(codes, [draw(6, 5, 3)], numbers)
     return model.to(device_under_test()).eval(), tuple(t.to(device_under_test()) for t in batch)
 
+def test_fields_survive_the_meta_device():
+    make = lambda: AutoInt(FieldEmbedding([3, 4], [5], 2, dim=8), layers=1, head_dim=4)
+    model = make()
+    with torch.device("meta"):
+        empty = make()
+    empty = empty.to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict())
+    batch = model.fields.pack(torch.tensor([[2, 3]]), [torch.tensor([[4, 0]])], torch.tensor([[0.5, -1]]))
+    again = empty.fields.pack(torch.tensor([[2, 3]]), [torch.tensor([[4, 0]])], torch.tensor([[0.5, -1]]))
+    assert all(map(torch.equal, batch, again)) and torch.equal(empty.logits(again), model.logits(batch))
+
 def test_the_dnn_adds_its_logit():
     model, batch = small_model(layers=2, dnn=(7,))
     plus, e = model.logits(batch), model.fields(*batch)

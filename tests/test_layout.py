@@ -3,16 +3,19 @@ import ast
 import configparser
 import json
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
 from hiding import hidden_env, modules_of, packages_of
 
-from attnbook.lab import cli
+from attnbook.lab import doctor
 from attnbook.lab.book import CHAPTERS
 from attnbook.lab.claims import VERDICTS, chapter_claims
 from attnbook.lab.export import notebooks
@@ -89,18 +92,49 @@ for name in names:
     for m in ("torch._dynamo", "torch._inductor", "sympy"):
         if m in sys.modules and m not in base:
             heavy.setdefault(m, name)
-print(json.dumps([len(names), failed, heavy]))
+print(json.dumps([attnbook.__file__, len(names), failed, heavy]))
 """
 
 
-def test_modules_import_with_torch_triton_and_numpy_only(tmp_path):
-    """Every module, where only the library's own requirements are installed; and none brings what makes an import slow: torch's compiler takes two seconds.
-    One process imports them all, chapters first."""
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A copy of this checkout, and what setuptools makes of it: an sdist, and a wheel laid out as an installer does."""
+    folder = tmp_path_factory.mktemp("built")
+    copy = folder / "copy"
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".git*", ".venv", ".*_cache", "runs", "_proc", "_docs", "build", "dist", "*.egg-info", "__pycache__", ".ipynb_checkpoints"))
+    files = {p.relative_to(copy).as_posix() for p in copy.rglob("*") if p.is_file()}
+    code = "import sys; from setuptools import build_meta as b; out = sys.argv[1]; b.build_sdist(out); b.build_wheel(out)"
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    sdist, wheel = next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
+    with zipfile.ZipFile(wheel) as z:
+        z.extractall(folder / "installed")
+    with tarfile.open(sdist) as t:
+        packed = {name.partition("/")[2] for name in t.getnames()}
+    return files, packed, folder / "installed"
+
+
+def test_sdist_holds_the_whole_repository(built):
+    files, packed, _ = built
+    assert files <= packed, f"not in the sdist: {', '.join(sorted(files - packed)[:10])} (MANIFEST.in)"
+
+
+def test_wheel_holds_the_library_and_says_that_it_is_typed(built):
+    files, _, installed = built
+    library = {f for f in files if f.startswith("attnbook/")}
+    assert "attnbook/py.typed" in library == {p.relative_to(installed).as_posix() for p in (installed / "attnbook").rglob("*") if p.is_file()}
+
+
+def test_modules_import_with_torch_triton_and_numpy_only(built, tmp_path):
+    """Every module of an installed wheel, where only the library's own requirements are there; and none brings what makes an import slow: torch's compiler takes
+    two seconds. One process imports them all, chapters first."""
     chapters = [c.module.removeprefix("attnbook.") for c in READY if c.paper]
-    done = subprocess.run([sys.executable, "-c", IMPORT_ALL.replace("CHAPTERS", repr(chapters))], cwd=tmp_path, capture_output=True, text=True, env=hidden_env(tmp_path / "site"))
+    env = hidden_env(tmp_path / "site", library=built[2])
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL.replace("CHAPTERS", repr(chapters))], cwd=tmp_path, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    count, failed, heavy = json.loads(done.stdout)
-    assert count > len(READY) and not failed, "\n".join(f"{n}: {e}" for n, e in failed.items())
+    where, count, failed, heavy = json.loads(done.stdout)
+    assert Path(where).is_relative_to(built[2]) and count > len(READY)
+    assert not failed, "\n".join(f"{n}: {e}" for n, e in failed.items())
     assert not heavy, f"loaded with the first module that is named: {heavy}"
 
 
@@ -108,21 +142,25 @@ def code_of(notebook):
     return [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
 
 
+OPTIONAL = {"timm", "nbdev"}
+
+
 @pytest.mark.parametrize("notebook", notebooks(ROOT), ids=lambda p: p.stem)
 def test_notebooks_import_what_the_extra_book_brings(notebook):
-    """Imports that may fail stand in a `try`; the exporter, which belongs to the extra dev, imports nbdev inside functions."""
-    known = sys.stdlib_module_names | modules_of(packages_of("book", data=True)) | ({"nbdev"} if notebook.stem == "11_export" else set())
+    """Imports that may fail stand in a `try`, or in a function that is called where the package is: timm, a peer; nbdev in the exporter, which belongs to the extra dev."""
+    known = sys.stdlib_module_names | modules_of(packages_of("book", data=True))
     unknown = set()
 
-    def look(node):
+    def look(node, inside=False):
         if isinstance(node, ast.Try):
             return
+        inside |= isinstance(node, ast.FunctionDef) and not node.name.startswith("test_")
         if isinstance(node, ast.Import):
-            unknown.update(a.name.split(".")[0] for a in node.names)
+            unknown.update({a.name.split(".")[0] for a in node.names} - (OPTIONAL if inside else set()))
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            unknown.add(node.module.split(".")[0])
+            unknown.update({node.module.split(".")[0]} - (OPTIONAL if inside else set()))
         for child in ast.iter_child_nodes(node):
-            look(child)
+            look(child, inside)
     for cell in code_of(notebook):
         look(ast.parse(re.sub(r"^[%!].*$", "", "".join(cell["source"]), flags=re.M)))
     assert unknown <= known, f"{notebook.name} imports {', '.join(sorted(unknown - known))}"
@@ -157,13 +195,13 @@ def test_claims_are_judged_whatever_rows_there_are(chapter, rows, tmp_path):
 
 
 def test_what_is_said_about_versions_agrees():
-    first, last = cli.TESTED["Python"]
+    first, last = doctor.TESTED["Python"]
     assert PROJECT["requires-python"] == f">={first}"
     listed = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if re.fullmatch(r"Programming Language :: Python :: 3\.\d+", c)]
     assert (listed[0], listed[-1]) == (first, last)
     assert f"Python {first} to {last}" in (ROOT / "README.md").read_text() and f"Python {first} to {last}" in (ROOT / "Makefile").read_text()
     for name in ("torch", "triton"):
-        first, last = cli.TESTED[name]
+        first, last = doctor.TESTED[name]
         assert any(d.startswith(f"{name}>={first}") for d in PROJECT["dependencies"]) and f"{name} {first} to {last}" in (ROOT / "README.md").read_text()
         pinned = re.search(rf"^{name}==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M)[1]
-        assert cli._version(first) <= cli._version(pinned) <= cli._version(last)
+        assert doctor._version(first) <= doctor._version(pinned) <= doctor._version(last)

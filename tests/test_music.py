@@ -146,6 +146,12 @@ def test_compiles():
     check_compiles(partial(relative_attention, backend="triton"), _qkv(3, 9, H=1))
 
 
+def test_compiles_with_symbolic_sizes():
+    x, op = _qkv(5, 3, D=8), partial(relative_attention, backend="triton")
+    torch._dynamo.reset()
+    assert rel_error(torch.compile(op, backend="aot_eager", dynamic=True, fullgraph=True)(*x), op(*x)) < 1e-6
+
+
 def test_relative_errors():
     q, k, v, rel = _qkv(6, 3)
     check_raises(relative_attention, [

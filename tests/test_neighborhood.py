@@ -153,8 +153,8 @@ def test_lse_gradient_alone(backend, case):
 def test_merge_through_lse(backend):
     "Attention over window and extra tokens = window alone and extra tokens alone, merged by their LSE; with gradients."
     (shape, kw), M = CASES["2d"], 5
-    q, k, v = draw(shape, B=2, Hk=2)
-    ak, av = (torch.randn(2, 2, M, 16, generator=torch.Generator().manual_seed(i)).to(q.device) for i in (3, 4))
+    q, k, v = draw(shape, Hk=2)
+    ak, av = (torch.randn(1, 2, M, 16, generator=torch.Generator().manual_seed(i)).to(q.device) for i in (3, 4))
     leaves = [t.requires_grad_() for t in (q, k, v, ak, av)]
     joint, joint_lse = neighborhood_attention(q, k, v, **kw, additional_keys=ak, additional_values=av,
                                               return_lse=True, backend=backend)
@@ -172,11 +172,11 @@ def test_merge_through_lse(backend):
 @pytest.mark.parametrize("shape", [(11,), (5, 6), (3, 4, 5)], ids=str)
 @BOTH
 def test_special_cases(backend, shape):
-    q, k, v = draw(shape)
-    n, v_all = len(shape) + 1, v.expand(-1, 2, *[-1] * (len(shape) + 1))
+    q, k, v = draw(shape, H=1)
+    n = len(shape) + 1
     run = partial(neighborhood_attention, q, k, v, backend=backend)
     flat = [t.flatten(2, n).double() for t in (q, k, v)]
-    assert rel_error(run(1), v_all) < 1e-5                                                   # window 1: V itself
+    assert rel_error(run(1), v) < 1e-5                                                       # window 1: V itself
     # window = map: full attention
     assert rel_error(run(shape), attention_reference(*flat).unflatten(2, shape)) < 1e-5
     if len(shape) == 1:
@@ -184,7 +184,7 @@ def test_special_cases(backend, shape):
     # every axis causal: the origin sees itself
     causal = run(tuple(min(3, x) for x in shape), is_causal=True)
     origin = (slice(None), slice(None)) + (0,) * len(shape)
-    assert rel_error(causal[origin], v_all[origin]) < 1e-5
+    assert rel_error(causal[origin], v[origin]) < 1e-5
 
 @BOTH
 def test_blocked(backend):
@@ -327,10 +327,10 @@ def test_odd_sizes(backend, shape):
     op = partial(neighborhood_attention, **kw, return_lse=True, backend=backend)
     check_against_reference(op, partial(dense, shape=shape, kw=kw), draw(shape, H=1), grad_tol=2e-5, floor=0.05)
 
-@pytest.mark.parametrize("B, Hk, heads_last", [(2, 1, False), (1, 2, True)])
-def test_descriptors_on_maps_of_three(B, Hk, heads_last):
+@pytest.mark.parametrize("shape, B, Hk, heads_last", [((4, 8, 8), 2, 1, False), ((4, 8, 9), 1, 2, True)])
+def test_descriptors_on_maps_of_three(shape, B, Hk, heads_last):
     "Batch and heads are one axis of a tensor descriptor where their strides allow it; else rows come by pointers."
-    shape, kw = (4, 8, 9), dict(window_size=(2, 3, 3), is_causal=(True, False, False))
+    kw = dict(window_size=(2, 3, 3), is_causal=(True, False, False))
     op = partial(neighborhood_attention, return_lse=True, backend="triton", **kw)
     turned = lambda t: t.movedim(1, -2).contiguous().movedim(-2, 1)
     assert not describable(turned(draw(shape, B=2)[0]))
@@ -423,8 +423,9 @@ def test_integers_of_numpy(kind, backend):
     assert torch.equal(na2d(q, k, v, **sizes, backend=backend), want)
     assert neighborhood_pairs(np.array([8, 9]), kind(3)) == 8 * 9 * 9
 
-@pytest.mark.parametrize("kw, error", [(dict(q_tile=(8, 8, 8)), ValueError), (dict(q_tile=8, scheme="diagonal"), ValueError),
-                                       (dict(q_tile=8.0), TypeError), (dict(q_tile=8, block_n=0), ValueError)], ids=str)
+@pytest.mark.parametrize("kw, error", [
+    (dict(q_tile=(8, 8, 8)), ValueError), (dict(q_tile=8, scheme="diagonal"), ValueError),
+    (dict(q_tile=8.0), TypeError), (dict(q_tile=8, block_n=0), ValueError)], ids=str)
 def test_bad_tiles(kw, error):
     with pytest.raises(error): tile_waste((8, 9), 3, **dict(block_n=32) | kw)
 
@@ -483,9 +484,9 @@ def test_order_of_bricks(kw, transpose):
     assert round(useful * neighborhood_pairs(shape, **kw)) == 64 * steps
 
 
-@pytest.mark.parametrize("shape, kw", [((16, 48), dict(window_size=(15, 47))), ((16, 24), dict(window_size=8, stride=8)),
-                                       ((200,), dict(window_size=190)), ((150,), dict(window_size=140, is_causal=True))],
-                         ids=str)
+@pytest.mark.parametrize("shape, kw", [
+    ((16, 16), dict(window_size=15)), ((16, 24), dict(window_size=8, stride=8)), ((200,), dict(window_size=190)),
+    ((150,), dict(window_size=140, is_causal=True))], ids=str)
 def test_steps_without_mask(shape, kw):
     q, k, v = draw(shape, H=1)
     axes = neighborhood_axes(shape, **kw)
@@ -517,10 +518,11 @@ def test_dilations(make, depths):
 def test_drop_path(make, last):
     with torch.device("meta"): rates = [b.drop_path.rate for level in make().levels for b in level[1:]]
     assert rates[0] == 0 and abs(rates[-1] - last) < 1e-6 and sorted(rates) == rates
-    with torch.device("meta"): rates = {b.drop_path.rate for level in make(drop_path_rate=0.0).levels for b in level[1:]}
-    assert rates == {0.0}
+    with torch.device("meta"): model = make(drop_path_rate=0.0)
+    assert {b.drop_path.rate for level in model.levels for b in level[1:]} == {0.0}
 
-@pytest.mark.parametrize("make", [nat_mini, nat_tiny, nat_small, nat_base, dinat_mini, dinat_tiny, dinat_small, dinat_base])
+@pytest.mark.parametrize("make", [nat_mini, nat_tiny, nat_small, nat_base,
+                                  dinat_mini, dinat_tiny, dinat_small, dinat_base])
 def test_what_a_task_changes(make):
     with torch.device("meta"): model = make(num_classes=7, in_chans=1, window_size=5, stride=3, backend="torch")
     blocks = [b.attn for level in model.levels for b in level[1:]]
@@ -541,7 +543,7 @@ def test_block():
     assert rel_error(block(x), half + 0.25 * block.mlp(block.norm2(half))) < 1e-6
     assert block.mlp.fc1.out_features == 32
     block.train()
-    kept = (block(x) != x).flatten(1).any(1).float().mean()                       # a branch at least: 3/4 of the samples
+    kept = (block(x) != x).flatten(1).any(1).float().mean()             # a branch at least: 3/4 of the samples
     assert 0.5 < kept < 0.95
 
 def test_network():
@@ -555,8 +557,7 @@ def test_network():
     want = net.head(net.norm(net.levels[1](net.levels[0](x.movedim(1, -1)))).mean((1, 2)))
     assert rel_error(net(x), want) < 1e-6
     assert net.levels[1][0].convs[0].bias is None and net.levels[0][0].convs[0].bias is not None
-    spread = net.head.weight.std()
-    assert 0.01 < spread < 0.03 and float(net.head.bias.abs().max()) == 0
+    assert 0.01 < float(net.head.weight.detach().std()) < 0.03 and not net.head.bias.any()
 
 
 @pytest.mark.parametrize("make, shape", [(NeighborhoodAttention1d, (11,)), (NeighborhoodAttention2d, (6, 9)),
@@ -660,9 +661,9 @@ def test_kernel_steps(shape, kw, some):
     assert np.array_equal(free, want[0]) and np.array_equal(masked, want[1])
     assert free.any() == some                                          # whether there are steps without a mask
 
-@pytest.mark.parametrize("bad", [(dict(shape=(64,)), ValueError, ["shape", "two or three"]),
-                                 (dict(head_dim=257), ValueError, ["head_dim"]),
-                                 (dict(window_size=9), ValueError, ["window_size", "axis 0"])], ids=lambda bad: str(bad[0]))
+@pytest.mark.parametrize("bad", [
+    (dict(shape=(64,)), ValueError, ["shape", "two or three"]), (dict(head_dim=257), ValueError, ["head_dim"]),
+    (dict(window_size=9), ValueError, ["window_size", "axis 0"])], ids=lambda bad: str(bad[0]))
 def test_bad_steps(bad):
     check_raises(kernel_steps, [bad], shape=(8, 8), window_size=3)
 

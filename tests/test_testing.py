@@ -3,7 +3,6 @@ import math
 from functools import partial
 
 import torch
-import torch._dynamo
 
 from attnbook.attention import attention_backward, attention_mask, attention_reference
 from attnbook.lab.testing import (

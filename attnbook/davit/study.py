@@ -301,7 +301,8 @@ def _training_rows(size: int, batch: int, methods: tuple):
             torch._dynamo.reset(), torch.cuda.empty_cache()
             row = dict(method=name, size=size, batch=batch, ms=None, images_per_s=None, peak_mb=None)
             try:
-                timing = measure(training_step(make(name), x, y), warmup_ms=500, rep_ms=1500, ahead=False, device="cuda")
+                timing = measure(training_step(make(name), x, y), warmup_ms=500, rep_ms=1500, ahead=False,
+                                 device="cuda")
                 row |= dict(ms=timing.ms, images_per_s=batch / timing.ms * 1e3, peak_mb=timing.peak_bytes / 1e6)
             except Exception as e:
                 row["note"] = f"{type(e).__name__}: {e}"[:300]
@@ -377,7 +378,8 @@ def claims() -> list[Claim]:
               partial(_pairs_accuracy, 2),
               "digit pairs, all stages, 3 seeds; holds: both gaps beyond the seeds' spread"),
         Claim("Channel attention gives every layer a global view, window attention does not", "", "Sec. 1, Sec. 3.3",
-              lambda m: grade(_beats(m, "window") and m["window"] < 60, _beats(m, "window")), partial(_pairs_accuracy, 1),
+              lambda m: grade(_beats(m, "window") and m["window"] < 60, _beats(m, "window")),
+              partial(_pairs_accuracy, 1),
               "digit pairs, one stage, 3 seeds; holds: dual beyond window, which is below 60 %"),
         Claim("Cost is linear in the number of pixels for both attentions", "O(N)", "Sec. 3",
               at_most(1.15, 1.5, of=lambda slopes: max(slopes["window"], slopes["channel"])), _linear_slopes,
@@ -403,8 +405,8 @@ def claims() -> list[Claim]:
               *own, at_least(0.95, 0.7), partial(_speedup, "window", fused, side=56),
               "64 x 56 x 56 x 96, bf16, forward; holds: within 5 %"),
         *(Claim(f"A training step of DaViT-Tiny at {size} is faster than timm's, {how}", *own, faster,
-                partial(_speedup, "training", [f"timm {m}" for m in modes], "images_per_s", [f"ours {m}" for m in modes],
-                        size=size),
+                partial(_speedup, "training", [f"timm {m}" for m in modes], "images_per_s",
+                        [f"ours {m}" for m in modes], size=size),
                 "images/s, bf16 autocast; holds: 1.2 times, in part: no slower")
           for size in (224, 512) for how, modes in (("each compiled in its fastest mode", ("compiled", "graphs")),
                                                     ("both compiled in the default mode", ("compiled",)))),

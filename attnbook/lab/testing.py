@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch._dynamo
 from torch import Tensor
 
 # %% auto #0
@@ -305,11 +304,11 @@ def check_compiles(
     first = _first(inputs)
     tol = tolerance(first.dtype, first.device.type) if tol is None else tol
     backend = backend or ("inductor" if first.is_cuda else "aot_eager")
-    torch._dynamo.reset()
+    torch.compiler.reset()
     try:
         compiled = evaluate(torch.compile(op, fullgraph=True, backend=backend), inputs, grad=grad)
     finally:
-        torch._dynamo.reset()
+        torch.compiler.reset()
     wrong = _listed(_differences(compiled, evaluate(op, inputs, grad=grad), floor), tol)
     assert not wrong, f"compiled and eager differ: {'; '.join(wrong)}"
 

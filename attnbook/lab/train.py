@@ -13,6 +13,7 @@ import math
 import os
 import pickle
 import random
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -162,7 +163,7 @@ def digest(*values) -> str:
             if v.numel():
                 h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         else:
-            h.update(repr(v).encode())
+            h.update(re.sub(r" at 0x[0-9a-f]+", "", repr(v)).encode())
     return h.hexdigest()[:12]
 
 # %% ../../nbs/1_foundations/04_train.ipynb #299a8ffd

@@ -377,7 +377,7 @@ def _memory_growth():
     peak = {r["w"]: r["peak_mb_fwd"] for r in rows}
     return peak[max(peak)] / peak[min(peak)] if len(peak) > 1 else None
 
-# %% ../../nbs/3_locality/neighborhood.ipynb #1d4082c3
+# %% ../../nbs/3_locality/neighborhood.ipynb #2740a821
 def _simulator_error():
     """Largest and median deviation of ours from time proportional to simulated pairs, over windows with at least 1 %
     of the pairs, relative to the full window."""

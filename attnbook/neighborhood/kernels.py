@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..engine import tl, triton
 
-# %% ../../nbs/3_locality/neighborhood.ipynb #1c1baf2f
+# %% ../../nbs/3_locality/neighborhood.ipynb #4bf85b90
 class Tiling(NamedTuple):
     "How one side of the kernels is cut. The tuples have one entry per axis."
     tile: tuple[int, ...]  # sides of a tile, which a program keeps

@@ -220,7 +220,7 @@ def nat_base(*, num_classes: int = 1000, in_chans: int = 3, window_size: int = 7
     return NAT(num_classes=num_classes, in_chans=in_chans, window_size=window_size, stride=stride,
                drop_path_rate=drop_path_rate, backend=backend, **_BASE)
 
-# %% ../../nbs/3_locality/neighborhood.ipynb #e9ee698e
+# %% ../../nbs/3_locality/neighborhood.ipynb #25366e69
 def _dilations(depths=(3, 4, 18, 5)):
     return [[d if j % 2 else 1 for j in range(n)] for n, d in zip(depths, (8, 4, 2, 1))]
 

@@ -180,7 +180,7 @@ def _ordered_launch(*args):
     launch = _launch(*args)
     return replace(launch, stages=2 * launch.stages - 1)
 
-# %% ../../nbs/3_locality/neighborhood.ipynb #0c0eafed
+# %% ../../nbs/3_locality/neighborhood.ipynb #a479883a
 NEIGHBORHOOD = register_program(TileProgram(
     "neighborhood", nbh_bits_q_tile, nbh_ordered_k_span, nbh_unseen_k_step, nbh_bits_k_tile, nbh_ordered_q_span,
     nbh_unseen_q_step, mask=nbh_bits_mask, mask_total=True, constants=_words, brick=_brick, launch=_ordered_launch,

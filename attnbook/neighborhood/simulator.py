@@ -150,7 +150,7 @@ SIMULATED = {  # name -> the problem, as in `PROBLEMS`
                                               heads=8, head_dim=64),
 }
 
-# %% ../../nbs/3_locality/neighborhood.ipynb #83879c3f
+# %% ../../nbs/3_locality/neighborhood.ipynb #25b874dd
 @lru_cache(maxsize=64)
 def _simulated_problem(case):
     "Steps of one head of one of `SIMULATED`, and its number of heads in all."

@@ -242,7 +242,7 @@ def test_window_attention_refuses():
         (dict(v=v.double()), TypeError, ["v", "float64"])], q=q, k=k, v=v, window_size=3, pad_k=pk, pad_v=pv)
 
 
-@pytest.mark.parametrize("shape, window", (((6, 8), (3, 4)), ((7, 9), (3, 4)), ((9, 11), (9, 9)), ((3, 20), (3, 5)),
+@pytest.mark.parametrize("shape, window", (((6, 8), (3, 4)), ((7, 9), (3, 4)), ((7, 12), (7, 10)), ((3, 20), (3, 5)),
                                            ((9, 4), (8, 4))), ids=str)
 def test_window_kernels_16_bit(shape, window):
     "Windows in one block of keys, in several, alone on the map, hanging over; some forward only by the own kernel."
@@ -280,10 +280,13 @@ def test_window_packed_is_a_good_operation(check):
 
 
 @pytest.mark.parametrize("keep", (False, True))
-def test_window_operations_are_registered(keep):
+def test_packed_windows_are_registered(keep):
     check_opcheck(window_attention_packed_op, (small_qkv().requires_grad_(), 2, 2, 4, 0.25, keep))
+
+
+def test_windows_are_registered():
     q, k, v = (t.requires_grad_() for t in draw_maps((3, 4), B=1, H=1, dtype=torch.float16)[:3])
-    check_opcheck(window_attention_op, (q, k, v, 2, 4, 0.25, keep))
+    check_opcheck(window_attention_op, (q, k, v, 2, 4, 0.25, True))
 
 
 def test_window_packed_refuses():
@@ -303,12 +306,12 @@ def test_nothing_large_is_kept():
         assert peak_memory(lambda: channel_group_attention_packed(qkv, 3), "cuda") < 0.5 * qkv.nbytes
 
 
-@pytest.mark.parametrize("programs", (1056, 3))
-@pytest.mark.parametrize("shape, dtype", (
-    ((2, 5, 7, 48), torch.float32), ((1, 1, 3, 16), torch.float32), ((1, 9, 1, 32), torch.float16),
-    ((2, 4, 6, 32), torch.bfloat16), ((1, 9, 18, 40), torch.float32), ((1, 17, 2, 8), torch.float32)), ids=str)
+@pytest.mark.parametrize("shape, dtype, programs", (
+    ((2, 5, 7, 48), torch.float32, 1056), ((2, 5, 7, 48), torch.float32, 3), ((1, 1, 3, 16), torch.float32, 1056),
+    ((1, 9, 1, 32), torch.float16, 1056), ((2, 4, 6, 32), torch.bfloat16, 3), ((1, 9, 18, 40), torch.float32, 1056),
+    ((1, 9, 18, 40), torch.float32, 3), ((1, 17, 2, 8), torch.float32, 3)), ids=str)
 def test_position_encoding_as_one(shape, dtype, programs):
-    "The convolution as one operation equals its steps, gradients included, on maps of any size and in 16 bits."
+    "The convolution as one operation equals its steps, on maps of any size, with few programs and with many."
     torch.manual_seed(0)
     layer = ConvPositionalEncoding(shape[3], backend="triton").to(device_under_test(), dtype)
     x = torch.randn(shape).to(device_under_test(), dtype).requires_grad_()
@@ -418,7 +421,7 @@ def test_nothing_before_a_block_is_a_convolution():
             found.append(op is torch.ops.aten.convolution.default)
             return op(*args, **kwargs or {})
 
-    with Count(): model(torch.randn(1, 3, 16, 16, device=device_under_test()))
+    with Count(): model(torch.randn(1, 3, 8, 8, device=device_under_test()))
     assert sum(found) == 1
 
 
@@ -534,12 +537,12 @@ CONFIGURATIONS = (dict(attn_types=("spatial",)), dict(attn_types=("channel",)), 
 @pytest.mark.parametrize("settings", CONFIGURATIONS, ids=str)
 def test_configurations_run_and_differentiate(settings):
     model = small_davit(**settings).to(device_under_test())
-    model(torch.randn(1, 3, 9, 14, device=device_under_test())).sum().backward()
+    model(torch.randn(1, 3, 8, 9, device=device_under_test())).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_backends_agree_in_the_model():
-    x = torch.randn(1, 3, 20, 29, device=device_under_test())
+    x = torch.randn(1, 3, 12, 17, device=device_under_test())
     model = loud(small_davit()).float().to(x.device)
     outs = []
     for backend in ("torch", "triton"):

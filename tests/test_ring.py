@@ -511,11 +511,11 @@ def test_mesh_trains_like_one_process():
         assert max(abs(a - b) for a, b in zip(one, found)) < 1e-10
 
 
-def test_torchrun():
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def test_run_as_a_module():
+    "It starts torchrun, and that two ranks of itself."
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
                         "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
-    done = subprocess.run([*torchrun, "-m", "attnbook.ring"], capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run([sys.executable, "-m", "attnbook.ring"], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [line for line in done.stdout.splitlines() if "on 2 ranks: error" in line]
     assert len(found) == len(METHODS) * len(LAYOUTS)

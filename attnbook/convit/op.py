@@ -261,7 +261,8 @@ def _content_and_place(q, k, v, pos_weight, grid_size, scale, backend):
     "The two attentions apart: in v's type with triton, in float32 at least with torch."
     if backend == "triton":
         return attention(q, k, v, scale=scale, backend="triton"), positional_attention(v, pos_weight, grid_size)
-    q, k, v = (t.to(torch.promote_types(v.dtype, torch.float32)) for t in (q, k, v))
+    # contiguous: PyTorch's own kernels do not run on every stride, and its choice does not know
+    q, k, v = (t.to(torch.promote_types(v.dtype, torch.float32)).contiguous() for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale), positional_attention(v, pos_weight, grid_size)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_divides, check_scale, check_tensor
+from ..checks import check_divides, check_int, check_scale, check_tensor
 from ..engine import arch_of, operation, resolve_backend
 from ..engine.host import BoundLaunch, Plans, autocast, round_dim, signature, through_float32
 from .channel_kernels import (
@@ -275,6 +275,7 @@ def channel_group_attention_packed(
     check_tensor("qkv", qkv, ndim=3)
     if 0 in qkv.shape[1:] or qkv.shape[2] % 3:
         raise ValueError(f"qkv must have shape (batch, N, 3 * channels), none but batch 0, not {tuple(qkv.shape)}")
+    groups = check_int("groups", groups, least=1)
     group_dim = check_divides("groups", groups, "channels", qkv.shape[2] // 3)
     scale = check_scale(scale, group_dim)
     backend = _channel_backend(backend, qkv, group_dim)

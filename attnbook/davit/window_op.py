@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_divides, check_scale, check_sizes, check_tensor
+from ..checks import check_choice, check_divides, check_int, check_scale, check_sizes, check_tensor
 from ..engine import arch_of, operation, resolve_backend
 from ..engine.host import INTERPRETED, BoundLaunch, Plans, autocast, round_dim, signature, through_float32
 from ..engine.run import LOG2E, empty_heads, run_backward, run_forward
@@ -233,6 +233,7 @@ def window_attention_packed(
     check_tensor("qkv", qkv, ndim=4)
     if 0 in qkv.shape[1:] or qkv.shape[3] % 3:
         raise ValueError(f"qkv must have shape (batch, X, Y, 3 * channels), none but batch 0, not {tuple(qkv.shape)}")
+    heads = check_int("heads", heads, least=1)
     width = check_divides("heads", heads, "channels", qkv.shape[3] // 3)
     if width > 256:
         raise ValueError(f"qkv must have up to 256 channels a head, not {width}")

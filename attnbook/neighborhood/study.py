@@ -120,10 +120,10 @@ def photo_features(image: np.ndarray, side: int, dim: int, corner: tuple[int, in
     crop = np.array(image[corner[0]:corner[0] + side + 4, corner[1]:corner[1] + side + 4], dtype=np.float32)
     pixels = torch.from_numpy(crop).permute(2, 0, 1)[None] / 255
     patches = F.unfold(pixels, 5)[0].T.double()                                     # [side*side, 75]
-    patches = patches - patches.mean(0)
+    patches -= patches.mean(0)
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-    top = slice(-dim, None)
-    return (patches @ vectors[:, top] / values[top].clamp(min=1e-8).sqrt()).float().view(1, 1, side, side, dim)
+    whitened = patches @ vectors[:, -dim:] / values[-dim:].clamp(min=1e-8).sqrt()
+    return whitened.float().view(1, 1, side, side, dim)
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #6978c312
 def stride_experiment(features: Tensor, window: int, device: str = "cpu") -> list[dict]:
@@ -361,8 +361,7 @@ def _natten_speed():
 
 def _stride_gain():
     "Ours at FLUX's size: speed with stride 16 over speed with stride 1."
-    speed = _natten_speed()
-    strided, plain = speed.get("FLUX 4K, stride 16"), speed.get("FLUX 4K")
+    strided, plain = map(_natten_speed().get, ("FLUX 4K, stride 16", "FLUX 4K"))
     return strided / plain if strided and plain else None
 
 

@@ -2,7 +2,7 @@
 import torch
 
 from attnbook.lab.testing import tensors
-from attnbook.ring.schedule_op import Job, ring_backward_schedule, ring_forward_schedule
+from attnbook.ring.schedule import Job, ring_backward_schedule, ring_forward_schedule
 from attnbook.ring.transport import SimulatedGroup
 
 

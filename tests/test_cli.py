@@ -11,20 +11,16 @@ import attnbook
 from attnbook.lab.book import book_root
 from attnbook.lab.cli import (
     Application,
-    Check,
     _argument,
     _one_line_errors,
     _option,
-    book_packages,
-    check_book,
     join_parameters,
     new_chapter,
-    run_checks,
     split_parameters,
     split_values,
-    version_note,
     write_book_list,
 )
+from attnbook.lab.doctor import Check, book_packages, check_book, run_checks, version_note
 
 
 def test_errors_are_one_line(capsys=None):

@@ -174,16 +174,16 @@ def draw_maps(shape=(7, 9), B=2, H=2, D=16, dtype=torch.float32, seed=0):
 
 def windowed(window, backend="torch"):
     "fn(q, k, v[, pad_k, pad_v]): without the two, what lies beyond the map is not seen."
-    return lambda q, k, v, *pads: window_attention(q, k, v, window, pad_mode="token" if pads else "mask", backend=backend,
-                                                   **dict(zip(("pad_k", "pad_v"), pads)))
+    return lambda q, k, v, *pads: window_attention(q, k, v, window, pad_mode="token" if pads else "mask",
+                                                   backend=backend, **dict(zip(("pad_k", "pad_v"), pads)))
 
 
 @pytest.mark.parametrize("padded", (False, True), ids=("masked", "padded"))
 @pytest.mark.parametrize("shape, window", (((7, 9), (3, 4)), ((6, 6), (3, 3)), ((5, 7), (5, 7)), ((2, 3), (4, 5)),
                                            ((8, 4), (4, 4)), ((11, 1), (2, 3))), ids=str)
 def test_window_attention_agrees(shape, window, padded):
-    check_against_reference(windowed(window, "triton"), windowed(window), draw_maps(shape, B=1, H=1)[:5 if padded else 3],
-                            grad_tol=3e-5)
+    inputs = draw_maps(shape, B=1, H=1)[:5 if padded else 3]
+    check_against_reference(windowed(window, "triton"), windowed(window), inputs, grad_tol=3e-5)
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
@@ -242,12 +242,12 @@ def test_window_attention_refuses():
         (dict(v=v.double()), TypeError, ["v", "float64"])], q=q, k=k, v=v, window_size=3, pad_k=pk, pad_v=pv)
 
 
-@pytest.mark.parametrize("shape, window", (((6, 8), (3, 4)), ((7, 9), (3, 4)), ((9, 11), (9, 9)), ((3, 20), (3, 5)),
+@pytest.mark.parametrize("shape, window", (((6, 8), (3, 4)), ((7, 9), (3, 4)), ((7, 12), (7, 10)), ((3, 20), (3, 5)),
                                            ((9, 4), (8, 4))), ids=str)
 def test_window_kernels_16_bit(shape, window):
     "Windows in one block of keys, in several, alone on the map, hanging over; some forward only by the own kernel."
-    check_against_reference(windowed(window, "triton"), windowed(window), draw_maps(shape, B=1, H=1)[:3], dtype=torch.float16,
-                            grad_tol=2e-2)
+    check_against_reference(windowed(window, "triton"), windowed(window), draw_maps(shape, B=1, H=1)[:3],
+                            dtype=torch.float16, grad_tol=2e-2)
 
 
 @pytest.mark.parametrize("shape, window, dtype, tol", (
@@ -280,10 +280,13 @@ def test_window_packed_is_a_good_operation(check):
 
 
 @pytest.mark.parametrize("keep", (False, True))
-def test_window_operations_are_registered(keep):
+def test_packed_windows_are_registered(keep):
     check_opcheck(window_attention_packed_op, (small_qkv().requires_grad_(), 2, 2, 4, 0.25, keep))
+
+
+def test_windows_are_registered():
     q, k, v = (t.requires_grad_() for t in draw_maps((3, 4), B=1, H=1, dtype=torch.float16)[:3])
-    check_opcheck(window_attention_op, (q, k, v, 2, 4, 0.25, keep))
+    check_opcheck(window_attention_op, (q, k, v, 2, 4, 0.25, True))
 
 
 def test_window_packed_refuses():
@@ -303,12 +306,12 @@ def test_nothing_large_is_kept():
         assert peak_memory(lambda: channel_group_attention_packed(qkv, 3), "cuda") < 0.5 * qkv.nbytes
 
 
-@pytest.mark.parametrize("programs", (1056, 3))
-@pytest.mark.parametrize("shape, dtype", (
-    ((2, 5, 7, 48), torch.float32), ((1, 1, 3, 16), torch.float32), ((1, 9, 1, 32), torch.float16),
-    ((2, 4, 6, 32), torch.bfloat16), ((1, 9, 18, 40), torch.float32), ((1, 17, 2, 8), torch.float32)), ids=str)
+@pytest.mark.parametrize("shape, dtype, programs", (
+    ((2, 5, 7, 48), torch.float32, 1056), ((2, 5, 7, 48), torch.float32, 3), ((1, 1, 3, 16), torch.float32, 1056),
+    ((1, 9, 1, 32), torch.float16, 1056), ((2, 4, 6, 32), torch.bfloat16, 3), ((1, 9, 18, 40), torch.float32, 1056),
+    ((1, 9, 18, 40), torch.float32, 3), ((1, 17, 2, 8), torch.float32, 3)), ids=str)
 def test_position_encoding_as_one(shape, dtype, programs):
-    "The convolution as one operation equals its steps, gradients included, on maps of any size and in 16 bits."
+    "The convolution as one operation equals its steps, on maps of any size, with few programs and with many."
     torch.manual_seed(0)
     layer = ConvPositionalEncoding(shape[3], backend="triton").to(device_under_test(), dtype)
     x = torch.randn(shape).to(device_under_test(), dtype).requires_grad_()
@@ -339,8 +342,8 @@ def test_position_encoding_is_a_good_operation():
 def test_position_encoding_in_steps():
     "Other kernel sizes and activations go by PyTorch's convolution."
     x = torch.randn(1, 4, 5, 16, device=device_under_test())
-    for layer in (ConvPositionalEncoding(16, 5, backend="triton"), ConvPositionalEncoding(16, act=True, backend="triton")):
-        layer = layer.to(x.device)
+    for settings in (dict(kernel_size=5), dict(act=True)):
+        layer = ConvPositionalEncoding(16, backend="triton", **settings).to(x.device)
         assert not layer.as_one(x)
         branch = layer.act(layer.proj(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         assert torch.equal(layer(x), x + branch)
@@ -375,7 +378,8 @@ def triton_layer(**settings):
     return layer, torch.randn(1, 6, 32, device=device_under_test())
 
 
-@pytest.mark.parametrize("check", (check_compiles, check_autocast, check_deterministic), ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", (check_compiles, check_autocast, check_deterministic),
+                         ids=lambda check: check.__name__)
 def test_layer_is_a_good_operation(check):
     layer, x = triton_layer()
     check(layer, [x])
@@ -417,7 +421,7 @@ def test_nothing_before_a_block_is_a_convolution():
             found.append(op is torch.ops.aten.convolution.default)
             return op(*args, **kwargs or {})
 
-    with Count(): model(torch.randn(1, 3, 16, 16, device=device_under_test()))
+    with Count(): model(torch.randn(1, 3, 8, 8, device=device_under_test()))
     assert sum(found) == 1
 
 
@@ -485,7 +489,8 @@ def loud(model):
     return model.double().eval()
 
 
-@pytest.mark.parametrize("size", ((24, 24), (32, 20), (29, 51)), ids=("6 x 6", "8 x 5, hanging over", "8 x 13, hanging over"))
+@pytest.mark.parametrize("size", ((24, 24), (32, 20), (29, 51)),
+                         ids=("6 x 6", "8 x 5, hanging over", "8 x 13, hanging over"))
 def test_converted_weights_give_the_official_outputs(size):
     official = loud(small_davit())
     ours = from_timm(small_davit().double(), official.state_dict()).eval()
@@ -518,7 +523,8 @@ def test_drop_path_schedule():
     assert torch.allclose(torch.tensor(rates), torch.linspace(0, 0.1, 12))
 
 
-@pytest.mark.parametrize("types", (("spatial", "spatial"), ("channel", "channel"), ("channel", "spatial")), ids=" ".join)
+@pytest.mark.parametrize("types", (("spatial", "spatial"), ("channel", "channel"), ("channel", "spatial")),
+                         ids=" ".join)
 def test_blocks_have_the_same_number_of_parameters(types):
     assert count_parameters(partial(small_davit, attn_types=types)) == count_parameters(small_davit)
 
@@ -531,12 +537,12 @@ CONFIGURATIONS = (dict(attn_types=("spatial",)), dict(attn_types=("channel",)), 
 @pytest.mark.parametrize("settings", CONFIGURATIONS, ids=str)
 def test_configurations_run_and_differentiate(settings):
     model = small_davit(**settings).to(device_under_test())
-    model(torch.randn(1, 3, 9, 14, device=device_under_test())).sum().backward()
+    model(torch.randn(1, 3, 8, 9, device=device_under_test())).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_backends_agree_in_the_model():
-    x = torch.randn(1, 3, 20, 29, device=device_under_test())
+    x = torch.randn(1, 3, 12, 17, device=device_under_test())
     model = loud(small_davit()).float().to(x.device)
     outs = []
     for backend in ("torch", "triton"):
@@ -551,7 +557,8 @@ def test_published_parameters(variant, kernel):
     assert count_parameters(partial(davit, variant, downsample_kernel=kernel)) == PARAMETERS[variant, kernel]
 
 
-FACTORIES = dict(tiny=davit_tiny, small=davit_small, base=davit_base, large=davit_large, huge=davit_huge, giant=davit_giant)
+FACTORIES = dict(tiny=davit_tiny, small=davit_small, base=davit_base, large=davit_large, huge=davit_huge,
+                 giant=davit_giant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

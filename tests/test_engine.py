@@ -298,7 +298,7 @@ def test_bias_rules_out(ruled_out, value):
         out = attention(*inputs, bias=bias.to(dtype), backend=backend)
         found += [out, *torch.autograd.grad((out * torch.arange(16, device=q.device)).sum(), inputs)]
     for a, b in zip(got, want):                              # float32 logits near 1e4 have three digits behind the point
-        assert (a - b).norm() <= (3e-3 if value == -1e4 else 1e-5) * max(b.norm(), 1)
+        assert (a - b).norm() <= (3e-3 if value == -1e4 else 3e-5) * max(b.norm(), 1)
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_rows_behind_the_last_sequence(backend):

@@ -29,8 +29,8 @@ from attnbook.lab.testing import (
 )
 from attnbook.lab.testing import device as device_under_test
 from attnbook.layers import count_parameters
-from attnbook.ring.cost_reference import comm_bytes, hop_kind, largest, memory_elements, project
-from attnbook.ring.experiment_study import block_calls, block_hops, fit_network, merged_forward, saved_bytes
+from attnbook.ring.costs import comm_bytes, hop_kind, largest, memory_elements, project
+from attnbook.ring.experiments import block_calls, block_hops, fit_network, merged_forward, saved_bytes
 from attnbook.ring.nets import RingSelfAttention, SequenceTransformer, bert_base, bert_large, train_lm
 from attnbook.ring.op import (
     METHODS,
@@ -42,10 +42,10 @@ from attnbook.ring.op import (
     ulysses_attention,
     usp_attention,
 )
-from attnbook.ring.rank_study import attend_alone, attend_with_lost_peer, errors_on_rank, spawn_ranks, train_on_rank
+from attnbook.ring.ranks import attend_alone, attend_with_lost_peer, errors_on_rank, spawn_ranks, train_on_rank
 from attnbook.ring.reference import LAYOUTS, Hop, chunk_of, hop_mask, padded_length, rank_pairs
-from attnbook.ring.schedule_op import Job, ring_backward_schedule, ring_forward_schedule
-from attnbook.ring.shard_transport import _shards, exchange_op, local_positions, shard_sequence, unshard_sequence
+from attnbook.ring.schedule import Job, ring_backward_schedule, ring_forward_schedule
+from attnbook.ring.shards import _shards, exchange_op, local_positions, shard_sequence, unshard_sequence
 from attnbook.ring.study import (
     _efficiency,
     _growth,
@@ -293,7 +293,7 @@ def test_compiles_and_passes_opcheck(method):
         return torch.cat(METHODS[method]([a, b], [c, d], [e, f], group=group, layout="contiguous"), 2)
     check_compiles(op, [t.clone() for ts in shards for t in ts])
     lists = [[t.clone().requires_grad_() for t in ts] for ts in shards]
-    check_opcheck(sequence_attention_op.op, (*lists, group.name, method, "contiguous", [12, 12], False, 0.25, False,
+    check_opcheck(sequence_attention_op, (*lists, group.name, method, "contiguous", [12, 12], False, 0.25, False,
                                              False, "all_reduce"))
 
 COLLECTIVES = {"all_reduce": (0, 0), "all_gather": (2, 0), "reduce_scatter": (2, 0), "all_to_all": (1, 2)}
@@ -302,7 +302,7 @@ COLLECTIVES = {"all_reduce": (0, 0), "all_gather": (2, 0), "reduce_scatter": (2,
 def test_exchange_passes_opcheck(kind):
     group = SimulatedGroup(2)
     shards = [t.clone().requires_grad_() for t in shard_sequence(make_qkv(1, 2, 12, 16)[0], 2, group)]
-    check_opcheck(exchange_op.op, (shards, group.name, kind, *COLLECTIVES[kind]))
+    check_opcheck(exchange_op, (shards, group.name, kind, *COLLECTIVES[kind]))
 
 
 def test_bad_input():
@@ -423,6 +423,10 @@ def test_model_over_ranks():
         (dict(method="x"), ValueError, "method"), (dict(num_heads=3), ValueError, "num_heads"),
         (dict(num_kv_heads=3), ValueError, "num_kv_heads")], num_heads=4)
 
+def test_layer_takes_empty_shards():
+    layer = RingSelfAttention(8, 2, group=SimulatedGroup(2), layout="contiguous")
+    assert [o.shape for o in layer([torch.zeros(1, 0, 8)] * 2)] == [(1, 0, 8)] * 2
+
 @pytest.mark.parametrize("of", ("processes", "simulation"))
 def test_copies_share_the_group(of):
     if of == "processes": dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -507,11 +511,11 @@ def test_mesh_trains_like_one_process():
         assert max(abs(a - b) for a, b in zip(one, found)) < 1e-10
 
 
-def test_torchrun():
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def test_run_as_a_module():
+    "It starts torchrun, and that two ranks of itself."
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
                         "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
-    done = subprocess.run([*torchrun, "-m", "attnbook.ring"], capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run([sys.executable, "-m", "attnbook.ring"], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [line for line in done.stdout.splitlines() if "on 2 ranks: error" in line]
     assert len(found) == len(METHODS) * len(LAYOUTS)

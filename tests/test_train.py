@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import TestCase
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -18,6 +19,7 @@ from attnbook.lab.data import Batches, image_tensor, mnist5k, skip_without, stan
 from attnbook.lab.train import (
     History,
     Stream,
+    compare_training,
     cross_entropy,
     digest,
     evaluate_accuracy,
@@ -107,6 +109,20 @@ def test_streams_start_again_and_are_replayed():
         assert steps(second, 14 - n) == whole[n:]
     with TestCase().assertRaisesRegex(ValueError, "the batch of step 2 is another one"):
         Stream([1, 2, 4]).replay(3, state | {"last": digest(3)})
+
+
+def test_compare_training(tmp_path):
+    "A row for each network, also for one that cannot be made, under the problem's fields."
+    def broken():
+        raise ValueError("no such network")
+    x, y = torch.randn(8, 4), torch.arange(8) % 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATTNBOOK_RESULTS", str(tmp_path))
+        rows = list(compare_training({"size": 4, "batch": 8}, {"linear": lambda: nn.Linear(4, 2), "broken": broken}, x, y,
+                                     chapter="train", warmup_ms=1, rep_ms=1))
+    assert [(r["method"], r["size"], r["batch"]) for r in rows] == [("linear", 4, 8), ("broken", 4, 8)]
+    assert rows[0]["ms"] > 0 and abs(rows[0]["images_per_s"] * rows[0]["ms"] / 8000 - 1) < 1e-3 and "note" not in rows[0]
+    assert rows[1]["ms"] is None and rows[1]["note"] == "ValueError: no such network"
 
 
 def test_killed_run_resumes_to_the_bit():

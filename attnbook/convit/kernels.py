@@ -92,6 +92,7 @@ def load_tokens(ptr, b, h, n, ok, strides, D: tl.constexpr, BD: tl.constexpr, WI
 
 @triton.jit
 def store_tokens(ptr, b, h, n, ok, strides, value, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr):
+    "Writes value [R, BD] to the tokens n that are ok, the first D channels."
     inside = ok[:, None] & (tl.arange(0, BD) < D)[None, :]
     tl.store(token_rows(ptr, b, h, n, strides, BD, WIDE), value.to(ptr.dtype.element_ty), mask=inside)
 
@@ -225,7 +226,7 @@ def key_chunks(N: int, most: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(sizes), tuple(first)
 
 
-FUSED = LaunchTable("forward", "dq", "dkv")  # heads of up to 64 channels; BN of the forward is its largest chunk of keys
+FUSED = LaunchTable("forward", "dq", "dkv")  # heads of up to 64 channels; the forward's BN: most keys of a chunk
 FUSED.rows("sm90", 16, {64: ((64, 128, 4, 2), (64, 32, 4, 2), (64, 64, 4, 2))})
 FUSED.rows("sm80", 16, {64: ((32, 64, 4, 1), (64, 32, 4, 2), (32, 32, 4, 2))})
 FUSED.rows("small", 16, {64: ((32, 64, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1))})

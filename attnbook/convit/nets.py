@@ -253,47 +253,65 @@ def deit(
                 in_channels=in_channels)
 
 # %% ../../nbs/2_position/convit.ipynb #89c87513
-def convit_tiny(num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0) -> ConViT:
+def convit_tiny(
+    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0,
+) -> ConViT:
     "ConViT-Ti: 5.7 million parameters. For further settings see `convit`."
     return convit("tiny", num_classes, img_size=img_size, drop_path=drop_path)
 
 
-def convit_small(num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0) -> ConViT:
+def convit_small(
+    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0,
+) -> ConViT:
     "ConViT-S: 27.8 million parameters. For further settings see `convit`."
     return convit("small", num_classes, img_size=img_size, drop_path=drop_path)
 
 
-def convit_base(num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0) -> ConViT:
+def convit_base(
+    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0,
+) -> ConViT:
     "ConViT-B: 86.5 million parameters. For further settings see `convit`."
     return convit("base", num_classes, img_size=img_size, drop_path=drop_path)
 
 
-def convit_tiny_plus(num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0) -> ConViT:
+def convit_tiny_plus(
+    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0,
+) -> ConViT:
     "ConViT-Ti+: 10.0 million parameters. For further settings see `convit`."
     return convit("tiny_plus", num_classes, img_size=img_size, drop_path=drop_path)
 
 
-def convit_small_plus(num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0) -> ConViT:
+def convit_small_plus(
+    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0,
+) -> ConViT:
     "ConViT-S+: 49.0 million parameters. For further settings see `convit`."
     return convit("small_plus", num_classes, img_size=img_size, drop_path=drop_path)
 
 
-def convit_base_plus(num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0) -> ConViT:
+def convit_base_plus(
+    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0,
+) -> ConViT:
     "ConViT-B+: 153.1 million parameters. For further settings see `convit`."
     return convit("base_plus", num_classes, img_size=img_size, drop_path=drop_path)
 
 
-def deit_tiny(num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0) -> DeiT:
+def deit_tiny(
+    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0,
+) -> DeiT:
     "DeiT-Ti: 5.7 million parameters. See `deit`."
     return deit("tiny", num_classes, img_size=img_size, drop_path=drop_path)
 
 
-def deit_small(num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0) -> DeiT:
+def deit_small(
+    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0,
+) -> DeiT:
     "DeiT-S: 22.1 million parameters. See `deit`."
     return deit("small", num_classes, img_size=img_size, drop_path=drop_path)
 
 
-def deit_base(num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0) -> DeiT:
+def deit_base(
+    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0,
+) -> DeiT:
     "DeiT-B: 86.6 million parameters. See `deit`."
     return deit("base", num_classes, img_size=img_size, drop_path=drop_path)
 
@@ -346,7 +364,8 @@ def nonlocality(attn: Tensor, grid_size: tuple[int, int]) -> Tensor:
         attn = attn / attn.sum(-1, keepdim=True)
     if tuple(attn.shape[-2:]) != (N, N):
         raise ValueError(
-            f"attn must end in (N, N) or (N + 1, N + 1) with N = {N} for grid_size {grid_size}, not of shape {tuple(attn.shape)}"
+            f"attn must end in (N, N) or (N + 1, N + 1) with N = {N} for grid_size {grid_size}, "
+            f"not have shape {tuple(attn.shape)}"
         )
     real = torch.promote_types(attn.dtype, torch.float32)
     distance = relative_positions(grid_size, attn.device, real)[..., 2].sqrt()

@@ -90,8 +90,9 @@ def _plan_backward(do, q, k, v, dq, dk, dv, Y, X, scale):
     options = _options(do, q, k, v, dq, dk, dv) | dict(LP=_table_width(N), PRECISION=dot_precision(q.dtype))
     p = fused_launch("dq", q.dtype, q.device)
     tiles = -(-N // p.BM)
-    run_dq = BoundLaunch(gpsa_backward_dq, (tiles * B * H,), *stride(q, k, v, do, dq), scale * LOG2E, scale, H, N, tiles,
-                         Y=Y, X=X, BM=p.BM, BN=p.BN, STAGES=p.stages, **p.options(), **options)
+    run_dq = BoundLaunch(
+        gpsa_backward_dq, (tiles * B * H,), *stride(q, k, v, do, dq), scale * LOG2E, scale, H, N, tiles, Y=Y, X=X,
+        BM=p.BM, BN=p.BN, STAGES=p.stages, **p.options(), **options)
     p = fused_launch("dkv", q.dtype, q.device)
     steps = -(-N // p.BN)
     return tiles, run_dq, BoundLaunch(
@@ -207,7 +208,8 @@ def _mix_forward(content: Tensor, place: Tensor, gate_logit: Tensor) -> Tensor:
         out = empty_heads(content, content.shape[3])
         if out.numel():
             tensors = content, place, out
-            _MIX.find(("forward", signature(*tensors)), _plan_mix, mix_forward, *tensors)(content, place, gate_logit, out)
+            launch = _MIX.find(("forward", signature(*tensors)), _plan_mix, mix_forward, *tensors)
+            launch(content, place, gate_logit, out)
         return out
     return through_float32(run, (content, place)).to(content.dtype)
 
@@ -259,7 +261,8 @@ def _content_and_place(q, k, v, pos_weight, grid_size, scale, backend):
     "The two attentions apart: in v's type with triton, in float32 at least with torch."
     if backend == "triton":
         return attention(q, k, v, scale=scale, backend="triton"), positional_attention(v, pos_weight, grid_size)
-    q, k, v = (t.to(torch.promote_types(v.dtype, torch.float32)) for t in (q, k, v))
+    # contiguous: PyTorch's own kernels do not run on every stride, and its choice does not know
+    q, k, v = (t.to(torch.promote_types(v.dtype, torch.float32)).contiguous() for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale), positional_attention(v, pos_weight, grid_size)
 
 

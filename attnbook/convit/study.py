@@ -21,9 +21,9 @@ from ..attention import attention_bytes, attention_flops
 from ..engine import Launch, arch_of, triton
 from ..lab.bench import compare, measure, sdpa
 from ..lab.claims import Claim, at_least, at_most, beyond_spread, grade, matches, out_of_reach
-from ..lab.results import load_results, record
+from ..lab.results import load_results
 from ..lab.stats import over_seeds, speedups, spread
-from ..lab.train import training_step
+from ..lab.train import compare_training
 from ..layers import count_parameters
 from .experiments_study import KINDS, PRESETS
 from .kernels import FUSED, fused_fits
@@ -122,26 +122,19 @@ def bench_module() -> Iterator[dict]:
 # %% ../../nbs/2_position/convit.ipynb #4abb71a2
 def bench_training() -> Iterator[dict]:
     "Images per second and peak memory of a training step of ConViT-S at 224 pixels, ours and timm's."
-    def make(name):
-        if name.startswith("timm"):
+    def make(who, compiled):
+        if who == "timm":
             import timm
             model = timm.create_model("convit_small").cuda().train()
             with torch.no_grad(): model(torch.zeros(1, 3, 224, 224, device="cuda"))            # makes its tables
         else:
             model = convit_small().cuda().train()
-        return torch.compile(model) if name.endswith("compiled") else model
+        return torch.compile(model) if compiled else model
 
-    batch = 128
-    for name in ("ours", "ours compiled", "timm", "timm compiled") if torch.cuda.is_available() else ():
-        torch._dynamo.reset(), torch.cuda.empty_cache()
-        x, y = torch.randn(batch, 3, 224, 224, device="cuda"), torch.randint(1000, (batch,), device="cuda")
-        row = dict(method=name, batch=batch, ms=None, images_per_s=None, peak_mb=None)
-        try:
-            timing = measure(training_step(make(name), x, y), warmup_ms=500, rep_ms=1500, ahead=False, device="cuda")
-            row |= dict(ms=timing.ms, images_per_s=batch / timing.ms * 1e3, peak_mb=timing.peak_bytes / 1e6)
-        except Exception as e:
-            row["note"] = f"{type(e).__name__}: {e}"[:300]
-        yield record("convit", "training", key=("method", "batch"), device="cuda", **row)
+    if torch.cuda.is_available():
+        models = {f"{who}{' compiled' * how}": partial(make, who, how) for who in ("ours", "timm") for how in (0, 1)}
+        x, y = torch.randn(128, 3, 224, 224, device="cuda"), torch.randint(1000, (128,), device="cuda")
+        yield from compare_training(dict(batch=128), models, x, y, chapter="convit")
 
 # %% ../../nbs/2_position/convit.ipynb #4be4d8fc
 CANDIDATES = {kernel: [Launch(*launch) for launch in launches] for kernel, launches in {

@@ -291,7 +291,7 @@ PACK_BYTES = 128  # of a position that a program takes: a cache line
 
 # %% ../../nbs/3_locality/davit.ipynb #eda9ebb6
 def channel_pack(groups: int, group_dim: int, strides: Sequence[tuple[int, ...]], element_size: int) -> int:
-    "How many neighbouring groups a program takes: up to `PACK_BYTES` of a position that lie side by side in all tensors."
+    "Neighbouring groups of a program: up to `PACK_BYTES` of a position, if they lie side by side in all tensors."
     if any(s[1] != group_dim * s[3] for s in strides):
         return 1
     most = PACK_BYTES // (group_dim * element_size)

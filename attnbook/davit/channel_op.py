@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_divides, check_scale, check_tensor
+from ..checks import check_divides, check_int, check_scale, check_tensor
 from ..engine import arch_of, operation, resolve_backend
 from ..engine.host import BoundLaunch, Plans, autocast, round_dim, signature, through_float32
 from .channel_kernels import (
@@ -156,8 +156,8 @@ def _packed_like(qkv, groups, scale):
 def _packed_backward(call):
     def run(do, qkv):
         dqkv = qkv.new_empty(qkv.shape)
-        _launch_channel_backward(*_views(do, call.groups, 1), call.grads[1], *_views(qkv, call.groups, 3), call.outputs[1],
-                      *_views(dqkv, call.groups, 3), call.scale)
+        _launch_channel_backward(*_views(do, call.groups, 1), call.grads[1], *_views(qkv, call.groups, 3),
+                                 call.outputs[1], *_views(dqkv, call.groups, 3), call.scale)
         return dqkv
     do = torch.zeros_like(call.outputs[0]) if call.grads[0] is None else call.grads[0]
     return dict(qkv=through_float32(run, (do, call.qkv)).to(call.qkv.dtype))
@@ -210,8 +210,9 @@ def _layer_backward(call):
 
     def run(do, qkv):
         dqkv = torch.empty_like(qkv)
-        return dqkv, _launch_channel_backward(*_views(do, call.groups, 1), None, *_views(qkv, call.groups, 3), weights,
-                                   *_views(dqkv, call.groups, 3), call.scale, column_sums=True)
+        return dqkv, _launch_channel_backward(
+            *_views(do, call.groups, 1), None, *_views(qkv, call.groups, 3), weights, *_views(dqkv, call.groups, 3),
+            call.scale, column_sums=True)
     dqkv, sums = through_float32(run, (do, qkv))
     del do                                                            # its memory serves the gradient of x
     b_qkv, b_proj = _bias_grads(sums, rows)
@@ -274,6 +275,7 @@ def channel_group_attention_packed(
     check_tensor("qkv", qkv, ndim=3)
     if 0 in qkv.shape[1:] or qkv.shape[2] % 3:
         raise ValueError(f"qkv must have shape (batch, N, 3 * channels), none but batch 0, not {tuple(qkv.shape)}")
+    groups = check_int("groups", groups, least=1)
     group_dim = check_divides("groups", groups, "channels", qkv.shape[2] // 3)
     scale = check_scale(scale, group_dim)
     backend = _channel_backend(backend, qkv, group_dim)

@@ -152,7 +152,7 @@ for _arch in ("sm90", "sm80", "small", "interpreter"):
 
 
 def depthwise_launch(kind: str, x: Tensor) -> tuple[BoundLaunch, int]:
-    "The launch of the 'forward' or 'backward' kernel for maps x `(B, H, W, C)`, and its programs per block of channels."
+    "The launch of 'forward' or 'backward' for maps x `(B, H, W, C)`, and its programs per block of channels."
     B, H, W, C = x.shape
     p = DEPTHWISE_LAUNCH.find(arch_of(x.device), kind, torch.finfo(x.dtype).bits, 16)
     T = min(p.columns, 1 << (W - 1).bit_length())

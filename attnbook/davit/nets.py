@@ -62,7 +62,7 @@ class SpatialWindowAttention(nn.Module):
                  pad_mode: str = "token", backend: str = "auto"):
         super().__init__()
         check_divides("heads", heads, "channels", check_int("channels", channels, least=1))
-        self.heads, self.window_size = heads, check_sizes("window_size", window_size, 2)
+        self.heads, self.window_size = int(heads), check_sizes("window_size", window_size, 2)
         self.pad_mode, self.backend = check_choice("pad_mode", pad_mode, ("token", "mask")), backend
         self.qkv = nn.Linear(channels, 3 * channels, bias=qkv_bias)
         self.proj = nn.Linear(channels, channels)
@@ -88,7 +88,7 @@ class ChannelGroupAttention(nn.Module):
         check_divides("groups", groups, "channels", check_int("channels", channels, least=1))
         named = isinstance(scale, str)
         self.scale = check_choice("scale", scale, ("group_dim", "tokens")) if named else check_number("scale", scale)
-        self.groups, self.backend = groups, backend
+        self.groups, self.backend = int(groups), backend
         self.qkv = nn.Linear(channels, 3 * channels, bias=qkv_bias)
         self.proj = nn.Linear(channels, channels)
 
@@ -373,7 +373,7 @@ def counted_gmacs() -> dict[tuple[str, int], float]:
 
 # %% ../../nbs/3_locality/davit.ipynb #b6b73e33
 def from_timm(model: DaViT, state: dict, v2: bool = False) -> DaViT:
-    """Loads a timm `davit_*` state dict into a model of the same size and returns it. Raises what `load_state_dict` does.
+    """Loads a timm `davit_*` state dict into a model of its size and returns it. Raises what `load_state_dict` raises.
 
     `v2`: the checkpoint was made with `channel_attn_v2=True`, whose names are the paper's."""
     state = {n.replace(".spatial_block.", ".0.").replace(".channel_block.", ".1."): t for n, t in state.items()}

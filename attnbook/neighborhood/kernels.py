@@ -108,7 +108,9 @@ def nbh_lanes(B: tl.constexpr, SIDES: tl.constexpr):
 @triton.jit
 def nbh_q_tile(i, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
     "Query tile i."
-    index, lane = nbh_tile_index(i, ints, C.dilation, C.of_q.tile), nbh_lanes(BM, C.of_q.tile)
+    DILATION: tl.constexpr = C.dilation
+    OF_Q_TILE: tl.constexpr = C.of_q.tile
+    index, lane = nbh_tile_index(i, ints, DILATION, OF_Q_TILE), nbh_lanes(BM, OF_Q_TILE)
     coords, starts, places, residues, corner, sizes = (), (), (), (), (), ()
     ok = lane[0] >= 0
     some, every, reach = True, True, ()
@@ -139,7 +141,9 @@ def nbh_q_tile(i, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
 @triton.jit
 def nbh_k_tile(j, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
     "Key tile j."
-    index, lane = nbh_tile_index(j, ints, C.dilation, C.of_k.tile), nbh_lanes(BN, C.of_k.tile)
+    DILATION: tl.constexpr = C.dilation
+    OF_K_TILE: tl.constexpr = C.of_k.tile
+    index, lane = nbh_tile_index(j, ints, DILATION, OF_K_TILE), nbh_lanes(BN, OF_K_TILE)
     coords, places, residues, corner, sizes = (), (), (), (), ()
     ok = lane[0] >= 0
     some, every, reach = True, True, ()
@@ -170,7 +174,8 @@ def nbh_brick(j, state, DILATION: tl.constexpr, SIDE: tl.constexpr, B: tl.conste
     """Brick j of the box at `state`'s corner: where it begins in the tensor, and its rows' class positions, tensor
     coordinates, and which exist. SIDE: a `Tiling`."""
     residues, corner, sizes = state[0], state[1], state[2]
-    lane = nbh_lanes(B, SIDE.brick)
+    BRICK: tl.constexpr = SIDE.brick
+    lane = nbh_lanes(B, BRICK)
     ok = lane[0] >= 0
     begin, places, coords = (), (), ()
     for a in tl.static_range(tl.constexpr(len(DILATION) - 1), -1, -1):
@@ -193,14 +198,18 @@ def nbh_brick(j, state, DILATION: tl.constexpr, SIDE: tl.constexpr, B: tl.conste
 @triton.jit
 def nbh_k_step(j, state, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
     "Brick j of a query tile's keys."
-    begin, places, coords, ok = nbh_brick(j, state, C.dilation, C.of_q, BN)
+    DILATION: tl.constexpr = C.dilation
+    OF_Q: tl.constexpr = C.of_q
+    begin, places, coords, ok = nbh_brick(j, state, DILATION, OF_Q, BN)
     return begin, coords, coords, ok, places
 
 
 @triton.jit
 def nbh_q_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
     "Brick i of a key tile's queries."
-    begin, places, coords, ok = nbh_brick(i, state, C.dilation, C.of_k, BM)
+    DILATION: tl.constexpr = C.dilation
+    OF_K: tl.constexpr = C.of_k
+    begin, places, coords, ok = nbh_brick(i, state, DILATION, OF_K, BM)
     starts = ()
     for a in tl.static_range(len(C.window)):
         starts += (window_start(places[a], state[2][a], C.window[a], C.stride[a], C.causal[a]),)
@@ -225,13 +234,15 @@ def nbh_span(state, SIDE: tl.constexpr):
 @triton.jit
 def nbh_k_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     "Bricks of a query tile's keys."
-    return nbh_span(state, C.of_q)
+    OF_Q: tl.constexpr = C.of_q
+    return nbh_span(state, OF_Q)
 
 
 @triton.jit
 def nbh_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     "Bricks of a key tile's queries."
-    return nbh_span(state, C.of_k)
+    OF_K: tl.constexpr = C.of_k
+    return nbh_span(state, OF_K)
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #eea9c995
 @triton.jit
@@ -284,37 +295,47 @@ def nbh_ordered_span(order, state, SIDE: tl.constexpr):
 @triton.jit
 def nbh_bits_q_tile(i, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
     "Query tile i, with bits."
-    return nbh_bits(i, nbh_q_tile(i, b, h, ops, ints, C, BM), ops[0], ints, C.dilation, C.of_q.tile, BM)
+    DILATION: tl.constexpr = C.dilation
+    OF_Q_TILE: tl.constexpr = C.of_q.tile
+    return nbh_bits(i, nbh_q_tile(i, b, h, ops, ints, C, BM), ops[0], ints, DILATION, OF_Q_TILE, BM)
 
 
 @triton.jit
 def nbh_bits_k_tile(j, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
     "Key tile j, with bits."
-    return nbh_bits(j, nbh_k_tile(j, b, h, ops, ints, C, BN), ops[3], ints, C.dilation, C.of_k.tile, BN)
+    DILATION: tl.constexpr = C.dilation
+    OF_K_TILE: tl.constexpr = C.of_k.tile
+    return nbh_bits(j, nbh_k_tile(j, b, h, ops, ints, C, BN), ops[3], ints, DILATION, OF_K_TILE, BN)
 
 
 @triton.jit
 def nbh_unseen_k_step(j, state, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
     "The j-th brick of a query tile's keys, with words."
-    return nbh_unseen(j, ops[1], ops[2], state, C.dilation, C.of_q, BN)
+    DILATION: tl.constexpr = C.dilation
+    OF_Q: tl.constexpr = C.of_q
+    return nbh_unseen(j, ops[1], ops[2], state, DILATION, OF_Q, BN)
 
 
 @triton.jit
 def nbh_unseen_q_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
     "The i-th brick of a key tile's queries, with words."
-    return nbh_unseen(i, ops[4], ops[5], state, C.dilation, C.of_k, BM)
+    DILATION: tl.constexpr = C.dilation
+    OF_K: tl.constexpr = C.of_k
+    return nbh_unseen(i, ops[4], ops[5], state, DILATION, OF_K, BM)
 
 
 @triton.jit
 def nbh_ordered_k_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     "Bricks of a query tile's keys, in their order."
-    return nbh_ordered_span(ops[2], state, C.of_q)
+    OF_Q: tl.constexpr = C.of_q
+    return nbh_ordered_span(ops[2], state, OF_Q)
 
 
 @triton.jit
 def nbh_ordered_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     "Bricks of a key tile's queries, in their order."
-    return nbh_ordered_span(ops[5], state, C.of_k)
+    OF_K: tl.constexpr = C.of_k
+    return nbh_ordered_span(ops[5], state, OF_K)
 
 
 @triton.jit

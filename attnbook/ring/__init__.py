@@ -10,7 +10,7 @@ __all__ = ['LAYOUTS', 'SimulatedGroup', 'PeerError', 'high_priority_group', 'tra
            'comm_bytes', 'project']
 
 # %% auto #imports
-from .cost_reference import comm_bytes, memory_elements, project
+from .costs import comm_bytes, memory_elements, project
 from .nets import RingSelfAttention, SequenceTransformer, bert_base, bert_large, sum_gradients, token_loss
 from .op import (
     METHODS,
@@ -23,5 +23,5 @@ from .op import (
     usp_attention,
 )
 from .reference import LAYOUTS
-from .shard_transport import local_positions, shard_sequence, unshard_sequence
+from .shards import local_positions, shard_sequence, unshard_sequence
 from .transport import PeerError, SimulatedGroup, high_priority_group, traffic

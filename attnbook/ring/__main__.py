@@ -11,8 +11,8 @@ import sys
 
 import torch
 
-from .cluster_study import multi_gpu
-from .rank_study import check_on_cpus
+from .cluster import multi_gpu
+from .ranks import check_on_cpus
 
 # %% ../../nbs/4_long_context/ring.ipynb #1e5917fe
 def main():

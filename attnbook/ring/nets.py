@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_divides
 from ..layers import Mlp
 from .op import METHODS
-from .shard_transport import Shards, _shards, exchange, local_positions, shard_sequence
+from .shards import Shards, _shards, exchange, local_positions, shard_sequence
 from .transport import Group, SimulatedGroup, communicator
 
 # %% ../../nbs/4_long_context/ring.ipynb #5c925bff
@@ -153,7 +153,7 @@ class SequenceTransformer(_OfGroup):
         finish = lambda t: t if self.post_norm else self.norm(t)
         return on_shards(lambda t: self.head(finish(t)) if self.head else finish(t), x)
 
-# %% ../../nbs/4_long_context/ring.ipynb #6b9cda61
+# %% ../../nbs/4_long_context/ring.ipynb #1418600b
 def bert_base(*, group: Group = None, method: str = "ring", layout: str = "contiguous") -> SequenceTransformer:
     "BERT-Base without pooler: 12 layers, 768 wide, 12 heads. Arguments as in `RingSelfAttention`."
     return SequenceTransformer(30522, 512, 768, 12, 12, post_norm=True, head=False, group=group, method=method,

@@ -19,8 +19,8 @@ from ..engine import attention, operation, resolve_backend, tile_attention
 from ..engine.host import autocast, through_float32
 from .kernels import RING
 from .reference import Hop, chunk_of, hop_mask
-from .schedule_op import Job, ring_backward_schedule, ring_forward_schedule, rsa_backward_schedule, rsa_forward_schedule
-from .shard_transport import Shards, _shards, exchange, natural_order, shard_sequence
+from .schedule import Job, ring_backward_schedule, ring_forward_schedule, rsa_backward_schedule, rsa_forward_schedule
+from .shards import Shards, _shards, exchange, natural_order, shard_sequence
 from .transport import Group, SimulatedGroup, communicator, group_named
 
 # %% ../../nbs/4_long_context/ring.ipynb #39eb5572
@@ -238,7 +238,7 @@ def allgather_attention(
     return _result([chunk_attention(*qkv, hop, scale=call.scale, backend=backend)
                     for *qkv, hop in zip(call.q, ks, vs, hops)], q)
 
-# %% ../../nbs/4_long_context/ring.ipynb #40e167af
+# %% ../../nbs/4_long_context/ring.ipynb #bdd81777
 METHODS = {"ring": ring_attention, "rsa": ring_self_attention, "ulysses": ulysses_attention,
            "allgather": allgather_attention}
 

@@ -137,14 +137,14 @@ class Hop(NamedTuple):
         return (keys != self.keys or keys % BN > 0 or self.real < self.q.rows or self.q.rows % BM > 0
                 or seen_from(0) != seen_from(keys - 1) or seen_from(0) % BM > 0)
 
-# %% ../../nbs/4_long_context/ring.ipynb #dfaf5488
+# %% ../../nbs/4_long_context/ring.ipynb #e34b804b
 @lru_cache(maxsize=4096)  # launching must not take longer than computing
 def hop_between(layout: str, size: int, rank: int, source: int, rows: int, length: int, kv_rows: int, kv_length: int,
                 causal: bool) -> Hop:
     "Queries of `rank` against the keys of `source`."
     return Hop(chunk_of(layout, rank, size, rows, length), chunk_of(layout, source, size, kv_rows, kv_length), causal)
 
-# %% ../../nbs/4_long_context/ring.ipynb #277bae15
+# %% ../../nbs/4_long_context/ring.ipynb #49f21ea2
 class State(NamedTuple):
     "What a query tile carries from hop to hop: unnormalised output, running maximum, running sum; float32 or float64."
     acc: Tensor
@@ -180,7 +180,7 @@ def hop_scores(q: Tensor, k: Tensor, hop: Hop, scale: float) -> Tensor:
     s = scale * torch.einsum("bhgid,bhjd->bhgij", q.unflatten(1, (k.shape[1], -1)), k)
     return s.masked_fill(~hop_mask(hop, q.device), -math.inf)
 
-# %% ../../nbs/4_long_context/ring.ipynb #e8ecf010
+# %% ../../nbs/4_long_context/ring.ipynb #0b7ddbf1
 def torch_forward(q: Tensor, k: Tensor, v: Tensor, hop: Hop, scale: float, state: State | None = None,
                   last: bool = False) -> State | tuple[Tensor, Tensor]:
     """Takes the visiting k, v into the state of q's rows: the new `State`, or with `last` `(out, lse)`.

@@ -22,8 +22,8 @@ from ..lab.claims import Claim, at_least, at_most, grade, out_of_reach, over_ran
 from ..lab.data import Windows, python_source
 from ..lab.results import load_results, record
 from ..lab.stats import newest_run, speedups
-from .cost_reference import largest
-from .experiment_study import (
+from .costs import largest
+from .experiments import (
     MergedRing,
     block_calls,
     block_hops,
@@ -35,7 +35,7 @@ from .experiment_study import (
 )
 from .nets import Block, RingSelfAttention, train_lm
 from .op import METHODS, linformer_attention, ring_attention
-from .rank_study import spawn_ranks, train_on_rank
+from .ranks import spawn_ranks, train_on_rank
 from .reference import hop_pairs
 from .transport import SimulatedGroup
 

@@ -349,7 +349,7 @@ def communicator(
         raise ValueError("group is a process group, but torch.distributed is not initialised: call init_process_group")
     return _process_ring(group, transport, timeout)
 
-# %% ../../nbs/4_long_context/ring.ipynb #01de9ac2
+# %% ../../nbs/4_long_context/ring.ipynb #dfc7c748
 def high_priority_group(group: Group = None) -> "dist.ProcessGroup":
     """A new NCCL process group of the same ranks whose transfers run on streams of high priority, to be passed as
     `group`. Every rank must call it. `group`: a process group or a 1-D DeviceMesh; None: all processes. ValueError if

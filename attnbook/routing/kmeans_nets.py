@@ -41,7 +41,7 @@ class OnlineKMeans(nn.Module):
         self.register_buffer("sums", centroids * max(start, 1.0))
         self.register_buffer("counts", torch.full(sizes[:2], start, dtype=full))
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn, recurse=True):  # what casts and moves a module; the averages are moved only
         wide = lambda t, new: t.to(new.device) if new.is_floating_point() and new.element_size() < 4 else new
         return super()._apply(lambda t: wide(t, fn(t)), recurse)
 

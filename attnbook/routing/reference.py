@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..clusters import FAR_BELOW, select_largest_reference
+from ..clusters import FAR_BELOW
 
 # %% ../../nbs/4_long_context/routing.ipynb #125860e8
 def spherical_norm_reference(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -30,7 +30,10 @@ def topw_reference(scores: Tensor, window: int, mask: Tensor | None = None) -> T
     Ties go to the earlier token. `mask` `(B, n)`: False for padding, which is never taken; -1 fills up."""
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None], -math.inf)
-    return select_largest_reference(scores, window)
+    n = scores.shape[-1]
+    value, index = scores.sort(dim=-1, descending=True, stable=True)
+    index = index.masked_fill(value == -math.inf, n)[..., :min(window, n)].sort(-1).values
+    return index.masked_fill(index == n, -1).int()
 
 # %% ../../nbs/4_long_context/routing.ipynb #9aceb8bc
 class Segments(NamedTuple):

@@ -34,7 +34,6 @@ PUBLIC, LINES, MOST_LINES = 30, 500, 800
 # Modules of more than 500 lines, each with the reason. None may have more than 800.
 LONG = {
     "lab.bench": "one stopwatch: what is measured, how peers take turns and what is recorded belong together",
-    "neighborhood.study": "four experiments, the benchmarks and the claims of the largest chapter; what the simulator computes has a room of its own",
 }
 
 

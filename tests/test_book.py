@@ -32,7 +32,7 @@ from attnbook.lab.parameters import (
     read_parameters,
 )
 from attnbook.lab.run import Run, RunFailed, _judged, _tally, run_chapter, run_summary, where_measured, with_parameters
-from attnbook.lab.sweep import _keep_run, _run_name, _sweep_gpus, sweep_parameters, sweep_table
+from attnbook.lab.sweep import _keep_run, _run_name, _start_ray, _sweep_gpus, sweep_parameters, sweep_table
 
 
 def test_require_says_what_to_install():
@@ -255,6 +255,21 @@ class _Nodes:
 
     def nodes(self):
         return [{"Alive": True, "Resources": {"CPU": 8.0, **({"GPU": float(n)} if n else {})}} for n in self.gpus] + [{"Alive": False, "Resources": {"GPU": 16.0}}]
+
+def test_ray_that_gives_up_on_itself_is_started_again():
+    class Slow:
+        def __init__(self, slow): self.slow, self.calls = slow, []
+        def shutdown(self): self.calls.append("shutdown")
+        def init(self, **options):
+            self.calls.append(options["address"])
+            if len(self.calls) <= 2 * self.slow: raise Exception("The current node timed out during startup. This could happen")
+            return "up"
+    ray = Slow(2)
+    assert _start_ray(ray, address="local") == "up" and ray.calls == ["local", "shutdown", "local", "shutdown", "local"]
+    with pytest.raises(ConnectionError, match="3 tries timed out"):
+        _start_ray(Slow(3), address="local")
+    with pytest.raises(KeyError):
+        _start_ray(Slow(0), tries=2)
 
 def test_gpus_of_a_run():
     assert _sweep_gpus(_Nodes(0, 0), None) == 0 and _sweep_gpus(_Nodes(0, 4), None) == 1 and _sweep_gpus(_Nodes(0, 4), 0.5) == 0.5 and _sweep_gpus(_Nodes(4), 0) == 0

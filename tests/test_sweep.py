@@ -48,30 +48,42 @@ def listening(port):
         return s.connect_ex(("127.0.0.1", port)) == 0
 
 
-@contextlib.contextmanager
-def cluster(**environment):
-    """The address of a Ray of one machine, on the loopback interface, with two cores and, so it believes, a GPU."""
+def head_of_cluster(folder, environment):
+    """Starts a Ray of one machine and waits until it answers: its process and port; None for the port if it ended, as Ray does where it is slow to start."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        start = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--head", "--block", "--port=0", f"--ray-client-server-port={port}",
-                 "--num-cpus=2", "--num-gpus=1", "--include-dashboard=false", "--object-store-memory=100000000", f"--temp-dir={folder}"]
-        head = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env={**os.environ, **environment})
-        family = []
-        try:
-            end = time.monotonic() + 90
-            while not listening(port):
-                assert head.poll() is None and time.monotonic() < end, "the cluster does not start"
-                time.sleep(0.2)
-            family = psutil.Process(head.pid).children(recursive=True)
-            yield f"ray://127.0.0.1:{port}"
-        finally:
-            head.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                head.wait(30)
-            for p in [*alive(family), head]:
-                p.kill()
+    start = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--head", "--block", "--port=0", f"--ray-client-server-port={port}",
+             "--num-cpus=2", "--num-gpus=1", "--include-dashboard=false", "--object-store-memory=100000000", f"--temp-dir={folder}"]
+    with open(os.path.join(folder, "said"), "w") as said:
+        head = subprocess.Popen(start, stdout=said, stderr=said, start_new_session=True, env={**os.environ, **environment})
+    end = time.monotonic() + 150
+    while not listening(port):
+        if head.poll() is not None or time.monotonic() > end:
+            return head, None
+        time.sleep(0.2)
+    return head, port
+
+
+@contextlib.contextmanager
+def cluster(**environment):
+    """The address of a Ray of one machine, on the loopback interface, with two cores and, so it believes, a GPU."""
+    for last in (False, False, True):
+        with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+            head, port = head_of_cluster(folder, environment)
+            family = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
+            try:
+                if port:
+                    yield f"ray://127.0.0.1:{port}"
+                    return
+                with open(os.path.join(folder, "said")) as said:
+                    assert not last, f"the cluster does not start: {said.read()[-2000:]}"
+            finally:
+                head.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    head.wait(30)
+                for p in [*alive(family), head]:
+                    p.kill()
 
 
 def alive(processes):
@@ -169,7 +181,7 @@ def test_interrupted(tmp_path, short):
                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell starts background jobs with SIGINT ignored
     family = []
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 240
         while not (tmp_path / "slow").exists():
             assert sweep.poll() is None and time.monotonic() < end, sweep.communicate()
             time.sleep(0.2)

@@ -92,6 +92,19 @@ def _keep_run(files: dict[str, bytes], folder: Path):
         (Path(new) / "run").rename(folder)
 
 # %% ../../nbs/1_foundations/05_book.ipynb #5bee0007
+def _start_ray(ray, tries: int = 3, **options):
+    "`ray.init`, again where Ray gives up on itself: it waits 30 seconds for its own processes, which a busy machine may need. ConnectionError after the last try."
+    for left in reversed(range(tries)):
+        try:
+            return ray.init(log_to_driver=False, logging_level="ERROR", **options)
+        except Exception as e:
+            if "timed out during startup" not in str(e):
+                raise
+            ray.shutdown()
+            if not left:
+                raise ConnectionError(f"{tries} tries timed out; is the machine very busy?") from None
+
+
 @contextlib.contextmanager
 def _ray(
     address: str | None,  # of a cluster; None: a Ray on this machine, for as long as the block lasts
@@ -108,7 +121,7 @@ def _ray(
         try:
             try:
                 with quiet():
-                    ray.init(log_to_driver=False, logging_level="ERROR", **(there if address else here))
+                    _start_ray(ray, **(there if address else here))
             except (ConnectionError, ray.exceptions.RayError) as e:
                 raise ConnectionError(f"no Ray answers at {address or 'this machine'}: {(str(e).splitlines() or [''])[-1]} (a cluster that wants a token needs RAY_AUTH_MODE=token here)") from None
             yield ray, None if address else folder

@@ -548,7 +548,6 @@ def test_undecided_says_why():
         (over_range(2), {}, "not measured"),
         (over_range(2), [], "not measured"),
     ],
-    ids=str,
 )
 def test_ratios_over_a_range(rule, ratios, verdict):
     assert rule(ratios)[0] == verdict

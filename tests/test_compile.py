@@ -631,7 +631,8 @@ def test_what_is_wrong_with_a_kernel_is_said():
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_every_kernel_compiles(arch, request):
-    rows = in_fresh_process(arch, *["--all"] * request.config.getoption("--slow"))
+    share = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    rows = in_fresh_process(arch, "--processes", str(share), *["--all"] * request.config.getoption("--slow"))
     if rows["new"]:
         names = sorted({f"{r['case']} ({r['kernel']})" for r in rows["new"]})
         warnings.warn(f"{arch}: {len(rows['new'])} kernels are not in {LEDGER.name} and were compiled; run make ledger. {'; '.join(names[:5])}", stacklevel=1)

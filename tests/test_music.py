@@ -26,7 +26,7 @@ from attnbook.lab.testing import (
     rel_error,
 )
 from attnbook.lab.testing import device as device_under_test
-from attnbook.layers import count_parameters
+from attnbook.layers import count_parameters, sinusoids
 from attnbook.music.midi import (
     BOS,
     REST,
@@ -56,7 +56,7 @@ AGREEMENT = {  # L, M, D, block size, beyond, shared by the heads?
     "short table, shared": (18, 12, 24, None, "zero", True),
     "whole table": (33, 33, 16, None, "zero", False),
     "clipped": (20, 5, 16, None, "clip", False),
-    "blocks": (34, 50, 16, 9, "zero", False),
+    "blocks": (36, 50, 16, 12, "zero", False),
     "blocks, clipped, shared": (33, 1, 16, 16, "clip", True),
 }
 
@@ -198,6 +198,17 @@ def test_generate():
     runs = [generate(model, prime, 12, clamp=clamp, allowed=allowed, cached=c, seed=1) for c in (True, False)]
     assert torch.equal(*runs) and (runs[0][5::4] == 3).all() and torch.equal(runs[0][:5], prime) and runs[0].max() < 9
     assert len(generate(model, prime[:0], 4, temperature=0)) == 4
+
+
+def test_inputs():
+    "Embeddings times the root of the width, a zero vector first, labels by position, then sinusoids."
+    model, before = _small(absolute=False, labels=(4,)), torch.tensor([[3, 5, 5]])
+    found = model.inputs(before, 0)[0]
+    label = model.labels[0].weight
+    torch.testing.assert_close(found, torch.stack([label[0], *(4 * model.embed.weight[5] + label[i] for i in (1, 2))]))
+    torch.testing.assert_close(model.inputs(before, 7)[0, 0], 4 * model.embed.weight[3] + label[3])
+    plain, timed = (_small(absolute=a).inputs(before, 2) for a in (False, True))
+    torch.testing.assert_close(timed - plain, sinusoids(2, 3, 16)[None])
 
 
 def test_model_is_causal():
@@ -357,6 +368,11 @@ FOREIGN = {  # bytes, notes
         [Note(0, 0.4999995, 60, 100), Note(0.0999999, 0.1999998, 36, 70), Note(0.2484846, 1.999998, 72, 80),
          Note(0.4999995, 0.999999, 60, 90)]),
     "frames": (f"{HEADER} 0000 0001 e728 4d54726b 0000000d 00903c40 8768803c00 00ff2f00", [Note(0, 1, 60, 64)]),
+    "frames, 29.97": (f"{HEADER} 0000 0001 e364 4d54726b 0000000d 00903c40 8768803c00 00ff2f00",
+                      [Note(0, 1000 * 1001 / 3_000_000, 60, 64)]),
+    "overlapping, the first ends first": (
+        f"{HEADER} 0000 0001 01f4 4d54726b 00000013 00903c01 64903c02 64803c00 643c00 00ff2f00",
+        [Note(0, 0.2, 60, 1), Note(0.1, 0.3, 60, 2)]),
     "no onset, no end": (f"{HEADER} 0000 0001 01f4 4d54726b 0000000d 00804000 00903c40 8374ff2f00",
                          [Note(0, 0.5, 60, 64)]),
     "chunks of others, a long header": ("4d546864 00000008 0000 0001 01f4 abcd 58585858 00000003 010203 4d54726b "

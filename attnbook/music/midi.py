@@ -251,8 +251,8 @@ class PerformanceEncoder:
         return velocity * self.bins // 128
 
     def _middle(self, b):
-        "The middle of the velocities from 1 to 127 that `_bin` puts into b."
-        first, end = max(1, -(-128 * b // self.bins)), -(-128 * (b + 1) // self.bins)
+        "The middle of the velocities that `_bin` puts into b: at least 1, and in the same bin."
+        first, end = -(-128 * b // self.bins), -(-128 * (b + 1) // self.bins)
         return (first + end) // 2
 
     def quantise(self, notes: Iterable[Note]) -> list[Note]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['axis_classes', 'axis_window', 'axis_keys', 'axis_mask', 'inverse_axis_window', 'Sizes', 'Flags', 'Axis',
            'neighborhood_axes', 'neighborhood_mask', 'neighborhood_tables', 'neighborhood_attention_reference',
-           'neighborhood_pairs', 'neighborhood_cost', 'flex_mask_mod']
+           'neighborhood_pairs', 'neighborhood_cost', 'on_maps', 'flex_mask_mod']
 
 # %% auto #imports
 import math
@@ -203,6 +203,12 @@ def neighborhood_cost(shape: Sizes, window_size: Sizes, *, stride: Sizes = 1, di
                 naive_weights=element_size * pairs, unfolded=element_size * pairs * (D + Dv))
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #d62ab38e
+def on_maps(fn: Callable, shape: Sequence[int]) -> Callable:
+    "An attention over sequences `(B, H, N, D)` as one over maps `(B, H, *shape, D)`: the same tokens, row by row."
+    last = len(shape) + 1
+    return lambda q, k, v: fn(*(t.flatten(2, last) for t in (q, k, v))).unflatten(2, shape)
+
+
 def flex_mask_mod(shape: Sequence[int], window_size: Sizes, *, stride: Sizes = 1, dilation: Sizes = 1,
                   is_causal: Flags = False, tile: Sequence[int] | None = None) -> Callable:
     """FlexAttention's `mask_mod` for a neighbourhood; tokens in row-major order or, with `tile` (sides that divide the

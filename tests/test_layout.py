@@ -1,6 +1,7 @@
 """What must agree between files that no notebook holds."""
 import ast
 import configparser
+import importlib
 import json
 import re
 import shutil
@@ -16,9 +17,10 @@ import yaml
 from hiding import hidden_env, modules_of, packages_of
 
 from attnbook.lab import doctor
-from attnbook.lab.book import CHAPTERS
+from attnbook.lab.book import CHAPTERS, PRESET_NAMES
 from attnbook.lab.claims import VERDICTS, chapter_claims
 from attnbook.lab.export import notebooks
+from attnbook.lab.parameters import read_parameters
 from attnbook.lab.results import rows_from
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,6 +196,14 @@ def test_claims_are_judged_whatever_rows_there_are(chapter, rows, tmp_path):
     with rows_from(tmp_path):
         judged = [c.judge().verdict for c in chapter_claims(chapter.name)]
     assert judged and set(judged) <= set(VERDICTS)
+
+
+@pytest.mark.parametrize("chapter", [c for c in READY if c.paper], ids=lambda c: c.name)
+def test_presets_are_the_known_ones(chapter):
+    studies = (ROOT / "attnbook" / chapter.name).glob("*study.py")
+    found = [importlib.import_module(f"attnbook.{chapter.name}.{p.stem}").PRESETS for p in studies if re.search(r"^PRESETS = ", p.read_text(), re.M)]
+    assert [tuple(presets) for presets in found] == [PRESET_NAMES]
+    assert "laptop" not in read_parameters(chapter.path)["preset"].help
 
 
 def test_what_is_said_about_versions_agrees():

@@ -129,8 +129,8 @@ def test_a_sweep_goes_on_where_it_was_left(notebook, tmp_path):
     first = start("-g", "n=1,2,3", "-g", "preset=gpu", "--workers", "2", "--no-progress")
     assert first.returncode == 1 and "Traceback" not in first.stderr, first.stderr
     rows = [line for line in first.stdout.splitlines() if line.startswith("| ")]
-    assert rows[0] == "| run | preset | n | seconds | rows | claims | folder | outcome |" and len(rows) == 5
-    assert rows[2].startswith("| 1 | gpu | 1 |") and rows[2].endswith("| 2 |  | n=1,preset=gpu | finished |")
+    assert rows[0] == "| run | preset | n | sum | seconds | rows | claims | folder | outcome |" and len(rows) == 5
+    assert rows[2].startswith("| 1 | gpu | 1 | 0 |") and rows[2].endswith("| 2 |  | n=1,preset=gpu | finished |")
     assert "failed: cell 10 (`if broken and n == 2: raise" in rows[3] and "RuntimeError: two is too many" in rows[3]
     assert "| failed: " in rows[4] and "worker" in rows[4]
     assert {p.name for p in out.iterdir()} == {"n=1,preset=gpu", "n=2,preset=gpu", "sweep.json", "rows.jsonl"}
@@ -142,7 +142,7 @@ def test_a_sweep_goes_on_where_it_was_left(notebook, tmp_path):
         second = start("-g", "n=4,3,2,1", "--address", address)
     assert second.returncode == 0 and "4/4" in second.stderr, second.stderr
     rows = [line for line in second.stdout.splitlines() if line.startswith("| ")]
-    assert [r.split(" | ")[2] for r in rows[2:]] == ["4", "3", "2", "1"] and all(r.endswith("finished |") for r in rows[2:])
+    assert [tuple(r.split(" | ")[2:4]) for r in rows[2:]] == [("4", "6"), ("3", "3"), ("2", "1"), ("1", "0")] and all(r.endswith("finished |") for r in rows[2:])
     assert summary.stat().st_mtime_ns == written
     assert "too many" in json.loads((out / "n=2,preset=gpu.old-1" / "summary.json").read_text())["error"]
     for n in (1, 2, 3, 4):

@@ -289,6 +289,16 @@ def test_windows_are_registered():
     check_opcheck(window_attention_op, (q, k, v, 2, 4, 0.25, True))
 
 
+def test_no_images_at_all():
+    "A batch of none gives none, forward and backward."
+    qkv = small_qkv()[:0].requires_grad_()
+    out = window_attention_packed(qkv, 2, 2, pad_mode="mask", backend="triton")
+    assert out.shape == (0, 3, 4, 32) and torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
+    qkv = packed()[:0].requires_grad_()
+    out = channel_group_attention_packed(qkv, 2, backend="triton")
+    assert out.shape == (0, 21, 32) and torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
+
+
 def test_window_packed_refuses():
     qkv = small_qkv()
     check_raises(window_attention_packed, [

@@ -189,7 +189,7 @@ class ConViT(nn.Module):
         "All tokens after the last block; `look(i, block, x, grid_size)` is called before each."
         grid_size = self.grid_of(x.shape[-2:])
         x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)
-        token = self.cls_token.expand(len(x), -1, -1)
+        token = self.cls_token.expand(x.shape[0], -1, -1)
         join = 0 if self.token_first else self.gpsa_layers
         if self.token_first: x = torch.cat([token.to(x.dtype), x], 1)
         x = x + self.positions(grid_size)

@@ -128,7 +128,7 @@ def _map_views(packed, heads, parts):
 def _window_packed_forward(qkv: Tensor, heads: int, wx: int, wy: int, scale: float,
                            keep: bool) -> tuple[Tensor, Tensor]:
     out, lse = _window_op_forward(*_map_views(qkv, heads, 3), wx, wy, scale, keep)
-    return out.movedim(1, -2).reshape(*qkv.shape[:3], -1), lse
+    return out.movedim(1, -2).reshape(*qkv.shape[:3], qkv.shape[3] // 3), lse
 
 
 def _window_packed_like(qkv, heads, wx, wy, scale, keep):

@@ -170,7 +170,7 @@ def test_merge_through_lse(backend):
     assert all(rel_error(x, y) < 2e-5 for x, y in zip(got, want))
 
 
-@pytest.mark.parametrize("shape", [(11,), (5, 6), (3, 4, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(11,), (5, 6), (2, 3, 4)], ids=str)
 @BOTH
 def test_special_cases(backend, shape):
     q, k, v = draw(shape, H=1)

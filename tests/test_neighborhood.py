@@ -130,9 +130,9 @@ def test_agrees_with_dense(backend, case):
     check_against_reference(op, partial(dense, shape=shape, kw=kw), draw(shape, Dv=24), grad_tol=2e-5, floor=0.05)
 
 
-@pytest.mark.parametrize("L, w, stride", [(200, 34, 1), (200, 98, 3)])
+@pytest.mark.parametrize("L, w, stride", [(200, 34, 1), (200, 98, 3), (100, 33, 1), (140, 65, 1)])
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_last_query(L, w, stride, is_causal):
+def test_first_and_last_query(L, w, stride, is_causal):
     kw = dict(window_size=w, stride=stride, is_causal=is_causal)
     op = partial(neighborhood_attention, **kw, return_lse=True, backend="triton")
     check_against_reference(op, partial(dense, shape=(L,), kw=kw), draw((L,), H=1), grad_tol=2e-5, floor=0.05)
@@ -170,7 +170,7 @@ def test_merge_through_lse(backend):
     assert all(rel_error(x, y) < 2e-5 for x, y in zip(got, want))
 
 
-@pytest.mark.parametrize("shape", [(11,), (5, 6), (3, 4, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(11,), (5, 6), (2, 3, 4)], ids=str)
 @BOTH
 def test_special_cases(backend, shape):
     q, k, v = draw(shape, H=1)
@@ -493,12 +493,10 @@ def test_steps_without_mask(shape, kw):
     q, k, v = draw(shape, H=1)
     axes = neighborhood_axes(shape, **kw)
     with mock.patch.dict(_tiling.__globals__, UNMASKED_STEPS=3):
-        _cut.cache_clear()
         C = _cut(axes, 32, 16, arch_of(q.device))
         assert C.of_q.unmasked and (C.of_k.unmasked or kw.get("is_causal"))
         op = partial(neighborhood_attention, **kw, return_lse=True, backend="triton")
         check_against_reference(op, partial(dense, shape=shape, kw=kw), (q, k, v), grad_tol=2e-5, floor=0.05)
-    _cut.cache_clear()
 
 
 @pytest.mark.parametrize("make, dilated, want", [

@@ -16,7 +16,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ..engine import Launch, OperandGrad, TileProgram, arch_of, register_program
+from ..engine import Launch, LaunchTable, OperandGrad, TileProgram, arch_of, register_program
 from .kernels import (
     Geometry,
     Tiling,
@@ -94,29 +94,36 @@ def unseen_tables(axes: tuple[Axis, ...], tile: tuple[int, ...], box: tuple[int,
     return tuple(x.int().to(device) for x in (torch.cat(share), by_brick.flatten(1), order))
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #b5063dd7
+def _smaller(of, arch, kernel, bits, width):
+    "For other machines and types: the H100's launch, with less of everything where shared memory is short."
+    launch = of.find("sm90", kernel, 16, width)
+    if bits == 32 or arch == "small":
+        return Launch(min(launch.BM, 32), min(launch.BN, 32 if width <= 64 else 16), launch.warps, 1)
+    return replace(launch, registers=None)
+
+
 #: head_dim rounded up -> forward, dq, dkv: (rows of queries, rows of keys, warps, stages, registers of a thread where
 #: they are limited). Forward and dq share their tiles. 32, 64 and 128 are the fastest of six or seven tried on an H100
 #: for the benchmarks below
-KERNEL_LAUNCH = {
+KERNEL_LAUNCH = LaunchTable("forward", "dq", "dkv", fallback=lambda *key: _smaller(KERNEL_LAUNCH, *key))
+KERNEL_LAUNCH.rows("sm90", 16, {
     16: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 2)),
     32: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 2)),
     64: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3)),
     128: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-    256: ((64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1))}
+    256: ((64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1))})
+for _bits in (16, 32):
+    KERNEL_LAUNCH.rows("interpreter", _bits, {256: ((32, 64, 4, 1), (32, 64, 4, 1), (64, 32, 4, 1))})  # and below
 #: the same where a window has 1024 keys and more: the box is large beside the tile, and larger steps waste little.
 #: With 168 registers three programs of four warps share the 65,536 of an H100's multiprocessor
-WIDE_LAUNCH = {dim: ((64, 64, 4, 3, 168), (64, 64, 4, 3), (64, 64, 4, 3)) for dim in (32, 64)}
+WIDE_LAUNCH = LaunchTable("forward", "dq", "dkv", fallback=lambda *key: _smaller(WIDE_LAUNCH, *key))
+WIDE_LAUNCH.rows("sm90", 16, {dim: ((64, 64, 4, 3, 168), (64, 64, 4, 3), (64, 64, 4, 3)) for dim in (32, 64)})
 
 
 def kernel_launch(kernel: str, bits: int, head_dim: int, arch: str, window: Sequence[int]) -> Launch:
-    "The engine's `Launch` for one of its kernels (`forward`, `dq`, `dkv`) and a window."
-    if arch == "interpreter":
-        return Launch(64, 32, 4, 1) if kernel == "dkv" else Launch(32, 64, 4, 1)
-    wide = head_dim in WIDE_LAUNCH and math.prod(window) >= 1024
-    launch = Launch(*(WIDE_LAUNCH if wide else KERNEL_LAUNCH)[head_dim][("forward", "dq", "dkv").index(kernel)])
-    if bits == 32 or arch == "small":
-        return Launch(min(launch.BM, 32), min(launch.BN, 32 if head_dim <= 64 else 16), launch.warps, 1)
-    return launch if arch == "sm90" else replace(launch, registers=None)
+    "The engine's `Launch` for one of its kernels (`forward`, `dq`, `dkv`) and a window; `head_dim` a power of two."
+    wide = math.prod(window) >= 1024 and head_dim in (32, 64) and arch != "interpreter"
+    return (WIDE_LAUNCH if wide else KERNEL_LAUNCH).find(arch, kernel, bits, head_dim)
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #651b23f5
 #: where a smaller share of the steps goes without a mask, every step takes the mask
@@ -135,7 +142,6 @@ def _tiling(axes, rows, step_rows, transpose):
     return Tiling(tile, box, brick, math.prod(bricks[1:]), math.prod(bricks), whole, enough)
 
 
-@lru_cache(maxsize=1024)
 def _cut(axes, bits, head_dim, arch):
     "The `Geometry` of a call."
     _, window, stride, dilation, causal = zip(*axes)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..attention import attention_reference
 from ..checks import check_bool, check_broadcast, check_int, check_qkv, check_scale, check_tensor
 from .bands import BAND, BAND_BIAS, FULL, FULL_BIAS
-from .host import INTERPRETED, Plans, autocast, autocasting, resolve_backend, signature, through_float32
+from .host import INTERPRETED, Plans, autocast, resolve_backend, signature, through_float32
 from .lists import LISTED, PACKED
 from .program import PROGRAMS, TileProgram
 from .run import empty_heads, plan_backward, plan_forward, run_backward, run_forward, slot_shape
@@ -73,10 +73,10 @@ def tile_attention(q: Tensor, k: Tensor, v: Tensor, program: TileProgram, *, ope
     """Runs a tile program: `(out, lse)` for q `(batch, heads, *axes, head_dim)`, k and v with `kv_heads` heads.
 
     The common entrance of all mechanisms, after their own checks. `scale` defaults to 1/sqrt(head_dim). Under autocast
-    the tensors are cast to autocast's type, as `scaled_dot_product_attention` does. `kept`: as for `Operation`.
+    the tensors are cast to autocast's type, as `scaled_dot_product_attention` does. `kept`: as for `Operation`; then they have been cast before.
     """
-    if autocasting(q):                                       # other types than those that were decided about
-        (q, k, v, extra_k, extra_v), kept = autocast(q, k, v, extra_k, extra_v), None
+    if kept is None:
+        q, k, v, extra_k, extra_v = autocast(q, k, v, extra_k, extra_v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # never empty: torch.library takes an empty list for one of tensors
     return tile_attention_op(q, k, v, extra_k, extra_v, list(operands), program.name, list(ints) or [0], list(consts) or [0], scale, kept=kept)
@@ -93,12 +93,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, windo
     Returns the output `(batch, heads, Nq, v_dim)` in q's type, with `return_lse` also the natural-log sum of exponentials `(batch, heads, Nq)`
     in float32, differentiable. Raises ValueError or TypeError naming the argument.
     """
+    q, k, v = autocast(q, k, v)
     options = dict(is_causal=is_causal, window_size=window_size, scale=scale, backend=backend)
     program, ints, consts, scale, kept = _DECIDED.decide(_decide_attention, (q, k, v, bias), options)
     if program is None:
         return attention_reference(q, k, v, is_causal=is_causal, window_size=window_size, bias=bias, scale=scale, return_lse=return_lse)
-    if autocasting(q):                                       # other types than those that were decided about
-        (q, k, v), kept = autocast(q, k, v), None
     operands = [] if bias is None else [bias[(None,) * (4 - bias.dim())]]
     out, lse = tile_attention_op(q, k, v, None, None, operands, program, ints, consts, scale, kept=kept)
     return (out, lse) if return_lse else out

@@ -159,7 +159,7 @@ def attention_reference(
     if mask is not None:
         allowed = mask if allowed is None else mask & allowed
     dtype, out_dtype = torch.promote_types(q.dtype, torch.float32), v.dtype
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
         q, k, v = q.to(dtype).unflatten(1, (k.shape[1], -1)), k.to(dtype), v.to(dtype)  # q: (b, h, g, i, d)
         scores = scale * torch.einsum("bhgid,bhjd->bhgij", q, k).flatten(1, 2)
         if bias is not None:

@@ -155,6 +155,19 @@ def test_float_bits(x):
     assert _float_bits(x) == int(np.float32(x).view(np.int32))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_huge_equal_logits(backend):
+    "The mean of ones is 1, whatever the logits."
+    q = torch.full((1, 1, 4, 4, 16), 1e4, device=device_under_test())
+    out = halo_attention(q, q, torch.ones_like(q), 2, 1, scale=1.0, backend=backend)
+    assert (out - 1).abs().max() < 1e-3
+
+
+def test_meta():
+    q = torch.empty(1, 2, 4, 6, 8, device="meta")
+    assert halo_attention(q, q, q, 2, 1).shape == q.shape
+
+
 def compare_backends(i, block, halo, grad_tol=3e-5, dtype=torch.float32, grad=True, **options):
     "The kernel against the reference on inputs i, the LSE and all gradients included."
     op = partial(halo_attention, block_size=block, halo_size=halo, return_lse=True, **options)

@@ -432,6 +432,13 @@ def test_bad_tiles(kw, error):
     with pytest.raises(error): tile_waste((8, 9), 3, **dict(block_n=32) | kw)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_huge_equal_logits(backend):
+    "The mean of ones is 1, whatever the logits."
+    q = torch.full((1, 1, 4, 4, 16), 1e4, device=device_under_test())
+    out = na2d(q, q, torch.ones_like(q), 3, scale=1.0, backend=backend)
+    assert (out - 1).abs().max() < 1e-3
+
 @EACH
 def test_double_precision_reference(case):
     shape, kw = CASES[case]

@@ -96,7 +96,7 @@ class HaloAttention(nn.Module):
         weight, bias, kind = self.qkv.weight, self.qkv.bias, x.device.type
         if bias is None and x.movedim(-1, 1).is_contiguous() and not torch.is_autocast_enabled(kind):
             # channels first: multiplied as it lies, without a copy
-            return torch.bmm(x.flatten(1, 2), weight.t().expand(len(x), -1, -1)).unflatten(1, x.shape[1:3])
+            return torch.bmm(x.flatten(1, 2), weight.t().expand(x.shape[0], -1, -1)).unflatten(1, x.shape[1:3])
         return self.qkv(x)
 
     def project(self, x: Tensor) -> list[Tensor]:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..attention import softmax_lse
 from ..checks import check_divides, check_int
 
 # %% ../../nbs/3_locality/halo.ipynb #9d4cca15
@@ -101,8 +102,8 @@ def halo_attention_reference(
     if padding == "mask":
         inside = halo_boxes(torch.ones(1, 1, Y, X, 1, device=q.device), b, h)[0, 0, :, :, 0] > 0       # [i, j, u, v]
         S = S.masked_fill(~inside[:, None, :, None], -math.inf)
-    lse = S.flatten(-2).logsumexp(-1)                                                                 # [b,h,i,y,j,x]
-    O = torch.einsum("bhiyjxuv,bhijduv->bhiyjxd", (S - lse[..., None, None]).exp(), boxes[1])
+    P, lse = softmax_lse(S.flatten(-2))                                                               # lse [b,h,i,y,j,x]
+    O = torch.einsum("bhiyjxuv,bhijduv->bhiyjxd", P.view(S.shape), boxes[1])
     out, lse = (t.flatten(4, 5).flatten(2, 3)[:, :, :q.shape[2], :q.shape[3]] for t in (O, lse))
     return (out.to(v.dtype), lse) if return_lse else out.to(v.dtype)
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..attention import softmax_lse
 from ..checks import check_flags, check_sizes
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #0e8075b4
@@ -168,8 +169,7 @@ def neighborhood_attention_reference(q: Tensor, k: Tensor, v: Tensor, window_siz
     if additional_keys is not None:                                                      # tokens that every query sees
         extra = torch.einsum("bhgnd,bhmd->bhgnm", q, additional_keys.to(full)) * (D**-0.5 if scale is None else scale)
         s = torch.cat([s, extra], -1)
-    lse = s.logsumexp(-1)
-    p = (s - lse[..., None]).exp()
+    p, lse = softmax_lse(s)                              # not exp(s - lse), which rounds where logits are huge
     out = torch.einsum("bhgnw,bhnwd->bhgnd", p[..., :key.shape[1]], vj)
     if additional_keys is not None:
         out = out + torch.einsum("bhgnm,bhmd->bhgnd", p[..., key.shape[1]:], additional_values.to(full))

@@ -289,12 +289,12 @@ def test_hidden_states_are_the_residual_stream():
         y = b.attention(b.norm1(hidden[0]), tables, {})
         want = y + b.mlp(b.norm2(hidden[0] if family == "neox" else hidden[0] + y))
         assert rel_error(hidden[1] - hidden[0], want) < 1e-10
-        assert torch.equal(model(x, keep_last=2), logits[:, -2:]) and torch.equal(model(embeddings=model.embed(x)), logits)
+        assert rel_error(model(x, keep_last=2), logits[:, -2:]) < 1e-12 and torch.equal(model(embeddings=model.embed(x)), logits)
 
 
 @pytest.mark.parametrize("case", ["plain", "mask", "segments"])
 def test_the_forward_compiles(case):
-    model, x = _model(dtype=torch.float32), _tokens()
+    model, x = _model(dtype=torch.float32, depth=1), _tokens()
     mask = torch.arange(9, device=x.device) >= torch.tensor([[0], [3]], device=x.device)
     kw = dict(plain={}, mask=dict(mask=mask), segments=dict(segments=torch.tensor([0, 4, 9, 18], device=x.device)))[case]
     torch.compiler.reset()
@@ -307,7 +307,7 @@ def test_the_forward_compiles(case):
 
 @torch.no_grad()
 def test_a_step_with_a_static_cache_compiles_once():
-    model, x, counts = _model(), _tokens(2, 9), []
+    model, x, counts = _model(depth=1), _tokens(2, 9), []
     def backend(graph, inputs):
         counts.append(1)
         return graph.forward
@@ -412,7 +412,7 @@ def test_a_model_refuses():
         (dict(segments=cu.float()), TypeError, "segments"), (dict(keep_last=0), ValueError, "keep_last")], tokens=x)
     check_raises(LMConfig, [
         (dict(dim=30), ValueError, ["heads", "30"]), (dict(kv_heads=3), ValueError, "kv_heads"), (dict(norm="batch"), ValueError, ["norm", "batch"]),
-        (dict(depth=0), ValueError, "depth"), (dict(vocab_size=2.5), TypeError, "vocab_size"), (dict(rope_fraction=0.3), ValueError, "rope_fraction"),
+        (dict(depth=0), ValueError, "depth"), (dict(vocab_size=2.5), TypeError, "vocab_size"), (dict(rope_fraction=0.4), ValueError, "rope_fraction"),
         (dict(attention_bias="all"), ValueError, "attention_bias"), (dict(tied=1), TypeError, "tied"), (dict(norm_eps=0), ValueError, "norm_eps")], dim=32, heads=4)
     with pytest.raises(ValueError, match="attention"): model.set_attention([DenseAttention()])
     with pytest.raises(ValueError, match="kind"): model.make_cache("paged")
@@ -522,7 +522,7 @@ def test_bits_per_byte_compare_tokenisers():
     a, b = (bits_per_byte(m, t, byte_counts=c) for m, t, c in ((Fixed(p), single[:, 1:], torch.ones(4)), (two, pairs, torch.full((16,), 2.0))))
     entropy = float(-(p[text].log2()).mean())
     assert abs(a.total - entropy) < 1e-9 and abs(b.total - entropy) < 1e-9
-    per_token = float(-log_probs(two, pairs).mean()) / math.log(2)
+    per_token = -float(log_probs(two, pairs).detach().mean()) / math.log(2)
     assert abs(per_token - 2 * entropy) < 1e-9
 
 
@@ -683,7 +683,7 @@ def test_packed_batches_are_a_function_of_the_step():
     first = order(a, range(3))
     assert len(set(first)) == 9 and order(a, (2, 1, 0)) == first[6:] + first[3:6] + first[:3]
     assert order(a, range(3, 6)) != first != order(b, range(3)) and order(PackedBatches(docs, per_batch=3, seed=4), (4,)) == order(a, (4,))
-    check_raises(PackedBatches, [(dict(per_batch=11), ValueError, "per_batch"), (dict(loss=[[1, 1]]), ValueError, "loss")], documents=docs)
+    check_raises(PackedBatches, [(dict(per_batch=11), ValueError, "per_batch"), (dict(loss=[[1, 1]]), ValueError, "loss")], documents=docs, per_batch=2)
 
 
 TASKS = dict(passkey=lambda n, **kw: passkey(n, **kw), recall=lambda n, **kw: key_value_recall(n, **kw))
@@ -859,7 +859,7 @@ def test_experiments_record_what_they_measure():
     assert losses[0] > 1.5 and losses[-1] < 0.2 and not model.training                      # the next number follows from this one
     bits = bits_per_byte(model, windows_of(stream, 17, 8))
     assert bits.total < 0.4 and len(bits.by_position) == 16
-    rows = list(beyond_rows(model, stream, dict(length=16, windows=4, scalings=(2,)), dict(device=device_under_test(), preset="smoke", family="llama", run=0)))
+    rows = list(beyond_rows(model, stream, dict(length=16, windows=4, scalings=(2,)), dict(device=device_under_test(), preset="smoke", training="smoke", family="llama", run=0)))
     assert [r["scaling"] for r in rows] == ["none", "linear", "ntk", "yarn"]
     assert all(abs(r["bits"] - (r["within"] + r["after"]) / 2) < 1e-4 for r in rows)
     more, again = train_text(config, stream, length=16, batch=8, steps=3, model=model, device=device_under_test())

@@ -228,7 +228,7 @@ class Decoder(nn.Module):
         self.apply(self._init)
 
     def _init(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
             nn.init.normal_(module.weight, std=self.config.init_std)
             if getattr(module, "bias", None) is not None: nn.init.zeros_(module.bias)
 

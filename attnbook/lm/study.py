@@ -86,7 +86,7 @@ def beyond_rows(model: LanguageModel, stream: Tensor, cfg: Mapping, common: Mapp
         for name in ("none", "linear", "ntk", "yarn"):
             scaling = None if name == "none" else RopeScaling(name, factor, length if name == "yarn" else None)
             bits = bits_per_byte(rescaled(model, scaling), windows, batch_size=8)
-            yield record("lm", "beyond", key=("preset", "family", "run", "factor", "scaling"), **common, factor=factor, scaling=name, bits=bits.total,
+            yield record("lm", "beyond", key=("training", "family", "run", "factor", "scaling"), **common, factor=factor, scaling=name, bits=bits.total,
                          within=float(bits.by_position[:length].mean()), after=float(bits.by_position[length:].mean()))
 
 
@@ -96,7 +96,7 @@ def run_text(preset: str = "cpu", device: str = "cpu", seed: int = 0) -> Iterato
     for run in range(cfg["seeds"]):
         for family in cfg["families"]:
             config = small_config(family, cfg)
-            common = dict(device=device, preset=preset, seed=seed + run, run=run, family=family)
+            common = dict(device=device, preset=preset, training=preset, seed=seed + run, run=run, family=family)
             began = time.perf_counter()
             model, losses = train_text(config, train, length=cfg["length"], batch=cfg["batch"], steps=cfg["steps"], lr=cfg["lr"], seed=seed + run, device=device)
             seconds = time.perf_counter() - began
@@ -104,7 +104,7 @@ def run_text(preset: str = "cpu", device: str = "cpu", seed: int = 0) -> Iterato
             sample = generate(model, [ByteTokenizer().encode("\n\n").tolist()], min(200, 2 * cfg["length"]), temperature=0.8, seed=seed + run)
             places = sorted({min(len(bits.by_position), round(2 ** (i / 2))) for i in range(0, 2 * int(math.log2(len(bits.by_position))) + 3)})
             edges = [0, *places]
-            yield record("lm", "text", key=("preset", "family", "run"), **common, parameters=count_parameters(model), steps=cfg["steps"], train_seconds=seconds,
+            yield record("lm", "text", key=("training", "family", "run"), **common, parameters=count_parameters(model), steps=cfg["steps"], train_seconds=seconds,
                          loss=[sum(part) / len(part) for part in (losses[i:i + max(1, len(losses) // 50)] for i in range(0, len(losses), max(1, len(losses) // 50)))],
                          bits=bits.total, places=places, by_place=[float(bits.by_position[a:b].mean()) for a, b in zip(edges, places)],
                          sample=ByteTokenizer().decode(sample.tokens[0]))
@@ -123,7 +123,7 @@ def run_recall(preset: str = "gpu", device: str = "cpu", seed: int = 0) -> Itera
             fit(model, next_token_loss, lambda step: draw(10_000 + (seed + run) * cfg["steps"] + step), steps=cfg["steps"], lr=cfg["lr"], seed=seed + run, device=device)
             x, y = draw(seed + run)
             with torch.no_grad(): right = (model(x.to(device)).argmax(-1).cpu() == y)[y != -100].float().mean()
-            yield record("lm", "recall", key=("preset", "family", "run"), device=device, preset=preset, seed=seed + run, run=run, family=family, right=float(right))
+            yield record("lm", "recall", key=("training", "family", "run"), device=device, preset=preset, training=preset, seed=seed + run, run=run, family=family, right=float(right))
 
 
 def bench_generate(device: str = "cuda", config: LMConfig | None = None, batches: Sequence[int] = (1, 16, 128), new: int = 64, prompt: int = 128) -> Iterator[dict]:

@@ -18,7 +18,7 @@ from attnbook.lm.attend import DenseAttention, attend_packed
 from attnbook.lm.cache import DynamicCache, StaticCache
 from attnbook.lm.load import config_from_hf, config_to_hf, from_pretrained, load_hf, to_hf
 from attnbook.lm.lora import LoRALinear, add_lora, lora_plus, lora_state, mark_trainable, merge_lora, unmerge_lora
-from attnbook.lm.nets import CONFIGS, Block, Decoder, LMConfig, LanguageModel, RMSNorm, edit_heads, language_model
+from attnbook.lm.nets import CONFIGS, Block, Decoder, LanguageModel, ModelConfig, RMSNorm, edit_heads, language_model
 from attnbook.lm.reference import (
     RopeScaling,
     count_pads,
@@ -199,15 +199,15 @@ def test_published_parameter_counts(name):
 
 def test_block_parameter_formulas():
     count = lambda c: count_parameters(lambda: Block(c, 0, DenseAttention()))
-    assert count(LMConfig.neox(10, 512)) == 12 * 512**2 + 13 * 512
-    assert count(LMConfig(dim=512, kv_heads=2, ff_dim=1000)) == 2 * 512**2 + 2 * 512 * 128 + 3 * 512 * 1000 + 2 * 512
-    tiny = LMConfig.gpt(295, 64, 2, 4, attention_bias=False, max_length=8)
-    assert count_parameters(LanguageModel(tiny)) == 118_976 and LMConfig(dim=128).ff_dim == 352
+    assert count(ModelConfig.neox(10, 512)) == 12 * 512**2 + 13 * 512
+    assert count(ModelConfig(dim=512, kv_heads=2, ff_dim=1000)) == 2 * 512**2 + 2 * 512 * 128 + 3 * 512 * 1000 + 2 * 512
+    tiny = ModelConfig.gpt(295, 64, 2, 4, attention_bias=False, max_length=8)
+    assert count_parameters(LanguageModel(tiny)) == 118_976 and ModelConfig(dim=128).ff_dim == 352
 
 
 FAMILIES = dict(
-    llama=LMConfig(50, 32, 2, 4, 2, ff_dim=48, max_length=32), neox=LMConfig.neox(50, 32, 2, 4, rope_fraction=0.5, max_length=32),
-    gpt=LMConfig.gpt(50, 32, 2, 4, max_length=32))
+    llama=ModelConfig(50, 32, 2, 4, 2, ff_dim=48, max_length=32), neox=ModelConfig.neox(50, 32, 2, 4, rope_fraction=0.5, max_length=32),
+    gpt=ModelConfig.gpt(50, 32, 2, 4, max_length=32))
 
 
 def _model(family="llama", dtype=torch.float64, **changes):
@@ -410,7 +410,7 @@ def test_a_model_refuses():
         (dict(mask=mask[:, 1:]), ValueError, "mask"), (dict(mask=mask & (torch.arange(9, device=x.device) < 8)), ValueError, ["mask", "left"]),
         (dict(segments=cu, mask=mask), ValueError, "segments"), (dict(segments=cu, cache=model.make_cache()), ValueError, "segments"),
         (dict(segments=cu.float()), TypeError, "segments"), (dict(keep_last=0), ValueError, "keep_last")], tokens=x)
-    check_raises(LMConfig, [
+    check_raises(ModelConfig, [
         (dict(dim=30), ValueError, ["heads", "30"]), (dict(kv_heads=3), ValueError, "kv_heads"), (dict(norm="batch"), ValueError, ["norm", "batch"]),
         (dict(depth=0), ValueError, "depth"), (dict(vocab_size=2.5), TypeError, "vocab_size"), (dict(rope_fraction=0.4), ValueError, "rope_fraction"),
         (dict(attention_bias="all"), ValueError, "attention_bias"), (dict(tied=1), TypeError, "tied"), (dict(norm_eps=0), ValueError, "norm_eps")], dim=32, heads=4)
@@ -827,8 +827,8 @@ def test_there_and_back(family):
 
 def test_settings_that_this_model_lacks():
     good = dict(model_type="llama", vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    assert config_from_hf(good) == LMConfig(50, 32, 2, 4, ff_dim=48)
-    assert config_from_hf(good | dict(model_type="gpt_neox", hidden_act="gelu", rotary_pct=0.5, rotary_emb_base=500)) == LMConfig.neox(
+    assert config_from_hf(good) == ModelConfig(50, 32, 2, 4, ff_dim=48)
+    assert config_from_hf(good | dict(model_type="gpt_neox", hidden_act="gelu", rotary_pct=0.5, rotary_emb_base=500)) == ModelConfig.neox(
         50, 32, 2, 4, ff_dim=48, rope_fraction=0.5, rope_theta=500.0)
     assert config_from_hf(good | dict(rope_scaling=dict(type="linear", factor=2))).rope_scaling == RopeScaling("linear", 2.0)
     for change, words in ((dict(model_type="bert"), "bert"), (dict(hidden_act="relu"), "relu"), (dict(rope_scaling=dict(rope_type="dynamic", factor=2)), "dynamic"),
@@ -854,7 +854,7 @@ def test_rescaled_shares_weights():
 
 
 def test_experiments_record_what_they_measure():
-    stream, config = torch.arange(4000) % 7, LMConfig(8, 16, 1, 2, max_length=16)
+    stream, config = torch.arange(4000) % 7, ModelConfig(8, 16, 1, 2, max_length=16)
     model, losses = train_text(config, stream, length=16, batch=8, steps=120, lr=1e-2, device=device_under_test())
     assert losses[0] > 1.5 and losses[-1] < 0.2 and not model.training                      # the next number follows from this one
     bits = bits_per_byte(model, windows_of(stream, 17, 8))

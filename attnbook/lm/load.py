@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice
-from .nets import LMConfig, LanguageModel
+from .nets import LanguageModel, ModelConfig
 from .reference import RopeScaling
 
 # %% ../../nbs/1_foundations/13_lm.ipynb #eb1c8927
@@ -27,7 +27,7 @@ _NEOX_NAMES = {"attention.out": "attention.dense", "mlp.up": "mlp.dense_h_to_4h"
 _KINDS = {"llama": ("llama", "mistral", "qwen2"), "neox": ("gpt_neox",)}
 
 
-def _layout(config: LMConfig) -> str:
+def _layout(config: ModelConfig) -> str:
     "Whose names a configuration's weights have."
     if config.positions != "rope":
         raise ValueError(f"config must have positions='rope' to have a layout of Hugging Face's, not {config.positions!r}")
@@ -38,7 +38,7 @@ def _layout(config: LMConfig) -> str:
     raise ValueError("config must be of Llama's or of GPT-NeoX's kinds (norm, mlp, one key per query) to have a layout of Hugging Face's")
 
 
-def _names(config: LMConfig) -> dict[str, str]:
+def _names(config: ModelConfig) -> dict[str, str]:
     "Our names -> Hugging Face's, of all weights but NeoX's packed ones."
     llama = _layout(config) == "llama"
     names = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"} if llama else {
@@ -94,7 +94,7 @@ def load_hf(model: LanguageModel, state: Mapping[str, Tensor]) -> LanguageModel:
     return model
 
 
-def config_from_hf(settings: Mapping) -> LMConfig:
+def config_from_hf(settings: Mapping) -> ModelConfig:
     """A configuration from Hugging Face's, as a mapping (`config.json`, `config.to_dict()`), of model type llama, mistral,
     qwen2 or gpt_neox. ValueError for another type, and for what this model lacks (sliding windows, other activations or
     kinds of RoPE)."""
@@ -115,9 +115,9 @@ def config_from_hf(settings: Mapping) -> LMConfig:
                 rope_theta=float(rope.get("rope_theta", s.get("rope_theta", s.get("rotary_emb_base", 1e4)))), init_std=s.get("initializer_range", 0.02))
     if kind == "llama":
         bias = "qkv" if s["model_type"] == "qwen2" else s.get("attention_bias", False)
-        return LMConfig(**same, kv_heads=s.get("num_key_value_heads"), head_dim=s.get("head_dim"), norm_eps=s.get("rms_norm_eps", 1e-6),
+        return ModelConfig(**same, kv_heads=s.get("num_key_value_heads"), head_dim=s.get("head_dim"), norm_eps=s.get("rms_norm_eps", 1e-6),
                         attention_bias=bias, mlp_bias=s.get("mlp_bias", False))
-    return LMConfig.neox(**same, norm_eps=s.get("layer_norm_eps", 1e-5), parallel=s.get("use_parallel_residual", True), attention_bias=s.get("attention_bias", True),
+    return ModelConfig.neox(**same, norm_eps=s.get("layer_norm_eps", 1e-5), parallel=s.get("use_parallel_residual", True), attention_bias=s.get("attention_bias", True),
                          rope_fraction=rope.get("partial_rotary_factor", s.get("rotary_pct", 0.25)))
 
 
@@ -131,7 +131,7 @@ def _scaling(kind: str, rope: dict, settings: dict) -> RopeScaling:
     return RopeScaling(kind, float(rope["factor"]), length if ends else None, low or 1.0, high)
 
 
-def config_to_hf(config: LMConfig) -> dict:
+def config_to_hf(config: ModelConfig) -> dict:
     "Hugging Face's settings for a configuration of Llama's or GPT-NeoX's kinds: what `config.json` holds."
     c, s = config, config.rope_scaling
     rope = dict(rope_theta=c.rope_theta, rope_type="default" if s is None else s.kind)

@@ -21,7 +21,7 @@ from ..lab.data import Windows, mqar, text_corpus
 from ..lab.results import record
 from ..lab.train import fit
 from ..layers import count_parameters
-from .nets import CONFIGS, Decoder, LMConfig, LanguageModel, Rope
+from .nets import CONFIGS, Decoder, LanguageModel, ModelConfig, Rope
 from .reference import RopeScaling
 from .sampling import generate
 from .scores import bits_per_byte, next_token_loss, windows_of
@@ -43,19 +43,19 @@ def review_bytes() -> tuple[Tensor, Tensor, Tensor]:
     return text_corpus("reviews")
 
 
-def small_config(family: str, cfg: Mapping) -> LMConfig:
+def small_config(family: str, cfg: Mapping) -> ModelConfig:
     "A byte model of a preset's sizes, of Llama's kinds or of NeoX's with the MLP that makes its blocks as large."
     sizes = dict(vocab_size=256, dim=cfg["dim"], depth=cfg["depth"], heads=cfg["heads"], max_length=cfg["length"])
-    llama = LMConfig(**sizes, kv_heads=cfg["kv_heads"])
+    llama = ModelConfig(**sizes, kv_heads=cfg["kv_heads"])
     if check_choice("family", family, ("llama", "neox")) == "llama":
         return llama
     rest = lambda c: count_parameters(lambda: Decoder(c))
-    unit = rest(LMConfig.neox(**sizes, ff_dim=2)) - rest(LMConfig.neox(**sizes, ff_dim=1))
-    spare = rest(llama) - rest(LMConfig.neox(**sizes, ff_dim=1))
-    return LMConfig.neox(**sizes, ff_dim=max(1, 1 + round(spare / unit)))
+    unit = rest(ModelConfig.neox(**sizes, ff_dim=2)) - rest(ModelConfig.neox(**sizes, ff_dim=1))
+    spare = rest(llama) - rest(ModelConfig.neox(**sizes, ff_dim=1))
+    return ModelConfig.neox(**sizes, ff_dim=max(1, 1 + round(spare / unit)))
 
 
-def train_text(config: LMConfig, stream: Tensor, *, length: int, batch: int, steps: int, lr: float = 3e-3, seed: int = 0,
+def train_text(config: ModelConfig, stream: Tensor, *, length: int, batch: int, steps: int, lr: float = 3e-3, seed: int = 0,
                device: str = "cpu", attention: Callable | None = None, model: LanguageModel | None = None, weight_decay: float = 0.1,
                optimizer: Callable | None = None, warmup: int | None = None, schedule: str = "cosine") -> tuple[LanguageModel, list[float]]:
     """A language model trained on random windows of `length` tokens of a stream by `lab.train.fit`: the model, in eval mode,
@@ -116,7 +116,7 @@ def run_recall(preset: str = "gpu", device: str = "cpu", seed: int = 0) -> Itera
     cfg = PRESETS[preset]["recall"]
     for run in range(PRESETS[preset]["seeds"] if cfg else 0):
         for family in ("llama", "neox"):
-            make = LMConfig if family == "llama" else LMConfig.neox
+            make = ModelConfig if family == "llama" else ModelConfig.neox
             torch.manual_seed(seed + run)
             model = LanguageModel(make(cfg["vocab"], cfg["dim"], cfg["depth"], cfg["heads"], max_length=cfg["length"]))
             draw = lambda s: tuple(map(torch.from_numpy, mqar(cfg["batch"], cfg["length"], cfg["pairs"], cfg["vocab"], seed=s)))
@@ -126,7 +126,7 @@ def run_recall(preset: str = "gpu", device: str = "cpu", seed: int = 0) -> Itera
             yield record("lm", "recall", key=("training", "family", "run"), device=device, preset=preset, training=preset, seed=seed + run, run=run, family=family, right=float(right))
 
 
-def bench_generate(device: str = "cuda", config: LMConfig | None = None, batches: Sequence[int] = (1, 16, 128), new: int = 64, prompt: int = 128) -> Iterator[dict]:
+def bench_generate(device: str = "cuda", config: ModelConfig | None = None, batches: Sequence[int] = (1, 16, 128), new: int = 64, prompt: int = 128) -> Iterator[dict]:
     "Greedy generation with both caches: a recorded row each with milliseconds a step and tokens a second."
     config = config or CONFIGS["pythia-160m"][0]
     torch.manual_seed(0)

@@ -68,7 +68,8 @@ def test_rope_depends_on_differences_only(shift):
 
 def test_rope_is_a_rotation_of_complex_pairs():
     x, p = torch.randn(6, 20, dtype=torch.float64), torch.arange(6)              # 16 dimensions turn, 4 stay
-    z = torch.complex(x[:, :8], x[:, 8:16]) * torch.polar(torch.ones(6, 8).double(), p[:, None] * rope_frequencies(16, 100.0)[0].double())
+    z = torch.complex(x[:, :8], x[:, 8:16]) * torch.polar(torch.ones(6, 8).double(),
+                                                          p[:, None] * rope_frequencies(16, 100.0)[0].double())
     assert rel_error(rotate(x, *_angles(p)), torch.cat([z.real, z.imag, x[:, 16:]], -1)) < 1e-12
 
 
@@ -77,7 +78,7 @@ def test_interpolation_meets_only_trained_angles():
     assert all(rel_error(a, b) < 1e-6 for a, b in zip(far, near))
     ntk = rope_frequencies(16, 100.0, RopeScaling("ntk", 4))[0]
     plain = rope_frequencies(16, 100.0)[0]
-    assert ntk[0] == plain[0] and rel_error(ntk[-1], plain[-1] / 4) < 1e-6       # the fastest stays, the slowest is divided
+    assert ntk[0] == plain[0] and rel_error(ntk[-1], plain[-1] / 4) < 1e-6  # the fastest stays, the slowest is divided
 
 
 def test_llama3_and_yarn_treat_each_pair_by_its_turns():
@@ -94,7 +95,8 @@ def test_llama3_and_yarn_treat_each_pair_by_its_turns():
 def test_scaling_refuses():
     check_raises(lambda **kw: RopeScaling(**kw), [
         (dict(kind="cubic"), ValueError, ["kind", "cubic"]), (dict(factor=0.5), ValueError, ["factor", "0.5"]),
-        (dict(kind="yarn"), TypeError, "original_length"), (dict(low=5.0), ValueError, ["low", "5.0"])], kind="linear", factor=2.0)
+        (dict(kind="yarn"), TypeError, "original_length"), (dict(low=5.0), ValueError, ["low", "5.0"])], kind="linear",
+        factor=2.0)
     check_raises(rope_frequencies, [(dict(dim=7), ValueError, ["dim", "7"])], dim=8)
 
 
@@ -206,7 +208,8 @@ def test_block_parameter_formulas():
 
 
 FAMILIES = dict(
-    llama=ModelConfig(50, 32, 2, 4, 2, ff_dim=48, max_length=32), neox=ModelConfig.neox(50, 32, 2, 4, rope_fraction=0.5, max_length=32),
+    llama=ModelConfig(50, 32, 2, 4, 2, ff_dim=48, max_length=32),
+    neox=ModelConfig.neox(50, 32, 2, 4, rope_fraction=0.5, max_length=32),
     gpt=ModelConfig.gpt(50, 32, 2, 4, max_length=32))
 
 
@@ -251,19 +254,20 @@ def test_left_padding_changes_nothing(family, kind):
         alone = torch.cat([x[row, 8 - n:], more[row]] if kind else [x[row, 8 - n:]])[None]
         assert rel_error(got[row:row + 1, 8 - n:], model(alone)) < 1e-12
     assert got.isfinite().all()
-    other = torch.where(mask, x, (x + 1) % 50)                                            # what stands in the padding is nobody's business
+    other = torch.where(mask, x, (x + 1) % 50)  # what stands in the padding is nobody's business
     assert torch.equal(model(other, mask=mask)[mask], model(x, mask=mask)[mask])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_equals_separate(family):
-    model, cuts = _model(family, torch.float32 if device_under_test() == "cuda" else torch.float64), [0, 4, 5, 9, 14, 18]
+    dtype, cuts = torch.float32 if device_under_test() == "cuda" else torch.float64, [0, 4, 5, 9, 14, 18]
+    model = _model(family, dtype)
     x, segments = _tokens(2, 9), torch.tensor(cuts, dtype=torch.int32, device=device_under_test())
     flat, got = x.flatten(), model(x, segments=segments).flatten(0, 1)
     want = torch.cat([model(flat[None, a:b])[0] for a, b in zip(cuts, cuts[1:])])
     assert rel_error(got, want) < (1e-4 if got.dtype == torch.float32 else 1e-12)
     changed = flat.clone()
-    changed[4] = (changed[4] + 1) % 50                                                     # the second document, one token
+    changed[4] = (changed[4] + 1) % 50  # the second document, one token
     other = model(changed.view(2, 9), segments=segments).flatten(0, 1)
     same = torch.arange(18, device=x.device) != 4
     assert torch.equal(other[same], got[same]) and not torch.equal(other[4], got[4])
@@ -282,21 +286,24 @@ def test_hidden_states_are_the_residual_stream():
     for family in FAMILIES:
         model, x = _model(family), _tokens()
         logits, hidden = model(x, return_hidden=True)
-        assert len(hidden) == 3 and torch.equal(model.logits(model.norm(hidden[-1])), logits) and torch.equal(model(x), logits)
+        assert len(hidden) == 3 and torch.equal(model.logits(model.norm(hidden[-1])), logits)
+        assert torch.equal(model(x), logits)
         places = 0 if model.place is None else model.place(torch.arange(9, device=x.device))
         assert torch.equal(hidden[0], model.embed(x) + places)
         b, tables = model.blocks[0], model.rope and model.rope.tables(torch.arange(9, device=x.device)[None])
         y = b.attention(b.norm1(hidden[0]), tables, {})
         want = y + b.mlp(b.norm2(hidden[0] if family == "neox" else hidden[0] + y))
         assert rel_error(hidden[1] - hidden[0], want) < 1e-10
-        assert rel_error(model(x, keep_last=2), logits[:, -2:]) < 1e-12 and torch.equal(model(embeddings=model.embed(x)), logits)
+        assert rel_error(model(x, keep_last=2), logits[:, -2:]) < 1e-12
+        assert torch.equal(model(embeddings=model.embed(x)), logits)
 
 
 @pytest.mark.parametrize("case", ["plain", "mask", "segments"])
 def test_the_forward_compiles(case):
     model, x = _model(dtype=torch.float32, depth=1), _tokens()
     mask = torch.arange(9, device=x.device) >= torch.tensor([[0], [3]], device=x.device)
-    kw = dict(plain={}, mask=dict(mask=mask), segments=dict(segments=torch.tensor([0, 4, 9, 18], device=x.device)))[case]
+    segments = torch.tensor([0, 4, 9, 18], device=x.device)
+    kw = dict(plain={}, mask=dict(mask=mask), segments=dict(segments=segments))[case]
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="inductor" if x.is_cuda else "aot_eager")
     got, want = compiled(x, **kw), model(x, **kw)
@@ -312,7 +319,8 @@ def test_a_step_with_a_static_cache_compiles_once():
         counts.append(1)
         return graph.forward
     torch.compiler.reset()
-    step, cache = torch.compile(lambda t: model(t, cache=cache), fullgraph=True, backend=backend), model.make_cache("static", batch=2, max_length=12)
+    cache = model.make_cache("static", batch=2, max_length=12)
+    step = torch.compile(lambda t: model(t, cache=cache), fullgraph=True, backend=backend)
     got = [model(x[:, :4], cache=cache)] + [step(x[:, i:i + 1]) for i in range(4, 9)]
     torch.compiler.reset()
     assert len(counts) == 1 and rel_error(torch.cat(got, 1), model(x)) < 1e-12
@@ -370,11 +378,13 @@ def test_the_socket():
     (q, k, v, call), = note.calls
     assert q.shape == (2, 4, 9, 8) and k.shape == v.shape == (2, 2, 9, 8) and set(call) == {
         "layer", "causal", "mask", "segments", "positions", "cache", "rope"}
-    assert call["layer"] == 0 and raw.calls[0][3]["layer"] == 1 and call["positions"].tolist() == [list(range(9))] and call["causal"]
+    assert call["layer"] == 0 and raw.calls[0][3]["layer"] == 1 and call["positions"].tolist() == [list(range(9))]
+    assert call["causal"]
     cache = model.make_cache()
     model(x, cache=cache, mask=torch.arange(9, device=x.device).expand(2, -1) >= 2)
     call = note.calls[1][3]
-    assert call["cache"] is cache and call["mask"].shape == (2, 1, 9, 9) and call["positions"][0].tolist() == [0, 0, *range(7)]
+    assert call["cache"] is cache and call["mask"].shape == (2, 1, 9, 9)
+    assert call["positions"][0].tolist() == [0, 0, *range(7)]
     model.set_attention(lambda q, k, v, **call: torch.zeros_like(q))
     silent = model(x, return_hidden=True)
     b = model.blocks[0]
@@ -395,8 +405,9 @@ def test_heads_are_edited_before_they_are_mixed():
     for i in range(4):
         with edit_heads(model, {-1: gate(i)}): streams.append(model(x, return_hidden=True).hidden[-1])
     full, rest = model(x, return_hidden=True).hidden[-1], out.bias
-    base = full - out(seen[0].flatten(2))                                                  # the stream without this layer's heads
-    assert rel_error(sum(s - base - rest for s in streams) + base + rest, full) < 1e-10   # isolated heads add up, the bias once
+    base = full - out(seen[0].flatten(2))  # the stream without this layer's heads
+    # isolated heads add up, the bias once
+    assert rel_error(sum(s - base - rest for s in streams) + base + rest, full) < 1e-10
     assert torch.equal(model(x), want)
     with pytest.raises(ValueError, match="edits"), edit_heads(model, {5: print}): pass
 
@@ -406,18 +417,24 @@ def test_a_model_refuses():
     mask, cu = torch.ones(2, 9, dtype=torch.bool, device=x.device), torch.tensor([0, 18], device=x.device)
     check_raises(model, [
         (dict(tokens=x.float()), TypeError, ["tokens", "integers"]), (dict(tokens=x[0]), ValueError, "tokens"),
-        (dict(embeddings=model.embed(x)), ValueError, ["tokens", "embeddings"]), (dict(mask=mask.long()), TypeError, "mask"),
-        (dict(mask=mask[:, 1:]), ValueError, "mask"), (dict(mask=mask & (torch.arange(9, device=x.device) < 8)), ValueError, ["mask", "left"]),
-        (dict(segments=cu, mask=mask), ValueError, "segments"), (dict(segments=cu, cache=model.make_cache()), ValueError, "segments"),
+        (dict(embeddings=model.embed(x)), ValueError, ["tokens", "embeddings"]),
+        (dict(mask=mask.long()), TypeError, "mask"),
+        (dict(mask=mask[:, 1:]), ValueError, "mask"),
+        (dict(mask=mask & (torch.arange(9, device=x.device) < 8)), ValueError, ["mask", "left"]),
+        (dict(segments=cu, mask=mask), ValueError, "segments"),
+        (dict(segments=cu, cache=model.make_cache()), ValueError, "segments"),
         (dict(segments=cu.float()), TypeError, "segments"), (dict(keep_last=0), ValueError, "keep_last")], tokens=x)
     check_raises(ModelConfig, [
-        (dict(dim=30), ValueError, ["heads", "30"]), (dict(kv_heads=3), ValueError, "kv_heads"), (dict(norm="batch"), ValueError, ["norm", "batch"]),
-        (dict(depth=0), ValueError, "depth"), (dict(vocab_size=2.5), TypeError, "vocab_size"), (dict(rope_fraction=0.4), ValueError, "rope_fraction"),
-        (dict(attention_bias="all"), ValueError, "attention_bias"), (dict(tied=1), TypeError, "tied"), (dict(norm_eps=0), ValueError, "norm_eps")], dim=32, heads=4)
+        (dict(dim=30), ValueError, ["heads", "30"]), (dict(kv_heads=3), ValueError, "kv_heads"),
+        (dict(norm="batch"), ValueError, ["norm", "batch"]),
+        (dict(depth=0), ValueError, "depth"), (dict(vocab_size=2.5), TypeError, "vocab_size"),
+        (dict(rope_fraction=0.4), ValueError, "rope_fraction"),
+        (dict(attention_bias="all"), ValueError, "attention_bias"), (dict(tied=1), TypeError, "tied"),
+        (dict(norm_eps=0), ValueError, "norm_eps")], dim=32, heads=4)
     with pytest.raises(ValueError, match="attention"): model.set_attention([DenseAttention()])
     with pytest.raises(ValueError, match="kind"): model.make_cache("paged")
     with pytest.raises(ValueError, match="name"): language_model("llama-4")
-    with pytest.raises(ValueError, match="max_length = 32"): _model("gpt")(torch.zeros(1, 33, dtype=torch.long, device=x.device))
+    with pytest.raises(ValueError, match="max_length = 32"): _model("gpt")(x.repeat(1, 4))
 
 
 def test_tokens_are_drawn_with_their_probabilities():
@@ -425,7 +442,8 @@ def test_tokens_are_drawn_with_their_probabilities():
     seeds = row_seeds(3, 20000)
     for kw, want in ((dict(temperature=1.0), logits.softmax(-1)), (dict(temperature=2.0), (logits / 2).softmax(-1)),
                      (dict(top_k=2), torch.cat([logits[:2].softmax(-1), torch.zeros(3)])),
-                     (dict(top_p=0.7), torch.cat([logits[:2].softmax(-1), torch.zeros(3)])), (dict(top_p=0.1), torch.eye(5)[0])):
+                     (dict(top_p=0.7), torch.cat([logits[:2].softmax(-1), torch.zeros(3)])),
+                     (dict(top_p=0.1), torch.eye(5)[0])):
         got = choose_tokens(logits.expand(20000, -1), seeds=seeds, **kw).bincount(minlength=5) / 20000
         assert (got - want).abs().max() < 4 * 0.5 / 20000**0.5, kw
     assert choose_tokens(torch.tensor([[1.0, 5.0, 5.0]]), temperature=0).tolist() == [1]
@@ -434,7 +452,8 @@ def test_tokens_are_drawn_with_their_probabilities():
 def test_noise_is_uniform_and_a_function_of_seed_step_and_token():
     u = row_uniforms(row_seeds(0, 200), 5, 500)
     assert 0 < u.min() and u.max() <= 1 and abs(u.mean() - 0.5) < 0.004 and abs(u.var() - 1 / 12) < 0.001
-    for a, b in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1]), (u, row_uniforms(row_seeds(0, 200), 6, 500)), (u, row_uniforms(row_seeds(1, 200), 5, 500))):
+    for a, b in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1]), (u, row_uniforms(row_seeds(0, 200), 6, 500)),
+                 (u, row_uniforms(row_seeds(1, 200), 5, 500))):
         assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.02
     few = row_uniforms(row_seeds(0, 200)[[7, 3]], torch.tensor(5), 100)
     assert torch.equal(few, u[[7, 3], :100])
@@ -466,8 +485,10 @@ def test_an_answer_depends_on_prompt_and_seed_alone():
     assert torch.equal(generate(model, prompts, 8, seed=[5, 11], cache="static", **kw).tokens[1], alone)
     many = generate(model, prompts, 8, seed=[1, 2, 3, 4, 11, 6], samples=3, **kw)
     assert torch.equal(many.tokens[4], alone) and len({tuple(t.tolist()) for t in many.tokens}) == 6
-    assert torch.equal(generate(model, prompts, 8, seed=[1, 2, 3, 4, 11, 6], samples=3, cache="static", **kw).tokens, many.tokens)
-    assert torch.equal(generate(model, prompts, 8, seed=9, **kw).tokens, generate(model, prompts, 8, seed=9, **kw).tokens)
+    assert torch.equal(generate(model, prompts, 8, seed=[1, 2, 3, 4, 11, 6], samples=3, cache="static", **kw).tokens,
+                       many.tokens)
+    assert torch.equal(generate(model, prompts, 8, seed=9, **kw).tokens,
+                       generate(model, prompts, 8, seed=9, **kw).tokens)
 
 
 def test_rows_stop():
@@ -497,11 +518,25 @@ def test_generate_refuses():
     model, x = _model(), _tokens()
     mask = torch.ones(2, 9, dtype=torch.bool, device=x.device)
     check_raises(lambda **kw: generate(model, **kw), [
-        (dict(max_new=0), ValueError, "max_new"), (dict(temperature=-1), ValueError, "temperature"), (dict(top_k=0), ValueError, "top_k"),
-        (dict(top_p=1.5), ValueError, "top_p"), (dict(prompts=x.float()), TypeError, "prompts"), (dict(prompts=[[1], []]), ValueError, "prompts"),
-        (dict(prompts=x[:0]), ValueError, "prompts"), (dict(mask=mask[:1]), ValueError, "mask"), (dict(mask=mask & (torch.arange(9, device=x.device) < 8)), ValueError, "mask"),
-        (dict(seed=[1]), ValueError, ["seed", "2"]), (dict(cache="paged"), ValueError, "paged"), (dict(samples=0), ValueError, "samples")],
+        (dict(max_new=0), ValueError, "max_new"), (dict(temperature=-1), ValueError, "temperature"),
+        (dict(top_k=0), ValueError, "top_k"),
+        (dict(top_p=1.5), ValueError, "top_p"), (dict(prompts=x.float()), TypeError, "prompts"),
+        (dict(prompts=[[1], []]), ValueError, "prompts"),
+        (dict(prompts=x[:0]), ValueError, "prompts"), (dict(mask=mask[:1]), ValueError, "mask"),
+        (dict(mask=mask & (torch.arange(9, device=x.device) < 8)), ValueError, "mask"),
+        (dict(seed=[1]), ValueError, ["seed", "2"]), (dict(cache="paged"), ValueError, "paged"),
+        (dict(samples=0), ValueError, "samples"), (dict(graph=True, cache="dynamic"), ValueError, "graph")],
         prompts=x, max_new=2)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_recorded_step_is_the_step(temperature):
+    model, prompts = _model(dtype=torch.float32), [_tokens(1, n, seed=n)[0] for n in (6, 1, 3)]
+    kw = dict(temperature=temperature, top_k=20, samples=2, stop=3, pad=1)
+    want, got = (generate(model, prompts, 12, cache="static", graph=g, **kw) for g in (False, True))
+    assert torch.equal(got.tokens, want.tokens) and torch.equal(got.lengths, want.lengths)
+    assert rel_error(got.log_probs, want.log_probs) < 1e-5
 
 
 class Fixed(nn.Module):
@@ -516,10 +551,11 @@ class Fixed(nn.Module):
 def test_bits_per_byte_compare_tokenisers():
     p = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64)
     text = torch.multinomial(p, 2000, replacement=True, generator=torch.Generator().manual_seed(0))
-    single = torch.cat([text[:2], text])[None]                       # two bytes before the text, so that both predict all of it
+    single = torch.cat([text[:2], text])[None]  # two bytes before the text, so that both predict all of it
     pairs = (4 * single[0, ::2] + single[0, 1::2])[None]
     two = Fixed(torch.outer(p, p).flatten())
-    a, b = (bits_per_byte(m, t, byte_counts=c) for m, t, c in ((Fixed(p), single[:, 1:], torch.ones(4)), (two, pairs, torch.full((16,), 2.0))))
+    a = bits_per_byte(Fixed(p), single[:, 1:], byte_counts=torch.ones(4))
+    b = bits_per_byte(two, pairs, byte_counts=torch.full((16,), 2.0))
     entropy = float(-(p[text].log2()).mean())
     assert abs(a.total - entropy) < 1e-9 and abs(b.total - entropy) < 1e-9
     per_token = -float(log_probs(two, pairs).detach().mean()) / math.log(2)
@@ -535,16 +571,20 @@ def test_log_probs(family):
     assert abs(float(next_token_loss(model, x[:, :-1], x[:, 1:])) + float(want.mean())) < 1e-5
     mask = torch.arange(8, device=x.device) >= torch.tensor([[0], [3], [7]], device=x.device)
     got = log_probs(model, x, mask=mask)
-    assert rel_error(got[1, 3:], log_probs(model, x[1:2, 3:])[0]) < 1e-10 and (got[1, :3] == 0).all() and (got[2] == 0).all()
+    assert rel_error(got[1, 3:], log_probs(model, x[1:2, 3:])[0]) < 1e-10 and (got[1, :3] == 0).all()
+    assert (got[2] == 0).all()
     cut = torch.tensor([0, 5, 8, 24], device=x.device)
     if device_under_test() != "cuda":
         packed = log_probs(model, x.view(1, 24), segments=cut)[0]
-        assert rel_error(packed[5:7], log_probs(model, x.view(1, 24)[:, 5:8])[0]) < 1e-10 and packed[4] == 0 and packed[7] == 0
-    scores = continuation_log_probs(model, [x[0, :3], x[1, :6], x[2, :1]], [x[0, 3:8], x[1, 6:7], x[2, 1:4]], batch_size=2)
+        assert rel_error(packed[5:7], log_probs(model, x.view(1, 24)[:, 5:8])[0]) < 1e-10 and packed[4] == 0
+        assert packed[7] == 0
+    scores = continuation_log_probs(model, [x[0, :3], x[1, :6], x[2, :1]], [x[0, 3:8], x[1, 6:7], x[2, 1:4]],
+                                    batch_size=2)
     for got, w in zip(scores, (want[0, 2:7], want[1, 5:6], want[2, :3])):
         assert rel_error(got, w) < 1e-10
     bits = bits_per_byte(model, x, batch_size=2)
-    assert rel_error(bits.by_position, -want.mean(0).cpu() / math.log(2)) < 1e-10 and abs(bits.total + float(want.mean()) / math.log(2)) < 1e-10
+    assert rel_error(bits.by_position, -want.mean(0).cpu() / math.log(2)) < 1e-10
+    assert abs(bits.total + float(want.mean()) / math.log(2)) < 1e-10
 
 
 def test_scores_leave_out_what_is_not_asked():
@@ -555,7 +595,8 @@ def test_scores_leave_out_what_is_not_asked():
     assert rel_error(next_token_loss(model, x, y), -model(x)[0, 3].log_softmax(-1)[7]) < 1e-5
     assert windows_of(torch.arange(10), 4, 3).tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
     check_raises(lambda **kw: continuation_log_probs(model, **kw), [
-        (dict(prompts=[[1], [2]]), ValueError, "continuations"), (dict(prompts=[[]]), ValueError, "prompts"), (dict(batch_size=0), ValueError, "batch_size")],
+        (dict(prompts=[[1], [2]]), ValueError, "continuations"), (dict(prompts=[[]]), ValueError, "prompts"),
+        (dict(batch_size=0), ValueError, "batch_size")],
         prompts=[[1]], continuations=[[2]])
     with pytest.raises(ValueError, match="tokens"): bits_per_byte(model, x[:, :1])
     with pytest.raises(ValueError, match="length"): windows_of(torch.arange(3), 4, 1)
@@ -583,7 +624,8 @@ def test_lora_starts_at_the_model_and_merges_into_it(family):
     merge_lora(model)
     assert rel_error(model(x), apart) < 1e-10 and model.blocks[0].attention.q.merged
     unmerge_lora(model)
-    assert rel_error(model(x), apart) < 1e-10 and rel_error(model.blocks[1].attention.out.base.weight, plain.blocks[1].attention.out.weight) < 1e-12
+    assert rel_error(model(x), apart) < 1e-10
+    assert rel_error(model.blocks[1].attention.out.base.weight, plain.blocks[1].attention.out.weight) < 1e-12
     layer = model.blocks[0].attention.v
     want = layer.base.weight + 16 / 4 * layer.B @ layer.A
     merge_lora(model, unload=True)
@@ -595,11 +637,12 @@ def test_lora_starts_at_the_model_and_merges_into_it(family):
 def test_lora_trains_what_it_says():
     model, x = _lora(), _tokens()
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trained == {f"blocks.{i}.attention.{t}.{ab}" for i in range(2) for t in ("q", "k", "v", "out") for ab in "AB"} == set(lora_state(model))
+    assert trained == {f"blocks.{i}.attention.{t}.{ab}" for i in range(2) for t in ("q", "k", "v", "out")
+                       for ab in "AB"} == set(lora_state(model))
     next_token_loss(model, x[:, :-1], x[:, 1:]).backward()
     for n, p in model.named_parameters():
         assert (p.grad is not None) == (n in trained)
-        if n in trained: assert (p.grad.abs().sum() == 0) == n.endswith(".A"), n              # at the start B alone moves
+        if n in trained: assert (p.grad.abs().sum() == 0) == n.endswith(".A"), n  # at the start B alone moves
     mark_trainable(model)
     more = {n for n, p in model.named_parameters() if p.requires_grad} - trained
     assert more == {"embed.weight", "norm.weight"} | {f"blocks.{i}.norm{j}.weight" for i in range(2) for j in (1, 2)}
@@ -621,7 +664,8 @@ def test_lora_plus_gives_b_its_own_rate():
         def step(self, *a, **k):
             rates.append({id(p): g["lr"] for g in self.param_groups for p in g["params"]})
             return super().step(*a, **k)
-    fit(model, next_token_loss, lambda step: (x[:, :-1], x[:, 1:]), steps=4, lr=0.1, warmup=0, schedule="linear", optimizer=lora_plus(model, 8.0, Watch))
+    fit(model, next_token_loss, lambda step: (x[:, :-1], x[:, 1:]), steps=4, lr=0.1, warmup=0, schedule="linear",
+        optimizer=lora_plus(model, 8.0, Watch))
     layer = model.blocks[0].attention.q
     assert rates[0][id(layer.A)] == pytest.approx(0.1) and rates[0][id(layer.B)] == pytest.approx(0.8)
     assert rates[2][id(layer.A)] == pytest.approx(0.05) and rates[2][id(layer.B)] == pytest.approx(0.4)
@@ -631,7 +675,9 @@ def test_lora_plus_gives_b_its_own_rate():
 
 
 def test_lora_refuses():
-    check_raises(lambda **kw: add_lora(_model(), **kw), [(dict(targets=("q", "query")), ValueError, "query"), (dict(r=0), ValueError, "r must"), (dict(alpha="x"), TypeError, "alpha")], r=2)
+    check_raises(lambda **kw: add_lora(_model(), **kw),
+                 [(dict(targets=("q", "query")), ValueError, "query"), (dict(r=0), ValueError, "r must"),
+                  (dict(alpha="x"), TypeError, "alpha")], r=2)
     with pytest.raises(ValueError, match="add_lora"): lora_plus(_model())
     layer = LoRALinear(nn.Linear(3, 3))
     layer.merge()
@@ -643,8 +689,10 @@ def test_lora_refuses():
 def test_tokenizers_give_back_the_text():
     t, text = ByteTokenizer(), "Überall 8 Äpfel – ✓"
     x = t.encode(text, bos=True, eos=True)
-    assert x[0] == 257 and x[-1] == 258 and t.decode(x) == text and t.vocab_size == 259 and len(x) == 2 + len(text.encode())
-    assert int(t.byte_counts[x].sum()) == len(text.encode()) and t.decode([0xC3]) == "\ufffd" and t.encode(b"ab").tolist() == [97, 98]
+    assert x[0] == 257 and x[-1] == 258 and t.decode(x) == text and t.vocab_size == 259
+    assert len(x) == 2 + len(text.encode())
+    assert int(t.byte_counts[x].sum()) == len(text.encode()) and t.decode([0xC3]) == "\ufffd"
+    assert t.encode(b"ab").tolist() == [97, 98]
     for symbols, text in (("0123456789+= ", "12+3=15 "), (["risk", "safe", "A", "B"], "A B safe")):
         s = SymbolTokenizer(symbols)
         assert s.decode(s.encode(text)) == text and int(s.encode(text).max()) < s.vocab_size == len(symbols)
@@ -662,7 +710,8 @@ def test_pack_keeps_documents_apart():
     assert p.targets.tolist() == [[-100, -100, 3, -100, -100], [-100, -100, -100, 31, -100]]
     p = pack(docs[:1] + docs[2:3], length=6, pad=7)
     assert p.tokens.tolist() == [[0, 1, 2, 3, 7, 7], [20, 21, 22, 7, 7, 7]] and p.segments.tolist() == [0, 4, 6, 9, 12]
-    check_raises(pack, [(dict(documents=[[1], []]), ValueError, "documents"), (dict(length=2), ValueError, ["length", "3"]),
+    check_raises(pack, [(dict(documents=[[1], []]), ValueError, "documents"),
+                        (dict(length=2), ValueError, ["length", "3"]),
                         (dict(loss=[[1]]), ValueError, "loss")], documents=[[1, 2, 3]])
 
 
@@ -682,8 +731,10 @@ def test_packed_batches_are_a_function_of_the_step():
     order = lambda batches, steps: [int(t) for s in steps for t in batches(s).tokens[0, ::2]]
     first = order(a, range(3))
     assert len(set(first)) == 9 and order(a, (2, 1, 0)) == first[6:] + first[3:6] + first[:3]
-    assert order(a, range(3, 6)) != first != order(b, range(3)) and order(PackedBatches(docs, per_batch=3, seed=4), (4,)) == order(a, (4,))
-    check_raises(PackedBatches, [(dict(per_batch=11), ValueError, "per_batch"), (dict(loss=[[1, 1]]), ValueError, "loss")], documents=docs, per_batch=2)
+    assert order(a, range(3, 6)) != first != order(b, range(3))
+    assert order(PackedBatches(docs, per_batch=3, seed=4), (4,)) == order(a, (4,))
+    check_raises(PackedBatches, [(dict(per_batch=11), ValueError, "per_batch"),
+                                 (dict(loss=[[1, 1]]), ValueError, "loss")], documents=docs, per_batch=2)
 
 
 TASKS = dict(passkey=lambda n, **kw: passkey(n, **kw), recall=lambda n, **kw: key_value_recall(n, **kw))
@@ -702,7 +753,8 @@ def test_tasks_hold_their_answer_once_and_where_they_say(name, length):
         text = bytes(x.tolist())
         if name == "recall":
             key = text[:-a + 1].rpartition(b"?")[2]
-            assert text.count(b";" + key) + text.startswith(key) + text.count(b"." + key) == 1 and text.index(key) + len(key) == start
+            assert text.count(b";" + key) + text.startswith(key) + text.count(b"." + key) == 1
+            assert text.index(key) + len(key) == start
             keys = [r.split(b"=")[0] for r in text.lstrip(b".").split(b"?")[0].split(b";")[:-1]]
             assert len(set(keys)) == len(keys) == (length + 1 - 6) // 6
     assert len(set(map(tuple, t.answers.tolist()))) > 10 and len(set(t.distance.tolist())) > 5
@@ -717,8 +769,10 @@ def test_tasks_place_what_is_asked():
         assert (start - at).abs().max() <= 1, (depth, start)
     d = [int(key_value_recall(200, record=r).distance) for r in range(4)]
     assert d == [7, 13, 19, 25]
-    check_raises(passkey, [(dict(length=40), ValueError, "length"), (dict(depth=1.5), ValueError, "depth"), (dict(digits=0), ValueError, "digits")], length=200)
-    check_raises(key_value_recall, [(dict(length=8), ValueError, "length"), (dict(record=99), ValueError, ["record", "99"]),
+    check_raises(passkey, [(dict(length=40), ValueError, "length"), (dict(depth=1.5), ValueError, "depth"),
+                           (dict(digits=0), ValueError, "digits")], length=200)
+    check_raises(key_value_recall, [(dict(length=8), ValueError, "length"),
+                                    (dict(record=99), ValueError, ["record", "99"]),
                                     (dict(key_length=1, length=500), ValueError, "key_length")], length=100)
 
 
@@ -744,16 +798,24 @@ def _transformers():
         if sys.modules.get("torchvision", 0) is None: sys.modules.pop("torchvision")
 
 
-_TINY = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+_TINY = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             max_position_embeddings=64)
 HF_CASES = {
-    "llama": ("Llama", dict(num_key_value_heads=4)), "llama, grouped, tied": ("Llama", dict(num_key_value_heads=2, tie_word_embeddings=True)),
-    "llama, biases, wide heads": ("Llama", dict(num_key_value_heads=1, attention_bias=True, mlp_bias=True, head_dim=16, rms_norm_eps=1e-3)),
+    "llama": ("Llama", dict(num_key_value_heads=4)),
+    "llama, grouped, tied": ("Llama", dict(num_key_value_heads=2, tie_word_embeddings=True)),
+    "llama, biases, wide heads": ("Llama", dict(num_key_value_heads=1, attention_bias=True, mlp_bias=True, head_dim=16,
+                                                rms_norm_eps=1e-3)),
     "linear": ("Llama", dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=500.0))),
-    "llama3": ("Llama", dict(rope_parameters=dict(rope_type="llama3", factor=8.0, rope_theta=50.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16))),
-    "yarn": ("Llama", dict(head_dim=32, rope_parameters=dict(rope_type="yarn", factor=8.0, rope_theta=50.0, original_max_position_embeddings=16, beta_fast=4.0, beta_slow=1.0))),
+    "llama3": ("Llama", dict(rope_parameters=dict(rope_type="llama3", factor=8.0, rope_theta=50.0, low_freq_factor=1.0,
+                                                  high_freq_factor=4.0, original_max_position_embeddings=16))),
+    "yarn": ("Llama", dict(head_dim=32, rope_parameters=dict(rope_type="yarn", factor=8.0, rope_theta=50.0,
+                                                             original_max_position_embeddings=16, beta_fast=4.0,
+                                                             beta_slow=1.0))),
     "qwen2": ("Qwen2", dict(num_key_value_heads=2)),
     "neox": ("GPTNeoX", dict(rope_parameters=dict(rope_type="default", rope_theta=100.0, partial_rotary_factor=0.25))),
-    "neox, in sequence": ("GPTNeoX", dict(use_parallel_residual=False, attention_bias=False, rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=1.0)))}
+    "neox, in sequence": ("GPTNeoX", dict(use_parallel_residual=False, attention_bias=False,
+                                          rope_parameters=dict(rope_type="default", rope_theta=1e4,
+                                                               partial_rotary_factor=1.0)))}
 
 
 def _peer(name, changes):
@@ -778,11 +840,13 @@ def test_logits_equal_transformers(case, dtype):
     tol = 2e-6 if dtype == torch.float64 else 2e-5
     assert rel_error(model(x), peer(x).logits) < tol
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    assert rel_error(model(x, mask=mask)[mask], peer(x, attention_mask=mask.long(), position_ids=positions).logits[mask]) < tol
+    assert rel_error(model(x, mask=mask)[mask], peer(x, attention_mask=mask.long(),
+                                                     position_ids=positions).logits[mask]) < tol
     assert config_from_hf(config_to_hf(config)) == config and count_parameters(model) == count_parameters(peer)
-    states = peer(x, output_hidden_states=True).hidden_states                              # theirs ends with the normed state
+    states = peer(x, output_hidden_states=True).hidden_states  # theirs ends with the normed state
     ours = model(x, return_hidden=True).hidden
-    assert all(rel_error(a, b) < tol for a, b in zip(ours[:-1], states[:-1])) and rel_error(model.norm(ours[-1]), states[-1]) < tol
+    assert all(rel_error(a, b) < tol for a, b in zip(ours[:-1], states[:-1]))
+    assert rel_error(model.norm(ours[-1]), states[-1]) < tol
     back = to_hf(model)
     theirs = {k.replace("lm_head", "embed_out") if "neox" in case else k: v for k, v in peer.state_dict().items()}
     if config.tied: theirs.pop("lm_head.weight", None)
@@ -794,7 +858,8 @@ def test_generation_equals_transformers():
     peer = _peer("Llama", dict(num_key_value_heads=2)).double()
     model = load_hf(LanguageModel(config_from_hf(peer.config.to_dict())).double(), peer.state_dict())
     prompts, mask = left_pad([_tokens(1, n, seed=n)[0].cpu() for n in (7, 3)])
-    want = peer.generate(prompts, attention_mask=mask.long(), max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=None)
+    want = peer.generate(prompts, attention_mask=mask.long(), max_new_tokens=10, do_sample=False, pad_token_id=0,
+                         eos_token_id=None)
     assert torch.equal(generate(model, prompts, 10, mask=mask).tokens, want[:, 7:])
 
 
@@ -803,7 +868,8 @@ def test_a_folder_is_loaded(tmp_path):
     peer.save_pretrained(tmp_path)
     model = from_pretrained(tmp_path)
     x = _tokens(1).cpu()
-    assert model.head.weight.dtype == torch.bfloat16 and not model.training and rel_error(model(x).float(), peer(x).logits.float()) < 0.03
+    assert model.head.weight.dtype == torch.bfloat16 and not model.training
+    assert rel_error(model(x).float(), peer(x).logits.float()) < 0.03
     assert rel_error(from_pretrained(tmp_path, dtype=torch.float32)(x), peer.float()(x).logits) < 2e-5
     (tmp_path / "model.safetensors").write_bytes(b"not a file of that kind")
     with pytest.raises(ValueError, match="no safetensors"): from_pretrained(tmp_path)
@@ -826,13 +892,18 @@ def test_there_and_back(family):
 
 
 def test_settings_that_this_model_lacks():
-    good = dict(model_type="llama", vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    good = dict(model_type="llama", vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                num_attention_heads=4)
     assert config_from_hf(good) == ModelConfig(50, 32, 2, 4, ff_dim=48)
-    assert config_from_hf(good | dict(model_type="gpt_neox", hidden_act="gelu", rotary_pct=0.5, rotary_emb_base=500)) == ModelConfig.neox(
+    assert config_from_hf(good | dict(model_type="gpt_neox", hidden_act="gelu", rotary_pct=0.5,
+                                      rotary_emb_base=500)) == ModelConfig.neox(
         50, 32, 2, 4, ff_dim=48, rope_fraction=0.5, rope_theta=500.0)
-    assert config_from_hf(good | dict(rope_scaling=dict(type="linear", factor=2))).rope_scaling == RopeScaling("linear", 2.0)
-    for change, words in ((dict(model_type="bert"), "bert"), (dict(hidden_act="relu"), "relu"), (dict(rope_scaling=dict(rope_type="dynamic", factor=2)), "dynamic"),
-                          (dict(model_type="mistral", sliding_window=16, max_position_embeddings=64), "sliding_window")):
+    stretched = config_from_hf(good | dict(rope_scaling=dict(type="linear", factor=2)))
+    assert stretched.rope_scaling == RopeScaling("linear", 2.0)
+    for change, words in ((dict(model_type="bert"), "bert"), (dict(hidden_act="relu"), "relu"),
+                          (dict(rope_scaling=dict(rope_type="dynamic", factor=2)), "dynamic"),
+                          (dict(model_type="mistral", sliding_window=16, max_position_embeddings=64),
+                           "sliding_window")):
         with pytest.raises(ValueError, match=words): config_from_hf(good | change)
     with pytest.raises(ValueError, match="positions"): to_hf(_model("gpt"))
 
@@ -848,18 +919,21 @@ def test_both_bodies_are_equally_large(preset):
 def test_rescaled_shares_weights():
     model, x = _model(), _tokens(1, 20)
     far = rescaled(model, RopeScaling("linear", 4))
-    assert far.embed is model.embed and far.blocks is model.blocks and torch.equal(far.rope.frequencies * 4, model.rope.frequencies)
-    assert rel_error(far(x, positions=4 * torch.arange(20, device=x.device)), model(x)) < 1e-5 and model.config.rope_scaling is None
+    assert far.embed is model.embed and far.blocks is model.blocks
+    assert torch.equal(far.rope.frequencies * 4, model.rope.frequencies)
+    assert rel_error(far(x, positions=4 * torch.arange(20, device=x.device)), model(x)) < 1e-5
+    assert model.config.rope_scaling is None
     assert rel_error(far(x), model(x)) > 1e-3 and torch.equal(rescaled(far, None)(x), model(x))
 
 
 def test_experiments_record_what_they_measure():
     stream, config = torch.arange(4000) % 7, ModelConfig(8, 16, 1, 2, max_length=16)
     model, losses = train_text(config, stream, length=16, batch=8, steps=120, lr=1e-2, device=device_under_test())
-    assert losses[0] > 1.5 and losses[-1] < 0.2 and not model.training                      # the next number follows from this one
+    assert losses[0] > 1.5 and losses[-1] < 0.2 and not model.training  # the next number follows from this one
     bits = bits_per_byte(model, windows_of(stream, 17, 8))
     assert bits.total < 0.4 and len(bits.by_position) == 16
-    rows = list(beyond_rows(model, stream, dict(length=16, windows=4, scalings=(2,)), dict(device=device_under_test(), preset="smoke", training="smoke", family="llama", run=0)))
+    rows = list(beyond_rows(model, stream, dict(length=16, windows=4, scalings=(2,)),
+                            dict(device=device_under_test(), preset="smoke", training="smoke", family="llama", run=0)))
     assert [r["scaling"] for r in rows] == ["none", "linear", "ntk", "yarn"]
     assert all(abs(r["bits"] - (r["within"] + r["after"]) / 2) < 1e-4 for r in rows)
     more, again = train_text(config, stream, length=16, batch=8, steps=3, model=model, device=device_under_test())

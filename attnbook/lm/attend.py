@@ -39,7 +39,7 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None,
     """`scaled_dot_product_attention` with grouped heads. `mask` as in the table; a single query that has none sees all
     keys. q `(B, H, n, d)`, k and v `(B, H_kv, m, d)`."""
     group = q.shape[1] // k.shape[1]
-    if q.shape[2] == 1 and group > 1:                            # one query: the heads that share keys are rows of one product
+    if q.shape[2] == 1 and group > 1:  # one query: the heads that share keys are rows of one product
         folded = q.unflatten(1, (-1, group)).flatten(2, 3)                                  # [B, H_kv, group, d]
         return F.scaled_dot_product_attention(folded, k, v, mask, scale=scale).reshape(*q.shape[:3], v.shape[-1])
     triangle = mask is None and causal and q.shape[2] > 1
@@ -50,8 +50,8 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, *, causal: 
                   scale: float | None = None) -> Tensor:
     """Attention within each of the documents that begin at `segments` in the rows laid end to end; q `(B, H, n, d)`.
 
-    On a GPU by the engine's `varlen_attention`, which never looks at another document. Elsewhere by a mask for each row,
-    which takes n^2 memory and compiles."""
+    On a GPU by the engine's `varlen_attention`, which never looks at another document. Elsewhere by a mask for each
+    row, which takes n^2 memory and compiles."""
     B, H, n, _ = q.shape
     if q.is_cuda:
         flat = lambda t: t.transpose(0, 1).flatten(1, 2)                                    # [heads, B n, d]

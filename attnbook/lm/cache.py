@@ -28,9 +28,11 @@ class DynamicCache:
         self.keys, self.values = [None] * self.depth, [None] * self.depth
         self.length, self.before, self.pads = 0, 0, None
 
-    def extend(self, batch: int, n: int, device: torch.device, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Takes n more tokens a row: their positions `(B or 1, n)` and what they see, `(B or 1, 1, n, length)` or None for
-        the triangle or a single token. `mask` `(B, n)`, False for padding at the left: for the first tokens only."""
+    def extend(self, batch: int, n: int, device: torch.device,
+               mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Takes n more tokens a row: their positions `(B or 1, n)` and what they see, `(B or 1, 1, n, length)` or
+        None for the triangle or a single token. `mask` `(B, n)`, False for padding at the left: for the first tokens
+        only."""
         if mask is not None and self.length:
             raise ValueError("mask is for the first tokens of a cache; what follows them is not padded")
         if self.keys[0] is not None and self.keys[0].shape[0] != batch:
@@ -85,19 +87,20 @@ class DynamicCache:
 
 
 class StaticCache:
-    """Keys and values with all their room from the start, and their length on the device: made for torch.compile and CUDA
-    graphs.
+    """Keys and values with all their room from the start, and their length on the device: made for torch.compile and
+    CUDA graphs.
 
-    `length` `()` int64: slots taken, on the device. `pads` `(batch,)` int64. That tokens beyond `max_length` are refused
-    would need that number: callers count. `extend` and `update` as of `DynamicCache`, but keys and masks have `max_length`
-    columns, save for the first tokens after `reset`, which see each other only."""
+    `length` `()` int64: slots taken, on the device. `pads` `(batch,)` int64. That tokens beyond `max_length` are
+    refused would need that number: callers count. `extend` and `update` as of `DynamicCache`, but keys and masks have
+    `max_length` columns, save for the first tokens after `reset`, which see each other only."""
     def __init__(self, depth: int, batch: int, kv_heads: int, head_dim: int, max_length: int, *,
                  dtype: torch.dtype = torch.float32, device: torch.device | str | None = None):
         sizes = dict(depth=depth, batch=batch, kv_heads=kv_heads, head_dim=head_dim, max_length=max_length)
         for name, value in sizes.items():
             check_int(name, value, least=1)
         self.depth, self.batch, self.max_length = depth, batch, max_length
-        make = lambda: [torch.zeros(batch, kv_heads, max_length, head_dim, dtype=dtype, device=device) for _ in range(depth)]
+        make = lambda: [torch.zeros(batch, kv_heads, max_length, head_dim, dtype=dtype, device=device)
+                        for _ in range(depth)]
         self.keys, self.values = make(), make()
         self.length = torch.zeros((), dtype=torch.int64, device=device)
         self.pads = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -109,7 +112,8 @@ class StaticCache:
         self.pads.zero_()
         self.fresh = True
 
-    def extend(self, batch: int, n: int, device: torch.device, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def extend(self, batch: int, n: int, device: torch.device,
+               mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         "Takes n more tokens a row; see `DynamicCache.extend`."
         if mask is not None and not self.fresh:
             raise ValueError("mask is for the first tokens of a cache; what follows them is not padded")
@@ -128,7 +132,8 @@ class StaticCache:
         return positions, visible(self.slots, self.max_length, self.pads)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        "Stores k, v of the tokens that `extend` announced. Returns the whole room, or k and v themselves if it was empty."
+        """Stores k, v of the tokens that `extend` announced. Returns the whole room, or k and v themselves if it was
+        empty."""
         for store, new in ((self.keys[layer], k), (self.values[layer], v)):
             store.index_copy_(2, self.slots, new.to(store.dtype))
         return (k, v) if self.first else (self.keys[layer].to(k.dtype), self.values[layer].to(v.dtype))

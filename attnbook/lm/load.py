@@ -20,8 +20,10 @@ from .reference import RopeScaling
 
 # %% ../../nbs/1_foundations/13_lm.ipynb #eb1c8927
 _LLAMA_NAMES = {  # ours -> Hugging Face's, inside a block
-    "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj", "attention.out": "self_attn.o_proj",
-    "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj", "norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
+    "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
+    "attention.out": "self_attn.o_proj",
+    "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj", "norm1": "input_layernorm",
+    "norm2": "post_attention_layernorm"}
 _NEOX_NAMES = {"attention.out": "attention.dense", "mlp.up": "mlp.dense_h_to_4h", "mlp.down": "mlp.dense_4h_to_h",
                "norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
 _KINDS = {"llama": ("llama", "mistral", "qwen2"), "neox": ("gpt_neox",)}
@@ -30,12 +32,12 @@ _KINDS = {"llama": ("llama", "mistral", "qwen2"), "neox": ("gpt_neox",)}
 def _layout(config: ModelConfig) -> str:
     "Whose names a configuration's weights have."
     if config.positions != "rope":
-        raise ValueError(f"config must have positions='rope' to have a layout of Hugging Face's, not {config.positions!r}")
+        raise ValueError(f"config must have positions='rope' for Hugging Face's layout, not {config.positions!r}")
     if (config.norm, config.mlp, config.parallel) == ("rms", "swiglu", False):
         return "llama"
     if (config.norm, config.mlp, config.kv_heads) == ("layer", "gelu", config.heads):
         return "neox"
-    raise ValueError("config must be of Llama's or of GPT-NeoX's kinds (norm, mlp, one key per query) to have a layout of Hugging Face's")
+    raise ValueError("config must be of Llama's or GPT-NeoX's kinds for Hugging Face's layout")
 
 
 def _names(config: ModelConfig) -> dict[str, str]:
@@ -50,8 +52,8 @@ def _names(config: ModelConfig) -> dict[str, str]:
 
 
 def to_hf(model: LanguageModel) -> dict[str, Tensor]:
-    """The weights under the names of Hugging Face's LlamaForCausalLM or GPTNeoXForCausalLM (the head as `embed_out`, as in
-    Pythia's files). Merge LoRA first. ValueError for a model of other kinds."""
+    """The weights under the names of Hugging Face's LlamaForCausalLM or GPTNeoXForCausalLM (the head as `embed_out`,
+    as in Pythia's files). Merge LoRA first. ValueError for a model of other kinds."""
     config, own, found = model.config, dict(model.state_dict()), {}
     for ours, theirs in _names(config).items():
         for part in ("weight", "bias"):
@@ -63,16 +65,17 @@ def to_hf(model: LanguageModel) -> dict[str, Tensor]:
                 packed = torch.stack([t.unflatten(0, (config.heads, config.head_dim)) for t in parts], 1)
                 found[f"gpt_neox.layers.{i}.attention.query_key_value.{part}"] = packed.flatten(0, 2)
     if own:
-        raise ValueError(f"model must have plain weights, not {', '.join(sorted(own)[:3])} …: merge_lora(model, unload=True) first")
+        raise ValueError(f"model must have plain weights, not {', '.join(sorted(own)[:3])} …: call "
+                         "merge_lora(model, unload=True) first")
     return found
 
 
 def load_hf(model: LanguageModel, state: Mapping[str, Tensor]) -> LanguageModel:
-    """Fills the model with weights under Hugging Face's names, cast to its types; returns it. A head is optional where it is
-    tied. ValueError naming what is missing, left over or of another shape."""
-    config, state = model.config, {k: v for k, v in state.items() if not k.endswith(("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"))}
-    found = {}
-    if "lm_head.weight" in state and _layout(config) == "neox":                               # as transformers 5 calls it
+    """Fills the model with weights under Hugging Face's names, cast to its types; returns it. A head is optional
+    where it is tied. ValueError naming what is missing, left over or of another shape."""
+    buffers = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")              # of older files
+    config, state, found = model.config, {k: v for k, v in state.items() if not k.endswith(buffers)}, {}
+    if "lm_head.weight" in state and _layout(config) == "neox":  # as transformers 5 calls it
         state["embed_out.weight"] = state.pop("lm_head.weight")
     for ours, theirs in _names(config).items():
         for part in ("weight", "bias"):
@@ -85,8 +88,10 @@ def load_hf(model: LanguageModel, state: Mapping[str, Tensor]) -> LanguageModel:
                 found |= {f"blocks.{i}.attention.{n}.{part}": t.flatten(0, 1) for n, t in zip("qkv", parts)}
     if config.tied: found.pop("head.weight", None)
     own = model.state_dict()
-    problems = [f"missing {n}" for n in own.keys() - found.keys()] + [f"left over {n}" for n in [*state, *(found.keys() - own.keys())]]
-    problems += [f"{n} is {tuple(found[n].shape)}, not {tuple(own[n].shape)}" for n in own.keys() & found.keys() if own[n].shape != found[n].shape]
+    problems = [f"missing {n}" for n in own.keys() - found.keys()]
+    problems += [f"left over {n}" for n in (*state, *(found.keys() - own.keys()))]
+    problems += [f"{n} is {tuple(found[n].shape)}, not {tuple(own[n].shape)}"
+                 for n in own.keys() & found.keys() if own[n].shape != found[n].shape]
     if problems:
         raise ValueError(f"state must hold the weights of this configuration: {'; '.join(sorted(problems)[:5])}")
     with torch.no_grad():
@@ -95,29 +100,37 @@ def load_hf(model: LanguageModel, state: Mapping[str, Tensor]) -> LanguageModel:
 
 
 def config_from_hf(settings: Mapping) -> ModelConfig:
-    """A configuration from Hugging Face's, as a mapping (`config.json`, `config.to_dict()`), of model type llama, mistral,
-    qwen2 or gpt_neox. ValueError for another type, and for what this model lacks (sliding windows, other activations or
-    kinds of RoPE)."""
+    """A configuration from Hugging Face's, as a mapping (`config.json`, `config.to_dict()`), of model type llama,
+    mistral, qwen2 or gpt_neox. ValueError for another type, and for what this model lacks (sliding windows, other
+    activations or kinds of RoPE)."""
     s = dict(settings)
     kind = next((k for k, types in _KINDS.items() if s.get("model_type") in types), None)
     if kind is None:
-        raise ValueError(f"model_type must be one of {', '.join(t for types in _KINDS.values() for t in types)}, not {s.get('model_type')!r}")
+        known = ", ".join(t for types in _KINDS.values() for t in types)
+        raise ValueError(f"model_type must be one of {known}, not {s.get('model_type')!r}")
     rope = dict(s.get("rope_parameters") or s.get("rope_scaling") or {})
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     activation = s.get("hidden_act", "silu")
-    if activation != ("silu" if kind == "llama" else "gelu") or rope_type not in ("default", "linear", "llama3", "yarn"):
-        raise ValueError(f"hidden_act={activation!r} with rope_type={rope_type!r} is not supported for {s['model_type']}")
-    if s.get("sliding_window") and s.get("use_sliding_window", True) and s["sliding_window"] < s.get("max_position_embeddings", 0):
-        raise ValueError(f"sliding_window={s['sliding_window']} is not supported; plug a windowed attention into the model")
+    known = ("default", "linear", "llama3", "yarn")
+    if activation != ("silu" if kind == "llama" else "gelu") or rope_type not in known:
+        raise ValueError(f"hidden_act={activation!r} with rope_type={rope_type!r} is not supported here")
+    window = s.get("sliding_window") if s.get("use_sliding_window", True) else None
+    if window and window < s.get("max_position_embeddings", 0):
+        raise ValueError(f"sliding_window={s['sliding_window']} is not supported; plug in a windowed attention")
     scaling = None if rope_type == "default" else _scaling(rope_type, rope, s)
-    same = dict(vocab_size=s["vocab_size"], dim=s["hidden_size"], depth=s["num_hidden_layers"], heads=s["num_attention_heads"], ff_dim=s["intermediate_size"],
-                max_length=s.get("max_position_embeddings", 2048), tied=s.get("tie_word_embeddings", False), rope_scaling=scaling,
-                rope_theta=float(rope.get("rope_theta", s.get("rope_theta", s.get("rotary_emb_base", 1e4)))), init_std=s.get("initializer_range", 0.02))
+    same = dict(vocab_size=s["vocab_size"], dim=s["hidden_size"], depth=s["num_hidden_layers"],
+                heads=s["num_attention_heads"], ff_dim=s["intermediate_size"],
+                max_length=s.get("max_position_embeddings", 2048), tied=s.get("tie_word_embeddings", False),
+                rope_scaling=scaling,
+                rope_theta=float(rope.get("rope_theta", s.get("rope_theta", s.get("rotary_emb_base", 1e4)))),
+                init_std=s.get("initializer_range", 0.02))
     if kind == "llama":
         bias = "qkv" if s["model_type"] == "qwen2" else s.get("attention_bias", False)
-        return ModelConfig(**same, kv_heads=s.get("num_key_value_heads"), head_dim=s.get("head_dim"), norm_eps=s.get("rms_norm_eps", 1e-6),
+        return ModelConfig(**same, kv_heads=s.get("num_key_value_heads"), head_dim=s.get("head_dim"),
+                           norm_eps=s.get("rms_norm_eps", 1e-6),
                         attention_bias=bias, mlp_bias=s.get("mlp_bias", False))
-    return ModelConfig.neox(**same, norm_eps=s.get("layer_norm_eps", 1e-5), parallel=s.get("use_parallel_residual", True), attention_bias=s.get("attention_bias", True),
+    return ModelConfig.neox(**same, norm_eps=s.get("layer_norm_eps", 1e-5),
+                            parallel=s.get("use_parallel_residual", True), attention_bias=s.get("attention_bias", True),
                          rope_fraction=rope.get("partial_rotary_factor", s.get("rotary_pct", 0.25)))
 
 
@@ -125,7 +138,8 @@ def _scaling(kind: str, rope: dict, settings: dict) -> RopeScaling:
     "Hugging Face's scaling of RoPE."
     length = rope.get("original_max_position_embeddings") or settings.get("max_position_embeddings")
     ends = dict(llama3=("low_freq_factor", "high_freq_factor"), yarn=("beta_slow", "beta_fast")).get(kind)
-    if kind == "yarn" and any(rope.get(k) is not None for k in ("mscale", "mscale_all_dim", "attention_factor")) or not rope.get("truncate", True):
+    special = [k for k in ("mscale", "mscale_all_dim", "attention_factor") if rope.get(k) is not None]
+    if kind == "yarn" and (special or not rope.get("truncate", True)):
         raise ValueError("this kind of yarn (mscale, attention_factor, truncate) is not supported")
     low, high = (rope.get(e) for e in ends) if ends else (None, None)
     return RopeScaling(kind, float(rope["factor"]), length if ends else None, low or 1.0, high)
@@ -139,25 +153,32 @@ def config_to_hf(config: ModelConfig) -> dict:
         if s.kind == "ntk":
             raise ValueError("rope_scaling 'ntk' has no name there; give the config a larger rope_theta")
         names = ("low_freq_factor", "high_freq_factor") if s.kind == "llama3" else ("beta_slow", "beta_fast")
-        rope |= dict(factor=s.factor) | ({} if s.kind == "linear" else dict(original_max_position_embeddings=s.original_length) | dict(zip(names, (s.low, s.high))))
-    same = dict(vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.depth, num_attention_heads=c.heads, intermediate_size=c.ff_dim,
+        rope["factor"] = s.factor
+        if s.kind != "linear":
+            rope |= dict(zip(names, (s.low, s.high)), original_max_position_embeddings=s.original_length)
+    same = dict(vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.depth, num_attention_heads=c.heads,
+                intermediate_size=c.ff_dim,
                 max_position_embeddings=c.max_length, tie_word_embeddings=c.tied, initializer_range=c.init_std)
     if _layout(c) == "neox":
-        return dict(model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"], hidden_act="gelu", layer_norm_eps=c.norm_eps, use_parallel_residual=c.parallel,
-                    attention_bias=c.attention_bias is True, rotary_pct=c.rope_fraction, rope_parameters=rope | dict(partial_rotary_factor=c.rope_fraction), **same)
+        return dict(model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"], hidden_act="gelu",
+                    layer_norm_eps=c.norm_eps, use_parallel_residual=c.parallel,
+                    attention_bias=c.attention_bias is True, rotary_pct=c.rope_fraction,
+                    rope_parameters=rope | dict(partial_rotary_factor=c.rope_fraction), **same)
     name = "qwen2" if c.attention_bias == "qkv" else "llama"
-    return dict(model_type=name, architectures=["Qwen2ForCausalLM" if name == "qwen2" else "LlamaForCausalLM"], hidden_act="silu", rms_norm_eps=c.norm_eps,
+    return dict(model_type=name, architectures=["Qwen2ForCausalLM" if name == "qwen2" else "LlamaForCausalLM"],
+                hidden_act="silu", rms_norm_eps=c.norm_eps,
                 num_key_value_heads=c.kv_heads, head_dim=c.head_dim, rope_parameters=rope, **same,
                 **({} if name == "qwen2" else dict(attention_bias=c.attention_bias is True, mlp_bias=c.mlp_bias)))
 
 
-_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32,
           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, mapped into memory: nothing is read before it is used, and nothing may be written.
-    ValueError for a file of another kind."""
+    """The tensors of a safetensors file, mapped into memory: nothing is read before it is used, and nothing may be
+    written. ValueError for a file of another kind."""
     path = Path(path)
     data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
     head = struct.unpack("<Q", bytes(data[:8].tolist()))[0] if len(data) >= 8 else 0

@@ -24,9 +24,11 @@ class LoRALinear(nn.Module):
     Source: Hu et al., LoRA, 2021, Sec. 4.1."""
     def __init__(self, base: nn.Linear, r: int = 8, alpha: float = 16.0, dropout: float = 0.0):
         super().__init__()
-        self.base, self.r, self.scale, self.merged = base.requires_grad_(False), check_int("r", r, least=1), check_number("alpha", alpha) / r, False
+        self.r = check_int("r", r, least=1)
+        self.base, self.scale, self.merged = base.requires_grad_(False), check_number("alpha", alpha) / r, False
         like = dict(dtype=base.weight.dtype, device=base.weight.device)
-        self.A, self.B = nn.Parameter(torch.empty(r, base.in_features, **like)), nn.Parameter(torch.zeros(base.out_features, r, **like))
+        self.A = nn.Parameter(torch.empty(r, base.in_features, **like))
+        self.B = nn.Parameter(torch.zeros(base.out_features, r, **like))
         self.dropout = nn.Dropout(dropout)
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
@@ -53,8 +55,8 @@ class LoRALinear(nn.Module):
 
 def add_lora(model: nn.Module, targets: Sequence[str] = ("q", "k", "v", "out"), *, r: int = 8, alpha: float = 16.0,
              dropout: float = 0.0) -> nn.Module:
-    """Freezes the model and puts a `LoRALinear` in the place of every linear layer whose name ends in one of `targets`, in
-    place. The defaults are LongLoRA's. Returns the model. ValueError if a target names nothing."""
+    """Freezes the model and puts a `LoRALinear` in the place of every linear layer whose name ends in one of
+    `targets`, in place. The defaults are LongLoRA's. Returns the model. ValueError if a target names nothing."""
     model.requires_grad_(False)
     found = set()
     for name, parent in list(model.named_modules()):
@@ -63,12 +65,14 @@ def add_lora(model: nn.Module, targets: Sequence[str] = ("q", "k", "v", "out"), 
                 setattr(parent, child, LoRALinear(module, r, alpha, dropout))
                 found.add(child)
     if set(targets) - found:
-        raise ValueError(f"targets must name linear layers of the model; no layer is called {', '.join(sorted(set(targets) - found))}")
+        missing = ", ".join(sorted(set(targets) - found))
+        raise ValueError(f"targets must name linear layers of the model; no layer is called {missing}")
     return model
 
 
 def merge_lora(model: nn.Module, *, unload: bool = False) -> nn.Module:
-    "Merges every change that is not. `unload`: also puts the plain linear layers back, so that the weights have their old names."
+    """Merges every change that is not. `unload`: also puts the plain linear layers back, so that the weights have
+    their old names."""
     for parent in list(model.modules()):
         for child, module in list(parent.named_children()):
             if isinstance(module, LoRALinear):
@@ -91,8 +95,8 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def mark_trainable(model: nn.Module, extra: Sequence[str] = ("embed", "norm")) -> nn.Module:
-    """Trains every parameter whose name contains one of `extra` as well: LongLoRA's and SinkLoRA's "LoRA+". The head is no
-    embedding, unless it is tied. Returns the model."""
+    """Trains every parameter whose name contains one of `extra` as well: LongLoRA's and SinkLoRA's "LoRA+". The head
+    is no embedding, unless it is tied. Returns the model."""
     for name, p in model.named_parameters():
         if any(part in name for part in extra): p.requires_grad_(True)
     return model
@@ -109,7 +113,8 @@ def lora_plus(model: nn.Module, ratio: float = 16.0, optimizer: Callable = torch
     def make(groups: Sequence[dict], lr: float) -> torch.optim.Optimizer:
         cut = []
         for group in groups:
-            parts = ((scale, [p for p in group["params"] if (id(p) in fast) == quick]) for scale, quick in ((1.0, False), (ratio, True)))
+            parts = ((scale, [p for p in group["params"] if (id(p) in fast) == quick])
+                     for scale, quick in ((1.0, False), (ratio, True)))
             cut += [group | dict(params=params, lr=lr * scale, lr_scale=scale) for scale, params in parts if params]
         return optimizer(cut, lr=lr)
     return make

@@ -29,12 +29,12 @@ from .reference import RopeScaling, count_pads, rms_norm, rope_frequencies, rota
 class ModelConfig:
     """Sizes and kinds of a language model. The defaults are Llama's kinds; `neox` and `gpt` change them.
 
-    `kv_heads` (default: `heads`) divides `heads`; `head_dim` defaults to dim / heads, `ff_dim` to 4 dim, for SwiGLU to 8/3
-    of it rounded up to a multiple of 32. `norm`: "rms" or "layer". `mlp`: "swiglu" or "gelu". `parallel`: both branches read
-    one stream. `attention_bias`: False, True, or "qkv" for those three only. `positions`: "rope", "learned" or "none".
-    `rope_fraction`: share of a head's dimensions that turn, from the first. `max_length`: the trained length, and how many
-    learned positions there are. `tied`: the head is the embedding. `causal=False`: an encoder. ValueError or TypeError
-    naming the field."""
+    `kv_heads` (default: `heads`) divides `heads`; `head_dim` defaults to dim / heads, `ff_dim` to 4 dim, for SwiGLU
+    to 8/3 of it rounded up to a multiple of 32. `norm`: "rms" or "layer". `mlp`: "swiglu" or "gelu". `parallel`: both
+    branches read one stream. `attention_bias`: False, True, or "qkv" for those three only. `positions`: "rope",
+    "learned" or "none". `rope_fraction`: share of a head's dimensions that turn, from the first. `max_length`: the
+    trained length, and how many learned positions there are. `tied`: the head is the embedding. `causal=False`: an
+    encoder. ValueError or TypeError naming the field."""
     vocab_size: int = 256
     dim: int = 512
     depth: int = 6
@@ -68,7 +68,8 @@ class ModelConfig:
         fill("head_dim", self.dim // self.heads if self.head_dim is None else self.head_dim)
         default = 4 * self.dim if self.mlp != "swiglu" else 32 * math.ceil(self.dim / 12)
         fill("ff_dim", default if self.ff_dim is None else self.ff_dim)
-        for name, choices in (("norm", ("rms", "layer")), ("mlp", ("swiglu", "gelu")), ("positions", ("rope", "learned", "none"))):
+        for name, choices in (("norm", ("rms", "layer")), ("mlp", ("swiglu", "gelu")),
+                              ("positions", ("rope", "learned", "none"))):
             check_choice(name, getattr(self, name), choices)
         for name in ("parallel", "mlp_bias", "tied", "causal"):
             check_bool(name, getattr(self, name))
@@ -87,14 +88,17 @@ class ModelConfig:
 
     @classmethod
     def neox(cls, vocab_size: int = 50304, dim: int = 512, depth: int = 6, heads: int = 8, **changes) -> "ModelConfig":
-        "GPT-NeoX's kinds with Pythia's values: parallel residual, LayerNorm, GELU, biases, a quarter of the dimensions turns."
-        kinds = dict(norm="layer", norm_eps=1e-5, mlp="gelu", parallel=True, attention_bias=True, mlp_bias=True, rope_fraction=0.25)
+        """GPT-NeoX's kinds with Pythia's values: parallel residual, LayerNorm, GELU, biases, a quarter of the
+        dimensions turns."""
+        kinds = dict(norm="layer", norm_eps=1e-5, mlp="gelu", parallel=True, attention_bias=True, mlp_bias=True,
+                     rope_fraction=0.25)
         return cls(vocab_size, dim, depth, heads, **kinds | changes)
 
     @classmethod
     def gpt(cls, vocab_size: int = 256, dim: int = 512, depth: int = 6, heads: int = 8, **changes) -> "ModelConfig":
         "GPT-2's kinds: LayerNorm, GELU, biases, learned positions, a tied head."
-        kinds = dict(norm="layer", norm_eps=1e-5, mlp="gelu", attention_bias=True, mlp_bias=True, positions="learned", tied=True)
+        kinds = dict(norm="layer", norm_eps=1e-5, mlp="gelu", attention_bias=True, mlp_bias=True, positions="learned",
+                     tied=True)
         return cls(vocab_size, dim, depth, heads, **kinds | changes)
 
 # %% ../../nbs/1_foundations/13_lm.ipynb #6a9f8b06
@@ -164,8 +168,8 @@ class GeluMlp(nn.Module):
 class SelfAttention(nn.Module):
     """Projections, rotation and the socket: x `(B, n, dim)` -> `(B, n, dim)`.
 
-    `attend` is called as the chapter's table says. `heads`, an identity, passes the heads' outputs `(B, n, H, d)` before
-    `out` mixes them."""
+    `attend` is called as the chapter's table says. `heads`, an identity, passes the heads' outputs `(B, n, H, d)`
+    before `out` mixes them."""
     def __init__(self, config: ModelConfig, layer: int, attend: Callable):
         super().__init__()
         c, bias = config, config.attention_bias is not False
@@ -208,14 +212,15 @@ def make_norm(config: ModelConfig) -> nn.Module:
 class Output(NamedTuple):
     "What a model returns with `return_hidden`."
     logits: Tensor  # `(B, n, vocab_size)`; of a `Decoder` the normed states `(B, n, dim)`
-    hidden: tuple[Tensor, ...]  # depth + 1 states `(B, n, dim)`: what enters block 0, then after each block, before the last norm
+    # depth + 1 states `(B, n, dim)`: what enters block 0, then after each block, before the last norm
+    hidden: tuple[Tensor, ...]
 
 
 class Decoder(nn.Module):
     """Blocks and the last norm, without embedding and head: x `(B, n, dim)` -> `(B, n, dim)`.
 
-    `attention`: a callable for all layers, a sequence of one for each, or None for `DenseAttention`. Set `checkpointing`
-    to recompute each block in the backward pass. The arguments of a call are `LanguageModel`'s."""
+    `attention`: a callable for all layers, a sequence of one for each, or None for `DenseAttention`. Set
+    `checkpointing` to recompute each block in the backward pass. The arguments of a call are `LanguageModel`'s."""
     def __init__(self, config: ModelConfig, attention: Callable | Sequence[Callable] | None = None):
         super().__init__()
         self.config, self.checkpointing = config, False
@@ -237,13 +242,17 @@ class Decoder(nn.Module):
         for block, attend in zip(self.blocks, _per_layer(attention, self.config.depth)):
             block.attention.attend = attend
 
-    def make_cache(self, kind: str = "dynamic", *, batch: int = 1, max_length: int | None = None) -> DynamicCache | StaticCache:
-        "A cache for this model. A \"static\" one has room for `batch` rows of `max_length` tokens (default: the config's)."
+    def make_cache(self, kind: str = "dynamic", *, batch: int = 1,
+                   max_length: int | None = None) -> DynamicCache | StaticCache:
+        """A cache for this model. A "static" one has room for `batch` rows of `max_length` tokens (default: the
+        config's)."""
         c, weight = self.config, next(self.blocks[0].attention.parameters())
         if check_choice("kind", kind, ("dynamic", "static")) == "dynamic":
             return DynamicCache(c.depth)
-        dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
-        return StaticCache(c.depth, batch, c.kv_heads, c.head_dim, max_length or c.max_length, dtype=dtype, device=weight.device)
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        return StaticCache(c.depth, batch, c.kv_heads, c.head_dim, max_length or c.max_length, dtype=dtype,
+                           device=weight.device)
 
     def run(self, x: Tensor, mask: Tensor | None, segments: Tensor | None, positions: Tensor | None, cache,
             return_hidden: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -310,11 +319,13 @@ class LanguageModel(Decoder):
         for module in (self.embed, self.head): self._init(module)
 
     def forward(self, tokens: Tensor | None = None, *, embeddings: Tensor | None = None, mask: Tensor | None = None,
-                segments: Tensor | None = None, positions: Tensor | None = None, cache=None, keep_last: int | None = None,
+                segments: Tensor | None = None, positions: Tensor | None = None, cache=None,
+                keep_last: int | None = None,
                 return_hidden: bool = False) -> Tensor | Output:
-        states, hidden = self.features(tokens, embeddings=embeddings, mask=mask, segments=segments, positions=positions,
-                                       cache=cache, return_hidden=True) if return_hidden else (
-            self.features(tokens, embeddings=embeddings, mask=mask, segments=segments, positions=positions, cache=cache), ())
+        found = self.features(tokens, embeddings=embeddings, mask=mask, segments=segments, positions=positions,
+                              cache=cache,
+                              return_hidden=return_hidden)
+        states, hidden = found if return_hidden else (found, ())
         logits = self.logits(states if keep_last is None else states[:, -check_int("keep_last", keep_last, least=1):])
         return Output(logits, hidden) if return_hidden else logits
 
@@ -332,7 +343,8 @@ class LanguageModel(Decoder):
         if segments is not None:
             check_tensor("segments", segments, dtype="integer", ndim=1, on=embeddings, of="tokens")
         if self.place is not None and cache is None and embeddings.shape[1] > self.config.max_length:
-            raise ValueError(f"tokens must be at most max_length = {self.config.max_length} long, not {embeddings.shape[1]}")
+            most, n = self.config.max_length, embeddings.shape[1]
+            raise ValueError(f"tokens must be at most max_length = {most} long, not {n}")
         states, hidden = self.run(embeddings, mask, segments, positions, cache, return_hidden)
         return Output(states, hidden) if return_hidden else states
 
@@ -343,12 +355,13 @@ class LanguageModel(Decoder):
 # %% ../../nbs/1_foundations/13_lm.ipynb #3ca186c3
 @contextmanager
 def edit_heads(model: Decoder, edits: Mapping[int, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
-    """While active, what the heads of a layer put out, `(B, n, H, d)`, goes through `edits[layer]` before it is mixed; a
-    function that returns None only looks. ValueError for a layer that is not there."""
+    """While active, what the heads of a layer put out, `(B, n, H, d)`, goes through `edits[layer]` before it is
+    mixed; a function that returns None only looks. ValueError for a layer that is not there."""
     wrong = [layer for layer in edits if not -len(model.blocks) <= layer < len(model.blocks)]
     if wrong:
         raise ValueError(f"edits must be for layers below {len(model.blocks)}, not {wrong}")
-    hooks = [model.blocks[layer].attention.heads.register_forward_hook(lambda m, args, out, f=f: f(out)) for layer, f in edits.items()]
+    listen = lambda layer, f: model.blocks[layer].attention.heads.register_forward_hook(lambda m, args, out: f(out))
+    hooks = [listen(layer, f) for layer, f in edits.items()]
     try:
         yield
     finally:
@@ -361,14 +374,18 @@ CONFIGS = {  # name -> (configuration, published number of parameters)
     "llama-2-7b": (ModelConfig(dim=4096, depth=32, heads=32, ff_dim=11008, **_LLAMA2), 6_738_415_616),
     "llama-2-13b": (ModelConfig(dim=5120, depth=40, heads=40, ff_dim=13824, **_LLAMA2), 13_015_864_320),
     "llama-2-70b": (ModelConfig(dim=8192, depth=80, heads=64, kv_heads=8, ff_dim=28672, **_LLAMA2), 68_976_648_192),
-    "tinyllama-1.1b": (ModelConfig(dim=2048, depth=22, heads=32, kv_heads=4, ff_dim=5632, **_LLAMA2 | dict(max_length=2048)), 1_100_048_384),
-    "mistral-7b": (ModelConfig(dim=4096, depth=32, heads=32, kv_heads=8, ff_dim=14336, **_LLAMA2 | dict(max_length=8192)), 7_241_732_096),
+    "tinyllama-1.1b": (ModelConfig(dim=2048, depth=22, heads=32, kv_heads=4, ff_dim=5632,
+                                   **_LLAMA2 | dict(max_length=2048)), 1_100_048_384),
+    "mistral-7b": (ModelConfig(dim=4096, depth=32, heads=32, kv_heads=8, ff_dim=14336,
+                               **_LLAMA2 | dict(max_length=8192)), 7_241_732_096),
     "llama-3-8b": (ModelConfig(dim=4096, depth=32, heads=32, kv_heads=8, ff_dim=14336, **_LLAMA3), 8_030_261_248),
     "llama-3-70b": (ModelConfig(dim=8192, depth=80, heads=64, kv_heads=8, ff_dim=28672, **_LLAMA3), 70_553_706_496),
     "llama-3.2-1b": (ModelConfig(dim=2048, depth=16, heads=32, kv_heads=8, ff_dim=8192, tied=True, **_LLAMA3 | dict(
         max_length=131072, rope_scaling=RopeScaling("llama3", 32, 8192))), 1_235_814_400),
-    "smollm2-135m": (ModelConfig(49152, 576, 30, 9, 3, ff_dim=1536, tied=True, rope_theta=1e5, norm_eps=1e-5, max_length=8192), 134_515_008),
-    "qwen2.5-0.5b": (ModelConfig(151936, 896, 24, 14, 2, ff_dim=4864, tied=True, attention_bias="qkv", rope_theta=1e6, max_length=32768), 494_032_768),
+    "smollm2-135m": (ModelConfig(49152, 576, 30, 9, 3, ff_dim=1536, tied=True, rope_theta=1e5, norm_eps=1e-5,
+                                 max_length=8192), 134_515_008),
+    "qwen2.5-0.5b": (ModelConfig(151936, 896, 24, 14, 2, ff_dim=4864, tied=True, attention_bias="qkv", rope_theta=1e6,
+                                 max_length=32768), 494_032_768),
     "pythia-70m": (ModelConfig.neox(50304, 512, 6, 8), 70_426_624),
     "pythia-160m": (ModelConfig.neox(50304, 768, 12, 12), 162_322_944),
     "pythia-410m": (ModelConfig.neox(50304, 1024, 24, 16), 405_334_016),
@@ -382,6 +399,6 @@ CONFIGS = {  # name -> (configuration, published number of parameters)
 
 
 def language_model(name: str, attention: Callable | Sequence[Callable] | None = None) -> LanguageModel:
-    """A published size by name, with random weights, on torch's default device (`torch.device("meta")`: without memory).
-    ValueError for an unknown name."""
+    """A published size by name, with random weights, on torch's default device (`torch.device("meta")`: without
+    memory). ValueError for an unknown name."""
     return LanguageModel(CONFIGS[check_choice("name", name, tuple(CONFIGS))][0], attention)

@@ -26,9 +26,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 class RopeScaling:
     """How rotary frequencies are changed for texts longer than the model was trained on.
 
-    `kind`: "linear" (position interpolation), "ntk" (a larger base), "llama3" or "yarn". `factor` >= 1: how much longer.
-    `original_length`: of the training, for llama3 and yarn. `low`, `high`: turns within it below which a pair is slowed
-    down in full, and above which not at all (llama3: 1 and 4; yarn: 1 and 32, its beta_slow and beta_fast).
+    `kind`: "linear" (position interpolation), "ntk" (a larger base), "llama3" or "yarn". `factor` >= 1: how much
+    longer. `original_length`: of the training, for llama3 and yarn. `low`, `high`: turns within it below which a pair
+    is slowed down in full, and above which not at all (llama3: 1 and 4; yarn: 1 and 32, its beta_slow and beta_fast).
     ValueError or TypeError for anything else."""
     kind: str
     factor: float
@@ -75,7 +75,7 @@ def rope_frequencies(dim: int, theta: float = 1e4, scaling: RopeScaling | None =
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the first 2r dimensions of x `(…, n, d)`: pairs (i, i + r), by angles whose cosines and sines are `(…, n, r)`.
+    """Turns the first 2r dimensions of x `(…, n, d)`: pairs (i, i + r), by angles with cosines and sines `(…, n, r)`.
     The other d - 2r dimensions stay. Computed in float32 at least, returned in x's type."""
     r = cos.shape[-1]
     a, b = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (x[..., :r], x[..., r:2 * r]))
@@ -98,14 +98,15 @@ def count_pads(mask: Tensor) -> Tensor:
     """Padding tokens at the left of each row `(B, n)`, False for padding: `(B,)` int64. ValueError if padding stands
     elsewhere; under torch.compile that is trusted."""
     if not torch.compiler.is_compiling() and bool((mask[:, 1:] < mask[:, :-1]).any()):
-        raise ValueError("mask must be False on the left of a row only: padding at its right end or inside is not allowed")
+        raise ValueError("mask must be False on the left of a row only, not at its right end or inside")
     return mask.shape[1] - mask.sum(-1)
 
 
 def visible(slots: Tensor, keys: int, pads: Tensor | None = None, causal: bool = True) -> Tensor:
     """Which of `keys` slots the queries at `slots` `(n,)` see: True = attend, `(B, 1, n, keys)`; B is 1 without `pads`.
 
-    Causal: a slot up to the query's own. `pads` `(B,)`: that many slots at the left hold padding; padding sees itself."""
+    Causal: a slot up to the query's own. `pads` `(B,)`: that many slots at the left hold padding; padding sees
+    itself."""
     k, q = torch.arange(keys, device=slots.device), slots[:, None]
     seen = (k <= q if causal else (k >= 0).expand(len(slots), -1))[None]                    # [1, n, keys]
     if pads is not None:

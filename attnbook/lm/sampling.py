@@ -15,10 +15,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_int, check_number, check_tensor
+from ..checks import check_bool, check_int, check_number, check_tensor
 
 # %% ../../nbs/1_foundations/13_lm.ipynb #4bebcfb8
-_GOLDEN, _MIX1, _MIX2 = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # as signed 64 bits
+# splitmix64's constants, as signed numbers of 64 bits
+_GOLDEN, _MIX1, _MIX2 = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def _wrapped(x: int) -> int:
@@ -66,12 +67,13 @@ def keep_likely(logits: Tensor, top_k: int | None = None, top_p: float | None = 
 
 def choose_tokens(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
                   seeds: Tensor | None = None, step: int | Tensor = 0) -> Tensor:
-    """A token for each row of logits `(rows, vocab)`: the largest at temperature 0 (of equals the first), else drawn from
-    softmax(logits / temperature) cut by `top_k` and `top_p`, with noise that is a function of (seed, step, token)."""
+    """A token for each row of logits `(rows, vocab)`: the largest at temperature 0 (of equals the first), else drawn
+    from softmax(logits / temperature) cut by `top_k` and `top_p`, with noise that is a function of (seed, step,
+    token)."""
     if temperature == 0:
         return logits.argmax(-1)
     scores = keep_likely(logits.float() / temperature, top_k, top_p)
-    waiting = -torch.log1p(-row_uniforms(seeds, step, logits.shape[-1]))                     # exponential: the first wins
+    waiting = -torch.log1p(-row_uniforms(seeds, step, logits.shape[-1]))  # exponential: the first wins
     return (scores - waiting.log()).argmax(-1)
 
 # %% ../../nbs/1_foundations/13_lm.ipynb #fa6da847
@@ -79,37 +81,86 @@ class Generation(NamedTuple):
     "What `generate` returns, for R = prompts x samples rows."
     tokens: Tensor  # `(R, at most max_new)`, the new tokens; padding after a row's stop token
     lengths: Tensor  # `(R,)`, how many of them count, the stop token included
-    log_probs: Tensor  # `(R, at most max_new)`, of each under the model itself (temperature 1, nothing cut); 0 in the padding
+    # `(R, at most max_new)`, of each under the model itself (temperature 1, nothing cut); 0 in the padding
+    log_probs: Tensor
 
     def rows(self) -> list[Tensor]:
         "Each row's tokens without the padding."
         return [row[:n] for row, n in zip(self.tokens, self.lengths.tolist())]
 
 
-def left_pad(prompts: Sequence[Sequence[int] | Tensor], pad: int = 0, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+def left_pad(prompts: Sequence[Sequence[int] | Tensor], pad: int = 0,
+             device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
     "Prompts as one batch: tokens `(prompts, longest)` and the mask, False for padding. ValueError for an empty prompt."
     rows = [torch.as_tensor(p, dtype=torch.int64, device=device) for p in prompts]
     if not rows or any(r.ndim != 1 or not len(r) for r in rows):
-        raise ValueError("prompts must be some rows of tokens, none of them empty (begin an empty one with a token of its own)")
+        raise ValueError("prompts must be some rows of tokens, none of them empty")
     longest = max(map(len, rows))
     tokens = torch.stack([F.pad(r, (longest - len(r), 0), value=pad) for r in rows])
     lengths = torch.tensor([len(r) for r in rows], device=tokens.device)
     return tokens, torch.arange(longest, device=tokens.device) >= longest - lengths[:, None]
 
 
+class _Writing:
+    """What generation writes, row by row, all on the device: a step reads no number that Python knows, so that it can
+    be recorded as a graph."""
+    def __init__(self, rows: int, max_new: int, pad: int, stops: Tensor, seeds: Tensor, how: dict):
+        new = lambda *shape, **kw: torch.zeros(*shape, device=seeds.device, **kw)
+        room = max_new + 2                                                                    # a graph is warmed up beyond
+        self.tokens, self.scores = new(rows, room, dtype=torch.int64).fill_(pad), new(rows, room)
+        self.token, self.step = new(rows, 1, dtype=torch.int64), new(1, dtype=torch.int64)
+        self.done, self.lengths = new(rows, dtype=torch.bool), new(rows, dtype=torch.int64)
+        self.pad, self.stops, self.seeds, self.how = pad, stops, seeds, how
+
+    def write(self, logits: Tensor, shown: Tensor | None = None) -> None:
+        "Chooses and writes the next token of every row from the model's logits `(rows, vocab)`, or from `shown`."
+        logits = logits.float()
+        token = choose_tokens(logits if shown is None else shown, seeds=self.seeds, step=self.step, **self.how)
+        score = logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
+        token = token.masked_fill(self.done, self.pad)
+        self.tokens.index_copy_(1, self.step, token[:, None])
+        self.scores.index_copy_(1, self.step, score.masked_fill(self.done, 0)[:, None])
+        self.token.copy_(token[:, None])
+        self.lengths.add_(~self.done)
+        if len(self.stops):
+            self.done.logical_or_((token[:, None] == self.stops).any(-1))
+        self.step.add_(1)
+
+    def state(self, cache) -> list[Tensor]:
+        "The tensors that a step changes, but for the cache's keys and values."
+        return [self.tokens, self.scores, self.token, self.step, self.done, self.lengths, cache.length]
+
+
+def _recorded(advance: Callable[[], None], state: list[Tensor]) -> Callable[[], None]:
+    "A step as a CUDA graph; what it changes while it is warmed up is put back."
+    before = [t.clone() for t in state]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2): advance()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        advance()
+    for now, then in zip(state, before): now.copy_(then)
+    return graph.replay
+
+
 @torch.no_grad()
 def generate(model: nn.Module, prompts: Tensor | Sequence[Sequence[int] | Tensor], max_new: int, *,
              mask: Tensor | None = None, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
              seed: int | Sequence[int] | Tensor = 0, samples: int = 1, stop: int | Sequence[int] = (), pad: int = 0,
-             cache=None, adjust: Callable[[Tensor, Tensor], Tensor] | None = None, look_every: int | None = None) -> Generation:
+             cache=None, adjust: Callable[[Tensor, Tensor], Tensor] | None = None, graph: bool = False,
+             look_every: int | None = None) -> Generation:
     """Continues each prompt by up to `max_new` tokens: greedy at temperature 0, else sampled.
 
     `prompts`: rows of tokens of any lengths, or a tensor `(prompts, n)` with `mask`, False for padding at its left.
-    `top_k`, `top_p`: see `keep_likely`. `seed`: one, or one for each of the prompts x samples rows; a row depends on its
-    own seed only. `samples`: answers to each prompt, which stand together. `stop`: tokens that end a row. `cache`: None or
-    "dynamic", "static", or an object that fits the model, empty. `adjust(logits, tokens)`: changes the logits
-    `(R, vocab)` before a token is chosen; tokens `(R, so far)` are the new ones. `look_every`: steps between looks whether
-    all rows have stopped (a GPU waits for each; default 1 on a CPU, else 16). The model should be in eval mode.
+    `top_k`, `top_p`: see `keep_likely`. `seed`: one, or one for each of the prompts x samples rows; a row depends on
+    its own seed only. `samples`: answers to each prompt, which stand together. `stop`: tokens that end a row.
+    `cache`: None or "dynamic", "static", or an object that fits the model, empty. `adjust(logits, tokens)`: changes
+    the logits `(R, vocab)` before a token is chosen; tokens `(R, so far)` are the new ones. `graph`: on a GPU, with a
+    static cache: records a step as a CUDA graph and replays it. `look_every`: steps between looks whether all rows have
+    stopped (a GPU waits for each; default 1 on a CPU, else 16). The model should be in eval mode.
     ValueError or TypeError naming the argument."""
     check_int("max_new", max_new, least=1)
     check_number("temperature", temperature, least=0)
@@ -117,6 +168,8 @@ def generate(model: nn.Module, prompts: Tensor | Sequence[Sequence[int] | Tensor
     check_number("top_p", top_p, positive=True, most=1, optional=True)
     check_int("samples", samples, least=1)
     device = next(model.parameters()).device
+    if check_bool("graph", graph) and (device.type != "cuda" or adjust is not None or cache == "dynamic"):
+        raise ValueError("graph must be False on a CPU, with adjust, and with a dynamic cache")
     if not isinstance(prompts, Tensor):
         prompts, mask = left_pad(prompts, pad, device)
     tokens = check_tensor("prompts", prompts, dtype="integer", ndim=2).to(device)
@@ -127,31 +180,30 @@ def generate(model: nn.Module, prompts: Tensor | Sequence[Sequence[int] | Tensor
         if bool((~mask[:, -1]).any()):
             raise ValueError("mask must be False on the left only: every prompt ends with a token")
         mask = None if bool(mask.all()) else mask
-    if cache is None or isinstance(cache, str):
-        room = tokens.shape[1] + max_new
-        cache = model.make_cache(cache or "dynamic", **dict(batch=len(tokens) * samples, max_length=room) if cache == "static" else {})
-    R = len(tokens) * samples
-    seeds, stops = row_seeds(seed, R, device), torch.as_tensor([stop] if isinstance(stop, int) else list(stop), dtype=torch.int64, device=device)
+    rows = len(tokens) * samples
+    if cache is None or isinstance(cache, str):  # 2 more: what a graph's warming up writes
+        kind, room = cache or ("static" if graph else "dynamic"), tokens.shape[1] + max_new + 2
+        cache = model.make_cache(kind, batch=rows, max_length=room)
+    stops = torch.tensor([stop] if isinstance(stop, int) else list(stop), dtype=torch.int64, device=device)
+    how = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    out = _Writing(rows, max_new, pad, stops, row_seeds(seed, rows, device), how)
     look_every = check_int("look_every", look_every, least=1, optional=True) or (1 if device.type == "cpu" else 16)
     if samples > 1 and not hasattr(cache, "repeat"):
         tokens, mask = (t if t is None else t.repeat_interleave(samples, 0) for t in (tokens, mask))
     logits = model(tokens, mask=mask, cache=cache, keep_last=1)[:, -1]
-    if len(logits) < R:
+    if len(logits) < rows:
         cache.repeat(samples)
         logits = logits.repeat_interleave(samples, 0)
-    chosen, scores = tokens.new_full((R, max_new), pad, dtype=torch.int64), torch.zeros(R, max_new, device=device)
-    done, lengths = torch.zeros(R, dtype=torch.bool, device=device), torch.zeros(R, dtype=torch.int64, device=device)
-    for step in range(max_new):
-        logits = logits.float()
-        shown = logits if adjust is None else adjust(logits, chosen[:, :step])
-        token = choose_tokens(shown, temperature=temperature, top_k=top_k, top_p=top_p, seeds=seeds, step=step)
-        scores[:, step] = (logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)).masked_fill(done, 0)
-        chosen[:, step] = token = token.masked_fill(done, pad)
-        lengths += ~done
-        if len(stops):
-            done = done | torch.isin(token, stops)
-            if (step + 1) % look_every == 0 and bool(done.all()): break
-        if step + 1 < max_new:
-            logits = model(token[:, None], cache=cache, keep_last=1)[:, -1]
-    used = int(lengths.max())
-    return Generation(chosen[:, :used], lengths, scores[:, :used])
+    out.write(logits, None if adjust is None else adjust(logits.float(), out.tokens[:, :0]))
+
+    def advance():
+        logits = model(out.token, cache=cache, keep_last=1)[:, -1]
+        out.write(logits, None if adjust is None else adjust(logits.float(), out.tokens[:, :step]))
+
+    step = 1
+    advance = _recorded(advance, out.state(cache)) if graph and max_new > 1 else advance
+    while step < max_new and not (len(stops) and step % look_every == 0 and bool(out.done.all())):
+        advance()
+        step += 1
+    used = int(out.lengths.max())
+    return Generation(out.tokens[:, :used], out.lengths, out.scores[:, :used])

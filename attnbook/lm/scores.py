@@ -20,15 +20,17 @@ from .reference import segment_ids
 
 # %% ../../nbs/1_foundations/13_lm.ipynb #931e6e9b
 def next_token_loss(model: nn.Module, tokens: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy in nats of `targets` `(B, n)` given tokens up to and with each place; -100 is left out, and with
-    nothing left the loss is 0. A loss function for `lab.train.fit`: batches of (tokens, targets) or of a `PackedBatches`."""
+    """Mean cross-entropy in nats of `targets` `(B, n)` given tokens up to and with each place; -100 is left out, and
+    with nothing left the loss is 0. A loss function for `lab.train.fit`: batches of (tokens, targets) or of a
+    `PackedBatches`."""
     logits = model(tokens, segments=segments) if segments is not None else model(tokens)
     total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().long(), ignore_index=-100, reduction="sum")
     return total / (targets != -100).sum().clamp_min(1)
 
 
 def scored_places(tokens: Tensor, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-    """Which tokens but the first of each row `(B, n - 1)` are predicted: not padding, nor the first of a text or document."""
+    """Which tokens but the first of each row `(B, n - 1)` are predicted: not padding, nor the first of a text or
+    document."""
     if segments is not None:
         document = segment_ids(segments, tokens.numel()).view(tokens.shape)
         return document[:, 1:] == document[:, :-1]
@@ -39,18 +41,20 @@ def log_probs(model: nn.Module, tokens: Tensor, *, mask: Tensor | None = None, s
               chunk: int = 4096) -> Tensor:
     """ln p of each token but the first given those before it, `(B, n - 1)` float32 (float64 for such a model).
 
-    `mask`: False for padding at the left. `segments`: packed documents. Tokens that nothing precedes, and padding, have 0:
-    see `scored_places`. `chunk`: tokens whose logits are held at once. Differentiable."""
+    `mask`: False for padding at the left. `segments`: packed documents. Tokens that nothing precedes, and padding,
+    have 0: see `scored_places`. `chunk`: tokens whose logits are held at once. Differentiable."""
     chunk = check_int("chunk", chunk, least=1)
     states = model.features(tokens, mask=mask, segments=segments)[:, :-1].flatten(0, 1)
     targets = tokens[:, 1:].flatten().long()
     full = lambda z: z.to(torch.promote_types(z.dtype, torch.float32))
-    parts = [full(model.logits(s)).log_softmax(-1).gather(1, t[:, None])[:, 0] for s, t in zip(states.split(chunk), targets.split(chunk))]
+    score = lambda s, t: full(model.logits(s)).log_softmax(-1).gather(1, t[:, None])[:, 0]
+    parts = [score(s, t) for s, t in zip(states.split(chunk), targets.split(chunk))]
     found = torch.cat(parts).view(tokens.shape[0], -1) if parts else states.new_zeros(tokens.shape[0], 0)
     return found.masked_fill(~scored_places(tokens, mask, segments), 0)
 
 
-def continuation_log_probs(model: nn.Module, prompts: Sequence[Sequence[int] | Tensor], continuations: Sequence[Sequence[int] | Tensor], *,
+def continuation_log_probs(model: nn.Module, prompts: Sequence[Sequence[int] | Tensor],
+                           continuations: Sequence[Sequence[int] | Tensor], *,
                            batch_size: int = 32) -> list[Tensor]:
     """ln p of the tokens of each continuation after its prompt: a tensor `(tokens,)` each, to be summed or averaged.
 
@@ -65,7 +69,7 @@ def continuation_log_probs(model: nn.Module, prompts: Sequence[Sequence[int] | T
             raise ValueError("prompts and continuations must hold tokens, none of them be empty")
         rows.append((torch.cat([a, b]), len(a)))
     found = [None] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))                          # rows of like length together
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # rows of like length together
     for start in range(0, len(order), check_int("batch_size", batch_size, least=1)):
         some = order[start:start + batch_size]
         longest = max(len(rows[i][0]) for i in some)

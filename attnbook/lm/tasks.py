@@ -66,12 +66,13 @@ def passkey(length: int, *, batch: int = 1, digits: int = 5, depth: float | None
 _LETTERS = b"abcdefghijklmnopqrstuvwxyz"
 
 
-def key_value_recall(length: int, *, batch: int = 1, key_length: int = 2, value_length: int = 2, record: int | None = None,
+def key_value_recall(length: int, *, batch: int = 1, key_length: int = 2, value_length: int = 2,
+                     record: int | None = None,
                      seed: int = 0) -> Recall:
     """Records `key=value;` with different keys, then `?key=` and the value: texts of length + 1 bytes.
 
-    `record`: which is asked for, counted from the last, 0; None: any. What the records do not fill is dots, at the begin.
-    ValueError if there is no room for that record, or if there are not enough keys."""
+    `record`: which is asked for, counted from the last, 0; None: any. What the records do not fill is dots, at the
+    begin. ValueError if there is no room for that record, or if there are not enough keys."""
     for name, value in (("batch", batch), ("key_length", key_length), ("value_length", value_length)):
         check_int(name, value, least=1)
     size, tail = key_length + value_length + 2, key_length + 2 + value_length
@@ -87,12 +88,14 @@ def key_value_recall(length: int, *, batch: int = 1, key_length: int = 2, value_
     asked = row_uniforms(rows, 0, 1)[:, 0].mul(count).long().clamp(max=count - 1).tolist()
     for r in range(batch):
         keys = _different(rows[r:r + 1], count, 26**key_length)
-        values = row_uniforms(rows[r:r + 1], 2, count * value_length)[0].mul(26).long().clamp(max=25).view(count, -1).tolist()
+        letters = row_uniforms(rows[r:r + 1], 2, count * value_length)[0].mul(26).long().clamp(max=25)
+        values = letters.view(count, -1).tolist()
         pairs = [(word(k, key_length), bytes(_LETTERS[i] for i in v)) for k, v in zip(keys, values)]
         which = asked[r] if record is None else record
         key, value = pairs[count - 1 - which]
         body = b"".join(k + b"=" + v + b";" for k, v in pairs) + b"?" + key + b"="
-        texts.append((b"." * (length + 1 - value_length - len(body)) + body, value, which * size + value_length + 1 + key_length + 2))
+        texts.append((b"." * (length + 1 - value_length - len(body)) + body, value,
+                      which * size + value_length + 1 + key_length + 2))
     return _recall(texts)
 
 
@@ -102,11 +105,13 @@ def _different(seed: Tensor, count: int, of: int) -> list[int]:
         return row_uniforms(seed, 1, of)[0].argsort()[:count].tolist()
     found, step = {}, 1
     while len(found) < count:
-        found |= dict.fromkeys((row_uniforms(seed, 1000 + step, count)[0].double() * of).long().clamp(max=of - 1).tolist())
+        some = row_uniforms(seed, 1000 + step, count)[0].double() * of
+        found |= dict.fromkeys(some.long().clamp(max=of - 1).tolist())
         step += 1
     return list(found)[:count]
 
 
 def exact_match(logits: Tensor, targets: Tensor) -> Tensor:
-    "Whether greedy decoding writes the whole answer: logits `(B, n, vocab)`, targets `(B, n)`, -100 where nothing is asked -> `(B,)` bool."
+    """Whether greedy decoding writes the whole answer: logits `(B, n, vocab)`, targets `(B, n)`, -100 where nothing
+    is asked -> `(B,)` bool."""
     return ((logits.argmax(-1) == targets) | (targets == -100)).all(-1)

@@ -36,12 +36,14 @@ class ByteTokenizer:
 
 
 class SymbolTokenizer:
-    """Texts over a fixed list of symbols, numbered in their order: of single characters, or of words separated by spaces if
-    some symbol is longer. ValueError for repeated symbols, and for a text with another."""
+    """Texts over a fixed list of symbols, numbered in their order: of single characters, or of words separated by
+    spaces if some symbol is longer. ValueError for repeated symbols, and for a text with another."""
     def __init__(self, symbols: str | Sequence[str]):
         self.symbols = list(symbols)
-        if len(set(self.symbols)) != len(self.symbols) or not self.symbols or any(not s or (len(s) > 1 and " " in s) for s in self.symbols):
-            raise ValueError(f"symbols must be different from each other, not empty and, if longer than a character, without spaces; not {self.symbols}")
+        odd = any(not s or (len(s) > 1 and " " in s) for s in self.symbols)
+        if odd or not self.symbols or len(set(self.symbols)) != len(self.symbols):
+            raise ValueError("symbols must be different from each other, not empty and, if longer than a character, "
+                             f"without spaces; not {self.symbols}")
         self.number = {s: i for i, s in enumerate(self.symbols)}
         self.vocab_size, self.words = len(self.symbols), any(len(s) > 1 for s in self.symbols)
 
@@ -67,13 +69,14 @@ class Packed(NamedTuple):
 
 def pack(documents: Sequence[Sequence[int] | Tensor], *, loss: Sequence[Sequence[bool] | Tensor] | None = None,
          length: int | None = None, pad: int = 0) -> Packed:
-    """Packs documents (rows of tokens, none empty): into one row, or into rows of `length`, each document into the first
-    row with room for it. `loss`: for each document which of its tokens are predicted (default: all but the first).
-    ValueError for a document longer than `length`, or a loss mask that does not fit."""
+    """Packs documents (rows of tokens, none empty): into one row, or into rows of `length`, each document into the
+    first row with room for it. `loss`: for each document which of its tokens are predicted (default: all but the
+    first). ValueError for a document longer than `length`, or a loss mask that does not fit."""
     rows = [torch.as_tensor(d, dtype=torch.int64) for d in documents]
     if not rows or any(d.ndim != 1 or not len(d) for d in rows):
         raise ValueError("documents must be some rows of tokens, none of them empty")
-    wanted = [torch.ones_like(d, dtype=torch.bool) for d in rows] if loss is None else [torch.as_tensor(w).bool() for w in loss]
+    loss = [torch.ones(len(d)) for d in rows] if loss is None else loss
+    wanted = [torch.as_tensor(w).bool() for w in loss]
     if [len(w) for w in wanted] != [len(d) for d in rows]:
         raise ValueError("loss must hold a mask for each document, of its length")
     longest = max(map(len, rows))
@@ -81,7 +84,8 @@ def pack(documents: Sequence[Sequence[int] | Tensor], *, loss: Sequence[Sequence
         raise ValueError(f"length must be at least that of the longest document, {longest}, not {length}")
     bins, room = [], []
     for i, d in enumerate(rows):
-        at = next((b for b, free in enumerate(room) if free >= len(d)), None) if length is not None else 0 if bins else None
+        fits = range(len(bins)) if length is None else (b for b, free in enumerate(room) if free >= len(d))
+        at = next(iter(fits), None)
         if at is None:
             at = len(bins)
             bins.append([])
@@ -103,9 +107,11 @@ def pack(documents: Sequence[Sequence[int] | Tensor], *, loss: Sequence[Sequence
 
 
 class PackedBatches:
-    """Batches of `per_batch` random documents, packed into one row, as a function of the step: `batches(k)` is the same every
-    time. For `lab.train.fit` with `next_token_loss`. Every document comes once an epoch. `loss`: as of `pack`."""
-    def __init__(self, documents: Sequence[Sequence[int] | Tensor], *, loss: Sequence[Sequence[bool] | Tensor] | None = None,
+    """Batches of `per_batch` random documents, packed into one row, as a function of the step: `batches(k)` is the
+    same every time. For `lab.train.fit` with `next_token_loss`. Every document comes once an epoch. `loss`: as of
+    `pack`."""
+    def __init__(self, documents: Sequence[Sequence[int] | Tensor], *,
+                 loss: Sequence[Sequence[bool] | Tensor] | None = None,
                  per_batch: int = 32, seed: int = 0):
         if loss is not None and len(loss) != len(documents):
             raise ValueError(f"loss must hold {len(documents)} masks, one for each document, not {len(loss)}")

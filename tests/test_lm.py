@@ -18,7 +18,17 @@ from attnbook.lm.attend import DenseAttention, attend_packed
 from attnbook.lm.cache import DynamicCache, StaticCache
 from attnbook.lm.load import config_from_hf, config_to_hf, from_pretrained, load_hf, to_hf
 from attnbook.lm.lora import LoRALinear, add_lora, lora_plus, lora_state, mark_trainable, merge_lora, unmerge_lora
-from attnbook.lm.nets import CONFIGS, Block, Decoder, LanguageModel, ModelConfig, RMSNorm, edit_heads, language_model
+from attnbook.lm.nets import (
+    CONFIGS,
+    Block,
+    Decoder,
+    LanguageModel,
+    ModelConfig,
+    RMSNorm,
+    edit_heads,
+    language_model,
+    rescaled,
+)
 from attnbook.lm.reference import (
     RopeScaling,
     count_pads,
@@ -31,7 +41,7 @@ from attnbook.lm.reference import (
 )
 from attnbook.lm.sampling import _GOLDEN, choose_tokens, generate, left_pad, row_seeds, row_uniforms, scramble
 from attnbook.lm.scores import bits_per_byte, continuation_log_probs, log_probs, next_token_loss, windows_of
-from attnbook.lm.study import PRESETS, beyond_rows, rescaled, small_config, train_text
+from attnbook.lm.study import PRESETS, beyond_rows, small_config, train_text
 from attnbook.lm.tasks import exact_match, key_value_recall, passkey
 from attnbook.lm.text import ByteTokenizer, PackedBatches, SymbolTokenizer, pack
 
@@ -437,6 +447,16 @@ def test_a_model_refuses():
     with pytest.raises(ValueError, match="max_length = 32"): _model("gpt")(x.repeat(1, 4))
 
 
+def test_rescaled_shares_weights():
+    model, x = _model(), _tokens(1, 20)
+    far = rescaled(model, RopeScaling("linear", 4))
+    assert far.embed is model.embed and far.blocks is model.blocks
+    assert torch.equal(far.rope.frequencies * 4, model.rope.frequencies)
+    assert rel_error(far(x, positions=4 * torch.arange(20, device=x.device)), model(x)) < 1e-5
+    assert model.config.rope_scaling is None
+    assert rel_error(far(x), model(x)) > 1e-3 and torch.equal(rescaled(far, None)(x), model(x))
+
+
 def test_tokens_are_drawn_with_their_probabilities():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0])
     seeds = row_seeds(3, 20000)
@@ -722,7 +742,7 @@ def test_loss_of_packed_documents_is_that_of_separate_ones():
     want = sum(sums) / sum(int(w[1:].sum()) for w in wanted)
     for length in (None, 8):
         batch = [t.to(device_under_test()) for t in pack(docs, loss=wanted, length=length)]
-        assert rel_error(next_token_loss(model, *batch).cpu(), want) < 1e-5
+        assert rel_error(next_token_loss(model, *batch).cpu(), want) < (1e-4 if device_under_test() == "cuda" else 1e-5)
 
 
 def test_packed_batches_are_a_function_of_the_step():
@@ -914,16 +934,6 @@ def test_both_bodies_are_equally_large(preset):
     with torch.device("meta"):
         a, b = (count_parameters(Decoder(small_config(f, cfg))) for f in ("llama", "neox"))
     assert abs(a - b) < 0.01 * a
-
-
-def test_rescaled_shares_weights():
-    model, x = _model(), _tokens(1, 20)
-    far = rescaled(model, RopeScaling("linear", 4))
-    assert far.embed is model.embed and far.blocks is model.blocks
-    assert torch.equal(far.rope.frequencies * 4, model.rope.frequencies)
-    assert rel_error(far(x, positions=4 * torch.arange(20, device=x.device)), model(x)) < 1e-5
-    assert model.config.rope_scaling is None
-    assert rel_error(far(x), model(x)) > 1e-3 and torch.equal(rescaled(far, None)(x), model(x))
 
 
 def test_experiments_record_what_they_measure():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ModelConfig', 'RopeScaling', 'LanguageModel', 'Decoder', 'language_model', 'CONFIGS', 'DenseAttention',
-           'DynamicCache', 'StaticCache', 'generate', 'Generation', 'choose_tokens', 'edit_heads', 'log_probs',
+           'DynamicCache', 'StaticCache', 'generate', 'choose_tokens', 'edit_heads', 'rescaled', 'log_probs',
            'continuation_log_probs', 'next_token_loss', 'bits_per_byte', 'LoRALinear', 'add_lora', 'merge_lora',
            'lora_plus', 'mark_trainable', 'ByteTokenizer', 'SymbolTokenizer', 'pack', 'PackedBatches', 'passkey',
            'key_value_recall', 'load_hf', 'from_pretrained']
@@ -14,9 +14,9 @@ from .attend import DenseAttention
 from .cache import DynamicCache, StaticCache
 from .load import from_pretrained, load_hf
 from .lora import LoRALinear, add_lora, lora_plus, mark_trainable, merge_lora
-from .nets import CONFIGS, Decoder, LanguageModel, ModelConfig, edit_heads, language_model
+from .nets import CONFIGS, Decoder, LanguageModel, ModelConfig, edit_heads, language_model, rescaled
 from .reference import RopeScaling
-from .sampling import Generation, choose_tokens, generate
+from .sampling import choose_tokens, generate
 from .scores import bits_per_byte, continuation_log_probs, log_probs, next_token_loss
 from .tasks import key_value_recall, passkey
 from .text import ByteTokenizer, PackedBatches, SymbolTokenizer, pack

@@ -43,6 +43,9 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None,
         folded = q.unflatten(1, (-1, group)).flatten(2, 3)                                  # [B, H_kv, group, d]
         return F.scaled_dot_product_attention(folded, k, v, mask, scale=scale).reshape(*q.shape[:3], v.shape[-1])
     triangle = mask is None and causal and q.shape[2] > 1
+    if group > 1 and mask is not None:                           # no kernel of torch takes a mask and grouped heads
+        k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+        group = 1
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=triangle, scale=scale, enable_gqa=group > 1)
 
 

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ModelConfig', 'RMSNorm', 'Rope', 'SwiGLU', 'GeluMlp', 'SelfAttention', 'Block', 'make_norm', 'Output', 'Decoder',
-           'LanguageModel', 'edit_heads', 'CONFIGS', 'language_model']
+           'LanguageModel', 'edit_heads', 'CONFIGS', 'language_model', 'rescaled']
 
 # %% auto #imports
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -402,3 +402,13 @@ def language_model(name: str, attention: Callable | Sequence[Callable] | None = 
     """A published size by name, with random weights, on torch's default device (`torch.device("meta")`: without
     memory). ValueError for an unknown name."""
     return LanguageModel(CONFIGS[check_choice("name", name, tuple(CONFIGS))][0], attention)
+
+# %% ../../nbs/1_foundations/13_lm.ipynb #e93cc223
+def rescaled(model: LanguageModel, scaling: RopeScaling | None) -> LanguageModel:
+    "The same weights with other rotary frequencies; shares the tensors."
+    other = LanguageModel.__new__(LanguageModel)
+    other.__dict__.update(model.__dict__)
+    other._modules = dict(model._modules)
+    c = other.config = replace(model.config, rope_scaling=scaling)
+    other.rope = Rope(c.rope_dim, c.rope_theta, scaling).to(next(model.parameters()).device)
+    return other

@@ -106,7 +106,7 @@ class _Writing:
     be recorded as a graph."""
     def __init__(self, rows: int, max_new: int, pad: int, stops: Tensor, seeds: Tensor, how: dict):
         new = lambda *shape, **kw: torch.zeros(*shape, device=seeds.device, **kw)
-        room = max_new + 2                                                                    # a graph is warmed up beyond
+        room = max_new + 2  # a graph is warmed up beyond
         self.tokens, self.scores = new(rows, room, dtype=torch.int64).fill_(pad), new(rows, room)
         self.token, self.step = new(rows, 1, dtype=torch.int64), new(1, dtype=torch.int64)
         self.done, self.lengths = new(rows, dtype=torch.bool), new(rows, dtype=torch.int64)

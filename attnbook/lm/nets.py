@@ -182,7 +182,10 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor] | None, call: dict) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q, self.k, self.v))
         if tables is not None and not getattr(self.attend, "rotates", False):
-            q, k = rotate(q, *tables), rotate(k, *tables)
+            if q.shape[2] == 1:                                               # a step: one rotation costs the host less
+                q, k = rotate(torch.cat([q, k], 1), *tables).split((q.shape[1], k.shape[1]), 1)
+            else:
+                q, k = rotate(q, *tables), rotate(k, *tables)
         out = self.attend(q, k, v, layer=self.layer, causal=self.causal, **call)             # [B, H, n, d]
         return self.out(self.heads(out.transpose(1, 2)).flatten(2))
 

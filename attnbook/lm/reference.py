@@ -79,7 +79,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     The other d - 2r dimensions stay. Computed in float32 at least, returned in x's type."""
     r = cos.shape[-1]
     a, b = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (x[..., :r], x[..., r:2 * r]))
-    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    turned = torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], -1).to(x.dtype)
     return turned if 2 * r == x.shape[-1] else torch.cat([turned, x[..., 2 * r:]], -1)
 
 # %% ../../nbs/1_foundations/13_lm.ipynb #c6e244a0

@@ -59,8 +59,7 @@ def keep_likely(logits: Tensor, top_k: int | None = None, top_p: float | None = 
     if top_p is not None and top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True)
         p = ordered.softmax(-1)
-        out = p.cumsum(-1) - p >= top_p
-        out[..., 0] = False
+        out = p.cumsum(-1) - p >= top_p  # mass before it; 0 for the first
         logits = logits.masked_fill(torch.zeros_like(out).scatter(-1, index, out), -math.inf)
     return logits
 

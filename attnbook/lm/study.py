@@ -138,7 +138,8 @@ def run_recall(preset: str = "gpu", device: str = "cpu", seed: int = 0) -> Itera
 def bench_generate(device: str = "cuda", config: ModelConfig | None = None, batches: Sequence[int] = (1, 16, 128),
                    new: int = 64, prompt: int = 128) -> Iterator[dict]:
     """Greedy generation with both caches and, on a GPU, with a recorded step: a recorded row each with milliseconds a
-    step and tokens a second, the prompt's reading included."""
+    step and tokens a second, the prompt's reading included. Nothing where that GPU is missing."""
+    if device == "cuda" and not torch.cuda.is_available(): return
     config = config or CONFIGS["pythia-160m"][0]
     torch.manual_seed(0)
     model = LanguageModel(config).to(device, torch.bfloat16 if device == "cuda" else torch.float32).eval()

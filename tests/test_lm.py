@@ -608,6 +608,10 @@ def test_log_probs(family):
     bits = bits_per_byte(model, x, batch_size=2)
     assert rel_error(bits.by_position, -want.mean(0).cpu() / math.log(2)) < 1e-10
     assert abs(bits.total + float(want.mean()) / math.log(2)) < 1e-10
+    counts = torch.arange(50, device=x.device) % 3 + 1                                        # tokens of 1 to 3 bytes
+    weighed, size = bits_per_byte(model, x, byte_counts=counts), counts[x[:, 1:]]
+    assert abs(weighed.total + float(want.sum() / size.sum()) / math.log(2)) < 1e-10
+    assert rel_error(weighed.by_position, (-want.sum(0) / size.sum(0)).cpu() / math.log(2)) < 1e-10
 
 
 def test_scores_leave_out_what_is_not_asked():

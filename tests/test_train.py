@@ -300,6 +300,14 @@ def test_clipping_bounds_the_step_and_amp_is_bfloat16():
     assert seen == [torch.bfloat16] and h.settings["optimizer"] == "SGD" and h.settings["amp"] is True
 
 
+def test_a_group_may_scale_its_rate():
+    net = nn.ParameterList([torch.zeros(1), torch.zeros(1)])
+    split = lambda groups, lr: torch.optim.SGD([dict(params=[net[0]]), dict(params=[net[1]], lr_scale=3.0)], lr=lr)
+    fit(net, lambda model, x: model[0].sum() + model[1].sum(), lambda step: torch.zeros(1), steps=2, lr=0.1, warmup=0,
+        schedule="linear", clip=None, optimizer=split)
+    assert abs(net[0].item() + 0.15) < 1e-6 and abs(net[1].item() + 0.45) < 1e-6
+
+
 def test_evaluate_accuracy():
     net = nn.Sequential(nn.Dropout(0.9), nn.Identity()).train()
     net.register_parameter("unused", nn.Parameter(torch.zeros(1)))

@@ -295,7 +295,7 @@ def fit(
     device: str | torch.device | None = None,  # default: where the model is; the model is moved
     amp: bool | torch.dtype | None = None,  # default: bfloat16 autocast on a GPU; see `autocast`
     clip: float | None = 1.0,  # largest L2 norm of the whole gradient; None: only measured
-    optimizer: Callable | None = None,  # optimizer(groups, lr=lr); default torch.optim.AdamW
+    optimizer: Callable | None = None,  # optimizer(groups, lr=lr); default torch.optim.AdamW. A group's `lr_scale` multiplies its rate
     checkpoint: str | Path | None = None,  # file to resume from and to write
     every: int = 100,  # steps between checkpoints: the most that an interruption costs
     eval_fn: Callable | None = None,  # eval_fn(model) -> number or dict of numbers, in eval mode, without gradients
@@ -342,7 +342,7 @@ def fit(
             evaluating = eval_fn and (last or (eval_every and (step + 1) % eval_every == 0))
             rate = learning_rate(step, steps=steps, lr=lr, warmup=warmup, schedule=schedule)
             for group in opt.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("lr_scale", 1.0)
             batch = to_device(take(step), device)
             with precision:
                 loss = loss_fn(model, *batch) if isinstance(batch, (tuple, list)) else loss_fn(model, batch)

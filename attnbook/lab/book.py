@@ -105,6 +105,8 @@ _FOUNDATIONS = [  # name, title, module
     ("layers", "Furniture of networks", "layers"),
     ("export", "From notebooks to a library", "lab.export"),
     ("clusters", "Attention in clusters", "clusters"),
+    ("lm", "A language model", "lm"),
+    ("vit", "A vision transformer", "vit"),
 ]
 _PAPERS = """
 2_position | music | Music Transformer | Huang et al., Music Transformer, ICLR 2019, arXiv 1809.04281

@@ -344,12 +344,23 @@ def test_what_the_model_refuses():
         (dict(class_token=False, global_pool="token"), ValueError, ["class_token"]),
         (dict(distilled=True, global_pool="avg"), ValueError, ["global_pool", "avg"]),
         (dict(make_attention=[Attention]), ValueError, ["make_attention", "2", "1"]),
+        (dict(weight_init="xavier"), ValueError, ["weight_init", "xavier"]),
         (dict(reg_tokens=1.5), TypeError, ["reg_tokens", "1.5"]), (dict(mlp_ratio=0), ValueError, ["mlp_ratio", "0"])],
         img_size=16, patch_size=4, dim=24, depth=2, num_heads=3)
     model, x = _small(), _images()
     check_raises(model, [(dict(head_gates=torch.ones(3, 4)), ValueError, ["head_gates", "(3, 3)", "(3, 4)"]),
                          (dict(head_gates=torch.ones(3)), ValueError, ["head_gates"]),
                          (dict(head_gates=torch.ones(3, 3, 3)), ValueError, ["head_gates", "(2, 3, 3)"])], images=x)
+
+
+@pytest.mark.parametrize("how, linear, places", [("timm", 0.02, 0.02), ("width", 64**-0.5, 0.2)])
+def test_initial_weights(how, linear, places):
+    model = ViT(64, 4, 3, 10, dim=64, depth=1, num_heads=2, weight_init=how)
+    std = lambda t: float(t.detach().std())
+    assert std(model.blocks[0].attn.qkv.weight) == pytest.approx(linear, rel=0.15)
+    assert std(model.blocks[0].mlp.fc2.weight) == pytest.approx(linear / 2 if how == "width" else linear, rel=0.15)
+    assert std(model.pos_embed) == pytest.approx(places, rel=0.15) and std(model.head.weight) == pytest.approx(0.02, rel=0.3)
+    assert model.blocks[0].attn.qkv.bias.abs().max() == 0 and 0 < std(model.cls_token) < 0.03
 
 
 def test_attention_of_others_in_some_blocks():

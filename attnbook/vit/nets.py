@@ -56,6 +56,12 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return self.q_norm(q), self.k_norm(k), v
 
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        "The heads' outputs `(B, num_heads, T, head_dim)`, before gates and projection."
+        if self.attend is not None:
+            return self.attend(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
+
     def merge(self, out: Tensor, gates: Tensor | None = None) -> Tensor:
         "Heads' outputs `(B, num_heads, T, head_dim)`, each times its gate (`(num_heads,)` or `(B, num_heads)`) -> `(B, T, dim)`."
         if gates is not None:
@@ -63,11 +69,7 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None, gates: Tensor | None = None) -> Tensor:
-        q, k, v = self.project(x)
-        if self.attend is not None:
-            return self.merge(self.attend(q, k, v), gates)
-        drop = self.attn_drop if self.training else 0.0
-        return self.merge(F.scaled_dot_product_attention(q, k, v, dropout_p=drop), gates)
+        return self.merge(self.mix(*self.project(x)), gates)
 
     def extra_repr(self):
         return f"num_heads={self.num_heads}"
@@ -122,6 +124,7 @@ class ViT(nn.Module):
     - `drop_rate` before the head, `pos_drop` after positions, `patch_drop` of patches (`PatchDrop`), `proj_drop` after
       each attention and MLP, `attn_drop` of attention, `drop_path` rising with depth.
     - `make_attention(dim, num_heads, qkv_bias)`: makes the attention of a block; or one such function for each.
+    - `weight_init`: "timm", every weight with standard deviation 0.02; "width", 1/sqrt(inputs), for narrow models.
 
     Names of parameters are timm's. ValueError or TypeError names the argument. Source: Dosovitskiy et al., ICLR 2021.
     """
@@ -133,6 +136,7 @@ class ViT(nn.Module):
         drop_rate: float = 0.0, pos_drop: float = 0.0, patch_drop: float = 0.0, proj_drop: float = 0.0,
         attn_drop: float = 0.0, drop_path: float = 0.0,
         make_attention: Callable[..., nn.Module] | Sequence[Callable[..., nn.Module]] | None = None,
+        weight_init: str = "timm",
     ):
         super().__init__()
         check_int("depth", depth, least=0), check_int("num_classes", num_classes, least=0)
@@ -167,14 +171,18 @@ class ViT(nn.Module):
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         if distilled:
             self.head_dist = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
-        self._start()
+        self._start(check_choice("weight_init", weight_init, ("timm", "width")) == "width")
 
-    def _start(self):
-        "timm's initial weights; attention that a chapter brings keeps its own."
+    def _start(self, by_width):
+        "Initial weights; attention that a chapter brings keeps its own."
         for name, p in self.named_parameters(recurse=False):
-            nn.init.trunc_normal_(p, std=0.02 if name in ("pos_embed", "dist_token") else 1e-6)
+            placed = name in ("pos_embed", "dist_token")
+            nn.init.trunc_normal_(p, std=(0.2 if by_width else 0.02) if placed else 0.02 if by_width else 1e-6)
         for block in self.blocks:
-            for m in (block.mlp, *([block.attn] if type(block.attn) is Attention else [])): m.apply(init_linear)
+            for m in (block.mlp, *([block.attn] if type(block.attn) is Attention else [])):
+                m.apply(init_linear)
+                for layer in m.modules() if by_width else ():
+                    if isinstance(layer, nn.Linear): nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
         for m in (self.head, getattr(self, "head_dist", None)):
             if m is not None: m.apply(init_linear)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..engine import LaunchTable, arch_of, tl, triton
 from ..engine.host import round_dim
 
-# %% ../../nbs/7_looking_inside/vitlens.ipynb #530cb780
+# %% ../../nbs/7_looking_inside/vitlens.ipynb #e9cd1b28
 class LensConstants(NamedTuple):
     "What the kernels are compiled for."
     block: int  # patches of a row in a tile: a power of two, at least 16
@@ -95,7 +95,7 @@ def lens_forward(Q, K, LSE, HIST, ENTROPY, RECEIVED, first_head, H, W, heads, bl
         if dy > -H:
             lens_fold(total, HIST + (((wide * (2 * H - 1) + dy + H - 1) * blocks + bq) * blocks + bk) * (2 * n), C)
 
-# %% ../../nbs/7_looking_inside/vitlens.ipynb #372f67aa
+# %% ../../nbs/7_looking_inside/vitlens.ipynb #d07b51ca
 @triton.jit
 def lens_tile_grad(q, k, lse2, d_entropy, d_received, D_HIST, dy, xq, xk, H, W, scale2, C: tl.constexpr):
     "The gradient of the logarithms of a tile. D_HIST is that of the histogram, divided by N."
@@ -163,7 +163,7 @@ def lens_dk(Q, K, LSE, D_HIST, D_ENTROPY, D_RECEIVED, DK, H, W, heads, blocks, s
     tl.store(DK + (head * N + there * W + xk)[:, None] * C.head_dim + d[None, :], (dk * scale).to(DK.dtype.element_ty),
              mask=(xk < W)[:, None] & (d < C.head_dim)[None, :])
 
-# %% ../../nbs/7_looking_inside/vitlens.ipynb #df8eedba
+# %% ../../nbs/7_looking_inside/vitlens.ipynb #ce5455e3
 #: head_dim rounded up -> forward, dq, dk: (largest tile, -, warps at that tile, stages)
 LENS_LAUNCH = LaunchTable("forward", "dq", "dk")
 for _arch in ("sm90", "sm80", "small"):

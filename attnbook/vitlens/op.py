@@ -15,7 +15,7 @@ from ..engine.host import autocast, through_float32
 from .kernels import launch_lens, launch_lens_grads
 from .reference import AttentionStats, attention_stats_blocks
 
-# %% ../../nbs/7_looking_inside/vitlens.ipynb #b5ef30e8
+# %% ../../nbs/7_looking_inside/vitlens.ipynb #07beddd3
 def _lens(q: Tensor, k: Tensor, lse: Tensor, H: int, W: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     return through_float32(launch_lens, (q, k), lse, H, W, scale)
 
@@ -36,7 +36,7 @@ _contiguous = lambda call: {n: getattr(call, n).new_empty(getattr(call, n).shape
 lens_op = operation("vitlens_lens", _lens, like=_lens_like, backward=_lens_backward, drop=("outputs",),
                     gradients_like=_contiguous)
 
-# %% ../../nbs/7_looking_inside/vitlens.ipynb #88eab69c
+# %% ../../nbs/7_looking_inside/vitlens.ipynb #f9dc1329
 def attention_stats(
     q: Tensor, k: Tensor, v: Tensor | None = None, *, grid_size: tuple[int, int], num_prefix_tokens: int = 1,
     scale: float | None = None, backend: str = "auto",

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checks import check_bool, check_choice, check_scale, check_sizes
 
-# %% ../../nbs/7_looking_inside/vitlens.ipynb #f83fa1fb
+# %% ../../nbs/7_looking_inside/vitlens.ipynb #a3b56b8a
 def sum_diagonals(a: Tensor) -> Tensor:
     "Sums over diagonals: `(…, Q, K)` -> `(…, Q + K - 1)`; entry k - q + Q - 1 is the sum of all a[…, q, k] with that k - q."
     Q, K = a.shape[-2:]
@@ -35,7 +35,7 @@ def displacement_sums(a: Tensor, first: int = 0) -> Tensor:
     a = sum_diagonals(a.movedim(-1, -3)).movedim(-2, -1)                                  # [..., R + H - 1, 2W - 1]
     return F.pad(a, (0, 0, H - first - R, first))
 
-# %% ../../nbs/7_looking_inside/vitlens.ipynb #0e6cbdea
+# %% ../../nbs/7_looking_inside/vitlens.ipynb #8df33c14
 def displacement_pair_counts(grid_size: tuple[int, int]) -> Tensor:
     "How many ordered pairs of patches have each displacement: `(2H - 1, 2W - 1)` int64, (H - |dy|) (W - |dx|)."
     H, W = check_sizes("grid_size", grid_size, 2)
@@ -83,14 +83,14 @@ def mean_attention_distance(
     mean = displacement.flatten(-2) @ torch.linalg.vector_norm(places, ord=p, dim=-1) * patch_size
     return mean / displacement.sum((-2, -1)) if check_bool("renormalize", renormalize) else mean
 
-# %% ../../nbs/7_looking_inside/vitlens.ipynb #4e4f7490
+# %% ../../nbs/7_looking_inside/vitlens.ipynb #1a12efe6
 def js_divergence(log_p: Tensor, log_q: Tensor, base: float = 2) -> Tensor:
     "Jensen-Shannon divergence of two distributions given by log-probabilities `(…, C)`, -inf for 0: `(…)`, 0 to 1 in base 2."
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     kl = lambda a: torch.where(a > -math.inf, a.exp() * (a - log_m), 0.0).sum(-1)
     return ((kl(log_p) + kl(log_q)) / (2 * math.log(base))).clamp_min(0)
 
-# %% ../../nbs/7_looking_inside/vitlens.ipynb #b9dd8676
+# %% ../../nbs/7_looking_inside/vitlens.ipynb #d0d609a4
 class AttentionStats(NamedTuple):
     "What `attention_stats` returns. All but `out` float32 (float64 for float64)."
     out: Tensor | None  # `(B, h, T, v_dim)`, attention's output in q's type; None without v
@@ -129,7 +129,7 @@ def value_weighted(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, scale: float
     more = norm.clamp_min(torch.finfo(q.dtype).tiny).log().to(k.dtype) / scale
     return torch.cat([q, torch.ones_like(q[..., :1])], -1), torch.cat([k, more], -1)
 
-# %% ../../nbs/7_looking_inside/vitlens.ipynb #a5018a88
+# %% ../../nbs/7_looking_inside/vitlens.ipynb #75fd4e8e
 #: numbers of the attention matrix that the torch backend has in memory at a time
 BLOCK_NUMBERS = 2**22
 
@@ -165,7 +165,7 @@ def attention_stats_blocks(
     return AttentionStats(None if v is None else torch.cat(out, 2).to(dtype), torch.cat(lse, 2), torch.cat(entropy, 2),
                           sum(m for m in M if m is not None) / (H * W), torch.cat(prefix, 2), sum(received))
 
-# %% ../../nbs/7_looking_inside/vitlens.ipynb #8ec52918
+# %% ../../nbs/7_looking_inside/vitlens.ipynb #14d9fe77
 def stats_cost(grid_size: tuple[int, int], *, batch: int, heads: int, head_dim: int, prefix: int = 1, itemsize: int = 2) -> dict[str, float]:
     """FLOPs and least bytes of `attention_stats` with v, forward and backward, and bytes of the attention matrix in float32.
 

@@ -10,7 +10,11 @@ from attnbook.vitlens.op import attention_stats
 def lens_case(grid, d, p=1, dtype=torch.bfloat16, values=True):
     "Statistics with all gradients."
     q, k, v = tensors(*[(2, 4, p + math.prod(grid), d)] * 3, dtype=dtype)
-    op = lambda q, k, v: tuple(t for t in attention_stats(q, k, v if values else None, grid_size=grid, num_prefix_tokens=p)[1 - values:] if t.numel())
+    op = lambda q, k, v: tuple(
+        t
+        for t in attention_stats(q, k, v if values else None, grid_size=grid, num_prefix_tokens=p)[1 - values :]
+        if t.numel()
+    )
     both_ways(op, q, k, v)
 
 

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..lab.book import require
 from ..lab.data import Batches, image_tensor, mnist5k, standardise
 from ..lab.results import record
 from ..lab.stats import rank_correlation
@@ -25,7 +24,7 @@ from ..layers import count_parameters
 from ..vit import ViT, attention_maps
 from .nets import gate_gradients, head_effects, mean_outputs, model_stats, prune_curve
 from .op import attention_stats
-from .pattern_nets import fit_autoencoder, name_pattern
+from .pattern_nets import adjusted_rand, fit_autoencoder, k_means, name_pattern
 from .reference import AttentionStats, displacement_pair_counts, hop_profile, mean_attention_distance
 from .study import PRESETS
 
@@ -43,7 +42,7 @@ def moved(x: Tensor, y: Tensor, *, generator: torch.Generator) -> tuple[Tensor, 
     "The images moved by up to 3 pixels each way, what comes in is background: for `Batches`."
     shift = torch.randint(-3, 4, (len(x), 2), generator=generator)
     n = x.shape[-1]
-    at = lambda s: (torch.arange(n) + s[:, None]).clamp(-1, n) + 1                        # row 0 and n + 1: background
+    at = lambda s: (torch.arange(n) + s[:, None]).clamp(-1, n) + 1  # row 0 and n + 1: background
     wide = F.pad(x, (1, 1, 1, 1), value=float(x.min()))
     rows = wide.gather(2, at(shift[:, 0])[:, None, :, None].expand(-1, x.shape[1], -1, n + 2))
     return rows.gather(3, at(shift[:, 1])[:, None, None].expand(-1, x.shape[1], n, -1)), y
@@ -59,15 +58,23 @@ def train_vit(preset: str, data: dict, seed: int, device: str) -> ViT:
     cfg = PRESETS[preset]
     torch.manual_seed(seed)
     model = small_vit(**cfg["model"])
-    fit(model, cross_entropy, Batches(*data["train"], batch_size=cfg["batch"], seed=seed, transform=moved),
-        steps=cfg["steps"], lr=2e-3, seed=seed, device=device, progress=False)
+    fit(
+        model,
+        cross_entropy,
+        Batches(*data["train"], batch_size=cfg["batch"], seed=seed, transform=moved),
+        steps=cfg["steps"],
+        lr=2e-3,
+        seed=seed,
+        device=device,
+        progress=False,
+    )
     return model.eval()
 
 # %% ../../nbs/7_looking_inside/vitlens.ipynb #a4c3095d
 def top_share(importance: Tensor, part: float = 0.25) -> float:
     "The share of the positive importance that the top `part` of all heads has; `part` if all are equal, nan if none is positive."
     x = importance.flatten().clamp_min(0).sort(descending=True).values
-    return float(x[:max(1, round(part * len(x)))].sum() / x.sum()) if float(x.sum()) > 0 else math.nan
+    return float(x[: max(1, round(part * len(x)))].sum() / x.sum()) if float(x.sum()) > 0 else math.nan
 
 
 def class_agreement(effects: Tensor, labels: Tensor) -> dict[str, float]:
@@ -76,7 +83,8 @@ def class_agreement(effects: Tensor, labels: Tensor) -> dict[str, float]:
     halves = {}
     for c in labels.unique().tolist():
         x = effects[labels == c].flatten(1)
-        if len(x) >= 4: halves[c] = x[::2].mean(0).tolist(), x[1::2].mean(0).tolist()
+        if len(x) >= 4:
+            halves[c] = x[::2].mean(0).tolist(), x[1::2].mean(0).tolist()
     corr = lambda a, b: rank_correlation(a, b)
     within = [corr(a, b) for a, b in halves.values()]
     between = [corr(halves[c][0], halves[d][1]) for c in halves for d in halves if c != d]
@@ -92,16 +100,29 @@ def importance_experiment(model: ViT, data: dict, *, probe: int, seed: int, devi
     means = mean_outputs(model, x)
     effects = {(m, "leave_one_out", "zero"): e for m, e in head_effects(model, x, y).items()}
     effects |= {(m, "keep_one", "zero"): -e for m, e in head_effects(model, x, y, scheme="keep_one").items()}
-    effects |= {("loss_rise", "leave_one_out", mode): head_effects(model, x, y, mode=mode, means=means)["loss_rise"]
-                for mode in ("mean", "uniform")}
+    effects |= {
+        ("loss_rise", "leave_one_out", mode): head_effects(model, x, y, mode=mode, means=means)["loss_rise"]
+        for mode in ("mean", "uniform")
+    }
     effects["gradient", "leave_one_out", "zero"] = gate_gradients(model, x, y)
     base = effects["loss_rise", "leave_one_out", "zero"].mean(0).flatten().tolist()
     rows, orders = [], {}
     for (metric, scheme, mode), e in effects.items():
         mean = e.mean(0).cpu()
-        rows.append(dict(name="importance", metric=metric, scheme=scheme, mode=mode, values=mean.tolist(), top_share=top_share(mean),
-                         rank=rank_correlation(mean.flatten().tolist(), base), **class_agreement(e.cpu(), y.cpu())))
-        if mode in ("zero", "mean"): orders[f"{metric}, {scheme}, {mode}"] = mean.flatten().argsort().tolist()
+        rows.append(
+            dict(
+                name="importance",
+                metric=metric,
+                scheme=scheme,
+                mode=mode,
+                values=mean.tolist(),
+                top_share=top_share(mean),
+                rank=rank_correlation(mean.flatten().tolist(), base),
+                **class_agreement(e.cpu(), y.cpu()),
+            )
+        )
+        if mode in ("zero", "mean"):
+            orders[f"{metric}, {scheme}, {mode}"] = mean.flatten().argsort().tolist()
     order = orders["loss_rise, leave_one_out, zero"]
     orders |= {"most important first": order[::-1]}
     orders |= {f"random {r}": np.random.default_rng(100 * seed + r).permutation(len(order)).tolist() for r in range(5)}
@@ -113,7 +134,7 @@ def importance_experiment(model: ViT, data: dict, *, probe: int, seed: int, devi
 # %% ../../nbs/7_looking_inside/vitlens.ipynb #12ff0253
 @torch.no_grad()
 def strength_experiment(model: ViT, images: Tensor) -> dict[str, Any]:
-    "By layer and head, means over images: `lift` `(depth, heads, hops)`, `distance` and its uniform value, `entropy`, `to_class`, `patterns`, `displacement`."
+    "By layer and head, means over images: `lift` `(depth, heads, hops)`, `distance` and its uniform value, `entropy`, `to_class`, `patterns`; `displacement`, each head's square root of M as 0 to 255."
     grid = model.patch_embed.grid_of(images.shape[-2:])
     parts, stats = [model_stats(model, part) for part in images.split(50)], []
     for layer in zip(*parts):
@@ -122,42 +143,58 @@ def strength_experiment(model: ViT, images: Tensor) -> dict[str, Any]:
     M = torch.cat([s.displacement for s in stats])
     uniform = displacement_pair_counts(grid).float() / math.prod(grid) ** 2
     far = mean_attention_distance(M, renormalize=True)
-    return dict(lift=hop_profile(M, renormalize=True).tolist(), distance=far.tolist(), uniform=float(mean_attention_distance(uniform)),
-                entropy=[s.entropy.mean((0, 2)).tolist() for s in stats], patterns=[name_pattern(s)[0] for s in stats],
-                to_class=[s.prefix_mass[:, :, 1:, 0].mean((0, 2)).tolist() for s in stats],
-                displacement=[[[round(v, 5) for v in m.flatten().tolist()] for m in s.displacement[0]] for s in stats])
+    return dict(
+        lift=hop_profile(M, renormalize=True).tolist(),
+        distance=far.tolist(),
+        uniform=float(mean_attention_distance(uniform)),
+        entropy=[s.entropy.mean((0, 2)).tolist() for s in stats],
+        patterns=[name_pattern(s)[0] for s in stats],
+        to_class=[s.prefix_mass[:, :, 1:, 0].mean((0, 2)).tolist() for s in stats],
+        displacement=(255 * (M / M.amax((-2, -1), keepdim=True)).sqrt()).round().int().flatten(-2).tolist(),
+    )
 
 # %% ../../nbs/7_looking_inside/vitlens.ipynb #48169eb9
 def pattern_experiment(model: ViT, images: Tensor, *, steps: int, clusters: int, seed: int) -> dict[str, Any]:
     "Adjusted Rand indices between clusterings (autoencoder, histogram, another seed's autoencoder) and to heads; explained variance."
-    KMeans, ari = require("sklearn.cluster").KMeans, require("sklearn.metrics").adjusted_rand_score
     with torch.no_grad():
-        maps = attention_maps(model, images)                                              # [B, depth, heads, T, T]
+        maps = attention_maps(model, images)  # [B, depth, heads, T, T]
         M = torch.stack([s.displacement for s in model_stats(model, images)], 1)
     B, L, h, T, _ = maps.shape
-    head = torch.arange(L * h).repeat(B).numpy()
-    group = lambda z: KMeans(clusters, n_init=5, random_state=seed).fit_predict(z.flatten(1).float().cpu().numpy())
+    head = torch.arange(L * h).repeat(B)
+    group = lambda z: k_means(z.flatten(1), clusters, seed=seed).cpu()
     found, explained, latent = [], [], []
     for s in (seed, seed + 1000):
         net, share = fit_autoencoder(maps.flatten(0, 2), steps=steps, seed=s)
-        with torch.no_grad(): latent.append(torch.cat([net.encode(a) for a in maps.flatten(0, 2).split(256)]))
+        with torch.no_grad():
+            latent.append(torch.cat([net.encode(a) for a in maps.flatten(0, 2).split(256)]))
         found.append(group(latent[-1])), explained.append(share)
     histogram = group(M.flatten(0, 2).sqrt())
-    shuffled = np.random.default_rng(seed).permutation(found[0])
+    shuffled = found[0][torch.randperm(len(head), generator=torch.Generator().manual_seed(seed))]
     x = latent[0] - latent[0].mean(0)
     plane = (x @ torch.linalg.svd(x, full_matrices=False)[2][:2].T).cpu()
-    return dict(explained=explained[0], stable=ari(*found), agree=ari(found[0], histogram), chance=ari(shuffled, histogram),
-                head_autoencoder=ari(found[0], head), head_histogram=ari(histogram, head),
-                plane=[[round(float(v), 3) for v in p] for p in plane[:200]], cluster=found[0][:200].tolist(), layer=(head[:200] // h).tolist())
+    return dict(
+        explained=explained[0],
+        stable=adjusted_rand(*found),
+        agree=adjusted_rand(found[0], histogram),
+        chance=adjusted_rand(shuffled, histogram),
+        head_autoencoder=adjusted_rand(found[0], head),
+        head_histogram=adjusted_rand(histogram, head),
+        plane=[[round(float(v), 3) for v in p] for p in plane[:200]],
+        cluster=found[0][:200].tolist(),
+        layer=(head[:200] // h).tolist(),
+    )
 
 # %% ../../nbs/7_looking_inside/vitlens.ipynb #96077e28
 def penalised_loss(weight: float) -> Callable:
     "A loss for `fit`: cross entropy plus weight times the mean over heads of the sum of k² S_k in the first layer."
+
     def loss(model, x, y):
         first = []
 
         def look(i, block, t):
-            if i == 0 and weight: first.append(block.attn.project(block.norm1(t))[:2])
+            if i == 0 and weight:
+                first.append(block.attn.project(block.norm1(t))[:2])
+
         logits = model.forward_head(model.forward_features(x, look=look))
         total = F.cross_entropy(logits, y)
         if first:
@@ -165,47 +202,86 @@ def penalised_loss(weight: float) -> Callable:
             mass = hop_profile(s.displacement, kind="mass")
             total = total + weight * (mass * torch.arange(mass.shape[-1], device=x.device) ** 2).sum(-1).mean()
         return total
+
     return loss
 
 
-def penalty_experiment(data: dict, *, model: dict, train: int, steps: int, weight: float, seed: int, device: str) -> dict[str, Any]:
+def penalty_experiment(
+    data: dict, *, model: dict, train: int, steps: int, weight: float, seed: int, device: str
+) -> dict[str, Any]:
     "Accuracy, and mean distance of the first layer, of a model trained on few digits with a penalty."
     x, y = (t[:train] for t in data["train"])
     torch.manual_seed(seed)
     net = small_vit(**model | dict(patch_size=max(4, model["patch_size"])))
-    fit(net, penalised_loss(weight), Batches(x, y, batch_size=min(64, train), seed=seed, transform=moved), steps=steps, lr=2e-3,
-        seed=seed, device=device, progress=False)
+    fit(
+        net,
+        penalised_loss(weight),
+        Batches(x, y, batch_size=min(64, train), seed=seed, transform=moved),
+        steps=steps,
+        lr=2e-3,
+        seed=seed,
+        device=device,
+        progress=False,
+    )
     tx, ty = (torch.cat([data[n][i] for n in ("judge", "check")]) for i in (0, 1))
-    with torch.no_grad(): M = model_stats(net.eval(), tx[:100].to(device))[0].displacement
-    return dict(accuracy=evaluate_accuracy(net, tx, ty, device=device), distance=float(mean_attention_distance(M, renormalize=True).mean()))
+    with torch.no_grad():
+        M = model_stats(net.eval(), tx[:100].to(device))[0].displacement
+    return dict(
+        accuracy=evaluate_accuracy(net, tx, ty, device=device),
+        distance=float(mean_attention_distance(M, renormalize=True).mean()),
+    )
 
 # %% ../../nbs/7_looking_inside/vitlens.ipynb #54bf2c2d
-def run_experiments(preset: str = "gpu", device: str | None = None, seed: int = 0, show: Callable[[str], None] = print) -> list[dict]:
+def run_experiments(
+    preset: str = "gpu", device: str | None = None, seed: int = 0, show: Callable[[str], None] = print
+) -> list[dict]:
     "All experiments of a preset, recorded; returns the rows."
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg, rows = PRESETS[preset], []
-    note = lambda name, key, run, **row: rows.append(record(
-        "vitlens", name, key=(*key, "run", "preset_name"), device=device, preset=preset, preset_name=preset, run=run, **row))
+    note = lambda name, key, run, **row: rows.append(
+        record(
+            "vitlens",
+            name,
+            key=(*key, "run", "preset_name"),
+            device=device,
+            preset=preset,
+            preset_name=preset,
+            run=run,
+            **row,
+        )
+    )
     for run in range(seed, seed + cfg["seeds"]):
         data = digits(run)
         model = train_vit(preset, data, run, device)
         torch.manual_seed(run)
         untrained = small_vit(**cfg["model"]).to(device).eval()
         tx, ty = data["check"]
-        note("model", (), run, accuracy=evaluate_accuracy(model, tx, ty, device=device), parameters=count_parameters(model))
+        accuracy = evaluate_accuracy(model, tx, ty, device=device)
+        note("model", (), run, accuracy=accuracy, parameters=count_parameters(model))
         for row in importance_experiment(model, data, probe=cfg["probe"], seed=run, device=device):
             name = row.pop("name")
             note(name, ("metric", "scheme", "mode") if name == "importance" else ("order",), run, **row)
         for which, m in (("trained", model), ("random", untrained)):
-            note("strength", ("model",), run, model=which, **strength_experiment(m, tx[:cfg["probe"]].to(device)))
-        note("patterns", (), run, **pattern_experiment(model, tx[:cfg["patterns"]].to(device), steps=cfg["autoencoder"],
-                                                     clusters=cfg["clusters"], seed=run))
-        show(f"seed {run}: accuracy {rows[0]['accuracy'] if run == seed else [r for r in rows if r['name'] == 'model'][-1]['accuracy']:.1%}")
+            found = strength_experiment(m, tx[: cfg["probe"]].to(device))
+            if (which, run) != ("trained", seed):  # one picture will do
+                found.pop("displacement")
+            note("strength", ("model",), run, model=which, **found)
+        note(
+            "patterns",
+            (),
+            run,
+            **pattern_experiment(
+                model, tx[: cfg["patterns"]].to(device), steps=cfg["autoencoder"], clusters=cfg["clusters"], seed=run
+            ),
+        )
+        show(f"seed {run}: accuracy {accuracy:.1%}")
     p = cfg["penalty"]
     for run in range(seed, seed + p["seeds"]):
         data = digits(run)
         for weight in p["weights"]:
-            row = penalty_experiment(data, model=cfg["model"], train=p["train"], steps=p["steps"], weight=weight, seed=run, device=device)
+            row = penalty_experiment(
+                data, model=cfg["model"], train=p["train"], steps=p["steps"], weight=weight, seed=run, device=device
+            )
             note("penalty", ("weight",), run, weight=weight, **row)
             show(f"penalty {weight}, seed {run}: accuracy {row['accuracy']:.1%}, distance {row['distance']:.2f}")
     return rows

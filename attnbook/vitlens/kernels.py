@@ -19,6 +19,7 @@ from ..engine.host import round_dim
 # %% ../../nbs/7_looking_inside/vitlens.ipynb #e9cd1b28
 class LensConstants(NamedTuple):
     "What the kernels are compiled for."
+
     block: int  # patches of a row in a tile: a power of two, at least 16
     head_dim: int
     lanes: int  # head_dim rounded up to a power of two
@@ -57,15 +58,16 @@ def lens_fold(total, HIST, C: tl.constexpr):
     n: tl.constexpr = C.block
     n2: tl.constexpr = 2 * C.block
     r, c = tl.arange(0, n)[:, None], tl.arange(0, n2)[None, :]
-    at = c - (n - 1) + r                                                                  # the column of that diagonal
+    at = c - (n - 1) + r  # the column of that diagonal
     there = (at >= 0) & (at < n)
-    moved = tl.gather(total, tl.where(there, at, 0), 1)                                   # [block, 2 block]
+    moved = tl.gather(total, tl.where(there, at, 0), 1)  # [block, 2 block]
     tl.store(HIST + tl.arange(0, n2), tl.sum(tl.where(there, moved, 0.0), 0))
 
 
 @triton.jit
-def lens_forward(Q, K, LSE, HIST, ENTROPY, RECEIVED, first_head, H, W, heads, blocks, scale2, q_strides, k_strides,
-                 C: tl.constexpr):
+def lens_forward(
+    Q, K, LSE, HIST, ENTROPY, RECEIVED, first_head, H, W, heads, blocks, scale2, q_strides, k_strides, C: tl.constexpr
+):
     """Statistics of one head, one s, one block of queries and of keys. Grid: heads at hand * H * blocks * blocks.
 
     HIST `(head, 2H - 1, blocks, blocks, 2 block)`, ENTROPY and RECEIVED `(head, H * blocks, N)`: partial sums."""
@@ -81,7 +83,7 @@ def lens_forward(Q, K, LSE, HIST, ENTROPY, RECEIVED, first_head, H, W, heads, bl
     columns_of = RECEIVED + (wide * H * blocks + s * blocks + bq) * N
     lane = tl.arange(0, n)
     xq, xk = bq * n + lane, bk * n + lane
-    for part in tl.static_range(2):                                                       # dy = s, then dy = s - H
+    for part in tl.static_range(2):  # dy = s, then dy = s - H
         total = tl.zeros([n, n], tl.float32)
         for y in range((H - s) * part, H - s + s * part):
             there = y + s - part * H
@@ -107,8 +109,24 @@ def lens_tile_grad(q, k, lse2, d_entropy, d_received, D_HIST, dy, xq, xk, H, W, 
 
 
 @triton.jit
-def lens_dq(Q, K, LSE, D_HIST, D_ENTROPY, D_RECEIVED, DQ, D_LSE, H, W, heads, blocks, scale, q_strides, k_strides,
-            C: tl.constexpr):
+def lens_dq(
+    Q,
+    K,
+    LSE,
+    D_HIST,
+    D_ENTROPY,
+    D_RECEIVED,
+    DQ,
+    D_LSE,
+    H,
+    W,
+    heads,
+    blocks,
+    scale,
+    q_strides,
+    k_strides,
+    C: tl.constexpr,
+):
     "Gradients of a block of queries and of their LSE. Grid: batch * heads * H * blocks. DQ `(B, h, N, head_dim)` contiguous."
     n: tl.constexpr = C.block
     lanes: tl.constexpr = C.lanes
@@ -131,14 +149,18 @@ def lens_dq(Q, K, LSE, D_HIST, D_ENTROPY, D_RECEIVED, DQ, D_LSE, H, W, heads, bl
         d_lse -= tl.sum(ds, 1)
         dq += lens_dot(ds.to(k.dtype), k, C)
     d = tl.arange(0, lanes)
-    tl.store(DQ + (head * N + y * W + xq)[:, None] * C.head_dim + d[None, :], (dq * scale).to(DQ.dtype.element_ty),
-             mask=(xq < W)[:, None] & (d < C.head_dim)[None, :])
+    tl.store(
+        DQ + (head * N + y * W + xq)[:, None] * C.head_dim + d[None, :],
+        (dq * scale).to(DQ.dtype.element_ty),
+        mask=(xq < W)[:, None] & (d < C.head_dim)[None, :],
+    )
     tl.store(D_LSE + head * N + y * W + xq, d_lse, mask=xq < W)
 
 
 @triton.jit
-def lens_dk(Q, K, LSE, D_HIST, D_ENTROPY, D_RECEIVED, DK, H, W, heads, blocks, scale, q_strides, k_strides,
-            C: tl.constexpr):
+def lens_dk(
+    Q, K, LSE, D_HIST, D_ENTROPY, D_RECEIVED, DK, H, W, heads, blocks, scale, q_strides, k_strides, C: tl.constexpr
+):
     "Gradients of a block of keys. Grid: batch * heads * H * blocks. DK `(B, h, N, head_dim)` contiguous."
     n: tl.constexpr = C.block
     lanes: tl.constexpr = C.lanes
@@ -160,16 +182,18 @@ def lens_dk(Q, K, LSE, D_HIST, D_ENTROPY, D_RECEIVED, DK, H, W, heads, blocks, s
         ds = lens_tile_grad(q, k, lse2, d_entropy, d_received, d_hist, there - y, xq, xk, H, W, scale2, C)
         dk += lens_dot(tl.trans(ds).to(q.dtype), q, C)
     d = tl.arange(0, lanes)
-    tl.store(DK + (head * N + there * W + xk)[:, None] * C.head_dim + d[None, :], (dk * scale).to(DK.dtype.element_ty),
-             mask=(xk < W)[:, None] & (d < C.head_dim)[None, :])
+    tl.store(
+        DK + (head * N + there * W + xk)[:, None] * C.head_dim + d[None, :],
+        (dk * scale).to(DK.dtype.element_ty),
+        mask=(xk < W)[:, None] & (d < C.head_dim)[None, :],
+    )
 
 # %% ../../nbs/7_looking_inside/vitlens.ipynb #ce5455e3
 #: head_dim rounded up -> forward, dq, dk: (largest tile, -, warps at that tile, stages)
 LENS_LAUNCH = LaunchTable("forward", "dq", "dk")
 for _arch in ("sm90", "sm80", "small"):
     _most = 32 if _arch == "small" else 64
-    LENS_LAUNCH.rows(_arch, 16, {
-        64: ((_most, 0, 4, 2),) * 3, 128: ((_most, 0, 4, 1),) * 3, 256: ((32, 0, 4, 1),) * 3})
+    LENS_LAUNCH.rows(_arch, 16, {64: ((_most, 0, 4, 2),) * 3, 128: ((_most, 0, 4, 1),) * 3, 256: ((32, 0, 4, 1),) * 3})
     LENS_LAUNCH.rows(_arch, 32, {64: ((32, 0, 4, 1),) * 3, 128: ((32, 0, 4, 1),) * 3, 256: ((16, 0, 4, 1),) * 3})
 for _bits in (16, 32):
     LENS_LAUNCH.rows("interpreter", _bits, {256: ((64, 0, 4, 1),) * 3})
@@ -201,21 +225,45 @@ def launch_lens(q: Tensor, k: Tensor, lse: Tensor, H: int, W: int, scale: float)
         hist = lse.new_empty(heads, 2 * H - 1, blocks, blocks, 2 * n)
         rows, columns = (lse.new_empty(heads, H * blocks, N) for _ in range(2))
         lens_forward[(heads * H * blocks * blocks,)](
-            q, k, lse, hist, rows, columns, first, H, W, h, blocks, scale * math.log2(math.e), q.stride(), k.stride(),
-            C=C, **options)
+            q,
+            k,
+            lse,
+            hist,
+            rows,
+            columns,
+            first,
+            H,
+            W,
+            h,
+            blocks,
+            scale * math.log2(math.e),
+            q.stride(),
+            k.stride(),
+            C=C,
+            **options,
+        )
         part = slice(first, first + heads)
         torch.sum(rows, 1, out=entropy.view(B * h, N)[part]), torch.sum(columns, 1, out=received.view(B * h, N)[part])
         into = displacement.view(B * h, 2 * H - 1, 2 * W - 1)[part]
         for bq in range(blocks):
-            for bk in range(blocks):                         # bin c of these blocks is displacement c - (n - 1) + shift
+            for bk in range(blocks):  # bin c of these blocks is displacement c - (n - 1) + shift
                 shift = (bk - bq) * n
                 low, high = max(0, n - W - shift), min(2 * n - 1, n - 1 + W - shift)
-                into[..., low - n + shift + W:high - n + shift + W] += hist[:, :, bq, bk, low:high]
+                into[..., low - n + shift + W : high - n + shift + W] += hist[:, :, bq, bk, low:high]
     return entropy, displacement.div_(N), received
 
 
-def launch_lens_grads(d_entropy: Tensor, d_displacement: Tensor, d_received: Tensor, q: Tensor, k: Tensor, lse: Tensor,
-                      H: int, W: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def launch_lens_grads(
+    d_entropy: Tensor,
+    d_displacement: Tensor,
+    d_received: Tensor,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    H: int,
+    W: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     "Gradients of q, k and lse."
     (B, h, N, _), lse = q.shape, lse.contiguous()
     grads = d_displacement / N, d_entropy, d_received
@@ -225,6 +273,20 @@ def launch_lens_grads(d_entropy: Tensor, d_displacement: Tensor, d_received: Ten
     for kernel, name, into in ((lens_dq, "dq", (dq, d_lse)), (lens_dk, "dk", (dk,))):
         C, options = lens_constants(q, W, name)
         blocks = -(-W // C.block)
-        kernel[(B * h * H * blocks,)](q, k, lse, *(g.contiguous() for g in grads), *into, H, W, h, blocks, scale,
-                                      q.stride(), k.stride(), C=C, **options)
+        kernel[(B * h * H * blocks,)](
+            q,
+            k,
+            lse,
+            *(g.contiguous() for g in grads),
+            *into,
+            H,
+            W,
+            h,
+            blocks,
+            scale,
+            q.stride(),
+            k.stride(),
+            C=C,
+            **options,
+        )
     return dq, dk, d_lse

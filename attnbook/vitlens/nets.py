@@ -29,9 +29,14 @@ def model_stats(model: ViT, images: Tensor, *, weighted: bool = False, backend: 
     def look(i, block, x):
         q, k, v = block.attn.project(block.norm1(x))
         scale = q.shape[-1] ** -0.5
-        if weighted: q, k = value_weighted(q, k, v, block.attn.proj.weight, scale)
-        found.append(attention_stats(q, k, grid_size=grid, num_prefix_tokens=model.num_prefix_tokens, scale=scale,
-                                     backend=backend))
+        if weighted:
+            q, k = value_weighted(q, k, v, block.attn.proj.weight, scale)
+        found.append(
+            attention_stats(
+                q, k, grid_size=grid, num_prefix_tokens=model.num_prefix_tokens, scale=scale, backend=backend
+            )
+        )
+
     model.forward_features(images, look=look)
     return found
 
@@ -43,22 +48,32 @@ SCHEMES = ("leave_one_out", "keep_one")
 
 def _replacement(mode, out, v, means):
     "What stands in for the output of a pruned head: broadcastable to out `(B, h, T, d)`."
-    return dict(zero=lambda: torch.zeros_like(out), uniform=lambda: v.mean(2, keepdim=True), identity=lambda: v,
-                mean=lambda: means[None])[mode]()
+    return dict(
+        zero=lambda: torch.zeros_like(out),
+        uniform=lambda: v.mean(2, keepdim=True),
+        identity=lambda: v,
+        mean=lambda: means[None],
+    )[mode]()
 
 
 def _changes(model, tokens, before, labels):
     "The measures, `(variants, B)` each, of tokens `(variants * B, T, dim)` after the last block; `before` of `_outcome`."
     features, log_p = _outcome(model, tokens)
-    features, log_p = (t.unflatten(0, (-1, len(before[0]))) for t in (features, log_p))   # [variants, B, …]
+    features, log_p = (t.unflatten(0, (-1, len(before[0]))) for t in (features, log_p))  # [variants, B, …]
     was = before[1]
-    found = dict(jsd=js_divergence(was.expand_as(log_p), log_p), flip=(was.argmax(-1) != log_p.argmax(-1)).float(),
-                 cls_shift=1 - F.cosine_similarity(features, before[0], dim=-1))
+    found = dict(
+        jsd=js_divergence(was.expand_as(log_p), log_p),
+        flip=(was.argmax(-1) != log_p.argmax(-1)).float(),
+        cls_shift=1 - F.cosine_similarity(features, before[0], dim=-1),
+    )
     if labels is not None:
         at = labels.expand(log_p.shape[:2])[..., None]
         new, old = log_p.gather(-1, at)[..., 0], was.gather(-1, at[0])[..., 0]
-        found |= dict(prob_drop=old.exp() - new.exp(), loss_rise=old - new, acc_drop=
-                      (was.argmax(-1) == labels).float() - (log_p.argmax(-1) == labels).float())
+        found |= dict(
+            prob_drop=old.exp() - new.exp(),
+            loss_rise=old - new,
+            acc_drop=(was.argmax(-1) == labels).float() - (log_p.argmax(-1) == labels).float(),
+        )
     return found
 
 
@@ -70,7 +85,12 @@ def _outcome(model, tokens):
 
 @torch.no_grad()
 def head_effects(
-    model: ViT, images: Tensor, labels: Tensor | None = None, *, mode: str = "zero", scheme: str = "leave_one_out",
+    model: ViT,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mode: str = "zero",
+    scheme: str = "leave_one_out",
     means: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """What pruning each head does to each image: name of `METRICS` -> `(B, depth, heads)` float32.
@@ -91,9 +111,11 @@ def head_effects(
             attn, h = model.blocks[i].attn, model.blocks[i].attn.num_heads
             q, k, v = attn.project(model.blocks[i].norm1(x))
             out = attn.mix(q, k, v)
-            kept = torch.eye(h, dtype=torch.bool, device=x.device)                        # [variant, head]
+            kept = torch.eye(h, dtype=torch.bool, device=x.device)  # [variant, head]
             kept = kept if scheme == "keep_one" else ~kept
-            variants = torch.where(kept[:, None, :, None, None], out, _replacement(mode, out, v, None if means is None else means[i]))
+            variants = torch.where(
+                kept[:, None, :, None, None], out, _replacement(mode, out, v, None if means is None else means[i])
+            )
             after = model.blocks[i].finish(x.repeat(h, 1, 1), attn.merge(variants.flatten(0, 1)))
             found.append(_changes(model, model.run_blocks(after, grid, start=i + 1), before, labels))
     finally:
@@ -102,8 +124,14 @@ def head_effects(
 
 
 def head_importance(
-    model: ViT, images: Tensor, labels: Tensor | None = None, *, metric: str = "loss_rise", mode: str = "zero",
-    scheme: str = "leave_one_out", means: Tensor | None = None,
+    model: ViT,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    metric: str = "loss_rise",
+    mode: str = "zero",
+    scheme: str = "leave_one_out",
+    means: Tensor | None = None,
 ) -> Tensor:
     "One of the measures of `head_effects`: `(B, depth, heads)`. ValueError for an unknown metric, or one that needs labels."
     check_choice("metric", metric, METRICS)
@@ -117,8 +145,9 @@ def head_importance(
 def mean_outputs(model: ViT, images: Tensor) -> Tensor:
     "The mean over images of each head's output, token by token: `(depth, heads, T, head_dim)`, for mode='mean'."
     found = []
-    model.forward_features(images, look=lambda i, block, x: found.append(
-        block.attn.mix(*block.attn.project(block.norm1(x))).mean(0)))
+    model.forward_features(
+        images, look=lambda i, block, x: found.append(block.attn.mix(*block.attn.project(block.norm1(x))).mean(0))
+    )
     return torch.stack(found)
 
 
@@ -136,6 +165,7 @@ def prune_curve(model: ViT, images: Tensor, labels: Tensor, order: Sequence[int]
     heads = model.blocks[0].attn.num_heads
     gates, found = torch.ones(len(model.blocks), heads, device=images.device), []
     for m in (None, *order):
-        if m is not None: gates[m // heads, m % heads] = 0
+        if m is not None:
+            gates[m // heads, m % heads] = 0
         found.append(float((model(images, gates).argmax(-1) == labels).float().mean()))
     return found

@@ -27,19 +27,27 @@ def _lens_like(q, k, lse, H, W, scale):
 def _lens_backward(call):
     shapes = _lens_like(call.q, call.k, call.lse, call.H, call.W, call.scale)
     grads = [torch.zeros_like(s) if g is None else g for g, s in zip(call.grads, shapes)]
-    dq, dk, d_lse = through_float32(lambda q, k: launch_lens_grads(*grads, q, k, call.lse, call.H, call.W, call.scale),
-                                    (call.q, call.k))
+    dq, dk, d_lse = through_float32(
+        lambda q, k: launch_lens_grads(*grads, q, k, call.lse, call.H, call.W, call.scale), (call.q, call.k)
+    )
     return dict(q=dq.to(call.q.dtype), k=dk.to(call.k.dtype), lse=d_lse)
 
 
 _contiguous = lambda call: {n: getattr(call, n).new_empty(getattr(call, n).shape) for n in ("q", "k", "lse")}
-lens_op = operation("vitlens_lens", _lens, like=_lens_like, backward=_lens_backward, drop=("outputs",),
-                    gradients_like=_contiguous)
+lens_op = operation(
+    "vitlens_lens", _lens, like=_lens_like, backward=_lens_backward, drop=("outputs",), gradients_like=_contiguous
+)
 
 # %% ../../nbs/7_looking_inside/vitlens.ipynb #f9dc1329
 def attention_stats(
-    q: Tensor, k: Tensor, v: Tensor | None = None, *, grid_size: tuple[int, int], num_prefix_tokens: int = 1,
-    scale: float | None = None, backend: str = "auto",
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None = None,
+    *,
+    grid_size: tuple[int, int],
+    num_prefix_tokens: int = 1,
+    scale: float | None = None,
+    backend: str = "auto",
 ) -> AttentionStats:
     """Softmax attention and what it looks like: output, LSE, entropy, displacement histogram, prefix and received mass.
 
@@ -56,14 +64,16 @@ def attention_stats(
     if k.shape[2] != q.shape[2]:
         raise ValueError(f"k must have q's {q.shape[2]} tokens, not {k.shape[2]}")
     if q.shape[2] != p + H * W:
-        raise ValueError(f"grid_size must have {q.shape[2] - p} patches for {q.shape[2]} tokens with "
-                         f"num_prefix_tokens {p}, not {H} x {W}")
+        raise ValueError(
+            f"grid_size must have {q.shape[2] - p} patches for {q.shape[2]} tokens with "
+            f"num_prefix_tokens {p}, not {H} x {W}"
+        )
     scale, chosen = check_scale(scale, q.shape[-1]), resolve_backend(backend, q)
     q, k, v = autocast(q, k, v)
     with torch.autocast(q.device.type, enabled=False):
         if chosen == "torch":
             return attention_stats_blocks(q, k, v, grid_size=(H, W), num_prefix_tokens=p, scale=scale)
-        values = k.detach()[..., :16] if v is None else v    # the LSE does not depend on them
+        values = k.detach()[..., :16] if v is None else v  # the LSE does not depend on them
         out, lse = attention(q, k, values, scale=scale, return_lse=True, backend="triton")
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1) if k.shape[1] != q.shape[1] else k
         entropy, M, received = lens_op(q[:, :, p:], k[:, :, p:], lse[:, :, p:], H, W, scale)
@@ -71,7 +81,7 @@ def attention_stats(
         if p:
             across = lambda a, b, lse: a.float() @ b.float().transpose(-1, -2) * scale - lse[..., None]
             to_prefix, to_patches = across(q, k[:, :, :p], lse), across(q[:, :, :p], k[:, :, p:], lse[:, :, :p])
-            mass, rows = to_prefix.exp(), to_patches.exp()                                # [B, h, T, p], [B, h, p, N]
+            mass, rows = to_prefix.exp(), to_patches.exp()  # [B, h, T, p], [B, h, p, N]
             entropy = torch.cat([-(rows * to_patches).sum(-1), entropy], 2) - (mass * to_prefix).sum(-1)
             received = torch.cat([mass.sum(-2), received + rows.sum(-2)], 2)
         return AttentionStats(None if v is None else out, lse, entropy, M, mass, received)

@@ -23,7 +23,7 @@ from ..checks import check_bool, check_choice, check_scale, check_sizes
 def sum_diagonals(a: Tensor) -> Tensor:
     "Sums over diagonals: `(…, Q, K)` -> `(…, Q + K - 1)`; entry k - q + Q - 1 is the sum of all a[…, q, k] with that k - q."
     Q, K = a.shape[-2:]
-    rows = F.pad(a.flip(-2), (0, Q)).flatten(-2)[..., :Q * (K + Q - 1)]                   # row q is moved by Q - 1 - q
+    rows = F.pad(a.flip(-2), (0, Q)).flatten(-2)[..., : Q * (K + Q - 1)]  # row q is moved by Q - 1 - q
     return rows.unflatten(-1, (Q, K + Q - 1)).sum(-2)
 
 
@@ -31,8 +31,8 @@ def displacement_sums(a: Tensor, first: int = 0) -> Tensor:
     """Attention of some rows of patches summed by displacement: a `(…, R, W, H, W)`, queries of rows first … first + R - 1
     and columns 0 … W - 1, keys on the whole grid -> `(…, 2H - 1, 2W - 1)`, entry [H - 1 + dy, W - 1 + dx]."""
     R, W, H = a.shape[-4:-1]
-    a = sum_diagonals(a.movedim(-3, -2))                                                  # [..., R, H, 2W - 1]
-    a = sum_diagonals(a.movedim(-1, -3)).movedim(-2, -1)                                  # [..., R + H - 1, 2W - 1]
+    a = sum_diagonals(a.movedim(-3, -2))  # [..., R, H, 2W - 1]
+    a = sum_diagonals(a.movedim(-1, -3)).movedim(-2, -1)  # [..., R + H - 1, 2W - 1]
     return F.pad(a, (0, 0, H - first - R, first))
 
 # %% ../../nbs/7_looking_inside/vitlens.ipynb #8df33c14
@@ -45,7 +45,9 @@ def displacement_pair_counts(grid_size: tuple[int, int]) -> Tensor:
 
 def hop_pair_counts(grid_size: tuple[int, int]) -> Tensor:
     "How many ordered pairs of patches are k-hop neighbours, k = 0 … max(H, W) - 1: int64. On 7 x 7: 49, 312, 480, …"
-    def within(n, k): return (2 * k + 1) * n - k * (k + 1)                                # pairs at distance <= k, k < n
+
+    def within(n, k):
+        return (2 * k + 1) * n - k * (k + 1)  # pairs at distance <= k, k < n
 
     H, W = check_sizes("grid_size", grid_size, 2)
     k = torch.arange(max(H, W))
@@ -64,7 +66,7 @@ def hop_profile(displacement: Tensor, *, kind: str = "lift", renormalize: bool =
     if check_bool("renormalize", renormalize):
         displacement = displacement / displacement.sum((-2, -1), keepdim=True)
     hop = torch.maximum(torch.arange(1 - H, H).abs()[:, None], torch.arange(1 - W, W).abs())
-    rings = F.one_hot(hop.flatten(), max(H, W)).to(displacement)                          # [all displacements, hops]
+    rings = F.one_hot(hop.flatten(), max(H, W)).to(displacement)  # [all displacements, hops]
     mass = displacement.flatten(-2) @ rings
     if kind == "mass":
         return mass
@@ -93,6 +95,7 @@ def js_divergence(log_p: Tensor, log_q: Tensor, base: float = 2) -> Tensor:
 # %% ../../nbs/7_looking_inside/vitlens.ipynb #d0d609a4
 class AttentionStats(NamedTuple):
     "What `attention_stats` returns. All but `out` float32 (float64 for float64)."
+
     out: Tensor | None  # `(B, h, T, v_dim)`, attention's output in q's type; None without v
     lse: Tensor  # `(B, h, T)`, natural log-sum-exp of the scaled logits
     entropy: Tensor  # `(B, h, T)`, of each query's attention, nats, 0 to log T
@@ -102,7 +105,12 @@ class AttentionStats(NamedTuple):
 
 
 def attention_stats_reference(
-    q: Tensor, k: Tensor, v: Tensor | None = None, *, grid_size: tuple[int, int], num_prefix_tokens: int = 1,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None = None,
+    *,
+    grid_size: tuple[int, int],
+    num_prefix_tokens: int = 1,
     scale: float | None = None,
 ) -> AttentionStats:
     "As `attention_stats`, by the attention itself, `(B, h, T, T)` in memory."
@@ -112,19 +120,27 @@ def attention_stats_reference(
     logits = logits * (q.shape[-1] ** -0.5 if scale is None else scale)
     A = logits.softmax(-1)
     out = None if v is None else (A @ v.to(full).repeat_interleave(group, 1)).to(q.dtype)
-    among = A[..., p:, p:].unflatten(-1, (H, W)).unflatten(2, (H, W))                     # [B, h, y, x, y', x']
-    return AttentionStats(out, logits.logsumexp(-1), -(A * logits.log_softmax(-1)).sum(-1),
-                          displacement_sums(among) / (H * W), A[..., :p], A.sum(-2))
+    among = A[..., p:, p:].unflatten(-1, (H, W)).unflatten(2, (H, W))  # [B, h, y, x, y', x']
+    return AttentionStats(
+        out,
+        logits.logsumexp(-1),
+        -(A * logits.log_softmax(-1)).sum(-1),
+        displacement_sums(among) / (H * W),
+        A[..., :p],
+        A.sum(-2),
+    )
 
 
-def value_weighted(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def value_weighted(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Queries and keys with one channel more, whose attention is that of q and k weighted by what the values contribute:
     proportional to A_ij |v_j W_O|, rows summing to 1.
 
     q, k, v `(B, h, T, d)`; `weight` `(dim, h * v_dim)`, of the output projection. Use the result with the same `scale`
     (which must be given if it is not 1/sqrt(d)). Attention is not contribution: a token may be looked at and add nothing."""
     scale = check_scale(scale, q.shape[-1])
-    projections = weight.unflatten(1, (q.shape[1], -1))                                   # [dim, h, v_dim]
+    projections = weight.unflatten(1, (q.shape[1], -1))  # [dim, h, v_dim]
     norm = torch.einsum("bhjv,ohv->bhjo", v, projections).norm(dim=-1, keepdim=True)
     more = norm.clamp_min(torch.finfo(q.dtype).tiny).log().to(k.dtype) / scale
     return torch.cat([q, torch.ones_like(q[..., :1])], -1), torch.cat([k, more], -1)
@@ -136,7 +152,7 @@ BLOCK_NUMBERS = 2**22
 
 def _stats_of_rows(q, k, v, first, grid, p, scale):
     "Everything about some queries: prefix tokens (first is None), or rows of patches from `first` on."
-    logits = q @ k.transpose(-1, -2) * scale                                              # [B, h, rows, T]
+    logits = q @ k.transpose(-1, -2) * scale  # [B, h, rows, T]
     lse = logits.logsumexp(-1)
     log = logits - lse[..., None]
     A = log.exp()
@@ -147,7 +163,12 @@ def _stats_of_rows(q, k, v, first, grid, p, scale):
 
 
 def attention_stats_blocks(
-    q: Tensor, k: Tensor, v: Tensor | None = None, *, grid_size: tuple[int, int], num_prefix_tokens: int = 1,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None = None,
+    *,
+    grid_size: tuple[int, int],
+    num_prefix_tokens: int = 1,
     scale: float | None = None,
 ) -> AttentionStats:
     "As `attention_stats`, in plain torch by `BLOCK_NUMBERS` of the attention matrix at a time; differentiable."
@@ -162,11 +183,19 @@ def attention_stats_blocks(
     parts = [(0, p, None)] * (p > 0) + [(p + y * W, p + min(y + rows, H) * W, y) for y in range(0, H, rows)]
     found = [run(_stats_of_rows, q[:, :, a:b], k, v, y, (H, W), p, scale) for a, b, y in parts]
     out, lse, entropy, M, prefix, received = zip(*found)
-    return AttentionStats(None if v is None else torch.cat(out, 2).to(dtype), torch.cat(lse, 2), torch.cat(entropy, 2),
-                          sum(m for m in M if m is not None) / (H * W), torch.cat(prefix, 2), sum(received))
+    return AttentionStats(
+        None if v is None else torch.cat(out, 2).to(dtype),
+        torch.cat(lse, 2),
+        torch.cat(entropy, 2),
+        sum(m for m in M if m is not None) / (H * W),
+        torch.cat(prefix, 2),
+        sum(received),
+    )
 
 # %% ../../nbs/7_looking_inside/vitlens.ipynb #14d9fe77
-def stats_cost(grid_size: tuple[int, int], *, batch: int, heads: int, head_dim: int, prefix: int = 1, itemsize: int = 2) -> dict[str, float]:
+def stats_cost(
+    grid_size: tuple[int, int], *, batch: int, heads: int, head_dim: int, prefix: int = 1, itemsize: int = 2
+) -> dict[str, float]:
     """FLOPs and least bytes of `attention_stats` with v, forward and backward, and bytes of the attention matrix in float32.
 
     Backward: that of attention (5 products) and in each of two kernels the logits and one product (4)."""
@@ -174,5 +203,10 @@ def stats_cost(grid_size: tuple[int, int], *, batch: int, heads: int, head_dim: 
     T, moved = N + prefix, batch * heads * (N + prefix) * head_dim * itemsize
     small = 4 * batch * heads * ((2 * grid_size[0] - 1) * (2 * grid_size[1] - 1) + 3 * T)
     pairs = 2 * batch * heads * head_dim
-    return dict(flops_fwd=pairs * (2 * T**2 + N**2), flops_bwd=pairs * (5 * T**2 + 4 * N**2), bytes_fwd=4 * moved + small,
-                bytes_bwd=8 * moved + small, matrix=4.0 * batch * heads * T**2)
+    return dict(
+        flops_fwd=pairs * (2 * T**2 + N**2),
+        flops_bwd=pairs * (5 * T**2 + 4 * N**2),
+        bytes_fwd=4 * moved + small,
+        bytes_bwd=8 * moved + small,
+        matrix=4.0 * batch * heads * T**2,
+    )

@@ -25,19 +25,50 @@ from .reference import AttentionStats, attention_stats_reference, stats_cost
 
 # %% ../../nbs/7_looking_inside/vitlens.ipynb #a0171ab5
 PRESETS = dict(
-    smoke=dict(model=dict(patch_size=7, dim=16, depth=2, num_heads=2), steps=4, batch=16, seeds=1, probe=12, patterns=4,
-               autoencoder=3, clusters=3, penalty=dict(train=32, steps=3, weights=(0.0, 1.0), seeds=1)),
-    cpu=dict(model=dict(patch_size=4, dim=48, depth=4, num_heads=4), steps=240, batch=64, seeds=1, probe=200,
-             patterns=24, autoencoder=150, clusters=5,
-             penalty=dict(train=500, steps=60, weights=(0.0, 1.0), seeds=1)),
-    gpu=dict(model=dict(patch_size=2, dim=128, depth=8, num_heads=4), steps=1500, batch=128, seeds=3, probe=500,
-             patterns=40, autoencoder=1500, clusters=6,
-             penalty=dict(train=500, steps=400, weights=(0.0, 0.1, 1.0), seeds=5)))
+    smoke=dict(
+        model=dict(patch_size=7, dim=16, depth=2, num_heads=2),
+        steps=4,
+        batch=16,
+        seeds=1,
+        probe=12,
+        patterns=4,
+        autoencoder=3,
+        clusters=3,
+        penalty=dict(train=32, steps=3, weights=(0.0, 1.0), seeds=1),
+    ),
+    cpu=dict(
+        model=dict(patch_size=4, dim=48, depth=4, num_heads=4),
+        steps=240,
+        batch=64,
+        seeds=1,
+        probe=200,
+        patterns=24,
+        autoencoder=120,
+        clusters=5,
+        penalty=dict(train=500, steps=60, weights=(0.0, 1.0), seeds=1),
+    ),
+    gpu=dict(
+        model=dict(patch_size=2, dim=128, depth=8, num_heads=4),
+        steps=1500,
+        batch=128,
+        seeds=3,
+        probe=500,
+        patterns=40,
+        autoencoder=1500,
+        clusters=6,
+        penalty=dict(train=500, steps=400, weights=(0.0, 0.1, 1.0), seeds=5),
+    ),
+)
 
 # %% ../../nbs/7_looking_inside/vitlens.ipynb #86923895
 def _joined(stats: AttentionStats) -> Tensor:
     "Output and statistics as one vector, so that a gradient flows into all of them."
-    return torch.cat([stats.out.float().mean(-1).flatten(), *(t.flatten() for t in (stats.entropy, stats.displacement, stats.received))])
+    return torch.cat(
+        [
+            stats.out.float().mean(-1).flatten(),
+            *(t.flatten() for t in (stats.entropy, stats.displacement, stats.received)),
+        ]
+    )
 
 
 def bench_size() -> Iterator[dict]:
@@ -47,15 +78,36 @@ def bench_size() -> Iterator[dict]:
         q, k, v = (torch.randn(4, 6, 1 + side**2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
         grid = (side, side)
         eager = lambda q, k, v: _joined(attention_stats_reference(q, k, v, grid_size=grid))
-        peers = {"ours": lambda q, k, v: _joined(attention_stats(q, k, v, grid_size=grid)), "eager": eager,
-                 "eager compiled": torch.compile(eager, dynamic=False),
-                 "sdpa alone": lambda q, k, v: F.scaled_dot_product_attention(q, k, v).float().mean(-1).flatten()}
+        peers = {
+            "ours": lambda q, k, v: _joined(attention_stats(q, k, v, grid_size=grid)),
+            "eager": eager,
+            "eager compiled": torch.compile(eager, dynamic=False),
+            "sdpa alone": lambda q, k, v: F.scaled_dot_product_attention(q, k, v).float().mean(-1).flatten(),
+        }
         cost = stats_cost(grid, batch=4, heads=6, head_dim=64)
-        yield from compare({"side": side}, peers, [q, k, v], grad_out=None, chapter="vitlens", bench="size", rep_ms=100,
-                           flops={"fwd": cost["flops_fwd"]}, bytes={"fwd": cost["bytes_fwd"]})
+        yield from compare(
+            {"side": side},
+            peers,
+            [q, k, v],
+            grad_out=None,
+            chapter="vitlens",
+            bench="size",
+            rep_ms=100,
+            flops={"fwd": cost["flops_fwd"]},
+            bytes={"fwd": cost["bytes_fwd"]},
+        )
         peers.pop("sdpa alone")
-        yield from compare({"side": side}, peers, [q, k, v], grad_out="random", chapter="vitlens", bench="training", rep_ms=100,
-                           flops={n: cost[f"flops_{n}"] for n in ("fwd", "bwd")}, bytes={n: cost[f"bytes_{n}"] for n in ("fwd", "bwd")})
+        yield from compare(
+            {"side": side},
+            peers,
+            [q, k, v],
+            grad_out="random",
+            chapter="vitlens",
+            bench="training",
+            rep_ms=100,
+            flops={n: cost[f"flops_{n}"] for n in ("fwd", "bwd")},
+            bytes={n: cost[f"bytes_{n}"] for n in ("fwd", "bwd")},
+        )
 
 
 def bench_effects() -> Iterator[dict]:
@@ -75,7 +127,11 @@ def bench_effects() -> Iterator[dict]:
                 gates[i, m] = 1
                 found.append((was - now).gather(1, y[:, None])[:, 0])
             return torch.stack(found, 1)
-        peers = {"ours": lambda x: head_effects(model, x, y)["loss_rise"].flatten(1), "whole runs": torch.no_grad()(whole)}
+
+        peers = {
+            "ours": lambda x: head_effects(model, x, y)["loss_rise"].flatten(1),
+            "whole runs": torch.no_grad()(whole),
+        }
         yield from compare({"images": 8}, peers, [x], chapter="vitlens", bench="effects", rep_ms=1500, graph=False)
 
 # %% ../../nbs/7_looking_inside/vitlens.ipynb #11d67a19
@@ -88,9 +144,10 @@ def _over_runs(value, *names):
     "`value(rows of one run, by name)` for every run that has all names, as an `Interval`; None if there is none."
     found = {n: {} for n in names}
     for n in names:
-        for r in _rows(n): found[n].setdefault(r["run"], []).append(r)
+        for r in _rows(n):
+            found[n].setdefault(r["run"], []).append(r)
     runs = sorted(set.intersection(*(set(f) for f in found.values())))
-    values = [value({n: found[n][run] for n in names}) for run in runs]
+    values = [v for run in runs if (v := value({n: found[n][run] for n in names})) is not None]
     return interval(values) if values else None
 
 
@@ -101,12 +158,13 @@ def _first(rows, **where):
 LEAVE = dict(metric="loss_rise", scheme="leave_one_out", mode="zero")
 
 
-def _share(rows): return _first(rows["importance"], **LEAVE)["top_share"]
+def _share(rows):
+    return _first(rows["importance"], **LEAVE)["top_share"]
 
 
 def _less_alike(rows):
     r = _first(rows["importance"], **LEAVE)
-    return r["within"] - r["between"]
+    return None if None in (r["within"], r["between"]) else r["within"] - r["between"]
 
 
 def _pruning(rows, order="loss_rise, leave_one_out, zero"):
@@ -117,7 +175,10 @@ def _pruning(rows, order="loss_rise, leave_one_out, zero"):
 
 def _trend(rows, field, sign=1):
     "Rank correlation of a layer's mean with depth, trained less untrained."
-    corr = {r["model"]: rank_correlation(range(len(r[field])), [float(np.mean(x)) for x in r[field]]) for r in rows["strength"]}
+    corr = {
+        r["model"]: rank_correlation(range(len(r[field])), [float(np.mean(x)) for x in r[field]])
+        for r in rows["strength"]
+    }
     return sign * (corr["trained"] - corr["random"])
 
 
@@ -125,18 +186,22 @@ def _local_and_global(rows):
     "In the first quarter of the layers: the largest lift at hop 1 of a head, and the largest distance over the uniform one."
     r = _first(rows["strength"], model="trained")
     first = max(1, len(r["lift"]) // 4)
-    return (max(head[min(1, len(head) - 1)] for layer in r["lift"][:first] for head in layer),
-            max(d for layer in r["distance"][:first] for d in layer) / r["uniform"])
+    return (
+        max(head[min(1, len(head) - 1)] for layer in r["lift"][:first] for head in layer),
+        max(d for layer in r["distance"][:first] for d in layer) / r["uniform"],
+    )
 
 
 def _mixture():
     rows = {}
-    for r in _rows("strength"): rows.setdefault(r["run"], []).append(r)
+    for r in _rows("strength"):
+        rows.setdefault(r["run"], []).append(r)
     both = [_local_and_global(dict(strength=x)) for x in rows.values()]
     return dict(local=float(np.mean([b[0] for b in both])), far=float(np.mean([b[1] for b in both]))) if both else None
 
 
-def _proxy(rows): return _first(rows["importance"], metric="gradient")["rank"]
+def _proxy(rows):
+    return _first(rows["importance"], metric="gradient")["rank"]
 
 
 def _planted():
@@ -164,47 +229,157 @@ def _large(field, least):
 # %% ../../nbs/7_looking_inside/vitlens.ipynb #ae32242c
 def interval_at_least(holds: float, in_part: float) -> Callable:
     "Rule on an `Interval` over seeds: its lower end reaches `holds`; in part: its mean reaches `in_part`. Not judged for one seed."
-    return lambda m: ("not measured", "one seed has no interval") if m.n < 2 else grade(m.low >= holds, m.mean >= in_part)
+    return lambda m: (
+        ("not measured", "one seed has no interval") if m.n < 2 else grade(m.low >= holds, m.mean >= in_part)
+    )
 
 
 def claims() -> list[Claim]:
     "The chapter's claims with their rules; measured numbers are read from the recorded results."
     over, own = "digits, 8 layers of 4 heads, 3 seeds", "not in the paper"
     return [
-        Claim("Importance is uneven: few heads carry a prediction", "[m]", "head importance view", interval_at_least(0.5, 0.4),
-              lambda: _over_runs(_share, "importance"), f"{over}; share of the rise of the loss in the top quarter of the heads; holds: above a half, even: a quarter"),
-        Claim("Which heads matter differs by class", "[m]", "head importance view", beyond_interval(),
-              lambda: _over_runs(_less_alike, "importance"), f"{over}; rank correlation of heads within a class less that between classes, on halves"),
-        Claim("Importance by pruning tells which heads can go", "", "head importance view", beyond_interval(),
-              lambda: _over_runs(_pruning, "pruning"), f"{over}; mean accuracy in points while heads go, least important first less random, other images"),
-        Claim("and which cannot", "", "head importance view", beyond_interval(),
-              lambda: _over_runs(lambda r: -_pruning(r, "most important first"), "pruning"), "the same, random less most important first"),
-        Claim("Shallow layers mix local heads with global ones", "[m]", "attention strength view",
-              lambda m: grade(m["local"] >= 3 and m["far"] >= 0.8, m["local"] >= 3 or m["far"] >= 0.8), _mixture,
-              f"{over}; first quarter of the layers; holds: a head with lift 3 at hop 1, and one with 0.8 of the uniform distance"),
-        Claim("Attention spreads with depth", "[m]", "attention strength view", beyond_interval(),
-              lambda: _over_runs(partial(_trend, field="distance"), "strength"), f"{over}; rank correlation of distance with depth, less that before training"),
-        Claim("Patches attend more to the class token with depth", "[m]", "attention strength view", beyond_interval(),
-              lambda: _over_runs(partial(_trend, field="to_class"), "strength"), "the same of the mass on the class token"),
-        Claim("An autoencoder finds families of patterns that do not depend on its seed", "", "pattern view", interval_at_least(0.6, 0.4),
-              lambda: _over_runs(lambda r: r["patterns"][0]["stable"], "patterns"), f"{over}; adjusted Rand index of two seeds' clusters; holds: 0.6, in part 0.4, chance 0"),
-        Claim("They say more about heads than the displacement histogram does", own, "this chapter", beyond_interval(),
-              lambda: _over_runs(lambda r: r["patterns"][0]["head_autoencoder"] - r["patterns"][0]["head_histogram"], "patterns"),
-              f"{over}; adjusted Rand index to heads, autoencoder less histogram"),
-        Claim("The lens finds planted heads", own, "this chapter", matches({"noise 0.0": 5, "noise 0.3": 5}), _planted, "five heads on 7 x 7"),
-        Claim("The gradient of the gates is a proxy for leaving one out", "Michel et al. 2019", "Sec. 4.1", interval_at_least(0.7, 0.4),
-              lambda: _over_runs(_proxy, "importance"), f"{over}; rank correlation; holds: 0.7, in part 0.4"),
-        Claim("A penalty that makes the first layer local helps with little data", own, "this chapter", beyond_interval(),
-              _penalty, "500 digits, 5 seeds, accuracy in points, largest λ less none"),
-        Claim("Statistics are faster than by the matrix, at 32 x 32 patches and more", own, "this chapter", over_range(3, 1),
-              lambda: _large("ms_fwd", 32), "forward, against the better of eager and compiled; holds: 3 times at each size"),
-        Claim("and at every size measured, forward and backward", own, "this chapter", over_range(2, 1),
-              lambda: _speed(("ms_fwd", "ms_bwd"), name="training"), "14 x 14 to 64 x 64; holds: twice at each size"),
-        Claim("They take a fiftieth of the memory at 64 x 64", own, "this chapter", over_range(50, 20),
-              lambda: _large("peak_mb_fwd", 64), "peak above the inputs, forward; in part: a twentieth"),
-        Claim("They cost no more than twice the time of attention alone", own, "this chapter", over_range(0.5, 0.3),
-              lambda: _speed("ms_fwd", peers=("sdpa alone",)), "forward, SDPA's time over ours; holds: 0.5 at each size, in part 0.3"),
-        Claim("Starting again from the layer halves the cost of importance", own, "this chapter", over_range(1.8, 1),
-              lambda: speedups(_rows("effects"), "images") or None, "ViT-B/16, 8 images, all 144 heads"),
-        Claim("Experts find why heads of published models matter", "case studies", "Sec. 6 [m]", out_of_reach("needs published weights and experts")),
+        Claim(
+            "Importance is uneven: few heads carry a prediction",
+            "[m]",
+            "head importance view",
+            interval_at_least(0.5, 0.4),
+            lambda: _over_runs(_share, "importance"),
+            f"{over}; share of the rise of the loss in the top quarter of the heads; holds: above a half, even: a quarter",
+        ),
+        Claim(
+            "Which heads matter differs by class",
+            "[m]",
+            "head importance view",
+            beyond_interval(),
+            lambda: _over_runs(_less_alike, "importance"),
+            f"{over}; rank correlation of heads within a class less that between classes, on halves",
+        ),
+        Claim(
+            "Importance by pruning tells which heads can go",
+            "",
+            "head importance view",
+            beyond_interval(),
+            lambda: _over_runs(_pruning, "pruning"),
+            f"{over}; mean accuracy in points while heads go, least important first less random, other images",
+        ),
+        Claim(
+            "and which cannot",
+            "",
+            "head importance view",
+            beyond_interval(),
+            lambda: _over_runs(lambda r: -_pruning(r, "most important first"), "pruning"),
+            "the same, random less most important first",
+        ),
+        Claim(
+            "Shallow layers mix local heads with global ones",
+            "[m]",
+            "attention strength view",
+            lambda m: grade(m["local"] >= 3 and m["far"] >= 0.8, m["local"] >= 3 or m["far"] >= 0.8),
+            _mixture,
+            f"{over}; first quarter of the layers; holds: a head with lift 3 at hop 1, and one with 0.8 of the uniform distance",
+        ),
+        Claim(
+            "Attention spreads with depth",
+            "[m]",
+            "attention strength view",
+            beyond_interval(),
+            lambda: _over_runs(partial(_trend, field="distance"), "strength"),
+            f"{over}; rank correlation of distance with depth, less that before training",
+        ),
+        Claim(
+            "Patches attend more to the class token with depth",
+            "[m]",
+            "attention strength view",
+            beyond_interval(),
+            lambda: _over_runs(partial(_trend, field="to_class"), "strength"),
+            "the same of the mass on the class token",
+        ),
+        Claim(
+            "An autoencoder finds families of patterns that do not depend on its seed",
+            "",
+            "pattern view",
+            interval_at_least(0.6, 0.4),
+            lambda: _over_runs(lambda r: r["patterns"][0]["stable"], "patterns"),
+            f"{over}; adjusted Rand index of two seeds' clusters; holds: 0.6, in part 0.4, chance 0",
+        ),
+        Claim(
+            "They say more about heads than the displacement histogram does",
+            own,
+            "this chapter",
+            beyond_interval(),
+            lambda: _over_runs(
+                lambda r: r["patterns"][0]["head_autoencoder"] - r["patterns"][0]["head_histogram"], "patterns"
+            ),
+            f"{over}; adjusted Rand index to heads, autoencoder less histogram",
+        ),
+        Claim(
+            "The lens finds planted heads",
+            own,
+            "this chapter",
+            matches({"noise 0.0": 5, "noise 0.3": 5}),
+            _planted,
+            "five heads on 7 x 7",
+        ),
+        Claim(
+            "The gradient of the gates is a proxy for leaving one out",
+            "Michel et al. 2019",
+            "Sec. 4.1",
+            interval_at_least(0.7, 0.4),
+            lambda: _over_runs(_proxy, "importance"),
+            f"{over}; rank correlation; holds: 0.7, in part 0.4",
+        ),
+        Claim(
+            "A penalty that makes the first layer local helps with little data",
+            own,
+            "this chapter",
+            beyond_interval(),
+            _penalty,
+            "500 digits, 5 seeds, accuracy in points, largest λ less none",
+        ),
+        Claim(
+            "Statistics are faster than by the matrix, at 32 x 32 patches and more",
+            own,
+            "this chapter",
+            over_range(3, 1),
+            lambda: _large("ms_fwd", 32),
+            "forward, against the better of eager and compiled; holds: 3 times at each size",
+        ),
+        Claim(
+            "and at every size measured, forward and backward",
+            own,
+            "this chapter",
+            over_range(2, 1),
+            lambda: _speed(("ms_fwd", "ms_bwd"), name="training"),
+            "14 x 14 to 64 x 64; holds: twice at each size",
+        ),
+        Claim(
+            "They take a fiftieth of the memory at 64 x 64",
+            own,
+            "this chapter",
+            over_range(50, 20),
+            lambda: _large("peak_mb_fwd", 64),
+            "peak above the inputs, forward; in part: a twentieth",
+        ),
+        Claim(
+            "They cost no more than twice the time of attention alone",
+            own,
+            "this chapter",
+            over_range(0.5, 0.3),
+            lambda: _speed("ms_fwd", peers=("sdpa alone",)),
+            "forward, SDPA's time over ours; holds: 0.5 at each size, in part 0.3",
+        ),
+        Claim(
+            "Starting again from the layer halves the cost of importance",
+            own,
+            "this chapter",
+            over_range(1.8, 1),
+            lambda: speedups(_rows("effects"), "images") or None,
+            "ViT-B/16, 8 images, all 144 heads",
+        ),
+        Claim(
+            "Experts find why heads of published models matter",
+            "case studies",
+            "Sec. 6 [m]",
+            out_of_reach("needs published weights and experts"),
+        ),
     ]

@@ -28,6 +28,7 @@ from .reference import AttentionStats
 # %% ../../nbs/7_looking_inside/vitlens.ipynb #12137307
 def _axes(ax, size):
     import matplotlib.pyplot as plt
+
     return plt.subplots(figsize=size)[1] if ax is None else ax
 
 
@@ -35,6 +36,7 @@ def importance_view(importance: Tensor, *, name: str = "loss_rise", mark: int = 
     """A matrix of layers and heads: the mean over images of `(B, depth, heads)` in colour, written where the 95 % interval
     of the mean does not contain 0, and the `mark` most important heads framed. Returns the axes."""
     import matplotlib.pyplot as plt
+
     x = importance.detach().float().cpu()
     mean, half = x.mean(0), 1.96 * x.std(0) / max(1, len(x)) ** 0.5
     ax = _axes(ax, (0.62 * mean.shape[1] + 1.6, 0.42 * mean.shape[0] + 1))
@@ -42,11 +44,28 @@ def importance_view(importance: Tensor, *, name: str = "loss_rise", mark: int = 
     ax.imshow(mean, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
     for i, m in np.ndindex(*mean.shape):
         if len(x) < 2 or abs(mean[i, m]) > half[i, m]:
-            ax.text(m, i, f"{mean[i, m]:.2g}", ha="center", va="center", fontsize=6, color="white" if abs(mean[i, m]) > 0.6 * most else "black")
+            ax.text(
+                m,
+                i,
+                f"{mean[i, m]:.2g}",
+                ha="center",
+                va="center",
+                fontsize=6,
+                color="white" if abs(mean[i, m]) > 0.6 * most else "black",
+            )
     for at in mean.flatten().argsort(descending=True)[:mark].tolist():
-        ax.add_patch(plt.Rectangle((at % mean.shape[1] - 0.48, at // mean.shape[1] - 0.48), 0.96, 0.96, fill=False, lw=1.5))
-    ax.set(xlabel="head", ylabel="layer", title=name, xticks=range(mean.shape[1]), yticks=range(mean.shape[0]),
-           xticklabels=range(1, mean.shape[1] + 1), yticklabels=range(1, mean.shape[0] + 1))
+        ax.add_patch(
+            plt.Rectangle((at % mean.shape[1] - 0.48, at // mean.shape[1] - 0.48), 0.96, 0.96, fill=False, lw=1.5)
+        )
+    ax.set(
+        xlabel="head",
+        ylabel="layer",
+        title=name,
+        xticks=range(mean.shape[1]),
+        yticks=range(mean.shape[0]),
+        xticklabels=range(1, mean.shape[1] + 1),
+        yticklabels=range(1, mean.shape[0] + 1),
+    )
     ax.grid(False)
     return ax
 
@@ -56,6 +75,7 @@ def strength_view(profiles: Tensor, *, importance: Tensor | None = None) -> Any:
     `hop_profile`. With `importance` `(depth, heads)` the most important head of each layer is drawn thick. The dotted line
     at 1 is uniform attention. Returns the axes."""
     import matplotlib.pyplot as plt
+
     x = profiles.detach().float().cpu()
     _, axs = plt.subplots(1, len(x), figsize=(1.5 * len(x) + 0.8, 2.2), sharey=True, squeeze=False)
     for i, ax in enumerate(axs[0]):
@@ -72,6 +92,7 @@ def pattern_view(displacement: Tensor, *, names: Sequence[Sequence[str]] | None 
     """The displacement histogram of each head, layers downwards: `(depth, heads, 2H - 1, 2W - 1)`, each panel on a scale of
     its own; a cross marks the patch itself. `names`: what to write above. Returns the axes."""
     import matplotlib.pyplot as plt
+
     x = displacement.detach().float().cpu().sqrt()
     L, h, Y, X = x.shape
     _, axs = plt.subplots(L, h, figsize=(1.05 * h + 0.5, 1.2 * L), squeeze=False)
@@ -81,8 +102,10 @@ def pattern_view(displacement: Tensor, *, names: Sequence[Sequence[str]] | None 
         ax.plot(X // 2, Y // 2, "+", color="tab:orange", ms=4)
         ax.set(xticks=[], yticks=[])
         ax.grid(False)
-        if names is not None: ax.set_title(names[i][m], fontsize=6, pad=2)
-        if m == 0: ax.set_ylabel(f"layer {i + 1}", fontsize=7)
+        if names is not None:
+            ax.set_title(names[i][m], fontsize=6, pad=2)
+        if m == 0:
+            ax.set_ylabel(f"layer {i + 1}", fontsize=7)
     return axs
 
 # %% ../../nbs/7_looking_inside/vitlens.ipynb #3d60fdfd
@@ -131,27 +154,47 @@ draw(); })()</script>"""
 
 
 @torch.no_grad()
-def explorer_page(model: ViT, images: Tensor, *, notes: Sequence[Sequence[str]] | None = None, path: str | Path | None = None) -> str:
+def explorer_page(
+    model: ViT, images: Tensor, *, notes: Sequence[Sequence[str]] | None = None, path: str | Path | None = None
+) -> str:
     """HTML in which layer, head, image and query can be chosen, of images `(B, C, H, W)`; also written to `path`, if given.
 
     `notes` `(depth, heads)`: a line for each head, by default the name of its pattern. The page holds all attention maps
     as bytes: B * depth * heads * T² of them, ValueError above 20 million."""
     (H, W), p = model.patch_embed.grid_of(images.shape[-2:]), model.num_prefix_tokens
-    numbers = len(images) * len(model.blocks) * model.blocks[0].attn.num_heads * (p + H * W) ** 2 if len(model.blocks) else 0
+    numbers = (
+        len(images) * len(model.blocks) * model.blocks[0].attn.num_heads * (p + H * W) ** 2 if len(model.blocks) else 0
+    )
     if numbers > 20_000_000:
-        raise ValueError(f"images must be fewer, or smaller: their {numbers:,} numbers of attention make too large a page")
+        raise ValueError(
+            f"images must be fewer, or smaller: their {numbers:,} numbers of attention make too large a page"
+        )
     maps = attention_maps(model, images)
     if notes is None:
         notes = [name_pattern(_mean_stats(s))[0] for s in model_stats(model, images)]
     grey = images.float().mean(1)
     low, high = grey.amin((1, 2), keepdim=True), grey.amax((1, 2), keepdim=True)
-    pack = lambda t: base64.b64encode((t * 255).round().clamp(0, 255).to(torch.uint8).cpu().contiguous().numpy().tobytes()).decode()
-    data = dict(B=len(images), L=maps.shape[1], h=maps.shape[2], H=H, W=W, prefix=p, Y=grey.shape[1], X=grey.shape[2],
-                notes=[[html.escape(str(n)) for n in row] for row in notes], maps=pack(maps.sqrt()),
-                images=pack((grey - low) / (high - low).clamp_min(1e-6)))
+    pack = lambda t: base64.b64encode(
+        (t * 255).round().clamp(0, 255).to(torch.uint8).cpu().contiguous().numpy().tobytes()
+    ).decode()
+    data = dict(
+        B=len(images),
+        L=maps.shape[1],
+        h=maps.shape[2],
+        H=H,
+        W=W,
+        prefix=p,
+        Y=grey.shape[1],
+        X=grey.shape[2],
+        notes=[[html.escape(str(n)) for n in row] for row in notes],
+        maps=pack(maps.sqrt()),
+        images=pack((grey - low) / (high - low).clamp_min(1e-6)),
+    )
     page = _PAGE.replace("__DATA__", json.dumps(data).replace("</", "<\\/"))
     if path is not None:
-        Path(path).write_text(f"<!doctype html><meta charset=utf-8><title>attention, head by head</title>{page}", encoding="utf-8")
+        Path(path).write_text(
+            f"<!doctype html><meta charset=utf-8><title>attention, head by head</title>{page}", encoding="utf-8"
+        )
     return page
 
 
@@ -166,31 +209,44 @@ def explore(model: ViT, images: Tensor, *, kind: str = "auto", notes: Sequence[S
     check_choice("kind", kind, ("auto", "widgets", "page"))
     if kind == "auto":
         import importlib.util
+
         kind = "widgets" if os.environ.get("JPY_SESSION_NAME") and importlib.util.find_spec("ipywidgets") else "page"
     if kind == "page":
         from IPython.display import HTML
+
         return HTML(explorer_page(model, images, notes=notes))
     import ipywidgets
     import matplotlib.pyplot as plt
+
     (H, W), p = model.patch_embed.grid_of(images.shape[-2:]), model.num_prefix_tokens
 
     def show(image, layer, head, query):
         with torch.no_grad():
             found = []
-            model.forward_features(images[image - 1:image], look=lambda i, block, x: found.append(
-                block.attn.project(block.norm1(x))) if i == layer - 1 else None)
+            model.forward_features(
+                images[image - 1 : image],
+                look=lambda i, block, x: found.append(block.attn.project(block.norm1(x))) if i == layer - 1 else None,
+            )
             q, k, _ = found[0]
             s = _mean_stats(attention_stats(q, k, grid_size=(H, W), num_prefix_tokens=p))
             row = (q[0, head - 1, query] @ k[0, head - 1].T * q.shape[-1] ** -0.5).float().softmax(-1).cpu()
         _, axs = plt.subplots(1, 2, figsize=(7, 3.2))
         axs[0].imshow(images[image - 1].float().mean(0).cpu(), cmap="gray", extent=(0, W, H, 0))
         axs[0].imshow(row[p:].unflatten(0, (H, W)), cmap="Oranges", alpha=0.6, extent=(0, W, H, 0))
-        if query >= p: axs[0].add_patch(plt.Rectangle(((query - p) % W, (query - p) // W), 1, 1, fill=False, ec="tab:blue", lw=2))
-        axs[1].imshow(s.displacement[0, head - 1].cpu().sqrt(), cmap="Blues", extent=(0.5 - W, W - 0.5, H - 0.5, 0.5 - H))
+        if query >= p:
+            axs[0].add_patch(plt.Rectangle(((query - p) % W, (query - p) // W), 1, 1, fill=False, ec="tab:blue", lw=2))
+        axs[1].imshow(
+            s.displacement[0, head - 1].cpu().sqrt(), cmap="Blues", extent=(0.5 - W, W - 0.5, H - 0.5, 0.5 - H)
+        )
         axs[0].set(title=f"prefix {row[:p].sum():.3f}", xticks=[], yticks=[])
         axs[1].set(title=name_pattern(s)[0][head - 1], xlabel="dx", ylabel="dy")
         plt.show()
 
     slider = lambda n, low=1, start=1: ipywidgets.IntSlider(min=low, max=n, value=start, continuous_update=False)
-    return ipywidgets.interactive(show, image=slider(len(images)), layer=slider(len(model.blocks)),
-                                  head=slider(model.blocks[0].attn.num_heads), query=slider(p + H * W - 1, 0, p + H * W // 2))
+    return ipywidgets.interactive(
+        show,
+        image=slider(len(images)),
+        layer=slider(len(model.blocks)),
+        head=slider(model.blocks[0].attn.num_heads),
+        query=slider(p + H * W - 1, 0, p + H * W // 2),
+    )

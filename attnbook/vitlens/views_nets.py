@@ -103,7 +103,7 @@ def pattern_view(displacement: Tensor, *, names: Sequence[Sequence[str]] | None 
         ax.set(xticks=[], yticks=[])
         ax.grid(False)
         if names is not None:
-            ax.set_title(names[i][m], fontsize=6, pad=2)
+            ax.set_title(names[i][m], fontsize=6, pad=2, loc="center")
         if m == 0:
             ax.set_ylabel(f"layer {i + 1}", fontsize=7)
     return axs

@@ -16,20 +16,22 @@ from .kernels import launch_lens, launch_lens_grads
 from .reference import AttentionStats, attention_stats_blocks
 
 # %% ../../nbs/7_looking_inside/vitlens.ipynb #07beddd3
-def _lens(q: Tensor, k: Tensor, lse: Tensor, H: int, W: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    return through_float32(launch_lens, (q, k), lse, H, W, scale)
+def _lens(
+    q: Tensor, k: Tensor, lse: Tensor, H: int, W: int, p: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return through_float32(launch_lens, (q, k), lse, H, W, p, scale)
 
 
-def _lens_like(q, k, lse, H, W, scale):
-    return lse.new_empty(lse.shape), lse.new_empty(*lse.shape[:2], 2 * H - 1, 2 * W - 1), lse.new_empty(lse.shape)
+def _lens_like(q, k, lse, H, W, p, scale):
+    empty = lambda *last: lse.new_empty(*lse.shape[:2], *last)
+    return empty(lse.shape[2]), empty(2 * H - 1, 2 * W - 1), empty(lse.shape[2], p), empty(lse.shape[2])
 
 
 def _lens_backward(call):
-    shapes = _lens_like(call.q, call.k, call.lse, call.H, call.W, call.scale)
+    how = call.H, call.W, call.p, call.scale
+    shapes = _lens_like(call.q, call.k, call.lse, *how)
     grads = [torch.zeros_like(s) if g is None else g for g, s in zip(call.grads, shapes)]
-    dq, dk, d_lse = through_float32(
-        lambda q, k: launch_lens_grads(*grads, q, k, call.lse, call.H, call.W, call.scale), (call.q, call.k)
-    )
+    dq, dk, d_lse = through_float32(lambda q, k: launch_lens_grads(grads, q, k, call.lse, *how), (call.q, call.k))
     return dict(q=dq.to(call.q.dtype), k=dk.to(call.k.dtype), lse=d_lse)
 
 
@@ -76,12 +78,5 @@ def attention_stats(
         values = k.detach()[..., :16] if v is None else v  # the LSE does not depend on them
         out, lse = attention(q, k, values, scale=scale, return_lse=True, backend="triton")
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1) if k.shape[1] != q.shape[1] else k
-        entropy, M, received = lens_op(q[:, :, p:], k[:, :, p:], lse[:, :, p:], H, W, scale)
-        mass = lse.new_zeros(*lse.shape, 0)
-        if p:
-            across = lambda a, b, lse: a.float() @ b.float().transpose(-1, -2) * scale - lse[..., None]
-            to_prefix, to_patches = across(q, k[:, :, :p], lse), across(q[:, :, :p], k[:, :, p:], lse[:, :, :p])
-            mass, rows = to_prefix.exp(), to_patches.exp()  # [B, h, T, p], [B, h, p, N]
-            entropy = torch.cat([-(rows * to_patches).sum(-1), entropy], 2) - (mass * to_prefix).sum(-1)
-            received = torch.cat([mass.sum(-2), received + rows.sum(-2)], 2)
+        entropy, M, mass, received = lens_op(q, k, lse, H, W, p, scale)
         return AttentionStats(None if v is None else out, lse, entropy, M, mass, received)

@@ -23,7 +23,7 @@ from ..vit import ViT, attention_maps
 from .nets import model_stats
 from .op import attention_stats
 from .pattern_nets import name_pattern
-from .reference import AttentionStats
+from .reference import AttentionStats, displacement_pair_counts
 
 # %% ../../nbs/7_looking_inside/vitlens.ipynb #12137307
 def _axes(ax, size):
@@ -38,7 +38,7 @@ def importance_view(importance: Tensor, *, name: str = "loss_rise", mark: int = 
     import matplotlib.pyplot as plt
 
     x = importance.detach().float().cpu()
-    mean, half = x.mean(0), 1.96 * x.std(0) / max(1, len(x)) ** 0.5
+    mean, half = x.mean(0), 1.96 * x.std(0, correction=min(1, len(x) - 1)) / max(1, len(x)) ** 0.5
     ax = _axes(ax, (0.62 * mean.shape[1] + 1.6, 0.42 * mean.shape[0] + 1))
     most = max(float(mean.abs().max()), 1e-12)
     ax.imshow(mean, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
@@ -83,22 +83,32 @@ def strength_view(profiles: Tensor, *, importance: Tensor | None = None) -> Any:
         for m, line in enumerate(x[i].clamp_min(1e-3)):
             ax.plot(line, color="tab:red" if m == best else "0.55", lw=2 if m == best else 1)
         ax.axhline(1, color="black", lw=0.8, ls=":")
-        ax.set(yscale="log", title=f"layer {i + 1}", xlabel="hop")
-    axs[0, 0].set_ylabel("lift")
+        ax.set(
+            yscale="log", title=f"layer {i + 1}", xlabel="hop", xticks=range(0, x.shape[-1], max(1, x.shape[-1] // 4))
+        )
+    low, high = float(x.clamp_min(0.01).min()), float(x.max())
+    ticks = [t for t in (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100) if low / 3 <= t <= 3 * high]
+    axs[0, 0].set(
+        ylabel="lift", yticks=ticks, yticklabels=[f"{t:g}" for t in ticks], ylim=(low / 1.5, 1.5 * max(high, 1))
+    )
+    axs[0, 0].minorticks_off()
     return axs[0]
 
 
 def pattern_view(displacement: Tensor, *, names: Sequence[Sequence[str]] | None = None) -> Any:
-    """The displacement histogram of each head, layers downwards: `(depth, heads, 2H - 1, 2W - 1)`, each panel on a scale of
-    its own; a cross marks the patch itself. `names`: what to write above. Returns the axes."""
+    """The displacement histogram of each head, layers downwards: `(depth, heads, 2H - 1, 2W - 1)`, per pair of patches, so
+    that uniform attention is flat; each panel on a scale of its own, up to the largest of displacements that at least a
+    quarter of the patches have. A cross marks the patch itself. `names`: what to write above. Returns the axes."""
     import matplotlib.pyplot as plt
 
-    x = displacement.detach().float().cpu().sqrt()
+    x = displacement.detach().float().cpu()
     L, h, Y, X = x.shape
+    pairs = displacement_pair_counts(((Y + 1) // 2, (X + 1) // 2))
+    x, common = x / pairs, 4 * pairs >= pairs.max()
     _, axs = plt.subplots(L, h, figsize=(1.05 * h + 0.5, 1.2 * L), squeeze=False)
     for i, m in np.ndindex(L, h):
         ax = axs[i, m]
-        ax.imshow(x[i, m], cmap="Blues", vmin=0)
+        ax.imshow(x[i, m], cmap="Blues", vmin=0, vmax=float(x[i, m][common].max()))
         ax.plot(X // 2, Y // 2, "+", color="tab:orange", ms=4)
         ax.set(xticks=[], yticks=[])
         ax.grid(False)

@@ -2,6 +2,7 @@
 import math
 from functools import partial
 
+import pytest
 import torch
 
 from attnbook.attention import attention_backward, attention_mask, attention_reference
@@ -28,6 +29,12 @@ from attnbook.lab.testing import (
     tensors,
     tolerance,
 )
+
+
+def test_timm_can_be_imported():
+    "Where it is installed: with torchvision's compiled part or without."
+    timm = pytest.importorskip("timm")
+    assert timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3).head.weight.shape == (3, 192)
 
 
 def test_rel_error():

@@ -5,10 +5,12 @@
 # %% ../../nbs/1_foundations/06_testing.ipynb #7c87b64a
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,6 +28,23 @@ def device() -> str:
     if torch.device(name).type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"ATTNBOOK_DEVICE is {name!r} but torch sees no GPU; unset it to test on the CPU")
     return name
+
+# %% ../../nbs/1_foundations/06_testing.ipynb #bf3ffca6
+def _declare_operators_of_torchvision() -> None:
+    "Declares the operators without which torchvision cannot be imported, if its compiled part does not load here."
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or torch.version.cuda is not None or hasattr(torch.ops.torchvision, "nms"):
+        return
+    for library in Path(spec.submodule_search_locations[0]).glob("_C*"):
+        try:
+            return torch.ops.load_library(str(library))
+        except OSError:
+            pass
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+_declare_operators_of_torchvision()
 
 # %% ../../nbs/1_foundations/06_testing.ipynb #a2ee7d99
 def rel_error(

@@ -1,4 +1,6 @@
 """Pages as a browser shows them: those of a run and those of the site. Without Chromium, see the tests of the chapters on the book and the site, which read the HTML."""
+import re
+
 import pytest
 from browser import Browser, chromium
 from nbformat import write
@@ -93,3 +95,60 @@ def test_text_can_be_read_in_both_modes(browser, wide, dark):
         return found.sort((x, y) => x[0] - y[0])[0] })()""")
     assert worst[0] >= 4.5, worst
     assert browser.js("getComputedStyle(document.body).backgroundColor") == ("rgb(20, 23, 27)" if dark else "rgb(255, 255, 255)")
+
+
+# The site: the whole of the start page, one long chapter and the modules, built once.
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    from attnbook.lab.site import build_site
+    return build_site(tmp_path_factory.mktemp("site") / "out", only=["layers", "halo"], claims=False)
+
+
+def test_pages_of_the_site_have_no_faults(site):
+    from attnbook.lab.site import page_faults
+    assert page_faults(site.out) == []
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_pages_of_the_site_fit_and_ask_for_nothing(browser, site, width):
+    for path in ("index.html", "3_locality/halo.html", "api/index.html", "api/attnbook.halo.html", "api/attnbook.halo.kernels.html", "api/attnbook.engine.op.html"):
+        browser.open(site.out / path, width)
+        assert (path, browser.js(SIDEWAYS), browser.js(OUTSIDE), browser.errors) == (path, 0, [], [])
+
+
+def test_claims_of_a_chapter_can_be_read_on_a_phone(browser, site):
+    browser.open(site.out / "3_locality/halo.html", 390)
+    assert browser.js("document.querySelectorAll('table.claims td').length") > 50
+    assert browser.js("[...document.querySelectorAll('table.claims td')].every(e => e.scrollWidth <= e.clientWidth + 1 && e.getBoundingClientRect().right <= screen.width)")
+
+
+def test_a_search_leads_to_the_place(browser, site):
+    browser.open(site.out / "index.html")
+    browser.js("""(async () => { const i = document.getElementById('search'); i.focus(); i.value = 'halo_attention'; i.dispatchEvent(new Event('input'));
+        for (let n = 0; n < 200 && !document.querySelector('#found a'); n++) await new Promise(r => setTimeout(r, 20)) })()""")
+    hits = browser.js("[...document.querySelectorAll('#found a')].map(a => a.getAttribute('href').replace('./', ''))")
+    assert "api/attnbook.halo.op.html#halo_attention" in hits[:3] and browser.errors == []
+    browser.js("(async () => { const i = document.getElementById('search'); i.value = 'zzzznothing'; i.dispatchEvent(new Event('input')); await new Promise(r => setTimeout(r, 100)) })()")
+    assert browser.js("document.getElementById('found').textContent") == "nothing found"
+
+
+def test_buttons_of_the_site(browser, site):
+    browser.open(site.out / "3_locality/halo.html")
+    colour = "getComputedStyle(document.body).backgroundColor"
+    before = browser.js(colour)
+    browser.js("document.getElementById('theme').click()")
+    assert before == "rgb(255, 255, 255)" != browser.js(colour)
+    browser.open(site.out / "api/index.html")
+    assert browser.js(colour) != before, "the choice is kept for the next page"
+    browser.js("localStorage.clear()")
+    browser.open(site.out / "3_locality/halo.html")
+    browser.js("document.getElementById('fold').click()")
+    assert browser.js("[...document.querySelectorAll('details.code')].every(d => d.open)")
+
+
+def test_a_link_to_a_cell_opens_it(browser, site):
+    page = (site.out / "3_locality/halo.html").read_text()
+    cell = re.search(r'<div id="(cell-[^"]+)"><details', page)[1]
+    browser.open((site.out / "3_locality/halo.html").as_uri() + f"#{cell}")
+    assert browser.js(f"document.querySelector('#{cell} > details').open")

@@ -105,6 +105,7 @@ _FOUNDATIONS = [  # name, title, module
     ("layers", "Furniture of networks", "layers"),
     ("export", "From notebooks to a library", "lab.export"),
     ("clusters", "Attention in clusters", "clusters"),
+    ("15_site", "The site", "lab.site"),  # its number is given: 13 and 14 come before
 ]
 _PAPERS = """
 2_position | music | Music Transformer | Huang et al., Music Transformer, ICLR 2019, arXiv 1809.04281
@@ -134,7 +135,8 @@ _PAPERS = """
 # %% ../../nbs/1_foundations/05_book.ipynb #8ab86d17
 def _registry() -> dict[str, Chapter]:
     "All chapters by name, in reading order."
-    chapters = [Chapter(name, "1_foundations", title, number=f"{i:02d}", home=home) for i, (name, title, home) in enumerate(_FOUNDATIONS)]
+    chapters = [Chapter(re.sub(r"^\d+_", "", name), "1_foundations", title, number=name[:2] if name[0].isdigit() else f"{i:02d}", home=home)
+                for i, (name, title, home) in enumerate(_FOUNDATIONS)]
     for line in _PAPERS.strip().splitlines():
         part, name, title, paper = (s.strip() for s in line.split(" | "))
         chapters.append(Chapter(name, part, title, paper))

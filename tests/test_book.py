@@ -19,6 +19,7 @@ from attnbook.lab.book import (
     chapters_table,
     choose_preset,
     find_chapter,
+    list_chapters,
     markdown_table,
     require,
 )
@@ -59,6 +60,8 @@ def test_registry():
     assert find_chapter("attention").notebook == "nbs/1_foundations/00_attention.ipynb"
     assert find_chapter("halo").notebook == "nbs/3_locality/halo.ipynb"
     assert find_chapter("book").status == "ready"
+    assert [c.name for c in list_chapters()] == list(CHAPTERS) and find_chapter("halo") in list_chapters(ready=True) and {c.status for c in list_chapters(ready=True)} == {"ready"}
+    assert find_chapter("site").notebook == "nbs/1_foundations/15_site.ipynb"
 
 def test_unknown_chapter_names_the_closest():
     with pytest.raises(ValueError, match="did you mean neighborhood"):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Application', 'app', 'list_chapters', 'join_parameters', 'split_parameters', 'run', 'split_values', 'sweep', 'bench',
-           'claims', 'doctor', 'site', 'write_book_list', 'new_chapter', 'new', 'export']
+           'claims', 'doctor', 'models', 'site', 'write_book_list', 'new_chapter', 'new', 'export']
 
 # %% auto #imports
 import argparse
@@ -262,6 +262,24 @@ def doctor():
     print(f"\nmissing: {', '.join(missing)}" if missing else "\nnothing is missing")
     if any(c.needed and not c.ok for c in found):
         raise SystemExit(1)
+
+# %% ../../nbs/1_foundations/07_cli.ipynb #585f3b0c
+@app.command()
+@_one_line_errors
+def models(
+    pattern: Annotated[str, _argument(metavar="PATTERN", help="only these, as in a shell: halonet_*  [default: all]")] = "*",
+    count: Annotated[bool, _option("--count", help="count the multiply-adds of each, which takes seconds")] = False,
+):
+    "The published models, which attnbook.create_model makes by name: parameters, size of images, published weights."
+    library = require("attnbook.models")
+    names = library.list_models(pattern)
+    if not names:
+        raise ValueError(f"there is no model {pattern!r}; attnbook models lists all")
+    width = max(map(len, names))
+    for card in map(library.model_card, names):
+        size = f"{card.image} px" if card.image else ""
+        gmacs = f"{library.count_flops(card) / 2e9:9.2f} G multiply-adds  " if count and (card.image or card.example) else ""
+        print(f"{card.name:{width}}  {card.parameters / 1e6:7.1f} M  {size:7}  {gmacs}{card.weights or card.published}".rstrip())
 
 # %% ../../nbs/1_foundations/07_cli.ipynb #d38520ce
 @app.command()

@@ -28,7 +28,7 @@ from .run import KERNEL_OPTIONS, environment, quiet
 # %% ../../nbs/1_foundations/11_export.ipynb #9e39b841
 #: what the usual rooms hold
 ROOMS = {"reference": "geometry and reference", "kernels": "Triton kernels", "op": "the operation", "nets": "modules and models", "study": "experiments, benchmarks and claims",
-         "transport": "communication"}
+         "transport": "communication", "__init__": "the names of the library itself"}
 
 
 @dataclass

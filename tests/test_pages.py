@@ -102,7 +102,7 @@ def test_text_can_be_read_in_both_modes(browser, wide, dark):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     from attnbook.lab.site import build_site
-    return build_site(tmp_path_factory.mktemp("site") / "out", only=["layers", "halo"], claims=False)
+    return build_site(tmp_path_factory.mktemp("site") / "out", only=["layers", "halo"], claims=False, count=False)
 
 
 def test_pages_of_the_site_have_no_faults(site):
@@ -112,7 +112,7 @@ def test_pages_of_the_site_have_no_faults(site):
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_pages_of_the_site_fit_and_ask_for_nothing(browser, site, width):
-    for path in ("index.html", "3_locality/halo.html", "api/index.html", "api/attnbook.halo.html", "api/attnbook.halo.kernels.html", "api/attnbook.engine.op.html"):
+    for path in ("index.html", "3_locality/halo.html", "models.html", "api/index.html", "api/attnbook.halo.html", "api/attnbook.halo.kernels.html", "api/attnbook.engine.op.html"):
         browser.open(site.out / path, width)
         assert (path, browser.js(SIDEWAYS), browser.js(OUTSIDE), browser.errors) == (path, 0, [], [])
 

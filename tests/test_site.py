@@ -1,5 +1,6 @@
 # Written from the test cells of nbs/1_foundations/15_site.ipynb by `attnbook export`. Do not edit.
 import json
+import re
 
 import nbformat
 import pytest
@@ -7,7 +8,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from attnbook.lab.api import linked_names, module_body, read_library, read_module
 from attnbook.lab.book import book_root
-from attnbook.lab.pages import plain_text
+from attnbook.lab.pages import Body, plain_text
+from attnbook.lab.quarto import close_folds, describe, rename_anchors
 from attnbook.lab.site import build_site, page_faults
 
 MODULE = '''"""What it is for."""
@@ -105,7 +107,7 @@ def small(tmp_path_factory):
     index = [new_markdown_cell("# attnbook\n\n> A book.\n\n## Chapters\n\n[Halo](3_locality/halo.ipynb)")]
     for path, cells in (("3_locality/halo", halo), ("4_long_context/ring", ring), ("index", index)):
         nbformat.write(new_notebook(cells=cells), root / "nbs" / f"{path}.ipynb")
-    return root, build_site(root / "out", root, claims=False)
+    return root, build_site(root / "out", root, claims=False, models=False)
 
 def test_pages_stand_in_order_and_know_one_another(small):
     root, site = small
@@ -144,3 +146,28 @@ def test_what_is_no_site_is_left_alone(small, tmp_path):
         build_site(tmp_path, small[0])
     with pytest.raises(ValueError, match="the notebooks are not here"):
         build_site(tmp_path / "x", tmp_path)
+
+
+def test_a_kernel_is_documented_as_its_function():
+    pytest.importorskip("nbdev")
+    def kernel(a, N: int):
+        "Adds."
+    jitted = type("JITFunction", (), {"fn": staticmethod(kernel), "run": None, "__call__": lambda self, *args, **kwargs: None})()
+    text = describe(jitted)._repr_markdown_()
+    assert re.search(r"a,\s*N:\s*int", text) and "Adds." in text and "kwargs" not in text
+    assert re.search(r"^### \S*kernel \{#api-\S*kernel \.unnumbered\}$", text, re.M)
+    assert re.search(r"^## Body \{#api-body \.unnumbered\}$", describe(Body, title_level=2)._repr_markdown_(), re.M)
+
+@pytest.mark.parametrize("source, directives, line", [
+    ("def f():\n    return 1", {"exports": []}, "Source"), ("def test_a():\n    pass", {"test": []}, "Test: a"), ("x = 1", {}, None),
+    ("x = 1\n" * 31, {}, "Code, 31 lines"), ("show_doc(f)", {"exports": []}, None), ("import a", {}, "Imports")], ids=["exported", "test", "short", "long", "description", "imports"])
+def test_folds_are_closed(source, directives, line):
+    cell = new_code_cell(source)
+    cell.directives_ = directives
+    close_folds(cell)
+    assert cell.source == (f'#| code-fold: true\n#| code-summary: "{line}"\n{source}' if line else source)
+
+def test_the_index_of_names_says_where_they_are_described():
+    index = "d = {'settings': {}, 'syms': {'a.b': {'a.b.Half.of': ('b.html#half.of', 'a/b.py'), 'a.b._no': ('b.html#_no', 'a/b.py'), 'a.b.T.__init__': ('b.html#t.__init__', 'a/b.py')}}}"
+    exec(rename_anchors(index), found := {})
+    assert found["d"]["syms"] == {"a.b": {"a.b.Half.of": ("b.html#api-half.of", "a/b.py"), "a.b.T.__init__": ("b.html#api-t.__init__", "a/b.py")}}

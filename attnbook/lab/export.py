@@ -468,8 +468,11 @@ def _index():
     "Version and index of names, as nbdev writes them; in a process of its own, in the checkout."
     from nbdev.config import add_init, get_config
     from nbdev.doclinks import _build_modidx
+    from .quarto import rename_anchors
     add_init(get_config().lib_path)
     _build_modidx()
+    index = get_config().lib_path / "_modidx.py"
+    index.write_text(rename_anchors(index.read_text(encoding="utf-8")), encoding="utf-8")
 
 # %% ../../nbs/1_foundations/11_export.ipynb #36ed10a2
 def _generated(root: Path) -> dict[str, bytes]:

@@ -67,7 +67,7 @@ def _number_equations(texts: list[str]) -> list[str]:
 def for_readers(nb):
     "A copy of a notebook without directives and hidden cells, with numbered equations and described figures."
     nb = require("copy").deepcopy(nb)
-    nb.cells = [c for c in nb.cells if not (c.cell_type == "code" and {"hide", "default_exp"} & directives(c.source).keys())]
+    nb.cells = [c for c in nb.cells if c.cell_type != "raw" and not (c.cell_type == "code" and {"hide", "default_exp"} & directives(c.source).keys())]
     prose = [c for c in nb.cells if c.cell_type == "markdown"]
     for cell, text in zip(prose, _number_equations([c.source for c in prose])):
         cell.source = text

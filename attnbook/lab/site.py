@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 
-from .api import Module, linked_names, module_body, read_library
+from .api import Module, linked_names, module_body, prose_notebook, read_library
 from .book import CHAPTERS, PARTS, Chapter, book_root, require
 from .claims import VERDICTS
 from .pages import STYLE, Body, contents_list, notebook_body, page_html, relocated, verdict_class
@@ -208,6 +208,28 @@ def _api_index(site: Site) -> Body:
     return body
 
 
+def _models_page(count: bool) -> Page:
+    "The page of the published models; with multiply-adds, which take seconds to count, if `count`."
+    def make(site: Site) -> Body:
+        models, body, rows = require("attnbook.models"), Body("Models", "The published models: parameters, multiply-adds, and which published weights fit."), []
+        prose = lambda text, home: linked_names("".join(notebook_body(prose_notebook(text)).parts), site.known("models.html", home)) if text else ""
+        for card in map(models.model_card, models.list_models()):
+            chapter = CHAPTERS.get(card.chapter)
+            home = chapter.notebook.removeprefix("nbs/").removesuffix(".ipynb") + ".html" if chapter else ""
+            where = f'<a href="{home}">{html.escape(chapter.title)}</a>' if home in {p.path for p in site.pages} else html.escape(card.chapter)
+            gmacs = [f"{models.count_flops(card) / 2e9:.2f} G" if card.image or card.example else ""] if count else []
+            cells = (f'<code id="{card.name}">{card.name}</code>', where, f"{card.parameters:,}", *gmacs, f"{card.image} x {card.image}" if card.image else "",
+                     *(prose(s, f"attnbook.{card.chapter}") for s in (card.published, card.weights)))
+            rows.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
+            body.sections.append((card.name, card.name, f"{card.published} {card.weights}"))
+        head = "".join(f"<th>{n}</th>" for n in ("model", "chapter", "parameters", "multiply-adds", "pixels", "published", "weights") if count or n != "multiply-adds")
+        body.parts = [f'<h1 id="models">Models</h1><blockquote><p>{body.promise}</p></blockquote><div class="prose"><p><code>attnbook.create_model(name, **settings)</code> makes one, untrained; '
+                      '<code>attnbook.list_models()</code> and <code>attnbook models</code> list them. Parameters are asserted by a test; multiply-adds are those of one sample, counted by torch.</p></div>'
+                      f'<div class="table" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>']
+        return body
+    return Page("models.html", "Models", "Library", make)
+
+
 def _api_page(module: Module, root: Path) -> Page:
     "The page of a module."
     path = f"api/{module.name}.html"
@@ -262,6 +284,8 @@ def build_site(
     only: Iterable[str] | None = None,  # chapters by name; all if None
     claims: bool = True,  # show what the stored rows say of the papers' claims (imports the studies)
     library: bool = True,  # with the pages of the modules
+    models: bool = True,  # with the page of the published models, if the modules have theirs
+    count: bool = True,  # with their multiply-adds, which takes a second or two for each
 ) -> Site:
     "Writes the book as static pages. What is in the folder is replaced. ValueError without notebooks, or for a folder that holds something else."
     root = Path(root) if root else book_root()
@@ -276,6 +300,7 @@ def build_site(
     start = _chapter_page(root / "nbs" / "index.ipynb", None, root, False)
     site.pages = [start, *(_chapter_page(root / c.notebook, c, root, claims) for c in chosen)]
     if library:
+        site.pages += [_models_page(count)] if models else []
         site.pages += [Page("api/index.html", "All modules", "Library", _api_index), *(_api_page(m, root) for m in site.library.values())]
     for page in site.pages:
         (out / page.path).parent.mkdir(parents=True, exist_ok=True)

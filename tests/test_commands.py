@@ -33,6 +33,7 @@ def refused(*words, **kw):
 
 @pytest.fixture
 def small(tmp_path):
+    pytest.importorskip("papermill")
     return example_notebook(tmp_path / "01_small.ipynb")
 
 
@@ -135,6 +136,7 @@ def test_run_from_any_folder(small, tmp_path):
 
 def test_run_a_chapter(tmp_path):
     """A chapter of the book itself, as `make demo` runs one, where only `pip install '.[book]'` and the data packages are there. Its verdicts are its own."""
+    pytest.importorskip("papermill")
     done = attnbook("run", "halo", "--preset", "smoke", "--out", tmp_path / "runs", "--no-progress", cwd=tmp_path, **hidden_env(tmp_path / "site", "book", data=True))
     assert done.returncode == 0, done.stderr
     folder, = (tmp_path / "runs").iterdir()
@@ -148,6 +150,7 @@ def test_run_a_chapter(tmp_path):
 
 
 def test_run_that_fails(tmp_path):
+    pytest.importorskip("papermill")
     broken = example_notebook(tmp_path / "broken.ipynb", "1 / 0", "never = 1")
     done = attnbook("run", broken, "--out", tmp_path / "runs", "--no-progress")
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -158,6 +161,7 @@ def test_run_that_fails(tmp_path):
 
 def test_stopped(tmp_path):
     """Ctrl-C ends a run; its rows, its notebook and a summary are there."""
+    pytest.importorskip("papermill")
     slow = example_notebook(tmp_path / "slow.ipynb", "import time\npathlib.Path(os.environ['STOP_TEST'], 'slow').touch()\ntime.sleep(600)")
     run = subprocess.Popen([sys.executable, "-m", "attnbook", "run", str(slow), "--out", str(tmp_path / "runs"), "--no-progress"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                            env={**os.environ, "STOP_TEST": str(tmp_path)}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell starts background jobs with SIGINT ignored

@@ -142,8 +142,9 @@ REAL_SIZES = [
 
 
 def check_kernel(route, grid, d, dtype, heads=2):
-    "The composed route sums the gradients of gate and positions over parts that have been rounded."
+    "The composed route sums the gradients of gate and positions over parts that have been rounded; that of the positions is a difference of large sums."
     grad_tol = {torch.float16: 5e-3, torch.bfloat16: 3e-2}.get(dtype) if route == "composed" else None
+    grad_tol = 3e-5 if dtype == torch.float32 else grad_tol
     check_against_reference(make_op(grid, backend="triton", route=route), make_reference(grid),
                             example(*grid, heads=heads, d=d), dtype=dtype, grad_tol=grad_tol, floor=1e-2)
 

@@ -150,6 +150,7 @@ OPTIONAL = {"timm", "nbdev"}
 @pytest.mark.parametrize("notebook", notebooks(ROOT), ids=lambda p: p.stem)
 def test_notebooks_import_what_the_extra_book_brings(notebook):
     """Imports that may fail stand in a `try`, or in a function that is called where the package is: timm, a peer; nbdev in the exporter, which belongs to the extra dev."""
+    pytest.importorskip("papermill")  # what a package is called is known where it is installed
     known = sys.stdlib_module_names | modules_of(packages_of("book", data=True))
     unknown = set()
 

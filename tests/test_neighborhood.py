@@ -438,7 +438,7 @@ def test_double_precision_reference(case):
     small = [t.double().requires_grad_() for t in draw(shape, B=1, H=2, D=3)]
     if math.prod(shape) <= 35:
         reference = partial(neighborhood_attention_reference, **kw, return_lse=True)
-        assert torch.autograd.gradcheck(reference, small, fast_mode=math.prod(shape) > 17)
+        assert torch.autograd.gradcheck(reference, small, fast_mode=math.prod(shape) > 17, nondet_tol=1e-12)
     q, k, v = (t.double() for t in draw(shape))
     assert rel_error(neighborhood_attention_reference(q, k, v, **kw), dense(q, k, v, shape, kw)[0]) < 1e-10
 

@@ -28,6 +28,7 @@ def run(checkout, *words):
 
 
 def test_new_chapter(checkout):
+    pytest.importorskip("nbdev")
     name = PLANNED.name
     began = ("from attnbook.lab.cli import new; from attnbook.lab.export import export_modules, export_tests; "
              f"new({name!r}), export_modules(), export_tests()")
@@ -38,3 +39,14 @@ def test_new_chapter(checkout):
     run(checkout, "-m", "pytest", "-q", "-p", "no:xdist", f"tests/test_{name}.py", "tests/test_laws.py", "tests/test_layout.py",
         "-k", f"{name} and not test_operation and not import_needs")
     assert (checkout / "runs" / f"{name}.jsonl").is_file()
+
+
+def test_stock_export_stops(checkout):
+    """nbdev_export, typed out of habit, complains before it writes anything."""
+    pytest.importorskip("nbdev")
+    state = lambda: {p: p.read_bytes() for p in sorted((checkout / "attnbook").rglob("*.py"))}
+    before = state()
+    done = subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"], cwd=checkout,
+                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(checkout)})
+    assert done.returncode and "run_attnbook_export_instead_of_nbdev_export" in done.stderr, done.stderr[-2000:]
+    assert state() == before

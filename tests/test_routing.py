@@ -335,7 +335,7 @@ def test_empty_cluster_and_official_start():
 def test_averages_move_in_any_type(dtype):
     m = _kmeans().to(dtype)
     assert all(t.dtype == torch.promote_types(dtype, torch.float32) for t in m.buffers())
-    for _ in range(300): m.update(torch.ones(2, 3, 16), torch.tensor([[64.0, 0, 1]] * 2))
+    for _ in range(300): m.update(torch.ones(2, 3, 16, device=m.counts.device), torch.tensor([[64.0, 0, 1]] * 2, device=m.counts.device))
     want = 0.999**300 + (1 - 0.999**300) * torch.tensor([64.0, 0, 1])
     assert (m.counts.cpu() - want).abs().max() < 1e-3
 

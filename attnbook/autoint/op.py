@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_divides, check_number, check_tensor
-from ..engine import arch_of, operation, resolve_backend, triton
-from ..engine.host import autocast, round_dim
+from ..engine import BoundLaunch, arch_of, operation, resolve_backend, triton
+from ..engine.host import Plans, autocast, keep, round_dim, without_autocast
 from .kernels import FIELD_LAUNCH, PROCESSORS, interacting_backward, interacting_forward, tile_rows
 from .reference import interacting_reference
 
@@ -45,9 +45,23 @@ def _layer_forward(e: Tensor, weight: Tensor, bias: Tensor | None, num_heads: in
     y = _layer_like(e, weight, bias, num_heads, scale)
     if y.numel():
         grid, consts = _layer_plan("forward", e, weight, bias, num_heads)
-        interacting_forward[grid](e, weight.contiguous(), bias if bias is None else bias.contiguous(), y, e.stride(),
-                                  y.stride(), len(e), scale, **consts)
+        launch = BoundLaunch(interacting_forward, grid, e.stride(), y.stride(), len(e), scale, **consts)
+        launch(e, weight.contiguous(), bias if bias is None else bias.contiguous(), y)
     return y
+
+def _plan_forward(e, weight, bias, num_heads, scale):
+    "The forward pass of all calls like this one."
+    like = _layer_like(e, weight, bias, num_heads, scale)
+    if like.numel() == 0:
+        return _layer_forward
+    grid, consts = _layer_plan("forward", e, weight, bias, num_heads)
+    shape, launch = like.shape, BoundLaunch(interacting_forward, grid, e.stride(), like.stride(), len(e), scale, **consts)
+
+    def run(e, weight, bias, *rest):
+        y = e.new_empty(shape)
+        launch(e, weight.contiguous(), bias if bias is None else bias.contiguous(), y)
+        return y
+    return run
 
 def _layer_like(e, weight, bias, num_heads, scale):
     return e.new_empty(*e.shape[:2], weight.shape[2])
@@ -55,12 +69,16 @@ def _layer_like(e, weight, bias, num_heads, scale):
 def _layer_backward(call):
     "Gradients of input, weights and biases; those of the last two from one partial sum of each program."
     e, weight, bias, dy = call.e, call.weight, call.bias, call.grads[0]
-    grid, consts = _layer_plan("backward", e, weight, bias, call.num_heads)
     dx = torch.empty(e.shape, dtype=e.dtype, device=e.device)
+
+    def make():
+        grid, consts = _layer_plan("backward", e, weight, bias, call.num_heads)
+        return grid, BoundLaunch(interacting_backward, grid, e.stride(), dy.stride(), dx.stride(), len(e), call.scale,
+                                 **consts)
+    grid, launch = make() if call.kept is None else keep(call.kept, make, dy)
     dw = e.new_empty(*grid, *weight.shape, dtype=torch.float32)
     db = e.new_empty(*grid, *weight.shape[::2], dtype=torch.float32)
-    interacting_backward[grid](e, weight.contiguous(), bias if bias is None else bias.contiguous(), dy, dx, dw, db,
-                               e.stride(), dy.stride(), dx.stride(), len(e), call.scale, **consts)
+    launch(e, weight.contiguous(), bias if bias is None else bias.contiguous(), dy, dx, dw, db)
     return dict(e=dx, weight=dw.sum(0).to(weight.dtype), bias=None if bias is None else db.sum(0).to(bias.dtype))
 
 def _layer_gradients(call):
@@ -68,7 +86,7 @@ def _layer_gradients(call):
             for n, t in (("e", call.e), ("weight", call.weight), ("bias", call.bias))}
 
 interacting_op = operation("interacting", _layer_forward, like=_layer_like, backward=_layer_backward,
-                           gradients_like=_layer_gradients)
+                           gradients_like=_layer_gradients, plan=_plan_forward)
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #2508ba38
 def _check_layer(e, weight, bias, num_heads, scale):
@@ -100,21 +118,30 @@ def interacting_layer(
     The kernel takes up to 128 fields and input widths and head widths up to 128; `auto` uses PyTorch beyond that.
     Under autocast everything is cast to its type. TypeError or ValueError on bad input.
     """
+    e, weight, bias = autocast(e, weight, bias)
+    scale, fits, kept = _DECIDED.decide(_decide, (e, weight, bias), dict(num_heads=num_heads, scale=scale, backend=backend))
+    if return_weights or not fits:
+        with without_autocast(e):
+            return interacting_reference(e, weight, bias, num_heads=num_heads, scale=scale,
+                                         return_weights=return_weights)
+    return interacting_op(e, weight, bias, num_heads, scale, kept=kept)
+
+
+_DECIDED = Plans()
+
+
+def _decide(e, weight, bias, *, num_heads, scale, backend):
+    "Checks; the scale, whether the kernel does it, and what is kept."
     scale = _check_layer(e, weight, bias, num_heads, scale)
     fits = e.shape[1] <= 128 and max(e.shape[2], weight.shape[2] // num_heads) <= MAX_WIDTH
     chosen = resolve_backend(backend, e)
     if backend == "triton" and not fits:
         raise ValueError(f"e: the kernel takes at most 128 fields and widths of {MAX_WIDTH}, not {tuple(e.shape)} with "
                          f"heads of {weight.shape[2] // num_heads}; use backend='torch'")
-    e, weight, bias = autocast(e, weight, bias)
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.dtype != e.dtype:
             raise TypeError(f"{name} must have e's type {e.dtype}, not {t.dtype}")
-    if return_weights or chosen == "torch" or not fits:
-        with torch.autocast(e.device.type, enabled=False):
-            return interacting_reference(e, weight, bias, num_heads=num_heads, scale=scale,
-                                         return_weights=return_weights)
-    return interacting_op(e, weight, bias, num_heads, scale)
+    return scale, fits and chosen == "triton", {}
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #bac9b8d6
 def interacting_attention(e: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wr: Tensor | None = None, *, num_heads: int,

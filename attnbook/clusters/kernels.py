@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..engine import arch_of, tl, triton
-from ..engine.host import round_dim
+from ..engine.host import bound, round_dim
 
 # %% ../../nbs/1_foundations/12_clusters.ipynb #a1f00011
 @triton.jit
@@ -251,8 +251,8 @@ def find_slots(index: Tensor, n: int) -> tuple[Tensor, Tensor]:
     drawn, table = slot_room(index, n)
     if index.numel():
         S, bm = index.shape[2] * index.shape[3], 128
-        enter_lists[(index.shape[0] * index.shape[1] * triton.cdiv(S, bm),)](
-            index, drawn, table, S, n, R=DRAWS, BM=bm, num_warps=4)
+        launch = bound(enter_lists, (index.shape[0] * index.shape[1] * triton.cdiv(S, bm),), S, n, R=DRAWS, BM=bm, num_warps=4)
+        launch(index, drawn, table)
     return drawn, table
 
 
@@ -263,7 +263,7 @@ def sum_slots(xs: list[Tensor], index: Tensor, counts: Tensor, table: Tensor, me
     ys = [x.new_empty(*counts.shape, x.shape[3]) for x in xs]
     if counts.numel():
         dims = tuple(x.shape[3] for x in xs)
-        fold_slots[(counts.shape[0] * counts.shape[1] * triton.cdiv(n, bm),)](
-            tuple(xs), tuple(ys), index, counts, table, n, xs[0].shape[2], MEAN=mean, DS=dims,
-            BDS=tuple(map(round_dim, dims)), R=DRAWS, BM=bm, num_warps=FOLD_LAUNCH[1])
+        launch = bound(fold_slots, (counts.shape[0] * counts.shape[1] * triton.cdiv(n, bm),), n, xs[0].shape[2], MEAN=mean,
+                       DS=dims, BDS=tuple(map(round_dim, dims)), R=DRAWS, BM=bm, num_warps=FOLD_LAUNCH[1])
+        launch(tuple(xs), tuple(ys), index, counts, table)
     return ys

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..engine import Launch, LaunchTable, arch_of, find_launch, tl, triton
-from ..engine.host import needs_64_bit
+from ..engine.host import bound, needs_64_bit
 from ..engine.run import L2_SHARE, common_arguments, run_forward
 from ..engine.tiles import (
     dkv_step,
@@ -330,10 +330,11 @@ def launch_lists(q: Tensor, k: Tensor | None, v: Tensor, a: Tensor, b: Tensor | 
         common, folded = _arguments(q, k, v, flags, scale)
         del common["GROUP"]
         p, tiles, some = _tiles(a, common, "forward", flags, q.dtype)
-        cluster_forward[(B * H * lists * tiles,)](
-            q, keys, v, out, lse, a, counts, table, q.stride(), keys.stride(), v.stride(), folded, tiles,
+        launch = bound(
+            cluster_forward, (B * H * lists * tiles,), q.stride(), keys.stride(), v.stride(), folded, tiles,
             _lists_together(a, keys, v, tiles), lists, H, a.shape[3], n, PARTIAL=some, SAME=k is None, BM=p.BM, BN=p.BN,
             R=DRAWS, WIDE=needs_64_bit(q, keys, v), num_warps=p.warps, **common)
+        launch(q, keys, v, out, lse, a, counts, table)
     return *sum_slots([out], a, counts, table, mean=True), out, lse, counts
 
 # %% ../../nbs/1_foundations/12_clusters.ipynb #c3b0f6d2
@@ -348,19 +349,20 @@ def launch_list_grads(dy: Tensor, q: Tensor, k: Tensor | None, v: Tensor, out: T
     (common, folded), wide, bm = _arguments(q, k, v, flags, scale), needs_64_bit(q, keys, v, dy), 32
     # log2(c) would drown in the log-sum of a row that sees nothing but itself
     spread = dy.new_empty(*out.shape) if flags.last_resort else None
-    slot_weights[(B * H * triton.cdiv(slots, bm),)](
-        out, dy, a, counts, drawn, table, lse, lse2, delta, spread, dy.stride(), n, H, slots, DV=common["DV"],
-        BDV=common["BDV"], R=DRAWS, BM=bm, WIDE=wide, num_warps=4)
+    launch = bound(slot_weights, (B * H * triton.cdiv(slots, bm),), dy.stride(), n, H, slots, DV=common["DV"],
+                   BDV=common["BDV"], R=DRAWS, BM=bm, WIDE=wide, num_warps=4)
+    launch(out, dy, a, counts, drawn, table, lse, lse2, delta, spread)
     d = dy if spread is None else spread
     if b is not None:
         _launch_two_lists(q, k, v, d, a, b, lse2, delta, dq, dk, dv, spread is not None, folded, scale, common)
         return sum_slots([dq], a, counts, table) + sum_slots([dk, dv], b, *find_slots(b, k.shape[2]))
     del common["GROUP"]
     p, tiles, some = _tiles(a, common, "both", flags, q.dtype)
-    shared_grads[(B * H * a.shape[2] * tiles,)](
-        q, keys, v, d, lse2, delta, dq, dk, dv, a, q.stride(), keys.stride(), v.stride(), d.stride(), folded, scale,
+    launch = bound(
+        shared_grads, (B * H * a.shape[2] * tiles,), q.stride(), keys.stride(), v.stride(), d.stride(), folded, scale,
         tiles, a.shape[2], H, a.shape[3], PARTIAL=some, SAME=k is None, SPREAD=spread is not None, B=p.BM, BN=p.BN,
         WIDE=wide, **(p if k is None else replace(p, registers=None)).options(), **common)
+    launch(q, keys, v, d, lse2, delta, dq, dk, dv, a)
     return sum_slots([x for x in (dq, dk, dv) if x is not None], a, counts, table)
 
 

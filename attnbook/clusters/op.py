@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import check_int, check_tensor
 from ..engine import find_launch, operation, resolve_backend, tile_attention
-from ..engine.host import autocast, round_dim, through_float32
+from ..engine.host import autocast, round_dim, through_float32, without_autocast
 from .kernels import launch_select
 from .list_kernels import launch_list_grads, launch_lists
 from .programs import SEGMENTS, SEGMENTS_SELF, ListFlags, launch_table
@@ -83,7 +83,7 @@ def list_attention(q: Tensor, k: Tensor, v: Tensor, q_lists: Tensor, k_lists: Te
     if 0 in (*q.shape, *k.shape, *q_lists.shape, *(() if shared else k_lists.shape)):
         return _nothing(q, k, v)
     if resolve_backend(backend, q) == "torch":
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             return list_attention_gather(q, k, v, q_lists, q_lists if shared else k_lists, causal=causal, scale=scale,
                                          self_attention=self_attention)
     a, b = q_lists.contiguous(), None if shared else k_lists.contiguous()
@@ -105,7 +105,7 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, q_segments: Sequence[Tens
     if 0 in (*q.shape, *k.shape):
         return _nothing(q, k, v)
     if resolve_backend(backend, q) == "torch":
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             return segment_attention_tiles(q, k, v, a, b, causal=causal, scale=scale, self_attention=self_attention,
                                            window=window)
     program, S = SEGMENTS_SELF if self_attention == "fallback" else SEGMENTS, a[1].shape[2] - 1

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..engine import BAND, Launch, LaunchTable, TileProgram, register_program, tl, triton
 from ..engine.bands import band_span
-from ..engine.host import round_dim
+from ..engine.host import bound, round_dim
 
 # %% ../../nbs/1_foundations/12_clusters.ipynb #0ae5ac69
 class ListFlags(NamedTuple):
@@ -271,5 +271,5 @@ def launch_table(offsets: Tensor, tiles: int, rows: int) -> Tensor:
     "Segment and first row of every tile of `rows` rows, -1 for tiles beyond the last: `(B, H, tiles, 2)` int32."
     (B, H), S = offsets.shape[:2], offsets.shape[2] - 1
     table = torch.full((B, H, tiles, 2), -1, device=offsets.device, dtype=torch.int32)
-    tile_table[(B * H,)](offsets.contiguous(), table, S, tiles, ROWS=rows, BS=round_dim(S), num_warps=4)
+    bound(tile_table, (B * H,), S, tiles, ROWS=rows, BS=round_dim(S), num_warps=4)(offsets.contiguous(), table)
     return table

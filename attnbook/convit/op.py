@@ -6,14 +6,26 @@
 __all__ = ['gpsa_fused_op', 'packed_heads', 'gpsa_packed_op', 'gated_mix_op', 'gpsa', 'gpsa_packed']
 
 # %% auto #imports
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice, check_qkv, check_scale, check_tensor
 from ..engine import INTERPRETED, BoundLaunch, attention, operation, resolve_backend
-from ..engine.host import Plans, autocast, dot_precision, needs_64_bit, round_dim, signature, through_float32
-from ..engine.run import LOG2E, empty_heads
+from ..engine.host import (
+    Plans,
+    autocast,
+    dot_precision,
+    keep,
+    needs_64_bit,
+    round_dim,
+    signature,
+    through_float32,
+    without_autocast,
+)
+from ..engine.run import LOG2E, empty_heads, packed_views
 from .kernels import (
     fused_fits,
     fused_launch,
@@ -28,7 +40,7 @@ from .kernels import (
 from .reference import _check_grid, _check_head_parameters, gate_and_rest, positional_attention
 
 # %% ../../nbs/2_position/convit.ipynb #2303e1b7
-_TABLES, _FORWARD, _BACKWARD, _MIX = Plans(), Plans(), Plans(), Plans()
+_FORWARD, _BACKWARD, _MIX = Plans(), Plans(), Plans()
 
 
 def _options(q, *tensors):
@@ -44,48 +56,43 @@ def _table_type(dtype):
     return torch.float32 if dtype == torch.float32 or INTERPRETED and dtype == torch.bfloat16 else torch.float16
 
 
-def _plan_table(pos_weight, Y, X):
+def _plan_forward(q, k, v, out, pos_weight, Y, X, scale):
+    """The forward pass of all calls like this one: a function that fills out and returns the LSE (base 2), the padded
+    table P and its rows' moments. For inputs of 16 bits P is float16, never bfloat16: its numbers lie between 0 and 1,
+    and the gradient of pos_weight, a difference of large sums, needs rounding eight times smaller."""
+    (B, H, N, _), tensors, width = q.shape, (q, k, v, out), _table_width(Y * X)
     by, bx = (1 << (n - 1).bit_length() for n in (Y, X))
     rows = max(1, min(16, 4096 // (by * bx)))
-    return BoundLaunch(positional_table, (-(-Y * X // rows) * len(pos_weight),), LP=_table_width(Y * X), Y=Y, X=X,
-                       BY=by, BX=bx, BM=rows)
-
-
-def _table(pos_weight, dtype, Y, X):
-    """The padded table P and its rows' moments. For inputs of 16 bits P is float16, never bfloat16: its numbers lie
-    between 0 and 1, and the gradient of pos_weight, a difference of large sums, needs rounding eight times smaller."""
-    heads, width = pos_weight.shape[0], _table_width(Y * X)
-    table = pos_weight.new_zeros(heads, width, width, dtype=_table_type(dtype))
-    moments = pos_weight.new_empty(heads, Y * X, 3, dtype=torch.float32)
-    _TABLES.find((signature(pos_weight), Y, X), _plan_table, pos_weight, Y, X)(pos_weight, table, moments)
-    return table, moments
-
-
-def _plan_forward(q, k, v, out, scale):
-    (B, H, N, _), tensors = q.shape, (q, k, v, out)
+    of_places = BoundLaunch(positional_table, (-(-Y * X // rows) * H,), LP=width, Y=Y, X=X, BY=by, BX=bx, BM=rows)
     p = fused_launch("forward", q.dtype, q.device)
     sizes, first = key_chunks(N, p.BN)
     tiles = -(-N // p.BM)
-    wanted = -(-264 // (B * H)) if q.is_cuda else 2                  # two programs for each processor of an H100
+    wanted = -(-264 // max(1, B * H)) if q.is_cuda else 2            # two programs for each processor of an H100
     share = -(-tiles // min(tiles, max(1, wanted)))
     shares = -(-tiles // share)
-    return BoundLaunch(gpsa_forward, (shares * B * H,), *(t.stride() for t in tensors), scale * LOG2E, H, N, share,
-                       shares, SIZES=sizes, FIRST=first, LP=_table_width(N), BM=p.BM, num_stages=p.stages,
-                       PRECISION=dot_precision(q.dtype), **p.options(), **_options(*tensors))
+    attend = BoundLaunch(gpsa_forward, (shares * B * H,), *(t.stride() for t in tensors), scale * LOG2E, H, N, share,
+                         shares, SIZES=sizes, FIRST=first, LP=width, BM=p.BM, num_stages=p.stages,
+                         PRECISION=dot_precision(q.dtype), **p.options(), **_options(*tensors)) if q.numel() else None
+    kind, new = _table_type(q.dtype), partial(torch.empty, device=q.device, dtype=torch.float32)
+
+    def run(q, k, v, pos_weight, gate_logit, out):
+        table = torch.zeros(H, width, width, device=out.device, dtype=kind)
+        lse, moments = new(B, H, N), new(H, N, 3)
+        of_places(pos_weight, table, moments)
+        if attend is not None:
+            attend(q, k, v, table, gate_logit, out, lse)
+        return lse, table, moments
+    return run
 
 
 def _launch_forward(q, k, v, pos_weight, gate_logit, out, Y, X, scale):
     "Fills out; returns LSE (base 2), table and moments."
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    table, moments = _table(pos_weight, q.dtype, Y, X)
-    if q.numel():
-        run = _FORWARD.find((signature(q, k, v, out), scale), _plan_forward, q, k, v, out, scale)
-        run(q, k, v, table, gate_logit, out, lse)
-    return lse, table, moments
+    key = signature(q, k, v, out, pos_weight), Y, X, scale
+    return _FORWARD.find(key, _plan_forward, q, k, v, out, pos_weight, Y, X, scale)(q, k, v, pos_weight, gate_logit, out)
 
 # %% ../../nbs/2_position/convit.ipynb #b503015b
 def _plan_backward(do, q, k, v, dq, dk, dv, Y, X, scale):
-    "Tiles of queries, and the launches for dQ and for dK and dV."
+    "The backward pass of all calls like this one: fills dq, dk, dv; gradients of pos_weight and gate_logit."
     (B, H, N, _), stride = q.shape, lambda *tensors: [t.stride() for t in tensors]
     options = _options(do, q, k, v, dq, dk, dv) | dict(LP=_table_width(N), PRECISION=dot_precision(q.dtype))
     p = fused_launch("dq", q.dtype, q.device)
@@ -95,22 +102,28 @@ def _plan_backward(do, q, k, v, dq, dk, dv, Y, X, scale):
         BM=p.BM, BN=p.BN, STAGES=p.stages, **p.options(), **options)
     p = fused_launch("dkv", q.dtype, q.device)
     steps = -(-N // p.BN)
-    return tiles, run_dq, BoundLaunch(
+    run_dkv = BoundLaunch(
         gpsa_backward_dkv, (steps * B * H,), *stride(q, k, v, do, dk, dv), scale * LOG2E, scale, H, N, steps, BM=p.BM,
         BN=p.BN, STAGES=p.stages, **p.options(), **options)
 
+    def run(do, q, k, v, gate_logit, lse, table, moments, dq, dk, dv):
+        delta, sums = torch.empty_like(lse), lse.new_empty(B, H, tiles, 4)
+        run_dq(q, k, v, do, table, moments, gate_logit, lse, dq, delta, sums)
+        run_dkv(q, k, v, do, table, gate_logit, lse, delta, dk, dv)
+        sums = sums.sum((0, 2))
+        return sums[:, :3].clone(memory_format=torch.contiguous_format), sums[:, 3].clone()    # not views of one tensor
+    return run
 
-def _launch_backward(do, q, k, v, gate_logit, lse, table, moments, dq, dk, dv, Y, X, scale):
+
+def _launch_backward(do, q, k, v, gate_logit, lse, table, moments, dq, dk, dv, Y, X, scale, kept=None):
     "Fills dq, dk, dv; returns the gradients of pos_weight (H, 3) and gate_logit (H,) in float32."
     if q.numel() == 0:
         return moments.new_zeros(q.shape[1], 3), moments.new_zeros(q.shape[1])
     tensors = do, q, k, v, dq, dk, dv
-    tiles, run_dq, run_dkv = _BACKWARD.find((signature(*tensors), Y, X, scale), _plan_backward, *tensors, Y, X, scale)
-    delta, sums = torch.empty_like(lse), lse.new_empty(*q.shape[:2], tiles, 4)
-    run_dq(q, k, v, do, table, moments, gate_logit, lse, dq, delta, sums)
-    run_dkv(q, k, v, do, table, gate_logit, lse, delta, dk, dv)
-    sums = sums.sum((0, 2))
-    return sums[:, :3].clone(memory_format=torch.contiguous_format), sums[:, 3].clone()    # not views of one tensor
+    make = lambda: _plan_backward(*tensors, Y, X, scale)
+    alike = kept is not None and not INTERPRETED
+    run = keep(kept, make, do) if alike else _BACKWARD.find((signature(*tensors), Y, X, scale), make)
+    return run(do, q, k, v, gate_logit, lse, table, moments, dq, dk, dv)
 
 # %% ../../nbs/2_position/convit.ipynb #1448b4f9
 def _fused_forward(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate_logit: Tensor, Y: int, X: int,
@@ -137,7 +150,7 @@ def _fused_backward(call):
     def run(do, q, k, v):
         grads = [empty_heads(t, t.shape[3]) for t in (q, k, v)]
         return grads, _launch_backward(do, q, k, v, call.gate_logit, *call.outputs[1:], *grads, call.Y, call.X,
-                                       call.scale)
+                                       call.scale, call.kept)
     grads, heads = through_float32(run, (call.grads[0], call.q, call.k, call.v))
     return dict(zip("qkv", (g.to(call.q.dtype) for g in grads))) | dict(zip(("pos_weight", "gate_logit"), heads))
 
@@ -148,7 +161,16 @@ def _fused_gradients(call):
     return qkv | dict(pos_weight=new(heads, 3), gate_logit=new(heads))
 
 
-gpsa_fused_op = operation("gpsa_fused", _fused_forward, like=_fused_like, backward=_fused_backward,
+def _fused_plan(q, k, v, pos_weight, gate_logit, Y, X, scale):
+    run = _plan_forward(q, k, v, empty_heads(q, q.shape[3]), pos_weight, Y, X, scale)
+
+    def planned(q, k, v, pos_weight, gate_logit, *rest):
+        out = empty_heads(q, q.shape[3])
+        return out, *run(q, k, v, pos_weight, gate_logit, out)
+    return planned
+
+
+gpsa_fused_op = operation("gpsa_fused", _fused_forward, like=_fused_like, backward=_fused_backward, plan=_fused_plan,
                           gradients_like=_fused_gradients, drop=("pos_weight", 0), nondifferentiable=(1, 2, 3))
 
 # %% ../../nbs/2_position/convit.ipynb #7e2132f7
@@ -160,14 +182,26 @@ def packed_heads(packed: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
 def _packed_forward(qkv: Tensor, pos_weight: Tensor, gate_logit: Tensor, Y: int, X: int,
                     scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "As `gpsa_fused` of a packed projection."
-    H = len(gate_logit)
+    H, D = len(gate_logit), qkv.shape[2] // 3
 
     def run(qkv):
-        out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
-        return out, *_launch_forward(*packed_heads(qkv, H, 3), pos_weight, gate_logit, packed_heads(out, H, 1)[0], Y, X,
-                                     scale)
+        out = qkv.new_empty(*qkv.shape[:2], D)
+        return out, *_launch_forward(*packed_views(qkv, H, (D, D, D)), pos_weight, gate_logit,
+                                     *packed_views(out, H, (D,)), Y, X, scale)
     out, *rest = through_float32(run, (qkv,))
     return out.to(qkv.dtype), *rest
+
+
+def _packed_plan(qkv, pos_weight, gate_logit, Y, X, scale):
+    H, (B, N, D) = len(gate_logit), qkv.shape
+    D //= 3
+    run = _plan_forward(*packed_views(qkv, H, (D, D, D)), *packed_views(qkv.new_empty(B, N, D), H, (D,)), pos_weight,
+                        Y, X, scale)
+
+    def planned(qkv, pos_weight, gate_logit, *rest):
+        out = qkv.new_empty(B, N, D)
+        return out, *run(*packed_views(qkv, H, (D, D, D)), pos_weight, gate_logit, *packed_views(out, H, (D,)))
+    return planned
 
 
 def _packed_like(qkv, pos_weight, gate_logit, Y, X, scale):
@@ -176,12 +210,13 @@ def _packed_like(qkv, pos_weight, gate_logit, Y, X, scale):
 
 
 def _packed_backward(call):
-    H = len(call.gate_logit)
+    H, D = len(call.gate_logit), call.qkv.shape[2] // 3
 
     def run(do, qkv):
         dqkv = qkv.new_empty(qkv.shape)
-        return dqkv, *_launch_backward(packed_heads(do, H, 1)[0], *packed_heads(qkv, H, 3), call.gate_logit,
-                                       *call.outputs[1:], *packed_heads(dqkv, H, 3), call.Y, call.X, call.scale)
+        return dqkv, *_launch_backward(*packed_views(do, H, (D,)), *packed_views(qkv, H, (D, D, D)), call.gate_logit,
+                                       *call.outputs[1:], *packed_views(dqkv, H, (D, D, D)), call.Y, call.X, call.scale,
+                                       call.kept)
     dqkv, pos_weight, gate_logit = through_float32(run, (call.grads[0], call.qkv))
     return dict(qkv=dqkv.to(call.qkv.dtype), pos_weight=pos_weight, gate_logit=gate_logit)
 
@@ -193,7 +228,7 @@ def _packed_gradients(call):
 
 
 gpsa_packed_op = operation("gpsa_packed", _packed_forward, like=_packed_like, backward=_packed_backward,
-                           gradients_like=_packed_gradients, drop=("pos_weight", 0), nondifferentiable=(1, 2, 3))
+                           plan=_packed_plan, gradients_like=_packed_gradients, drop=("pos_weight", 0), nondifferentiable=(1, 2, 3))
 
 # %% ../../nbs/2_position/convit.ipynb #ca30cf89
 def _plan_mix(kernel, *tensors):
@@ -272,10 +307,10 @@ def _gated(content, place, gate_logit):
     return rest * content + gate * place
 
 
-def _gpsa(q, k, v, pos_weight, gate_logit, grid_size, scale, route):
+def _gpsa(q, k, v, pos_weight, gate_logit, grid_size, scale, route, kept=None):
     "Without checks; float32 head parameters (float64 with float64 tensors)."
     if route == "fused":
-        return gpsa_fused_op(q, k, v, pos_weight, gate_logit, *grid_size, scale)[0]
+        return gpsa_fused_op(q, k, v, pos_weight, gate_logit, *grid_size, scale, kept=kept)[0]
     parts = _content_and_place(q, k, v, pos_weight, grid_size, scale, "torch" if route == "torch" else "triton")
     return gated_mix_op(*parts, gate_logit) if route == "composed" else _gated(*parts, gate_logit).to(v.dtype)
 
@@ -293,6 +328,25 @@ def gpsa(
     shape and v's type, with `return_parts` (out, content part, positional part), by the composed route. Raises
     ValueError or TypeError that names the argument. Source: ConViT, Sec. 3 and its code.
     """
+    q, k, v = autocast(q, k, v)
+    spatial, grid_size, scale, backend, route, real, kept = _DECIDED.decide(
+        _decide, (q, k, v, pos_weight, gate_logit), dict(grid_size=grid_size, scale=scale, backend=backend, route=route))
+    if spatial:
+        q, k, v = (t.flatten(2, 3) for t in (q, k, v))
+    pos_weight, gate_logit = pos_weight.to(real).contiguous(), gate_logit.to(real).contiguous()
+    back = (lambda t: t.unflatten(2, grid_size)) if spatial else lambda t: t
+    with without_autocast(q):
+        if not return_parts:
+            return back(_gpsa(q, k, v, pos_weight, gate_logit, grid_size, scale, route, kept))
+        parts = _content_and_place(q, k, v, pos_weight, grid_size, scale, backend)
+        return tuple(back(t.to(v.dtype)) for t in (_gated(*parts, gate_logit), *parts))
+
+
+_DECIDED = Plans()
+
+
+def _decide(q, k, v, pos_weight, gate_logit, *, grid_size, scale, backend, route):
+    "Checks; whether there are two axes, the grid, the scale, backend and route, the head parameters' type, and kept."
     spatial = isinstance(q, Tensor) and q.dim() == 5
     check_qkv(q, k, v, axes=2 if spatial else 1)
     if q.shape != k.shape or q.shape != v.shape:
@@ -301,20 +355,12 @@ def gpsa(
         if grid_size is not None and tuple(grid_size) != tuple(q.shape[2:4]):
             raise ValueError(f"grid_size must be q's {tuple(q.shape[2:4])} or None, not {grid_size!r}")
         grid_size = tuple(q.shape[2:4])
-        q, k, v = (t.flatten(2, 3) for t in (q, k, v))
-    grid_size = _check_grid(grid_size, q.shape[2])
+    N = q.shape[2] * q.shape[3] if spatial else q.shape[2]
+    grid_size = _check_grid(grid_size, N)
     _check_head_parameters(pos_weight, gate_logit, q.shape[1], on=q)
     scale, backend = check_scale(scale, q.shape[-1]), resolve_backend(backend, q)
-    q, k, v = autocast(q, k, v)
-    real = torch.promote_types(q.dtype, torch.float32)
-    pos_weight, gate_logit = pos_weight.to(real).contiguous(), gate_logit.to(real).contiguous()
-    route = _choose_route(route, backend, q.shape[2], q.shape[3], q.dtype)
-    back = (lambda t: t.unflatten(2, grid_size)) if spatial else lambda t: t
-    with torch.autocast(q.device.type, enabled=False):
-        if not return_parts:
-            return back(_gpsa(q, k, v, pos_weight, gate_logit, grid_size, scale, route))
-        parts = _content_and_place(q, k, v, pos_weight, grid_size, scale, backend)
-        return tuple(back(t.to(v.dtype)) for t in (_gated(*parts, gate_logit), *parts))
+    route = _choose_route(route, backend, N, q.shape[-1], q.dtype)
+    return spatial, grid_size, scale, backend, route, torch.promote_types(q.dtype, torch.float32), {}
 
 # %% ../../nbs/2_position/convit.ipynb #89509431
 def gpsa_packed(
@@ -326,6 +372,19 @@ def gpsa_packed(
     The last axis holds q, k and v one after another, each as H = len(gate_logit) heads of D / H channels. Otherwise as
     `gpsa`. Raises ValueError or TypeError that names the argument.
     """
+    qkv, = autocast(qkv)
+    fused, grid_size, number, kept = _DECIDED.decide(
+        _decide_packed, (qkv, pos_weight, gate_logit), dict(grid_size=grid_size, scale=scale, backend=backend, route=route))
+    if not fused:
+        q, k, v = packed_heads(qkv, len(gate_logit), 3)
+        out = gpsa(q, k, v, pos_weight, gate_logit, grid_size, scale=scale, backend=backend, route=route)
+        return out.transpose(1, 2).flatten(2)
+    pos_weight, gate_logit = pos_weight.float().contiguous(), gate_logit.float().contiguous()
+    return gpsa_packed_op(qkv, pos_weight, gate_logit, *grid_size, number, kept=kept)[0]
+
+
+def _decide_packed(qkv, pos_weight, gate_logit, *, grid_size, scale, backend, route):
+    "Checks; whether one kernel does it, the grid, the scale, and what is kept."
     check_tensor("qkv", qkv, ndim=3)
     check_tensor("gate_logit", gate_logit, ndim=1)
     heads = len(gate_logit)
@@ -333,14 +392,6 @@ def gpsa_packed(
     if heads == 0 or qkv.shape[2] % (3 * heads) or qkv.shape[2] == 0:
         raise ValueError(f"qkv must be (batch, N, 3 * channels), channels a multiple of the {heads} heads, "
                          f"not of shape {tuple(qkv.shape)}")
-    grid_size = _check_grid(grid_size, qkv.shape[1])
-    width = qkv.shape[2] // (3 * heads)
-    qkv, = autocast(qkv)
-    if _choose_route(route, resolve_backend(backend, qkv), qkv.shape[1], width, qkv.dtype) != "fused":
-        q, k, v = packed_heads(qkv, heads, 3)
-        out = gpsa(q, k, v, pos_weight, gate_logit, grid_size, scale=scale, backend=backend, route=route)
-        return out.transpose(1, 2).flatten(2)
-    scale = check_scale(scale, width)
-    with torch.autocast(qkv.device.type, enabled=False):
-        pos_weight, gate_logit = pos_weight.float().contiguous(), gate_logit.float().contiguous()
-        return gpsa_packed_op(qkv, pos_weight, gate_logit, *grid_size, scale)[0]
+    grid_size, width = _check_grid(grid_size, qkv.shape[1]), qkv.shape[2] // (3 * heads)
+    route = _choose_route(route, resolve_backend(backend, qkv), qkv.shape[1], width, qkv.dtype)
+    return route == "fused", grid_size, check_scale(scale, width), {}

@@ -7,13 +7,26 @@ __all__ = ['groups_last', 'channel_attention_op', 'packed_groups', 'channel_atte
            'channel_group_attention', 'channel_group_attention_packed']
 
 # %% auto #imports
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_divides, check_int, check_scale, check_tensor
 from ..engine import arch_of, operation, resolve_backend
-from ..engine.host import BoundLaunch, Plans, autocast, round_dim, signature, through_float32
+from ..engine.host import (
+    INTERPRETED,
+    BoundLaunch,
+    Plans,
+    autocast,
+    keep,
+    round_dim,
+    signature,
+    through_float32,
+    without_autocast,
+)
+from ..engine.run import packed_views
 from .channel_kernels import (
     CHANNEL_LAUNCH,
     channel_backward,
@@ -33,68 +46,73 @@ _CHANNEL_FORWARD, _CHANNEL_BACKWARD = Plans(), Plans()
 
 
 def _plan_channel_forward(q, k, v, out, scale):
-    "Shares, and the launches of the forward pass: one, or with several shares three."
+    "A function that fills out and returns the weights, by one launch, or with several shares by three."
     (_, G, N, D), (sq, sk, sv, so) = q.shape, (t.stride() for t in (q, k, v, out))
     _, share, grid, options = channel_options(q, k, v, out)
     shares = options["SHARES"]
-    if shares == 1:
-        return shares, BoundLaunch(channel_forward, grid, sq, sk, sv, so, scale, N, share, G, **options)
-    return (shares, BoundLaunch(channel_scores, grid, sq, sk, N, share, G, **options),
-            BoundLaunch(channel_reduce, (len(q) * G,), scale, shares, GRAD=False, D=D, BD=round_dim(D)),
-            BoundLaunch(channel_mix, grid, sv, so, N, share, G, **options))
+    together = BoundLaunch(channel_forward, grid, sq, sk, sv, so, scale, N, share, G, **options)
+    scores = BoundLaunch(channel_scores, grid, sq, sk, N, share, G, **options)
+    reduce = BoundLaunch(channel_reduce, (len(q) * G,), scale, shares, GRAD=False, D=D, BD=round_dim(D))
+    mix = BoundLaunch(channel_mix, grid, sv, so, N, share, G, **options)
+    B, new = len(q), partial(torch.empty, device=q.device, dtype=torch.float32)
+
+    def run(q, k, v, out):
+        weights = new(B, G, D, D)
+        if shares == 1:
+            together(q, k, v, weights, out)
+            return weights
+        sums = new(B * G, shares, D, D)
+        scores(q, k, sums)
+        reduce(sums, None, None, weights)
+        mix(v, weights, out)
+        return weights
+    return run
 
 
 def _launch_channel_forward(q, k, v, out, scale):
     "Fills out; returns the weights."
-    B, G, N, D = q.shape
-    weights = torch.empty(B, G, D, D, device=q.device, dtype=torch.float32)
-    if weights.numel() == 0:
-        return weights
+    if q.numel() == 0:
+        return q.new_empty(*q.shape[:2], q.shape[3], q.shape[3], dtype=torch.float32)
     plan = _CHANNEL_FORWARD.find((signature(q, k, v, out), scale), _plan_channel_forward, q, k, v, out, scale)
-    if plan[0] == 1:
-        plan[1](q, k, v, weights, out)
-        return weights
-    shares, scores, reduce, mix = plan
-    sums = weights.new_empty(B * G, shares, D, D)
-    scores(q, k, sums)
-    reduce(sums, None, None, weights)
-    mix(v, weights, out)
-    return weights
+    return plan(q, k, v, out)
 
 # %% ../../nbs/3_locality/davit.ipynb #bd769e4b
 def _plan_channel_backward(do, q, k, v, dq, dk, dv, scale):
-    "Shares, and the launches of the backward pass: both sweeps in one (or None), sweep 1, sum of the shares, sweep 2."
+    "A function for the backward pass: both sweeps in one launch, or sweep 1, sum of the shares, sweep 2."
     (_, G, N, D), tensors = q.shape, (do, q, k, v, dq, dk, dv)
     sdo, sq, sk, sv, sdq, sdk, sdv = (t.stride() for t in tensors)
     launch, share, grid, opt = channel_options(*tensors)
     shares = opt["SHARES"]
     together = BoundLaunch(channel_backward, grid, sdo, sq, sk, sv, sdq, sdk, sdv, scale, N, share, G, **opt)
-    return (shares, together if shares == 1 and launch.together else None,
-            BoundLaunch(channel_backward_v, grid, sdo, sv, sdv, N, share, G, **opt),
-            BoundLaunch(channel_reduce, (len(q) * G,), scale, shares, GRAD=True, D=D, BD=round_dim(D)),
-            BoundLaunch(channel_backward_qk, grid, sq, sk, sdq, sdk, scale, N, share, G, **opt))
+    sweep_v = BoundLaunch(channel_backward_v, grid, sdo, sv, sdv, N, share, G, **opt)
+    reduce = BoundLaunch(channel_reduce, (len(q) * G,), scale, shares, GRAD=True, D=D, BD=round_dim(D))
+    sweep_qk = BoundLaunch(channel_backward_qk, grid, sq, sk, sdq, sdk, scale, N, share, G, **opt)
+    B, one = len(q), shares == 1 and launch.together
+
+    def run(do, dweights, q, k, v, weights, dq, dk, dv, column_sums):
+        dweights = None if dweights is None else dweights.contiguous()
+        sums = weights.new_empty(B * shares, 4 * G * D) if column_sums else None
+        if one:
+            together(do, q, k, v, weights, dweights, dq, dk, dv, sums)
+        else:
+            ds = torch.empty_like(weights)
+            parts = ds if shares == 1 else ds.new_empty(B * G, shares, D, D)
+            sweep_v(do, v, weights, dweights, dv, parts, sums)
+            if shares > 1:
+                reduce(parts, weights, dweights, ds)
+            sweep_qk(q, k, ds, dq, dk, sums)
+        return sums
+    return run
 
 
-def _launch_channel_backward(do, dweights, q, k, v, weights, dq, dk, dv, scale, column_sums=False):
+def _launch_channel_backward(do, dweights, q, k, v, weights, dq, dk, dv, scale, column_sums=False, kept=None):
     "Fills dq, dk, dv; with column_sums returns their partial sums, float32 `(parts, 4 * C)`, 3 * C filled."
-    B, G, N, D = q.shape
     if weights.numel() == 0:
-        return weights.new_zeros(1, 4 * G * D) if column_sums else None
+        return weights.new_zeros(1, 4 * q.shape[1] * q.shape[3]) if column_sums else None
     tensors = do, q, k, v, dq, dk, dv
-    plan = _CHANNEL_BACKWARD.find((signature(*tensors), scale), _plan_channel_backward, *tensors, scale)
-    shares, together, sweep_v, reduce, sweep_qk = plan
-    dweights = None if dweights is None else dweights.contiguous()
-    sums = weights.new_empty(B * shares, 4 * G * D) if column_sums else None
-    if together:
-        together(do, q, k, v, weights, dweights, dq, dk, dv, sums)
-    else:
-        ds = torch.empty_like(weights)
-        parts = ds if shares == 1 else ds.new_empty(B * G, shares, D, D)
-        sweep_v(do, v, weights, dweights, dv, parts, sums)
-        if shares > 1:
-            reduce(parts, weights, dweights, ds)
-        sweep_qk(q, k, ds, dq, dk, sums)
-    return sums
+    make, alike = lambda: _plan_channel_backward(*tensors, scale), kept is not None and not INTERPRETED
+    run = keep(kept, make, do) if alike else _CHANNEL_BACKWARD.find((signature(*tensors), scale), make)
+    return run(do, dweights, q, k, v, weights, dq, dk, dv, column_sums)
 
 # %% ../../nbs/3_locality/davit.ipynb #3fb90aab
 def groups_last(x: Tensor) -> Tensor:
@@ -117,14 +135,25 @@ def _channel_like(q, k, v, scale):
 def _channel_backward(call):
     def run(do, q, k, v):
         grads = [groups_last(q) for _ in range(3)]
-        _launch_channel_backward(do, call.grads[1], q, k, v, call.outputs[1], *grads, call.scale)
+        _launch_channel_backward(do, call.grads[1], q, k, v, call.outputs[1], *grads, call.scale, kept=call.kept)
         return grads
     do = torch.zeros_like(call.v) if call.grads[0] is None else call.grads[0]
     return {n: g.to(call.q.dtype) for n, g in zip("qkv", through_float32(run, (do, call.q, call.k, call.v)))}
 
 
+def _channel_plan(q, k, v, scale):
+    if q.numel() == 0:
+        return _channel_forward
+    run = _plan_channel_forward(q, k, v, groups_last(q), scale)
+
+    def planned(q, k, v, scale):
+        out = groups_last(q)
+        return out, run(q, k, v, out)
+    return planned
+
+
 channel_attention_op = operation("channel_attention", _channel_forward, like=_channel_like, backward=_channel_backward,
-                                 gradients_like=lambda call: {n: groups_last(call.q) for n in "qkv"})
+                                 plan=_channel_plan, gradients_like=lambda call: {n: groups_last(call.q) for n in "qkv"})
 
 # %% ../../nbs/3_locality/davit.ipynb #4faef82f
 def packed_groups(packed: Tensor, groups: int, parts: int) -> tuple[Tensor, ...]:
@@ -134,10 +163,7 @@ def packed_groups(packed: Tensor, groups: int, parts: int) -> tuple[Tensor, ...]
 
 def _views(packed, groups, parts):
     "As `packed_groups`, by one call per view and blind to autograd: inside an operation only."
-    (B, N, width), (sb, sn, sc) = packed.shape, packed.stride()
-    C = width // parts
-    return [packed.as_strided((B, groups, N, C // groups), (sb, C // groups * sc, sn, sc),
-                              packed.storage_offset() + i * C * sc) for i in range(parts)]
+    return packed_views(packed, groups, (packed.shape[2] // parts,) * parts)
 
 
 def _packed_forward(qkv: Tensor, groups: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -157,14 +183,26 @@ def _packed_backward(call):
     def run(do, qkv):
         dqkv = qkv.new_empty(qkv.shape)
         _launch_channel_backward(*_views(do, call.groups, 1), call.grads[1], *_views(qkv, call.groups, 3),
-                                 call.outputs[1], *_views(dqkv, call.groups, 3), call.scale)
+                                 call.outputs[1], *_views(dqkv, call.groups, 3), call.scale, kept=call.kept)
         return dqkv
     do = torch.zeros_like(call.outputs[0]) if call.grads[0] is None else call.grads[0]
     return dict(qkv=through_float32(run, (do, call.qkv)).to(call.qkv.dtype))
 
 
+def _packed_plan(qkv, groups, scale):
+    if qkv.numel() == 0:
+        return _packed_forward
+    B, N, C = *qkv.shape[:2], qkv.shape[2] // 3
+    run = _plan_channel_forward(*_views(qkv, groups, 3), *_views(qkv.new_empty(B, N, C), groups, 1), scale)
+
+    def planned(qkv, groups, scale):
+        out = qkv.new_empty(B, N, C)
+        return out, run(*_views(qkv, groups, 3), *_views(out, groups, 1))
+    return planned
+
+
 channel_attention_packed_op = operation("channel_attention_packed", _packed_forward, like=_packed_like,
-                                        backward=_packed_backward,
+                                        backward=_packed_backward, plan=_packed_plan,
                                         gradients_like=lambda call: dict(qkv=call.qkv.new_empty(call.qkv.shape)))
 
 # %% ../../nbs/3_locality/davit.ipynb #1f8abc6a
@@ -212,7 +250,7 @@ def _layer_backward(call):
         dqkv = torch.empty_like(qkv)
         return dqkv, _launch_channel_backward(
             *_views(do, call.groups, 1), None, *_views(qkv, call.groups, 3), weights, *_views(dqkv, call.groups, 3),
-            call.scale, column_sums=True)
+            call.scale, column_sums=True, kept=call.kept)
     dqkv, sums = through_float32(run, (do, qkv))
     del do                                                            # its memory serves the gradient of x
     b_qkv, b_proj = _bias_grads(sums, rows)
@@ -251,17 +289,26 @@ def channel_group_attention(
     differentiable: row a mixes the values into output channel a. Raises ValueError or TypeError that names the
     argument. Source: DaViT, Sec. 3.3.
     """
+    q, k, v = autocast(q, k, v)
+    scale, backend, kept = _DECIDED.decide(_decide_channel, (q, k, v), dict(scale=scale, backend=backend))
+    if backend == "triton":
+        out, weights = channel_attention_op(q, k, v, scale, kept=kept)
+    else:
+        with without_autocast(q):
+            out, weights = channel_attention_reference(q, k, v, scale)
+    return (out, weights.float()) if return_weights else out
+
+
+_DECIDED = Plans()
+
+
+def _decide_channel(q, k, v, *, scale, backend):
+    "Checks; the scale, the backend, and what is kept."
     check_tensor("q", q, shape=("batch", "groups", "N", "group_dim"))
     if 0 in q.shape[1:]:
         raise ValueError(f"q must have shape (batch, groups, N, group_dim), none but batch 0, not {tuple(q.shape)}")
     for name, x in (("k", k), ("v", v)): check_tensor(name, x, like=q, shape=q.shape)
-    scale = check_scale(scale, q.shape[-1])
-    backend = _channel_backend(backend, q, q.shape[-1])
-    q, k, v = autocast(q, k, v)
-    op = channel_attention_op if backend == "triton" else channel_attention_reference
-    with torch.autocast(q.device.type, enabled=False):
-        out, weights = op(q, k, v, scale)
-    return (out, weights.float()) if return_weights else out
+    return check_scale(scale, q.shape[-1]), _channel_backend(backend, q, q.shape[-1]), {}
 
 # %% ../../nbs/3_locality/davit.ipynb #ecf0e1b2
 def channel_group_attention_packed(
@@ -272,15 +319,20 @@ def channel_group_attention_packed(
     The last axis of qkv holds q, k and v one after another, each as groups of C / groups channels. `scale` and
     `backend` as in `channel_group_attention`. Raises ValueError or TypeError that names the argument.
     """
+    qkv, = autocast(qkv)
+    groups, scale, backend, kept = _DECIDED.decide(_decide_channel_packed, (qkv,),
+                                                   dict(groups=groups, scale=scale, backend=backend))
+    if backend == "triton":
+        return channel_attention_packed_op(qkv, groups, scale, kept=kept)[0]
+    with without_autocast(qkv):
+        return channel_attention_reference(*packed_groups(qkv, groups, 3), scale)[0].transpose(1, 2).flatten(2)
+
+
+def _decide_channel_packed(qkv, *, groups, scale, backend):
+    "Checks; the number of groups, the scale, the backend, and what is kept."
     check_tensor("qkv", qkv, ndim=3)
     if 0 in qkv.shape[1:] or qkv.shape[2] % 3:
         raise ValueError(f"qkv must have shape (batch, N, 3 * channels), none but batch 0, not {tuple(qkv.shape)}")
     groups = check_int("groups", groups, least=1)
     group_dim = check_divides("groups", groups, "channels", qkv.shape[2] // 3)
-    scale = check_scale(scale, group_dim)
-    backend = _channel_backend(backend, qkv, group_dim)
-    qkv, = autocast(qkv)
-    with torch.autocast(qkv.device.type, enabled=False):
-        if backend == "triton":
-            return channel_attention_packed_op(qkv, groups, scale)[0]
-        return channel_attention_reference(*packed_groups(qkv, groups, 3), scale)[0].transpose(1, 2).flatten(2)
+    return groups, check_scale(scale, group_dim), _channel_backend(backend, qkv, group_dim), {}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_divides, check_int, check_number, check_sizes
 from ..engine import resolve_backend
-from ..engine.host import autocast
+from ..engine.host import Plans, autocast, without_autocast
 from ..layers import DropPath, Mlp, drop_path_rates, init_linear
 from ..models import register_models
 from .channel_op import (
@@ -79,6 +79,13 @@ class SpatialWindowAttention(nn.Module):
         return f"heads={self.heads}, window_size={self.window_size}, pad_mode={self.pad_mode!r}"
 
 # %% ../../nbs/3_locality/davit.ipynb #f4db19f4
+_LAYERS = Plans()
+
+
+def _nothing_yet(*tensors, **options):
+    return {}
+
+
 class ChannelGroupAttention(nn.Module):
     """Channel group attention with its projections, `(B, …, channels)` -> the same.
 
@@ -119,8 +126,9 @@ class ChannelGroupAttention(nn.Module):
             out = channel_group_attention_packed(self.qkv(tokens), self.groups, scale=scale, backend=self.backend)
             return self.proj(out).view(x.shape)
         args = autocast(tokens, self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias)
-        with torch.autocast(x.device.type, enabled=False):
-            return channel_layer_op(*args, self.groups, scale)[0].view(x.shape)
+        kept = _LAYERS.decide(_nothing_yet, args, dict(groups=self.groups, scale=scale))
+        with without_autocast(x):
+            return channel_layer_op(*args, self.groups, scale, kept=kept)[0].view(x.shape)
 
     def extra_repr(self):
         return f"groups={self.groups}, scale={self.scale!r}"

@@ -15,8 +15,17 @@ from torch import Tensor
 
 from ..checks import check_choice, check_divides, check_int, check_scale, check_sizes, check_tensor
 from ..engine import arch_of, operation, resolve_backend
-from ..engine.host import INTERPRETED, BoundLaunch, Plans, autocast, round_dim, signature, through_float32
-from ..engine.run import LOG2E, empty_heads, run_backward, run_forward
+from ..engine.host import (
+    INTERPRETED,
+    BoundLaunch,
+    Plans,
+    autocast,
+    round_dim,
+    signature,
+    through_float32,
+    without_autocast,
+)
+from ..engine.run import LOG2E, empty_heads, packed_views, run_backward, run_forward
 from .reference import window_attention_reference
 from .window_kernels import (
     WINDOW,
@@ -107,8 +116,22 @@ def _window_op_backward(call):
     return {n: g.to(out.dtype) for n, g in zip("qkv", through_float32(run, (do, call.q, call.k, call.v, out)))}
 
 
+def _window_plan(q, k, v, wx, wy, scale, keep):
+    own = window_kernel("forward", q.dtype, q.shape[4], wx * wy, scale)
+    if not own or q.numel() == 0 or not q.stride() == k.stride() == v.stride():
+        return _window_op_forward
+    launch = _plan_window(window_forward, q, (wx, wy), (q.stride(), empty_heads(q, q.shape[4]).stride()), (scale * LOG2E,))
+    slots = q.shape[:-1] if keep else 0
+
+    def planned(q, k, v, *rest):
+        out, lse = empty_heads(q, q.shape[4]), q.new_empty(slots, dtype=torch.float32)
+        launch(q, k, v, out, lse if keep else None)
+        return out, lse
+    return planned
+
+
 window_attention_op = operation(
-    "window_attention", _window_op_forward, like=_window_like, backward=_window_op_backward,
+    "window_attention", _window_op_forward, like=_window_like, backward=_window_op_backward, plan=_window_plan,
     gradients_like=lambda call: {n: empty_heads(call.q, call.q.shape[4]) for n in "qkv"})
 
 # %% ../../nbs/3_locality/davit.ipynb #b1a5e019
@@ -119,10 +142,7 @@ def packed_maps(packed: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
 
 def _map_views(packed, heads, parts):
     "As `packed_maps`, by one call per view and blind to autograd: inside an operation only."
-    (B, X, Y, width), (sb, sx, sy, sc) = packed.shape, packed.stride()
-    D = width // (parts * heads)
-    return [packed.as_strided((B, heads, X, Y, D), (sb, D * sc, sx, sy, sc),
-                              packed.storage_offset() + i * heads * D * sc) for i in range(parts)]
+    return packed_views(packed, heads, (packed.shape[3] // parts,) * parts)
 
 
 def _window_packed_forward(qkv: Tensor, heads: int, wx: int, wy: int, scale: float,
@@ -152,8 +172,24 @@ def _window_packed_backward(call):
     return dict(qkv=through_float32(run, (do, call.qkv, out)).to(out.dtype))
 
 
+def _window_packed_plan(qkv, heads, wx, wy, scale, keep):
+    width = qkv.shape[3] // (3 * heads)
+    if not window_kernel("forward", qkv.dtype, width, wx * wy, scale) or qkv.numel() == 0:
+        return _window_packed_forward
+    size, slots = (*qkv.shape[:3], qkv.shape[3] // 3), (len(qkv), heads, *qkv.shape[1:3]) if keep else 0
+    (q, *_), (o,) = _map_views(qkv, heads, 3), _map_views(qkv.new_empty(size), heads, 1)
+    launch = _plan_window(window_forward, q, (wx, wy), (q.stride(), o.stride()), (scale * LOG2E,))
+
+    def planned(qkv, *rest):
+        out, lse = qkv.new_empty(size), qkv.new_empty(slots, dtype=torch.float32)
+        launch(*_map_views(qkv, heads, 3), *_map_views(out, heads, 1), lse if keep else None)
+        return out, lse
+    return planned
+
+
 window_attention_packed_op = operation(
     "window_attention_packed", _window_packed_forward, like=_window_packed_like, backward=_window_packed_backward,
+    plan=_window_packed_plan,
     gradients_like=lambda call: dict(qkv=call.qkv.new_empty(call.qkv.shape)))
 
 # %% ../../nbs/3_locality/davit.ipynb #995a61ae
@@ -203,22 +239,33 @@ def window_attention(
     head_dim**-0.5. Returns `(B, heads, X, Y, head_dim)`. Raises ValueError or TypeError that names the argument.
     Source: DaViT, Sec. 3.2, and its code for the padding.
     """
+    q, k, v, pad_k, pad_v = autocast(q, k, v, pad_k, pad_v)
+    window_size, padded, seen, keep, scale, backend, kept = _WINDOWS.decide(
+        _decide_window, (q, k, v, pad_k, pad_v),
+        dict(window_size=window_size, scale=scale, pad_mode=pad_mode, backend=backend))
+    if not padded:
+        pad_k = pad_v = None
+    with without_autocast(q):
+        if backend == "torch":
+            return window_attention_reference(q, k, v, window_size, pad_k, pad_v, scale)
+        out, lse = window_attention_op(q, k, v, *seen, scale, keep, kept=kept)
+        return add_padding(out, lse, q, pad_k, pad_v, window_size, scale) if padded else out
+
+
+_WINDOWS = Plans()
+
+
+def _decide_window(q, k, v, pad_k, pad_v, *, window_size, scale, pad_mode, backend):
+    "Checks; the window, whether tokens are missing, the window's sides in the map, whether the LSE is kept, scale, backend, kept."
     check_tensor("q", q, ndim=5)
     if 0 in q.shape[1:] or q.shape[-1] > 256:
         raise ValueError("q must have shape (batch, heads, X, Y, head_dim up to 256), none but batch 0, "
                          f"not {tuple(q.shape)}")
     window_size, ragged = _check_windows(q, k, v, window_size, pad_mode, pad_k, pad_v)
     scale, backend = check_scale(scale, q.shape[-1]), resolve_backend(backend, q)
-    if pad_mode == "mask" or not ragged:
-        pad_k = pad_v = None
-    q, k, v, pad_k, pad_v = autocast(q, k, v, pad_k, pad_v)
-    with torch.autocast(q.device.type, enabled=False):
-        if backend == "torch":
-            return window_attention_reference(q, k, v, window_size, pad_k, pad_v, scale)
-        seen = tuple(min(w, n) for w, n in zip(window_size, q.shape[2:4]))
-        keep = pad_k is not None or not window_kernel("backward", q.dtype, q.shape[4], math.prod(seen), scale)
-        out, lse = window_attention_op(q, k, v, *seen, scale, keep)
-        return out if pad_k is None else add_padding(out, lse, q, pad_k, pad_v, window_size, scale)
+    seen, padded = tuple(min(w, n) for w, n in zip(window_size, q.shape[2:4])), pad_mode == "token" and ragged
+    keep = padded or not window_kernel("backward", q.dtype, q.shape[4], math.prod(seen), scale)
+    return window_size, padded, seen, keep, scale, backend, {}
 
 # %% ../../nbs/3_locality/davit.ipynb #b1a5e01b
 def window_attention_packed(
@@ -230,6 +277,25 @@ def window_attention_packed(
     The last axis of qkv holds q, k and v one after another, each as heads of C / heads channels. Raises ValueError or
     TypeError that names the argument.
     """
+    qkv, pad_k, pad_v = autocast(qkv, pad_k, pad_v)
+    heads, window_size, padded, seen, keep, scale, backend, kept = _WINDOWS.decide(
+        _decide_window_packed, (qkv, pad_k, pad_v),
+        dict(heads=heads, window_size=window_size, scale=scale, pad_mode=pad_mode, backend=backend))
+    if backend == "torch":
+        q, k, v = packed_maps(qkv, heads, 3)
+        out = window_attention(q, k, v, window_size, scale=scale, pad_mode=pad_mode, pad_k=pad_k, pad_v=pad_v,
+                               backend=backend)
+        return out.movedim(1, -2).flatten(-2)
+    out, lse = window_attention_packed_op(qkv, heads, *seen, scale, keep, kept=kept)
+    if not padded:
+        return out
+    with without_autocast(qkv):
+        (out,), (q, _, _) = packed_maps(out, heads, 1), packed_maps(qkv, heads, 3)
+        return add_padding(out, lse, q, pad_k, pad_v, window_size, scale).movedim(1, -2).flatten(-2)
+
+
+def _decide_window_packed(qkv, pad_k, pad_v, *, heads, window_size, scale, pad_mode, backend):
+    "The number of heads, and what `_decide_window` gives."
     check_tensor("qkv", qkv, ndim=4)
     if 0 in qkv.shape[1:] or qkv.shape[3] % 3:
         raise ValueError(f"qkv must have shape (batch, X, Y, 3 * channels), none but batch 0, not {tuple(qkv.shape)}")
@@ -238,19 +304,5 @@ def window_attention_packed(
     if width > 256:
         raise ValueError(f"qkv must have up to 256 channels a head, not {width}")
     q, k, v = packed_maps(qkv, heads, 3)
-    window_size, ragged = _check_windows(q, k, v, window_size, pad_mode, pad_k, pad_v)
-    scale, backend = check_scale(scale, width), resolve_backend(backend, qkv)
-    if backend == "torch":
-        out = window_attention(q, k, v, window_size, scale=scale, pad_mode=pad_mode, pad_k=pad_k, pad_v=pad_v,
-                               backend=backend)
-        return out.movedim(1, -2).flatten(-2)
-    padded = ragged and pad_mode == "token"
-    qkv, pad_k, pad_v = autocast(qkv, *((pad_k, pad_v) if padded else (None, None)))
-    with torch.autocast(qkv.device.type, enabled=False):
-        seen = tuple(min(w, n) for w, n in zip(window_size, qkv.shape[1:3]))
-        keep = padded or not window_kernel("backward", qkv.dtype, width, math.prod(seen), scale)
-        out, lse = window_attention_packed_op(qkv, heads, *seen, scale, keep)
-        if not padded:
-            return out
-        (out,), (q, _, _) = packed_maps(out, heads, 1), packed_maps(qkv, heads, 3)
-        return add_padding(out, lse, q, pad_k, pad_v, window_size, scale).movedim(1, -2).flatten(-2)
+    options = dict(window_size=window_size, scale=scale, pad_mode=pad_mode, backend=backend)
+    return heads, *_decide_window(q, k, v, pad_k, pad_v, **options)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HAS_TRITON', 'triton', 'tl', 'TensorDescriptor', 'INTERPRETED', 'resolve_backend', 'arch_of', 'pretend', 'Launch',
-           'LaunchTable', 'BoundLaunch', 'signature', 'Plans', 'ORDINARY', 'on_device', 'round_dim', 'dot_precision',
-           'needs_64_bit', 'through_float32', 'autocasting', 'autocast']
+           'LaunchTable', 'BoundLaunch', 'signature', 'Plans', 'bound', 'keep', 'ORDINARY', 'on_device', 'round_dim',
+           'dot_precision', 'needs_64_bit', 'through_float32', 'autocasting', 'autocast', 'without_autocast']
 
 # %% auto #imports
 import contextlib
@@ -334,11 +334,34 @@ class Plans:
         for t in tensors:
             if t is not None and type(t) not in ORDINARY or t is not None and t.is_meta:
                 return make(*tensors, **options)
-        key = make, signature(*tensors), *options.values(), *map(type, options.values())   # 1, 1.0 and True are equal, and not the same
+        key = make, signature(*tensors), *options.values(), *map(_types, options.values())
         try:
             return self.find(key, lambda: make(*tensors, **options))
         except _Unhashable:                                  # a list, say: whoever checks it will say so
             return make(*tensors, **options)
+
+
+def bound(kernel, grid: tuple[int, ...], *rest, **constants) -> BoundLaunch:
+    "The `BoundLaunch` of these arguments; the same one for the same arguments, numbers and names of which must be all they are."
+    key = id(kernel), grid, rest, *constants.items(), *map(type, rest)
+    return _BOUND.find(key, lambda: BoundLaunch(kernel, grid, *rest, **constants))
+
+
+_BOUND = Plans(2048)
+
+
+def keep(kept: dict, make: Callable, *tensors):
+    "`make()`, kept in an operation's `kept` for calls whose further tensors, such as gradients, are alike too."
+    key = make.__qualname__, *signature(*tensors)
+    plan = kept.get(key)
+    if plan is None:
+        plan = kept[key] = make()
+    return plan
+
+
+def _types(value):
+    "1, 1.0 and True are equal, and not the same."
+    return tuple([*map(_types, value)]) if type(value) is tuple else type(value)
 
 
 class _Unhashable(Exception):
@@ -384,14 +407,24 @@ def through_float32(run: Callable, tensors, *rest):
     return run(*(t if t is None or t.dtype != torch.bfloat16 else t.float() for t in tensors), *rest)
 
 
-def autocasting(t: Tensor) -> bool:
-    "Is autocast on for the tensor's device, and does it mean this type?"
-    return torch.is_autocast_enabled(t.device.type) and t.dtype != torch.float64
+def autocasting(t) -> bool:
+    "Is autocast on for this tensor's device? (There are devices that have none, such as `meta`.)"
+    return isinstance(t, Tensor) and t.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(t.device.type)
 
 
-def autocast(*tensors: Tensor | None) -> tuple:
-    "The tensors in autocast's type, if it is on for their device, as `scaled_dot_product_attention` takes them."
+def autocast(*tensors) -> tuple:
+    """The tensors in autocast's type, if it is on for the device of the first, as `scaled_dot_product_attention` takes them; float64, and what is no
+    floating-point tensor, stays. An operation begins with this, before its checks."""
     if not autocasting(tensors[0]):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(t if t is None else t.to(dtype) for t in tensors)
+    cast = lambda t: isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+    return tuple(t.to(dtype) if cast(t) else t for t in tensors)
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def without_autocast(t: Tensor):
+    "A context in which autocast is off for the tensor's device."
+    return torch.autocast(t.device.type, enabled=False) if autocasting(t) else _NOTHING

@@ -25,7 +25,7 @@ class OperandGrad:
     buffer: Callable | None = None    # host: (q, k, operand, tiles, ints, consts) -> float32 zeros for G
     batches: Callable | None = None   # host: (q, operand) -> how many batches one program sums over
     finish: Callable | None = None    # host: (buffer, operand) -> gradient of the operand
-    launch: Callable | None = None    # host: a kernel of the program's own instead of `tile_operand_grad`; see `_operand_grad`
+    plan: Callable | None = None      # host: a kernel of the program's own instead of `tile_operand_grad`; see `_plan_operand_grad`
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checks import check_bool, check_choice, check_divides, check_int
 from ..engine import resolve_backend
+from ..engine.host import Plans
 from ..models import register_models
 from .op import PADDINGS, _check_inputs, _float_bits, _joined_tables, _unpack, halo_attention, halo_packed
 from .reference import _check_geometry
@@ -132,16 +133,28 @@ class HaloAttention(nn.Module):
 
     def _attend_packed(self, qkv):
         "The same by the packed projection, whose gradient is written in one piece."
-        b, h, (Y, X) = self.block_size, self.halo_size, qkv.shape[1:3]
-        q, k, v = _unpack(qkv, self.num_heads, self.widths)
-        scale = _check_inputs(q, k, v, b, h, 1, self.padding, None, self.scale_rel, self.rel_height, self.rel_width)
-        tables = _joined_tables(q, self.rel_height, self.rel_width, 2 * (b + h) - 1, scale if self.scale_rel else 1)
-        return halo_packed(qkv, tables, self.num_heads, list(self.widths), [Y, X, Y, X, _float_bits(1 / scale)],
-                           [b, h, 1, int(self.padding == "zeros"), 1], scale)[0]
+        ints, consts, scale, factor, kept = _PACKED.decide(
+            _decide_packed, (qkv, self.rel_height, self.rel_width),
+            dict(heads=self.num_heads, widths=self.widths, block_size=self.block_size, halo_size=self.halo_size,
+                 padding=self.padding, scale_rel=self.scale_rel))
+        tables = _joined_tables(qkv, self.rel_height, self.rel_width, None, factor)
+        return halo_packed(qkv, tables, self.num_heads, list(self.widths), ints, consts, scale, kept=kept)[0]
 
     def extra_repr(self):
         names = "dim dim_out num_heads head_dim block_size halo_size stride padding scale_rel".split()
         return ", ".join(f"{n}={getattr(self, n)!r}" for n in names) + f", rel_pos={self.rel_height is not None}"
+
+
+_PACKED = Plans()
+
+
+def _decide_packed(qkv, rel_height, rel_width, *, heads, widths, block_size, halo_size, padding, scale_rel):
+    "Checks; what `halo_packed` needs, the factor of the tables, and what is kept."
+    b, h, (Y, X) = block_size, halo_size, qkv.shape[1:3]
+    q, k, v = _unpack(qkv, heads, widths)
+    scale = _check_inputs(q, k, v, b, h, 1, padding, None, scale_rel, rel_height, rel_width)
+    ints = [Y, X, Y, X, _float_bits(1 / scale)]
+    return ints, [b, h, 1, int(padding == "zeros"), 1], scale, scale if scale_rel else 1, {}
 
 # %% ../../nbs/3_locality/halo.ipynb #b96bf4c2
 def from_timm(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_bool, check_choice, check_qkv, check_scale, check_tensor
-from ..engine import find_launch, operation, resolve_backend, tile_attention
-from ..engine.host import autocast, round_dim, through_float32
-from ..engine.run import empty_heads, run_backward, run_forward
+from ..engine import INTERPRETED, find_launch, operation, resolve_backend, tile_attention
+from ..engine.host import Plans, autocast, keep, round_dim, through_float32, without_autocast
+from ..engine.run import empty_heads, packed_views, plan_backward, plan_forward, run_backward, run_forward
 from .kernels import HALO, HALO_REL, HALO_ZEROS, _query_tiles, halo_constants
 from .reference import _check_geometry, halo_attention_reference
 
@@ -30,17 +30,8 @@ def _joined_tables(q, rel_height, rel_width, rows, factor):
     if rel_height is None and rel_width is None:
         return None
     full = [q.new_zeros(rows, q.shape[-1]) if r is None else r for r in (rel_height, rel_width)]
-    return (torch.cat(full) * factor).to(q.dtype)
-
-
-def _halo_triton(q, k, v, b, h, s, zeros, scale, tables):
-    "Checked tensors; tables `(2T, D)` or None -> (out, lse)."
-    if scale < 2**-6:                                # the kernels divide the relative logits by a scale above 0
-        k, scale = k * (scale * 2**6), 2**-6
-    ints = (*k.shape[2:4], *q.shape[2:4], _float_bits(1 / scale))
-    program = HALO_REL if tables is not None else HALO_ZEROS if zeros else HALO
-    return tile_attention(q, k, v, program, operands=() if tables is None else (tables,), ints=ints,
-                          consts=(b, h, s, int(zeros), int(tables is not None)), scale=scale)
+    joined = torch.cat(full)
+    return (joined if factor == 1 else joined * factor).to(q.dtype)
 
 # %% ../../nbs/3_locality/halo.ipynb #8bedb3d6
 PADDINGS = ("mask", "zeros")
@@ -58,6 +49,22 @@ def _check_inputs(q, k, v, b, h, s, padding, scale, scale_rel, rel_height, rel_w
         if x is not None:
             check_tensor(name, x, shape=(2 * (b + h) - 1, q.shape[4]), on=q)
     return check_scale(scale, q.shape[-1])
+
+# %% ../../nbs/3_locality/halo.ipynb #10f3f26d
+_DECIDED = Plans()
+
+
+def _decide(q, k, v, rel_height, rel_width, *, block_size, halo_size, query_stride, padding, scale, scale_rel, backend):
+    "Checks; program (None for the torch backend), its ints and consts, geometry, scale, factor left for k, and kept."
+    b, h, s = _check_geometry(block_size, halo_size, query_stride)
+    scale = _check_inputs(q, k, v, b, h, s, padding, scale, scale_rel, rel_height, rel_width)
+    if resolve_backend(backend, q) == "torch":
+        return None, None, None, (b, h, s), scale, 1, None
+    scale, rest = (2**-6, scale * 2**6) if scale < 2**-6 else (scale, 1)
+    zeros, relative = padding == "zeros", rel_height is not None or rel_width is not None
+    program = HALO_REL if relative else HALO_ZEROS if zeros else HALO
+    ints = [*k.shape[2:4], *q.shape[2:4], _float_bits(1 / scale)]
+    return program, ints, [b, h, s, int(zeros), int(relative)], (b, h, s), scale, rest, {}
 
 # %% ../../nbs/3_locality/halo.ipynb #61c9b2b1
 def halo_attention(
@@ -81,18 +88,20 @@ def halo_attention(
     natural-log LSE without the last axis, float32, differentiable. Gradients, those of the tables included, are
     deterministic. Raises ValueError or TypeError that names the argument. Source: HaloNet, Sec. 2.2 and 2.3.
     """
-    b, h, s = _check_geometry(block_size, halo_size, query_stride)
-    scale = _check_inputs(q, k, v, b, h, s, padding, scale, scale_rel, rel_height, rel_width)
-    backend = resolve_backend(backend, q)
     q, k, v = autocast(q, k, v)
-    with torch.autocast(q.device.type, enabled=False):
-        if backend == "triton":
-            tables = _joined_tables(q, rel_height, rel_width, 2 * (b + h) - 1, scale if scale_rel else 1)
-            out, lse = _halo_triton(q, k, v, b, h, s, padding == "zeros", scale, tables)
-        else:
+    program, ints, consts, (b, h, s), scale, rest, kept = _DECIDED.decide(
+        _decide, (q, k, v, rel_height, rel_width),
+        dict(block_size=block_size, halo_size=halo_size, query_stride=query_stride, padding=padding, scale=scale,
+             scale_rel=scale_rel, backend=backend))
+    with without_autocast(q):
+        if program is None:
             out, lse = halo_attention_reference(
                 q, k, v, b, h, rel_height=rel_height, rel_width=rel_width, query_stride=s, padding=padding,
                 scale=scale, scale_rel=scale_rel, return_lse=True)
+        else:
+            tables = _joined_tables(q, rel_height, rel_width, 2 * (b + h) - 1, scale * rest if scale_rel else 1)
+            out, lse = tile_attention(q, k if rest == 1 else k * rest, v, program, ints=ints, consts=consts, kept=kept,
+                                      operands=() if tables is None else (tables,), scale=scale)
     return (out, lse) if return_lse else out
 
 # %% ../../nbs/3_locality/halo.ipynb #7aca22de
@@ -124,10 +133,16 @@ def _kept(q, v, ints, consts, images):
     return [make(images), make(images if C.two_terms else 0)]
 
 # %% ../../nbs/3_locality/halo.ipynb #c65b93d9
+def _packed_plan(qkv, tables, heads, widths, ints, consts, scale):
+    "The forward pass of all calls like this one."
+    run = plan_forward(*packed_views(qkv, heads, widths), None, None, [tables], HALO_REL, ints, consts, scale)
+    return lambda qkv, tables, *rest: run(*packed_views(qkv, heads, widths), None, None, [tables])
+
+
 def _packed_forward(qkv: Tensor, tables: Tensor, heads: int, widths: list[int], ints: list[int], consts: list[int],
                     scale: float) -> tuple[Tensor, Tensor]:
     def run(qkv):
-        return run_forward(*_unpack(qkv, heads, widths), None, None, [tables], HALO_REL.name, ints, consts, scale)
+        return run_forward(*packed_views(qkv, heads, widths), None, None, [tables], HALO_REL.name, ints, consts, scale)
     out, lse = through_float32(run, (qkv,))
     return out.to(qkv.dtype), lse
 
@@ -137,21 +152,40 @@ def _packed_like(qkv, tables, heads, widths, ints, consts, scale):
     return empty_heads(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-def _packed_backward(call):
-    "Gradients of qkv, in one tensor, and of the tables, by a few images at a time."
-    (do, _), (out, lse) = call.grads, call.outputs
+def _plan_packed_backward(do, qkv, tables, out, lse, heads, widths, ints, consts, scale):
+    "A function (do, qkv, tables, out, lse) -> gradients of qkv, in one tensor, and of the tables, by a few images at a time."
+    given, shape, device = packed_views(qkv, heads, widths), qkv.shape, qkv.device
+    images = _images_at_once(given[0], given[2], tables, ints, consts)
+    buffers = [(t.shape, t.dtype) for t in _kept(given[0], given[2], ints, consts, images)]
+    make = lambda: [torch.empty(size, dtype=dtype, device=device) for size, dtype in buffers]
+    whole = None
+    if images >= len(qkv):
+        into = packed_views(torch.empty(shape, dtype=qkv.dtype, device=device), heads, widths)
+        whole = plan_backward(do, None, *given, None, None, [tables, *make()], out, lse, HALO_REL, ints, consts, scale, True, into)
 
-    def run(do, qkv, out):
-        dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-        given, into = _unpack(qkv, call.heads, call.widths), _unpack(dqkv, call.heads, call.widths)
-        images = _images_at_once(given[0], given[2], call.tables, call.ints, call.consts)
-        operands = [call.tables, *_kept(given[0], given[2], call.ints, call.consts, images)]
-        dtables = torch.zeros(call.tables.shape, dtype=torch.float32, device=qkv.device)
-        for do, q, k, v, out, l, *d in zip(*(t.split(images) for t in (do, *given, out, lse, *into))):
-            dtables += run_backward(do, None, q, k, v, None, None, operands, out, l, HALO_REL.name, call.ints,
-                                    call.consts, call.scale, True, into=d)[3]
+    def run(do, qkv, tables, out, lse):
+        dqkv, operands = torch.empty(shape, dtype=qkv.dtype, device=device), [tables, *make()]
+        given, into = packed_views(qkv, heads, widths), packed_views(dqkv, heads, widths)
+        if whole:
+            return dqkv, whole(do, None, *given, None, None, operands, out, lse, into)[3]
+        dtables = torch.zeros(tables.shape, dtype=torch.float32, device=device)
+        for do, q, k, v, out, lse, *d in zip(*(t.split(images) for t in (do, *given, out, lse, *into))):
+            dtables += run_backward(do, None, q, k, v, None, None, operands, out, lse, HALO_REL.name, ints, consts, scale,
+                                    True, into=d)[3]
         return dqkv, dtables
-    dqkv, dtables = through_float32(run, (do, call.qkv, out))
+    return run
+
+
+def _packed_backward(call):
+    "Gradients of qkv and of the tables, by the plan that is kept if there is one."
+    (do, _), (out, lse) = call.grads, call.outputs
+    rest = call.heads, call.widths, call.ints, call.consts, call.scale
+    if call.kept is None or INTERPRETED:
+        run = lambda do, qkv, out: _plan_packed_backward(do, qkv, call.tables, out, lse, *rest)(do, qkv, call.tables, out, lse)
+        dqkv, dtables = through_float32(run, (do, call.qkv, out))
+    else:
+        plan = keep(call.kept, lambda: _plan_packed_backward(do, call.qkv, call.tables, out, lse, *rest), do)
+        dqkv, dtables = plan(do, call.qkv, call.tables, out, lse)
     return dict(qkv=dqkv.to(call.qkv.dtype), tables=dtables.to(call.tables.dtype))
 
 
@@ -160,4 +194,4 @@ def _packed_gradients(call):
 
 
 halo_packed = operation("halo_packed", _packed_forward, like=_packed_like, backward=_packed_backward,
-                        gradients_like=_packed_gradients, nondifferentiable=(1,))
+                        gradients_like=_packed_gradients, nondifferentiable=(1,), plan=_packed_plan)

@@ -7,6 +7,7 @@ __all__ = ['MUSIC', 'MUSIC_REL', 'relative_attention', 'PADDING', 'relative_atte
 
 # %% auto #imports
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from ..attention import attention_reference
 from ..checks import check_choice, check_int, check_qkv, check_scale, check_tensor
 from ..engine import OperandGrad, TileProgram, arch_of, register_program, resolve_backend, tile_attention, triton
 from ..engine.bands import band_k_step, band_k_tile, band_q_step, band_q_tile
-from ..engine.host import autocast, round_dim
+from ..engine.host import BoundLaunch, Plans, autocast, round_dim, without_autocast
 from .kernels import (
     MusicConsts,
     music_dq,
@@ -30,8 +31,8 @@ from .kernels import (
 from .reference import extended_table, relative_attention_skew, relative_mask
 
 # %% ../../nbs/2_position/music.ipynb #7e0f89db
-def _rel_grad(program, q, k, v, do, lse2, delta, operands, ints, consts, common, scale, wide):
-    "Gradient of the table (heads or 1, M, dim), deterministic."
+def _plan_rel_grad(program, q, k, v, do, lse2, operands, ints, consts, common, scale, wide):
+    "A function that computes the gradient of the table (heads or 1, M, dim), deterministic."
     (B, H, L, D), M, C = q.shape, ints[2], common["C"]
     launch = music_launch("drel", torch.finfo(q.dtype).bits, max(common["BD"], common["BDV"]), arch_of(q.device))
     b = launch.BM
@@ -39,18 +40,26 @@ def _rel_grad(program, q, k, v, do, lse2, delta, operands, ints, consts, common,
     reach = min(L, 2 * ints[5] if C.local else L, L if C.clip else M)  # distances that have a gradient
     diagonals = min(tiles, triton.cdiv(reach, b) + 1)
     splits = max(1, min(B * tiles, triton.cdiv(1024, H * diagonals)))
-    G = q.new_empty(splits, 2, H, diagonals * b, D, dtype=torch.float32)
-    G[:, 1, :, -b:] = 0  # no program has these as its lower block
-    music_rel_grad[(diagonals * splits * H,)](
-        q, k, v, do, lse2, delta, G, tuple(operands), tuple(ints), q.stride(), k.stride(), v.stride(), do.stride(),
-        lse2.stride(), G.stride(), scale, tiles, splits, diagonals, B, C=C, GROUP=common["GROUP"], B=b, D=D,
-        DV=common["DV"], BD=common["BD"], BDV=common["BDV"], WIDE=wide, PRECISION=common["PRECISION"],
-        STAGES=launch.stages, num_warps=launch.warps)
-    g = G.sum((0, 1))[:, :L]  # (H, distances, D)
-    if C.clip and g.shape[1] > M:
-        g = torch.cat([g[:, :M - 1], g[:, M - 1:].sum(1, keepdim=True)], 1)
-    g = F.pad(g, (0, 0, 0, M - g.shape[1])) if g.shape[1] < M else g[:, :M]
-    return (g.sum_to_size(operands[0].shape) * scale).to(operands[0].dtype)
+    make = partial(torch.empty, splits, 2, H, diagonals * b, D, device=q.device, dtype=torch.float32)
+    kernel = BoundLaunch(
+        music_rel_grad, (diagonals * splits * H,), tuple(ints), q.stride(), k.stride(), v.stride(), do.stride(), lse2.stride(),
+        make().stride(), scale, tiles, splits, diagonals, B, C=C, GROUP=common["GROUP"], B=b, D=D, DV=common["DV"],
+        BD=common["BD"], BDV=common["BDV"], WIDE=wide, PRECISION=common["PRECISION"], STAGES=launch.stages,
+        num_warps=launch.warps)
+    shape, dtype = operands[0].shape, operands[0].dtype
+
+    def run(q, k, v, do, lse2, delta, operands):
+        G = make()
+        G[:, 1, :, -b:] = 0  # no program has these as its lower block
+        kernel.same(q, k, v, do, lse2, delta, G, tuple(operands))
+        g = G.sum((0, 1))[:, :L]  # (H, distances, D)
+        if C.clip and g.shape[1] > M:
+            g = torch.cat([g[:, :M - 1], g[:, M - 1:].sum(1, keepdim=True)], 1)
+        g = F.pad(g, (0, 0, 0, M - g.shape[1])) if g.shape[1] < M else g[:, :M]
+        if shape[0] != H:
+            g = g.sum(0, keepdim=True)
+        return torch.mul(g, scale).to(dtype)
+    return run
 
 # %% ../../nbs/2_position/music.ipynb #b1e0055d
 def _named(q, v, ints, consts):
@@ -63,7 +72,7 @@ MUSIC = register_program(TileProgram(
     "music", band_q_tile, music_k_span, band_k_step, band_k_tile, music_q_span, band_q_step, mask=music_mask,
     consecutive=True, heavy_last=True, launch=music_launch, expand=_named, q_tiles=_tiles_of, k_tiles=_tiles_of))
 MUSIC_REL = register_program(replace(MUSIC, name="music+rel", start=music_start, dq_score=music_dq,
-                                     operand_grad=OperandGrad(launch=_rel_grad)))
+                                     operand_grad=OperandGrad(plan=_plan_rel_grad)))
 
 # %% ../../nbs/2_position/music.ipynb #7fffecf2
 def _check_relative(q, k, v, rel, block_size, beyond, scale):
@@ -92,19 +101,18 @@ def relative_attention(q: Tensor, k: Tensor, v: Tensor, rel: Tensor, *, block_si
     Returns the output in q's type, with `return_lse` also the natural-log LSE `(batch, heads, L)`. All four tensors get
     gradients, deterministic. Raises ValueError or TypeError naming the argument. Source: Music Transformer, Sec. 3.4.
     """
-    block_size, scale = _check_relative(q, k, v, rel, block_size, beyond, scale)
-    if q.shape[2] != k.shape[2]:
-        raise ValueError(f"q and k must have one length, not {q.shape[2]} and {k.shape[2]}")
-    rel = rel if rel.dim() == 3 else rel[None]
     q, k, v = autocast(q, k, v)
-    rel = rel.to(q.dtype)
-    if resolve_backend(backend, q) == "torch":
-        with torch.autocast(q.device.type, enabled=False):
+    program, ints, consts, rows, block_size, scale, kept = _DECIDED.decide(
+        _decide, (q, k, v, rel), dict(block_size=block_size, beyond=beyond, scale=scale, backend=backend))
+    rel = (rel if rel.dim() == 3 else rel[None]).to(q.dtype)
+    if program is None:
+        with without_autocast(q):
             group = q.shape[1] // k.shape[1]
             k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
             return relative_attention_skew(q, k, v, rel, block_size=block_size, beyond=beyond, scale=scale,
                                            return_lse=return_lse)
-    out, lse = _relative_triton(q, k, v, rel, block_size, beyond, scale)
+    operands = (rel, _padded(rel.detach(), rows, beyond)) if rel.shape[1] else ()
+    out, lse = tile_attention(q, k, v, program, operands=operands, ints=ints, consts=consts, scale=scale, kept=kept)
     return (out, lse) if return_lse else out
 
 # %% ../../nbs/2_position/music.ipynb #f6944ac5
@@ -120,16 +128,25 @@ def _padded(rel, rows, beyond):
     return F.pad(rel, (0, round_dim(rel.shape[2]) - rel.shape[2], PADDING, rows + PADDING - rel.shape[1])).contiguous()
 
 
-def _relative_triton(q, k, v, rel, block_size, beyond, scale):
-    L, M = q.shape[2], rel.shape[1]
+_DECIDED = Plans()
+
+
+def _decide(q, k, v, rel, *, block_size, beyond, scale, backend):
+    "Checks; program (None for the torch backend), its ints and consts, rows of the table, block_size, scale, kept."
+    block_size, scale = _check_relative(q, k, v, rel, block_size, beyond, scale)
+    L, M = q.shape[2], rel.shape[-2]
+    if k.shape[2] != L:
+        raise ValueError(f"q and k must have one length, not {L} and {k.shape[2]}")
+    if resolve_backend(backend, q) == "torch":
+        return None, None, None, None, block_size, scale, None
     reach = min(L, 2 * block_size) if block_size else L
     whole = beyond == "clip" or M >= reach
-    table = _padded(rel.detach(), L if whole else M, beyond) if M else rel
-    stride = 0 if rel.shape[0] == 1 else table.stride(0)
-    ints = (L, L, M, stride, PADDING, block_size or 1)
-    consts = MusicConsts(block_size is not None, beyond == "clip", whole)[:3]
-    program, operands = (MUSIC_REL, (rel, table)) if M else (MUSIC, ())
-    return tile_attention(q, k, v, program, operands=operands, ints=ints, consts=consts, scale=scale)
+    rows = L if whole else M
+    shared = rel.dim() == 2 or rel.shape[0] == 1
+    stride = 0 if shared else (rows + 2 * PADDING) * round_dim(rel.shape[-1])          # of `_padded`, which is contiguous
+    ints = [L, L, M, stride if M else 0, PADDING, block_size or 1]
+    consts = [int(x) for x in (block_size is not None, beyond == "clip", whole)]
+    return (MUSIC_REL if M else MUSIC), ints, consts, rows, block_size, scale, {}
 
 # %% ../../nbs/2_position/music.ipynb #acc4d613
 def relative_attention_step(q: Tensor, k: Tensor, v: Tensor, rel: Tensor, *, block_size: int | None = None,

@@ -6,13 +6,11 @@
 __all__ = ['neighborhood_attention', 'na1d', 'na2d', 'na3d']
 
 # %% auto #imports
-from contextlib import nullcontext
-
-import torch
 from torch import Tensor
 
-from ..checks import FLOATS, check_qkv, check_scale, check_shape, check_tensor
+from ..checks import check_qkv, check_scale, check_shape, check_tensor
 from ..engine import resolve_backend, tile_attention
+from ..engine.host import Plans, autocast, without_autocast
 from .programs import NEIGHBORHOOD, NEIGHBORHOOD_1D, NEIGHBORHOOD_BIAS
 from .reference import Flags, Sizes, neighborhood_attention_reference, neighborhood_axes
 
@@ -35,30 +33,25 @@ def _check_inputs(q, k, v, rel_pos_bias, additional_keys, additional_values, win
         check_tensor("additional_values", additional_values, like=q,
                      shape=(B, k.shape[1], additional_keys.shape[2], v.shape[-1]))
 
-# %% ../../nbs/3_locality/neighborhood.ipynb #90fcfa59
-def _autocasting(kind):
-    "Is autocast on for this kind of device? (`meta` has none.)"
-    return kind in ("cuda", "cpu") and torch.is_autocast_enabled(kind)
-
-
-def _autocast(q, *others):
-    "q, k, v and the additional tokens in autocast's type, if it is on."
-    if not _autocasting(q.device.type):
-        return q, *others
-    to = torch.get_autocast_dtype(q.device.type)
-    cast = lambda x: x.to(to) if isinstance(x, Tensor) and x.dtype in FLOATS[:3] else x
-    return tuple(map(cast, (q, *others)))
-
 # %% ../../nbs/3_locality/neighborhood.ipynb #7916456e
-def _neighborhood_triton(q, k, v, window, stride, dilation, causal, scale, rel_pos_bias, additional_keys,
-                         additional_values):
-    "Tensors, per-axis tuples, `scale` a float -> (out, lse)."
-    program, operands = (NEIGHBORHOOD_1D if len(window) == 1 else NEIGHBORHOOD), ()
-    if rel_pos_bias is not None:
-        program, operands = NEIGHBORHOOD_BIAS, (rel_pos_bias.contiguous(),)
-    return tile_attention(q, k, v, program, operands=operands, ints=q.shape[2:-1],
-                          consts=(*window, *stride, *dilation, *map(int, causal)), scale=scale,
-                          extra_k=additional_keys, extra_v=additional_values)
+_DECIDED = Plans()
+
+
+def _decide(q, k, v, rel_pos_bias, additional_keys, additional_values, *, window_size, stride, dilation, is_causal,
+            scale, backend):
+    "Tile program (None for the torch backend), its ints and consts, the per-axis tuples, the scale, and what is kept."
+    check_tensor("q", q, ndim=(4, 5, 6))
+    backend = resolve_backend(backend, q)
+    axes = neighborhood_axes(q.shape[2:-1], window_size, stride, dilation, is_causal)
+    _, window, stride, dilation, causal = zip(*axes)
+    _check_inputs(q, k, v, rel_pos_bias, additional_keys, additional_values, window)
+    scale = check_scale(scale, q.shape[-1])
+    if backend == "torch":
+        return None, None, None, (window, stride, dilation, causal), scale, None
+    plain = NEIGHBORHOOD_1D if len(window) == 1 else NEIGHBORHOOD
+    program = plain if rel_pos_bias is None else NEIGHBORHOOD_BIAS
+    consts = [*window, *stride, *dilation, *map(int, causal)]
+    return program, list(q.shape[2:-1]), consts, None, scale, {}
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #363fcd0b
 def neighborhood_attention(q: Tensor, k: Tensor, v: Tensor, window_size: Sizes, *, stride: Sizes = 1,
@@ -87,22 +80,22 @@ def neighborhood_attention(q: Tensor, k: Tensor, v: Tensor, window_size: Sizes, 
     Raises ValueError or TypeError that names the argument, before any work.
     Source: NAT (CVPR 2023), DiNAT, FNA (NeurIPS 2024), GNA (arXiv 2504.16922).
     """
-    check_tensor("q", q, ndim=(4, 5, 6))
-    backend = resolve_backend(backend, q)
-    axes = neighborhood_axes(q.shape[2:-1], window_size, stride, dilation, is_causal)
-    _, window, stride, dilation, causal = zip(*axes)
-    q, k, v, additional_keys, additional_values = _autocast(q, k, v, additional_keys, additional_values)
-    _check_inputs(q, k, v, rel_pos_bias, additional_keys, additional_values, window)
-    scale = check_scale(scale, q.shape[-1])
-    with torch.autocast(q.device.type, enabled=False) if _autocasting(q.device.type) else nullcontext():
-        if backend == "triton":
-            out, lse = _neighborhood_triton(q, k, v, window, stride, dilation, causal, scale, rel_pos_bias,
-                                            additional_keys, additional_values)
-        else:
+    q, k, v, additional_keys, additional_values = autocast(q, k, v, additional_keys, additional_values)
+    program, ints, consts, axes, scale, kept = _DECIDED.decide(
+        _decide, (q, k, v, rel_pos_bias, additional_keys, additional_values),
+        dict(window_size=window_size, stride=stride, dilation=dilation, is_causal=is_causal, scale=scale,
+             backend=backend))
+    if program is None:
+        window, stride, dilation, causal = axes
+        with without_autocast(q):
             out, lse = neighborhood_attention_reference(
                 q, k, v, window, stride=stride, dilation=dilation, is_causal=causal, scale=scale,
                 rel_pos_bias=rel_pos_bias, additional_keys=additional_keys,
                 additional_values=additional_values, return_lse=True)
+    else:
+        operands = () if rel_pos_bias is None else (rel_pos_bias.contiguous(),)
+        out, lse = tile_attention(q, k, v, program, operands=operands, ints=ints, consts=consts, scale=scale,
+                                  extra_k=additional_keys, extra_v=additional_values, kept=kept)
     return (out, lse) if return_lse else out
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #3f871aa3

@@ -107,6 +107,8 @@ _FOUNDATIONS = [  # name, title, module
     ("clusters", "Attention in clusters", "clusters"),
     ("15_site", "The site", "lab.site"),  # its number is given: 13 and 14 come before
     ("16_models", "Picking a model", "models"),
+    ("17_integrations", "Inside other models", "integrations.transformers"),
+    ("18_reading", "How to read this book", "lab.references"),
 ]
 _PAPERS = """
 2_position | music | Music Transformer | Huang et al., Music Transformer, ICLR 2019, arXiv 1809.04281

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Application', 'app', 'list_chapters', 'join_parameters', 'split_parameters', 'run', 'split_values', 'sweep', 'bench',
-           'claims', 'doctor', 'models', 'site', 'write_book_list', 'new_chapter', 'new', 'export']
+           'claims', 'doctor', 'cite', 'models', 'site', 'write_book_list', 'new_chapter', 'new', 'export']
 
 # %% auto #imports
 import argparse
@@ -262,6 +262,15 @@ def doctor():
     print(f"\nmissing: {', '.join(missing)}" if missing else "\nnothing is missing")
     if any(c.needed and not c.ok for c in found):
         raise SystemExit(1)
+
+# %% ../../nbs/1_foundations/07_cli.ipynb #12bb9ef6
+@app.command()
+@_one_line_errors
+def cite(
+    chapter: Annotated[str | None, _argument(metavar="CHAPTER", help="its name; all chapters if none is given")] = None,
+):
+    "The BibTeX of a chapter's paper, or of all 22."
+    print(require("attnbook.lab.references").bibtex(chapter))
 
 # %% ../../nbs/1_foundations/07_cli.ipynb #585f3b0c
 @app.command()

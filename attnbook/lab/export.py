@@ -468,6 +468,7 @@ def _index():
     "Version and index of names, as nbdev writes them; in a process of its own, in the checkout."
     from nbdev.config import add_init, get_config
     from nbdev.doclinks import _build_modidx
+
     from .quarto import rename_anchors
     add_init(get_config().lib_path)
     _build_modidx()

@@ -648,7 +648,7 @@ def test_every_kernel_compiles(arch, request):
 
 def elsewhere(arch: str, rows: dict[str, list[dict]]) -> list[str]:
     "The kernels that do not compile for an architecture, or want more shared memory than it has: a line for each, with the reason."
-    found = [f"{r['case']}, {r['kernel']}: " + (r["error"].strip().splitlines()[-1][:160] if "error" in r else f"{r['shared']} bytes of shared memory, and a block has {ELSEWHERE[arch][1]}")
+    found = [f"{r['case']}, {r['kernel']}: " + (next((line for line in r["error"].splitlines() if "rror" in line), r["error"].strip()[-160:]).strip()[:160] if "error" in r else f"{r['shared']} bytes of shared memory, and a block has {ELSEWHERE[arch][1]}")
              for r in rows["new"] if "error" in r or r["shared"] > ELSEWHERE[arch][1]]
     return sorted(set(found))
 

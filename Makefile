@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lab book gpu-test ledger export clean setup
+.PHONY: help demo test test-all lab site book gpu-test ledger export clean setup
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -62,7 +62,10 @@ gpu-test: $(STAMP)  ## run the tests on the GPU
 lab: $(STAMP)  ## open JupyterLab in the book
 	@cd nbs && exec "$(abspath $(BIN))/jupyter" lab $$([ "$$(id -u)" != 0 ] || echo --allow-root) $(LAB_FLAGS)
 
-book: $(STAMP)  ## build the site in _docs/ (needs Quarto)
+site: $(STAMP)  ## write the book as pages that need no network, to _site/
+	@OMP_NUM_THREADS=1 "$(BIN)/attnbook" site
+
+book: $(STAMP)  ## build the same in _docs/ with Quarto, if it is installed
 	@export PATH="$(abspath $(BIN)):$$PATH"; \
 	if ! command -v quarto >/dev/null; then echo "error: the site is built by Quarto, which is not installed: $(BIN)/pip install quarto-cli (or https://quarto.org)" >&2; exit 2; fi; \
 	rm -rf _proc; nbdev_docs; echo "the book is in _docs/index.html"
@@ -71,5 +74,5 @@ export: $(STAMP)  ## write modules, tests and README.md from the notebooks
 	@PATH="$(abspath $(BIN)):$$PATH" attnbook export
 
 clean:  ## remove what can be made again; keeps runs/ and .venv (remove that by hand)
-	@rm -rf _proc _docs build dist .pytest_cache .ruff_cache nbs/nbdev.yml .last_checked nbs/.last_checked ./*.egg-info
+	@rm -rf _proc _docs _site build dist .pytest_cache .ruff_cache nbs/nbdev.yml .last_checked nbs/.last_checked ./*.egg-info
 	@find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 | xargs -0 -r rm -rf

@@ -86,12 +86,13 @@ def attention_mask(
     *,
     is_causal: bool = False,  # query i sees keys j <= i, aligned top-left
     window_size: int | None = None,  # w: keys i - w < j < i + w; with is_causal i - w < j <= i
+    q_offset: int = 0,  # query i stands at i + q_offset among the keys: num_keys - num_queries aligns bottom-right
     device=None,
 ) -> Tensor | None:  # `(num_queries, num_keys)`, True = attend; None if every query sees every key
     "The mask of a causal or banded attention."
     if not is_causal and window_size is None:
         return None
-    i, j = torch.arange(num_queries, device=device)[:, None], torch.arange(num_keys, device=device)
+    i, j = torch.arange(num_queries, device=device)[:, None] + q_offset, torch.arange(num_keys, device=device)
     allowed = (j <= i) if is_causal else torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
     return allowed if window_size is None else allowed & (j > i - window_size) & (j < i + window_size)
 
@@ -143,6 +144,7 @@ def attention_reference(
     *,
     is_causal: bool = False,  # query i sees keys j <= i, aligned top-left
     window_size: int | None = None,  # w: keys i - w < j < i + w; with is_causal i - w < j <= i
+    q_offset: int = 0,  # query i stands at i + q_offset among the keys, for is_causal and window_size: Nk - Nq aligns bottom-right
     bias: Tensor | None = None,  # added to the scores, broadcastable to `(batch, heads, Nq, Nk)`; differentiable
     mask: Tensor | None = None,  # boolean, True = attend, broadcastable to `(batch, heads, Nq, Nk)`
     scale: float | None = None,  # of the scores; 1/sqrt(head_dim) if None; 0 is allowed and gives uniform weights
@@ -154,8 +156,10 @@ def attention_reference(
     TypeError or ValueError on bad input. Source: Vaswani et al. 2017, Eq. 1.
     """
     _check_inputs(q, k, v, is_causal, window_size, bias, mask, scale)
+    if isinstance(q_offset, (bool, Tensor)) or not hasattr(q_offset, "__index__"):
+        raise TypeError(f"q_offset must be an integer, not {q_offset!r}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    allowed = attention_mask(q.shape[2], k.shape[2], is_causal=is_causal, window_size=window_size, device=q.device)
+    allowed = attention_mask(q.shape[2], k.shape[2], is_causal=is_causal, window_size=window_size, q_offset=q_offset, device=q.device)
     if mask is not None:
         allowed = mask if allowed is None else mask & allowed
     dtype, out_dtype = torch.promote_types(q.dtype, torch.float32), v.dtype

@@ -92,6 +92,15 @@ def test_merge_refuses_shapes_that_do_not_fit():
                  out_a=x, lse_a=y, out_b=x, lse_b=y)
 
 
+def test_queries_may_stand_later_among_the_keys():
+    "With more keys than queries, as with a cache: the last rows of the whole mask."
+    for kw in ({"is_causal": True}, {"is_causal": True, "window_size": 4}, {"window_size": 3}):
+        whole = attention_mask(12, 12, **kw)
+        for n in (1, 5, 12):
+            assert torch.equal(attention_mask(n, 12, q_offset=12 - n, **kw), whole[-n:])
+    assert not attention_mask(3, 2, is_causal=True, q_offset=-3).any()
+
+
 def test_known_answers():
     q, k, v = make_qkv(dtype=torch.float64)
     assert rel_error(attention_reference(q, k, v, scale=0), v.mean(2, keepdim=True).expand_as(v)) < 1e-14

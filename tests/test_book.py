@@ -5,6 +5,7 @@ import math
 import re
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -18,10 +19,12 @@ from attnbook.lab.book import (
     chapters_table,
     choose_preset,
     find_chapter,
+    list_chapters,
     markdown_table,
     require,
 )
-from attnbook.lab.pages import to_html
+from attnbook.lab.claims import Claim, Verdict, at_least
+from attnbook.lab.pages import fold_line, notebook_body, relocated, to_html
 from attnbook.lab.parameters import (
     Parameter,
     _declared,
@@ -31,7 +34,17 @@ from attnbook.lab.parameters import (
     example_notebook,
     read_parameters,
 )
-from attnbook.lab.run import Run, RunFailed, _judged, _tally, run_chapter, run_summary, where_measured, with_parameters
+from attnbook.lab.run import (
+    Run,
+    RunFailed,
+    _judged,
+    _tally,
+    run_chapter,
+    run_report,
+    run_summary,
+    where_measured,
+    with_parameters,
+)
 from attnbook.lab.sweep import _keep_run, _run_name, _start_ray, _sweep_gpus, sweep_parameters, sweep_table
 
 
@@ -47,6 +60,8 @@ def test_registry():
     assert find_chapter("attention").notebook == "nbs/1_foundations/00_attention.ipynb"
     assert find_chapter("halo").notebook == "nbs/3_locality/halo.ipynb"
     assert find_chapter("book").status == "ready"
+    assert [c.name for c in list_chapters()] == list(CHAPTERS) and find_chapter("halo") in list_chapters(ready=True) and {c.status for c in list_chapters(ready=True)} == {"ready"}
+    assert find_chapter("site").notebook == "nbs/1_foundations/15_site.ipynb"
 
 def test_unknown_chapter_names_the_closest():
     with pytest.raises(ValueError, match="did you mean neighborhood"):
@@ -146,22 +161,67 @@ h: int""", metadata={"tags": ["parameters"]})
     assert [p.default for p in declared.values()] == [None, "x", (1, 2), {"k": -1}, 0, "2 * 3.0"] and declared["c"].help == "two, >= 0"
 
 
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
 def test_page_is_self_contained():
-    png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
     nb = new_notebook(cells=[
-        new_markdown_cell("# Title\n\nInline $a_i$ and\n\n$$\n\\sum_i a_i\n$$ {#eq-sum}\n\nSee @eq-sum. Cost: \\$5.\n\n| a | b |\n|---|---|\n| $x$ | 2 |"),
-        new_code_cell("#| echo: false\n#| fig-alt: a dot\nplot()", outputs=[new_output("display_data", {"image/png": png})]),
+        new_markdown_cell("# Title\n\n> A promise.\n\nInline $a_i$, $0<M$ and\n\n$$\n\\sum_i a_i\n$$ {#eq-sum}\n\nSee @eq-sum. Cost: \\$5.\n\n| a | b |\n|---|---|\n| $x$ | 2 |"),
+        new_code_cell("#| echo: false\n#| label: fig-dot\n#| fig-cap: One dot.\n#| fig-alt: a dot\nplot()", outputs=[new_output("display_data", {"image/png": PNG})]),
         new_code_cell("#| hide\nsecret = 1"),
         new_code_cell("#| exports\nvisible = 1", outputs=[new_output("display_data", {"text/markdown": "| $y$ |\n|---|\n| 1 |"})]),
+        new_markdown_cell("# Another title\n\nIn @fig-dot; not [here](http://a.b/c).\n\n## A *step*: 1\n\n## A step 1"),
     ])
     with tempfile.TemporaryDirectory() as folder:
         nbformat.write(nb, f"{folder}/a.ipynb")
         page = to_html(f"{folder}/a.ipynb", f"{folder}/a.html").read_text()
-    assert page.count("<math") == 4 and "Eq. (1)" in page and "$$" not in page and "Cost: $5" in page
-    assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", page) and "<script" not in page and "@import" not in page
-    assert "data:image/png;base64" in page and 'alt="a dot"' in page
+    assert page.count("<math") == 5 and "Eq. (1)" in page and "$$" not in page and "Cost: $5" in page
+    assert not re.findall(r"""(?:src|<link[^>]*href)=["']?(?:https?:)?//""", page) and "<script" not in page and "@import" not in page and "url(" not in page
+    assert "data:image/png;base64" in page and 'alt="a dot"' in page and "Figure 1. One dot." in page and '<a href="#figure-1">Figure 1</a>' in page
     assert "visible" in page and "secret" not in page and "plot()" not in page and "#|" not in page and "<title>Title" in page
+    assert page.count("<h1") == 1 and 'content="A promise."' in page
+    assert re.findall(r'<h2 id="([^"]+)"', page) == ["another-title", "a-step-1", "a-step-1-1"] == re.findall(r'<li><a href="#([^"]+)"', page)
+    assert page.count('<div class="table" tabindex="0"><table>') == 2 and page.count('<div class="math"><math') == 1 and '<span class="math"' not in page
 
+@pytest.mark.parametrize("source, steer, says", [
+    ("def test_it_works():\n    pass\n\ntest_it_works()", {"test": ""}, "Test: it works"),
+    ("COMPILE = []", {"compile": ""}, "Kernels to compile without a GPU"),
+    ("import a\nfrom b import (\n    c,\n)", {}, "Imports"),
+    ("class A:\n    x = 1\n" + "    y = 1\n" * 28, {}, ""),
+    ("class A:\n    x = 1\n" + "    y = 1\n" * 29, {}, "Code, 31 lines: A"),
+    ("x = 1", {"exports": ""}, ""),
+], ids=["test", "compile", "imports", "30 lines", "31 lines", "short"])
+def test_cells_that_are_folded(source, steer, says):
+    assert fold_line(source, steer) == says
+    marks = "".join(f"#| {name}\n" for name in steer)
+    page = "".join(notebook_body(new_notebook(cells=[new_code_cell(marks + source)])).parts)
+    assert ("<details" in page) == bool(says) and "open" not in page
+
+def test_claims_tell_their_columns():
+    table = str(markdown_table(["claim", "verdict"], [["a", "holds"], ["b", "does not hold here"]]))
+    page = "".join(notebook_body(new_notebook(cells=[new_markdown_cell(table)])).parts)
+    assert 'class="claims"' in page and page.count('data-label="claim"') == page.count('data-label="verdict"') == 2
+    assert '<td data-label="verdict" class="holds">holds</td>' in page and 'class="not">does not hold here' in page
+    assert 'class="claims"' not in "".join(notebook_body(new_notebook(cells=[new_markdown_cell(table.replace("verdict", "x"))])).parts)
+
+def test_links_are_aimed_from_the_page(tmp_path):
+    for path in ("nbs/1_a/b.ipynb", "nbs/2_c/d.ipynb", "nbs/2_c/e.ipynb", "_site/2_c/d.html", "runs/b-1/b.html"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    link = relocated(tmp_path / "nbs/1_a/b.ipynb", tmp_path / "runs/b-1/b.html", tmp_path / "_site")
+    assert link("../2_c/d.ipynb#x") == "../../_site/2_c/d.html#x" and link("../2_c/e.ipynb") == "../../nbs/2_c/e.ipynb"
+    for url in ("https://arxiv.org/abs/1", "mailto:a@b.c", "#x", "/root"):
+        assert link(url) == url
+
+
+def test_report_of_a_run():
+    claims = [Claim("a | b", "2x", "Table 1", at_least(2), 3.0), Claim("c", "4", "", at_least(2), 1)]
+    run = Run("small", Path(), Path(), None, {"n": 7}, 61.4, verdicts={"holds": 1, "does not hold here": 1})
+    text = run_report(run, [(c, c.judge()) for c in claims], [(claims[0], Verdict("not measured"))])
+    assert "in 61 s on " in text and "`n = 7`" in text and "Of the paper's claims: holds 1, does not hold here 1." in text
+    assert text.splitlines()[-2:] == ["| a \\| b | 2x (Table 1) | 3 | **holds** | not measured |", "| c | 4 | 1 | **does not hold here** | – |"]
+    failed = run_report(replace(run, error="cell 3: KeyError"), [], [])
+    assert failed.startswith("## This run failed") and failed.endswith("\n\n    cell 3: KeyError")
 
 def test_run_leaves_everything_in_one_folder():
     with tempfile.TemporaryDirectory() as folder:
@@ -174,6 +234,7 @@ def test_run_leaves_everything_in_one_folder():
     assert row == {"name": "sum", "n": 7, "sum": 21.0} and run.rows == {"small.jsonl": 1}
     assert files == {"small.ipynb", "small.html", "summary.json", "results"} and run.folder.name.startswith("small-2")
     assert summary["parameters"] == {"n": 7, "preset": "cpu"} and summary["claims"] == [] and summary["error"] == "" and "21" in page and "<math" in page
+    assert page.index("<h1") < page.index('id="what-this-run-says"') < page.index("<pre>21") and "#what-this-run-says" in page
     assert "small finished" in run_summary(run) and "1 row in small.jsonl" in run_summary(run)
 
 def test_failed_run_says_where_and_keeps_the_rest():

@@ -20,7 +20,7 @@ from attnbook.lab.cli import (
     split_values,
     write_book_list,
 )
-from attnbook.lab.doctor import Check, book_packages, check_book, run_checks, version_note
+from attnbook.lab.doctor import Check, book_packages, check_book, run_checks, runs_on, version_note
 
 
 def test_errors_are_one_line(capsys=None):
@@ -78,10 +78,11 @@ def test_versions_that_were_not_tested_are_named():
     assert version_note("torch", "2.13.0+cpu") == "2.13.0+cpu" and version_note("triton", "3.8.0") == "3.8.0"
     assert version_note("torch", "2.15.0") == "2.15.0, newer than what was tested (2.11 to 2.14)" and version_note("Python", "3.14.1").endswith("(3.11 to 3.13)")
 
+def test_what_is_known_of_a_gpu():
+    assert "measured" in runs_on(9, 0) and "every test" in runs_on(8, 0) and runs_on(12, 0) == runs_on(10, 0) != runs_on(8, 9) and "too old" in runs_on(7, 5)
+
 def test_missing_packages_are_named(monkeypatch):
-    assert {"papermill", "pytest", "jupyterlab"} <= set(book_packages())
-    pytest.importorskip("jupyterlab")
-    assert check_book().ok
+    assert {"papermill", "pytest", "jupyterlab"} <= set(book_packages()) and check_book().ok
     monkeypatch.setattr(sys.modules[check_book.__module__], "book_packages", lambda: ["pip", "no-such-package"])
     assert not check_book().ok and check_book().found == "missing: no-such-package"
 

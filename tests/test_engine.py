@@ -62,6 +62,17 @@ def test_scale(scale, dtype):
     check_against_reference(*both(attention, is_causal=True, scale=scale), make_qkv(1, 2, 40), dtype=dtype, floor=1e-3)
 
 
+@pytest.mark.parametrize("kw", [{"is_causal": True}, {"is_causal": True, "window_size": 9}, {"window_size": 20}], ids=str)
+@pytest.mark.parametrize("Nq, Nk, offset", [(1, 70, 69), (37, 70, 33), (70, 37, -33), (40, 40, 0), (33, 70, 5), (20, 30, 200), (20, 30, -40)], ids=str)
+def test_queries_at_an_offset(kw, Nq, Nk, offset):
+    inputs = make_qkv(1, 4, Nq, Nk=Nk, kv_heads=2)
+    check_against_reference(*both(attention, q_offset=offset, **kw), inputs, dtype=torch.float32)
+    if offset == Nk - Nq >= 0:
+        q, k, v = make_qkv(1, 4, Nk, kv_heads=2)
+        whole = attention(q, k, v, backend="triton", **kw)
+        assert rel_error(attention(q[:, :, -Nq:], k, v, q_offset=offset, backend="triton", **kw), whole[:, :, -Nq:]) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(4, 20, 35), (2, 1, 20, 35), (1, 4, 1, 35), (20, 1)])
 def test_bias(shape, dtype):
@@ -146,7 +157,7 @@ BAD = {  # what is changed -> error, words of its message
     "v of another length": (lambda a: dict(v=a.v[:, :, :4]), ValueError, "v must have k's"),
     "heads that do not share out": (lambda a: dict(q=a.q[:, :3]), ValueError, "3 heads"),
     "another backend": (lambda a: dict(backend="cuda"), ValueError, "backend must be"),
-    "is_causal no bool": (lambda a: dict(is_causal=1), TypeError, "is_causal"),
+    "is_causal no bool": (lambda a: dict(is_causal=1), TypeError, "is_causal"), "offset no integer": (lambda a: dict(q_offset=0.5), TypeError, "q_offset"),
     "window_size 0": (lambda a: dict(window_size=0), ValueError, "window_size must be"),
     "window_size no integer": (lambda a: dict(window_size=2.5), TypeError, "window_size must be .*2.5"),
     "scale no number": (lambda a: dict(scale="1"), TypeError, "scale"),

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..checks import check_choice, check_divides, check_int, check_probability, check_sizes
 from ..engine import attention
 from ..layers import DropPath, Mlp, drop_path_rates, init_linear
+from ..models import register_models
 from .op import gpsa_packed, packed_heads
 from .reference import (
     _check_grid,
@@ -327,6 +328,11 @@ def parameter_formula(heads: int, dim: int) -> int:
     patches, positions, token, norm, head = 768 * dim + dim, 196 * dim, dim, 2 * dim, 1000 * dim + 1000
     blocks, places = 12 * (12 * dim**2 + 10 * dim), 10 * 5 * heads
     return patches + positions + token + blocks + places + norm + head
+
+# %% ../../nbs/2_position/convit.ipynb #54973532
+register_models({f"convit_{v}": (globals()[f"convit_{v}"], n, 224) for v, n in PARAMETERS.items()}
+                | {f"deit_{v}": (globals()[f"deit_{v}"], n, 224) for v, n in DEIT_PARAMETERS.items()},
+                published="parameters of the official weights", weights="the official ones and timm's load with `from_timm`")
 
 # %% ../../nbs/2_position/convit.ipynb #a1dd531e
 PUBLISHED_GMACS = {"tiny": 1.26, "small": 5.76, "base": 17.52}  # timm's result tables

@@ -22,6 +22,7 @@ from ..checks import check_choice, check_divides, check_int, check_number, check
 from ..engine import resolve_backend
 from ..engine.host import Plans, autocast, without_autocast
 from ..layers import DropPath, Mlp, drop_path_rates, init_linear
+from ..models import register_models
 from .channel_op import (
     _channel_backend,
     channel_group_attention,
@@ -345,6 +346,11 @@ def florence2_large_tower(num_classes: int = 0, *, drop_path: float = 0.0, backe
 PARAMETERS = {
     ("tiny", 2): 28_360_168, ("small", 2): 49_745_896, ("base", 2): 87_954_408, ("large", 2): 196_811_752,
     ("huge", 2): 348_922_856, ("giant", 2): 1_406_470_120, ("huge", 3): 362_685_416, ("giant", 3): 1_437_435_880}
+
+# %% ../../nbs/3_locality/davit.ipynb #b27c1501
+register_models({f"davit_{v}": (globals()[f"davit_{v}"], PARAMETERS.get((v, 3)) or PARAMETERS[v, 2], size)
+                 for v, size in zip(VARIANTS, (224, 224, 224, 384, 512, 512))},
+                published="Tables 1 and 2", weights="timm's `davit_*` and Florence-2's image towers load with `from_timm`")
 
 # %% ../../nbs/3_locality/davit.ipynb #d8c593bc
 def davit_macs(model: DaViT, resolution: int | tuple[int, int]) -> int:

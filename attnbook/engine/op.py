@@ -82,22 +82,23 @@ def tile_attention(q: Tensor, k: Tensor, v: Tensor, program: TileProgram, *, ope
     return tile_attention_op(q, k, v, extra_k, extra_v, list(operands), program.name, list(ints) or [0], list(consts) or [0], scale, kept=kept)
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #543fbbee
-def attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, window_size: int | None = None, bias: Tensor | None = None,
+def attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, window_size: int | None = None, q_offset: int = 0, bias: Tensor | None = None,
               scale: float | None = None, return_lse: bool = False, backend: str = "auto"):
     """Softmax attention, dense or in a band, by the tile engine.
 
     q `(batch, heads, Nq, head_dim)`, k `(batch, kv_heads, Nk, head_dim)`, v `(batch, kv_heads, Nk, v_dim)`, heads a multiple of kv_heads, dims 1 to 256, any
-    strides. `is_causal`: query i sees keys j <= i. `window_size` w: keys with |i - j| < w. `bias`: added to the logits, broadcastable to
+    strides. `is_causal`: query i sees keys j <= i. `window_size` w: keys with |i - j| < w. `q_offset`: for both, query i stands at i + q_offset
+    among the keys; Nk - Nq aligns the last query with the last key, as a cache wants it. `bias`: added to the logits, broadcastable to
     `(batch, heads, Nq, Nk)`, differentiable. `scale` defaults to 1/sqrt(head_dim). Rows that see no key give 0 and zero gradients.
 
     Returns the output `(batch, heads, Nq, v_dim)` in q's type, with `return_lse` also the natural-log sum of exponentials `(batch, heads, Nq)`
     in float32, differentiable. Raises ValueError or TypeError naming the argument.
     """
     q, k, v = autocast(q, k, v)
-    options = dict(is_causal=is_causal, window_size=window_size, scale=scale, backend=backend)
+    options = dict(is_causal=is_causal, window_size=window_size, q_offset=q_offset, scale=scale, backend=backend)
     program, ints, consts, scale, kept = _DECIDED.decide(_decide_attention, (q, k, v, bias), options)
     if program is None:
-        return attention_reference(q, k, v, is_causal=is_causal, window_size=window_size, bias=bias, scale=scale, return_lse=return_lse)
+        return attention_reference(q, k, v, is_causal=is_causal, window_size=window_size, q_offset=q_offset, bias=bias, scale=scale, return_lse=return_lse)
     operands = [] if bias is None else [bias[(None,) * (4 - bias.dim())]]
     out, lse = tile_attention_op(q, k, v, None, None, operands, program, ints, consts, scale, kept=kept)
     return (out, lse) if return_lse else out
@@ -106,10 +107,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, windo
 _DECIDED = Plans()
 
 
-def _decide_attention(q, k, v, bias, *, is_causal, window_size, scale, backend):
+def _decide_attention(q, k, v, bias, *, is_causal, window_size, q_offset, scale, backend):
     "The checks of `attention`, and its tile program with what it needs; None for the torch backend."
     check_qkv(q, k, v)
     is_causal, scale = check_bool("is_causal", is_causal), check_scale(scale, q.shape[-1])
+    q_offset = check_int("q_offset", q_offset)
     window_size = check_int("window_size", window_size, least=1, optional=True)
     if bias is not None:
         check_tensor("bias", bias, on=q)
@@ -117,7 +119,8 @@ def _decide_attention(q, k, v, bias, *, is_causal, window_size, scale, backend):
     if resolve_backend(backend, q) == "torch":
         return None, None, None, scale, None
     left = window_size - 1 if window_size is not None else 0
-    ints, banded = [q.shape[2], k.shape[2], left, 0 if is_causal else left], is_causal or window_size is not None
+    # a query at i + offset sees as far to the left less the offset, and to the right more it
+    ints, banded = [q.shape[2], k.shape[2], left - q_offset, (0 if is_causal else left) + q_offset], is_causal or window_size is not None
     if bias is not None:
         bias = bias[(None,) * (4 - bias.dim())]
         ints += [0 if n == 1 else s for n, s in zip(bias.shape, bias.stride())]

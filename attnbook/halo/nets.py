@@ -17,6 +17,7 @@ from torch import Tensor
 from ..checks import check_bool, check_choice, check_divides, check_int
 from ..engine import resolve_backend
 from ..engine.host import Plans
+from ..models import register_models
 from .op import PADDINGS, _check_inputs, _float_bits, _joined_tables, _unpack, halo_attention, halo_packed
 from .reference import _check_geometry
 
@@ -325,3 +326,7 @@ def halonet_h6(num_classes: int = 1000, in_channels: int = 3, padding: str = "ma
 def halonet_h7(num_classes: int = 1000, in_channels: int = 3, padding: str = "mask", backend: str = "auto") -> HaloNet:
     "H7: block 10, halo 3, values 4 times as wide, 67.4 M parameters, for images of 600 pixels."
     return halonet("h7", num_classes=num_classes, in_channels=in_channels, padding=padding, backend=backend)
+
+# %% ../../nbs/3_locality/halo.ipynb #7edeba0b
+register_models({f"halonet_{v}": (globals()[f"halonet_{v}"], row[-1], row[5]) for v, row in VARIANTS.items()},
+                published="parameters of the paper's model table", weights="none were published; layers of timm's `HaloAttn` load with `from_timm`")

@@ -28,7 +28,7 @@ from .run import KERNEL_OPTIONS, environment, quiet
 # %% ../../nbs/1_foundations/11_export.ipynb #9e39b841
 #: what the usual rooms hold
 ROOMS = {"reference": "geometry and reference", "kernels": "Triton kernels", "op": "the operation", "nets": "modules and models", "study": "experiments, benchmarks and claims",
-         "transport": "communication"}
+         "transport": "communication", "__init__": "the names of the library itself"}
 
 
 @dataclass
@@ -468,8 +468,12 @@ def _index():
     "Version and index of names, as nbdev writes them; in a process of its own, in the checkout."
     from nbdev.config import add_init, get_config
     from nbdev.doclinks import _build_modidx
+
+    from .quarto import rename_anchors
     add_init(get_config().lib_path)
     _build_modidx()
+    index = get_config().lib_path / "_modidx.py"
+    index.write_text(rename_anchors(index.read_text(encoding="utf-8")), encoding="utf-8")
 
 # %% ../../nbs/1_foundations/11_export.ipynb #36ed10a2
 def _generated(root: Path) -> dict[str, bytes]:

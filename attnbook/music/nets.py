@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_divides, check_int, check_number, check_tensor
 from ..layers import count_parameters, sinusoids
+from ..models import register_models
 from .op import relative_attention, relative_attention_step
 
 # %% ../../nbs/2_position/music.ipynb #8cf3ffaa
@@ -213,6 +214,11 @@ def music_model(name: str, *, dropout: float = 0.1, backend: str = "auto") -> Mu
 def parameter_counts() -> dict[str, int]:
     "Parameters of every model, counted without allocating them."
     return {name: count_parameters(partial(music_model, name)) for name in MODELS}
+
+# %% ../../nbs/2_position/music.ipynb #8ad52d20
+register_models({"music_" + name.replace(", ", "_").replace(" ", "_"): (partial(music_model, name), n) for name, n in zip(MODELS, (
+    9_657_344, 12_803_072, 12_762_112, 10_050_560, 9_651_200, 3_969_792, 8_587_264))},
+    example=lambda: (torch.zeros(1, 512, dtype=torch.long),))
 
 # %% ../../nbs/2_position/music.ipynb #867eff26
 @torch.no_grad()

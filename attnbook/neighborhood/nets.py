@@ -26,6 +26,7 @@ from ..checks import (
     check_tensor,
 )
 from ..layers import DropPath, Mlp, drop_path_rates, init_linear
+from ..models import register_models
 from .op import neighborhood_attention
 from .reference import Flags, Sizes, neighborhood_axes
 
@@ -251,6 +252,11 @@ def dinat_base(*, num_classes: int = 1000, in_chans: int = 3, window_size: int =
     "DiNAT-Base: NAT-Base with dilation 1 and 8, 4, 2, 1 by level in turn. Arguments as in `NAT`."
     return NAT(num_classes=num_classes, in_chans=in_chans, window_size=window_size, stride=stride,
                drop_path_rate=drop_path_rate, backend=backend, dilations=_dilations(), **_BASE)
+
+# %% ../../nbs/3_locality/neighborhood.ipynb #bec46807
+register_models({f"{kind}_{size}": (globals()[f"{kind}_{size}"], n, 224) for kind in ("nat", "dinat")
+                 for size, n in zip(("mini", "tiny", "small", "base"), (19_984_174, 27_901_582, 50_743_297, 89_769_652))},
+                published="20, 28, 51 and 90 M parameters, 2.7, 4.3, 7.8 and 13.7 G multiply-adds (NAT)")
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #e510d565
 NAT_KINDS = ("NA", "NA + dilated", "blocked", "global")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_divides
 from ..layers import Mlp
+from ..models import register_models
 from .op import METHODS
 from .shards import Shards, _shards, exchange, local_positions, shard_sequence
 from .transport import Group, SimulatedGroup, communicator
@@ -164,6 +165,9 @@ def bert_large(*, group: Group = None, method: str = "ring", layout: str = "cont
     "BERT-Large without pooler: 24 layers, 1024 wide, 16 heads. Arguments as in `RingSelfAttention`."
     return SequenceTransformer(30522, 512, 1024, 24, 16, post_norm=True, head=False, group=group, method=method,
                                layout=layout)
+
+# %% ../../nbs/4_long_context/ring.ipynb #606f92ec
+register_models({"ring_bert_base": (bert_base, 108_891_648), "ring_bert_large": (bert_large, 334_092_288)}, published="BERT's sizes, without pooler (Sec. 4)")
 
 # %% ../../nbs/4_long_context/ring.ipynb #6649d9db
 def sum_gradients(module: nn.Module, group: Group = None):

@@ -19,6 +19,7 @@ from ..attention import attention_reference
 from ..checks import check_choice, check_divides, check_int, check_number
 from ..clusters import FAR_BELOW, take_rows
 from ..layers import sinusoids
+from ..models import register_models
 from ..music import relative_attention, relative_attention_step
 from .kmeans_nets import OnlineKMeans
 from .membership_op import spherical_norm, topw_membership
@@ -392,3 +393,7 @@ def parameter_counts() -> dict[str, int]:
         models = {name: routing_model(name, 1) for name in CONFIGS}
     return {name: sum(p.numel() for n, p in m.named_parameters() if n != "embed.weight" and not n.endswith(".rel"))
             for name, m in models.items()}
+
+# %% ../../nbs/4_long_context/routing.ipynb #9e4091c3
+register_models({"routing_" + name.replace(", ", "_"): (partial(routing_model, name), n) for name, n in zip(CONFIGS, (
+    185_985_024, 265_439_232, 159_172_608, 159_172_608, 378_545_856))}, published="the released configurations; without embeddings in the paper's counts")

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..engine import LaunchTable, arch_of, tl, triton
 from ..engine.host import BoundLaunch
 
-# %% ../../nbs/3_locality/van.ipynb #983c2cfb
+# %% ../../nbs/3_locality/van.ipynb #baa2d852
 @triton.jit
 def lattice_tile(i, y, H, W, DILATION: tl.constexpr, T: tl.constexpr, R: tl.constexpr):
     "Of tile i of all maps' tiles: image, first row, columns [T, 1], y being those of the first tile. Its rows lie DILATION apart."
@@ -44,7 +44,7 @@ def depthwise_taps(WEIGHT, c, K: tl.constexpr, FLIP: tl.constexpr, C: tl.constex
         taps = taps + (tl.load(WEIGHT + c * (K * K) + at, mask=c < C, other=0.0).to(tl.float32),)
     return taps
 
-# %% ../../nbs/3_locality/van.ipynb #3051c8df
+# %% ../../nbs/3_locality/van.ipynb #6e32b41a
 @triton.jit
 def add_row(accs, row, taps, n: tl.constexpr, R: tl.constexpr, K: tl.constexpr, J0: tl.constexpr, J1: tl.constexpr):
     "The accumulators of a tile's R rows after input row n."
@@ -96,7 +96,7 @@ def depthwise_forward(X, WEIGHT, BIAS, ADD, O, H, W, tiles, share, C: tl.constex
                             out += adds[r].to(tl.float32)
                         tl.store(O + image + x * W * C + inner, out.to(O.dtype.element_ty), mask=(x < H) & (y < W) & (c < C))
 
-# %% ../../nbs/3_locality/van.ipynb #2647239f
+# %% ../../nbs/3_locality/van.ipynb #ed7ef6af
 @triton.jit
 def add_products(sums, row, dys, n: tl.constexpr, R: tl.constexpr, K: tl.constexpr, J0: tl.constexpr, J1: tl.constexpr):
     "The K * K sums after input row n: each of its shifts times the rows of dO that read it."
@@ -128,20 +128,22 @@ def depthwise_weight_sums(X, DO, PARTS, H, W, tiles, share, C: tl.constexpr, K: 
                 if n == (r if r > N0 else N0):
                     x = x0 + r * DILATION
                     dys = dys + (tl.load(DO + image + x * W * C + inner, mask=(x < H) & (y < W) & (c < C), other=0.0),)
-                    total += dys[r].to(tl.float32)
             if n < N1:
                 x = x0 + (n * DILATION - PAD)
                 rows = rows + (shifted_row(X + image + x * W * C + inner, (x >= 0) & (x < H) & (c < C), y, W, K, DILATION, PAD,
                                            J0, J1, C),)
             if n >= N0 + AHEAD:                              # input row n - AHEAD has arrived
                 sums = add_products(sums, rows[n - AHEAD - N0], dys, n - AHEAD, R, K, J0, J1)
+                for r in tl.static_range(R):
+                    if n - AHEAD == (r if r > N0 else N0):
+                        total += dys[r].to(tl.float32)
     PARTS += part.to(tl.int64) * (K * K + 1) * C
     c = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
     for i in tl.static_range(K * K):
         tl.store(PARTS + c * (K * K) + i, tl.sum(sums[i], 0), mask=c < C)
     tl.store(PARTS + K * K * C + c, tl.sum(total, 0), mask=c < C)
 
-# %% ../../nbs/3_locality/van.ipynb #17e1282c
+# %% ../../nbs/3_locality/van.ipynb #b57a852d
 class DepthwiseLaunch(NamedTuple):
     "How a depthwise kernel is launched."
     channels: int  # at most, of a tile
@@ -160,12 +162,12 @@ DEPTHWISE_LAUNCH = LaunchTable("forward", "weight", record=DepthwiseLaunch)
 for _arch in ("sm90", "sm80", "small"):
     for _bits in (16, 32):
         DEPTHWISE_LAUNCH.rows(_arch, _bits, {
-            9: ((64, 512, 14, 1, 4, 96, 660), (64, 512, 14, 1, 4, 128, 528)),
-            25: ((64, 256, 14, 1, 4, 128, 528), (64, 256, 14, 1, 4, 128, 528)),
-            49: ((64, 256, 10, 1, 4, 168, 396), (64, 256, 10, 1, 4, 168, 396)),
+            9: ((64, 512, 14, 1, 4, 96, 660), (64, 512, 7, 1, 4, 128, 528)),
+            25: ((64, 256, 14, 1, 4, 128, 528), (64, 256, 14, 1, 4, 168, 396)),
+            49: ((64, 256, 10, 1, 4, 168, 396), (64, 256, 10, 1, 4, 255, 264)),
             MOST_TAPS: ((64, 128, 6, 1, 4, 255, 264), (64, 128, 6, 1, 4, 255, 264))})
 for _bits in (16, 32):
-    DEPTHWISE_LAUNCH.rows("interpreter", _bits, {MOST_TAPS: ((16, 256, 4, 1, 4, 0, 6),) * 2})
+    DEPTHWISE_LAUNCH.rows("interpreter", _bits, {MOST_TAPS: ((32, 512, 6, 1, 4, 0, 6),) * 2})
 
 
 def depthwise_launch(kind: str, x: Tensor, taps: int, dilation: int, flip: bool = False) -> tuple[BoundLaunch, int]:

@@ -22,11 +22,10 @@ from ..layers import count_parameters
 from .nets import VAN, LargeKernelAttention, PatchEmbedding, VANBlock
 from .reference import best_dilation, decomposition, lka_parameter_count
 
-# %% ../../nbs/3_locality/van.ipynb #5c48dea9
-def denoising_kernel(noise: float, size: int = 21, patches: int = 6000, seed: int = 0) -> Tensor:
-    "The linear filter `(size, size)` that best predicts the middle pixel of photographs from their pixels with noise added."
+# %% ../../nbs/3_locality/van.ipynb #38436f6c
+def denoising_kernel(pictures: Sequence[np.ndarray], noise: float, size: int = 21, patches: int = 6000, seed: int = 0) -> Tensor:
+    "The linear filter `(size, size)` that best predicts the middle pixel of photographs `(height, width)` from their pixels with noise added."
     rng = np.random.default_rng(seed)
-    pictures = [p[..., 1].astype(np.float64) / 255 for p in photos().values()]
     x = np.empty((patches, size, size))
     for n in range(patches):
         p = pictures[n % len(pictures)]
@@ -44,9 +43,10 @@ def target_kernels(count: int, size: int = 21, seed: int = 0) -> dict[str, Tenso
     r = torch.arange(size, dtype=torch.float64) - size // 2
     angle, x, y = uniform(0, math.pi), r[None, None, :], r[None, :, None]
     along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
+    pictures = [p[..., 1].astype(np.float64) / 255 for p in photos().values()]
     bell = (-(along / uniform(2, 6))**2 / 2 - (across / uniform(2, 6))**2 / 2).exp()
     found = {"Gaussian": bell, "derivative": along * bell, "Gabor": bell * (along * uniform(0.6, 1.4) + uniform(0, math.pi)).cos(),
-             "denoising": torch.stack([denoising_kernel(0.1 + 0.1 * i, size, seed=seed + i) for i in range(count)]),
+             "denoising": torch.stack([denoising_kernel(pictures, 0.1 + 0.1 * i, size, seed=seed + i) for i in range(count)]),
              "noise": torch.randn(count, size, size, generator=g, dtype=torch.float64)}
     return {kind: k / k.flatten(1).norm(dim=1)[:, None, None] for kind, k in found.items()}
 
@@ -91,7 +91,7 @@ def fit_experiment(*, iterations: int, kernels: int, seed: int = 0) -> list[dict
         row("middle 9 x 9", 81, (1 - targets[:, 6:15, 6:15].square().sum((1, 2))).clamp_min(0).sqrt())
     return rows
 
-# %% ../../nbs/3_locality/van.ipynb #a44634ba
+# %% ../../nbs/3_locality/van.ipynb #ca1df229
 ABLATIONS = {  # name -> gate, and the convolution that is taken out
     "mul": ("mul", None), "add": ("add", None), "none": ("none", None), "sigmoid": ("sigmoid", None), "no 5 x 5": ("mul", "conv0"),
     "no dilated": ("mul", "conv_spatial"), "no 1 x 1": ("mul", "conv1")}
@@ -139,7 +139,7 @@ def gate_experiment(
     return net, dict(net=name, run=seed, steps=steps, accuracy=evaluate_accuracy(net, tx, ty, device=device), loss=float(np.mean(history.loss[-10:])),
                      parameters=count_parameters(net), seconds=history.seconds)
 
-# %% ../../nbs/3_locality/van.ipynb #47637eab
+# %% ../../nbs/3_locality/van.ipynb #a0fce2e7
 REACH = {7: 4, 14: 8, 21: 11, 28: 15}  # kernel size -> half the composite's span
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..engine import LaunchTable, arch_of, tl, triton
 from ..engine.host import BoundLaunch
 
-# %% ../../nbs/3_locality/van.ipynb #baa2d852
+# %% ../../nbs/3_locality/van.ipynb #b0ea84b7
 @triton.jit
 def lattice_tile(i, y, H, W, DILATION: tl.constexpr, T: tl.constexpr, R: tl.constexpr):
     "Of tile i of all maps' tiles: image, first row, columns [T, 1], y being those of the first tile. Its rows lie DILATION apart."
@@ -44,7 +44,7 @@ def depthwise_taps(WEIGHT, c, K: tl.constexpr, FLIP: tl.constexpr, C: tl.constex
         taps = taps + (tl.load(WEIGHT + c * (K * K) + at, mask=c < C, other=0.0).to(tl.float32),)
     return taps
 
-# %% ../../nbs/3_locality/van.ipynb #6e32b41a
+# %% ../../nbs/3_locality/van.ipynb #7c9029bb
 @triton.jit
 def add_row(accs, row, taps, n: tl.constexpr, R: tl.constexpr, K: tl.constexpr, J0: tl.constexpr, J1: tl.constexpr):
     "The accumulators of a tile's R rows after input row n."
@@ -96,7 +96,7 @@ def depthwise_forward(X, WEIGHT, BIAS, ADD, O, H, W, tiles, share, C: tl.constex
                             out += adds[r].to(tl.float32)
                         tl.store(O + image + x * W * C + inner, out.to(O.dtype.element_ty), mask=(x < H) & (y < W) & (c < C))
 
-# %% ../../nbs/3_locality/van.ipynb #ed7ef6af
+# %% ../../nbs/3_locality/van.ipynb #7b036eb4
 @triton.jit
 def add_products(sums, row, dys, n: tl.constexpr, R: tl.constexpr, K: tl.constexpr, J0: tl.constexpr, J1: tl.constexpr):
     "The K * K sums after input row n: each of its shifts times the rows of dO that read it."
@@ -143,7 +143,7 @@ def depthwise_weight_sums(X, DO, PARTS, H, W, tiles, share, C: tl.constexpr, K: 
         tl.store(PARTS + c * (K * K) + i, tl.sum(sums[i], 0), mask=c < C)
     tl.store(PARTS + K * K * C + c, tl.sum(total, 0), mask=c < C)
 
-# %% ../../nbs/3_locality/van.ipynb #b57a852d
+# %% ../../nbs/3_locality/van.ipynb #82865750
 class DepthwiseLaunch(NamedTuple):
     "How a depthwise kernel is launched."
     channels: int  # at most, of a tile

@@ -29,7 +29,7 @@ from .op import large_kernel_attention, lka_depthwise
 from .pointwise_kernels import POINTWISE_LAUNCH, PointwiseLaunch, pointwise_launch
 from .reference import best_dilation, lka_cost
 
-# %% ../../nbs/3_locality/van.ipynb #eac83064
+# %% ../../nbs/3_locality/van.ipynb #f1468c25
 PRESETS = dict(
     smoke=dict(fit=dict(iterations=3, kernels=1), gate=dict(canvas=32, train=32, test=16, dims=(8, 16), depths=(1, 1), steps=2, batch=8, seeds=1),
                reach=dict(canvas=24, distances=(4, 8), kernels=(7, 21), train=32, test=32, width=8, steps=2, batch=16, seeds=1)),
@@ -39,7 +39,7 @@ PRESETS = dict(
              reach=dict(canvas=48, distances=(2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28), kernels=(7, 14, 21, 28), train=16000, test=2200,
                         width=32, steps=500, batch=128, seeds=3)))
 
-# %% ../../nbs/3_locality/van.ipynb #100b0cd4
+# %% ../../nbs/3_locality/van.ipynb #ba45bca4
 def run_experiments(preset: str = "gpu", device: str | None = None, seed: int = 0, show: Callable[[str], None] = print) -> list[dict]:
     "All experiments of a preset, recorded; returns the rows."
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,7 +61,7 @@ def run_experiments(preset: str = "gpu", device: str | None = None, seed: int = 
             show(f"K = {kernel_size:2} seed {run}: {rows[-1]['accuracy']}, {rows[-1]['seconds']:.0f} s")
     return rows
 
-# %% ../../nbs/3_locality/van.ipynb #608fd0db
+# %% ../../nbs/3_locality/van.ipynb #4435f513
 STAGES = ((56, 64), (28, 128), (14, 320), (7, 512))  # side and channels of the four stages of B1 to B4 at 224 pixels
 LAYOUTS = {"channels last": torch.channels_last, "channels first": torch.contiguous_format}
 
@@ -138,7 +138,7 @@ def bench_training() -> Iterator[dict]:
             x = torch.randn(128, 3, 224, 224, device="cuda").contiguous(memory_format=LAYOUTS["channels first" if "first" in name else "channels last"])
             yield from compare_training(dict(size=224, batch=128), {name: model}, x, torch.randint(1000, (128,), device="cuda"), chapter="van")
 
-# %% ../../nbs/3_locality/van.ipynb #afc9b011
+# %% ../../nbs/3_locality/van.ipynb #f1614e94
 CANDIDATES = {  # (kernel, taps) -> (channels, block, rows, ahead, warps, registers, programs) beside the table's own
     ("forward", 49): ((64, 256, 10, 2, 4, 168, 396), (32, 256, 10, 1, 4, 168, 396), (64, 128, 10, 1, 4, 96, 660), (64, 256, 7, 1, 4, 168, 396),
                       (64, 512, 10, 1, 8, 168, 132), (64, 256, 10, 1, 4, 128, 528), (64, 512, 10, 1, 4, 255, 264)),
@@ -189,7 +189,7 @@ def bench_gate_launches() -> Iterator[dict]:
                 peers[str(tuple(p))] = lambda t, launch=launch, arguments=arguments: (launch(*arguments), arguments[-1])[1]
             yield from compare(dict(side=side, C=C, kernel=kind), peers, [u], graph=True, chapter="van", bench="gate_launches", rep_ms=40)
 
-# %% ../../nbs/3_locality/van.ipynb #57d4f4a0
+# %% ../../nbs/3_locality/van.ipynb #d74b56ef
 def _rows(name, **where):
     "The recorded rows of one benchmark or experiment at the gpu preset, of the device measured last."
     return newest_device(load_results("van", name, preset="gpu", **where))
@@ -252,7 +252,7 @@ def _parameter_millions():
     "Of the seven networks, rounded as the paper prints them."
     return {v: round(count_parameters(partial(van, v)) / 1e6, 1) for v in PUBLISHED_MILLIONS}
 
-# %% ../../nbs/3_locality/van.ipynb #2f232109
+# %% ../../nbs/3_locality/van.ipynb #10e6b50e
 def _gap(a, b):
     "The rule of `a is more accurate than b`, beyond what a seed changes."
     return lambda m: beyond_spread(m[a] - m[b], max(m[f"{a} spread"], m[f"{b} spread"]))

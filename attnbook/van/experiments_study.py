@@ -22,7 +22,7 @@ from ..layers import count_parameters
 from .nets import VAN, LargeKernelAttention, PatchEmbedding, VANBlock
 from .reference import best_dilation, decomposition, lka_parameter_count
 
-# %% ../../nbs/3_locality/van.ipynb #45941888
+# %% ../../nbs/3_locality/van.ipynb #f9326e1e
 def denoising_kernel(pictures: Sequence[np.ndarray], noise: float, size: int = 21, patches: int = 6000, seed: int = 0) -> Tensor:
     "The linear filter `(size, size)` that best predicts the middle pixel of photographs `(height, width)` from their pixels with noise added."
     rng = np.random.default_rng(seed)
@@ -36,7 +36,7 @@ def denoising_kernel(pictures: Sequence[np.ndarray], noise: float, size: int = 2
     return torch.from_numpy(np.linalg.solve(x.T @ x + 1e-3 * patches * noise**2 * np.eye(size**2), x.T @ y).reshape(size, size))
 
 
-def target_kernels(count: int, size: int = 21, seed: int = 0) -> dict[str, Tensor]:
+def target_kernels(count: int, size: int = 21, patches: int = 6000, seed: int = 0) -> dict[str, Tensor]:
     "Kind -> `(count, size, size)` in float64, each of norm 1."
     g = torch.Generator().manual_seed(seed)
     uniform = lambda low, high: low + (high - low) * torch.rand(count, 1, 1, generator=g, dtype=torch.float64)
@@ -46,7 +46,7 @@ def target_kernels(count: int, size: int = 21, seed: int = 0) -> dict[str, Tenso
     pictures = [p[..., 1].astype(np.float64) / 255 for p in photos().values()]
     bell = (-(along / uniform(2, 6))**2 / 2 - (across / uniform(2, 6))**2 / 2).exp()
     found = {"Gaussian": bell, "derivative": along * bell, "Gabor": bell * (along * uniform(0.6, 1.4) + uniform(0, math.pi)).cos(),
-             "denoising": torch.stack([denoising_kernel(pictures, 0.1 + 0.1 * i, size, seed=seed + i) for i in range(count)]),
+             "denoising": torch.stack([denoising_kernel(pictures, 0.1 + 0.1 * i, size, patches, seed + i) for i in range(count)]),
              "noise": torch.randn(count, size, size, generator=g, dtype=torch.float64)}
     return {kind: k / k.flatten(1).norm(dim=1)[:, None, None] for kind, k in found.items()}
 
@@ -77,10 +77,10 @@ def fit_composite(targets: Tensor, kernel_size: int, dilation: int, iterations: 
     return best
 
 
-def fit_experiment(*, iterations: int, kernels: int, seed: int = 0) -> list[dict]:
+def fit_experiment(*, iterations: int, kernels: int, patches: int = 6000, seed: int = 0) -> list[dict]:
     "Relative error of every kind of kernel by dilation, and by the other ways to save numbers; a row for each kind and way."
     rows = []
-    for kind, targets in target_kernels(kernels, seed=seed).items():
+    for kind, targets in target_kernels(kernels, patches=patches, seed=seed).items():
         def row(way, parameters, errors, dilation=None, kind=kind):
             rows.append(dict(kind=kind, way=way, dilation=dilation, parameters=parameters, error=float(errors.mean()), worst=float(errors.max())))
         for d in (2, 3, 4, 5):
@@ -91,7 +91,7 @@ def fit_experiment(*, iterations: int, kernels: int, seed: int = 0) -> list[dict
         row("middle 9 x 9", 81, (1 - targets[:, 6:15, 6:15].square().sum((1, 2))).clamp_min(0).sqrt())
     return rows
 
-# %% ../../nbs/3_locality/van.ipynb #05d062ea
+# %% ../../nbs/3_locality/van.ipynb #18075a8e
 ABLATIONS = {  # name -> gate, and the convolution that is taken out
     "mul": ("mul", None), "add": ("add", None), "none": ("none", None), "sigmoid": ("sigmoid", None), "no 5 x 5": ("mul", "conv0"),
     "no dilated": ("mul", "conv_spatial"), "no 1 x 1": ("mul", "conv1")}
@@ -139,7 +139,7 @@ def gate_experiment(
     return net, dict(net=name, run=seed, steps=steps, accuracy=evaluate_accuracy(net, tx, ty, device=device), loss=float(np.mean(history.loss[-10:])),
                      parameters=count_parameters(net), seconds=history.seconds)
 
-# %% ../../nbs/3_locality/van.ipynb #07517d40
+# %% ../../nbs/3_locality/van.ipynb #60407c24
 REACH = {7: 4, 14: 8, 21: 11, 28: 15}  # kernel size -> half the composite's span
 
 

@@ -21,7 +21,7 @@ from .depthwise_op import depthwise_conv
 from .op import large_kernel_attention
 from .reference import decomposition
 
-# %% ../../nbs/3_locality/van.ipynb #ea8de6e3
+# %% ../../nbs/3_locality/van.ipynb #eff3c220
 GATES = "mul", "add", "sigmoid", "none"
 
 
@@ -66,7 +66,7 @@ class LargeKernelAttention(nn.Module):
     def extra_repr(self):
         return f"kernel_size={self.kernel_size}, dilation={self.dilation}, gate={self.gate!r}"
 
-# %% ../../nbs/3_locality/van.ipynb #5ee8963f
+# %% ../../nbs/3_locality/van.ipynb #56e6cb75
 class VANAttention(nn.Module):
     "x + Conv1x1(LKA(GELU(Conv1x1(x)))), `(B, channels, H, W)` -> the same; without the x where `inner_residual` is False."
     def __init__(self, channels: int, inner_residual: bool = True, *, kernel_size: int = 21, dilation: int = 3, gate: str = "mul",
@@ -120,7 +120,7 @@ class VANBlock(nn.Module):
         x = x + self.drop_path(self.layer_scale_1[:, None, None] * self.attn(self.norm1(x)))
         return x + self.drop_path(self.layer_scale_2[:, None, None] * self.mlp(self.norm2(x)))
 
-# %% ../../nbs/3_locality/van.ipynb #aa8cad26
+# %% ../../nbs/3_locality/van.ipynb #8561de13
 VARIANTS = {  # name -> channels, depths, parameters with 1000 classes
     "b0": ((32, 64, 160, 256), (3, 3, 5, 2), 4_105_800), "b1": ((64, 128, 320, 512), (2, 2, 4, 2), 13_861_800),
     "b2": ((64, 128, 320, 512), (3, 3, 12, 3), 26_578_472), "b3": ((64, 128, 320, 512), (3, 5, 27, 3), 44_765_608),
@@ -187,14 +187,16 @@ class VAN(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    "The official initial weights; a depthwise convolution's fan-out is its number of taps."
+    "The official initial weights; a depthwise convolution's fan-out is its number of taps. On the meta device there is nothing to fill."
+    if any(p.is_meta for p in module.parameters(recurse=False)):
+        return
     if isinstance(module, nn.Conv2d):
         fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out)), nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02), nn.init.zeros_(module.bias)
 
-# %% ../../nbs/3_locality/van.ipynb #b8517c3a
+# %% ../../nbs/3_locality/van.ipynb #c3c4539c
 def van(variant: str, num_classes: int = 1000, *, drop_path: float = 0.0, inner_residual: bool = True, in_channels: int = 3,
         backend: str = "auto") -> VAN:
     "A published size, untrained: 'b0' … 'b6', or 'b6-code' as the official code has it. ValueError for another variant."
@@ -260,7 +262,7 @@ def from_official(model: VAN, checkpoint: dict) -> VAN:
     model.load_state_dict({n.removeprefix("module."): t for n, t in state.items()})
     return model
 
-# %% ../../nbs/3_locality/van.ipynb #3f207c53
+# %% ../../nbs/3_locality/van.ipynb #64dcf99f
 def receptive_field(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """How much each input pixel moves the middle of the output map: for images x `(B, C, H, W)`, `(H, W)`, the root mean square over images and
     input channels of the gradient of the sum over output channels."""

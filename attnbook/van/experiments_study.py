@@ -22,7 +22,7 @@ from ..layers import count_parameters
 from .nets import VAN, LargeKernelAttention, PatchEmbedding, VANBlock
 from .reference import best_dilation, decomposition, lka_parameter_count
 
-# %% ../../nbs/3_locality/van.ipynb #f9326e1e
+# %% ../../nbs/3_locality/van.ipynb #f27cf8c6
 def denoising_kernel(pictures: Sequence[np.ndarray], noise: float, size: int = 21, patches: int = 6000, seed: int = 0) -> Tensor:
     "The linear filter `(size, size)` that best predicts the middle pixel of photographs `(height, width)` from their pixels with noise added."
     rng = np.random.default_rng(seed)
@@ -91,7 +91,7 @@ def fit_experiment(*, iterations: int, kernels: int, patches: int = 6000, seed: 
         row("middle 9 x 9", 81, (1 - targets[:, 6:15, 6:15].square().sum((1, 2))).clamp_min(0).sqrt())
     return rows
 
-# %% ../../nbs/3_locality/van.ipynb #18075a8e
+# %% ../../nbs/3_locality/van.ipynb #528f0167
 ABLATIONS = {  # name -> gate, and the convolution that is taken out
     "mul": ("mul", None), "add": ("add", None), "none": ("none", None), "sigmoid": ("sigmoid", None), "no 5 x 5": ("mul", "conv0"),
     "no dilated": ("mul", "conv_spatial"), "no 1 x 1": ("mul", "conv1")}
@@ -117,7 +117,7 @@ def digit_canvases(count: int, canvas: int, seed: int = 0, test: bool = False) -
     return (x - 0.05) / 0.2, torch.from_numpy(y)
 
 
-def ablated(name: str, dims: Sequence[int], depths: Sequence[int], canvas: int, backend: str = "auto") -> VAN:
+def ablated(name: str, dims: Sequence[int], depths: Sequence[int], canvas: int, backend: str = "torch") -> VAN:
     "A network of `ABLATIONS` for two classes; canvases of more than 48 pixels are read with stride 4 first."
     gate, out = ABLATIONS[name]
     net = VAN(dims, (4,) * len(dims), depths, strides=(4 if canvas > 48 else 2, 2), gate=gate, num_classes=2, in_channels=1, backend=backend)
@@ -139,13 +139,13 @@ def gate_experiment(
     return net, dict(net=name, run=seed, steps=steps, accuracy=evaluate_accuracy(net, tx, ty, device=device), loss=float(np.mean(history.loss[-10:])),
                      parameters=count_parameters(net), seconds=history.seconds)
 
-# %% ../../nbs/3_locality/van.ipynb #60407c24
+# %% ../../nbs/3_locality/van.ipynb #f0f19a58
 REACH = {7: 4, 14: 8, 21: 11, 28: 15}  # kernel size -> half the composite's span
 
 
 class ReachNet(nn.Module):
     "Images `(B, 4, H, W)` -> two logits: 1 x 1 convolution, one `VANBlock` whose branches begin at full size, maximum over positions, linear."
-    def __init__(self, width: int, kernel_size: int, backend: str = "auto"):
+    def __init__(self, width: int, kernel_size: int, backend: str = "torch"):
         super().__init__()
         self.stem, self.head = PatchEmbedding(4, width, 1), nn.Linear(width, 2)
         self.block = VANBlock(width, 4, kernel_size=kernel_size, dilation=best_dilation(kernel_size), backend=backend)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'run_all', 'STAGES', 'LAYOUTS', 'compile_one', 'compile_all', 'bench_attention', 'bench_depthwise',
-           'bench_ffn', 'bench_training', 'bench_sizes', 'CANDIDATES', 'try_launches', 'POINTWISE_CANDIDATES',
-           'try_gate_launches', 'claims']
+           'bench_ffn', 'bench_training', 'bench_sizes', 'bench_channels_first', 'bench_training_compiled',
+           'CANDIDATES', 'try_launches', 'POINTWISE_CANDIDATES', 'try_gate_launches', 'claims']
 
 # %% auto #imports
 import math
@@ -32,7 +32,7 @@ from .op import large_kernel_attention, lka_depthwise
 from .pointwise_kernels import POINTWISE_LAUNCH, PointwiseLaunch, pointwise_launch
 from .reference import best_dilation, lka_cost
 
-# %% ../../nbs/3_locality/van.ipynb #605e4139
+# %% ../../nbs/3_locality/van.ipynb #63682287
 PRESETS = dict(
     smoke=dict(fit=dict(iterations=2, kernels=1, patches=300), gate=dict(canvas=32, train=32, test=16, dims=(8, 16), depths=(1, 1), steps=2, batch=8, seeds=1),
                reach=dict(canvas=24, distances=(4, 8), kernels=(7, 21), train=32, test=32, width=8, steps=2, batch=16, seeds=1)),
@@ -42,7 +42,7 @@ PRESETS = dict(
              reach=dict(canvas=48, distances=(2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28), kernels=(7, 14, 21, 28), train=6600, test=2200,
                         width=32, steps=350, batch=128, seeds=3)))
 
-# %% ../../nbs/3_locality/van.ipynb #39e691b9
+# %% ../../nbs/3_locality/van.ipynb #8d57b733
 def run_all(preset: str = "gpu", device: str | None = None, seed: int = 0, show: Callable[[str], None] = print) -> list[dict]:
     "All experiments of a preset, recorded as they come; returns the rows."
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -64,7 +64,7 @@ def run_all(preset: str = "gpu", device: str | None = None, seed: int = 0, show:
             show(f"K = {kernel_size:2} seed {run}: {rows[-1]['accuracy']}, {rows[-1]['seconds']:.0f} s")
     return rows
 
-# %% ../../nbs/3_locality/van.ipynb #a342b9da
+# %% ../../nbs/3_locality/van.ipynb #b4f87a05
 STAGES = ((56, 64), (28, 128), (14, 320), (7, 512))  # side and channels of the four stages of B1 to B4 at 224 pixels
 LAYOUTS = {"channels last": torch.channels_last, "channels first": torch.contiguous_format}
 
@@ -127,25 +127,25 @@ def _compare_layout(bench, problem, layout, shape, ours, plain, weights, compile
         torch.backends.cudnn.benchmark = before
 
 
-def bench_attention() -> Iterator[dict]:
-    "Large kernel attention, all three convolutions and the gate, on maps of the four stages, 128 images; channels-last first."
+def bench_attention(layout: str = "channels last") -> Iterator[dict]:
+    "Large kernel attention, all three convolutions and the gate, on maps of the four stages, 128 images."
     if torch.cuda.is_available():
         ours, plain = (partial(large_kernel_attention, backend=backend) for backend in ("triton", "torch"))
         weights = {C: _weights(C) for _, C in STAGES}
         _compile_once()
-        for layout, (side, C) in ((layout, stage) for layout in LAYOUTS for stage in STAGES):
+        for side, C in STAGES:
             c = lka_cost((side, side), C, batch=128)
             yield from _compare_layout("attention", dict(side=side, C=C), layout, (128, C, side, side), ours, plain, weights[C],
                                        bytes=dict(fwd=c["bytes_fwd"], bwd=c["bytes_bwd"]))
 
 
-def bench_depthwise() -> Iterator[dict]:
+def bench_depthwise(layout: str = "channels last") -> Iterator[dict]:
     "The two depthwise convolutions alone, on the same maps, against eager ones."
     if torch.cuda.is_available():
         ours, plain = (partial(lka_depthwise, backend=backend) for backend in ("triton", "torch"))
         weights = {C: _weights(C)[:4] for _, C in STAGES}
         _compile_once()
-        for layout, (side, C) in ((layout, stage) for layout in LAYOUTS for stage in STAGES):
+        for side, C in STAGES:
             size = 2 * 128 * side * side * C
             yield from _compare_layout("depthwise", dict(side=side, C=C), layout, (128, C, side, side), ours, plain, weights[C], compiled=False,
                                        bytes=dict(fwd=2 * size, bwd=4 * size))
@@ -164,17 +164,18 @@ def bench_ffn() -> Iterator[dict]:
                                        bytes=dict(fwd=2 * size, bwd=3 * size))
 
 
-def bench_training() -> Iterator[dict]:
-    "A training step of VAN-B2 at 224 pixels, 128 images, bfloat16 autocast: ours and PyTorch's convolutions, eager and compiled; minutes to compile."
-    def make(backend, layout, compiled):
+def bench_training(compiled: bool = False) -> Iterator[dict]:
+    "A training step of VAN-B2 at 224 pixels, 128 images, bfloat16 autocast: ours and PyTorch's convolutions."
+    def make(backend, layout, whole):
         net = van_b2(backend=backend).cuda().train().to(memory_format=LAYOUTS[layout])
-        return torch.compile(net) if compiled else net
+        return torch.compile(net) if whole else net
 
     if torch.cuda.is_available():
         _compile_once(torch.float32)
-        models = {"ours": partial(make, "triton", "channels last", False), "torch": partial(make, "torch", "channels last", False),
-                  "ours compiled": partial(make, "triton", "channels last", True), "torch compiled": partial(make, "torch", "channels last", True),
-                  "torch compiled, channels first": partial(make, "torch", "channels first", True)}
+        models = {"ours": partial(make, "triton", "channels last", False), "torch": partial(make, "torch", "channels last", False)}
+        if compiled:
+            models = {"ours compiled": partial(make, "triton", "channels last", True), "torch compiled": partial(make, "torch", "channels last", True),
+                      "torch compiled, channels first": partial(make, "torch", "channels first", True)}
         for name, model in models.items():
             x = torch.randn(128, 3, 224, 224, device="cuda").contiguous(memory_format=LAYOUTS["channels first" if "first" in name else "channels last"])
             yield from compare_training(dict(size=224, batch=128), {name: model}, x, torch.randint(1000, (128,), device="cuda"), chapter="van",
@@ -192,7 +193,18 @@ def bench_sizes() -> Iterator[dict]:
         x = torch.randn(16, 64, side, side, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
         yield from compare(dict(N=side * side), peers, [x, *weights], grad_out="random", chapter="van", bench="sizes", rep_ms=40)
 
-# %% ../../nbs/3_locality/van.ipynb #58e98b80
+
+def bench_channels_first() -> Iterator[dict]:
+    "The first two benchmarks with maps in the other layout."
+    yield from bench_attention("channels first")
+    yield from bench_depthwise("channels first")
+
+
+def bench_training_compiled() -> Iterator[dict]:
+    "The training step compiled, which takes minutes to compile."
+    yield from bench_training(compiled=True)
+
+# %% ../../nbs/3_locality/van.ipynb #135addfe
 CANDIDATES = {  # (kernel, taps) -> (channels, block, rows, columns, whole, ahead, warps, registers, programs) beside the table's own
     ("forward", 49): ((64, 256, 5, 5, 5, 1, 4, 255, 264), (64, 256, 5, 2, 5, 1, 4, 168, 396), (32, 128, 5, 5, 5, 2, 4, 128, 528), (32, 128, 5, 5, 5, 1, 4, 96, 660),
                       (64, 128, 5, 5, 5, 1, 4, 128, 528), (32, 128, 10, 4, 5, 1, 4, 128, 528)),
@@ -242,7 +254,7 @@ def try_gate_launches() -> Iterator[dict]:
                 peers[str(tuple(p))] = lambda t, launch=launch, arguments=arguments: (launch(*arguments), arguments[-1])[1]
             yield from compare(dict(side=side, C=C, kernel=kind), peers, [u], graph=True, chapter="van", bench="gate_launches", rep_ms=40)
 
-# %% ../../nbs/3_locality/van.ipynb #2959f6ff
+# %% ../../nbs/3_locality/van.ipynb #35a389f4
 def _rows(name, **where):
     "The recorded rows of one benchmark or experiment at the gpu preset, of the device measured last."
     return newest_device(load_results("van", name, preset="gpu", **where))
@@ -305,7 +317,7 @@ def _parameter_millions():
     "Of the seven networks, rounded as the paper prints them."
     return {v: round(count_parameters(partial(van, v)) / 1e6, 1) for v in PUBLISHED_MILLIONS}
 
-# %% ../../nbs/3_locality/van.ipynb #7fb68ab5
+# %% ../../nbs/3_locality/van.ipynb #0397f221
 def _gap(a, b):
     "The rule of `a is more accurate than b`, beyond what a seed changes."
     return lambda m: beyond_spread(m[a] - m[b], max(m[f"{a} spread"], m[f"{b} spread"]))

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..engine import LaunchTable, arch_of, tl, triton
 from ..engine.host import BoundLaunch
 
-# %% ../../nbs/3_locality/van.ipynb #001e3ffd
+# %% ../../nbs/3_locality/van.ipynb #59ba6333
 @triton.jit
 def lattice_strip(i, H, W, DILATION: tl.constexpr, R: tl.constexpr, Q: tl.constexpr):
     "Of strip i of all maps' strips: image, first row and first column. Its rows and columns lie DILATION apart."
@@ -54,7 +54,7 @@ def depthwise_taps(WEIGHT, c, like, K: tl.constexpr, FLIP: tl.constexpr, C: tl.c
         taps = taps + (tl.broadcast_to(tap, like.shape),)
     return taps
 
-# %% ../../nbs/3_locality/van.ipynb #071e7f5e
+# %% ../../nbs/3_locality/van.ipynb #066857df
 @triton.jit
 def as_floats(row):
     "A tuple of tiles in float32."
@@ -129,7 +129,7 @@ def depthwise_forward(X, WEIGHT, BIAS, ADD, O, H, W, images, share, C: tl.conste
                         store_row(o_at + r * step, real & (x0 + r * DILATION < H), writes, accs[r], adds[r] if ADD is not None else (), Q,
                                   DILATION, C)
 
-# %% ../../nbs/3_locality/van.ipynb #75e48d63
+# %% ../../nbs/3_locality/van.ipynb #6be41429
 @triton.jit
 def add_products(sums, row, dys, n: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, M0: tl.constexpr, M1: tl.constexpr):
     "The K * K sums, rows of K, after input row n: its inputs times the rows of dO that read it."
@@ -186,7 +186,7 @@ def depthwise_weight_sums(X, DO, PARTS, H, W, images, share, C: tl.constexpr, K:
         tl.store(PARTS + c * (K * K) + i, tl.sum(sums[i // K][i % K], 0), mask=c < C)
     tl.store(PARTS + K * K * C + c, tl.sum(total, 0), mask=c < C)
 
-# %% ../../nbs/3_locality/van.ipynb #5aae2fe3
+# %% ../../nbs/3_locality/van.ipynb #795cefc0
 class DepthwiseLaunch(NamedTuple):
     "How a depthwise kernel is launched."
     channels: int  # at most, of a tile
@@ -209,7 +209,7 @@ for _arch in ("sm90", "sm80", "small"):
         DEPTHWISE_LAUNCH.rows(_arch, _bits, {
             9: ((64, 256, 4, 4, 4, 1, 4, 96, 660), (64, 256, 4, 4, 4, 1, 4, 128, 528)),
             25: ((64, 256, 4, 4, 4, 1, 4, 168, 396), (32, 128, 4, 4, 4, 1, 4, 128, 528)),
-            49: ((32, 128, 3, 4, 5, 1, 4, 128, 528), (32, 128, 3, 4, 5, 1, 4, 128, 528)),
+            49: ((32, 128, 2, 5, 5, 1, 4, 128, 528), (32, 128, 2, 5, 5, 1, 4, 168, 396)),
             MOST_TAPS: ((32, 128, 2, 2, 2, 1, 4, 255, 264), (32, 128, 2, 2, 2, 1, 4, 255, 264))})
 for _bits in (16, 32):
     DEPTHWISE_LAUNCH.rows("interpreter", _bits, {MOST_TAPS: ((32, 512, 3, 2, 2, 1, 4, 0, 4),) * 2})

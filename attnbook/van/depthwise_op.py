@@ -17,7 +17,7 @@ from ..engine.host import Plans, autocast, autocasting, through_float32
 from .depthwise_kernels import MOST_TAPS, depthwise_launch
 from .sum_kernels import launch_sum_parts
 
-# %% ../../nbs/3_locality/van.ipynb #59525a83
+# %% ../../nbs/3_locality/van.ipynb #18d7486d
 _CONVOLUTIONS, _WEIGHT_SUMS = Plans(), Plans()
 
 
@@ -43,7 +43,7 @@ def launch_weight_sums(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, dila
     launch_sum_parts(sums, dw, db)
     return dw, db
 
-# %% ../../nbs/3_locality/van.ipynb #ad975dad
+# %% ../../nbs/3_locality/van.ipynb #d4a505a8
 def _depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
     "Depthwise convolution, contiguous `(B, H, W, C)`, in x's type; weight `(C, 1, k, k)`, bias `(C,)`."
     run = lambda x, weight, bias: launch_depthwise(x, weight.contiguous(), bias.contiguous(), dilation)
@@ -71,7 +71,7 @@ depthwise_conv_op = operation(
     "depthwise_conv", _depthwise_forward, like=lambda x, weight, bias, dilation: x.new_empty(x.shape),
     backward=_depthwise_backward, drop=(0,), gradients_like=lambda call: _new_like(call, "x", "weight", "bias"))
 
-# %% ../../nbs/3_locality/van.ipynb #ee50a1bd
+# %% ../../nbs/3_locality/van.ipynb #c3c90b89
 def check_kernel(name: str, weight: Tensor, bias: Tensor | None, x: Tensor, dilation: int) -> Tensor:
     "The bias, zeros for None. TypeError or ValueError unless weight `(C, 1, k, k)`, bias `(C,)` and dilation suit maps x `(B, C, H, W)`."
     C, mixed = x.shape[1], autocasting(x)
@@ -114,7 +114,7 @@ def torch_depthwise(x: Tensor, weight: Tensor, bias: Tensor, dilation: int = 1) 
     return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=dilation * (weight.shape[-1] - 1) // 2, dilation=dilation,
                     groups=x.shape[1])
 
-# %% ../../nbs/3_locality/van.ipynb #9a0df78a
+# %% ../../nbs/3_locality/van.ipynb #6548ea94
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: int = 1, backend: str = "auto") -> Tensor:
     """Depthwise convolution with zeros around the map and stride 1: `(B, C, H, W)` -> the same.
 

@@ -22,7 +22,7 @@ from ..layers import count_parameters
 from .nets import VAN, LargeKernelAttention, PatchEmbedding, VANBlock
 from .reference import best_dilation, decomposition, lka_parameter_count
 
-# %% ../../nbs/3_locality/van.ipynb #1311386b
+# %% ../../nbs/3_locality/van.ipynb #34fc942c
 def denoising_kernel(pictures: Sequence[np.ndarray], noise: float, size: int = 21, patches: int = 6000, seed: int = 0) -> Tensor:
     "The linear filter `(size, size)` that best predicts the middle pixel of photographs `(height, width)` from their pixels with noise added."
     rng = np.random.default_rng(seed)
@@ -91,7 +91,7 @@ def fit_experiment(*, iterations: int, kernels: int, patches: int = 6000, seed: 
         row("middle 9 x 9", 81, (1 - targets[:, 6:15, 6:15].square().sum((1, 2))).clamp_min(0).sqrt())
     return rows
 
-# %% ../../nbs/3_locality/van.ipynb #677e5ee6
+# %% ../../nbs/3_locality/van.ipynb #74ab2907
 ABLATIONS = {  # name -> gate, and the convolution that is taken out
     "mul": ("mul", None), "add": ("add", None), "none": ("none", None), "sigmoid": ("sigmoid", None), "no 5 x 5": ("mul", "conv0"),
     "no dilated": ("mul", "conv_spatial"), "no 1 x 1": ("mul", "conv1")}
@@ -139,7 +139,7 @@ def gate_experiment(
     return net, dict(net=name, run=seed, steps=steps, accuracy=evaluate_accuracy(net, tx, ty, device=device), loss=float(np.mean(history.loss[-10:])),
                      parameters=count_parameters(net), seconds=history.seconds)
 
-# %% ../../nbs/3_locality/van.ipynb #e2666c45
+# %% ../../nbs/3_locality/van.ipynb #fb680c13
 REACH = {7: 4, 14: 8, 21: 11, 28: 15}  # kernel size -> half the composite's span
 
 

@@ -21,7 +21,7 @@ from .depthwise_op import depthwise_conv
 from .op import large_kernel_attention
 from .reference import decomposition
 
-# %% ../../nbs/3_locality/van.ipynb #a274e5b7
+# %% ../../nbs/3_locality/van.ipynb #66a86d09
 GATES = "mul", "add", "sigmoid", "none"
 
 
@@ -66,7 +66,7 @@ class LargeKernelAttention(nn.Module):
     def extra_repr(self):
         return f"kernel_size={self.kernel_size}, dilation={self.dilation}, gate={self.gate!r}"
 
-# %% ../../nbs/3_locality/van.ipynb #ccf03f34
+# %% ../../nbs/3_locality/van.ipynb #2565d6f2
 class VANAttention(nn.Module):
     "x + Conv1x1(LKA(GELU(Conv1x1(x)))), `(B, channels, H, W)` -> the same; without the x where `inner_residual` is False."
     def __init__(self, channels: int, inner_residual: bool = True, *, kernel_size: int = 21, dilation: int = 3, gate: str = "mul",
@@ -120,7 +120,7 @@ class VANBlock(nn.Module):
         x = x + self.drop_path(self.layer_scale_1[:, None, None] * self.attn(self.norm1(x)))
         return x + self.drop_path(self.layer_scale_2[:, None, None] * self.mlp(self.norm2(x)))
 
-# %% ../../nbs/3_locality/van.ipynb #72e0a931
+# %% ../../nbs/3_locality/van.ipynb #079324d0
 VARIANTS = {  # name -> channels, depths, parameters with 1000 classes
     "b0": ((32, 64, 160, 256), (3, 3, 5, 2), 4_105_800), "b1": ((64, 128, 320, 512), (2, 2, 4, 2), 13_861_800),
     "b2": ((64, 128, 320, 512), (3, 3, 12, 3), 26_578_472), "b3": ((64, 128, 320, 512), (3, 5, 27, 3), 44_765_608),
@@ -196,7 +196,7 @@ def _initialise(module: nn.Module) -> None:
     elif isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02), nn.init.zeros_(module.bias)
 
-# %% ../../nbs/3_locality/van.ipynb #572f4884
+# %% ../../nbs/3_locality/van.ipynb #cfa916a7
 def van(variant: str, num_classes: int = 1000, *, drop_path: float = 0.0, inner_residual: bool = True, in_channels: int = 3,
         backend: str = "auto") -> VAN:
     "A published size, untrained: 'b0' … 'b6', or 'b6-code' as the official code has it. ValueError for another variant."
@@ -262,7 +262,7 @@ def from_official(model: VAN, checkpoint: dict) -> VAN:
     model.load_state_dict({n.removeprefix("module."): t for n, t in state.items()})
     return model
 
-# %% ../../nbs/3_locality/van.ipynb #ada1d5c0
+# %% ../../nbs/3_locality/van.ipynb #2b75affc
 def receptive_field(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """How much each input pixel moves the middle of the output map: for images x `(B, C, H, W)`, `(H, W)`, the root mean square over images and
     input channels of the gradient of the sum over output channels."""

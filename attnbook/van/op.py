@@ -27,7 +27,7 @@ from .depthwise_op import (
 from .pointwise_kernels import pointwise_launch
 from .sum_kernels import launch_sum_parts
 
-# %% ../../nbs/3_locality/van.ipynb #eab82c76
+# %% ../../nbs/3_locality/van.ipynb #085884f5
 _GATES = Plans()
 
 
@@ -91,7 +91,7 @@ large_kernel_attention_op = operation(
     "large_kernel_attention", _lka_forward, like=lambda x, *rest: tuple(x.new_empty(x.shape) for _ in range(3)),
     backward=_lka_backward, drop=(0,), nondifferentiable=(1, 2), gradients_like=lambda call: _new_like(call, "x", *_WEIGHTS))
 
-# %% ../../nbs/3_locality/van.ipynb #4180adbc
+# %% ../../nbs/3_locality/van.ipynb #14ac532f
 def lka_depthwise(
     x: Tensor, dw_weight: Tensor, dw_bias: Tensor | None, dwd_weight: Tensor, dwd_bias: Tensor | None, *, dilation: int = 3,
     backend: str = "auto",

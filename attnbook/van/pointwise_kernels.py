@@ -14,7 +14,7 @@ from torch import Tensor
 from ..engine import LaunchTable, arch_of, tl, triton
 from ..engine.host import BoundLaunch, dot_precision
 
-# %% ../../nbs/3_locality/van.ipynb #cfbd2339
+# %% ../../nbs/3_locality/van.ipynb #aa37fecd
 @triton.jit
 def gate_forward(U, Z, WEIGHT, BIAS, Y, N, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                  PRECISION: tl.constexpr):
@@ -81,7 +81,7 @@ def gate_weight_sums(DY, U, Z, PARTS, N, share, C: tl.constexpr, BN: tl.constexp
     if i % across == 0:
         tl.store(PARTS + C * C + n, tl.sum(total, 0), mask=n < C)
 
-# %% ../../nbs/3_locality/van.ipynb #8f2d1552
+# %% ../../nbs/3_locality/van.ipynb #a54b530f
 class PointwiseLaunch(NamedTuple):
     "How a kernel of the gate is launched."
     positions: int  # of a tile

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import check_bool, check_int
 
-# %% ../../nbs/3_locality/van.ipynb #6e4fa3c8
+# %% ../../nbs/3_locality/van.ipynb #a5c519a0
 def decomposition(kernel_size: int, dilation: int) -> tuple[int, int]:
     """Widths of the two depthwise kernels that stand in for one of kernel_size: 2 * dilation - 1, and ceil(kernel_size / dilation).
 
@@ -37,7 +37,7 @@ def best_dilation(kernel_size: int) -> int:
     fits = [d for d in range(1, kernel_size + 1) if d * (-(-kernel_size // d) - 1) % 2 == 0]
     return min(fits, key=lambda d: (lka_parameter_count(kernel_size, d, 1), d))
 
-# %% ../../nbs/3_locality/van.ipynb #c58acf74
+# %% ../../nbs/3_locality/van.ipynb #6c3c9ba0
 def composite_kernel(dw_weight: Tensor, dwd_weight: Tensor, dilation: int) -> Tensor:
     "The one kernel that two depthwise kernels `(C, 1, k, k)`, the second dilated, make: `(C, 1, s, s)`, s = dilation * (k' - 1) + k."
     C, small, large = dw_weight.shape[0], dw_weight.shape[-1], dwd_weight.shape[-1]
@@ -46,7 +46,7 @@ def composite_kernel(dw_weight: Tensor, dwd_weight: Tensor, dilation: int) -> Te
     spread_out = F.pad(spread_out, [small - 1] * 4)
     return F.conv2d(spread_out.transpose(0, 1), dw_weight.flip(-1, -2), groups=C).transpose(0, 1)
 
-# %% ../../nbs/3_locality/van.ipynb #f26d8fae
+# %% ../../nbs/3_locality/van.ipynb #7096941a
 def depthwise_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
     "Depthwise convolution with zeros around the map: x `(B, C, H, W)`, weight `(C, 1, k, k)`, tap by tap, in float32 at least."
     (H, W), k, real = x.shape[2:], weight.shape[-1], torch.promote_types(x.dtype, torch.float32)
@@ -77,7 +77,7 @@ def large_kernel_attention_reference(
     A = A if pw_bias is None else A + pw_bias.to(real)[:, None, None]
     return (x.to(real) * A).to(x.dtype)
 
-# %% ../../nbs/3_locality/van.ipynb #229635e2
+# %% ../../nbs/3_locality/van.ipynb #0ef9ab18
 def lka_cost(
     shape: tuple[int, int], channels: int, *, batch: int = 1, kernel_size: int = 21, dilation: int = 3,
     element_size: int = 2,

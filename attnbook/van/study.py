@@ -32,7 +32,7 @@ from .op import large_kernel_attention, lka_depthwise
 from .pointwise_kernels import POINTWISE_LAUNCH, PointwiseLaunch, pointwise_launch
 from .reference import best_dilation, lka_cost
 
-# %% ../../nbs/3_locality/van.ipynb #63682287
+# %% ../../nbs/3_locality/van.ipynb #e939805c
 PRESETS = dict(
     smoke=dict(fit=dict(iterations=2, kernels=1, patches=300), gate=dict(canvas=32, train=32, test=16, dims=(8, 16), depths=(1, 1), steps=2, batch=8, seeds=1),
                reach=dict(canvas=24, distances=(4, 8), kernels=(7, 21), train=32, test=32, width=8, steps=2, batch=16, seeds=1)),
@@ -42,7 +42,7 @@ PRESETS = dict(
              reach=dict(canvas=48, distances=(2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28), kernels=(7, 14, 21, 28), train=6600, test=2200,
                         width=32, steps=350, batch=128, seeds=3)))
 
-# %% ../../nbs/3_locality/van.ipynb #8d57b733
+# %% ../../nbs/3_locality/van.ipynb #63551230
 def run_all(preset: str = "gpu", device: str | None = None, seed: int = 0, show: Callable[[str], None] = print) -> list[dict]:
     "All experiments of a preset, recorded as they come; returns the rows."
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -64,7 +64,7 @@ def run_all(preset: str = "gpu", device: str | None = None, seed: int = 0, show:
             show(f"K = {kernel_size:2} seed {run}: {rows[-1]['accuracy']}, {rows[-1]['seconds']:.0f} s")
     return rows
 
-# %% ../../nbs/3_locality/van.ipynb #b4f87a05
+# %% ../../nbs/3_locality/van.ipynb #38fd5e08
 STAGES = ((56, 64), (28, 128), (14, 320), (7, 512))  # side and channels of the four stages of B1 to B4 at 224 pixels
 LAYOUTS = {"channels last": torch.channels_last, "channels first": torch.contiguous_format}
 
@@ -96,10 +96,11 @@ def compile_one(job: tuple[str, int, int, torch.dtype]):
     torch.cuda.synchronize()
 
 
-def compile_all(dtype: torch.dtype = torch.bfloat16, workers: int = 12):
-    "Compiles the kernels of the benchmarks for weights of a type, in processes side by side; those that fail there fail again where it is reported."
+def compile_all(dtype: torch.dtype = torch.bfloat16, parts: str = "57g", workers: int = 12):
+    "Compiles kernels of the benchmarks (parts: 5 x 5, 7 x 7, gate, 3 x 3) for weights of a type, in processes side by side; those that fail there fail again where it is reported."
     jobs = [(which, side, C, dtype) for side, C in STAGES for which in ("7 forward", "7 back", "7 sums", "5 forward", "5 back", "5 add back", "5 sums", "gate")]
     jobs += [(which, side, C * r, dtype) for (side, C), r in zip(STAGES, (8, 8, 4, 4)) for which in ("3 forward", "3 back", "3 sums")]
+    jobs = [job for job in jobs if job[0][0] in parts and job[0] != "5 back"]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for done in [pool.submit(compile_one, job) for job in jobs]:
             done.exception()
@@ -108,11 +109,11 @@ def compile_all(dtype: torch.dtype = torch.bfloat16, workers: int = 12):
 _compiled_types = set()
 
 
-def _compile_once(dtype=torch.bfloat16):
-    "`compile_all`, once for each type in a process."
-    if dtype not in _compiled_types:
-        _compiled_types.add(dtype)
-        compile_all(dtype)
+def _compile_once(dtype=torch.bfloat16, parts="57g"):
+    "`compile_all`, once for each choice in a process."
+    if (dtype, parts) not in _compiled_types:
+        _compiled_types.add((dtype, parts))
+        compile_all(dtype, parts)
 
 
 def _compare_layout(bench, problem, layout, shape, ours, plain, weights, compiled=True, **options):
@@ -157,7 +158,7 @@ def bench_ffn() -> Iterator[dict]:
         ours, plain = (partial(depthwise_conv, backend=backend) for backend in ("triton", "torch"))
         wide = [(side, C * ratio) for (side, C), ratio in zip(STAGES, (8, 8, 4, 4))]
         weights = {C: _weights(C, (3,))[:2] for _, C in wide}
-        _compile_once()
+        _compile_once(parts="3")
         for side, C in wide:
             size = 2 * 128 * side * side * C
             yield from _compare_layout("ffn", dict(side=side, C=C), "channels last", (128, C, side, side), ours, plain, weights[C], compiled=False,
@@ -171,7 +172,7 @@ def bench_training(compiled: bool = False) -> Iterator[dict]:
         return torch.compile(net) if whole else net
 
     if torch.cuda.is_available():
-        _compile_once(torch.float32)
+        _compile_once(torch.float32, "357g")
         models = {"ours": partial(make, "triton", "channels last", False), "torch": partial(make, "torch", "channels last", False)}
         if compiled:
             models = {"ours compiled": partial(make, "triton", "channels last", True), "torch compiled": partial(make, "torch", "channels last", True),
@@ -204,7 +205,7 @@ def bench_training_compiled() -> Iterator[dict]:
     "The training step compiled, which takes minutes to compile."
     yield from bench_training(compiled=True)
 
-# %% ../../nbs/3_locality/van.ipynb #135addfe
+# %% ../../nbs/3_locality/van.ipynb #453ce211
 CANDIDATES = {  # (kernel, taps) -> (channels, block, rows, columns, whole, ahead, warps, registers, programs) beside the table's own
     ("forward", 49): ((64, 256, 5, 5, 5, 1, 4, 255, 264), (64, 256, 5, 2, 5, 1, 4, 168, 396), (32, 128, 5, 5, 5, 2, 4, 128, 528), (32, 128, 5, 5, 5, 1, 4, 96, 660),
                       (64, 128, 5, 5, 5, 1, 4, 128, 528), (32, 128, 10, 4, 5, 1, 4, 128, 528)),
@@ -254,7 +255,7 @@ def try_gate_launches() -> Iterator[dict]:
                 peers[str(tuple(p))] = lambda t, launch=launch, arguments=arguments: (launch(*arguments), arguments[-1])[1]
             yield from compare(dict(side=side, C=C, kernel=kind), peers, [u], graph=True, chapter="van", bench="gate_launches", rep_ms=40)
 
-# %% ../../nbs/3_locality/van.ipynb #35a389f4
+# %% ../../nbs/3_locality/van.ipynb #c563eb5e
 def _rows(name, **where):
     "The recorded rows of one benchmark or experiment at the gpu preset, of the device measured last."
     return newest_device(load_results("van", name, preset="gpu", **where))
@@ -317,7 +318,7 @@ def _parameter_millions():
     "Of the seven networks, rounded as the paper prints them."
     return {v: round(count_parameters(partial(van, v)) / 1e6, 1) for v in PUBLISHED_MILLIONS}
 
-# %% ../../nbs/3_locality/van.ipynb #0397f221
+# %% ../../nbs/3_locality/van.ipynb #1f68333d
 def _gap(a, b):
     "The rule of `a is more accurate than b`, beyond what a seed changes."
     return lambda m: beyond_spread(m[a] - m[b], max(m[f"{a} spread"], m[f"{b} spread"]))

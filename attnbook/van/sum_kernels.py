@@ -11,7 +11,7 @@ from torch import Tensor
 from ..engine import tl, triton
 from ..engine.host import BoundLaunch, Plans, round_dim
 
-# %% ../../nbs/3_locality/van.ipynb #cf323a10
+# %% ../../nbs/3_locality/van.ipynb #6d116c5f
 @triton.jit
 def sum_parts(PARTS, FIRST, SECOND, parts, columns, split, T: tl.constexpr, BC: tl.constexpr):
     "Column sums of PARTS (parts, columns): columns before `split` into FIRST, the others into SECOND. Grid: cdiv(columns, BC)."
@@ -25,7 +25,7 @@ def sum_parts(PARTS, FIRST, SECOND, parts, columns, split, T: tl.constexpr, BC: 
     tl.store(FIRST + c, total.to(FIRST.dtype.element_ty), mask=c < split)
     tl.store(SECOND + c - split, total.to(SECOND.dtype.element_ty), mask=(c >= split) & (c < columns))
 
-# %% ../../nbs/3_locality/van.ipynb #79d9129b
+# %% ../../nbs/3_locality/van.ipynb #99e46e4e
 _SUMS = Plans()
 
 

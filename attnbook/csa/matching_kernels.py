@@ -47,15 +47,16 @@ def hat_weights(at, home, step, first, C: tl.constexpr):
     All in units of 1 / 2M snippets, integers held by floats: exact. `first`: where the snippet is number 0.
     """
     unit: tl.constexpr = 2 * C.steps
+    J: tl.constexpr = C.samples
     z = at - home
     total = tl.zeros_like(z)
-    for j in tl.static_range(C.samples):
+    for j in tl.static_range(J):
         distance = z - j * step
         hat = tl.maximum(unit - tl.abs(distance), 0.0)
         if C.legacy:
             hat = tl.where(first & (distance >= 0) & (distance < unit), unit * 1.0, hat)
         total += hat
-    return total * (1.0 / (unit * C.samples))
+    return total * (1.0 / (unit * J))
 
 
 @triton.jit
@@ -90,6 +91,7 @@ def match_forward(Y, BIAS, OUT, T, D, O, start_tiles, C: tl.constexpr):
     BM: tl.constexpr = C.durations * C.starts
     BK: tl.constexpr = C.window
     BO: tl.constexpr = C.width
+    PRECISION: tl.constexpr = C.precision
     d0 = tl.program_id(0) // start_tiles * C.durations
     t0 = tl.program_id(0) % start_tiles * C.starts
     o = tl.program_id(1) * BO + tl.arange(0, BO)[None, :]
@@ -114,7 +116,7 @@ def match_forward(Y, BIAS, OUT, T, D, O, start_tiles, C: tl.constexpr):
                         mask=(s[:, None] >= 0) & (s[:, None] < T) & (o < O), other=0.0)   # [BK, BO]
             at = (2 * C.steps * s[None, :]).to(tl.float32)
             w = hat_weights(at, origin + stride * n, step, s[None, :] == 0, C)            # [BM, BK]
-            acc = tl.dot(w.to(y.dtype), y, acc, input_precision=C.precision)
+            acc = tl.dot(w.to(y.dtype), y, acc, input_precision=PRECISION)
     if C.bias:
         acc += tl.load(BIAS + o, mask=o < O, other=0.0).to(tl.float32)
     if C.relu:
@@ -129,6 +131,7 @@ def match_backward(G, STEPS, FIRST, DY, T, D, O, row_tiles, C: tl.constexpr):
     BM: tl.constexpr = C.group * C.rows
     BK: tl.constexpr = C.durations * C.starts
     BO: tl.constexpr = C.width
+    PRECISION: tl.constexpr = C.precision
     tile = tl.program_id(0)
     o = tl.program_id(1) * BO + tl.arange(0, BO)[None, :]
     b = tl.program_id(2).to(tl.int64)
@@ -148,7 +151,7 @@ def match_backward(G, STEPS, FIRST, DY, T, D, O, row_tiles, C: tl.constexpr):
         step, stride = span.to(tl.float32), (span * C.samples).to(tl.float32)
         home = origin[None, :] + stride[None, :] * n.to(tl.float32)
         w = hat_weights(at, home, step[None, :], s == 0, C)                               # [BM, BK]
-        acc = tl.dot(w.to(g.dtype), g, acc, input_precision=C.precision)
+        acc = tl.dot(w.to(g.dtype), g, acc, input_precision=PRECISION)
     tl.store(DY + ((b * T + s) * C.bins + n) * O + o, acc.to(DY.dtype.element_ty),
              mask=(s < T) & (n < C.bins) & (o < O))
 

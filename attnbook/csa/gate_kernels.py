@@ -16,7 +16,7 @@ from torch import Tensor
 from ..engine import BoundLaunch, LaunchTable, arch_of, tl, triton
 from .reference import FUSIONS
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #4159ae16
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #08c25252
 class GateConstants(NamedTuple):
     "What the gate's kernels are compiled for."
     channels: int  # of a tile
@@ -76,7 +76,7 @@ def gate_forward(F_IN, CL, TL, MASK, OUT, channels, T, C: tl.constexpr):
     f = tl.load(F_IN + at, mask=ok, other=0.0).to(tl.float32)                             # [BC, BT]
     tl.store(OUT + at, (f * fused_gate(a_c, a_t, C)).to(OUT.dtype.element_ty), mask=(c < channels) & (t < T))
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #9f16f9f2
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #737290cd
 @triton.jit
 def gate_backward(F_IN, CL, TL, MASK, G, DF, SUM_C, SUM_T, channels, T, C: tl.constexpr):
     "DF, and the tile's sums for both gates: SUM_C (B, snippet tiles, channels), SUM_T (B, channel tiles, T)."
@@ -117,7 +117,7 @@ def gate_finish(SUM_C, SUM_T, CL, TL, DCL, DTL, channels, T, tiles_c, tiles_t, B
     else:
         sum_logit(SUM_T, TL, DTL, b, (i - blocks) * BLOCK + tl.arange(0, BLOCK), tiles_c, T)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #b300e109
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #aa3bd0a6
 class GateLaunch(NamedTuple):
     "How a gate kernel is launched."
     channels: int  # of a tile, at most

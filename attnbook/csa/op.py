@@ -18,7 +18,7 @@ from .gate_kernels import plan_gate_backward, plan_gate_forward
 from .matching_kernels import plan_match_backward, plan_match_forward
 from .reference import FUSIONS, csa_gate_reference, sample_offsets, valid_proposals
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #896ad363
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #df181d1d
 _GATE_PLANS = Plans()
 
 
@@ -52,7 +52,7 @@ _plain = lambda t: None if t is None else t.new_empty(t.shape)
 gate_op = operation("csa_gate", _gate_forward, like=lambda f, *_: _plain(f), backward=_gate_backward,
                     gradients_like=lambda call: {n: _plain(getattr(call, n)) for n in ("f", "channel_logits", "time_logits")})
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #59b9bd9b
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #1f9999d3
 _DECIDED = Plans()
 
 
@@ -67,7 +67,7 @@ def _decide_gate(f, channel_logits, time_logits, mask, *, fuse, backend):
     check_choice("fuse", fuse, FUSIONS)
     return resolve_backend(backend, f)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #9f93cf7e
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #e2c45cf4
 def csa_gate(
     f: Tensor, channel_logits: Tensor, time_logits: Tensor, *, mask: Tensor | None = None, fuse: str = "sum",
     backend: str = "auto",
@@ -85,7 +85,7 @@ def csa_gate(
         return gate_op(f, channel_logits, time_logits, mask, fuse)
     return csa_gate_reference(f, channel_logits, time_logits, mask=mask, fuse=fuse)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #99732734
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #d68c7f6f
 _MATCH_PLANS = Plans()
 
 
@@ -131,7 +131,7 @@ def _match_backward(call):
 matching_op = operation("boundary_matching", _match_forward, like=_match_like, backward=_match_backward,
                         gradients_like=lambda call: {n: _plain(getattr(call, n)) for n in ("x", "weight", "bias")})
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #2b3f2744
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #cf670261
 @lru_cache(maxsize=8)
 def _tap_matrix(T, D, N, samples, reach, legacy, dtype, device, transposed):
     "Sparse `(D T, T N)`, or its transpose: row d T + t, column s N + n."
@@ -181,7 +181,7 @@ def _match_torch(x, weight, bias, D, samples, reach, legacy, relu):
     out = out.relu() if relu else out
     return torch.where(valid_proposals(T, D).to(x.device)[..., None], out, 0).to(x.dtype)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #456616a9
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #7544688d
 def _decide_match(x, weight, bias, *, max_duration, samples_per_bin, extend, legacy_border, activation, backend):
     "Checks the arguments: backend, duration, samples, reach, legacy, relu."
     check_tensor("x", x, ndim=3)
@@ -200,7 +200,7 @@ def _decide_match(x, weight, bias, *, max_duration, samples_per_bin, extend, leg
     return (resolve_backend(backend, x), int(max_duration), samples, int(reach), check_bool("legacy_border", legacy_border),
             activation == "relu")
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #a4be4ddf
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #9067d309
 def boundary_matching(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, max_duration: int, samples_per_bin: int = 3,
     extend: float = 0.5, legacy_border: bool = False, activation: str = "relu", backend: str = "auto",

@@ -10,7 +10,7 @@ __all__ = ['sample_offsets', 'valid_proposals', 'sampling_mask', 'matching_cost'
 import torch
 from torch import Tensor
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #8d4887d2
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #7a584f09
 def sample_offsets(max_duration: int, num_bins: int = 32, samples_per_bin: int = 3, extend: float = 0.5) -> Tensor:
     """Where the samples of a proposal lie, relative to its first snippet: `(max_duration, num_bins, samples_per_bin)`.
 
@@ -27,7 +27,7 @@ def valid_proposals(length: int, max_duration: int) -> Tensor:
     "Which proposals end within the video: boolean `(max_duration, length)`, True where t + d < length."
     return torch.arange(max_duration)[:, None] + torch.arange(length) < length
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #c9d97f8b
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #2e764d76
 def sampling_mask(
     length: int, max_duration: int, num_bins: int = 32, samples_per_bin: int = 3, extend: float = 0.5,
     legacy_border: bool = False,
@@ -49,7 +49,7 @@ def sampling_mask(
         mask.index_put_((n[ok], d[ok], t[ok], s[ok].long()), w[ok] / J, accumulate=True)
     return mask
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #5cc59e9e
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #3ce2a7ed
 def matching_cost(
     length: int, max_duration: int, channels: int = 128, out_channels: int = 512, num_bins: int = 32,
     samples_per_bin: int = 3, extend: float = 0.5, element_size: int = 2,
@@ -81,7 +81,7 @@ def matching_cost(
         bytes_y=element_size * N * out_channels * T, bytes_sampled=element_size * channels * N * D * T,
         bytes_mask=4 * N * D * T * T)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #a510c15f
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #d206f5c5
 def bin_weights(
     s: Tensor, t: Tensor, d: Tensor, n: Tensor, *, num_bins: int = 32, samples_per_bin: int = 3, reach: int = 1,
     legacy_border: bool = False,
@@ -101,7 +101,7 @@ def bin_weights(
         total = total + hat
     return total.double() / (2 * M * samples_per_bin)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #bf110cb3
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #6b127532
 FUSIONS = ("sum", "mean", "max", "prod")
 
 
@@ -120,7 +120,7 @@ def csa_gate_reference(
         f = torch.where(mask[:, None], f, 0)
     return (f.to(wide) * gate).to(f.dtype)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #8d94fd15
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #704226f3
 def boundary_matching_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, max_duration: int, samples_per_bin: int = 3,
     extend: float = 0.5, legacy_border: bool = False, activation: str = "relu",

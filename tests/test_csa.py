@@ -19,7 +19,7 @@ from attnbook.csa.detection_reference import (
 from attnbook.csa.experiments_study import detector, evaluate_detector, gate_looks, name_proposals
 from attnbook.csa.matching_kernels import MATCH_LAUNCH, MatchLaunch, backward_steps, match_constants
 from attnbook.csa.nets import ATTENTIONS, AXES, BMN, ClassSemanticsAttention, SqueezeExcite1d
-from attnbook.csa.op import boundary_matching, csa_gate, gate_op, matching_op, taps_op
+from attnbook.csa.op import boundary_matching, csa_gate, gate_op, matching_op, semantic_summary, summary_op, taps_op
 from attnbook.csa.reference import (
     FUSIONS,
     bin_weights,
@@ -27,6 +27,7 @@ from attnbook.csa.reference import (
     csa_gate_reference,
     matching_cost,
     sampling_mask,
+    semantic_summary_reference,
     valid_proposals,
 )
 from attnbook.csa.streams_study import (
@@ -38,7 +39,8 @@ from attnbook.csa.streams_study import (
     stitched_streams,
     trimmed_windows,
 )
-from attnbook.csa.study import SampledMatching, _counts_match, ahead, claims, indexed_matching, not_behind, tap_tables
+from attnbook.csa.study import OpenTADMatching, SampledMatching, _counts_match, ahead, claims, not_behind
+from attnbook.lab.data import skip_without
 from attnbook.lab.results import record
 from attnbook.lab.testing import (
     check_against_reference,
@@ -169,6 +171,34 @@ def test_gate_refuses():
            (dict(fuse="add"), ValueError, ("fuse", "sum", "add")), (dict(fuse=1), TypeError, "fuse"),
            (dict(backend="cuda"), ValueError, "backend")]
     check_raises(csa_gate, bad, **i)
+
+
+def semantics(B=2, C=6, T=9, H=5, k=3, dtype=torch.float32, masked=True):
+    "Inputs of the summary."
+    g = torch.Generator().manual_seed(0)
+    make = lambda *size: torch.randn(size, generator=g, dtype=torch.float64).to(device_under_test(), dtype)
+    i = dict(r=make(B, C, T), weight=make(H, C, k) / (C * k) ** 0.5, bias=make(H) / 2, time_weight=make(1, H), time_bias=make(1))
+    return i | (dict(mask=gates(B, 1, T)["mask"]) if masked else {})
+
+@pytest.mark.parametrize("size", [dict(), dict(masked=False), dict(B=1, C=1, T=1, H=1, k=1), dict(C=35, T=37, H=17, k=5)], ids=str)
+def test_summary_agrees(size):
+    check_against_reference(partial(semantic_summary, backend="triton"), semantic_summary_reference, semantics(**size), grad_tol=3e-5)
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_summary_is_a_good_citizen(backend):
+    check_operation(partial(semantic_summary, backend=backend), semantic_summary_reference, semantics(B=1, H=3, T=5), grad_tol=3e-5)
+
+def test_summary_registered():
+    i = semantics(B=1, C=2, T=3, H=2)
+    check_opcheck(summary_op, (*(t.requires_grad_() for n, t in i.items() if n != "mask"), i["mask"]))
+
+def test_summary_refuses():
+    i = semantics()
+    bad = [(dict(r=i["r"][0]), ValueError, "r must"), (dict(weight=i["weight"][:, :2]), ValueError, "weight"),
+           (dict(weight=i["weight"][..., :2]), ValueError, ("weight", "odd")), (dict(bias=i["bias"][:2]), ValueError, "bias"),
+           (dict(time_weight=i["time_weight"][0]), ValueError, "time_weight"), (dict(time_bias=i["time_bias"][0]), ValueError, "time_bias"),
+           (dict(mask=i["mask"].int()), TypeError, "mask"), (dict(backend="x"), ValueError, "backend")]
+    check_raises(semantic_summary, bad, **i)
 
 
 SHAPES = {"plain": (dict(), dict(max_duration=6)), "long": (dict(B=1, T=37, C=3, O=3), dict(max_duration=11)),
@@ -497,6 +527,7 @@ def test_decoding_respects_candidates():
 
 
 def test_streams():
+    skip_without("seglearn")
     a, b = (stitched_streams((1, 2), 6, snippets=96, seed=5) for _ in range(2))
     assert a.x.tobytes() == b.x.tobytes() and a.x.shape == (6, 96 * 16, 6) and np.isfinite(a.x).all()
     assert set(a.person) <= {1, 2} and not (stitched_streams((1, 2), 6, snippets=96, seed=6).x == a.x).all()
@@ -509,6 +540,7 @@ def test_streams():
 
 def test_streams_are_quiet_where_nothing_happens():
     "Rotation within instances is far above that in rests, and joints do not jump."
+    skip_without("seglearn")
     s = stitched_streams((3,), 4, snippets=96, distractors=False, seed=1)
     for x, spans in zip(s.x, s.segments):
         at = (np.arange(len(x)) / SAMPLES)[:, None]
@@ -517,6 +549,7 @@ def test_streams_are_quiet_where_nothing_happens():
         assert speed[inside].mean() > 5 * speed[~near].mean()
 
 def test_people_are_in_one_split():
+    skip_without("seglearn")
     assert sorted(p for people in SPLITS.values() for p in people) == list(range(1, 11))
     with pytest.raises(ValueError, match="people"): stitched_streams((11,), 1)
 
@@ -527,6 +560,7 @@ def test_windows_lie_around_their_snippets():
     assert w.shape == (1, 5, 6, WINDOW) and w[0, 2, 0, 24:40].tolist() == list(range(32, 48)) and w[0, 0, 0, :24].sum() == 0
 
 def test_trimmed_windows_know_what_they_show():
+    skip_without("seglearn")
     s = stitched_streams((1, 4), 4, snippets=96, seed=2)
     x, y = trimmed_windows(s)
     assert len(x) == len(y) and set(y.tolist()) <= set(range(6)) and 5 in y
@@ -544,6 +578,7 @@ def test_names():
     torch.testing.assert_close(v, torch.tensor([0.8, 0.2, 0.4, 0.1]))
 
 def test_gate_looks_see_what_is_there():
+    skip_without("seglearn")
     s = stitched_streams((1, 2), 12, snippets=96, seed=4)
     middle, action = np.arange(96) + 0.5, torch.zeros(12, 96)
     for i, spans in enumerate(s.segments):
@@ -560,6 +595,7 @@ def test_wide_has_as_many_parameters():
 
 def test_perfect_detector_scores_one():
     "A network that returns what the targets say, on streams whose classes are known, has a mAP near 1."
+    skip_without("seglearn")
     s = stitched_streams((1, 2), 6, snippets=64, seed=3)
     middle = np.arange(64) + 0.5
     chances = torch.zeros(6, 64, 6)
@@ -579,17 +615,14 @@ def test_perfect_detector_scores_one():
     assert found["map_50"] > 0.95 and found["map_30"] >= found["map_50"] >= found["map_70"]
 
 
-@pytest.mark.parametrize("peer", ["sampled", "indexed"])
+@pytest.mark.parametrize("peer", [SampledMatching, OpenTADMatching], ids=lambda peer: peer.__name__)
 def test_peers_are_the_same_function(peer):
     "On valid cells: so that times are compared between equals."
-    i = small(T=12, N=4)
-    want = boundary_matching_reference(**i, max_duration=7)
-    if peer == "sampled":
-        got = SampledMatching(12, 7, 4, torch.float64, device_under_test())(**i)
-    else:
-        got = indexed_matching(*i.values(), *tap_tables(7, 4, device_under_test()))
+    dtype = torch.float64 if peer is SampledMatching else torch.float32
+    i = small(T=12, N=4, dtype=dtype)
+    want, got = boundary_matching_reference(**i, max_duration=7), peer(12, 7, 4, dtype, device_under_test())(**i)
     valid = valid_proposals(12, 7)
-    assert got.shape == want.shape and rel_error(got[:, :, valid], want[:, :, valid]) < 1e-6
+    assert got.shape == want.shape and rel_error(got[:, :, valid], want[:, :, valid]) < 1e-5
 
 
 def intervals(*triples):

@@ -34,17 +34,17 @@ from .streams_study import (
     trimmed_windows,
 )
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #99fd8ad4
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #ff013eb4
 #: streams of `snippets` snippets of 16 samples (0.32 s); widths of the BMN are `width` times the published ones
 PRESETS = dict(
     smoke=dict(streams=(12, 6), snippets=48, duration=40, recogniser=dict(steps=3, batch=8, width=8),
                width=1 / 16, bins=8, steps=2, batch=4, seeds=2, keep=10, cost=dict(lengths=(16, 32), width=8, bins=4, rep_ms=1.0)),
     cpu=dict(streams=(160, 60), snippets=64, duration=40, recogniser=dict(steps=120, batch=64, width=32),
              width=1 / 8, bins=12, steps=40, batch=8, seeds=1, keep=40, cost=dict(lengths=(32, 64), width=32, bins=16, rep_ms=30.0)),
-    gpu=dict(streams=(2400, 600), snippets=128, duration=64, recogniser=dict(steps=1500, batch=256, width=64),
-             width=1.0, bins=32, steps=250, batch=32, seeds=5, keep=100, cost=dict(lengths=(64, 128, 256, 512), width=128, bins=32, rep_ms=60.0)))
+    gpu=dict(streams=(1600, 400), snippets=128, duration=48, recogniser=dict(steps=800, batch=256, width=64),
+             width=1.0, bins=32, steps=160, batch=32, seeds=4, keep=100, cost=dict(lengths=(64, 128, 256), width=128, bins=32, rep_ms=40.0)))
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #c94cd94e
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #4b5dd4ee
 MAIN = {"BMN": {}, "SE": dict(attention="se"), "scSE": dict(attention="scse"), "CSA": dict(attention="csa"),
         "CSA+SE": dict(attention="csa+se"), "wide BMN": dict(wide=True)}
 ABLATION = {"channel only": dict(axes="channel"), "snippet only": dict(axes="temporal"), "max": dict(fuse="max"), "prod": dict(fuse="prod"),
@@ -68,7 +68,7 @@ def detector(features: int, method: str, *, width: float, bins: int, duration: i
         channels = min(range(channels, 2 * channels + 1, 4), key=lambda c: abs(count_parameters(lambda: make(c)) - want))
     return make(channels, **options)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #87cda5bd
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #e5f54207
 class Experiments:
     """The data and recognisers of a preset, and `run`, which trains and evaluates one detector.
 
@@ -155,7 +155,7 @@ class Experiments:
         return dict(method=method, run=seed, steps=c["steps"], parameters=count_parameters(net), loss=float(np.mean(history.loss[-10:])),
                     recogniser=self.accuracy, seconds=history.seconds, **found)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #689f7a7f
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #1917470d
 def name_proposals(segments: Tensor, scores: Tensor, chances: Tensor, top: int = 2) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Detections for `detection_map`: proposals `(B, k, 2)` with scores `(B, k)`, named by the mean of `chances` `(B, T, classes)` over
     their snippets; the `top` best classes of each count, with the score times the class's chance. The last class is "something else"."""
@@ -207,7 +207,7 @@ def gate_looks(channel: Tensor, time: Tensor, streams: Streams) -> dict:
     n = len(channel)
     return row | dict(gate_shares_class=float(share[torch.arange(n), distance.argmin(1)].mean()), chance_shares_class=float(share.sum() / max(n * (n - 1), 1)))
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #e29fc9d7
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #b6aead4e
 def run_experiments(
     preset: str = "gpu", device: str | None = None, seed: int = 0, steps: int = 0, methods: Sequence[str] | None = None,
     show: Callable[[str], object] = print,
@@ -217,10 +217,10 @@ def run_experiments(
     for m in methods or (): check_choice("methods", m, tuple(METHODS))
     lab = Experiments(preset, device, steps=steps, seed=seed)
     show(f"recogniser: {lab.accuracy:.1%} of the windows of people it has not seen")
-    rows = []
-    for run in range(seed, seed + lab.c["seeds"]):
-        for method in methods or METHODS:
-            row = lab.run(method, run)
-            rows.append(record("csa", "detection", key=("method", "run", "steps"), device=device, preset=preset, **row))
-            show(f"{method:20} seed {run}: mAP {100 * row['mean_map']:.1f}, {row['seconds']:.1f} s")
+    chosen, seeds, rows = list(methods or METHODS), range(seed, seed + lab.c["seeds"]), []
+    plan = [(run, m) for run in seeds for m in chosen if m not in QUIET] + [(run, m) for run in seeds for m in chosen if m in QUIET]
+    for run, method in plan:
+        row = lab.run(method, run)
+        rows.append(record("csa", "detection", key=("method", "run", "steps"), device=device, preset=preset, **row))
+        show(f"{method:20} seed {run}: mAP {100 * row['mean_map']:.1f}, {row['seconds']:.1f} s")
     return rows

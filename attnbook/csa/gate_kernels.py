@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GateConstants', 'gate_logits', 'fused_gate', 'gate_slopes', 'gate_forward', 'gate_backward', 'sum_logit',
-           'gate_finish', 'GateLaunch', 'GATE_LAUNCH', 'gate_tiles', 'plan_gate_forward', 'plan_gate_backward']
+           'gate_finish', 'GateLaunch', 'GATE_LAUNCH', 'gate_tiles', 'plan_gate_forward', 'plan_gate_backward',
+           'SummaryConstants', 'summary_forward', 'summary_backward', 'SummaryLaunch', 'SUMMARY_LAUNCH', 'plan_summary']
 
 # %% auto #imports
 from collections.abc import Callable
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ..engine import BoundLaunch, LaunchTable, arch_of, tl, triton
+from ..engine.host import dot_precision
 from .reference import FUSIONS
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #08c25252
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #72f99405
 class GateConstants(NamedTuple):
     "What the gate's kernels are compiled for."
     channels: int  # of a tile
@@ -76,7 +78,7 @@ def gate_forward(F_IN, CL, TL, MASK, OUT, channels, T, C: tl.constexpr):
     f = tl.load(F_IN + at, mask=ok, other=0.0).to(tl.float32)                             # [BC, BT]
     tl.store(OUT + at, (f * fused_gate(a_c, a_t, C)).to(OUT.dtype.element_ty), mask=(c < channels) & (t < T))
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #737290cd
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #a8d9c190
 @triton.jit
 def gate_backward(F_IN, CL, TL, MASK, G, DF, SUM_C, SUM_T, channels, T, C: tl.constexpr):
     "DF, and the tile's sums for both gates: SUM_C (B, snippet tiles, channels), SUM_T (B, channel tiles, T)."
@@ -117,7 +119,7 @@ def gate_finish(SUM_C, SUM_T, CL, TL, DCL, DTL, channels, T, tiles_c, tiles_t, B
     else:
         sum_logit(SUM_T, TL, DTL, b, (i - blocks) * BLOCK + tl.arange(0, BLOCK), tiles_c, T)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #aa3bd0a6
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #3ea18e66
 class GateLaunch(NamedTuple):
     "How a gate kernel is launched."
     channels: int  # of a tile, at most
@@ -163,3 +165,89 @@ def plan_gate_backward(f: Tensor, fuse: str, masked: bool) -> Callable:
         finish(sum_c, sum_t, channel_logits, time_logits, dc, dt)
         return df, dc, dt
     return run
+
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #81f43f14
+class SummaryConstants(NamedTuple):
+    "What the kernels of the semantics are compiled for."
+    hidden: int  # rounded up
+    channels: int  # of a step
+    snippets: int  # of a tile
+    taps: int  # of the convolution, odd
+    masked: bool
+    precision: str | None
+
+
+@triton.jit
+def summary_forward(R, W, BIAS, TW, TB, MASK, U, TIME, PARTS, channels, hidden, T, C: tl.constexpr):
+    "U (B, hidden, T), TIME (B, T), PARTS (B, tiles, hidden), from W (taps, hidden, channels). Grid: snippet tiles, videos."
+    BH: tl.constexpr = C.hidden
+    BC: tl.constexpr = C.channels
+    BT: tl.constexpr = C.snippets
+    TAPS: tl.constexpr = C.taps
+    PRECISION: tl.constexpr = C.precision
+    b = tl.program_id(1).to(tl.int64)
+    h, t = tl.arange(0, BH), tl.program_id(0) * BT + tl.arange(0, BT)
+    acc = tl.zeros([BH, BT], tl.float32)
+    for tap in tl.static_range(TAPS):
+        s = t + tap - TAPS // 2
+        there = (s >= 0) & (s < T)
+        if C.masked:
+            there = there & (tl.load(MASK + b * T + s, mask=there, other=0) != 0)
+        for first in range(0, channels, BC):
+            c = first + tl.arange(0, BC)
+            w = tl.load(W + (tap * hidden + h[:, None]) * channels + c[None, :],
+                        mask=(h[:, None] < hidden) & (c[None, :] < channels), other=0.0)  # [BH, BC]
+            r = tl.load(R + (b * channels + c[:, None]) * T + s[None, :], mask=(c[:, None] < channels) & there[None, :],
+                        other=0.0)                                                        # [BC, BT]
+            acc = tl.dot(w, r, acc, input_precision=PRECISION)
+    ok = t < T
+    if C.masked:
+        ok = ok & (tl.load(MASK + b * T + t, mask=ok, other=0) != 0)
+    bias = tl.load(BIAS + h, mask=h < hidden, other=0.0).to(tl.float32)
+    u = tl.where(ok[None, :], tl.maximum(acc + bias[:, None], 0.0), 0.0)                  # 0 for h >= hidden
+    tl.store(U + (b * hidden + h[:, None]) * T + t[None, :], u.to(U.dtype.element_ty), mask=(h[:, None] < hidden) & (t[None, :] < T))
+    tw = tl.load(TW + h, mask=h < hidden, other=0.0).to(tl.float32)
+    time = tl.sum(u * tw[:, None], 0) + tl.load(TB).to(tl.float32)
+    tl.store(TIME + b * T + t, time.to(TIME.dtype.element_ty), mask=t < T)
+    tl.store(PARTS + (b * tl.num_programs(0) + tl.program_id(0)) * hidden + h, tl.sum(u, 1), mask=h < hidden)
+
+
+@triton.jit
+def summary_backward(U, TW, DTIME, DMEAN, DU, PARTS, hidden, T, BH: tl.constexpr, BT: tl.constexpr):
+    "DU = (TW DTIME + DMEAN) where U > 0; PARTS (B, tiles, hidden): sums of U DTIME. DMEAN (B, hidden) is divided by the count. Grid: as forward."
+    b = tl.program_id(1).to(tl.int64)
+    h, t = tl.arange(0, BH), tl.program_id(0) * BT + tl.arange(0, BT)
+    ok = (h[:, None] < hidden) & (t[None, :] < T)
+    at = (b * hidden + h[:, None]) * T + t[None, :]
+    u = tl.load(U + at, mask=ok, other=0.0).to(tl.float32)                                # [BH, BT]
+    tw = tl.load(TW + h, mask=h < hidden, other=0.0).to(tl.float32)
+    dmean = tl.load(DMEAN + b * hidden + h, mask=h < hidden, other=0.0).to(tl.float32)
+    dtime = tl.load(DTIME + b * T + t, mask=t < T, other=0.0).to(tl.float32)
+    du = tl.where(u > 0, tw[:, None] * dtime[None, :] + dmean[:, None], 0.0)
+    tl.store(DU + at, du.to(DU.dtype.element_ty), mask=ok)
+    tl.store(PARTS + (b * tl.num_programs(0) + tl.program_id(0)) * hidden + h, tl.sum(u * dtime[None, :], 1), mask=h < hidden)
+
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #d6786831
+class SummaryLaunch(NamedTuple):
+    "How the kernels of the semantics are launched."
+    channels: int  # of a step
+    snippets: int  # of a tile
+    warps: int
+    stages: int
+
+
+SUMMARY_LAUNCH = LaunchTable("forward", record=SummaryLaunch)  # by hidden channels, rounded up
+for _arch in ("sm90", "sm80", "small", "interpreter"):
+    for _bits in (16, 32):
+        SUMMARY_LAUNCH.rows(_arch, _bits, {64: ((64 if _bits == 16 else 32, 32, 4, 3),), 256: ((32, 32, 8, 2),)})
+
+
+def plan_summary(r: Tensor, hidden: int, taps: int, masked: bool) -> tuple[BoundLaunch, BoundLaunch, int]:
+    "The launches forward (r, w, bias, tw, tb, mask, u, time, parts) and backward (u, tw, dtime, dmean, du, parts), and the tiles of a video."
+    B, channels, T = r.shape
+    BH = max(16, 1 << (hidden - 1).bit_length())
+    p = SUMMARY_LAUNCH.find(arch_of(r.device), "forward", torch.finfo(r.dtype).bits, BH)
+    BC = min(p.channels, max(16, 1 << (channels - 1).bit_length()))
+    C, tiles = SummaryConstants(BH, BC, p.snippets, taps, masked, dot_precision(r.dtype)), -(-T // p.snippets)
+    return (BoundLaunch(summary_forward, (tiles, B), channels, hidden, T, C=C, num_warps=p.warps, num_stages=p.stages),
+            BoundLaunch(summary_backward, (tiles, B), hidden, T, BH=BH, BT=p.snippets, num_warps=4), tiles)

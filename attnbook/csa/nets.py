@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_divides, check_int, check_shape, check_tensor
-from .op import boundary_matching, csa_gate
+from .op import boundary_matching, csa_gate, semantic_summary
 from .reference import FUSIONS
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #8df7bc85
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #8cea7bbb
 AXES = ("both", "channel", "temporal")
 _START = {"sum": 1.0, "mean": 2.0, "max": 2.0, "prod": 4.0}
 
@@ -54,15 +54,15 @@ class ClassSemanticsAttention(nn.Module):
 
     def logits(self, semantics: Tensor, channels: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         "Logits of the channels' gates `(B, channels)` and of the snippets' `(B, T)`."
-        if mask is not None:
-            semantics = torch.where(mask[:, None], semantics, 0)
-        u = self.conv(semantics).relu()                                                   # [B, hidden, T]
-        if mask is not None:
-            u = u * mask[:, None]
-        B, _, T = u.shape
-        c = u.new_zeros(B, channels) if self.to_channels is None else self.to_channels(_valid_mean(u, mask).to(u.dtype))
-        t = u.new_zeros(B, T) if self.to_time is None else self.to_time(u.mT)[..., 0]
-        return c, t
+        if self.to_time is not None:
+            t, mean = semantic_summary(semantics, self.conv.weight, self.conv.bias, self.to_time.weight, self.to_time.bias, mask=mask,
+                                       backend=self.backend)
+        else:
+            semantics = semantics if mask is None else torch.where(mask[:, None], semantics, 0)
+            u = self.conv(semantics).relu()                                               # [B, hidden, T]
+            mean = _valid_mean(u if mask is None else u * mask[:, None], mask).to(u.dtype)
+            t = u.new_zeros(len(u), u.shape[2])
+        return mean.new_zeros(len(mean), channels) if self.to_channels is None else self.to_channels(mean), t
 
     def gates(self, semantics: Tensor, channels: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         "The two gates themselves, from 0 to 1: `(B, channels)` and `(B, T)`."
@@ -83,7 +83,7 @@ class ClassSemanticsAttention(nn.Module):
     def extra_repr(self):
         return f"axes={self.axes!r}, fuse={self.fuse!r}"
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #b3af2acd
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #7a03485e
 class SqueezeExcite1d(nn.Module):
     """Squeeze-and-excitation: `features` `(B, channels, T)` times a gate for each channel, made from their mean over time.
 
@@ -101,7 +101,7 @@ class SqueezeExcite1d(nn.Module):
         z = _valid_mean(features, mask).to(features.dtype)
         return features * self.excite(self.squeeze(z).relu()).sigmoid()[:, :, None]
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #886b1557
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #bf1ae7f0
 ATTENTIONS = ("none", "se", "scse", "csa", "csa+se")
 
 

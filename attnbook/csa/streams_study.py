@@ -21,7 +21,7 @@ from ..checks import check_int
 from ..lab.data import data_file
 from ..lab.train import fit
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #2d4d838f
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #45a5c634
 LABELS = ("PEN", "ABD", "FEL", "IR", "ER")  # exercises that are annotated
 DISTRACTORS = ("TRAP", "ROW")
 SAMPLES = 16  # of a snippet: 0.32 s at 50 Hz
@@ -61,7 +61,7 @@ def watch_bank() -> tuple[dict, dict]:
         noise.setdefault((who, arm), []).append((x - smooth)[i:i + 100])
     return bank, {k: np.concatenate(v) for k, v in noise.items()}
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #dc754d06
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #8692b347
 def _pieces(rng, total, distractors):
     "The plan of a stream: (kind, samples) in order, rests first, last and between; kind is a name or 'rest'."
     while True:
@@ -78,7 +78,7 @@ def _pieces(rng, total, distractors):
     rests[-1] += total - sum(sizes) - rests.sum()
     return [p for rest, name, size in zip(rests, [*names, None], [*sizes, 0]) for p in (("rest", int(rest)), (name, size)) if p[0]]
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #17356ec9
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #05b5cb60
 def stitched_streams(
     people: Sequence[int], n: int, *, snippets: int = 128, distractors: bool = True, fade: int = 10, seed: int = 0
 ) -> Streams:
@@ -128,7 +128,7 @@ def stitched_streams(
         out.labels.append(np.array([LABELS.index(plan[i][0]) for i in pick(LABELS)], np.int64))
     return out
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #a348724a
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #eabb51b0
 WINDOW = 64  # samples that the recogniser sees of a snippet and its surroundings
 
 
@@ -173,12 +173,10 @@ def trimmed_windows(streams: Streams, what: str = "class") -> tuple[Tensor, Tens
 def train_recogniser(x: Tensor, y: Tensor, classes: int, *, width: int, steps: int, batch: int, seed: int, device: str) -> Recogniser:
     "A recogniser trained on windows x with classes y, which occur as often as each other in its batches; in eval mode."
     torch.manual_seed(seed)
-    net, rows = Recogniser(classes, width).to(device), [torch.nonzero(y == c)[:, 0] for c in y.unique()]
+    net, weight = Recogniser(classes, width).to(device), 1 / torch.bincount(y)[y].float()
 
     def batches(step):
-        g = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        which = torch.randint(len(rows), (batch,), generator=g).tolist()
-        pick = torch.stack([rows[c][int(torch.randint(len(rows[c]), (), generator=g))] for c in which])
+        pick = torch.multinomial(weight, batch, True, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
         return x[pick], y[pick]
 
     fit(net, lambda net, a, b: F.cross_entropy(net(a).float(), b), batches, steps=steps, lr=2e-3, seed=seed, device=device,

@@ -245,17 +245,17 @@ def test_output_is_channels_last_and_zero_where_not_valid(backend):
     assert (out[:, :, ~valid_proposals(9, 6)] == 0).all() and (out[:, :, valid_proposals(9, 6)] != 0).all()
 
 def test_windows_of_several_loads():
-    i, options = small(B=1, C=2, T=40, O=2, N=2, dtype=torch.float32), dict(max_duration=40)
+    i, options = small(B=1, C=2, T=24, O=2, N=2, dtype=torch.float32), dict(max_duration=24)
     tile = MatchLaunch(2, 8, 16, 1, 16, 16, 4, 1)
     with MATCH_LAUNCH.trying("interpreter", "forward", 32, 16, tile):
-        C, _ = match_constants("forward", torch.empty(1, 40, 2, 2), 40, 2, 2, 3, 1, False, True, True)
+        C, _ = match_constants("forward", torch.empty(1, 24, 2, 2), 24, 2, 2, 3, 1, False, True, True)
         found = boundary_matching(**i, **options, backend="triton")
     assert C.windows > 1 or device_under_test() != "cpu"
     assert rel_error(found, boundary_matching_reference(**i, **options)) < 1e-5
 
 def test_ranges_of_bins_leave_nothing_out():
     "At the ends of a video bins are skipped; none that counts."
-    i, options = small(B=1, C=1, T=33, O=1, N=7, dtype=torch.float32), dict(max_duration=33, activation="none")
+    i, options = small(B=1, C=1, T=25, O=1, N=5, dtype=torch.float32), dict(max_duration=25, activation="none")
     i |= dict(x=torch.ones_like(i["x"]), weight=torch.ones_like(i["weight"]))
     assert rel_error(boundary_matching(**i, **options, backend="triton"), boundary_matching_reference(**i, **options)) < 1e-6
 

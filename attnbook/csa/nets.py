@@ -15,7 +15,7 @@ from ..checks import check_choice, check_divides, check_int, check_shape, check_
 from .op import boundary_matching, csa_gate, semantic_summary
 from .reference import FUSIONS
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #8cea7bbb
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #2a2cb35f
 AXES = ("both", "channel", "temporal")
 _START = {"sum": 1.0, "mean": 2.0, "max": 2.0, "prod": 4.0}
 
@@ -83,7 +83,7 @@ class ClassSemanticsAttention(nn.Module):
     def extra_repr(self):
         return f"axes={self.axes!r}, fuse={self.fuse!r}"
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #7a03485e
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #d908c8fc
 class SqueezeExcite1d(nn.Module):
     """Squeeze-and-excitation: `features` `(B, channels, T)` times a gate for each channel, made from their mean over time.
 
@@ -101,7 +101,7 @@ class SqueezeExcite1d(nn.Module):
         z = _valid_mean(features, mask).to(features.dtype)
         return features * self.excite(self.squeeze(z).relu()).sigmoid()[:, :, None]
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #bf1ae7f0
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #d34ef334
 ATTENTIONS = ("none", "se", "scse", "csa", "csa+se")
 
 
@@ -153,8 +153,8 @@ class BMN(nn.Module):
                 if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
                     nn.init.xavier_uniform_(layer.weight), nn.init.zeros_(layer.bias)
         O, _, N = self.weight.shape
-        nn.init.xavier_uniform_(self.weight.flatten(1)[:, :, None]) if N == 0 else nn.init.uniform_(
-            self.weight, -(bound := (6 / (self.weight[0].numel() + O * N)) ** 0.5), bound)
+        bound = (6 / (self.weight[0].numel() + O * N)) ** 0.5
+        nn.init.uniform_(self.weight, -bound, bound)
         nn.init.zeros_(self.bias)
 
     def features(self, x: Tensor, semantics: Tensor | None = None, mask: Tensor | None = None) -> Tensor:

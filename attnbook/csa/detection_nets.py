@@ -14,7 +14,7 @@ from ..checks import check_int, check_tensor
 from .detection_reference import temporal_iou
 from .reference import valid_proposals
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #cece7175
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #c7f3087f
 def bmn_targets(segments: Tensor, length: int, max_duration: int) -> tuple[Tensor, Tensor, Tensor]:
     """What BMN is trained to say of instances `(B, k, 2)` in snippets, rows of NaN as padding: start and end curves `(B, length)`,
     from 0 to 1, and the best overlap of every proposal `(B, max_duration, length)`, 0 where it is not valid.
@@ -60,7 +60,7 @@ def balanced_regression(p: Tensor, overlap: Tensor, valid: Tensor, generator: to
         chosen = chosen | (some & (draw < high.sum() / some.sum().clamp(min=1)))
     return ((p - overlap).square() * chosen).sum() / chosen.sum().clamp(min=1)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #35a573fe
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #940a5554
 def bmn_losses(
     outputs: tuple[Tensor, Tensor, Tensor], targets: tuple[Tensor, Tensor, Tensor], generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ def bmn_loss(
     parts = bmn_losses(outputs, targets, generator)
     return parts["boundaries"] + parts["good"] + 5 * parts["overlap"]
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #5e221dc8
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #cc175550
 def decode_proposals(
     start: Tensor, end: Tensor, maps: Tensor, *, most: int = 300, use_boundaries: bool = True
 ) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_int, check_number, check_tensor
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #dcbbb9f6
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #5fd99750
 def temporal_iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union of segments a `(…, n, 2)` and b `(…, m, 2)`, rows (start, end): `(…, n, m)`.
 
@@ -31,7 +31,7 @@ def temporal_iou(a: Tensor, b: Tensor) -> Tensor:
     union = (a[..., 1] - a[..., 0]) + (b[..., 1] - b[..., 0]) - shared
     return torch.where(shared > 0, shared / union, 0)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #4803af39
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #e5f4bf92
 def soft_nms_1d(
     segments: Tensor, scores: Tensor, *, sigma: float = 0.5, min_score: float = 1e-4, max_num: int = 200, method: str = "gaussian"
 ) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def soft_nms_1d(
         return segments[..., :0, :], scores[..., :0]
     return torch.cat(taken, -2), torch.cat(found, -1)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #9d3d9f21
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #28f5c803
 def match_detections(iou: Tensor, thresholds: Sequence[float]) -> Tensor:
     """Which detections, best first, claim an instance: overlaps `(…, detections, instances)` -> boolean `(…, thresholds, detections)`.
 
@@ -85,7 +85,7 @@ def average_precision(hits: Tensor, positives: int) -> float:
     envelope = precision.flip(0).cummax(0).values.flip(0)
     return float((envelope * hits).sum() / positives)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #68a02126
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #cf07f71a
 def detection_map(
     truth: Sequence[tuple[Tensor, Tensor]], found: Sequence[tuple[Tensor, Tensor, Tensor]],
     thresholds: Sequence[float] = (0.3, 0.4, 0.5, 0.6, 0.7),

@@ -34,7 +34,7 @@ from .streams_study import (
     trimmed_windows,
 )
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #44254154
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #957f532b
 #: streams of `snippets` snippets of 16 samples (0.32 s); widths of the BMN are `width` times the published ones
 PRESETS = dict(
     smoke=dict(streams=(12, 6), snippets=48, duration=40, recogniser=dict(steps=3, batch=8, width=8),
@@ -44,7 +44,7 @@ PRESETS = dict(
     gpu=dict(streams=(1600, 400), snippets=128, duration=48, recogniser=dict(steps=800, batch=256, width=64),
              width=1.0, bins=32, steps=160, batch=32, seeds=4, keep=100, cost=dict(lengths=(64, 128, 256), width=128, bins=32, rep_ms=40.0)))
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #ebfbcd44
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #378fa4e3
 MAIN = {"BMN": {}, "SE": dict(attention="se"), "scSE": dict(attention="scse"), "CSA": dict(attention="csa"),
         "CSA+SE": dict(attention="csa+se"), "wide BMN": dict(wide=True)}
 ABLATION = {"channel only": dict(axes="channel"), "snippet only": dict(axes="temporal"), "max": dict(fuse="max"), "prod": dict(fuse="prod"),
@@ -68,7 +68,7 @@ def detector(features: int, method: str, *, width: float, bins: int, duration: i
         channels = min(range(channels, 2 * channels + 1, 4), key=lambda c: abs(count_parameters(lambda: make(c)) - want))
     return make(channels, **options)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #693cbb60
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #26a0a3df
 class Experiments:
     """The data and recognisers of a preset, and `run`, which trains and evaluates one detector.
 
@@ -155,7 +155,7 @@ class Experiments:
         return dict(method=method, run=seed, steps=c["steps"], parameters=count_parameters(net), loss=float(np.mean(history.loss[-10:])),
                     recogniser=self.accuracy, seconds=history.seconds, **found)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #2030b335
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #ff862975
 def name_proposals(segments: Tensor, scores: Tensor, chances: Tensor, top: int = 2) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Detections for `detection_map`: proposals `(B, k, 2)` with scores `(B, k)`, named by the mean of `chances` `(B, T, classes)` over
     their snippets; the `top` best classes of each count, with the score times the class's chance. The last class is "something else"."""
@@ -207,7 +207,7 @@ def gate_looks(channel: Tensor, time: Tensor, streams: Streams) -> dict:
     n = len(channel)
     return row | dict(gate_shares_class=float(share[torch.arange(n), distance.argmin(1)].mean()), chance_shares_class=float(share.sum() / max(n * (n - 1), 1)))
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #aea8ab5b
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #cebb2e6d
 def run_experiments(
     preset: str = "gpu", device: str | None = None, seed: int = 0, steps: int = 0, methods: Sequence[str] | None = None,
     show: Callable[[str], object] = print,

@@ -18,7 +18,7 @@ from ..engine import BoundLaunch, LaunchTable, arch_of, tl, triton
 from ..engine.host import dot_precision
 from .reference import FUSIONS
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #788773f6
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #5aa19c25
 class GateConstants(NamedTuple):
     "What the gate's kernels are compiled for."
     channels: int  # of a tile
@@ -78,7 +78,7 @@ def gate_forward(F_IN, CL, TL, MASK, OUT, channels, T, C: tl.constexpr):
     f = tl.load(F_IN + at, mask=ok, other=0.0).to(tl.float32)                             # [BC, BT]
     tl.store(OUT + at, (f * fused_gate(a_c, a_t, C)).to(OUT.dtype.element_ty), mask=(c < channels) & (t < T))
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #ae28cf4f
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #d5c00e81
 @triton.jit
 def gate_backward(F_IN, CL, TL, MASK, G, DF, SUM_C, SUM_T, channels, T, C: tl.constexpr):
     "DF, and the tile's sums for both gates: SUM_C (B, snippet tiles, channels), SUM_T (B, channel tiles, T)."
@@ -119,7 +119,7 @@ def gate_finish(SUM_C, SUM_T, CL, TL, DCL, DTL, channels, T, tiles_c, tiles_t, B
     else:
         sum_logit(SUM_T, TL, DTL, b, (i - blocks) * BLOCK + tl.arange(0, BLOCK), tiles_c, T)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #8d3f36b8
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #430c6413
 class GateLaunch(NamedTuple):
     "How a gate kernel is launched."
     channels: int  # of a tile, at most
@@ -166,7 +166,7 @@ def plan_gate_backward(f: Tensor, fuse: str, masked: bool) -> Callable:
         return df, dc, dt
     return run
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #6d23c4fb
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #b6c69b59
 class SummaryConstants(NamedTuple):
     "What the kernels of the semantics are compiled for."
     hidden: int  # rounded up
@@ -227,7 +227,7 @@ def summary_backward(U, TW, DTIME, DMEAN, DU, PARTS, hidden, T, BH: tl.constexpr
     tl.store(DU + at, du.to(DU.dtype.element_ty), mask=ok)
     tl.store(PARTS + (b * tl.num_programs(0) + tl.program_id(0)) * hidden + h, tl.sum(u * dtime[None, :], 1), mask=h < hidden)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #267379a5
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #c8cf7aab
 class SummaryLaunch(NamedTuple):
     "How the kernels of the semantics are launched."
     channels: int  # of a step

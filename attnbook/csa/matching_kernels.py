@@ -20,7 +20,7 @@ from torch import Tensor
 from ..engine import BoundLaunch, LaunchTable, arch_of, tl, triton
 from ..engine.host import dot_precision
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #b8f5cf51
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #2a48bbb2
 class MatchConstants(NamedTuple):
     "What the matching kernels are compiled for."
     bins: int  # N
@@ -84,7 +84,7 @@ def first_bin(t1, d, C: tl.constexpr):
     short = C.steps * C.reach * (d + 1) - 2 * C.steps * (t1 + 1) - span * (C.samples - 1)
     return tl.where(short < 0, 0, short // tl.maximum(span * C.samples, 1) + 1)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #669fb621
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #7e96c941
 @triton.jit
 def match_forward(Y, BIAS, OUT, T, D, O, start_tiles, C: tl.constexpr):
     "OUT (B, D, T, O) from Y (B, T, N, O). Grid: tiles of proposals, blocks of output channels, videos."
@@ -124,7 +124,7 @@ def match_forward(Y, BIAS, OUT, T, D, O, start_tiles, C: tl.constexpr):
     acc = tl.where(t + d < T, acc, 0.0)
     tl.store(OUT + ((b * D + d) * T + t) * O + o, acc.to(OUT.dtype.element_ty), mask=(d < D) & (t < T) & (o < O))
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #b7e8012e
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #4f926cd6
 @triton.jit
 def match_backward(G, STEPS, FIRST, DY, T, D, O, row_tiles, C: tl.constexpr):
     "DY (B, T, N, O) from G (B, D, T, O). Grid: groups of bins x tiles of snippets, blocks of channels, videos."
@@ -155,7 +155,7 @@ def match_backward(G, STEPS, FIRST, DY, T, D, O, row_tiles, C: tl.constexpr):
     tl.store(DY + ((b * T + s) * C.bins + n) * O + o, acc.to(DY.dtype.element_ty),
              mask=(s < T) & (n < C.bins) & (o < O))
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #cbf613d0
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #60b87cb7
 @triton.jit
 def match_open(DOUT, OUT, G, PARTS, T, D, O, row_blocks, ROWS: tl.constexpr, BO: tl.constexpr, RELU: tl.constexpr):
     "G = DOUT where OUT > 0 (with RELU), on valid cells; PARTS (programs, O) the sums over them. Grid: blocks x videos, channels."
@@ -172,7 +172,7 @@ def match_open(DOUT, OUT, G, PARTS, T, D, O, row_blocks, ROWS: tl.constexpr, BO:
     o = tl.program_id(1) * BO + tl.arange(0, BO)
     tl.store(PARTS + tl.program_id(0).to(tl.int64) * O + o, tl.sum(g.to(tl.float32), 0), mask=o < O)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #1a363e0e
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #d1feef33
 @lru_cache(maxsize=32)
 def backward_steps(T: int, D: int, C: MatchConstants, device: torch.device) -> tuple[Tensor, Tensor]:
     "The steps (duration, start) of all tiles, int32 `(steps, 2)`, and where each tile's begin, int32 `(tiles + 1,)`."
@@ -196,7 +196,7 @@ def backward_steps(T: int, D: int, C: MatchConstants, device: torch.device) -> t
     return (torch.as_tensor(steps.astype(np.int32), device=device),
             torch.as_tensor(first.astype(np.int32), device=device))
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #e44de804
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #d2968d06
 class MatchLaunch(NamedTuple):
     "How a matching kernel is launched."
     durations: int  # of a tile of proposals
@@ -225,11 +225,12 @@ def match_constants(
     "What 'forward' or 'backward' is compiled for, for tensors of y's type and device."
     p = MATCH_LAUNCH.find(arch_of(y.device), kernel, torch.finfo(y.dtype).bits, 16)
     M = max(N * samples - 1, 1)
+    most = p.width if O % 16 == 0 and not legacy else min(p.width, 128)                   # what is not aligned needs registers
     touched = math.floor(p.starts - 1 + (D - 1 + reach * D) * (samples - 1) / M + (p.durations - 1) * (1 + reach / 2)) + 3
     return MatchConstants(
         bins=N, samples=samples, steps=M, reach=reach, legacy=legacy, durations=p.durations, starts=p.starts,
         window=p.window, windows=-(-touched // p.window), group=p.group, rows=p.rows,
-        width=min(p.width, max(16, 1 << (O - 1).bit_length())), relu=relu, bias=bias, precision=dot_precision(y.dtype)), p
+        width=min(most, max(16, 1 << (O - 1).bit_length())), relu=relu, bias=bias, precision=dot_precision(y.dtype)), p
 
 
 def plan_match_forward(y: Tensor, D: int, samples: int, reach: int, legacy: bool, relu: bool, bias: bool) -> BoundLaunch:

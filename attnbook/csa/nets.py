@@ -15,7 +15,7 @@ from ..checks import check_choice, check_divides, check_int, check_shape, check_
 from .op import boundary_matching, csa_gate, semantic_summary
 from .reference import FUSIONS
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #2a2cb35f
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #30a3d0a3
 AXES = ("both", "channel", "temporal")
 _START = {"sum": 1.0, "mean": 2.0, "max": 2.0, "prod": 4.0}
 
@@ -83,7 +83,7 @@ class ClassSemanticsAttention(nn.Module):
     def extra_repr(self):
         return f"axes={self.axes!r}, fuse={self.fuse!r}"
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #d908c8fc
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #a8bcda93
 class SqueezeExcite1d(nn.Module):
     """Squeeze-and-excitation: `features` `(B, channels, T)` times a gate for each channel, made from their mean over time.
 
@@ -101,7 +101,7 @@ class SqueezeExcite1d(nn.Module):
         z = _valid_mean(features, mask).to(features.dtype)
         return features * self.excite(self.squeeze(z).relu()).sigmoid()[:, :, None]
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #d34ef334
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #befcf70c
 ATTENTIONS = ("none", "se", "scse", "csa", "csa+se")
 
 

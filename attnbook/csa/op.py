@@ -19,7 +19,7 @@ from .gate_kernels import plan_gate_backward, plan_gate_forward, plan_summary
 from .matching_kernels import plan_match_backward, plan_match_forward
 from .reference import FUSIONS, csa_gate_reference, semantic_summary_reference, tap_entries, valid_proposals
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #bbc35974
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #2ab4497d
 _GATE_PLANS = Plans()
 
 
@@ -53,7 +53,7 @@ _plain = lambda t: None if t is None else t.new_empty(t.shape)
 gate_op = operation("csa_gate", _gate_forward, like=lambda f, *_: _plain(f), backward=_gate_backward,
                     gradients_like=lambda call: {n: _plain(getattr(call, n)) for n in ("f", "channel_logits", "time_logits")})
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #3720ee6b
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #521cf8db
 _DECIDED = Plans()
 
 
@@ -68,7 +68,7 @@ def _decide_gate(f, channel_logits, time_logits, mask, *, fuse, backend):
     check_choice("fuse", fuse, FUSIONS)
     return resolve_backend(backend, f)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #dba5f169
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #0cafc501
 def csa_gate(
     f: Tensor, channel_logits: Tensor, time_logits: Tensor, *, mask: Tensor | None = None, fuse: str = "sum",
     backend: str = "auto",
@@ -86,7 +86,7 @@ def csa_gate(
         return gate_op(f, channel_logits, time_logits, mask, fuse)
     return csa_gate_reference(f, channel_logits, time_logits, mask=mask, fuse=fuse)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #7acaa793
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #66b53984
 def _summary_plan(r, weight, mask):
     key = "summary", r.shape, r.dtype, r.device, weight.shape, mask is not None
     return _GATE_PLANS.find(key, plan_summary, r, weight.shape[0], weight.shape[2], mask is not None)
@@ -147,7 +147,7 @@ def _decide_summary(r, weight, bias, time_weight, time_bias, mask, *, backend):
     backend = resolve_backend(backend, r)
     return backend if H <= 256 and 0 not in r.shape else "torch"
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #b3981e4f
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #4a99da33
 def semantic_summary(
     r: Tensor, weight: Tensor, bias: Tensor, time_weight: Tensor, time_bias: Tensor, *, mask: Tensor | None = None,
     backend: str = "auto",
@@ -166,7 +166,7 @@ def semantic_summary(
             return summary_op(*given, mask)[:2]
         return semantic_summary_reference(*given, mask=mask)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #ab0ac758
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #2064c4f0
 _MATCH_PLANS = Plans()
 
 
@@ -212,7 +212,7 @@ def _match_backward(call):
 matching_op = operation("boundary_matching", _match_forward, like=_match_like, backward=_match_backward,
                         gradients_like=lambda call: {n: _plain(getattr(call, n)) for n in ("x", "weight", "bias")})
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #c919c6c4
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #d7187007
 @lru_cache(maxsize=8)
 def _tap_matrix(T, D, N, samples, reach, legacy, dtype, device, transposed):
     "Sparse `(D T, T N)`, or its transpose: row d T + t, column s N + n."
@@ -257,7 +257,7 @@ def _match_torch(x, weight, bias, D, samples, reach, legacy, relu):
     out = out.relu() if relu else out
     return torch.where(valid_proposals(T, D).to(x.device)[..., None], out, 0).to(x.dtype)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #54464dd6
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #bb1d3cef
 def _decide_match(x, weight, bias, *, max_duration, samples_per_bin, extend, legacy_border, activation, backend):
     "Checks the arguments: backend, duration, samples, reach, legacy, relu."
     check_tensor("x", x, ndim=3)
@@ -276,7 +276,7 @@ def _decide_match(x, weight, bias, *, max_duration, samples_per_bin, extend, leg
     return (resolve_backend(backend, x), int(max_duration), samples, int(reach), check_bool("legacy_border", legacy_border),
             activation == "relu")
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #c83b161d
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #0a870c48
 def boundary_matching(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, max_duration: int, samples_per_bin: int = 3,
     extend: float = 0.5, legacy_border: bool = False, activation: str = "relu", backend: str = "auto",

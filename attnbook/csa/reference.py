@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #2c6e5bd8
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #c6f05d32
 def sample_offsets(max_duration: int, num_bins: int = 32, samples_per_bin: int = 3, extend: float = 0.5) -> Tensor:
     """Where the samples of a proposal lie, relative to its first snippet: `(max_duration, num_bins, samples_per_bin)`.
 
@@ -28,7 +28,7 @@ def valid_proposals(length: int, max_duration: int) -> Tensor:
     "Which proposals end within the video: boolean `(max_duration, length)`, True where t + d < length."
     return torch.arange(max_duration)[:, None] + torch.arange(length) < length
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #9ece5b88
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #9d9879d8
 def sampling_mask(
     length: int, max_duration: int, num_bins: int = 32, samples_per_bin: int = 3, extend: float = 0.5,
     legacy_border: bool = False,
@@ -43,7 +43,7 @@ def sampling_mask(
     mask = torch.zeros(num_bins, max_duration, length, length, dtype=torch.float64)
     return mask.index_put_(tuple(places), weights, accumulate=True)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #a3c00652
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #ea8dd772
 def tap_entries(
     length: int, max_duration: int, num_bins: int, samples_per_bin: int = 3, extend: float = 0.5, legacy_border: bool = False,
     device: torch.device | str = "cpu",
@@ -59,7 +59,7 @@ def tap_entries(
         found.append((n[ok], d[ok], t[ok], s[ok].long(), w[ok] / samples_per_bin))
     return tuple(torch.cat(x) for x in zip(*found))
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #fda91bf1
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #c1ffc77c
 def matching_cost(
     length: int, max_duration: int, channels: int = 128, out_channels: int = 512, num_bins: int = 32,
     samples_per_bin: int = 3, extend: float = 0.5, element_size: int = 2,
@@ -91,7 +91,7 @@ def matching_cost(
         bytes_y=element_size * N * out_channels * T, bytes_sampled=element_size * channels * N * D * T,
         bytes_mask=4 * N * D * T * T)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #11d89f92
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #f040b44a
 def bin_weights(
     s: Tensor, t: Tensor, d: Tensor, n: Tensor, *, num_bins: int = 32, samples_per_bin: int = 3, reach: int = 1,
     legacy_border: bool = False,
@@ -111,7 +111,7 @@ def bin_weights(
         total = total + hat
     return total.double() / (2 * M * samples_per_bin)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #4c3b2d7b
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #1f8e4ba3
 FUSIONS = ("sum", "mean", "max", "prod")
 
 
@@ -130,7 +130,7 @@ def csa_gate_reference(
         f = torch.where(mask[:, None], f, 0)
     return (f.to(wide) * gate).to(f.dtype)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #a60e6d76
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #2091c8d7
 def semantic_summary_reference(
     r: Tensor, weight: Tensor, bias: Tensor, time_weight: Tensor, time_bias: Tensor, *, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -146,7 +146,7 @@ def semantic_summary_reference(
     count = u.shape[2] if mask is None else mask.sum(1, keepdim=True).clamp(min=1)
     return F.linear(u.mT, time_weight, time_bias)[..., 0], (u.sum(2) / count).to(u.dtype)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #52438606
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #c00f3124
 def boundary_matching_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, max_duration: int, samples_per_bin: int = 3,
     extend: float = 0.5, legacy_border: bool = False, activation: str = "relu",

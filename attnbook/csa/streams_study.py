@@ -21,7 +21,7 @@ from ..checks import check_int
 from ..lab.data import data_file
 from ..lab.train import fit
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #e27f96a1
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #3d3094d1
 LABELS = ("PEN", "ABD", "FEL", "IR", "ER")  # exercises that are annotated
 DISTRACTORS = ("TRAP", "ROW")
 SAMPLES = 16  # of a snippet: 0.32 s at 50 Hz
@@ -61,7 +61,7 @@ def watch_bank() -> tuple[dict, dict]:
         noise.setdefault((who, arm), []).append((x - smooth)[i:i + 100])
     return bank, {k: np.concatenate(v) for k, v in noise.items()}
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #381a2a15
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #0274595c
 def _pieces(rng, total, distractors):
     "The plan of a stream: (kind, samples) in order, rests first, last and between; kind is a name or 'rest'."
     while True:
@@ -78,7 +78,7 @@ def _pieces(rng, total, distractors):
     rests[-1] += total - sum(sizes) - rests.sum()
     return [p for rest, name, size in zip(rests, [*names, None], [*sizes, 0]) for p in (("rest", int(rest)), (name, size)) if p[0]]
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #39b8cf7f
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #e391e9b5
 def stitched_streams(
     people: Sequence[int], n: int, *, snippets: int = 128, distractors: bool = True, fade: int = 10, seed: int = 0
 ) -> Streams:
@@ -128,7 +128,7 @@ def stitched_streams(
         out.labels.append(np.array([LABELS.index(plan[i][0]) for i in pick(LABELS)], np.int64))
     return out
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #ef1f4765
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #ddd56d55
 WINDOW = 64  # samples that the recogniser sees of a snippet and its surroundings
 
 

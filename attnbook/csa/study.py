@@ -26,7 +26,7 @@ from .nets import BMN, ClassSemanticsAttention
 from .op import boundary_matching, csa_gate
 from .reference import matching_cost, tap_entries, valid_proposals
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #9339576c
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #57ebda9d
 class SampledMatching(nn.Module):
     """The layer with mask and samples, at its best: a dense mask of valid proposals only, one matrix product with it, one with the
     weights. (OpenTAD's own has a mask of all cells, and a convolution over the bins whose gradient is slower still.)
@@ -67,7 +67,7 @@ class OpenTADMatching(nn.Module):
         sampled = torch.tensordot(x, self.mask, dims=([2], [0])).unflatten(2, self.size)  # [B, C, N, D, T]
         return F.conv3d(sampled, weight[..., None, None], bias)[:, :, 0].relu()
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #141e937a
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #13f75e95
 def cost_experiment(
     *, lengths: Sequence[int], width: int, bins: int, rep_ms: float, device: str = "cpu", seed: int = 0, most_bytes: float = 2e10
 ) -> list[dict]:
@@ -103,7 +103,7 @@ def run_all(preset: str = "gpu", device: str | None = None, seed: int = 0, show:
     for r in rows: show(f"{r['method']:8} T = {r['T']}: {r['ms']:.3g} ms")
     return rows + run_experiments(preset, device, seed, show=show)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #d8ce7bc8
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #9642dd62
 MATCHING_PROBLEMS = ((16, 128, 128), (16, 128, 64), (2, 256, 256), (1, 512, 64))  # videos, snippets, durations
 
 
@@ -197,7 +197,7 @@ def _low(forward):
     "A layer under autocast: everything in bfloat16."
     return lambda x, w, b: forward(x.bfloat16(), w.bfloat16(), b.bfloat16())
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #fe1798a9
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #d6594121
 def ahead(least: float = 0.0) -> Callable:
     """Rule on `{name: Interval}` of differences in points: holds if all intervals lie above `least`; in part if one does and no mean is
     below zero; else it does not hold. One seed decides nothing."""
@@ -244,7 +244,7 @@ def _parameters():
     return {"CSA": count_parameters(lambda: ClassSemanticsAttention(400, 256)), "BMN": count_parameters(lambda: BMN(400)),
             "BMN 2048": count_parameters(lambda: BMN(2048))}
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #89d52c09
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #0e23fdfc
 def claims() -> list[Claim]:
     "The chapter's claims with their rules; measured numbers are read from the recorded results."
     data, own = "stitched streams, full BMN, 4 paired seeds", ("not in the paper", "this chapter")

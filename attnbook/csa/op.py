@@ -10,6 +10,7 @@ import warnings
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_bool, check_choice, check_int, check_number, check_tensor
@@ -86,7 +87,7 @@ def csa_gate(
         return gate_op(f, channel_logits, time_logits, mask, fuse)
     return csa_gate_reference(f, channel_logits, time_logits, mask=mask, fuse=fuse)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #66b53984
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #8aa0b342
 def _summary_plan(r, weight, mask):
     key = "summary", r.shape, r.dtype, r.device, weight.shape, mask is not None
     return _GATE_PLANS.find(key, plan_summary, r, weight.shape[0], weight.shape[2], mask is not None)
@@ -116,15 +117,19 @@ def _summary_backward(call):
         du, parts = torch.empty_like(u), torch.empty(B, tiles, H, device=r.device, dtype=torch.float32)
         backward(u, time_weight.contiguous(), dtime, (dmean / count).contiguous(), du, parts)
         given = r if mask is None else torch.where(mask[:, None], r, 0)
-        needs = [call.needs[n] for n in ("r", "weight", "bias")]
-        dr, dw, db = torch.ops.aten.convolution_backward(du, given, weight, [H], [1], [weight.shape[2] // 2], [1], False, [0], 1, needs)
-        if dr is not None and mask is not None:
-            dr = torch.where(mask[:, None], dr, 0)
+        side = weight.shape[2] // 2
+        dw = torch.einsum("bht,bckt->hck", du, F.pad(given, (side, side)).unfold(2, T, 1))
+        spread = torch.einsum("hck,bht->bckt", weight, du)                                # [B, C, taps, T]
+        wide = torch.zeros(B, r.shape[1], T + 2 * side, device=r.device, dtype=torch.float32)
+        for tap in range(weight.shape[2]):
+            wide[:, :, tap:tap + T] += spread[:, :, tap]
+        dr, db = wide[:, :, side:side + T].contiguous(), du.float().sum((0, 2))
+        dr = dr if mask is None else torch.where(mask[:, None], dr, 0)
         return dr, dw, db, parts.sum((0, 1))[None], dtime.float().sum()[None]
     zeros = lambda g, shape: u.new_zeros(shape) if g is None else g.contiguous()
     given = (call.r.contiguous(), call.weight.contiguous(), call.time_weight, u, zeros(dtime, (len(u), u.shape[2])), zeros(dmean, u.shape[:2]))
     names = "r", "weight", "bias", "time_weight", "time_bias"
-    return {n: g.to(call.r.dtype) for n, g in zip(names, through_float32(run, given)) if g is not None}
+    return {n: g.to(call.r.dtype) for n, g in zip(names, through_float32(run, given))}
 
 
 summary_op = operation(
@@ -147,7 +152,7 @@ def _decide_summary(r, weight, bias, time_weight, time_bias, mask, *, backend):
     backend = resolve_backend(backend, r)
     return backend if H <= 256 and 0 not in r.shape else "torch"
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #4a99da33
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #74ee455c
 def semantic_summary(
     r: Tensor, weight: Tensor, bias: Tensor, time_weight: Tensor, time_bias: Tensor, *, mask: Tensor | None = None,
     backend: str = "auto",
@@ -156,8 +161,7 @@ def semantic_summary(
 
     r `(B, C, T)` class semantics; weight `(H, C, k)`, k odd, and bias `(H,)` of the convolution; `time_weight` `(1, H)` and `time_bias`
     `(1,)` of the snippets' gate; mask boolean `(B, T)`, False for padding, which counts as zeros and is left out of the mean. More than
-    256 hidden channels take the torch backend. In r's type (autocast's under autocast); gradients are deterministic as far as the
-    convolution's are. ValueError or TypeError names the argument. Source: CSA, Fig. 2 (R).
+    256 hidden channels take the torch backend. In r's type (autocast's under autocast); gradients are deterministic. ValueError or TypeError names the argument. Source: CSA, Fig. 2 (R).
     """
     backend = _DECIDED.decide(_decide_summary, (r, weight, bias, time_weight, time_bias, mask), dict(backend=backend))
     given = autocast(r, weight, bias, time_weight, time_bias)

@@ -87,7 +87,7 @@ def csa_gate(
         return gate_op(f, channel_logits, time_logits, mask, fuse)
     return csa_gate_reference(f, channel_logits, time_logits, mask=mask, fuse=fuse)
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #8aa0b342
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #49a9f3e5
 def _summary_plan(r, weight, mask):
     key = "summary", r.shape, r.dtype, r.device, weight.shape, mask is not None
     return _GATE_PLANS.find(key, plan_summary, r, weight.shape[0], weight.shape[2], mask is not None)
@@ -152,7 +152,7 @@ def _decide_summary(r, weight, bias, time_weight, time_bias, mask, *, backend):
     backend = resolve_backend(backend, r)
     return backend if H <= 256 and 0 not in r.shape else "torch"
 
-# %% ../../nbs/6_beyond_tokens/csa.ipynb #74ee455c
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #c838f5bb
 def semantic_summary(
     r: Tensor, weight: Tensor, bias: Tensor, time_weight: Tensor, time_bias: Tensor, *, mask: Tensor | None = None,
     backend: str = "auto",

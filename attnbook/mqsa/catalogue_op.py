@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checks import check_choice, check_int, check_number, check_probability, check_tensor
 from ..engine import arch_of, operation, resolve_backend, row_lists, scatter_rows, triton
-from ..engine.host import autocast, dot_precision, round_dim, through_float32
+from ..engine.host import autocast, round_dim, through_float32
 from .catalogue_kernels import (
     CATALOGUE_LAUNCH,
     balanced_splits,
@@ -37,8 +37,12 @@ def _catalogue_launch(kernel: str, hidden: Tensor, stay: str, N: int, V: int):
     slots = 2 * (torch.cuda.get_device_properties(hidden.device).multi_processor_count if hidden.is_cuda else 132 if arch != "interpreter" else 2)
     splits = balanced_splits(here, there, slots)
     per = triton.cdiv(there, splits)
-    consts = dict(D=D, BD=round_dim(D), BM=p.BM, BN=p.BN, STAGES=p.stages, PRECISION=dot_precision(hidden.dtype), **p.options())
+    consts = dict(D=D, BD=round_dim(D), BM=p.BM, BN=p.BN, STAGES=p.stages, PRECISION=_product(hidden.dtype), **p.options())
     return here, per, triton.cdiv(there, per), consts
+
+def _product(dtype):
+    "Precision of products: float32 ones are three tf32 products each where torch asks for the highest, which keeps their digits and the tensor cores."
+    return None if dtype != torch.float32 else "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 def _rows_of_teacher(table, crow):
     "How many targets there are."
@@ -60,8 +64,7 @@ def _run_catalogue(hidden, table, index, crow, col, weight, base, scale):
     here, per, splits, consts = _catalogue_launch("forward", hidden, "rows", N, V)
     top, total = hidden.new_empty(2, splits, N, dtype=torch.float32)
     catalogue_forward[(here * splits,)](hidden, table, top, total, N, V, scale * LOG2E, per, here, **consts)
-    loss, lse = hidden.new_empty(2, N, dtype=torch.float32).unbind()
-    loss, lse = loss.clone(), lse.clone()                    # outputs of an operation must not share memory
+    loss, lse = _catalogue_like(hidden)
     catalogue_finish[(N,)](hidden, table, index, crow, col, weight, base, _sum_of_items(table, crow), top, total, loss, lse, N,
                            _rows_of_teacher(table, crow), splits, scale, BS=round_dim(splits), **_small(D))
     return loss, lse
@@ -169,9 +172,11 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def _check_catalogue(hidden, table, index, name, least, count, scale, reduction):
-    "Rows (N, d), indices (N,) int64 and the scale as a float; errors name the argument."
+    "Rows (N, d), the table, both in autocast's type if it is on, indices (N,) int64 and the scale as a float; errors name the argument."
     check_tensor("hidden", hidden)
-    check_tensor("table", table, ndim=2, on=hidden, of="hidden")
+    check_tensor("table", table, ndim=2)
+    hidden, table = autocast(hidden, table)
+    check_tensor("table", table, on=hidden, of="hidden")
     if hidden.dim() == 0 or hidden.shape[-1] != table.shape[1]:
         raise ValueError(f"hidden must be (…, {table.shape[1]}), as wide as table, not {tuple(hidden.shape)}")
     if len(table) == 0 or table.shape[1] == 0:
@@ -181,14 +186,11 @@ def _check_catalogue(hidden, table, index, name, least, count, scale, reduction)
     scale = check_number("scale", scale, positive=True)
     if not index.is_cuda and index.numel() and not torch.compiler.is_compiling() and type(index) is Tensor and not least <= int(index.min()) <= int(index.max()) < count:
         raise ValueError(f"{name} must be from 0 to {count - 1} (or the index to ignore), not {int(index.min())} to {int(index.max())}")
-    return hidden.reshape(-1, hidden.shape[-1]), index.reshape(-1).long(), scale
+    return hidden.reshape(-1, hidden.shape[-1]), table, index.reshape(-1).long(), scale
 
 
 def _catalogue(hidden, table, index, scale, teacher, backend):
     "Loss and log-sum-exp of every row by the backend."
-    hidden, table = autocast(hidden, table)
-    if hidden.dtype != table.dtype:
-        raise TypeError(f"table must have hidden's type {hidden.dtype}, not {table.dtype}")
     chosen = resolve_backend(backend, hidden)
     if backend == "triton" and hidden.shape[1] > WIDEST:
         raise ValueError(f"hidden must be at most {WIDEST} wide for the kernels, not {hidden.shape[1]}; use backend='torch'")
@@ -222,7 +224,7 @@ def catalogue_cross_entropy(
     ignore_index = check_int("ignore_index", ignore_index)
     if isinstance(targets, Tensor) and not targets.is_floating_point() and targets.dtype != torch.bool:
         targets = torch.where(targets == ignore_index, -1, targets.long())
-    rows, index, scale = _check_catalogue(hidden, table, targets, "targets", -1, len(table) if isinstance(table, Tensor) and table.dim() else 0, scale, reduction)
+    rows, table, index, scale = _check_catalogue(hidden, table, targets, "targets", -1, len(table) if isinstance(table, Tensor) and table.dim() else 0, scale, reduction)
     loss, lse = _catalogue(rows, table, index, scale, None, backend)
     loss = _reduced(loss, index, reduction).reshape(hidden.shape[:-1] if reduction == "none" else ())
     return (loss, lse.reshape(hidden.shape[:-1])) if return_lse else loss
@@ -245,7 +247,7 @@ def catalogue_distillation(
     if not isinstance(teacher, SparseTeacher):
         raise TypeError(f"teacher must be a SparseTeacher, not {type(teacher).__name__}")
     index = torch.where(rows < 0, -1, rows.long()) if isinstance(rows, Tensor) and not rows.is_floating_point() and rows.dtype != torch.bool else rows
-    flat, index, scale = _check_catalogue(hidden, table, index, "rows", -1, len(teacher.base), scale, reduction)
+    flat, table, index, scale = _check_catalogue(hidden, table, index, "rows", -1, len(teacher.base), scale, reduction)
     if len(teacher.t_crow) != len(table) + 1:
         raise ValueError(f"teacher must have targets over table's {len(table)} items, not over {len(teacher.t_crow) - 1}")
     loss, _ = _catalogue(flat, table, index, scale, teacher, backend)

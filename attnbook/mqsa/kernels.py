@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['place_rows', 'window_band', 'window_forward', 'window_backward', 'segment_q_step', 'segment_k_step', 'segment_q_tile',
-           'segment_k_tile', 'segment_k_span', 'segment_q_span', 'segment_mask', 'SEGMENTS']
+           'segment_k_tile', 'segment_k_span', 'segment_q_span', 'segment_mask', 'segment_launch', 'SEGMENTS']
 
 # %% auto #imports
-from ..engine import TileProgram, register_program, tl, triton
+from ..engine import Launch, TileProgram, register_program, tl, triton
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #b-mean-parts
 @triton.jit
@@ -108,6 +108,15 @@ def segment_mask(qpos, kpos, ops, ints, C: tl.constexpr):
     "No key after the query, none before the first that it sees."
     return (kpos[0] <= qpos[0]) & (kpos[0] >= qpos[1])
 
+def segment_launch(kernel: str, bits: int, width: int, arch: str, consts) -> Launch:
+    "Sequences are short: tiles of 64 by 64, where the engine's own table takes longer ones."
+    if arch == "interpreter":
+        return Launch(16, 16, 4, 1)
+    if bits == 16:
+        return Launch(64, 64, 4, 3 if width <= 64 else 2) if width <= 128 else Launch(64, 32, 4, 1)
+    return Launch(32, 32, 4, 2) if width <= 128 else Launch(16, 16, 4, 1)
+
+
 SEGMENTS = register_program(TileProgram(
-    "segments", segment_q_tile, segment_k_span, segment_k_step, segment_k_tile, segment_q_span, segment_q_step, mask=segment_mask, consecutive=True, heavy_last=True,
+    "segments", segment_q_tile, segment_k_span, segment_k_step, segment_k_tile, segment_q_span, segment_q_step, mask=segment_mask, consecutive=True, heavy_last=True, launch=segment_launch,
     q_tiles=lambda ints, consts, BM: -(-ints[0] // BM), k_tiles=lambda ints, consts, BN: -(-ints[0] // BN)))

@@ -153,11 +153,10 @@ class MQSA(nn.Module):
         seq and targets `(B, T)`; targets hold num_items where there is none. The head's embedding gets the model's dropout, as in the official code.
         """
         segments, there = self.segments(seq), targets != self.num_items
-        hidden, table = self.encode(seq, segments)[there], self.items.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") and self.items.is_cuda else self.items
-        loss = catalogue_cross_entropy(hidden, table.to(hidden.dtype), targets[there], backend=self.backend)
+        loss = catalogue_cross_entropy(self.encode(seq, segments)[there], self.items, targets[there], backend=self.backend)
         if teacher is None or not kd:
             return loss
-        return loss + kd * ted_loss(table, seq[segments.real], teacher, tau=tau, dropout=self.dropout if self.training else 0.0, skip_isolated=skip_isolated,
+        return loss + kd * ted_loss(self.items, seq[segments.real], teacher, tau=tau, dropout=self.dropout if self.training else 0.0, skip_isolated=skip_isolated,
                                     backend=self.backend)
 
 

@@ -39,7 +39,7 @@ def _plain_mean(x: Tensor, window: int, segments: Segments) -> Tensor:
 def _mean_plan(x):
     "Grid and constants of the window kernels."
     B, T, D = x.shape
-    BM, BD = (16, 16) if arch_of(x.device) == "interpreter" else (64, min(64, round_dim(D)))
+    BM, BD = (16, 16) if arch_of(x.device) == "interpreter" else (32, min(64, round_dim(D)))
     tiles = triton.cdiv(T, BM)
     return (B * tiles, triton.cdiv(D, BD)), tiles, dict(D=D, BM=BM, BD=BD, PRECISION="tf32x3" if x.dtype == torch.float32 else None, num_warps=4)
 

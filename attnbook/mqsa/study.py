@@ -6,8 +6,8 @@
 __all__ = ['SIZES', 'Difference', 'bootstrap_difference', 'best_rows', 'gains', 'film_difference', 'chain_scores', 'chain_gain',
            'FIXED', 'sweep_scores', 'seen_mass', 'GROUPS', 'eager_cross_entropy', 'eager_distillation', 'torch_fused',
            'catalogue_peers', 'gpu_rows', 'compare_catalogue', 'bench_catalogue', 'bench_widths', 'bench_rows',
-           'bench_distillation', 'eager_block', 'sdpa_block', 'block_peers', 'shop_lengths', 'bench_block',
-           'bench_mean', 'TRAINING', 'claims']
+           'bench_tiles', 'bench_distillation', 'eager_block', 'sdpa_block', 'block_peers', 'shop_lengths',
+           'bench_block', 'bench_mean', 'TRAINING', 'claims']
 
 # %% auto #imports
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..lab.bench import compare
+from ..engine import Launch, arch_of
+from ..lab.bench import compare, measure
 from ..lab.claims import Claim, grade, matches, out_of_reach, over_range
 from ..lab.results import load_results, newest_device
 from ..lab.stats import Speedup, by_seed, paired, speedups
 from ..layers import count_parameters
-from .catalogue_op import catalogue_cross_entropy, catalogue_distillation
+from .catalogue_kernels import CATALOGUE_LAUNCH
+from .catalogue_op import _run_hidden, _run_table, catalogue_cross_entropy, catalogue_distillation, catalogue_op
 from .catalogue_reference import catalogue_cost
 from .experiments_study import film_task
 from .nets import MQSA, LQueryBlock
@@ -180,6 +182,23 @@ def bench_rows() -> Iterator[dict]:
     "The real clicks of a batch on Beauty: 1,500 rows over 12,101 items."
     if torch.cuda.is_available():
         yield from compare_catalogue("rows", 1500, 12101, 64)
+
+
+def bench_tiles() -> Iterator[dict]:
+    "Candidates for the launch table of the catalogue's kernels, at 16,384 rows and 100,000 items: milliseconds of each pass."
+    candidates = {64: dict(forward=((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 4, 3), (128, 128, 4, 3)), hidden=((128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 3), (128, 64, 4, 3)),
+                           table=((64, 128, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2), (64, 128, 4, 3))),
+                  128: dict(forward=((128, 128, 8, 2), (128, 64, 8, 3), (64, 128, 4, 2)), hidden=((64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2)),
+                            table=((64, 64, 4, 2), (32, 64, 4, 3), (64, 128, 8, 1)))}
+    for d, kernels in candidates.items() if torch.cuda.is_available() else ():
+        h, e, t = gpu_rows(16384, 100_000, d)
+        lse, g = catalogue_op(h, e, t, *[None] * 7, 1.0)[1], torch.full((16384,), 1 / 16384, device="cuda")
+        calls = dict(forward=lambda: catalogue_op(h, e, t, *[None] * 7, 1.0), hidden=lambda: _run_hidden(h, e, t, *[None] * 4, lse, g, g, 1.0),
+                     table=lambda: _run_table(h, e, t, *[None] * 5, lse, g, g, 1.0))
+        for kernel, tiles in kernels.items():
+            for tile in tiles:
+                with CATALOGUE_LAUNCH.trying(arch_of(h.device), kernel, 16, d, Launch(*tile)):
+                    yield dict(kernel=kernel, d=d, tile=str(tile), ms=float(measure(calls[kernel], rep_ms=60.0).ms))
 
 
 def bench_distillation() -> Iterator[dict]:

@@ -176,7 +176,7 @@ def _check_catalogue(hidden, table, index, name, least, count, scale, reduction)
     check_tensor("hidden", hidden)
     check_tensor("table", table, ndim=2)
     hidden, table = autocast(hidden, table)
-    check_tensor("table", table, on=hidden, of="hidden")
+    check_tensor("table", table, like=hidden, of="hidden")
     if hidden.dim() == 0 or hidden.shape[-1] != table.shape[1]:
         raise ValueError(f"hidden must be (…, {table.shape[1]}), as wide as table, not {tuple(hidden.shape)}")
     if len(table) == 0 or table.shape[1] == 0:

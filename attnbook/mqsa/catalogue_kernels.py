@@ -24,11 +24,13 @@ def load_rows_of(E, first, n, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexp
     else:
         return tl.load(at, mask=(d < D)[None, :], other=0.0)
 
+
 @triton.jit
-def lse_step(top, total, h, E, first, V, scale2, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def lse_step(top, total, h, E, first, V, scale2, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+        MASKED: tl.constexpr, PRECISION: tl.constexpr):
     "Running maximum and sum of 2^logit of each row, after items first … first + BN."
-    e = load_rows_of(E, first, V, D, BD, BN, MASKED)                                      # [BN, BD]
-    x = tl.dot(h, e.T, input_precision=PRECISION)                                         # [BM, BN]
+    e = load_rows_of(E, first, V, D, BD, BN, MASKED)  # [BN, BD]
+    x = tl.dot(h, e.T, input_precision=PRECISION)  # [BM, BN]
     if MASKED:
         x = tl.where((first + tl.arange(0, BN) < V)[None, :], x, float("-inf"))
     new = tl.maximum(top, tl.max(x, 1) * scale2)
@@ -36,11 +38,11 @@ def lse_step(top, total, h, E, first, V, scale2, D: tl.constexpr, BD: tl.constex
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #b-cat-forward
 @triton.jit(do_not_specialize=["per", "row_tiles"])
-def catalogue_forward(H, E, TOP, TOTAL, N, V, scale2, per, row_tiles, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                      STAGES: tl.constexpr, PRECISION: tl.constexpr):
+def catalogue_forward(H, E, TOP, TOTAL, N, V, scale2, per, row_tiles, D: tl.constexpr, BD: tl.constexpr,
+        BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
     "Maximum and sum of a tile of rows over `per` tiles of items. Grid: row_tiles * splits; TOP and TOTAL (splits, N)."
     i, s = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
-    h = load_rows_of(H, i * BM, N, D, BD, BM, True)                                       # [BM, BD]
+    h = load_rows_of(H, i * BM, N, D, BD, BM, True)  # [BM, BD]
     top, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     last = tl.minimum((s + 1) * per, tl.cdiv(V, BN))
     whole = tl.minimum(last, V // BN)
@@ -67,13 +69,15 @@ def target_vector(E, index, CROW, COL, WEIGHT, BASE, ESUM, D: tl.constexpr, BD: 
             k = first + tl.arange(0, BK)
             col = tl.load(COL + k, mask=k < hi, other=0).to(tl.int64)
             w = tl.load(WEIGHT + k, mask=k < hi, other=0.0)
-            e = tl.load(E + col[:, None] * D + d[None, :], mask=(k < hi)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+            e = tl.load(E + col[:, None] * D + d[None, :], mask=(k < hi)[:, None] & (d < D)[None, :], other=0.0).to(
+                tl.float32)
             t += tl.sum(e * w[:, None], 0)
         return t
 
+
 @triton.jit(do_not_specialize=["S"])
-def catalogue_finish(H, E, INDEX, CROW, COL, WEIGHT, BASE, ESUM, TOP, TOTAL, LOSS, LSE, N, R, S, scale, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
-                     BK: tl.constexpr):
+def catalogue_finish(H, E, INDEX, CROW, COL, WEIGHT, BASE, ESUM, TOP, TOTAL, LOSS, LSE, N, R, S, scale, D: tl.constexpr,
+        BD: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr):
     "Loss and log-sum-exp of one row from its splits. A negative index: loss 0; one from R on: NaN."
     i = tl.program_id(0).to(tl.int64)
     s, d = tl.arange(0, BS), tl.arange(0, BD)
@@ -93,31 +97,33 @@ def catalogue_finish(H, E, INDEX, CROW, COL, WEIGHT, BASE, ESUM, TOP, TOTAL, LOS
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #b-cat-hidden
 @triton.jit(do_not_specialize=["per", "row_tiles"])
-def catalogue_hidden(H, E, LSE, PART, N, V, scale2, per, row_tiles, SHIFT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                     STAGES: tl.constexpr, PRECISION: tl.constexpr):
+def catalogue_hidden(H, E, LSE, PART, N, V, scale2, per, row_tiles, SHIFT: tl.constexpr, D: tl.constexpr,
+        BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
     "2^SHIFT times the softmax-weighted sum of `per` tiles of items, for a tile of rows. Grid: row_tiles * splits; PART (splits, N, D)."
     i, s = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
-    h = load_rows_of(H, i * BM, N, D, BD, BM, True)                                       # [BM, BD]
+    h = load_rows_of(H, i * BM, N, D, BD, BM, True)  # [BM, BD]
     n = i * BM + tl.arange(0, BM)
     lse2 = tl.load(LSE + n, mask=n < N, other=0.0) * 1.4426950408889634 - SHIFT
     acc = tl.zeros([BM, BD], tl.float32)
     last = tl.minimum((s + 1) * per, tl.cdiv(V, BN))
     whole = tl.minimum(last, V // BN)
     for j in tl.range(s * per, whole, num_stages=STAGES):
-        e = load_rows_of(E, j * BN, V, D, BD, BN, False)                                  # [BN, BD]
-        p = tl.exp2(tl.dot(h, e.T, input_precision=PRECISION) * scale2 - lse2[:, None])   # [BM, BN]
+        e = load_rows_of(E, j * BN, V, D, BD, BN, False)  # [BN, BD]
+        p = tl.exp2(tl.dot(h, e.T, input_precision=PRECISION) * scale2 - lse2[:, None])  # [BM, BN]
         acc = tl.dot(p.to(e.dtype), e, acc, input_precision=PRECISION)
-    if whole < last:                                                                      # rows of zeros add nothing: no mask of p
+    if whole < last:  # rows of zeros add nothing: no mask of p
         e = load_rows_of(E, whole * BN, V, D, BD, BN, True)
         x = tl.dot(h, e.T, input_precision=PRECISION) * scale2 - lse2[:, None]
-        x = tl.where((whole * BN + tl.arange(0, BN) < V)[None, :], x, float("-inf"))      # but 2^(-lse) may be infinite
+        x = tl.where((whole * BN + tl.arange(0, BN) < V)[None, :], x, float("-inf"))  # but 2^(-lse) may be infinite
         acc = tl.dot(tl.exp2(x).to(e.dtype), e, acc, input_precision=PRECISION)
     d = tl.arange(0, BD)
     at = PART + (s.to(tl.int64) * N + n)[:, None] * D + d[None, :]
     tl.store(at, acc, mask=(n < N)[:, None] & (d < D)[None, :])
 
+
 @triton.jit(do_not_specialize=["S"])
-def hidden_finish(E, INDEX, CROW, COL, WEIGHT, BASE, ESUM, PART, G, GS, DH, N, R, S, scale, unshift, D: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr):
+def hidden_finish(E, INDEX, CROW, COL, WEIGHT, BASE, ESUM, PART, G, GS, DH, N, R, S, scale, unshift, D: tl.constexpr,
+        BD: tl.constexpr, BK: tl.constexpr):
     "dh of one row: scale (gs * sum of the splits - g * t). G: gradient of the loss; GS: of loss and log-sum-exp together."
     i, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
     acc = tl.zeros([BD], tl.float32)
@@ -131,26 +137,29 @@ def hidden_finish(E, INDEX, CROW, COL, WEIGHT, BASE, ESUM, PART, G, GS, DH, N, R
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #b-cat-table
 @triton.jit(do_not_specialize=["per", "item_tiles"])
-def catalogue_table(H, HG, E, LSE, PART, N, V, scale2, per, item_tiles, SHIFT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-                    BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
+def catalogue_table(H, HG, E, LSE, PART, N, V, scale2, per, item_tiles, SHIFT: tl.constexpr, D: tl.constexpr,
+        BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
     "2^SHIFT times the softmax-weighted sum of HG over `per` tiles of rows, for a tile of items. Grid: item_tiles * splits; PART (splits, V, D)."
     j, s = tl.program_id(0) % item_tiles, tl.program_id(0) // item_tiles
-    e = load_rows_of(E, j * BN, V, D, BD, BN, True)                                       # [BN, BD]
+    e = load_rows_of(E, j * BN, V, D, BD, BN, True)  # [BN, BD]
     acc = tl.zeros([BN, BD], tl.float32)
     last = tl.minimum((s + 1) * per, tl.cdiv(N, BM))
     for i in tl.range(s * per, last, num_stages=STAGES):
         n = i * BM + tl.arange(0, BM)
-        h = load_rows_of(H, i * BM, N, D, BD, BM, True)                                   # [BM, BD]
+        h = load_rows_of(H, i * BM, N, D, BD, BM, True)  # [BM, BD]
         hg = load_rows_of(HG, i * BM, N, D, BD, BM, True)
         lse2 = tl.load(LSE + n, mask=n < N, other=float("inf")) * 1.4426950408889634 - SHIFT
-        p = tl.exp2(tl.dot(e, h.T, input_precision=PRECISION) * scale2 - lse2[None, :])   # [BN, BM]; 0 for rows there are none of
+        p = tl.exp2(
+            tl.dot(e, h.T, input_precision=PRECISION) * scale2 - lse2[None, :])  # [BN, BM]; 0 for rows there are none of
         acc = tl.dot(p.to(hg.dtype), hg, acc, input_precision=PRECISION)
     v, d = j * BN + tl.arange(0, BN), tl.arange(0, BD)
     at = PART + (s.to(tl.int64) * V + v)[:, None] * D + d[None, :]
     tl.store(at, acc, mask=(v < V)[:, None] & (d < D)[None, :])
 
+
 @triton.jit(do_not_specialize=["S"])
-def table_finish(T_CROW, T_ROW, T_WEIGHT, SOURCE, CONST, PART, NORM, DE, V, S, scale, unshift, D: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr):
+def table_finish(T_CROW, T_ROW, T_WEIGHT, SOURCE, CONST, PART, NORM, DE, V, S, scale, unshift, D: tl.constexpr,
+        BD: tl.constexpr, BK: tl.constexpr):
     "dE of one item: scale (norm * sum of the splits - constant - its weighted rows of SOURCE, in their order)."
     j, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
     acc = tl.zeros([BD], tl.float32)
@@ -173,15 +182,21 @@ def table_finish(T_CROW, T_ROW, T_WEIGHT, SOURCE, CONST, PART, NORM, DE, V, S, s
 #: width -> (rows, items, warps, stages) of the three kernels
 CATALOGUE_LAUNCH = LaunchTable("forward", "hidden", "table")
 for _arch in ("sm90", "sm80"):
-    CATALOGUE_LAUNCH.rows(_arch, 16, {
-        64: ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
-        128: ((128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)),
-        256: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2))})
-    CATALOGUE_LAUNCH.rows(_arch, 32, {
-        64: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-        128: ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
-        256: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1))})
-CATALOGUE_LAUNCH.rows("small", 16, {64: ((64, 64, 4, 2),) * 3, 128: ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)), 256: ((32, 32, 4, 1),) * 3})
+    CATALOGUE_LAUNCH.rows(
+        _arch,
+        16,
+        {64: ((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
+            128: ((128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)),
+            256: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2))},
+    )
+    CATALOGUE_LAUNCH.rows(
+        _arch,
+        32,
+        {64: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)), 128: ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+            256: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1))},
+    )
+CATALOGUE_LAUNCH.rows("small", 16,
+    {64: ((64, 64, 4, 2),) * 3, 128: ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)), 256: ((32, 32, 4, 1),) * 3})
 CATALOGUE_LAUNCH.rows("small", 32, {64: ((32, 32, 4, 1),) * 3, 256: ((16, 16, 4, 1),) * 3})
 for _bits in (16, 32):
     CATALOGUE_LAUNCH.rows("interpreter", _bits, {256: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1))})

@@ -34,23 +34,29 @@ def _catalogue_launch(kernel: str, hidden: Tensor, stay: str, N: int, V: int):
     p = CATALOGUE_LAUNCH.find(arch, kernel, 8 * hidden.element_size(), max(64, round_dim(D)))
     rows, items = triton.cdiv(N, p.BM), triton.cdiv(V, p.BN)
     here, there = (rows, items) if stay == "rows" else (items, rows)
-    slots = 2 * (torch.cuda.get_device_properties(hidden.device).multi_processor_count if hidden.is_cuda else 132 if arch != "interpreter" else 2)
+    slots = 2 * (torch.cuda.get_device_properties(hidden.device).multi_processor_count if hidden.is_cuda else 132
+        if arch != "interpreter" else 2)
     splits = balanced_splits(here, there, slots)
     per = triton.cdiv(there, splits)
-    consts = dict(D=D, BD=round_dim(D), BM=p.BM, BN=p.BN, STAGES=p.stages, PRECISION=_product(hidden.dtype), **p.options())
+    consts = dict(
+        D=D, BD=round_dim(D), BM=p.BM, BN=p.BN, STAGES=p.stages, PRECISION=_product(hidden.dtype), **p.options())
     return here, per, triton.cdiv(there, per), consts
+
 
 def _product(dtype):
     "Precision of products: float32 ones are three tf32 products each where torch asks for the highest, which keeps their digits and the tensor cores."
     return None if dtype != torch.float32 else "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
+
 def _rows_of_teacher(table, crow):
     "How many targets there are."
     return len(table) if crow is None else len(crow) - 1
 
+
 def _sum_of_items(table, crow):
     "The sum of the table's rows, which a teacher's constant multiplies; None for hard targets."
     return None if crow is None else table.sum(0, dtype=torch.float32)
+
 
 def _small(D):
     "Constants of the kernels that take one row each."
@@ -59,21 +65,26 @@ def _small(D):
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #b-op-forward
 LOG2E = 1.4426950408889634
 
+
 def _run_catalogue(hidden, table, index, crow, col, weight, base, scale):
     (N, D), V = hidden.shape, len(table)
     here, per, splits, consts = _catalogue_launch("forward", hidden, "rows", N, V)
     top, total = hidden.new_empty(2, splits, N, dtype=torch.float32)
     catalogue_forward[(here * splits,)](hidden, table, top, total, N, V, scale * LOG2E, per, here, **consts)
     loss, lse = _catalogue_like(hidden)
-    catalogue_finish[(N,)](hidden, table, index, crow, col, weight, base, _sum_of_items(table, crow), top, total, loss, lse, N,
-                           _rows_of_teacher(table, crow), splits, scale, BS=round_dim(splits), **_small(D))
+    catalogue_finish[(N,)](hidden, table, index, crow, col, weight, base, _sum_of_items(table, crow), top, total, loss,
+        lse, N, _rows_of_teacher(table, crow), splits, scale, BS=round_dim(splits), **_small(D))
     return loss, lse
 
-def _catalogue_forward(hidden: Tensor, table: Tensor, index: Tensor, crow: Tensor | None, col: Tensor | None, weight: Tensor | None, base: Tensor | None,
-                       t_crow: Tensor | None, t_row: Tensor | None, t_weight: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+
+def _catalogue_forward(hidden: Tensor, table: Tensor, index: Tensor, crow: Tensor | None, col: Tensor | None,
+        weight: Tensor | None, base: Tensor | None, t_crow: Tensor | None, t_row: Tensor | None,
+        t_weight: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     if len(hidden) == 0:
         return _catalogue_like(hidden)
-    return through_float32(_run_catalogue, (hidden.contiguous(), table.contiguous()), index, crow, col, weight, base, scale)
+    return through_float32(
+        _run_catalogue, (hidden.contiguous(), table.contiguous()), index, crow, col, weight, base, scale)
+
 
 def _catalogue_like(hidden, *rest):
     "Loss and log-sum-exp, one number a row, float32."
@@ -86,18 +97,20 @@ def _run_hidden(hidden, table, index, crow, col, weight, base, lse, g, gs, scale
     here, per, splits, consts = _catalogue_launch("hidden", hidden, "rows", N, V)
     part, dh = hidden.new_empty(splits, N, D, dtype=torch.float32), torch.empty_like(hidden)
     catalogue_hidden[(here * splits,)](hidden, table, lse, part, N, V, scale * LOG2E, per, here, SHIFT=shift, **consts)
-    hidden_finish[(N,)](table, index, crow, col, weight, base, _sum_of_items(table, crow), part, g, gs, dh, N, _rows_of_teacher(table, crow), splits, scale,
-                        2.0**-shift, **_small(D))
+    hidden_finish[(N,)](table, index, crow, col, weight, base, _sum_of_items(table, crow), part, g, gs, dh, N,
+        _rows_of_teacher(table, crow), splits, scale, 2.0**-shift, **_small(D))
     return dh
+
 
 def _target_rows(hidden, table, index, crow, base, t_crow, t_row, t_weight, g):
     "Which rows of which matrix each item takes away from its gradient, and what all items take away."
     source = hidden.float() * g[:, None]
-    if crow is not None:                                     # rows that share a teacher's row are summed first
+    if crow is not None:  # rows that share a teacher's row are summed first
         source = scatter_rows(source[None, None], index[None, None], len(crow) - 1)[0, 0]
         return source, base @ source, t_crow, t_row, t_weight
     t_row, t_crow = (x[0, 0] for x in row_lists(index[None, None], len(table)))
     return source, None, t_crow, t_row, None
+
 
 def _run_table(hidden, table, index, crow, base, t_crow, t_row, t_weight, lse, g, gs, scale):
     "dE."
@@ -106,9 +119,11 @@ def _run_table(hidden, table, index, crow, base, t_crow, t_row, t_weight, lse, g
     scaled = (hidden.float() * (gs / norm)[:, None]).to(hidden.dtype)
     here, per, splits, consts = _catalogue_launch("table", hidden, "items", N, V)
     part, de = hidden.new_empty(splits, V, D, dtype=torch.float32), torch.empty_like(table)
-    catalogue_table[(here * splits,)](hidden, scaled, table, lse, part, N, V, scale * LOG2E, per, here, SHIFT=shift, **consts)
+    catalogue_table[(here * splits,)](
+        hidden, scaled, table, lse, part, N, V, scale * LOG2E, per, here, SHIFT=shift, **consts)
     source, const, t_crow, t_row, t_weight = _target_rows(hidden, table, index, crow, base, t_crow, t_row, t_weight, g)
-    table_finish[(V,)](t_crow, t_row, t_weight, source, const, part, norm, de, V, splits, scale, 2.0**-shift, **_small(D))
+    table_finish[(V,)](
+        t_crow, t_row, t_weight, source, const, part, norm, de, V, splits, scale, 2.0**-shift, **_small(D))
     return de
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #b-op-declare
@@ -123,18 +138,24 @@ def _catalogue_backward(call):
         return dict(hidden=torch.zeros_like(call.hidden), table=torch.zeros_like(call.table))
     hidden, table = call.hidden.contiguous(), call.table.contiguous()
     if call.needs["hidden"]:
-        run = lambda h, e: _run_hidden(h, e, call.index, call.crow, call.col, call.weight, call.base, lse, g.contiguous(), gs.contiguous(), call.scale)
+        run = lambda h, e: _run_hidden(h, e, call.index, call.crow, call.col, call.weight, call.base, lse,
+            g.contiguous(), gs.contiguous(), call.scale)
         found["hidden"] = through_float32(run, (hidden, table)).to(hidden.dtype)
     if call.needs["table"]:
-        run = lambda h, e: _run_table(h, e, call.index, call.crow, call.base, call.t_crow, call.t_row, call.t_weight, lse, g, gs, call.scale)
+        run = lambda h, e: _run_table(
+            h, e, call.index, call.crow, call.base, call.t_crow, call.t_row, call.t_weight, lse, g, gs, call.scale)
         found["table"] = through_float32(run, (hidden, table)).to(table.dtype)
     return found
 
+
 def _catalogue_gradients(call):
     "Empty gradients."
-    return {n: torch.empty_like(getattr(call, n), memory_format=torch.contiguous_format) for n in ("hidden", "table") if call.needs[n]}
+    return {n: torch.empty_like(getattr(call, n), memory_format=torch.contiguous_format) for n in ("hidden", "table")
+        if call.needs[n]}
 
-catalogue_op = operation("catalogue", _catalogue_forward, like=_catalogue_like, backward=_catalogue_backward, gradients_like=_catalogue_gradients, drop=(0,))
+
+catalogue_op = operation("catalogue", _catalogue_forward, like=_catalogue_like, backward=_catalogue_backward,
+    gradients_like=_catalogue_gradients, drop=(0,))
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #b-op-plain-code
 CHUNK = 2**24  # logits of the plain backend that are in memory at a time
@@ -153,7 +174,8 @@ def _plain_rows(hidden, table, index, scale, *teacher):
         crow, col, weight, base = teacher
         count = crow[safe + 1] - crow[safe]
         row = torch.repeat_interleave(torch.arange(len(safe), device=safe.device), count)
-        at = crow[safe].repeat_interleave(count) + torch.arange(len(row), device=safe.device) - (count.cumsum(0) - count).repeat_interleave(count)
+        at = (crow[safe].repeat_interleave(count) + torch.arange(len(row), device=safe.device)
+            - (count.cumsum(0) - count).repeat_interleave(count))
         picked = weight[at].to(dtype) * logits[row, col[at]]
         target = base[safe].to(dtype) * logits.sum(1) + torch.zeros_like(lse).index_add(0, row, picked)
     return torch.where(valid, lse - target, 0), lse
@@ -164,7 +186,8 @@ def _plain_catalogue(hidden, table, index, scale, *teacher):
     step = max(1, CHUNK // max(len(table), 1))
     if len(hidden) <= step:
         return _plain_rows(hidden, table, index, scale, *teacher)
-    parts = [checkpoint(_plain_rows, h, table, i, scale, *teacher, use_reentrant=False) for h, i in zip(hidden.split(step), index.split(step))]
+    parts = [checkpoint(_plain_rows, h, table, i, scale, *teacher, use_reentrant=False)
+        for h, i in zip(hidden.split(step), index.split(step))]
     return tuple(torch.cat(x) for x in zip(*parts))
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #b-op-public-code
@@ -184,8 +207,10 @@ def _check_catalogue(hidden, table, index, name, least, count, scale, reduction)
     check_tensor(name, index, dtype="integer", shape=hidden.shape[:-1])
     check_choice("reduction", reduction, REDUCTIONS)
     scale = check_number("scale", scale, positive=True)
-    if not index.is_cuda and index.numel() and not torch.compiler.is_compiling() and type(index) is Tensor and not least <= int(index.min()) <= int(index.max()) < count:
-        raise ValueError(f"{name} must be from 0 to {count - 1} (or the index to ignore), not {int(index.min())} to {int(index.max())}")
+    if (not index.is_cuda and index.numel() and not torch.compiler.is_compiling() and type(index) is Tensor
+            and not least <= int(index.min()) <= int(index.max()) < count):
+        raise ValueError(
+            f"{name} must be from 0 to {count - 1} (or the index to ignore), not {int(index.min())} to {int(index.max())}")
     return hidden.reshape(-1, hidden.shape[-1]), table, index.reshape(-1).long(), scale
 
 
@@ -193,7 +218,8 @@ def _catalogue(hidden, table, index, scale, teacher, backend):
     "Loss and log-sum-exp of every row by the backend."
     chosen = resolve_backend(backend, hidden)
     if backend == "triton" and hidden.shape[1] > WIDEST:
-        raise ValueError(f"hidden must be at most {WIDEST} wide for the kernels, not {hidden.shape[1]}; use backend='torch'")
+        raise ValueError(
+            f"hidden must be at most {WIDEST} wide for the kernels, not {hidden.shape[1]}; use backend='torch'")
     if chosen == "torch" or hidden.shape[1] > WIDEST:
         with torch.autocast(hidden.device.type, enabled=False):
             return _plain_catalogue(hidden, table, index, scale, *(teacher[:4] if teacher is not None else ()))
@@ -224,7 +250,8 @@ def catalogue_cross_entropy(
     ignore_index = check_int("ignore_index", ignore_index)
     if isinstance(targets, Tensor) and not targets.is_floating_point() and targets.dtype != torch.bool:
         targets = torch.where(targets == ignore_index, -1, targets.long())
-    rows, table, index, scale = _check_catalogue(hidden, table, targets, "targets", -1, len(table) if isinstance(table, Tensor) and table.dim() else 0, scale, reduction)
+    rows, table, index, scale = _check_catalogue(hidden, table, targets, "targets", -1,
+        len(table) if isinstance(table, Tensor) and table.dim() else 0, scale, reduction)
     loss, lse = _catalogue(rows, table, index, scale, None, backend)
     loss = _reduced(loss, index, reduction).reshape(hidden.shape[:-1] if reduction == "none" else ())
     return (loss, lse.reshape(hidden.shape[:-1])) if return_lse else loss
@@ -246,10 +273,12 @@ def catalogue_distillation(
     """
     if not isinstance(teacher, SparseTeacher):
         raise TypeError(f"teacher must be a SparseTeacher, not {type(teacher).__name__}")
-    index = torch.where(rows < 0, -1, rows.long()) if isinstance(rows, Tensor) and not rows.is_floating_point() and rows.dtype != torch.bool else rows
+    index = (torch.where(rows < 0, -1, rows.long())
+        if isinstance(rows, Tensor) and not rows.is_floating_point() and rows.dtype != torch.bool else rows)
     flat, table, index, scale = _check_catalogue(hidden, table, index, "rows", -1, len(teacher.base), scale, reduction)
     if len(teacher.t_crow) != len(table) + 1:
-        raise ValueError(f"teacher must have targets over table's {len(table)} items, not over {len(teacher.t_crow) - 1}")
+        raise ValueError(
+            f"teacher must have targets over table's {len(table)} items, not over {len(teacher.t_crow) - 1}")
     loss, _ = _catalogue(flat, table, index, scale, teacher, backend)
     return _reduced(loss, index, reduction).reshape(hidden.shape[:-1] if reduction == "none" else ())
 
@@ -273,4 +302,5 @@ def ted_loss(
         isolated = teacher.crow.diff() == 0
         heads = torch.where(isolated[heads.clamp_min(0).long()], -1, heads)
     hidden = F.dropout(F.embedding(heads.clamp_min(0).long(), table), check_probability("dropout", dropout))
-    return catalogue_distillation(hidden, table, heads, teacher, scale=table.shape[1] ** 0.5 / tau, reduction=reduction, backend=backend)
+    return catalogue_distillation(
+        hidden, table, heads, teacher, scale=table.shape[1] ** 0.5 / tau, reduction=reduction, backend=backend)

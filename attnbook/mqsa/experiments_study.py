@@ -31,23 +31,29 @@ PRESETS = dict(
         workers=0,
         film=dict(max_len=8, dim=16, epochs=1, every=1, batch=128, users=96, dropout=0.2, seeds=1),
         ties=("file", "item"),
-        chain=dict(items=60, users=80, length=6, clusters=4, successors=2, max_len=8, dim=16, epochs=1, every=1, batch=64, dropout=0.1, seeds=1, tests=40),
-        betas=(0.0, 1.0), sweeps=dict(long_window=(1, 8), tau=(0.1,)),
+        chain=dict(items=60, users=80, length=6, clusters=4, successors=2, max_len=8, dim=16, epochs=1, every=1,
+            batch=64, dropout=0.1, seeds=1, tests=40),
+        betas=(0.0, 1.0),
+        sweeps=dict(long_window=(1, 8), tau=(0.1,)),
     ),
     cpu=dict(
         workers=0,
         film=dict(max_len=20, dim=32, epochs=10, every=5, batch=64, users=None, dropout=0.2, seeds=1),
         ties=("file",),
-        chain=dict(items=300, users=500, length=10, clusters=10, successors=3, max_len=10, dim=32, epochs=12, every=6, batch=64, dropout=0.2, seeds=1, tests=500),
-        betas=(0.0, 0.5, 1.0), sweeps=dict(long_window=(1, 3), tau=(0.1,)),
+        chain=dict(items=300, users=500, length=10, clusters=10, successors=3, max_len=10, dim=32, epochs=12, every=6,
+            batch=64, dropout=0.2, seeds=1, tests=500),
+        betas=(0.0, 0.5, 1.0),
+        sweeps=dict(long_window=(1, 3), tau=(0.1,)),
     ),
     gpu=dict(
         workers=8,
         film=dict(max_len=100, dim=64, epochs=80, every=4, batch=64, users=None, dropout=0.5, seeds=5),
         ties=("file", "item"),
-        chain=dict(items=3000, users=5000, length=10, clusters=30, successors=5, max_len=10, dim=64, epochs=40, every=4, batch=256, dropout=0.3, seeds=3, tests=5000),
+        chain=dict(items=3000, users=5000, length=10, clusters=30, successors=5, max_len=10, dim=64, epochs=40, every=4,
+            batch=256, dropout=0.3, seeds=3, tests=5000),
         betas=(0.0, 0.25, 0.5, 0.75, 1.0),
-        sweeps=dict(long_window=(1, 2, 3, 4, 8, 16, 100), alpha=(0.0, 0.25, 0.5, 0.75, 1.0), kd=(0.0, 0.01, 0.1, 1.0), tau=(0.03, 0.05, 0.1, 0.2, 0.5)),
+        sweeps=dict(long_window=(1, 2, 3, 4, 8, 16, 100), alpha=(0.0, 0.25, 0.5, 0.75, 1.0), kd=(0.0, 0.01, 0.1, 1.0),
+            tau=(0.03, 0.05, 0.1, 0.2, 0.5)),
     ),
 )
 
@@ -78,6 +84,7 @@ def tied_share() -> float:
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #d-world-code
 class World(NamedTuple):
     "The generator: what each cluster likes, what follows each item, and how often the chain is followed."
+
     preference: np.ndarray  # (clusters, items), rows sum to 1
     successor: np.ndarray  # (items, successors)
     probability: np.ndarray  # (successors,)
@@ -103,7 +110,8 @@ def sample_world(world: World, users: int, length: int, seed: int) -> np.ndarray
     sums, chain = world.preference.cumsum(1), world.probability.cumsum()
     out = np.empty((users, length), np.int64)
     for t in range(length):
-        liked = np.array([np.searchsorted(sums[c], u * sums[c, -1], side="right") for c, u in zip(cluster, rng.random(users))])
+        liked = np.array(
+            [np.searchsorted(sums[c], u * sums[c, -1], side="right") for c, u in zip(cluster, rng.random(users))])
         steps = np.searchsorted(chain, rng.random(users) * chain[-1], side="right")
         follow = (rng.random(users) < world.beta) & (t > 0)
         out[:, t] = np.where(follow, world.successor[out[:, t - 1], steps] if t else 0, liked)
@@ -113,24 +121,27 @@ def sample_world(world: World, users: int, length: int, seed: int) -> np.ndarray
 def bayes_scores(world: World, sequences: np.ndarray) -> np.ndarray:
     "Probabilities `(users, items)` of the next item for one who knows the world: no ranking does better on average."
     first, rest = sequences[:, 0], sequences[:, 1:]
-    log = np.log(world.preference[:, first].T)                                            # (users, clusters)
+    log = np.log(world.preference[:, first].T)  # (users, clusters)
     for t in range(rest.shape[1]):
         before, now = sequences[:, t], sequences[:, t + 1]
         chain = ((world.successor[before] == now[:, None]) * world.probability).sum(1)
         log += np.log(np.maximum(world.beta * chain[:, None] + (1 - world.beta) * world.preference[:, now].T, 1e-300))
     posterior = np.exp(log - log.max(1, keepdims=True))
     scores = (1 - world.beta) * (posterior / posterior.sum(1, keepdims=True)) @ world.preference
-    np.add.at(scores, (np.arange(len(scores))[:, None], world.successor[sequences[:, -1]]), world.beta * world.probability)
+    np.add.at(
+        scores, (np.arange(len(scores))[:, None], world.successor[sequences[:, -1]]), world.beta * world.probability)
     return scores
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #d-methods
 #: the methods of Table 2 in miniature; "two short" is the control that MQSA has to beat: as many parameters, no long query
-METHODS = {"SASRec": dict(alpha=1.0, kd=0.0), "SASRec + TED": dict(alpha=1.0, kd=0.1), "two short": dict(long_window=1, kd=0.0), "MQSA": dict(kd=0.0), "MQSA-TED": dict(kd=0.1)}
+METHODS = {"SASRec": dict(alpha=1.0, kd=0.0), "SASRec + TED": dict(alpha=1.0, kd=0.1),
+    "two short": dict(long_window=1, kd=0.0), "MQSA": dict(kd=0.0), "MQSA-TED": dict(kd=0.1)}
 MODEL = ("alpha", "long_window")  # options of a method that are the model's; the others are the loss's
 
 
 class Task(NamedTuple):
     "What is to be learnt: a split, the size of the catalogue, and whether items already taken are hidden when ranking."
+
     split: LeaveOneOut
     items: int
     hide: bool
@@ -138,17 +149,19 @@ class Task(NamedTuple):
 
 def ranks_of(task: Task, score: Callable, part: str, device: str = "cpu") -> np.ndarray:
     "Ranks of the validation or test items, `(users,)`; `score(sequences)` gives `(users, items)` for a list of histories."
-    histories = task.split.train if part == "valid" else [np.append(s, v) for s, v in zip(task.split.train, task.split.valid)]
+    histories = (
+        task.split.train if part == "valid" else [np.append(s, v) for s, v in zip(task.split.train, task.split.valid)])
     target, found = torch.as_tensor(getattr(task.split, part)), []
     for i in range(0, len(histories), 512):
-        some = histories[i:i + 512]
+        some = histories[i : i + 512]
         scores = torch.as_tensor(score(some)).to(device)
         hidden = None
         if task.hide:
             hidden = torch.zeros(scores.shape, dtype=torch.bool)
-            hidden[torch.repeat_interleave(torch.arange(len(some)), torch.tensor([len(s) for s in some])), torch.as_tensor(np.concatenate(some))] = True
+            hidden[torch.repeat_interleave(torch.arange(len(some)), torch.tensor([len(s) for s in some])),
+                torch.as_tensor(np.concatenate(some))] = True
             hidden = hidden.to(device)
-        found.append(target_ranks(scores, target[i:i + 512].to(device), hidden).cpu())
+        found.append(target_ranks(scores, target[i : i + 512].to(device), hidden).cpu())
     return torch.cat(found).numpy()
 
 
@@ -157,14 +170,17 @@ def ndcg20(ranks: np.ndarray) -> float:
     return float(hit_rate_ndcg(torch.as_tensor(ranks))[1].mean())
 
 
-def train_method(task: Task, method: dict, *, max_len: int, dim: int, epochs: int, every: int, batch: int, dropout: float, seed: int, device: str = "cpu", lr: float = 1e-3,
-                 decay: float = 1e-4, **_) -> dict:
+def train_method(task: Task, method: dict, *, max_len: int, dim: int, epochs: int, every: int, batch: int,
+        dropout: float, seed: int, device: str = "cpu", lr: float = 1e-3, decay: float = 1e-4, **_) -> dict:
     "Trains a model by the paper's protocol; test ranks `(users,)` of the best epoch, its number, the validation curve, and seconds."
     started, pad = time.perf_counter(), task.items
     torch.manual_seed(seed)
-    model = MQSA(task.items, dim, max_len, dropout=dropout, **{n: x for n, x in method.items() if n in MODEL}).to(device)
-    teacher = transition_teacher(transition_graph(task.split.train, task.items), method.get("tau", 0.1)).to(device) if method["kd"] else None
-    seq, targets = (pad_left([s[cut] for s in task.split.train], max_len, pad).to(device) for cut in (slice(None, -1), slice(1, None)))
+    model = MQSA(task.items, dim, max_len, dropout=dropout, **{n: x for n, x in method.items() if n in MODEL}).to(
+        device)
+    teacher = (transition_teacher(transition_graph(task.split.train, task.items), method.get("tau", 0.1)).to(device)
+        if method["kd"] else None)
+    seq, targets = (pad_left([s[cut] for s in task.split.train], max_len, pad).to(device)
+        for cut in (slice(None, -1), slice(1, None)))
     rows = torch.nonzero((targets != pad).any(1))[:, 0].cpu()
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=decay, fused=device != "cpu")
     g, best = torch.Generator().manual_seed(seed), dict(valid=-1.0)
@@ -201,6 +217,7 @@ def baseline_ranks(task: Task, name: str) -> np.ndarray:
             lo, hi = graph.crow[s[-1]], graph.crow[s[-1] + 1]
             row[graph.col[lo:hi].numpy()] += graph.count[lo:hi].numpy()
         return scores
+
     return ranks_of(task, score, "test")
 
 
@@ -229,11 +246,13 @@ def all_jobs(preset: str, seed: int = 0) -> list[dict]:
     p = PRESETS[check_choice("preset", preset, tuple(PRESETS))]
     runs = lambda part: range(seed, seed + p[part]["seeds"])
     jobs = [dict(experiment="films", ties=t, method=m, run=r) for t in p["ties"] for m in METHODS for r in runs("film")]
-    jobs += [dict(experiment="films", ties=t, method=m, run=seed) for t in p["ties"] for m in ("popularity", "transitions")]
-    jobs += [dict(experiment="chain", beta=b, method=m, run=r) for b in p["betas"] for m in (*METHODS, "transitions", "ceiling") for r in runs("chain")]
+    jobs += [
+        dict(experiment="films", ties=t, method=m, run=seed) for t in p["ties"] for m in ("popularity", "transitions")]
+    jobs += [dict(experiment="chain", beta=b, method=m, run=r) for b in p["betas"]
+        for m in (*METHODS, "transitions", "ceiling") for r in runs("chain")]
     fixed = dict(long_window=3, alpha=0.5, kd=0.1, tau=0.1)
-    jobs += [dict(experiment="sweep", parameter=name, value=x, run=r) for name, values in p["sweeps"].items() for x in values for r in list(runs("film"))[:3]
-             if x != fixed[name] or name == "long_window"]
+    jobs += [dict(experiment="sweep", parameter=name, value=x, run=r) for name, values in p["sweeps"].items()
+        for x in values for r in list(runs("film"))[:3] if x != fixed[name] or name == "long_window"]
     return jobs
 
 
@@ -252,7 +271,8 @@ def run_job(job: dict, preset: str, device: str) -> dict:
     if method in ("popularity", "transitions"):
         ranks = baseline_ranks(task, method)
     elif method == "ceiling":
-        ranks = target_ranks(torch.as_tensor(bayes_scores(world, sequences[:, :-1])), torch.as_tensor(task.split.test)).numpy()
+        ranks = target_ranks(
+            torch.as_tensor(bayes_scores(world, sequences[:, :-1])), torch.as_tensor(task.split.test)).numpy()
     else:
         options = METHODS[method] if method else dict(kd=0.1) | {job["parameter"]: job["value"]}
         found = train_method(task, options, seed=job["run"], device=device, **settings)
@@ -268,7 +288,8 @@ def _in_worker(arguments):
     return run_job(*arguments)
 
 
-def run_all(preset: str = "cpu", device: str = "cpu", *, seed: int = 0, workers: int | None = None, show: Callable[[str], object] = lambda text: None) -> list[dict]:
+def run_all(preset: str = "cpu", device: str = "cpu", *, seed: int = 0, workers: int | None = None,
+        show: Callable[[str], object] = lambda text: None) -> list[dict]:
     """Runs every experiment of a preset and records its rows under `mqsa`: films, chain and sweep. Returns the rows.
 
     `workers`: processes at a time; the preset's number if None, 0 for none. `show` gets a line a row.
@@ -278,10 +299,15 @@ def run_all(preset: str = "cpu", device: str = "cpu", *, seed: int = 0, workers:
     pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers else None
     rows, started = [], time.perf_counter()
     try:
-        for job, fields in zip(jobs, pool.map(_in_worker, arguments) if pool else map(lambda a: run_job(*a), arguments)):
+        for job, fields in zip(
+                jobs, pool.map(_in_worker, arguments) if pool else map(lambda a: run_job(*a), arguments)):
             rest = {k: x for k, x in job.items() if k != "experiment"}
-            rows.append(record("mqsa", job["experiment"], key=(*rest, "size"), preset=preset, seed=job["run"], size=preset, device=device, **rest, **fields))
-            show(f"{time.perf_counter() - started:5.0f} s {' '.join(map(str, job.values()))}: NDCG@20 {fields['ndcg20']:.4f}")
+            rows.append(
+                record("mqsa", job["experiment"], key=(*rest, "size"), preset=preset, seed=job["run"], size=preset,
+                    device=device, **rest, **fields)
+            )
+            show(
+                f"{time.perf_counter() - started:5.0f} s {' '.join(map(str, job.values()))}: NDCG@20 {fields['ndcg20']:.4f}")
     finally:
         if pool:
             pool.shutdown()

@@ -16,6 +16,7 @@ def place_rows(X, b, first, col, T, D: tl.constexpr, BM: tl.constexpr, BD: tl.co
     t, d = first + tl.arange(0, BM), col + tl.arange(0, BD)
     return X + b * T * D + t[:, None] * D + d[None, :], (t < T)[:, None] & (d < D)[None, :]
 
+
 @triton.jit
 def window_band(q, k, start, L):
     "Which keys k lie in the windows of queries q, bool; start: the first place that each query sees."
@@ -23,16 +24,17 @@ def window_band(q, k, start, L):
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #b-mean-forward
 @triton.jit(do_not_specialize=["L"])
-def window_forward(X, START, Y, T, L, tiles, B_STRIDE: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
+def window_forward(X, START, Y, T, L, tiles, B_STRIDE: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+        BD: tl.constexpr, PRECISION: tl.constexpr):
     "Window means of BM places, BD channels. Grid: (batch * tiles, channels / BD). B_STRIDE: are there segments for each sequence, or one for all."
     b, i, col = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles, tl.program_id(1) * BD
     t = i * BM + tl.arange(0, BM)
-    start = tl.load(START + b * T * B_STRIDE + t, mask=t < T, other=T)                    # [BM]
+    start = tl.load(START + b * T * B_STRIDE + t, mask=t < T, other=T)  # [BM]
     low = tl.maximum(tl.min(start, 0), i * BM - L + 1)
     acc = tl.zeros([BM, BD], tl.float32)
     for j in tl.range(tl.maximum(low, 0) // BM, i + 1):
         at, ok = place_rows(X, b, j * BM, col, T, D, BM, BD)
-        x = tl.load(at, mask=ok, other=0.0)                                               # [BM, BD]
+        x = tl.load(at, mask=ok, other=0.0)  # [BM, BD]
         band = window_band(t[:, None], (j * BM + tl.arange(0, BM))[None, :], start[:, None], L)
         acc = tl.dot(band.to(x.dtype), x, acc, input_precision=PRECISION)
     count = tl.maximum(tl.minimum(t - start + 1, L), 1)
@@ -41,20 +43,21 @@ def window_forward(X, START, Y, T, L, tiles, B_STRIDE: tl.constexpr, D: tl.const
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #b-mean-backward
 @triton.jit(do_not_specialize=["L"])
-def window_backward(DY, START, END, DX, T, L, tiles, B_STRIDE: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
+def window_backward(DY, START, END, DX, T, L, tiles, B_STRIDE: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+        BD: tl.constexpr, PRECISION: tl.constexpr):
     "Gradient of BM places from the means' gradients. Grid as forward."
     b, j, col = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles, tl.program_id(1) * BD
     k = j * BM + tl.arange(0, BM)
     end = tl.max(tl.load(END + b * T * B_STRIDE + k, mask=k < T, other=0), 0)
-    high = tl.minimum(tl.minimum(end, T), j * BM + BM - 1 + L)                            # one past the last query
+    high = tl.minimum(tl.minimum(end, T), j * BM + BM - 1 + L)  # one past the last query
     acc = tl.zeros([BM, BD], tl.float32)
     for i in tl.range(j, tl.cdiv(high, BM)):
         t = i * BM + tl.arange(0, BM)
         start = tl.load(START + b * T * B_STRIDE + t, mask=t < T, other=T)
         at, ok = place_rows(DY, b, i * BM, col, T, D, BM, BD)
-        dy = tl.load(at, mask=ok, other=0.0)                                              # [BM, BD]
+        dy = tl.load(at, mask=ok, other=0.0)  # [BM, BD]
         share = (dy / tl.maximum(tl.minimum(t - start + 1, L), 1)[:, None]).to(dy.dtype)
-        band = window_band(t[None, :], k[:, None], start[None, :], L)                     # [keys, queries]
+        band = window_band(t[None, :], k[:, None], start[None, :], L)  # [keys, queries]
         acc = tl.dot(band.to(dy.dtype), share, acc, input_precision=PRECISION)
     at, ok = place_rows(DX, b, j * BM, col, T, D, BM, BD)
     tl.store(at, acc.to(DX.dtype.element_ty), mask=ok)
@@ -67,11 +70,13 @@ def segment_q_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr)
     start = tl.load(ops[0] + b.to(tl.int64) * ints[1] + n, mask=n < ints[0], other=ints[0])
     return i * BM, (n,), (n,), n < ints[0], (n, start)
 
+
 @triton.jit
 def segment_k_step(j, state, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
     "Keys j * BN and on."
     n = j * BN + tl.arange(0, BN)
     return j * BN, (n,), (n,), n < ints[0], (n,)
+
 
 @triton.jit
 def segment_q_tile(i, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
@@ -80,12 +85,14 @@ def segment_q_tile(i, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
     start = tl.load(ops[0] + b.to(tl.int64) * ints[1] + n, mask=n < ints[0], other=ints[0])
     return i * BM, (n,), (n,), n < ints[0], (n, start), (i * BM, tl.min(start, 0), tl.max(start, 0))
 
+
 @triton.jit
 def segment_k_tile(j, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
     "A tile of keys; its state is its first row, and one past the last query that sees any of them."
     n = j * BN + tl.arange(0, BN)
     end = tl.load(ops[1] + b.to(tl.int64) * ints[1] + n, mask=n < ints[0], other=0)
     return j * BN, (n,), (n,), n < ints[0], (n,), (j * BN, tl.max(end, 0))
+
 
 @triton.jit
 def segment_k_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
@@ -96,6 +103,7 @@ def segment_k_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN
     full_hi = tl.minimum(tl.maximum((state[0] + 1) // BN, full_lo), hi)
     return lo, full_lo, full_hi, hi
 
+
 @triton.jit
 def segment_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     "Steps of queries for a tile of keys; each needs its mask."
@@ -103,10 +111,12 @@ def segment_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN
     hi = tl.maximum(tl.cdiv(state[1], BM), lo)
     return lo, hi, hi, hi
 
+
 @triton.jit
 def segment_mask(qpos, kpos, ops, ints, C: tl.constexpr):
     "No key after the query, none before the first that it sees."
     return (kpos[0] <= qpos[0]) & (kpos[0] >= qpos[1])
+
 
 def segment_launch(kernel: str, bits: int, width: int, arch: str, consts) -> Launch:
     "Sequences are short: tiles of 64 by 64, where the engine's own table takes longer ones."
@@ -117,6 +127,8 @@ def segment_launch(kernel: str, bits: int, width: int, arch: str, consts) -> Lau
     return Launch(32, 32, 4, 2) if width <= 128 else Launch(16, 16, 4, 1)
 
 
-SEGMENTS = register_program(TileProgram(
-    "segments", segment_q_tile, segment_k_span, segment_k_step, segment_k_tile, segment_q_span, segment_q_step, mask=segment_mask, consecutive=True, heavy_last=True, launch=segment_launch,
-    q_tiles=lambda ints, consts, BM: -(-ints[0] // BM), k_tiles=lambda ints, consts, BN: -(-ints[0] // BN)))
+SEGMENTS = register_program(
+    TileProgram("segments", segment_q_tile, segment_k_span, segment_k_step, segment_k_tile, segment_q_span,
+        segment_q_step, mask=segment_mask, consecutive=True, heavy_last=True, launch=segment_launch,
+        q_tiles=lambda ints, consts, BM: -(-ints[0] // BM), k_tiles=lambda ints, consts, BN: -(-ints[0] // BN))
+)

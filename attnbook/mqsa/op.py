@@ -19,7 +19,8 @@ from .reference import Segments
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #c-op-mean
 def _no_padding(x: Tensor, T: int) -> Segments:
     "Segments of full sequences, one row for all."
-    return Segments(torch.zeros(1, T, dtype=torch.int32, device=x.device), torch.full((1, T), T, dtype=torch.int32, device=x.device))
+    return Segments(
+        torch.zeros(1, T, dtype=torch.int32, device=x.device), torch.full((1, T), T, dtype=torch.int32, device=x.device))
 
 
 def _plain_mean(x: Tensor, window: int, segments: Segments) -> Tensor:
@@ -28,7 +29,8 @@ def _plain_mean(x: Tensor, window: int, segments: Segments) -> Tensor:
     first = torch.maximum(segments.start, place - window + 1).long()
     count = (place - first + 1).clamp_min(0)
     if min(window, T) <= 16:
-        total = sum(F.pad(x[:, :T - l] * (place[l:] - l >= first[:, l:])[..., None], (0, 0, l, 0)) for l in range(min(window, T)))
+        total = sum(F.pad(x[:, : T - l] * (place[l:] - l >= first[:, l:])[..., None], (0, 0, l, 0))
+            for l in range(min(window, T)))
     else:
         sums = F.pad(x.double().cumsum(1), (0, 0, 1, 0))
         before = first.clamp_max(T)[..., None].expand(len(x), -1, x.shape[2])
@@ -41,7 +43,8 @@ def _mean_plan(x):
     B, T, D = x.shape
     BM, BD = (16, 16) if arch_of(x.device) == "interpreter" else (32, min(64, round_dim(D)))
     tiles = triton.cdiv(T, BM)
-    return (B * tiles, triton.cdiv(D, BD)), tiles, dict(D=D, BM=BM, BD=BD, PRECISION="tf32x3" if x.dtype == torch.float32 else None, num_warps=4)
+    return ((B * tiles, triton.cdiv(D, BD)), tiles,
+        dict(D=D, BM=BM, BD=BD, PRECISION="tf32x3" if x.dtype == torch.float32 else None, num_warps=4))
 
 
 def _run_mean(x, start, end, window, backward):
@@ -60,17 +63,22 @@ def _mean_forward(x: Tensor, start: Tensor, end: Tensor, window: int) -> Tensor:
     x = x.contiguous()
     return through_float32(_run_mean, (x,), start, end, window, False).to(x.dtype) if x.numel() else torch.empty_like(x)
 
+
 def _mean_backward(call):
     "The gradient of x."
     dy = call.grads[0].contiguous()
-    return dict(x=through_float32(_run_mean, (dy,), call.start, call.end, call.window, True).to(dy.dtype) if dy.numel() else torch.zeros_like(dy))
+    return dict(x=through_float32(_run_mean, (dy,), call.start, call.end, call.window, True).to(dy.dtype) if dy.numel()
+        else torch.zeros_like(dy))
+
 
 def _mean_gradients(call):
     "Empty gradients."
     return dict(x=torch.empty(call.grads[0].shape, dtype=call.grads[0].dtype, device=call.grads[0].device))
 
-mean_op = operation("windowed_mean", _mean_forward, like=lambda x, start, end, window: torch.empty(x.shape, dtype=x.dtype, device=x.device), backward=_mean_backward,
-                    gradients_like=_mean_gradients, drop=("x", "outputs"))
+
+mean_op = operation("windowed_mean", _mean_forward,
+    like=lambda x, start, end, window: torch.empty(x.shape, dtype=x.dtype, device=x.device), backward=_mean_backward,
+    gradients_like=_mean_gradients, drop=("x", "outputs"))
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #c-op-mean-public
 def _check_segments(segments, batch: int, T: int, x: Tensor) -> Segments:
@@ -105,15 +113,19 @@ def windowed_mean(
 def plain_causal(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, dropout: float = 0.0) -> Tensor:
     "Causal attention within segments by `scaled_dot_product_attention`, with dropout on the weights; 0 where a query sees no key."
     T, real = q.shape[2], segments.real[:, None, :, None]
-    def attend(lo, first, last):                             # queries first … last - 1, keys lo … last - 1
+
+    def attend(lo, first, last):  # queries first … last - 1, keys lo … last - 1
         place = torch.arange(lo, last, device=q.device)
-        mine = place[first - lo:, None]
-        allowed = (place <= mine) & (place >= segments.start[:, first:last, None]) | (place == mine)   # padding sees itself: no row is empty
-        return F.scaled_dot_product_attention(q[:, :, first:last], k[:, :, lo:last], v[:, :, lo:last], allowed[:, None], dropout, scale=scale)
+        mine = place[first - lo :, None]
+        allowed = (place <= mine) & (place >= segments.start[:, first:last, None]) | (
+            place == mine)  # padding sees itself: no row is empty
+        return F.scaled_dot_product_attention(
+            q[:, :, first:last], k[:, :, lo:last], v[:, :, lo:last], allowed[:, None], dropout, scale=scale)
+
     if len(segments.start) > 1 or T <= 512:
         return torch.where(real, attend(0, 0, T), 0) if T else q
     starts = segments.start[0].tolist()
-    parts = [attend(min(min(starts[i:i + 256]), i), i, min(i + 256, T)) for i in range(0, T, 256)]
+    parts = [attend(min(min(starts[i : i + 256]), i), i, min(i + 256, T)) for i in range(0, T, 256)]
     return torch.where(real, torch.cat(parts, 2), 0)
 
 
@@ -135,7 +147,8 @@ def causal_attention(
     if resolve_backend(backend, q) == "torch":
         return plain_causal(q, k, v, segments, scale)
     T = q.shape[2]
-    return tile_attention(q, k, v, SEGMENTS, operands=segments, ints=(T, T if len(segments.start) > 1 else 0), scale=scale)[0]
+    return tile_attention(
+        q, k, v, SEGMENTS, operands=segments, ints=(T, T if len(segments.start) > 1 else 0), scale=scale)[0]
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #c-op-lq-code
 def lquery_attention(
@@ -157,7 +170,8 @@ def lquery_attention(
     check_divides("num_heads", num_heads, "the width", x.shape[-1])
     segments, dropout = _check_segments(segments, len(x), x.shape[1], x), check_probability("dropout", dropout)
     normal = F.layer_norm(windowed_mean(x, window, segments, backend=backend), x.shape[-1:], *norm, eps)
-    q, k, v = (F.linear(t, *w).unflatten(-1, (num_heads, -1)).transpose(1, 2) for t, w in ((normal, query), (x, key), (x, value)))
+    q, k, v = (F.linear(t, *w).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        for t, w in ((normal, query), (x, key), (x, value)))
     if dropout:
         out = plain_causal(q, k, v, segments, q.shape[-1] ** -0.5, dropout)
     else:

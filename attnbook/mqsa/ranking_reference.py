@@ -19,6 +19,7 @@ from ..checks import check_int
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #c-ranking-code
 class LeaveOneOut(NamedTuple):
     "Training sequences, and of each the next item (validation) and the one after (test)."
+
     train: list[np.ndarray]
     valid: np.ndarray
     test: np.ndarray
@@ -28,7 +29,8 @@ def leave_one_out(sequences: Sequence[np.ndarray]) -> LeaveOneOut:
     "Splits sequences of at least three items each, oldest first. ValueError for a shorter one."
     short = [i for i, s in enumerate(sequences) if len(s) < 3]
     if short:
-        raise ValueError(f"sequences must have at least 3 items each, not {len(sequences[short[0]])} as number {short[0]}")
+        raise ValueError(
+            f"sequences must have at least 3 items each, not {len(sequences[short[0]])} as number {short[0]}")
     last = lambda k: np.array([s[k] for s in sequences], np.int64)
     return LeaveOneOut([np.asarray(s[:-2]) for s in sequences], last(-2), last(-1))
 
@@ -37,7 +39,8 @@ def pad_left(sequences: Sequence[np.ndarray], length: int, pad: int) -> Tensor:
     "The last `length` items of each, `(sequences, length)` int64, with `pad` in front of the shorter ones."
     out = np.full((len(sequences), length), pad, np.int64)
     for row, s in zip(out, sequences):
-        if len(s): row[-min(len(s), length):] = s[-length:]
+        if len(s):
+            row[-min(len(s), length) :] = s[-length:]
     return torch.as_tensor(out)
 
 

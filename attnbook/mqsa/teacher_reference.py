@@ -19,6 +19,7 @@ from ..checks import check_int, check_number
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #a-graph
 class TransitionGraph(NamedTuple):
     "Counts of transitions in compressed rows: item i is followed by `col[crow[i]:crow[i + 1]]`, `count` times each."
+
     crow: Tensor  # (items + 1,) int64
     col: Tensor  # (pairs,) int64, ascending within a row
     count: Tensor  # (pairs,) float64
@@ -46,6 +47,7 @@ class SparseTeacher(NamedTuple):
 
     Row i: `weight[crow[i]:crow[i + 1]]` at columns `col`. Column j: `t_weight[t_crow[j]:t_crow[j + 1]]` at rows `t_row`.
     """
+
     crow: Tensor  # (rows + 1,) int64
     col: Tensor  # (nnz,) int64
     weight: Tensor  # (nnz,) float32

@@ -693,18 +693,18 @@ def test_recbole_restated(backend):
 
 
 def test_recbole_itself():
-    layers = pytest.importorskip("recbole.model.layers")
+    theirs = pytest.importorskip("recbole.model.sequential_recommender.sasrec", exc_type=ImportError)
+    config = dict(n_layers=2, n_heads=2, hidden_size=64, inner_size=256, hidden_dropout_prob=0.5, attn_dropout_prob=0.5,
+        hidden_act="gelu", layer_norm_eps=1e-12, initializer_range=0.3, loss_type="CE", USER_ID_FIELD="user",
+        ITEM_ID_FIELD="item", LIST_SUFFIX="_list", ITEM_LIST_LENGTH_FIELD="length", NEG_PREFIX="neg_",
+        MAX_ITEM_LIST_LENGTH=50, device="cpu")
     torch.manual_seed(0)
-    theirs = layers.TransformerEncoder(
-        n_layers=2, n_heads=2, hidden_size=16, inner_size=32, hidden_act="gelu", layer_norm_eps=1e-12).eval()
-    model = RecBoleSASRec(40, 12, hidden_size=16, inner_size=32, backend="torch")
-    model.trm_encoder.load_state_dict(theirs.state_dict())
-    seq, lengths = torch.randint(1, 40, (3, 12)), torch.tensor([12, 7, 1])
-    seq = seq * (torch.arange(12) < lengths[:, None])
-    x = model.LayerNorm(model.item_embedding(seq) + model.position_embedding.weight)
-    mask = torch.where((seq > 0)[:, None, None] & torch.ones(12, 12).tril().bool(), 0.0, -1e4)
-    want = theirs(x, mask, output_all_encoded_layers=True)[-1][torch.arange(3), lengths - 1]
-    torch.testing.assert_close(model(seq, lengths), want, rtol=1e-4, atol=1e-5)
+    theirs = theirs.SASRec(config, type("Data", (), dict(num=lambda self, field: 1683))()).eval()
+    model = RecBoleSASRec(1683)
+    model.load_state_dict(theirs.state_dict())
+    lengths = torch.tensor([50, 7, 1])
+    seq = torch.randint(1, 1683, (3, 50)) * (torch.arange(50) < lengths[:, None])
+    torch.testing.assert_close(model(seq, lengths), theirs(seq, lengths), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("beta", (0.0, 0.4, 1.0))

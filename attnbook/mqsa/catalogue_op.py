@@ -186,7 +186,7 @@ def _plain_catalogue(hidden, table, index, scale, *teacher):
     step = max(1, CHUNK // max(len(table), 1))
     if len(hidden) <= step:
         return _plain_rows(hidden, table, index, scale, *teacher)
-    parts = [checkpoint(_plain_rows, h, table, i, scale, *teacher, use_reentrant=False)
+    parts = [checkpoint(_plain_rows, h, table, i, scale, *teacher, use_reentrant=False, preserve_rng_state=False)
         for h, i in zip(hidden.split(step), index.split(step))]
     return tuple(torch.cat(x) for x in zip(*parts))
 
@@ -294,7 +294,7 @@ def ted_loss(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    "The distillation loss of Sec. 4.2: scores sqrt(d) / tau * E_i . E_j of the table against the transition teacher. Never items by items in memory."
+    "The distillation loss (step 5): scores sqrt(d) / tau * E_i . E_j of the table against the transition teacher. Never items by items in memory."
     tau = check_number("tau", tau, positive=True)
     check_tensor("table", table, ndim=2)
     check_tensor("heads", heads, dtype="integer")

@@ -29,7 +29,7 @@ def _dense(dim):
 
 
 class LQueryBlock(nn.Module):
-    """A transformer block whose queries are means of the last `window` clicks (Sec. 4.1; step 3): `(B, T, dim)` to the same, 0 on padding.
+    """A transformer block whose queries are means of the last `window` clicks (step 3): `(B, T, dim)` to the same, 0 on padding.
 
     `window=1` is SASRec's block. `dropout` acts after both layers of the feed-forward network, `attention_dropout` (default: the same) on the attention weights. 4 dim + 5 (dim² + dim) parameters.
     """
@@ -74,7 +74,7 @@ class Branch(nn.Module):
 
 
 class MultiQuerySelfAttention(nn.Module):
-    """A short branch (window 1) and a long one side by side, mixed as alpha * short + (1 - alpha) * long (Sec. 4.1, step 4).
+    """A short branch (window 1) and a long one side by side, mixed as alpha * short + (1 - alpha) * long (step 4).
 
     `alpha` 1 has no long branch and is SASRec's stack, 0 has no short one. `(B, T, dim)` to the same.
     """
@@ -100,7 +100,7 @@ class MultiQuerySelfAttention(nn.Module):
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #c-nets-model-code
 class MQSA(nn.Module):
-    """Multi-query self-attention for next-item recommendation (Sec. 4), with `loss(…, teacher=…)` MQSA-TED.
+    """Multi-query self-attention for next-item recommendation, with `loss(…, teacher=…)` MQSA-TED.
 
     Items are 0 … num_items - 1; `num_items` itself is padding, on the left only. `dim` 64, `max_len` 50, `long_window` 3 and `alpha` 0.5 are the official defaults. Embeddings start as N(0, 0.01²).
     """

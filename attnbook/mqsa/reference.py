@@ -56,7 +56,7 @@ def seen(segments: Segments, window: int | None = None) -> Tensor:
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #a-mean
 def windowed_mean_reference(x: Tensor, window: int, segments: Segments) -> Tensor:
-    "Mean of the last `window` clicks at every place (Eq. of Sec. 4.1): x `(B, T, d)` -> the same; 0 on padding. The oracle."
+    "Mean of the last `window` clicks at every place (step 2): x `(B, T, d)` -> the same; 0 on padding. The oracle."
     weights = seen(segments, window).to(x.dtype)
     return weights @ x / weights.sum(-1, keepdim=True).clamp_min(1)
 

@@ -264,13 +264,13 @@ def claims() -> list[Claim]:
     return [
         Claim("MQSA-TED is better than SASRec", "+7.64 % NDCG@20 over the best baseline, mean of 4 data sets [n]",
             "Table 2", _judge_differences, measured=partial(_differences, ("MQSA-TED", "SASRec")), scale=films),
-        Claim("The long query alone helps, and not because there are two branches", "", "Table 3 [n]",
+        Claim("The long query alone helps, and not because there are two branches", "", "Fig. 3 [n]",
             _judge_differences, measured=partial(_differences, ("MQSA", "SASRec"), ("MQSA", "two short")),
             scale=films + "; both intervals above 0"),
-        Claim("The distillation alone helps", "λ = 0 is clearly worse [n]", "Table 3, Fig. 4 [n]", _judge_differences,
+        Claim("The distillation alone helps", "λ = 0 is clearly worse [n]", "Fig. 4 [n]", _judge_differences,
             measured=partial(_differences, ("SASRec + TED", "SASRec"), ("MQSA-TED", "MQSA")),
             scale=films + "; both intervals above 0"),
-        Claim("Long queries serve collaboration, the distillation serves transitions", "", "Sec. 1 and 4",
+        Claim("Long queries serve collaboration, the distillation serves transitions", "", "Fig. 1 and 5 [n]",
             _judge_slopes, measured=_slopes,
             scale="generator; gain at one end of β less gain at the other, intervals over seeds; the long query against two short branches"),
         Claim(

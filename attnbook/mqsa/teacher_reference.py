@@ -76,7 +76,7 @@ def sparse_teacher(crow: Tensor, col: Tensor, weight: Tensor, base: Tensor, num_
 
 
 def transition_teacher(graph: TransitionGraph, tau: float = 0.1) -> SparseTeacher:
-    "The paper's teacher at temperature tau (Eq. 8 and step 6 above), one row for each item. ValueError unless tau > 0."
+    "The paper's teacher at temperature tau (steps 5 and 6), one row for each item. ValueError unless tau > 0."
     tau, items = check_number("tau", tau, positive=True), len(graph.crow) - 1
     rows = torch.repeat_interleave(torch.arange(items), graph.crow.diff())
     most = torch.zeros(items, dtype=torch.float64).scatter_reduce(0, rows, graph.count, "amax")

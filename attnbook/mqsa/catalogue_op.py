@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checks import check_choice, check_int, check_number, check_probability, check_tensor
 from ..engine import arch_of, operation, resolve_backend, row_lists, scatter_rows, triton
-from ..engine.host import autocast, round_dim, through_float32
+from ..engine.host import Plans, autocast, round_dim, through_float32
 from .catalogue_kernels import (
     CATALOGUE_LAUNCH,
     balanced_splits,
@@ -28,8 +28,16 @@ from .catalogue_kernels import (
 from .teacher_reference import SparseTeacher
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #b-op-host
+_LAUNCHES = Plans()
+
+
 def _catalogue_launch(kernel: str, hidden: Tensor, stay: str, N: int, V: int):
-    "Tiles that stay, tiles of a split, splits, and what the kernel is compiled for."
+    "Tiles that stay, tiles of a split, splits, and what the kernel is compiled for; decided once for each size."
+    return _LAUNCHES.find((kernel, hidden.dtype, hidden.device, hidden.shape[1], N, V), _plan_catalogue, kernel, hidden, stay, N, V)
+
+
+def _plan_catalogue(kernel, hidden, stay, N, V):
+    "The same, decided."
     D, arch = hidden.shape[1], arch_of(hidden.device)
     p = CATALOGUE_LAUNCH.find(arch, kernel, 8 * hidden.element_size(), max(64, round_dim(D)))
     rows, items = triton.cdiv(N, p.BM), triton.cdiv(V, p.BN)

@@ -112,7 +112,7 @@ TRAINING = ("ms_fwd", "ms_bwd")  # forward and backward together
 
 
 def _faster(bench: str, peers: tuple[str, ...], field: str | tuple[str, ...], *by: str,
-        ours: tuple[str, ...] = ("ours",), where: Callable = lambda r: True) -> list[Speedup] | None:
+        ours: tuple[str, ...] | None = ("ours",), where: Callable = lambda r: True) -> list[Speedup] | None:
     "How many times faster (or smaller) ours is, by size; None if nothing was measured."
     rows = [r for r in load_results("mqsa", bench, preset="gpu") if where(r)]
     return speedups(rows, *by, field=field, ours=ours, peers=peers) or None

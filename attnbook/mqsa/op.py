@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checks import check_divides, check_int, check_number, check_probability, check_qkv, check_tensor
 from ..engine import arch_of, operation, resolve_backend, tile_attention, triton
-from ..engine.host import round_dim, through_float32
+from ..engine.host import Plans, round_dim, through_float32
 from .kernels import SEGMENTS, window_backward, window_forward
 from .reference import Segments
 
@@ -81,17 +81,32 @@ mean_op = operation("windowed_mean", _mean_forward,
     gradients_like=_mean_gradients, drop=("x", "outputs"))
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #c-op-mean-public
-def _check_segments(segments, batch: int, T: int, x: Tensor) -> Segments:
-    "Segments of these sequences; those of full ones for None."
-    if segments is None:
-        return _no_padding(x, T)
-    if not isinstance(segments, Segments):
+#: what calls decided, by the signature of their tensors
+_DECIDED = Plans()
+
+
+def _parts(segments) -> tuple[Tensor | None, Tensor | None]:
+    "Start and end of segments; None twice for None."
+    if segments is not None and not isinstance(segments, Segments):
         raise TypeError(f"segments must be Segments or None, not {type(segments).__name__}")
-    for name, t in zip(("segments.start", "segments.end"), segments):
-        check_tensor(name, t, dtype=(torch.int32,), ndim=2)
+    return segments or (None, None)
+
+
+def _check_segments(start, end, batch: int, T: int, x: Tensor):
+    "TypeError or ValueError unless these are segments of so many sequences, or None."
+    for name, t in (("segments.start", start), ("segments.end", end)) if start is not None else ():
+        check_tensor(name, t, dtype=(torch.int32,), ndim=2, on=x, of="the input")
         if t.shape not in ((batch, T), (1, T)):
             raise ValueError(f"{name} must be ({batch}, {T}) or (1, {T}), not {tuple(t.shape)}")
-    return Segments(*(t.contiguous() for t in segments))
+
+
+def _decide_mean(x, start, end, *, window, backend):
+    "The checks of `windowed_mean`: the window, whether PyTorch computes it, and segments where none were given."
+    check_tensor("x", x, ndim=3)
+    window = check_int("window", window, least=1)
+    _check_segments(start, end, len(x), x.shape[1], x)
+    full = _no_padding(x, x.shape[1]) if start is None else None
+    return min(window, max(x.shape[1], 1)), resolve_backend(backend, x) == "torch", full
 
 
 def windowed_mean(
@@ -102,12 +117,10 @@ def windowed_mean(
     backend: str = "auto",
 ) -> Tensor:
     "Mean of the last L clicks at every place (step 2), `(B, T, d)` in x's type; early places average what there is, padding gives 0. x must be finite also on padding."
-    check_tensor("x", x, ndim=3)
-    window = check_int("window", window, least=1)
-    segments = _check_segments(segments, len(x), x.shape[1], x)
-    if resolve_backend(backend, x) == "torch":
-        return _plain_mean(x, window, segments)
-    return mean_op(x, *segments, min(window, max(x.shape[1], 1)))
+    start, end = _parts(segments)
+    window, plain, full = _DECIDED.decide(_decide_mean, (x, start, end), dict(window=window, backend=backend))
+    segments = full or Segments(start.contiguous(), end.contiguous())
+    return _plain_mean(x, window, segments) if plain else mean_op(x, *segments, window)
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #c-op-att-code
 def plain_causal(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, dropout: float = 0.0) -> Tensor:
@@ -139,16 +152,24 @@ def causal_attention(
     backend: str = "auto",
 ) -> Tensor:
     "Causal softmax attention within segments, `(B, H, T, head_dim)`: tiles of padding and of other customers are never loaded. Rows without keys give 0."
+    start, end = _parts(segments)
+    scale, plain, full, kept = _DECIDED.decide(_decide_causal, (q, k, v, start, end), dict(scale=scale, backend=backend))
+    segments = full or Segments(start.contiguous(), end.contiguous())
+    if plain:
+        return plain_causal(q, k, v, segments, scale)
+    ints = (q.shape[2], q.shape[2] if len(segments.start) > 1 else 0)
+    return tile_attention(q, k, v, SEGMENTS, operands=segments, ints=ints, scale=scale, kept=kept)[0]
+
+
+def _decide_causal(q, k, v, start, end, *, scale, backend):
+    "The checks of `causal_attention`: the scale, whether PyTorch computes it, segments where none were given, and where the engine keeps its plans."
     check_qkv(q, k, v)
     if not q.shape == k.shape == v.shape:
         raise ValueError(f"q, k and v must have one shape, not {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")
     scale = q.shape[-1] ** -0.5 if scale is None else check_number("scale", scale)
-    segments = _check_segments(segments, len(q), q.shape[2], q)
-    if resolve_backend(backend, q) == "torch":
-        return plain_causal(q, k, v, segments, scale)
-    T = q.shape[2]
-    return tile_attention(
-        q, k, v, SEGMENTS, operands=segments, ints=(T, T if len(segments.start) > 1 else 0), scale=scale)[0]
+    _check_segments(start, end, len(q), q.shape[2], q)
+    full = _no_padding(q, q.shape[2]) if start is None else None
+    return scale, resolve_backend(backend, q) == "torch", full, {} if start is None or start.is_contiguous() and end.is_contiguous() else None
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #c-op-lq-code
 def lquery_attention(
@@ -168,12 +189,13 @@ def lquery_attention(
     "A V + q̂ of step 3, `(B, T, d)`: attention with the mean of the last `window` clicks as query, plus that query. Padding gives 0."
     check_tensor("x", x, ndim=3)
     check_divides("num_heads", num_heads, "the width", x.shape[-1])
-    segments, dropout = _check_segments(segments, len(x), x.shape[1], x), check_probability("dropout", dropout)
+    dropout = check_probability("dropout", dropout)
     normal = F.layer_norm(windowed_mean(x, window, segments, backend=backend), x.shape[-1:], *norm, eps)
     q, k, v = (F.linear(t, *w).unflatten(-1, (num_heads, -1)).transpose(1, 2)
         for t, w in ((normal, query), (x, key), (x, value)))
     if dropout:
-        out = plain_causal(q, k, v, segments, q.shape[-1] ** -0.5, dropout)
+        out = plain_causal(q, k, v, segments or _no_padding(x, x.shape[1]), q.shape[-1] ** -0.5, dropout)
     else:
         out = causal_attention(q, k, v, segments, backend=backend)
-    return torch.where(segments.real[..., None], out.transpose(1, 2).flatten(2) + normal, 0)
+    out = out.transpose(1, 2).flatten(2) + normal
+    return out if segments is None else torch.where(segments.real[..., None], out, 0)

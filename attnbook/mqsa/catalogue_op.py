@@ -99,59 +99,61 @@ def _catalogue_like(hidden, *rest):
     return hidden.new_empty(len(hidden), dtype=torch.float32), hidden.new_empty(len(hidden), dtype=torch.float32)
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #b-op-backward
-def _run_hidden(hidden, table, index, crow, col, weight, base, lse, g, gs, scale):
-    "dh."
+def _run_hidden(hidden, table, index, crow, col, weight, base, lse, g, dlse, scale):
+    "dh, from the gradients of the loss and (or None) of the log-sum-exp."
     (N, D), V, shift = hidden.shape, len(table), 15 if hidden.dtype == torch.float16 else 0
     here, per, splits, consts = _catalogue_launch("hidden", hidden, "rows", N, V)
     part, dh = hidden.new_empty(splits, N, D, dtype=torch.float32), torch.empty_like(hidden)
     catalogue_hidden[(here * splits,)](hidden, table, lse, part, N, V, scale * LOG2E, per, here, SHIFT=shift, **consts)
-    hidden_finish[(N,)](table, index, crow, col, weight, base, _sum_of_items(table, crow), part, g, gs, dh, N,
+    hidden_finish[(N,)](table, index, crow, col, weight, base, _sum_of_items(table, crow), part, g, dlse, dh, N,
         _rows_of_teacher(table, crow), splits, scale, 2.0**-shift, **_small(D))
     return dh
 
 
 def _target_rows(hidden, table, index, crow, base, t_crow, t_row, t_weight, g):
     "Which rows of which matrix each item takes away from its gradient, and what all items take away."
-    source = hidden.float() * g[:, None]
+    valid = (index >= 0) & (index < _rows_of_teacher(table, crow))
+    index, source = torch.where(valid, index, -1)[None, None], hidden.float() * torch.where(valid, g, 0)[:, None]
     if crow is not None:  # rows that share a teacher's row are summed first
-        source = scatter_rows(source[None, None], index[None, None], len(crow) - 1)[0, 0]
+        source = scatter_rows(source[None, None], index, len(crow) - 1)[0, 0]
         return source, base @ source, t_crow, t_row, t_weight
-    t_row, t_crow = (x[0, 0] for x in row_lists(index[None, None], len(table)))
+    t_row, t_crow = (x[0, 0] for x in row_lists(index, len(table)))
     return source, None, t_crow, t_row, None
 
 
-def _run_table(hidden, table, index, crow, base, t_crow, t_row, t_weight, lse, g, gs, scale):
-    "dE."
-    (N, D), V, shift = hidden.shape, len(table), 15 if hidden.dtype == torch.float16 else 0
-    norm = gs.abs().amax().clamp_min(1e-30)
-    scaled = (hidden.float() * (gs / norm)[:, None]).to(hidden.dtype)
+def _run_table(hidden, table, index, crow, base, t_crow, t_row, t_weight, lse, g, dlse, scale):
+    "dE. Targets are subtracted within the tiles where they are hard and nothing else has a gradient."
+    (N, D), V, shift, norm = hidden.shape, len(table), 0, None
+    hard, R = crow is None and dlse is None, _rows_of_teacher(table, crow)
+    if hidden.dtype == torch.float16:
+        shift, norm = 15, (g.abs() if dlse is None else g.abs() + dlse.abs()).amax().clamp_min(1e-30)
     here, per, splits, consts = _catalogue_launch("table", hidden, "items", N, V)
     part, de = hidden.new_empty(splits, V, D, dtype=torch.float32), torch.empty_like(table)
-    catalogue_table[(here * splits,)](
-        hidden, scaled, table, lse, part, N, V, scale * LOG2E, per, here, SHIFT=shift, **consts)
-    source, const, t_crow, t_row, t_weight = _target_rows(hidden, table, index, crow, base, t_crow, t_row, t_weight, g)
-    table_finish[(V,)](
-        t_crow, t_row, t_weight, source, const, part, norm, de, V, splits, scale, 2.0**-shift, **_small(D))
+    catalogue_table[(here * splits,)](hidden, index, g, dlse, norm, table, lse, part, N, R, V, scale * LOG2E, per, here,
+        HARD=hard, SHIFT=shift, ONE=2.0**shift, **consts)
+    taken = (None,) * 5
+    if not hard:
+        source, const, *lists = _target_rows(hidden, table, index, crow, base, t_crow, t_row, t_weight, g)
+        taken = (*lists, source, const)
+    table_finish[(V,)](*taken, part, norm, de, V, splits, scale, 2.0**-shift, **_small(D))
     return de
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #b-op-declare
 def _catalogue_backward(call):
     "Gradients of the rows and of the table."
-    lse, valid = call.outputs[1], (call.index >= 0) & (call.index < _rows_of_teacher(call.table, call.crow))
-    dloss, dlse = call.grads
-    g = torch.zeros_like(lse) if dloss is None else torch.where(valid, dloss, 0)
-    gs = g if dlse is None else g + dlse
-    found = {}
+    hidden, table, lse = call.hidden.contiguous(), call.table.contiguous(), call.outputs[1]
     if len(lse) == 0:
-        return dict(hidden=torch.zeros_like(call.hidden), table=torch.zeros_like(call.table))
-    hidden, table = call.hidden.contiguous(), call.table.contiguous()
+        return dict(hidden=torch.zeros_like(hidden), table=torch.zeros_like(table))
+    g, dlse = (t if t is None else t.contiguous() for t in call.grads)
+    g = torch.zeros_like(lse) if g is None else g
+    found = {}
     if call.needs["hidden"]:
-        run = lambda h, e: _run_hidden(h, e, call.index, call.crow, call.col, call.weight, call.base, lse,
-            g.contiguous(), gs.contiguous(), call.scale)
+        run = lambda h, e: _run_hidden(
+            h, e, call.index, call.crow, call.col, call.weight, call.base, lse, g, dlse, call.scale)
         found["hidden"] = through_float32(run, (hidden, table)).to(hidden.dtype)
     if call.needs["table"]:
         run = lambda h, e: _run_table(
-            h, e, call.index, call.crow, call.base, call.t_crow, call.t_row, call.t_weight, lse, g, gs, call.scale)
+            h, e, call.index, call.crow, call.base, call.t_crow, call.t_row, call.t_weight, lse, g, dlse, call.scale)
         found["table"] = through_float32(run, (hidden, table)).to(table.dtype)
     return found
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'Difference', 'bootstrap_difference', 'best_rows', 'gains', 'film_difference', 'chain_scores', 'chain_gain',
-           'FIXED', 'sweep_scores', 'seen_mass', 'GROUPS', 'TRAINING']
+           'sweep_scores', 'seen_mass', 'GROUPS', 'TRAINING']
 
 # %% auto #imports
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from ..lab.claims import grade
 from ..lab.results import load_results, newest_device
 from ..lab.stats import Speedup, by_seed, paired, speedups
 from ..layers import count_parameters
-from .experiments_study import film_task
+from .experiments_study import SHARED, film_task
 from .nets import MQSA
 from .ranking_reference import hit_rate_ndcg
 from .teacher_reference import transition_graph, transition_teacher
@@ -80,17 +80,16 @@ def chain_gain(method: str, beta: float, base: str = "SASRec") -> dict[int, floa
     return {r: a[r] - b[r] for r in a if r in b}
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #d-sweep-code
-FIXED = dict(long_window=3, alpha=0.5, kd=0.1, tau=0.1)
-
-
 def sweep_scores(parameter: str) -> dict[float, dict[int, float]]:
-    "Value -> run -> NDCG@20 of MQSA-TED with one setting changed; the default's comes from the films where it has no runs of its own."
+    "Value -> run -> NDCG@20 of MQSA-TED with one setting changed; what the films have trained anyway comes from there, the same runs."
     rows = best_rows("sweep", parameter=parameter)
-    found = {x: by_seed(rows, "ndcg20", value=x) for x in sorted({r["value"] for r in rows})}
-    if found and FIXED[parameter] not in found:
-        runs = {r["run"] for r in rows}
-        size = [r for r in best_rows("films", ties="file") if r["size"] == rows[0]["size"]]
-        found[FIXED[parameter]] = {s: x for s, x in by_seed(size, "ndcg20", method="MQSA-TED").items() if s in runs}
+    if not rows:
+        return {}
+    found, runs = {x: by_seed(rows, "ndcg20", value=x) for x in {r["value"] for r in rows}}, {r["run"] for r in rows}
+    films = [r for r in best_rows("films", ties="file") if r["size"] == rows[0]["size"]]
+    for (name, x), method in SHARED.items():
+        if name == parameter:
+            found[x] = {r: y for r, y in by_seed(films, "ndcg20", method=method).items() if r in runs}
     return {x: found[x] for x in sorted(found) if found[x]}
 
 

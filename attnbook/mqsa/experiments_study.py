@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'TIES', 'FILMS', 'film_sequences', 'tied_share', 'World', 'make_world', 'sample_world', 'bayes_scores',
            'METHODS', 'MODEL', 'Task', 'ranks_of', 'ndcg20', 'train_method', 'baseline_ranks', 'pair_frequency',
-           'film_task', 'chain_task', 'all_jobs', 'run_job', 'run_all']
+           'film_task', 'chain_task', 'SHARED', 'all_jobs', 'run_job', 'run_all']
 
 # %% auto #imports
 import time
@@ -47,13 +47,12 @@ PRESETS = dict(
     ),
     gpu=dict(
         workers=12,
-        film=dict(max_len=100, dim=64, epochs=80, every=4, batch=64, users=None, dropout=0.5, seeds=5),
+        film=dict(max_len=100, dim=64, epochs=50, every=5, batch=64, users=None, dropout=0.3, lr=2e-3, seeds=5),
         ties=("file", "item"),
-        chain=dict(items=3000, users=5000, length=10, clusters=30, successors=5, max_len=10, dim=64, epochs=40, every=4,
-            batch=256, dropout=0.3, seeds=3),
-        betas=(0.0, 0.25, 0.5, 0.75, 1.0),
-        sweeps=dict(long_window=(1, 2, 3, 4, 8, 16, 100), alpha=(0.0, 0.25, 0.5, 0.75, 1.0), kd=(0.0, 0.01, 0.1, 1.0),
-            tau=(0.03, 0.05, 0.1, 0.2, 0.5)),
+        chain=dict(items=3000, users=5000, length=10, clusters=30, successors=5, max_len=10, dim=64, epochs=30, every=5,
+            batch=256, dropout=0.3, lr=2e-3, seeds=3),
+        betas=(0.0, 0.5, 1.0),
+        sweeps=dict(long_window=(1, 2, 4, 8, 100), alpha=(0.0, 0.25, 0.75), kd=(0.01, 1.0), tau=(0.05, 0.2, 0.5)),
     ),
 )
 
@@ -241,18 +240,30 @@ def chain_task(settings: dict, beta: float, run: int) -> tuple[Task, World, np.n
     return Task(leave_one_out(list(sequences)), settings["items"], False), world, sequences
 
 
+#: settings of the sweeps that another experiment trains anyway: (parameter, value) -> method of the films
+SHARED = {("long_window", 3): "MQSA-TED", ("alpha", 0.5): "MQSA-TED", ("kd", 0.1): "MQSA-TED", ("tau", 0.1): "MQSA-TED",
+    ("kd", 0.0): "MQSA", ("alpha", 1.0): "SASRec + TED"}
+
+
 def all_jobs(preset: str, seed: int = 0) -> list[dict]:
-    "The jobs of a preset, each a dict with its experiment, method, run and what else tells it apart."
+    """The jobs of a preset, each a dict with its experiment, method, run and what else tells it apart; what the claims need most comes first.
+
+    The second order of ties gets three methods and at most two seeds, the sweeps at most two.
+    """
     p = PRESETS[check_choice("preset", preset, tuple(PRESETS))]
-    runs = lambda part: range(seed, seed + p[part]["seeds"])
-    jobs = [dict(experiment="films", ties=t, method=m, run=r) for t in p["ties"] for m in METHODS for r in runs("film")]
-    jobs += [
-        dict(experiment="films", ties=t, method=m, run=seed) for t in p["ties"] for m in ("popularity", "transitions")]
-    jobs += [dict(experiment="chain", beta=b, method=m, run=r) for b in p["betas"]
-        for m in (*METHODS, "transitions", "ceiling") for r in runs("chain")]
-    fixed = dict(long_window=3, alpha=0.5, kd=0.1, tau=0.1)
-    jobs += [dict(experiment="sweep", parameter=name, value=x, run=r) for name, values in p["sweeps"].items()
-        for x in values for r in list(runs("film"))[:3] if x != fixed[name] or name == "long_window"]
+    runs = lambda part, most=99: range(seed, seed + min(p[part]["seeds"], most))
+
+    def films(ties, methods, most):
+        jobs = [dict(experiment="films", ties=ties, method=m, run=r) for r in runs("film", most) for m in methods]
+        return jobs + [dict(experiment="films", ties=ties, method=m, run=seed) for m in ("popularity", "transitions")]
+
+    jobs = films(p["ties"][0], METHODS, 99)
+    jobs += [dict(experiment="chain", beta=b, method=m, run=r) for r in runs("chain") for b in p["betas"]
+        for m in (*METHODS, "transitions", "ceiling")]
+    jobs += [dict(experiment="sweep", parameter=name, value=x, run=r) for r in runs("film", 2)
+        for name, values in p["sweeps"].items() for x in values if (name, x) not in SHARED]
+    for ties in p["ties"][1:]:
+        jobs += films(ties, [m for m in ("SASRec", "SASRec + TED", "MQSA-TED") if m in METHODS], 2)
     return jobs
 
 

@@ -128,7 +128,7 @@ def segment_launch(kernel: str, bits: int, width: int, arch: str, consts) -> Lau
 
 
 SEGMENTS = register_program(
-    TileProgram("segments", segment_q_tile, segment_k_span, segment_k_step, segment_k_tile, segment_q_span,
+    TileProgram("mqsa segments", segment_q_tile, segment_k_span, segment_k_step, segment_k_tile, segment_q_span,
         segment_q_step, mask=segment_mask, consecutive=True, heavy_last=True, launch=segment_launch,
         q_tiles=lambda ints, consts, BM: -(-ints[0] // BM), k_tiles=lambda ints, consts, BN: -(-ints[0] // BN))
 )

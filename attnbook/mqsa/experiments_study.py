@@ -39,9 +39,9 @@ PRESETS = dict(
     ),
     cpu=dict(
         workers=0,
-        film=dict(max_len=20, dim=32, epochs=5, every=5, batch=64, users=None, dropout=0.2, seeds=1),
+        film=dict(max_len=20, dim=32, epochs=4, every=4, batch=64, users=None, dropout=0.2, seeds=1),
         ties=("file",),
-        chain=dict(items=200, users=400, length=10, clusters=10, successors=3, max_len=10, dim=32, epochs=10, every=5,
+        chain=dict(items=200, users=400, length=10, clusters=10, successors=3, max_len=10, dim=32, epochs=8, every=4,
             batch=32, dropout=0.2, seeds=1),
         betas=(0.0, 0.5, 1.0),
         sweeps=dict(long_window=(1, 3)),

@@ -89,6 +89,11 @@ from attnbook.layers import count_parameters
 
 BACKENDS = ("torch", "triton")
 
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch):
+    "On a GPU convolutions of float32 are in tf32 unless one says no."
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
 def maps(*shapes, dtype=torch.float32, seed=0):
     "A seeded tensor of each shape, on the device under test."
     g = torch.Generator().manual_seed(seed)
@@ -226,7 +231,7 @@ def test_registered_gate_and_local():
     check_opcheck(torch.ops.attnbook.hyperzzw_gate, (k, q, bias))
     check_opcheck(torch.ops.attnbook.hyperzzw_local, (k, w))
 
-def test_partial_sums_do_not_depend_on_how_many(monkeypatch):
+def test_partial_sums_do_not_depend_on_how_many():
     "One sample to a program or all to one: the same gradients of the kernel, up to the order of a sum."
     run, inputs = product_of("standardized")
     found = []

@@ -17,7 +17,7 @@ from ..engine import LaunchTable, arch_of, tl, triton
 from ..engine.host import BoundLaunch, round_dim
 from .reference import EPS
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #76be2833
+# %% ../../nbs/5_vision/hyperzzw.ipynb #c3069fa1
 @triton.jit
 def load_map(X, at, S: tl.constexpr, P: tl.constexpr):
     "The map of S x S numbers that begins at `at`, padded with zeros: [P, P]."
@@ -56,7 +56,7 @@ def standardized_gradient(d, hat, scale, S: tl.constexpr):
     "Gradient of x from that of IS(x); d must be 0 beyond the map. What it says there is not stored."
     return (d - map_mean(d, S) - hat * map_mean(d * hat, S)) * scale
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #011c6916
+# %% ../../nbs/5_vision/hyperzzw.ipynb #5b6b2dff
 @triton.jit
 def pick(TS, m, M: tl.constexpr):
     "TS[m] for a number m that the compiler does not know."
@@ -105,7 +105,7 @@ def product_forward(X, KERNEL, VS, OUTS, FACTORS, B, C, share, S: tl.constexpr, 
                 forward_step(a, VS[m], OUTS[m], FACTORS[m], at, STANDARD >> m & 1, KEEP >> m & 1, S, P, EPS, PRECISION)
         at += C * (S * S)
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #99d682ad
+# %% ../../nbs/5_vision/hyperzzw.ipynb #e1a3ae0b
 @triton.jit
 def backward_step(a, da, V, GRAD, KEPT, DV, at, standard, keep, S: tl.constexpr, P: tl.constexpr, EPS: tl.constexpr,
                   PRECISION: tl.constexpr):
@@ -153,7 +153,7 @@ def product_backward(X, KERNEL, VS, GRADS, KEPT, DX, DK, DVS, B, C, share, S: tl
     if not OWN:
         store_map(DK, (part.to(tl.int64) * C + c) * (S * S), dk, S, P)
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #fcab8e58
+# %% ../../nbs/5_vision/hyperzzw.ipynb #05276b3b
 @triton.jit
 def gate_forward(K, Q, BIAS, OUT, n, share, S: tl.constexpr, P: tl.constexpr, EPS: tl.constexpr):
     "OUT = GELU(IS(K * Q)) + BIAS for maps `program * share` … of n. Grid: shares."
@@ -185,7 +185,7 @@ def gate_backward(K, Q, GRAD, DK, DQ, PARTS, n, share, S: tl.constexpr, P: tl.co
         at += S * S
     store_map(PARTS + tl.program_id(0).to(tl.int64) * (S * S), 0, total, S, P)
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #7a81e748
+# %% ../../nbs/5_vision/hyperzzw.ipynb #afb98b32
 class MapLaunch(NamedTuple):
     "How a kernel that takes whole maps is launched."
     programs: int  # about how many, if there are that many maps

@@ -16,7 +16,7 @@ from ..engine import LaunchTable, arch_of, tl, triton
 from ..engine.host import BoundLaunch, round_dim
 from .global_kernels import float32_products
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #4a90a050
+# %% ../../nbs/5_vision/hyperzzw.ipynb #54dee423
 @triton.jit
 def toeplitz(WEIGHT, at, u, K: tl.constexpr, SIGN: tl.constexpr, P: tl.constexpr):
     "Row u of the kernel at `at` as a matrix: [j', j] = w[u, K // 2 + SIGN (j' - j)], 0 where there is no such weight."
@@ -60,7 +60,7 @@ def local_forward(X, WEIGHT, Y, rows, step, H: tl.constexpr, W: tl.constexpr, K:
     at = ((r // H).to(tl.int64) * step + group) * (H * W) + r % H * W
     tl.store(Y + at[:, None] + j, acc.to(Y.dtype.element_ty), mask=(r < rows)[:, None] & (j < W))
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #ea7498e0
+# %% ../../nbs/5_vision/hyperzzw.ipynb #3915225a
 @triton.jit
 def local_weights(X, GRAD, PARTS, rows, step, share, groups, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
                   GU: tl.constexpr, BM: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr):
@@ -84,7 +84,7 @@ def local_weights(X, GRAD, PARTS, rows, step, share, groups, H: tl.constexpr, W:
             w = tl.sum(tl.sum(tl.where(offset == t - K // 2, sums[q], 0.0), 1), 0)
             tl.store(PARTS + (u0 + q) * K + t, w, mask=u0 + q < K)
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #d5690464
+# %% ../../nbs/5_vision/hyperzzw.ipynb #bbff3735
 class LocalLaunch(NamedTuple):
     "How the local kernels are launched."
     rows: int  # of a tile, at most

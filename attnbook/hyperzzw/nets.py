@@ -20,7 +20,7 @@ from .op import hyperzzw_gate, hyperzzw_global, hyperzzw_local
 from .reference import EPS, hyperzzw_score, instance_standardize
 from .slow_nets import ContextSlowNet, SlowNet, _resized
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #a7075050
+# %% ../../nbs/5_vision/hyperzzw.ipynb #120f4844
 class RGU(nn.Module):
     """Recursive gated unit on maps `(batch, channels, S, S)`: four 1x1 convolutions, a standardized product, a learned image.
 
@@ -36,7 +36,7 @@ class RGU(nn.Module):
         image = _resized(self.image, x.shape[2:])[None, None]
         return self.y(hyperzzw_gate(k, self.q(v), image, backend=self.backend))
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #4f038b55
+# %% ../../nbs/5_vision/hyperzzw.ipynb #0eca7bcb
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     "Variance and mean of each sample and channel, `(B, C)`, in float32 at least."
     return torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), (2, 3), correction=0)
@@ -89,7 +89,7 @@ class GIBS(nn.Module):
         mean, var = torch.where(self.even, of, mean), torch.where(self.even, over, var)
         return ((x - mean[..., None, None]) * (var + EPS).rsqrt()[..., None, None]).to(x.dtype)
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #106604b2
+# %% ../../nbs/5_vision/hyperzzw.ipynb #50f05abd
 class LocalBranch(nn.Module):
     "GELU(BS(W(kernel(context) * x))) + b: a depth-wise convolution with written kernels, a 1x1 convolution. Source: Sec. 3.4."
     def __init__(self, channels: int, kernel_size: int, omega_0: float | None, context: str, running: bool,
@@ -180,7 +180,7 @@ class SFNEBlock(nn.Module):
         y = self.dropout(y + self.bias.to(y.dtype))
         return (y, kernel) if return_kernel else y
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #b08da1d1
+# %% ../../nbs/5_vision/hyperzzw.ipynb #b8a411b8
 #: block -> the earlier blocks whose outputs it also gets (code)
 SKIPS = {2: (0,), 3: (1,), 4: (2, 1)}
 
@@ -229,7 +229,7 @@ def terminator_cifar(num_classes: int = 10, **options: Any) -> Terminator:
     "The network of the CIFAR experiments, untrained: 1,336,855 parameters for 10 classes. `options`: those of `Terminator`."
     return Terminator(num_classes=num_classes, **options)
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #08bd4377
+# %% ../../nbs/5_vision/hyperzzw.ipynb #48a56313
 #: parameters of the CIFAR network with 10 classes by part, of a second implementation
 PUBLISHED_PARTS = {
     "bottleneck": 645_456, "RGU": 231_328, "local slow nets": 182_240, "local mixers": 110_564,
@@ -253,7 +253,7 @@ def is_slow(name: str) -> bool:
     parts = "global_kernel", "channel_kernel", "hyper_space", "hyper_channel", ".kernel."
     return any(p in name for p in parts) and not any(p in name for p in (".reduce.", ".embed.", ".gates."))
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #184ec5f9
+# %% ../../nbs/5_vision/hyperzzw.ipynb #b9e0a727
 def slow_neural_loss(kernels: Sequence[Tensor]) -> Tensor:
     """Sum over pairs of the mean squared difference of hyper-kernels `(1, C_i, S, S)`, the earlier one tiled along the channels
     of the later one. 0 for one kernel. ValueError unless channels divide. Source: Sec. 3, local feedback error."""
@@ -288,7 +288,7 @@ def terminator_loss(
         loss = loss + penalty * (norms[0] + 1e-6 * norms[1])
     return loss
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #a8bc851f
+# %% ../../nbs/5_vision/hyperzzw.ipynb #e328e5be
 class Kar3(torch.optim.Optimizer):
     """Steps by the signs of the gradient and of its two moving averages of the time before; no weight decay.
 

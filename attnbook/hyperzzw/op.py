@@ -19,7 +19,7 @@ from .global_kernels import MOST_PRODUCT, MOST_SIDE, gate_launch, product_launch
 from .local_kernels import local_launch, local_weights_launch
 from .reference import hyperzzw_gate_reference, hyperzzw_global_reference, hyperzzw_local_reference
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #780466a2
+# %% ../../nbs/5_vision/hyperzzw.ipynb #17a9b77f
 _LAUNCHES = Plans()
 
 
@@ -46,7 +46,7 @@ def _own(kernel: Tensor, x: Tensor) -> bool:
     "Has every sample a kernel of its own?"
     return kernel.shape[0] == x.shape[0] > 1
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #2fb4aed5
+# %% ../../nbs/5_vision/hyperzzw.ipynb #30881f6e
 def _product_forward(x: Tensor, kernel: Tensor, v: list[Tensor], standard: int, keep: int) -> list[Tensor]:
     M, kept = len(v), _set(keep, len(v))
 
@@ -92,7 +92,7 @@ def _product_gradients(call):
 product_op = operation("hyperzzw_product", _product_forward, like=_product_like, backward=_product_backward,
                        gradients_like=_product_gradients, drop=("outputs",))
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #12f94e25
+# %% ../../nbs/5_vision/hyperzzw.ipynb #d959875e
 def _gate_forward(k: Tensor, q: Tensor, bias: Tensor) -> Tensor:
     def run(k, q, bias):
         out = _tensor_like(k)
@@ -122,7 +122,7 @@ def _gate_gradients(call):
 gate_op = operation("hyperzzw_gate", _gate_forward, like=lambda k, q, bias: _tensor_like(k), backward=_gate_backward,
                     gradients_like=_gate_gradients, drop=(0,))
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #6de93816
+# %% ../../nbs/5_vision/hyperzzw.ipynb #5ad01de6
 def _local_launch(kind, x, weight):
     "For `_launch`: by the name of what is computed."
     return local_weights_launch(x, weight) if kind == "weights" else local_launch(x, weight, 1 if kind == "forward" else -1)
@@ -156,7 +156,7 @@ def _local_backward(call):
 local_op = operation("hyperzzw_local", _local_forward, like=lambda x, weight: _tensor_like(x), backward=_local_backward,
                      gradients_like=lambda call: {n: _tensor_like(getattr(call, n)) for n in ("x", "weight")}, drop=(0,))
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #64a65c3d
+# %% ../../nbs/5_vision/hyperzzw.ipynb #d638f9c0
 _CHECKED = Plans()
 
 
@@ -218,7 +218,7 @@ def _decide_gate(k, q, bias, *, backend):
     check_tensor("bias", bias, on=k, of="k", shape=(1, 1, *k.shape[2:]))
     return _chosen(backend, k, MOST_SIDE)
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #8b6c3923
+# %% ../../nbs/5_vision/hyperzzw.ipynb #2618de32
 def hyperzzw_global(
     x: Tensor, kernel: Tensor, v: Tensor | Sequence[Tensor], *, standardize: bool | Sequence[bool] = False,
     return_factors: bool = False, backend: str = "auto",
@@ -256,7 +256,7 @@ def hyperzzw_global(
     pack = lambda ts: ts[0] if single else ts
     return (pack(outs), pack(factors)) if return_factors else pack(outs)
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #18dcd602
+# %% ../../nbs/5_vision/hyperzzw.ipynb #2b287bcd
 def hyperzzw_local(x: Tensor, weight: Tensor, *, padding: str = "same", backend: str = "auto") -> Tensor:
     """The local HyperZ·Z·W operator: x `(batch, channels, H, W)` convolved depth-wise with weight `(channels, 1, k, k)`,
     or with weight `(batch, channels, 1, k, k)`, a kernel for each image. k is odd and at most the map; stride 1.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checks import check_int
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #25de91af
+# %% ../../nbs/5_vision/hyperzzw.ipynb #d5a54974
 def hyper_kernel_coords(*sizes: int, device: torch.device | str | None = None) -> Tensor:
     """Coordinates of a regular grid from -1 to 1 on each axis, both ends included: `(*sizes, axes)`, float32.
 
@@ -24,12 +24,12 @@ def hyper_kernel_coords(*sizes: int, device: torch.device | str | None = None) -
     axes = [torch.linspace(-1, 1, check_int(f"sizes[{i}]", n, least=1), device=device) for i, n in enumerate(sizes)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #2d66c0ce
+# %% ../../nbs/5_vision/hyperzzw.ipynb #ba580e19
 def aliasing_omega(size: int, axes: int = 2) -> float:
     "The `omega_0` at which a slow network's mean first frequency reaches what a grid of `size` points can hold."
     return (check_int("size", size, least=1) - 1) * check_int("axes", axes, least=1) ** 0.5 / 12
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #a1afdda1
+# %% ../../nbs/5_vision/hyperzzw.ipynb #8652bfc7
 EPS = 1e-5  # of all standardizations
 
 
@@ -39,7 +39,7 @@ def instance_standardize(x: Tensor) -> Tensor:
     var, mean = torch.var_mean(real, (-2, -1), correction=0, keepdim=True)
     return ((real - mean) * (var + EPS).rsqrt()).to(x.dtype)
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #f89cf957
+# %% ../../nbs/5_vision/hyperzzw.ipynb #00591721
 def hyperzzw_global_reference(
     x: Tensor, kernel: Tensor, v: Tensor | Sequence[Tensor], *, standardize: bool | Sequence[bool] = False,
     return_factors: bool = False,
@@ -63,7 +63,7 @@ def hyperzzw_local_reference(x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, padding=k // 2, groups=C)
     return F.conv2d(x.flatten(0, 1)[None], weight.flatten(0, 1), padding=k // 2, groups=B * C)[0].unflatten(0, (B, C))
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #e057367d
+# %% ../../nbs/5_vision/hyperzzw.ipynb #8eadf4cb
 def hyperzzw_gate_reference(k: Tensor, q: Tensor, bias: Tensor) -> Tensor:
     "GELU(IS(k * q)) + bias in plain PyTorch; arguments of `hyperzzw_gate`."
     real = torch.promote_types(k.dtype, torch.float32)
@@ -74,7 +74,7 @@ def hyperzzw_score(x: Tensor, kernel: Tensor) -> Tensor:
     "The score `kernel * x * x` (\"2E\", two elementwise products), shapes as they broadcast. Source: Sec. 3."
     return kernel * x * x
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #28b40d9a
+# %% ../../nbs/5_vision/hyperzzw.ipynb #2ccb2eb5
 def global_cost(
     batch: int, channels: int, side: int, factors: int = 1, *, keep: int = 0, element_size: int = 2,
 ) -> dict[str, int]:

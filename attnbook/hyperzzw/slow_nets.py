@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_int, check_number
 from .reference import aliasing_omega, hyper_kernel_coords
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #261c591d
+# %% ../../nbs/5_vision/hyperzzw.ipynb #13cf3fd5
 def _sine_layers(axes: int, hidden: int, layers: int, omega_0: float) -> nn.ModuleList:
     "W_i and b_i of the layers 0 to `layers`, from coordinates to hidden units."
     found = nn.ModuleList()
@@ -62,7 +62,7 @@ def _default_omega(omega_0, sizes):
         return aliasing_omega(max(sizes), len(sizes)) / 2 or 1.0
     return check_number("omega_0", omega_0, positive=True)
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #f27b3bc7
+# %% ../../nbs/5_vision/hyperzzw.ipynb #bb03253a
 class SlowNet(nn.Module):
     """A network of multiplied sines that writes a hyper-kernel: `forward(sizes)` -> `(1, out_channels, *sizes)`, float32.
 
@@ -103,7 +103,7 @@ class SlowNet(nn.Module):
     def extra_repr(self):
         return f"sizes={self.sizes}, out_channels={self.out_channels}, omega_0={self.omega_0:.4g}"
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #57acb1dd
+# %% ../../nbs/5_vision/hyperzzw.ipynb #d35d90c8
 def s_renormalize(h: Tensor, alpha: float = 1.0, beta: float = 0.1, dim: int = -2) -> Tensor:
     "alpha * sg(h) + beta * h / ‖h‖, the norm over axis `dim`, sg the stop-gradient. Source: Sec. 3, S-renormalization."
     return alpha * h.detach() + beta * F.normalize(h, dim=dim)
@@ -151,7 +151,7 @@ class ContextSlowNet(nn.Module):
     def extra_repr(self):
         return f"channels={self.channels}, kernel_size={self.kernel_size}, omega_0={self.omega_0:.4g}, context={self.context!r}"
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #b4f5242c
+# %% ../../nbs/5_vision/hyperzzw.ipynb #ea63d65a
 def radial_spectrum(kernel: Tensor) -> Tensor:
     "Power of kernels `(…, S, S)` by rounded radius of the frequency, 0 to S // 2 cycles, shares of the whole: `(S // 2 + 1,)`."
     S = kernel.shape[-1]

@@ -44,7 +44,7 @@ from .reference import (
 )
 from .training_study import CONTESTANTS, context_fields, epochs_to
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #29f0e15d
+# %% ../../nbs/5_vision/hyperzzw.ipynb #54f4f7c4
 class Join(torch.autograd.Function):
     "One number of the first of several outputs; its gradient is a ready one for each output, so that nothing is added or copied."
     @staticmethod
@@ -151,7 +151,7 @@ def bench_training() -> Iterator[dict]:
             "ours": partial(make, "auto"), "eager": partial(make, "torch"), "ours compiled": partial(make, "auto", True),
             "compiled": partial(make, "torch", True)}, x, y, chapter="hyperzzw")
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #5bbb6a50
+# %% ../../nbs/5_vision/hyperzzw.ipynb #f82381bf
 def _rows(name, **where):
     "The recorded rows of one benchmark or experiment, of the device measured last."
     return newest_device(load_results("hyperzzw", name, **where))
@@ -262,7 +262,7 @@ def _speed(name, field, *by, **options):
     found = speedups(_rows(name, preset="gpu"), *by, field=field, **options)
     return found or None
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #d1fd3e66
+# %% ../../nbs/5_vision/hyperzzw.ipynb #36940915
 def claims() -> list[Claim]:
     "The chapter's claims with their rules; measured numbers are read from the recorded results."
     own, nets = "not in the paper", "digits on photographs, 3 blocks, 3 seeds"

@@ -26,7 +26,7 @@ from .nets import Kar3, Terminator, terminator_loss
 from .op import hyperzzw_global
 from .slow_nets import SlowNet
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #f921ea06
+# %% ../../nbs/5_vision/hyperzzw.ipynb #1315f09b
 #: `net`: in_channels and factors of the blocks; digits on photographs of `size` pixels, of which `train` are for
 #: training and `val` for choosing; `search` of the learning rates runs a `search_epochs` schedule
 PRESETS = dict(
@@ -39,7 +39,7 @@ PRESETS = dict(
              seeds=3, search_epochs=4, rates=(0.33, 1.0, 3.0), omegas=(0.5, 2.0, 8.0, 100.0, 2000.0), leak=256,
              leak_sizes=(1, 8, 64, 512), context_sides=(16, 32)))
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #edf64118
+# %% ../../nbs/5_vision/hyperzzw.ipynb #fb21f73a
 class SmallResNet(nn.Module):
     "Three stages of one residual block each, widths w, 2w, 4w, the map halved twice; images -> logits of 10 classes."
     def __init__(self, width: int, in_channels: int = 3, num_classes: int = 10):
@@ -92,7 +92,7 @@ def widest(make: Callable[[int], nn.Module], parameters: int) -> nn.Module:
         low, high = (middle, high) if count(middle) < parameters else (low, middle)
     return make(min((low, high), key=lambda w: abs(count(w) - parameters)))
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #326d4129
+# %% ../../nbs/5_vision/hyperzzw.ipynb #78384502
 class SignSGD(Kar3):
     "Kar3 without averages: every coordinate moves by lr against the sign of its gradient."
     averages = 0
@@ -129,7 +129,7 @@ def digit_data(size: int, *, train: int, val: int, test: int, device: str = "cpu
     a, b, t = rows[:train], rows[train:train + val], torch.randperm(len(tx), generator=torch.Generator().manual_seed(2))[:test]
     return Data(*(t.to(device) for t in (x[a], y[a], x[b], y[b], tx[t], ty[t])))
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #68ca07d0
+# %% ../../nbs/5_vision/hyperzzw.ipynb #07eef115
 def _pass(model, loss_fn, x, y):
     "A function (x, y) -> loss that leaves the gradients in the parameters; on a GPU a CUDA graph, if it can be captured."
     gpu = x.is_cuda
@@ -162,7 +162,7 @@ def _pass(model, loss_fn, x, y):
         return loss.clone()
     return replay
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #4a59777f
+# %% ../../nbs/5_vision/hyperzzw.ipynb #baaeb9ea
 @torch.no_grad()
 def predictions(model: nn.Module, x: Tensor, batch: int) -> Tensor:
     "Predicted classes, in evaluation mode, so many images at a time; the model's mode is put back."
@@ -206,7 +206,7 @@ def train_network(
                 train=right(data.x[:len(data.val_x)], data.y[:len(data.val_x)]), seconds=time.perf_counter() - began,
                 parameters=count_parameters(model), optimizer=optimizer, rate=rate, epochs=epochs)
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #7fbed111
+# %% ../../nbs/5_vision/hyperzzw.ipynb #308cecf2
 VARIANTS = {  # name -> what differs from the official network, and what from its loss
     "official": ({}, {}), "no hyper-channel gate": (dict(hci="none"), {}), "gate after": (dict(hci="gate_after"), {}),
     "no slow loss": ({}, dict(slow=0.0)), "no skips": (dict(skips={}), {}), "no global products": (dict(use_global=False), {}),
@@ -270,7 +270,7 @@ class Experiments:
         "Records the rows under the experiment's name; returns them."
         return [record("hyperzzw", name, key=key, device=self.device, preset=self.preset, **r) for r in rows]
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #c523bb2b
+# %% ../../nbs/5_vision/hyperzzw.ipynb #4e62976d
 def convergence(e: Experiments) -> list[dict]:
     "1. Accuracy after each epoch for every network and optimizer."
     rows = [e.train(net, optimizer, run)[1] for run in e.seeds for net, optimizer in CONTESTANTS]
@@ -281,13 +281,13 @@ def epochs_to(curve: Sequence[float], level: float) -> int | None:
     "The first epoch, from 1, after which accuracy is at least `level`; None if never."
     return next((i for i, a in enumerate(curve, 1) if a >= level), None)
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #97b0e25b
+# %% ../../nbs/5_vision/hyperzzw.ipynb #2ab23c81
 def ablations(e: Experiments) -> list[dict]:
     "2. Each of `VARIANTS` with Kar3."
     rows = [dict(variant=v, **e.train("Terminator", "Kar3", run, v)[1]) for run in e.seeds for v in VARIANTS]
     return e.write("ablations", ("variant", "run", "epochs"), rows)
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #de3db4c0
+# %% ../../nbs/5_vision/hyperzzw.ipynb #87fe9842
 def leakage(e: Experiments) -> list[dict]:
     """3. Accuracy on the same first images, evaluated so many at a time among all test images, and in batches of one class;
     and how many predictions differ from those of the largest mixed batch."""
@@ -312,7 +312,7 @@ def leakage(e: Experiments) -> list[dict]:
                       changed=float((p != base).double().mean())) for name, p in found.items()]
     return e.write("leakage", ("variant", "run", "batch"), rows)
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #fb344412
+# %% ../../nbs/5_vision/hyperzzw.ipynb #7e3506e0
 def receptive_field(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     "Mean absolute derivative of the channels' sum at the middle pixel of fn(x) to every pixel of x `(B, C, S, S)`: `(S, S)`."
     x = x.detach().requires_grad_()
@@ -345,7 +345,7 @@ def context(e: Experiments) -> list[dict]:
             for side in e.settings["context_sides"] for name, f in context_fields(side, device=e.device).items()]
     return e.write("context", ("part", "side"), rows)
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #bc45a1a9
+# %% ../../nbs/5_vision/hyperzzw.ipynb #db47b433
 def resampling_error(omega_0: float, size: int, seed: int = 0) -> float:
     "Of a new slow network's kernels: relative error of the grid of size points, interpolated to 2 size - 1, on that finer grid."
     torch.manual_seed(seed)
@@ -373,7 +373,7 @@ def frequencies(e: Experiments) -> list[dict]:
             rows.append(dict(omega_0=None, permuted=permuted, **e.train("ResNet", "AdamW", run, size=low, permuted=permuted)[1]))
     return e.write("frequencies", ("net", "omega_0", "permuted", "run", "epochs"), rows)
 
-# %% ../../nbs/5_vision/hyperzzw.ipynb #765fe27f
+# %% ../../nbs/5_vision/hyperzzw.ipynb #562faf36
 @torch.no_grad()
 def feature_statistics(model: Terminator, x: Tensor) -> list[dict]:
     "For each block: the largest mean of a channel over batch and map, before GELU and after, and the mean deviation before."

@@ -3,7 +3,7 @@ from functools import partial
 
 import torch
 
-from attnbook.hyperzzw.op import hyperzzw_gate, hyperzzw_global, hyperzzw_local
+from attnbook.hyperzzw.op import hyperzzw_gate, hyperzzw_global, hyperzzw_local, standardize_gelu
 from attnbook.lab.testing import both_ways, tensors
 
 
@@ -25,6 +25,12 @@ def gate(B, C, S, dtype=torch.bfloat16):
     x, y = tensors((B, C, S, S), (B, C, S, S), dtype=dtype)
     both_ways(partial(hyperzzw_gate, backend="triton"), x, y, torch.empty(1, 1, S, S))
 
+def norm(B, C, S, given=False):
+    "Standardization with GELU, forward and backward."
+    statistics = torch.empty(C), torch.empty(C)
+    x, over = tensors((B, C, S, S))[0], torch.zeros(C, dtype=torch.bool)
+    both_ways(lambda x, bias: standardize_gelu(x, over, bias, statistics if given else None, backend="triton")[0], x, torch.empty(()))
+
 COMPILE = [
     *((f"hyperzzw global, {S} x {S}", lambda S=S: product(64, 144, S)) for S in (14, 28, 32, 48, 64)),
     ("hyperzzw global, one plain factor", lambda: product(64, 144, 32, 1, False, False)),
@@ -37,4 +43,6 @@ COMPILE = [
     *((f"hyperzzw local, {S} x {S}", lambda S=S: local(16, 48, S, 7)) for S in (14, 28, 64, 96)),
     *((f"hyperzzw gate, {S} x {S}", lambda S=S: gate(64, 144, S)) for S in (28, 32, 64, 96)),
     ("hyperzzw gate, float32", lambda: gate(64, 144, 32, dtype=torch.float32)),
+    *((f"hyperzzw norm, {S} x {S}", lambda S=S: norm(64, 144, S)) for S in (14, 32, 96)),
+    ("hyperzzw norm, given", lambda: norm(64, 144, 32, True)),
 ]

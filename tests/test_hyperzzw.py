@@ -27,7 +27,7 @@ from attnbook.hyperzzw.nets import (
     terminator_cifar,
     terminator_loss,
 )
-from attnbook.hyperzzw.op import hyperzzw_gate, hyperzzw_global, hyperzzw_local
+from attnbook.hyperzzw.op import hyperzzw_gate, hyperzzw_global, hyperzzw_local, standardize_gelu
 from attnbook.hyperzzw.reference import (
     aliasing_omega,
     hyper_kernel_coords,
@@ -202,6 +202,56 @@ def test_gate_agrees_with_reference(shape):
 def test_gate_types(dtype):
     k, q, bias = maps((2, 3, 7, 7), (2, 3, 7, 7), (1, 1, 7, 7), dtype=dtype)
     check_against_reference(partial(hyperzzw_gate, backend="triton"), hyperzzw_gate_reference, [k, q, bias], grad_tol=2e-2)
+
+
+def norm_inputs(shape, dtype=torch.float32, given=False):
+    "x with means and deviations of its own, which channels go over the batch, a bias, and statistics if `given`."
+    x, mean = maps(shape, (shape[1], 1, 1))
+    over = torch.arange(shape[1], device=x.device) % 3 != 1
+    var = torch.rand(shape[1], generator=torch.Generator().manual_seed(1)).to(x.device) + 0.5
+    return [(2 * x + mean).to(dtype), over, torch.tensor(0.3, device=x.device), *((mean[:, 0, 0], var) if given else ())]
+
+def norm_of(x, over, bias, *given, backend="triton"):
+    return standardize_gelu(x, over, bias, given or None, backend=backend)
+
+@pytest.mark.parametrize("given", [False, True], ids=["own statistics", "given"])
+@pytest.mark.parametrize("shape", [(3, 5, 7, 9), (1, 2, 4, 4), (35, 17, 2, 3), (2, 1, 16, 16)], ids=str)
+def test_norm_agrees_with_reference(shape, given):
+    x, over, bias, *statistics = norm_inputs(shape, given=given)
+    run = lambda backend: lambda x, bias: norm_of(x, over, bias, *statistics, backend=backend)[0]
+    check_against_reference(run("triton"), run("torch"), [x, bias], grad_tol=3e-5)
+    for a, b in zip(norm_of(x, over, bias, *statistics)[1:], norm_of(x, over, bias, *statistics, backend="torch")[1:]):
+        assert rel_error(a, b) < 1e-5 and not a.requires_grad
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_norm_types(dtype):
+    x, over, bias = norm_inputs((3, 4, 6, 6), dtype)
+    check_against_reference(lambda x, b: norm_of(x, over, b)[0], lambda x, b: norm_of(x, over, b, backend="torch")[0], [x, bias], grad_tol=2e-2)
+
+def test_norm_by_hand():
+    x, over, bias = norm_inputs((3, 4, 6, 5), torch.float64)
+    y, mean, rate = norm_of(x, over, bias, backend="torch")
+    for c in range(4):
+        for b in range(3):
+            part = x[:, c] if over[c] else x[b, c]
+            hat = (x[b, c] - part.mean()) / (part.var(correction=0) + 1e-5).sqrt()
+            assert rel_error(y[b, c], F.gelu(hat) + 0.3) < 1e-6 and rel_error(mean[b, c], part.mean()) < 1e-10
+    check_gradients(lambda x, b: norm_of(x, over, b, backend="torch")[0], [x, bias])
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norm_is_a_good_citizen(backend):
+    x, over, bias = norm_inputs((2, 3, 4, 5))
+    run = lambda backend: lambda x, bias: norm_of(x, over, bias, backend=backend)[0]
+    check_operation(run(backend), run("torch"), [x, bias], grad_tol=3e-5)
+    if backend == "triton":
+        check_opcheck(torch.ops.attnbook.hyperzzw_norm, (x.requires_grad_(), over, bias.requires_grad_(), None, None))
+
+def test_norm_refuses():
+    x, over, bias, mean, var = norm_inputs((2, 3, 4, 4), given=True)
+    check_raises(standardize_gelu, [(dict(over_batch=over[:2]), ValueError, "over_batch"), (dict(over_batch=over.int()), TypeError, "over_batch"),
+                                    (dict(bias=mean), ValueError, "bias"), (dict(statistics=(mean,)), ValueError, "statistics"),
+                                    (dict(statistics=(mean, var[:2])), ValueError, "statistics"), (dict(x=x[0]), ValueError, "x must")],
+                 x=x, over_batch=over, bias=bias)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -437,12 +487,15 @@ def test_gibs():
 def test_running_statistics(make):
     "They follow torch's batch normalization; in evaluation an image's result is its own."
     torch.manual_seed(0)
-    norm, theirs = make(running=True), nn.BatchNorm2d(12, affine=False)
+    norm, twin, theirs = make(running=True), make(running=True), nn.BatchNorm2d(12, affine=False)
     for _ in range(3):
         x = torch.randn(4, 12, 3, 3) * 2 + 1
         even = norm(x), theirs(x)
+        twin.activate(x, torch.tensor(0.0))
         assert rel_error(even[0][:, 0], even[1][:, 0]) < 1e-5
     norm.eval(), theirs.eval()
+    assert rel_error(norm.activate(x, torch.tensor(0.5)), F.gelu(norm(x)) + 0.5) < 1e-5
+    for a, b in zip(norm.state_dict().values(), twin.state_dict().values()): assert rel_error(a, b) < 1e-6
     assert rel_error(norm(x)[:, 0], theirs(x)[:, 0]) < 1e-5 and torch.allclose(norm(x)[1], norm(x[1:2])[0], atol=1e-6)
     plain = make(running=False).eval()
     assert rel_error(plain(x)[1], plain(x[1:2])[0]) > 1e-3 and not plain.state_dict()
@@ -565,8 +618,8 @@ def test_loss_terms():
     fast = sum(p.norm() for n, p in model.named_parameters() if not is_slow(n))
     weights = sum(p.norm() for n, p in model.named_parameters() if is_slow(n) and p.dim() == 2 and "weight" in n)
     want = ce + slow_neural_loss(kernels) + 5e-5 * (fast + 1e-6 * weights)
-    assert float(terminator_loss(model, x, y)) == pytest.approx(float(want), rel=1e-5)
-    assert float(terminator_loss(model, x, y, slow=0, penalty=0)) == pytest.approx(float(ce), rel=1e-6)
+    assert float(terminator_loss(model, x, y).detach()) == pytest.approx(float(want.detach()), rel=1e-5)
+    assert float(terminator_loss(model, x, y, slow=0, penalty=0).detach()) == pytest.approx(float(ce.detach()), rel=1e-6)
 
 @pytest.mark.parametrize("make, first, later", [(Kar3, 1, 3), (Kar2, 1, 2)], ids=["Kar3", "Kar2"])
 def test_kar_steps(make, first, later):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['hyperzzw_global', 'hyperzzw_local', 'hyperzzw_score', 'hyperzzw_gate', 'hyperzzw_global_reference',
-           'hyperzzw_local_reference', 'hyperzzw_gate_reference', 'global_cost', 'local_cost', 'instance_standardize',
-           'hyper_kernel_coords', 'aliasing_omega', 'SlowNet', 'ContextSlowNet', 's_renormalize', 'RGU', 'GIBS',
-           'BatchStandardize', 'SFNEBlock', 'Terminator', 'terminator_cifar', 'PUBLISHED_PARTS', 'parameter_parts',
-           'slow_neural_loss', 'terminator_loss', 'Kar2', 'Kar3']
+           'hyperzzw_local_reference', 'hyperzzw_gate_reference', 'standardize_gelu', 'standardize_gelu_reference',
+           'global_cost', 'local_cost', 'instance_standardize', 'hyper_kernel_coords', 'aliasing_omega', 'SlowNet',
+           'ContextSlowNet', 's_renormalize', 'RGU', 'GIBS', 'BatchStandardize', 'SFNEBlock', 'Terminator',
+           'terminator_cifar', 'PUBLISHED_PARTS', 'parameter_parts', 'slow_neural_loss', 'terminator_loss', 'Kar2',
+           'Kar3']
 
 # %% auto #imports
 from .nets import (
@@ -24,7 +25,7 @@ from .nets import (
     terminator_cifar,
     terminator_loss,
 )
-from .op import hyperzzw_gate, hyperzzw_global, hyperzzw_local
+from .op import hyperzzw_gate, hyperzzw_global, hyperzzw_local, standardize_gelu
 from .reference import (
     aliasing_omega,
     global_cost,
@@ -35,5 +36,6 @@ from .reference import (
     hyperzzw_score,
     instance_standardize,
     local_cost,
+    standardize_gelu_reference,
 )
 from .slow_nets import ContextSlowNet, SlowNet, s_renormalize

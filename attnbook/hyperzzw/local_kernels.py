@@ -114,7 +114,7 @@ def local_launch(x: Tensor, weight: Tensor, sign: int) -> BoundLaunch:
     p = LOCAL_LAUNCH.find(arch_of(x.device), "local", torch.finfo(x.dtype).bits, round_dim(W))
     BM = min(p.rows, round_dim(rows))
     return BoundLaunch(local_forward, (groups * -(-rows // BM),), rows, step, H=H, W=W, K=weight.shape[-1], SIGN=sign,
-                       BM=BM, P=round_dim(W), PRECISION=float32_products(), num_warps=p.warps)
+                       BM=BM, P=round_dim(W), PRECISION=float32_products(), num_warps=p.warps, num_stages=2)
 
 
 def local_weights_launch(x: Tensor, weight: Tensor) -> tuple[BoundLaunch, int]:

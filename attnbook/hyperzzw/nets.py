@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_bool, check_choice, check_divides, check_int, check_number, check_probability
-from .op import hyperzzw_gate, hyperzzw_global, hyperzzw_local
+from .op import hyperzzw_gate, hyperzzw_global, hyperzzw_local, standardize_gelu
 from .reference import EPS, hyperzzw_score, instance_standardize
 from .slow_nets import ContextSlowNet, SlowNet, _resized
 
@@ -37,57 +37,60 @@ class RGU(nn.Module):
         return self.y(hyperzzw_gate(k, self.q(v), image, backend=self.backend))
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #0eca7bcb
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    "Variance and mean of each sample and channel, `(B, C)`, in float32 at least."
-    return torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), (2, 3), correction=0)
-
-
 class BatchStandardize(nn.Module):
-    """BS: mean 0, variance 1 over batch and pixels for each channel of `(batch, channels, …, …)`; no affine part.
+    """BS: mean 0, variance 1 over batch and pixels for each channel of `(batch, channels, H, W)`; no affine part.
 
     `running`: keep running statistics (momentum 0.1) and use them in evaluation; without it evaluation depends on the
-    batch, as in the original. Source: Sec. 3."""
+    batch, as in the original. `activate(x, bias)` is GELU of the result plus bias, fused. Source: Sec. 3."""
     def __init__(self, channels: int, running: bool = False):
         super().__init__()
-        self.norm = nn.BatchNorm2d(channels, eps=EPS, affine=False, track_running_stats=check_bool("running", running))
+        self.running = check_bool("running", running)
+        self.register_buffer("over_batch", self._which(check_int("channels", channels, least=1)), persistent=False)
+        self.register_buffer("running_mean", torch.zeros(channels) if running else None)
+        self.register_buffer("running_var", torch.ones(channels) if running else None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == x.shape[1] and not self._known():
-            return torch.zeros_like(x)                                # a single number for each channel
-        return self.norm(x)
+    def _which(self, channels):
+        "Which channels are standardized over the batch."
+        return torch.ones(channels, dtype=torch.bool)
 
     def _known(self):
-        return self.norm.track_running_stats and not self.training
+        "The statistics to use instead of the batch's."
+        return (self.running_mean, self.running_var) if self.running and not self.training else None
+
+    @torch.no_grad()
+    def _keep(self, x, mean, rate):
+        "Moves the running statistics towards those of the batch, the variance without bias."
+        if self.running and self.training:
+            n = x.numel() // x.shape[1]
+            self.running_mean.lerp_(mean.mean(0).to(self.running_mean.dtype), 0.1)
+            self.running_var.lerp_(((rate**-2 - EPS).mean(0) * (n / max(n - 1, 1))).to(self.running_var.dtype), 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        real = x.to(torch.promote_types(x.dtype, torch.float32))
+        var, mean = torch.var_mean(real, (2, 3), correction=0)                            # [B, C]
+        of, over = self._known() or (mean.mean(0), var.mean(0) + mean.var(0, correction=0))
+        mean, rate = torch.where(self.over_batch, of, mean), (torch.where(self.over_batch, over, var) + EPS).rsqrt()
+        self._keep(x, mean, rate)
+        return ((real - mean[..., None, None]) * rate[..., None, None]).to(x.dtype)
+
+    def activate(self, x: Tensor, bias: Tensor, backend: str = "auto") -> Tensor:
+        "GELU(standardized x) + bias, `standardize_gelu`; bias a tensor without axes."
+        y, mean, rate = standardize_gelu(x, self.over_batch, bias, self._known(), backend=backend)
+        self._keep(x, mean, rate)
+        return y
 
 
-class GIBS(nn.Module):
+class GIBS(BatchStandardize):
     """G-IBS: `groups` equal groups of channels; even ones are standardized over batch and pixels, odd ones over pixels.
 
     `running` as in `BatchStandardize`. ValueError unless groups divides channels (the original then fails). Source:
     Sec. 3, G-IBS."""
     def __init__(self, channels: int, groups: int = 12, running: bool = False):
-        super().__init__()
-        per = check_divides("groups", groups, "channels", channels)
-        self.running = check_bool("running", running)
-        even = torch.arange(channels) // per % 2 == 0
-        self.register_buffer("even", even, persistent=False)
-        self.register_buffer("running_mean", torch.zeros(channels) if running else None)
-        self.register_buffer("running_var", torch.ones(channels) if running else None)
+        self.per_group = check_divides("groups", groups, "channels", channels)
+        super().__init__(channels, running)
 
-    def forward(self, x: Tensor) -> Tensor:
-        var, mean = _statistics(x)                                                        # [B, C]
-        if self.running and not self.training:
-            over, of = self.running_var.to(var.dtype), self.running_mean.to(var.dtype)
-        else:
-            of = mean.mean(0)
-            over = var.mean(0) + mean.var(0, correction=0)
-            if self.running:
-                n = x.numel() // x.shape[1]
-                with torch.no_grad():
-                    self.running_mean.lerp_(of.to(self.running_mean.dtype), 0.1)
-                    self.running_var.lerp_((over * (n / max(n - 1, 1))).to(self.running_var.dtype), 0.1)
-        mean, var = torch.where(self.even, of, mean), torch.where(self.even, over, var)
-        return ((x - mean[..., None, None]) * (var + EPS).rsqrt()[..., None, None]).to(x.dtype)
+    def _which(self, channels):
+        return torch.arange(channels) // self.per_group % 2 == 0
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #50f05abd
 class LocalBranch(nn.Module):
@@ -102,8 +105,7 @@ class LocalBranch(nn.Module):
     def forward(self, context: Tensor, x: Tensor) -> Tensor:
         if self.use_local:
             x = hyperzzw_local(x, self.kernel(context), backend=self.backend)
-        x = F.gelu(self.norm(self.mixer(x)))
-        return x + self.bias.to(x.dtype)
+        return self.norm.activate(self.mixer(x), self.bias, self.backend)
 
 
 class SFNEBlock(nn.Module):
@@ -176,8 +178,8 @@ class SFNEBlock(nn.Module):
         f1, f2, f3, f4 = (f(*at) for f, at in zip(self.local, ((x, c), (c, x), (m, x), (x, m))))
         first, last = earlier[:1], earlier[1:]
         branches = [o, f2, *first, fast, o_m, f1, F.silu(o), f3, o_c, f4, *last, self._hyper(x, o, sizes)]
-        y = F.gelu(self.norm(self.bottleneck(torch.cat([b.to(o.dtype) for b in branches], 1))))
-        y = self.dropout(y + self.bias.to(y.dtype))
+        y = self.norm.activate(self.bottleneck(torch.cat([b.to(o.dtype) for b in branches], 1)), self.bias, self.backend)
+        y = self.dropout(y)
         return (y, kernel) if return_kernel else y
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #b8a411b8

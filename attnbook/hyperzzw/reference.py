@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['hyper_kernel_coords', 'aliasing_omega', 'EPS', 'instance_standardize', 'hyperzzw_global_reference',
-           'hyperzzw_local_reference', 'hyperzzw_gate_reference', 'hyperzzw_score', 'global_cost', 'local_cost']
+           'hyperzzw_local_reference', 'hyperzzw_gate_reference', 'hyperzzw_score', 'standardize_gelu_reference',
+           'global_cost', 'local_cost']
 
 # %% auto #imports
 from collections.abc import Sequence
@@ -73,6 +74,21 @@ def hyperzzw_gate_reference(k: Tensor, q: Tensor, bias: Tensor) -> Tensor:
 def hyperzzw_score(x: Tensor, kernel: Tensor) -> Tensor:
     "The score `kernel * x * x` (\"2E\", two elementwise products), shapes as they broadcast. Source: Sec. 3."
     return kernel * x * x
+
+# %% ../../nbs/5_vision/hyperzzw.ipynb #857db61c
+def standardize_gelu_reference(
+    x: Tensor, over_batch: Tensor, bias: Tensor, statistics: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    "GELU of the standardized maps, plus bias, in plain PyTorch; arguments and results of `standardize_gelu`."
+    real = x.to(torch.promote_types(x.dtype, torch.float32))
+    var, mean = torch.var_mean(real, (2, 3), correction=0)                                # [B, C]
+    if statistics is None:
+        of, over = mean.mean(0), var.mean(0) + mean.var(0, correction=0)
+    else:
+        of, over = (t.to(mean.dtype) for t in statistics)
+    mean, rate = torch.where(over_batch, of, mean), (torch.where(over_batch, over, var) + EPS).rsqrt()
+    y = F.gelu((real - mean[..., None, None]) * rate[..., None, None]) + bias.to(real.dtype)
+    return y.to(x.dtype), mean.detach(), rate.detach()
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #2ccb2eb5
 def global_cost(

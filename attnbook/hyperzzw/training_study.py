@@ -379,11 +379,12 @@ def feature_statistics(model: Terminator, x: Tensor) -> list[dict]:
     "For each block: the largest mean of a channel over batch and map, before GELU and after, and the mean deviation before."
     found, hooks = [], []
     for block in model.blocks:
-        def look(module, inputs, out, found=found):
-            y, after = out.float(), F.gelu(out.float())
+        def look(module, inputs, out, found=found, norm=block.norm):
+            y = norm(out.float())
+            after = F.gelu(y)
             of = lambda t: float(t.mean((0, 2, 3)).abs().max())
             found.append(dict(before=of(y), after=of(after), deviation=float(y.std((0, 2, 3)).mean())))
-        hooks.append(block.norm.register_forward_hook(look))
+        hooks.append(block.bottleneck.register_forward_hook(look))
     model.eval()(x)
     for hook in hooks: hook.remove()
     return found

@@ -84,7 +84,7 @@ def forward_step(a, V, OUT, FACTOR, at, standard, keep, S: tl.constexpr, P: tl.c
     store_map(OUT, at, tl.dot(a, v, input_precision=PRECISION), S, P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "C", "share"])
 def product_forward(X, KERNEL, VS, OUTS, FACTORS, B, C, share, S: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
                     STANDARD: tl.constexpr, KEEP: tl.constexpr, OWN: tl.constexpr, ROLLED: tl.constexpr,
                     EPS: tl.constexpr, PRECISION: tl.constexpr):
@@ -119,7 +119,7 @@ def backward_step(a, da, V, GRAD, KEPT, DV, at, standard, keep, S: tl.constexpr,
     return tl.dot(g, v.to(a.dtype).T, da, input_precision=PRECISION)                      # [i, w]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "C", "share"])
 def product_backward(X, KERNEL, VS, GRADS, KEPT, DX, DK, DVS, B, C, share, S: tl.constexpr, P: tl.constexpr,
                      M: tl.constexpr, STANDARD: tl.constexpr, KEEP: tl.constexpr, OWN: tl.constexpr,
                      ROLLED: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr):
@@ -154,7 +154,7 @@ def product_backward(X, KERNEL, VS, GRADS, KEPT, DX, DK, DVS, B, C, share, S: tl
         store_map(DK, (part.to(tl.int64) * C + c) * (S * S), dk, S, P)
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #05276b3b
-@triton.jit
+@triton.jit(do_not_specialize=["n", "share"])
 def gate_forward(K, Q, BIAS, OUT, n, share, S: tl.constexpr, P: tl.constexpr, EPS: tl.constexpr):
     "OUT = GELU(IS(K * Q)) + BIAS for maps `program * share` … of n. Grid: shares."
     first = tl.program_id(0) * share
@@ -167,7 +167,7 @@ def gate_forward(K, Q, BIAS, OUT, n, share, S: tl.constexpr, P: tl.constexpr, EP
         at += S * S
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "share"])
 def gate_backward(K, Q, GRAD, DK, DQ, PARTS, n, share, S: tl.constexpr, P: tl.constexpr, EPS: tl.constexpr):
     "DK, DQ, and the program's sum of GRAD in PARTS (shares, S, S). Grid: shares."
     first = tl.program_id(0) * share

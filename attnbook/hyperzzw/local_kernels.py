@@ -42,7 +42,7 @@ def local_step(acc, X, WEIGHT, group, r, rows, u, step, H: tl.constexpr, W: tl.c
     return tl.dot(x, t, acc, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "step"])
 def local_forward(X, WEIGHT, Y, rows, step, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, SIGN: tl.constexpr,
                   BM: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr):
     "Y = X convolved with WEIGHT; SIGN -1: its transpose, the gradient of X. Grid: groups * tiles of rows."
@@ -61,7 +61,7 @@ def local_forward(X, WEIGHT, Y, rows, step, H: tl.constexpr, W: tl.constexpr, K:
     tl.store(Y + at[:, None] + j, acc.to(Y.dtype.element_ty), mask=(r < rows)[:, None] & (j < W))
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #3915225a
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "step", "share", "groups"])
 def local_weights(X, GRAD, PARTS, rows, step, share, groups, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
                   GU: tl.constexpr, BM: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr):
     "The program's sums for the weights in PARTS (shares, groups, K, K). Grid: groups * shares, cdiv(K, GU)."

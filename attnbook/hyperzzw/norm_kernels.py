@@ -38,7 +38,7 @@ def norm_moments(X, MEAN, VAR, N: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(VAR + tl.program_id(0), tl.sum(centred * centred, 0) / N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "C"])
 def norm_mix(MEAN, VAR, OVER, GIVEN_MEAN, GIVEN_VAR, RATE, B, C, EPS: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr):
     "Means of channels with OVER become those over the batch, or the given ones; RATE: 1 / deviation. Grid: cdiv(C, BC)."
     c = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
@@ -92,7 +92,7 @@ def norm_sums(X, MEAN, RATE, GRAD, M1, M2, TOTAL, N: tl.constexpr, BLOCK: tl.con
     tl.store(TOTAL + pid, tl.sum(grad, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "C"])
 def norm_mix_sums(M1, M2, OVER, B, C, GIVEN: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr):
     "M1 and M2 of channels with OVER become their means over the batch, or 0 where statistics were given. Grid: cdiv(C, BC)."
     c = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]

@@ -250,6 +250,9 @@ def _decide_local(x, weight, *, padding, backend):
     if k % 2 == 0 or k > min(H, W):
         raise ValueError(f"weight must have an odd side of at most {min(H, W)}, x's map, not {k}")
     check_choice("padding", padding, ("same",))
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    if backend == "auto" and last and k <= 5 and weight.dim() == 4:
+        return "torch"                                       # cuDNN takes this layout as it is; ours would copy it first
     return _chosen(backend, x, MOST_SIDE)
 
 
@@ -314,7 +317,8 @@ def hyperzzw_local(x: Tensor, weight: Tensor, *, padding: str = "same", backend:
     or with weight `(batch, channels, 1, k, k)`, a kernel for each image. k is odd and at most the map; stride 1.
 
     `padding`: "same", zeros outside the map, is all there is. `backend`: "triton" (maps up to 128 x 128), "torch"
-    (a convolution in groups), "auto". The weight may have another floating-point type than x. Gradients are
+    (a convolution in groups), "auto": triton on a GPU, but for shared kernels up to 5 x 5 on maps whose memory has
+    channels last, which the kernel would copy first and cuDNN takes as they are. The weight may have another floating-point type than x. Gradients are
     deterministic. Raises ValueError or TypeError that names the argument. Source: Sec. 3, the sliding-window form.
     """
     x, = autocast(check_tensor("x", x))

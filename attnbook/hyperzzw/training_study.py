@@ -35,8 +35,8 @@ PRESETS = dict(
     cpu=dict(net=dict(in_channels=3, factors=(4, 2)), size=14, train=320, val=100, test=100, batch=32, epochs=2,
              seeds=1, search_epochs=1, rates=(1.0,), omegas=(0.5, 100.0), leak=16, leak_sizes=(1, 8, 16),
              context_sides=(14,)),
-    gpu=dict(net=dict(in_channels=3, factors=(4, 2, 2)), size=32, train=3200, val=800, test=1000, batch=128, epochs=14,
-             seeds=3, search_epochs=4, rates=(0.33, 1.0, 3.0), omegas=(0.5, 2.0, 8.0, 100.0, 2000.0), leak=256,
+    gpu=dict(net=dict(in_channels=3, factors=(4, 2, 2)), size=32, train=3488, val=512, test=1000, batch=128, epochs=9,
+             seeds=3, search_epochs=2, rates=(0.4, 1.2), omegas=(0.5, 8.0, 2000.0), leak=96,
              leak_sizes=(1, 8, 64, 512), context_sides=(16, 32)))
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #fb21f73a
@@ -200,8 +200,8 @@ def train_network(
                 group["lr"] = learning_rate(step, steps=epochs * per, lr=rate * base, warmup=int(0.08 * epochs * per))
             opt.step()
             step += 1
-        curve.append(float((predictions(model, data.val_x, batch) == data.val_y).double().mean()))
-    right = lambda x, y: float((predictions(model, x, batch) == y).double().mean())
+        curve.append(float((predictions(model, data.val_x, 512) == data.val_y).double().mean()))
+    right = lambda x, y: float((predictions(model, x, 512) == y).double().mean())
     return dict(curve=curve, val=curve[-1], test=right(data.test_x, data.test_y), loss=float(torch.stack(losses).mean()),
                 train=right(data.x[:len(data.val_x)], data.y[:len(data.val_x)]), seconds=time.perf_counter() - began,
                 parameters=count_parameters(model), optimizer=optimizer, rate=rate, epochs=epochs)
@@ -213,7 +213,7 @@ VARIANTS = {  # name -> what differs from the official network, and what from it
     "no local products": (dict(use_local=False), {}), "kernels per image": (dict(context="sample"), {})}
 #: network and optimizer of the first experiment
 CONTESTANTS = (("Terminator", "Kar3"), ("Terminator", "AdamW"), ("Terminator", "sign SGD"), ("ResNet", "AdamW"),
-               ("ResNet", "Kar3"), ("CCNN", "AdamW"), ("CCNN", "Kar3"))
+               ("ResNet", "Kar3"), ("CCNN", "AdamW"))
 
 
 class Experiments:
@@ -233,7 +233,7 @@ class Experiments:
 
     def network(self, name: str, size: int, **options: Any) -> nn.Module:
         "Terminator with options, or one of the others with as many parameters; on the device."
-        terminator = partial(Terminator, **self.settings["net"], num_classes=10, size=size)
+        terminator = partial(Terminator, **self.settings["net"], num_classes=10, size=size, backend="torch")
         if name == "Terminator":
             return terminator(**options).to(self.device)
         target = count_parameters(terminator)
@@ -273,7 +273,7 @@ class Experiments:
 # %% ../../nbs/5_vision/hyperzzw.ipynb #4e62976d
 def convergence(e: Experiments) -> list[dict]:
     "1. Accuracy after each epoch for every network and optimizer."
-    rows = [e.train(net, optimizer, run)[1] for run in e.seeds for net, optimizer in CONTESTANTS]
+    rows = (e.train(net, optimizer, run)[1] for run in e.seeds for net, optimizer in CONTESTANTS)
     return e.write("convergence", ("net", "optimizer", "run", "epochs"), rows)
 
 
@@ -284,7 +284,7 @@ def epochs_to(curve: Sequence[float], level: float) -> int | None:
 # %% ../../nbs/5_vision/hyperzzw.ipynb #2ab23c81
 def ablations(e: Experiments) -> list[dict]:
     "2. Each of `VARIANTS` with Kar3."
-    rows = [dict(variant=v, **e.train("Terminator", "Kar3", run, v)[1]) for run in e.seeds for v in VARIANTS]
+    rows = (dict(variant=v, **e.train("Terminator", "Kar3", run, v)[1]) for run in e.seeds for v in VARIANTS)
     return e.write("ablations", ("variant", "run", "epochs"), rows)
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #87fe9842
@@ -308,7 +308,7 @@ def leakage(e: Experiments) -> list[dict]:
         one_class[by_class] = places
         found["one class at a time"] = one_class
         base = found[f"{max(c['leak_sizes'])} at a time"]
-        rows += [dict(variant=variant, run=run, batch=name, accuracy=float((p == y[:n]).double().mean()),
+        rows += [dict(variant=variant, run=run, batch=name, images=n, accuracy=float((p == y[:n]).double().mean()),
                       changed=float((p != base).double().mean())) for name, p in found.items()]
     return e.write("leakage", ("variant", "run", "batch"), rows)
 
@@ -359,19 +359,20 @@ def resampling_error(omega_0: float, size: int, seed: int = 0) -> float:
 def frequencies(e: Experiments) -> list[dict]:
     """5. Terminators trained at half the size, for each omega_0: accuracy there and at twice that; the smallest and the largest
     omega_0 also on permuted pixels, with a ResNet beside them."""
-    rows, low = [], max(10, e.settings["size"] // 2)
-    for run in list(e.seeds)[:2]:
-        for omega in e.settings["omegas"]:
+    low, omegas = max(10, e.settings["size"] // 2), e.settings["omegas"]
+
+    def rows(run):
+        high = e.data(2 * low)
+        for omega in omegas:
             model, row = e.train("Terminator", "Kar3", run, size=low, omega_0=omega)
-            high = e.data(2 * low)
-            right = (predictions(model, high.test_x, e.settings["batch"]) == high.test_y).double().mean()
-            rows.append(dict(omega_0=omega, permuted=False, test_high=float(right), error=resampling_error(omega, low, run), **row))
-        for omega in {min(e.settings["omegas"]), max(e.settings["omegas"])}:
-            row = e.train("Terminator", "Kar3", run, size=low, permuted=True, omega_0=omega)[1]
-            rows.append(dict(omega_0=omega, permuted=True, **row))
+            right = (predictions(model, high.test_x, 512) == high.test_y).double().mean()
+            yield dict(omega_0=omega, permuted=False, test_high=float(right), error=resampling_error(omega, low, run), **row)
+        for omega in (min(omegas), max(omegas)):
+            yield dict(omega_0=omega, permuted=True, **e.train("Terminator", "Kar3", run, size=low, permuted=True, omega_0=omega)[1])
         for permuted in (False, True):
-            rows.append(dict(omega_0=None, permuted=permuted, **e.train("ResNet", "AdamW", run, size=low, permuted=permuted)[1]))
-    return e.write("frequencies", ("net", "omega_0", "permuted", "run", "epochs"), rows)
+            yield dict(omega_0=None, permuted=permuted, **e.train("ResNet", "AdamW", run, size=low, permuted=permuted)[1])
+    found = (row for run in list(e.seeds)[:2] for row in rows(run))
+    return e.write("frequencies", ("net", "omega_0", "permuted", "run", "epochs"), found)
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #562faf36
 @torch.no_grad()
@@ -397,7 +398,7 @@ def features(e: Experiments) -> list[dict]:
     return e.write("features", ("run", "block"), rows)
 
 
-EXPERIMENTS = (convergence, ablations, leakage, context, frequencies, features)
+EXPERIMENTS = (context, convergence, ablations, leakage, features, frequencies)
 
 
 def run_all(

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'SmallResNet', 'LongConvNet', 'widest', 'SignSGD', 'OPTIMIZERS', 'Data', 'digit_data', 'predictions',
            'smoothed_cross_entropy', 'train_network', 'VARIANTS', 'CONTESTANTS', 'Experiments', 'convergence',
            'epochs_to', 'ablations', 'leakage', 'receptive_field', 'context_fields', 'context', 'resampling_error',
-           'frequencies', 'feature_statistics', 'features', 'EXPERIMENTS', 'run_all']
+           'frequencies', 'feature_statistics', 'features']
 
 # %% auto #imports
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -114,20 +114,27 @@ class Data(NamedTuple):
     val_y: Tensor
     test_x: Tensor
     test_y: Tensor
+    name: str = ""  # of the set
 
 
 def digit_data(size: int, *, train: int, val: int, test: int, device: str = "cpu", permuted: bool = False) -> Data:
-    "Digits on photographs, standardised, at `size` pixels; `permuted`: all images with their pixels in one random order."
-    images = image_classification("mnist_m", seed=0)
+    """Digits on photographs, standardised, at `size` pixels, three channels; without scikit-image and scikit-learn, digits on
+    paper. `permuted`: all images with their pixels in one random order."""
+    name = "mnist_m"
+    try:
+        images = image_classification(name, seed=0)
+    except ModuleNotFoundError:                              # the packages with the photographs are missing
+        name = "mnist5k"
+        images = image_classification(name, seed=0)
     resize = lambda a: F.interpolate(image_tensor(a), (size, size), mode="bilinear", antialias=True, align_corners=False)
-    x, tx = standardise(resize(images.x_train), resize(images.x_test))
+    x, tx = (t.expand(-1, 3, -1, -1) for t in standardise(resize(images.x_train), resize(images.x_test)))
     if permuted:
         order = torch.randperm(size * size, generator=torch.Generator().manual_seed(0))
-        x, tx = (t.flatten(2)[..., order].view_as(t) for t in (x, tx))
+        x, tx = (t.flatten(2)[..., order].unflatten(2, (size, size)) for t in (x, tx))
     y, ty = torch.as_tensor(images.y_train), torch.as_tensor(images.y_test)
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
     a, b, t = rows[:train], rows[train:train + val], torch.randperm(len(tx), generator=torch.Generator().manual_seed(2))[:test]
-    return Data(*(t.to(device) for t in (x[a], y[a], x[b], y[b], tx[t], ty[t])))
+    return Data(*(t.to(device) for t in (x[a], y[a], x[b], y[b], tx[t], ty[t])), name=name)
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #07eef115
 def _pass(model, loss_fn, x, y):
@@ -245,7 +252,7 @@ class Experiments:
         loss_fn = partial(terminator_loss, **loss) if name == "Terminator" else smoothed_cross_entropy
         row = train_network(model, self.data(size, permuted), loss_fn=loss_fn, optimizer=optimizer, rate=rate, epochs=epochs,
                             batch=self.settings["batch"], seed=run)
-        return model, dict(net=name, run=run, size=size, **row)
+        return model, dict(net=name, run=run, size=size, data=self.data(size, permuted).name, **row)
 
     def rate(self, name: str, optimizer: str) -> float:
         "The factor of the learning rate with the best validation accuracy after a short schedule."
@@ -396,23 +403,3 @@ def features(e: Experiments) -> list[dict]:
     rows = [dict(run=run, block=i, **r) for run in e.seeds for i, r in enumerate(feature_statistics(
         e.train("Terminator", "Kar3", run)[0], e.data(e.settings["size"]).test_x[:64]))]
     return e.write("features", ("run", "block"), rows)
-
-
-EXPERIMENTS = (context, convergence, ablations, leakage, features, frequencies)
-
-
-def run_all(
-    preset: str = "gpu", device: str | None = None, seed: int = 0, epochs: int = 0, only: Sequence[str] = (),
-    show: Callable[[str], Any] = print,
-) -> dict[str, list[dict]]:
-    "All experiments of a preset, or those named in `only`, recorded; name -> rows."
-    import time
-    e = Experiments(preset, device or ("cuda" if torch.cuda.is_available() else "cpu"), seed, epochs)
-    found = {}
-    for experiment in EXPERIMENTS:
-        if only and experiment.__name__ not in only:
-            continue
-        began = time.perf_counter()
-        found[experiment.__name__] = experiment(e)
-        show(f"{experiment.__name__}: {len(found[experiment.__name__])} rows, {time.perf_counter() - began:.0f} s")
-    return found

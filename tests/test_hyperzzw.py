@@ -62,11 +62,13 @@ from attnbook.hyperzzw.study import (
 from attnbook.hyperzzw.training_study import (
     OPTIMIZERS,
     Data,
+    Experiments,
     LongConvNet,
     SignSGD,
     SmallResNet,
     context_fields,
     epochs_to,
+    leakage,
     predictions,
     receptive_field,
     smoothed_cross_entropy,
@@ -706,6 +708,41 @@ def test_predictions():
 
 def test_epochs_to():
     assert epochs_to([0.1, 0.5, 0.4, 0.9], 0.5) == 2 and epochs_to([0.1], 0.5) is None and epochs_to([0.5], 0.5) == 1
+
+
+def test_search_takes_the_best_rate():
+    e, asked = Experiments("gpu"), []
+    def trained(name, optimizer, run, rate, epochs, *rest):
+        asked.append((run, epochs))
+        return None, dict(val={0.4: 0.7, 1.2: 0.2}[rate])
+    e._train = trained
+    assert e.rate("ResNet", "AdamW") == 0.4 == e.rate("ResNet", "AdamW")
+    assert asked == [(1000, e.settings["search_epochs"])] * 2, "a seed of its own, a short schedule, once"
+    assert Experiments("smoke").rate("ResNet", "AdamW") == 1.0, "nothing to search"
+
+class ByBatch(nn.Module):
+    "Logits of class 1 where the batch's mean, or the image's, is above 0."
+    def __init__(self, together):
+        super().__init__()
+        self.together = together
+
+    def forward(self, x):
+        mean = x.mean().expand(len(x)) if self.together else x.mean((1, 2, 3))
+        return F.one_hot((mean > 0).long(), 2).float()
+
+def test_leakage_counts():
+    y = torch.tensor([0, 1] * 4 + [1] * 8)
+    x = (2 * y - 1)[:, None, None, None].float().expand(-1, 3, 2, 2)
+
+    class Fake:
+        settings, seeds = dict(size=2, leak=8, leak_sizes=(1, 8, 16)), [0]
+        data = staticmethod(lambda size: Data(x, y, x, y, x, y))
+        train = staticmethod(lambda net, optimizer, run, variant: (ByBatch(variant == "official"), {}))
+        write = staticmethod(lambda name, key, rows: rows)
+    found = {(r["variant"], r["batch"]): (r["accuracy"], r["changed"]) for r in leakage(Fake)}
+    assert [found["official", b] for b in ("1 at a time", "8 at a time", "16 at a time", "one class at a time")] == [
+        (1.0, 0.5), (0.5, 1.0), (0.5, 0.0), (1.0, 0.5)]
+    assert all(found["kernels per image", b] == (1.0, 0.0) for _, b in found)
 
 
 def test_receptive_fields():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..engine import LaunchTable, arch_of, tl, triton
 
-# %% ../../nbs/5_vision/ulsam.ipynb #a6f4b8db
+# %% ../../nbs/5_vision/ulsam.ipynb #1dc9c119
 class Plane(NamedTuple):
     "What a kernel is compiled for."
 
@@ -34,7 +34,7 @@ class Plane(NamedTuple):
     flat_block: int  # channels of a flat tile
     part: int  # 0: all in one program; 1 and 2: first and second part of the work, in launches of their own
 
-# %% ../../nbs/5_vision/ulsam.ipynb #7eb681c3
+# %% ../../nbs/5_vision/ulsam.ipynb #ba0edff4
 @triton.jit
 def plane_offset(c, p, step, C: tl.constexpr):
     "Where channels c [BC, 1] have pixels p [1, P]. `step`: from channel to channel, where pixels lie side by side."
@@ -51,7 +51,7 @@ def tap(X, c, y, x, ok, other, step, C: tl.constexpr):
     inside = ok & (x >= 0) & (x < C.width) & (y >= 0) & (y < C.height)
     return tl.load(X + plane_offset(c, y * C.width + x, step, C), mask=inside, other=other)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #896beb17
+# %% ../../nbs/5_vision/ulsam.ipynb #f2161f5a
 @triton.jit
 def row_maximum(X, KEEP, c, y, x, ok, sign, step, C: tl.constexpr):
     "The largest of sign * X in row y around columns x, and which column of the window it is in: two tiles [BC, WC]."
@@ -87,7 +87,7 @@ def window_maximum(rows, KEEP, T: tl.constexpr, C: tl.constexpr):
             best = tl.maximum(best, value)
     return best, place
 
-# %% ../../nbs/5_vision/ulsam.ipynb #3e5ba5f4
+# %% ../../nbs/5_vision/ulsam.ipynb #a4f108b0
 @triton.jit
 def strip_logits(X, WINNERS, DW, BIAS, PW, y0, x, step, C: tl.constexpr):
     """Sums over a subspace's channels of v * maximum for rows y0 to y0 + rows - 1 and columns x [1, WC]: a tuple of tiles
@@ -129,7 +129,7 @@ def strip_logits(X, WINNERS, DW, BIAS, PW, y0, x, step, C: tl.constexpr):
         sums = new
     return sums
 
-# %% ../../nbs/5_vision/ulsam.ipynb #b95fd25a
+# %% ../../nbs/5_vision/ulsam.ipynb #400f87fe
 @triton.jit
 def gate_planes(X, Y, MAPS, p, scale, step, C: tl.constexpr):
     "Y = X * (1 + scale * map) for pixels p [1, P] of all channels of a subspace."
@@ -142,7 +142,7 @@ def gate_planes(X, Y, MAPS, p, scale, step, C: tl.constexpr):
         value = tl.load(X + at, mask=ok, other=0.0).to(tl.float32)
         tl.store(Y + at, (gate * value).to(Y.dtype.element_ty), mask=ok)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #85a4e280
+# %% ../../nbs/5_vision/ulsam.ipynb #22713ae0
 @triton.jit(do_not_specialize=["step"])
 def subspace_forward(X, DW, BIAS, PW, SHIFT, Y, MAPS, WINNERS, stride, scale, step, C: tl.constexpr):
     """Y and MAPS of a subspace of an image, and WINNERS if they are wanted. Grid: (B * g, 1), or with parts
@@ -194,7 +194,7 @@ def subspace_forward(X, DW, BIAS, PW, SHIFT, Y, MAPS, WINNERS, stride, scale, st
         first = 0 if C.part == 0 else tl.program_id(1) * P
         gate_planes(X, Y + dense, MAPS, (first + tl.arange(0, P))[None, :], scale, step, C)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #9f15be98
+# %% ../../nbs/5_vision/ulsam.ipynb #86226f35
 @triton.jit
 def map_gradient(X, DY, p, step, C: tl.constexpr):
     "Sum of X * DY over a subspace's channels at pixels p [1, P]: [1, P]."
@@ -208,7 +208,7 @@ def map_gradient(X, DY, p, step, C: tl.constexpr):
         da += tl.sum(x.to(tl.float32) * dy.to(tl.float32), 0)[None, :]
     return da
 
-# %% ../../nbs/5_vision/ulsam.ipynb #260056fa
+# %% ../../nbs/5_vision/ulsam.ipynb #ef553070
 @triton.jit
 def won(total, winners, dl, N: tl.constexpr, I: tl.constexpr, C: tl.constexpr):
     "total plus the d-logits of the windows of row N whose winner lies in row I of their window, pixel by pixel [BC, WC]."
@@ -219,8 +219,8 @@ def won(total, winners, dl, N: tl.constexpr, I: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def spread_strip(X, DW, BIAS, PW, DY, MAPS, WINNERS, DX, DL, SUMS, y0, x, scale, step, C: tl.constexpr):
-    "DX for rows y0 to y0 + rows - 1 and columns x [1, WC], and the strip's sums for the weights at SUMS."
+def spread_strip(X, DW, BIAS, PW, DY, MAPS, WINNERS, DX, DL, SUMS, y0, xs, scale, step, C: tl.constexpr):
+    "DX for rows y0 to y0 + rows - 1 and columns xs [WC], and the strip's sums for the weights at SUMS."
     BC: tl.constexpr = C.block
     WC: tl.constexpr = C.columns
     total: tl.constexpr = C.groups * C.group
@@ -230,12 +230,13 @@ def spread_strip(X, DW, BIAS, PW, DY, MAPS, WINNERS, DX, DL, SUMS, y0, x, scale,
     dl, gates = (), ()
     for n in tl.static_range(Q + K - 1):                                        # windows around row y0 + n - R
         for j in tl.static_range(K):                                                 # that have x in column j
-            u, y = x + (R - j), y0 + n - R
+            u, y = xs + (R - j), y0 + n - R
             inside = (u >= 0) & (u < C.width) & (y >= 0) & (y < C.height)
-            dl = dl + (tl.load(DL + y * C.width + u, mask=inside, other=0.0),)
+            dl = dl + (tl.load(DL + y * C.width + u, mask=inside, other=0.0)[None, :],)
     for t in tl.static_range(Q):
-        inside = (x < C.width) & (y0 + t < C.height)
-        gates = gates + (1 + scale * tl.abs(tl.load(MAPS + (y0 + t) * C.width + x, mask=inside, other=0.0)),)
+        a = tl.load(MAPS + (y0 + t) * C.width + xs, mask=(xs < C.width) & (y0 + t < C.height), other=0.0)
+        gates = gates + ((1 + scale * tl.abs(a))[None, :],)
+    x = xs[None, :]
     for c0 in range(0, C.group, BC):
         c = c0 + tl.arange(0, BC)[:, None]
         ok = c < C.group
@@ -271,7 +272,7 @@ def spread_strip(X, DW, BIAS, PW, DY, MAPS, WINNERS, DX, DL, SUMS, y0, x, scale,
         if BIAS is not None:
             tl.store(SUMS + total + c, tl.sum(plain, 1)[:, None], mask=ok)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #5fe6c60d
+# %% ../../nbs/5_vision/ulsam.ipynb #3f7abb0c
 @triton.jit(do_not_specialize=["step"])
 def subspace_backward(X, DW, BIAS, PW, DY, DMAPS, MAPS, WINNERS, DX, DL, SUMS, SHIFTS, stride, scale, step,
                       C: tl.constexpr):
@@ -309,12 +310,12 @@ def subspace_backward(X, DW, BIAS, PW, DY, DMAPS, MAPS, WINNERS, DX, DL, SUMS, S
             BIAS += channel
         first, count = (0, tiles) if C.part == 0 else (tl.program_id(1), 1)
         for tile in range(first, first + count):
-            x = (tile % across * WC + tl.arange(0, WC))[None, :]
+            xs = tile % across * WC + tl.arange(0, WC)
             part = SUMS + (image * tiles + tile) * (2 * C.groups * C.group) + channel
             spread_strip(X, DW + channel, BIAS, PW + channel, DY + dense, MAPS, WINNERS + dense, DX + dense, DL, part,
-                         tile // across * C.rows, x, scale, step, C)
+                         tile // across * C.rows, xs, scale, step, C)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #5b7eef0c
+# %% ../../nbs/5_vision/ulsam.ipynb #ba633687
 @triton.jit
 def weight_gradients(SUMS, DW, BIAS, PW, DDW, DBIAS, DPW, parts, N: tl.constexpr, T: tl.constexpr, BC: tl.constexpr):
     "From rows of SUMS, (2, N) each, the gradients of N channels' weights. Grid: cdiv(N, BC)."
@@ -336,7 +337,7 @@ def weight_gradients(SUMS, DW, BIAS, PW, DDW, DBIAS, DPW, parts, N: tl.constexpr
     tl.store(DDW + c, (v * weighted).to(DDW.dtype.element_ty), mask=c < N)
     tl.store(DPW + c, dv.to(DPW.dtype.element_ty), mask=c < N)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #fc32648d
+# %% ../../nbs/5_vision/ulsam.ipynb #1fca7c9f
 class PlaneLaunch(NamedTuple):
     "How a kernel of subspace attention is launched."
 
@@ -355,7 +356,7 @@ for _arch in ("sm90", "sm80", "small"):
         PLANE_LAUNCH.rows(_arch, _bits, {
             64: ((128, 1024, 8, 4), (128, 1024, 8, 4), (1024, 2048, 8, 4), (1024, 2048, 8, 4)),
             256: ((128, 2048, 8, 4), (128, 2048, 8, 4), (1024, 4096, 8, 4), (512, 4096, 8, 4)),
-            1024: ((256, 2048, 8, 4), (256, 2048, 8, 4), (1024, 8192, 8, 8), (1024, 8192, 8, 8)),
+            1024: ((128, 2048, 8, 4), (128, 2048, 8, 4), (1024, 8192, 8, 8), (1024, 8192, 8, 8)),
             1 << 40: ((256, 2048, 8, 4), (256, 2048, 8, 4), (1024, 4096, 8, 4), (1024, 4096, 8, 4))})
 for _bits in (16, 32):
     PLANE_LAUNCH.rows("interpreter", _bits, {1 << 40: ((1 << 14, 1 << 14, 4, 4),) * 4})

@@ -46,7 +46,7 @@ PRESETS = dict(
              size=(32, 512, 14, 14)),
 )
 
-# %% ../../nbs/5_vision/ulsam.ipynb #43d26483
+# %% ../../nbs/5_vision/ulsam.ipynb #c8626fdc
 #: network -> (what happens to blocks 5 and 7, subspaces, options)
 NETS = {
     "plain": ("", None, {}), "add 1": ("add", 1, {}), "add 2": ("add", 2, {}), "add 4": ("add", 4, {}),
@@ -73,7 +73,7 @@ def digit_data(*, train: int, test: int, seed: int = 0) -> tuple[Tensor, Tensor,
     pick = np.random.default_rng(seed).permutation(len(x))[:train]
     return x[pick], torch.as_tensor(y)[pick], tx[:test], torch.as_tensor(ty)[:test]
 
-# %% ../../nbs/5_vision/ulsam.ipynb #ae1df8f9
+# %% ../../nbs/5_vision/ulsam.ipynb #34557936
 @torch.no_grad()
 def map_statistics(net: nn.Module, x: Tensor) -> list[dict]:
     """For every ULSAM layer of a network on images x: `peak` (mean of h w max A), `entropy` (share of the largest
@@ -104,7 +104,7 @@ def map_statistics(net: nn.Module, x: Tensor) -> list[dict]:
     net.train(training)
     return found
 
-# %% ../../nbs/5_vision/ulsam.ipynb #b57bc3bc
+# %% ../../nbs/5_vision/ulsam.ipynb #5834f87a
 FONTS = (*(f"DejaVu{family}{style}" for family, italic in (("Sans", "Oblique"), ("SansMono", "Oblique"), ("Serif", "Italic"))
            for style in ("", "-Bold", f"-{italic}", f"-Bold{italic}")),
          "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmtt10", "cmti10")
@@ -132,7 +132,7 @@ def font_data(*, train: int, test: int, seed: int = 0) -> tuple[Tensor, Tensor, 
     x, tx = standardise(x[kept], x[~kept])
     return x, y[kept], tx, y[~kept]
 
-# %% ../../nbs/5_vision/ulsam.ipynb #e4b5e31d
+# %% ../../nbs/5_vision/ulsam.ipynb #93b977eb
 def net_experiment(
     name: str, data: tuple[Tensor, Tensor, Tensor, Tensor], *, steps: int, batch: int, seed: int = 0, device: str = "cpu",
 ) -> tuple[dict, nn.Module]:
@@ -163,13 +163,13 @@ def run_experiments(
             show(f"{table} {name:16} seed {run}: accuracy {row['accuracy']:.1%}, {row['seconds']:.1f} s")
     return rows
 
-# %% ../../nbs/5_vision/ulsam.ipynb #03a18123
+# %% ../../nbs/5_vision/ulsam.ipynb #0f587df0
 def best_rows(table: str) -> list[dict]:
     "The rows of an experiment: those of the gpu preset if there are any, else of the others, of the device measured last."
     rows = load_results("ulsam", table)
     return newest_device([r for r in rows if r["preset"] == "gpu"] or rows)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #b61bbb6a
+# %% ../../nbs/5_vision/ulsam.ipynb #63f8bf1c
 def official_loop(x: Tensor, dw_weight: Tensor, pw_weight: Tensor, num_subspaces: int) -> Tensor:
     "The paper's equations as the official file spells them: convolutions for each subspace, then concatenation."
     out = []
@@ -208,7 +208,7 @@ def bench_peers(size: tuple[int, int, int, int], g: int, *, last: bool = False, 
     return compare(problem, peers, [x, *weights], grad_out="random", chapter="ulsam", bench=table, rep_ms=rep_ms,
                    flops=dict(fwd=c["flops_fwd"], bwd=c["flops_bwd"]), bytes=dict(fwd=c["bytes_fwd"], bwd=c["bytes_bwd"]))
 
-# %% ../../nbs/5_vision/ulsam.ipynb #5fcf8c91
+# %% ../../nbs/5_vision/ulsam.ipynb #14b2503e
 def bench_batch() -> Iterator[dict]:
     "512 channels on 14 x 14, four subspaces, batches of 1, 32 and 256, both layouts."
     for B, last in ((B, last) for B in (1, 32, 256) for last in (False, True)):
@@ -226,7 +226,7 @@ def bench_stages() -> Iterator[dict]:
     for (C, side), last in ((s, last) for s in ((1024, 7), (256, 28), (128, 56), (64, 112)) for last in (False, True)):
         yield from bench_peers((64, C, side, side), 4, last=last, table="stages", loop=False) if torch.cuda.is_available() else ()
 
-# %% ../../nbs/5_vision/ulsam.ipynb #09c12572
+# %% ../../nbs/5_vision/ulsam.ipynb #072b3a5a
 def bench_host() -> Iterator[dict]:
     "Microseconds that the host needs for a call, forward alone and with its backward, on a map of one image."
     if not torch.cuda.is_available():
@@ -250,7 +250,7 @@ def bench_host() -> Iterator[dict]:
             times[f"us_{part}"] = 1e6 * float(np.median(laps))
         yield record("ulsam", "host", key=("method",), device="cuda", method=method, **times)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #b24083e1
+# %% ../../nbs/5_vision/ulsam.ipynb #09da947b
 def _difference(table, a, b):
     "Accuracy of networks a (the mean of several) less that of b, in points, paired by seed; None below three seeds."
     rows = [r for r in load_results("ulsam", table, preset="gpu")]
@@ -292,7 +292,7 @@ def not_below(points: float) -> Callable:
     "Rule on an `Interval`: holds if all of it is above -points, does not hold if all is below; else undecided."
     return beyond_interval(-points)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #bf7b978c
+# %% ../../nbs/5_vision/ulsam.ipynb #1a3b750e
 def claims() -> list[Claim]:
     "The chapter's claims with their rules; measured numbers are read from the recorded results."
     nets, fonts = "digits on photographs, 5 seeds, paired", "21 typefaces, 5 seeds, paired"

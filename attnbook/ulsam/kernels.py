@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..engine import LaunchTable, arch_of, tl, triton
 
-# %% ../../nbs/5_vision/ulsam.ipynb #1dc9c119
+# %% ../../nbs/5_vision/ulsam.ipynb #8c26028e
 class Plane(NamedTuple):
     "What a kernel is compiled for."
 
@@ -34,7 +34,7 @@ class Plane(NamedTuple):
     flat_block: int  # channels of a flat tile
     part: int  # 0: all in one program; 1 and 2: first and second part of the work, in launches of their own
 
-# %% ../../nbs/5_vision/ulsam.ipynb #ba0edff4
+# %% ../../nbs/5_vision/ulsam.ipynb #a541e250
 @triton.jit
 def plane_offset(c, p, step, C: tl.constexpr):
     "Where channels c [BC, 1] have pixels p [1, P]. `step`: from channel to channel, where pixels lie side by side."
@@ -51,7 +51,7 @@ def tap(X, c, y, x, ok, other, step, C: tl.constexpr):
     inside = ok & (x >= 0) & (x < C.width) & (y >= 0) & (y < C.height)
     return tl.load(X + plane_offset(c, y * C.width + x, step, C), mask=inside, other=other)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #f2161f5a
+# %% ../../nbs/5_vision/ulsam.ipynb #3e8468ec
 @triton.jit
 def row_maximum(X, KEEP, c, y, x, ok, sign, step, C: tl.constexpr):
     "The largest of sign * X in row y around columns x, and which column of the window it is in: two tiles [BC, WC]."
@@ -87,11 +87,11 @@ def window_maximum(rows, KEEP, T: tl.constexpr, C: tl.constexpr):
             best = tl.maximum(best, value)
     return best, place
 
-# %% ../../nbs/5_vision/ulsam.ipynb #a4f108b0
+# %% ../../nbs/5_vision/ulsam.ipynb #ca755fd2
 @triton.jit
 def strip_logits(X, WINNERS, DW, BIAS, PW, y0, x, step, C: tl.constexpr):
-    """Sums over a subspace's channels of v * maximum for rows y0 to y0 + rows - 1 and columns x [1, WC]: a tuple of tiles
-    [BC, WC], or [1, WC] with channels last. Leaves the winners at WINNERS."""
+    """Sums over a subspace's channels of v * maximum for rows y0 to y0 + rows - 1 and columns x [1, WC]: a tuple of
+    tiles [BC, WC], or [1, WC] with channels last. Leaves the winners at WINNERS."""
     BC: tl.constexpr = C.block
     WC: tl.constexpr = C.columns
     K: tl.constexpr = C.pool
@@ -129,7 +129,7 @@ def strip_logits(X, WINNERS, DW, BIAS, PW, y0, x, step, C: tl.constexpr):
         sums = new
     return sums
 
-# %% ../../nbs/5_vision/ulsam.ipynb #400f87fe
+# %% ../../nbs/5_vision/ulsam.ipynb #82ff8b0c
 @triton.jit
 def gate_planes(X, Y, MAPS, p, scale, step, C: tl.constexpr):
     "Y = X * (1 + scale * map) for pixels p [1, P] of all channels of a subspace."
@@ -142,7 +142,7 @@ def gate_planes(X, Y, MAPS, p, scale, step, C: tl.constexpr):
         value = tl.load(X + at, mask=ok, other=0.0).to(tl.float32)
         tl.store(Y + at, (gate * value).to(Y.dtype.element_ty), mask=ok)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #22713ae0
+# %% ../../nbs/5_vision/ulsam.ipynb #197be949
 @triton.jit(do_not_specialize=["step"])
 def subspace_forward(X, DW, BIAS, PW, SHIFT, Y, MAPS, WINNERS, stride, scale, step, C: tl.constexpr):
     """Y and MAPS of a subspace of an image, and WINNERS if they are wanted. Grid: (B * g, 1), or with parts
@@ -188,13 +188,13 @@ def subspace_forward(X, DW, BIAS, PW, SHIFT, Y, MAPS, WINNERS, stride, scale, st
                 if C.relu:
                     a = tl.where(logits[t] > 0, a, -a)
                 tl.store(MAPS + t * C.width + x, a, mask=x < C.width)
-            tl.debug_barrier()                                                            # the gate reads other lanes' maps
+            tl.debug_barrier()                                                # the gate reads other lanes' maps
     if C.part != 1:
         P: tl.constexpr = C.pixels
         first = 0 if C.part == 0 else tl.program_id(1) * P
         gate_planes(X, Y + dense, MAPS, (first + tl.arange(0, P))[None, :], scale, step, C)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #86226f35
+# %% ../../nbs/5_vision/ulsam.ipynb #5cd858e4
 @triton.jit
 def map_gradient(X, DY, p, step, C: tl.constexpr):
     "Sum of X * DY over a subspace's channels at pixels p [1, P]: [1, P]."
@@ -208,10 +208,10 @@ def map_gradient(X, DY, p, step, C: tl.constexpr):
         da += tl.sum(x.to(tl.float32) * dy.to(tl.float32), 0)[None, :]
     return da
 
-# %% ../../nbs/5_vision/ulsam.ipynb #ef553070
+# %% ../../nbs/5_vision/ulsam.ipynb #4d87795d
 @triton.jit
 def won(total, winners, dl, N: tl.constexpr, I: tl.constexpr, C: tl.constexpr):
-    "total plus the d-logits of the windows of row N whose winner lies in row I of their window, pixel by pixel [BC, WC]."
+    "total [BC, WC] plus the d-logits of the windows of row N whose winner lies in row I of their window."
     K: tl.constexpr = C.pool
     for j in tl.static_range(K):
         total += tl.where(winners[j] == I * K + j, dl[N * K + j], 0.0)
@@ -272,12 +272,12 @@ def spread_strip(X, DW, BIAS, PW, DY, MAPS, WINNERS, DX, DL, SUMS, y0, xs, scale
         if BIAS is not None:
             tl.store(SUMS + total + c, tl.sum(plain, 1)[:, None], mask=ok)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #3f7abb0c
+# %% ../../nbs/5_vision/ulsam.ipynb #7df96783
 @triton.jit(do_not_specialize=["step"])
 def subspace_backward(X, DW, BIAS, PW, DY, DMAPS, MAPS, WINNERS, DX, DL, SUMS, SHIFTS, stride, scale, step,
                       C: tl.constexpr):
-    """DX of a subspace of an image, and its SUMS, a row for each strip: of D * x (C), then of D (C). Grid: (B * g, 1), or
-    with parts (B * g, tiles): part 1 leaves the gradient of the maps in DL, part 2 finds that of the logits there."""
+    """DX of a subspace of an image, and its SUMS, a row for each strip: of D * x (C), then of D (C). Grid: (B * g, 1),
+    or with parts (B * g, tiles): part 1 leaves the gradient of the maps in DL, part 2 finds that of the logits there."""
     area: tl.constexpr = C.height * C.width
     pid = tl.program_id(0)
     channel, image = pid % C.groups * C.group, (pid // C.groups).to(tl.int64)
@@ -315,7 +315,7 @@ def subspace_backward(X, DW, BIAS, PW, DY, DMAPS, MAPS, WINNERS, DX, DL, SUMS, S
             spread_strip(X, DW + channel, BIAS, PW + channel, DY + dense, MAPS, WINNERS + dense, DX + dense, DL, part,
                          tile // across * C.rows, xs, scale, step, C)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #ba633687
+# %% ../../nbs/5_vision/ulsam.ipynb #a8e55a95
 @triton.jit
 def weight_gradients(SUMS, DW, BIAS, PW, DDW, DBIAS, DPW, parts, N: tl.constexpr, T: tl.constexpr, BC: tl.constexpr):
     "From rows of SUMS, (2, N) each, the gradients of N channels' weights. Grid: cdiv(N, BC)."
@@ -337,7 +337,7 @@ def weight_gradients(SUMS, DW, BIAS, PW, DDW, DBIAS, DPW, parts, N: tl.constexpr
     tl.store(DDW + c, (v * weighted).to(DDW.dtype.element_ty), mask=c < N)
     tl.store(DPW + c, dv.to(DPW.dtype.element_ty), mask=c < N)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #1fca7c9f
+# %% ../../nbs/5_vision/ulsam.ipynb #bcea9b86
 class PlaneLaunch(NamedTuple):
     "How a kernel of subspace attention is launched."
 
@@ -345,6 +345,7 @@ class PlaneLaunch(NamedTuple):
     flat: int  # numbers of a flat tile
     rows: int  # at most, of a strip, where a strip need not be the whole plane
     warps: int
+    registers: int | None = None  # bound for a thread; None: the compiler decides
 
 
 #: planes of up to so many pixels (and as many rows and columns as follow) are the work of one program
@@ -368,8 +369,8 @@ def power_of_two(n: int) -> int:
 
 
 def plane_launches(kernel: str, x: Tensor, groups: int, pool: int, relu: bool) -> tuple[list[tuple], int]:
-    """For "forward" or "backward" on x `(B, C, H, W)`, which lies dense in one of the two layouts: what its launches need, a
-    list of (grid, `Plane`, warps), and the number of strips of an image."""
+    """For "forward" or "backward" on x `(B, C, H, W)`, which lies dense in one of the two layouts: what its launches need,
+    a list of (grid, `Plane`, warps, registers), and the number of strips of an image."""
     B, channels, H, W = x.shape
     arch, bits, last = arch_of(x.device), torch.finfo(x.dtype).bits, not channels_first(x)
     one = H * W <= ONE_PASS[0] and H <= ONE_PASS[1] and W <= ONE_PASS[2]
@@ -378,13 +379,14 @@ def plane_launches(kernel: str, x: Tensor, groups: int, pool: int, relu: bool) -
     rows = H if one and kernel == "forward" else -(-H // -(-H // p.rows))
     columns, pixels = min(64, power_of_two(W)), min(power_of_two(H * W), 1024 if one else 256)
     fit = lambda numbers: max(1, min(power_of_two(group), more * numbers))
-    C = Plane(H, W, pool, groups, group, last, channels * H * W >= 2**31, relu, rows, columns, fit(p.tile // columns), pixels, fit(p.flat // pixels), 0)
+    C = Plane(H, W, pool, groups, group, last, channels * H * W >= 2**31, relu, rows, columns, fit(p.tile // columns),
+              pixels, fit(p.flat // pixels), 0)
     strips = -(-H // rows) * -(-W // columns)
     if one:
-        return [((B * groups, 1), C, p.warps * more)], strips
+        return [((B * groups, 1), C, p.warps * more, p.registers if more == 1 else None)], strips
     flat = -(-H * W // pixels)
     tiles = (strips, flat) if kernel == "forward" else (flat, strips)
-    return [((B * groups, n), C._replace(part=i), p.warps) for i, n in enumerate(tiles, 1)], strips
+    return [((B * groups, n), C._replace(part=i), p.warps, p.registers) for i, n in enumerate(tiles, 1)], strips
 
 
 def channels_first(x: Tensor) -> bool:

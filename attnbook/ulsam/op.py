@@ -17,7 +17,7 @@ from ..engine.host import BoundLaunch, Plans, autocasting, through_float32
 from .kernels import plane_launches, subspace_backward, subspace_forward, weight_gradients
 from .reference import subspace_attention_reference
 
-# %% ../../nbs/5_vision/ulsam.ipynb #bf6b7201
+# %% ../../nbs/5_vision/ulsam.ipynb #9eb6c371
 _LAUNCHES = Plans()
 
 
@@ -41,10 +41,12 @@ def _launches(kernel, x, groups, pool, relu, scale):
     def make():
         function = subspace_forward if kernel == "forward" else subspace_backward
         found, strips = plane_launches(kernel, x, groups, pool, relu)
-        return [BoundLaunch(function, grid, x.stride(0), scale, x.shape[2] * x.shape[3], C=C, num_warps=w) for grid, C, w in found], strips
+        rest = x.stride(0), scale, x.shape[2] * x.shape[3]
+        return [BoundLaunch(function, grid, *rest, C=C, num_warps=warps, maxnreg=registers)
+                for grid, C, warps, registers in found], strips
     return _LAUNCHES.find((kernel, x.shape, x.stride(), x.dtype, x.device, groups, pool, relu, scale), make)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #cff36a68
+# %% ../../nbs/5_vision/ulsam.ipynb #1906c08f
 def _subspace_forward(
     x: Tensor, dw_weight: Tensor, pw_weight: Tensor, dw_bias: Tensor | None, pw_bias: Tensor | None,
     num_subspaces: int, pool_size: int, relu: bool, scale: float, keep: bool,
@@ -72,7 +74,7 @@ def _subspace_like(x, dw_weight, pw_weight, dw_bias, pw_bias, num_subspaces, poo
     maps = x.new_empty(x.shape[0], num_subspaces, *x.shape[2:], dtype=torch.float32)
     return _empty(x), maps, _empty(x, torch.uint8) if keep else x.new_empty(0, dtype=torch.uint8)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #39eda44c
+# %% ../../nbs/5_vision/ulsam.ipynb #6a6e26b0
 def _subspace_backward(call):
     "Gradients of x, of the weights and of what biases there are."
     g, relu, winners = call.num_subspaces, call.relu, call.outputs[2]
@@ -117,7 +119,7 @@ def _subspace_gradients(call):
 subspace_op = operation("subspace_attention", _subspace_forward, like=_subspace_like, backward=_subspace_backward,
                         gradients_like=_subspace_gradients, drop=(0,), nondifferentiable=(2,))
 
-# %% ../../nbs/5_vision/ulsam.ipynb #d8d4b908
+# %% ../../nbs/5_vision/ulsam.ipynb #189cbef1
 def _check_subspaces(x, dw_weight, pw_weight, dw_bias, pw_bias, *, num_subspaces, pool_size, relu, gate_scale, backend):
     "Backend, subspaces, window and scale; TypeError or ValueError naming the argument."
     check_tensor("x", x, ndim=4)
@@ -136,7 +138,7 @@ def _check_subspaces(x, dw_weight, pw_weight, dw_bias, pw_bias, *, num_subspaces
     chosen = resolve_backend(backend, x)
     if chosen == "triton" and pool_size > MAX_POOL:
         if backend == "triton":
-            raise ValueError(f"pool_size must be at most {MAX_POOL} for the kernel, not {pool_size}; backend='torch' takes it")
+            raise ValueError(f"pool_size must be at most {MAX_POOL} for the kernel, not {pool_size}; use backend='torch'")
         chosen = "torch"
     return chosen, int(num_subspaces), pool_size, relu, scale
 
@@ -145,7 +147,7 @@ _CHECKED = Plans()
 #: side of the largest window the kernel takes
 MAX_POOL = 7
 
-# %% ../../nbs/5_vision/ulsam.ipynb #e25ec91b
+# %% ../../nbs/5_vision/ulsam.ipynb #0d772f21
 def subspace_attention(
     x: Tensor,  # (B, C, H, W), channels first or last in memory
     dw_weight: Tensor,  # (C,), the depthwise 1x1 convolution

@@ -48,7 +48,7 @@ PRESETS = dict(
              size=(32, 512, 14, 14)),
 )
 
-# %% ../../nbs/5_vision/ulsam.ipynb #81d221a2
+# %% ../../nbs/5_vision/ulsam.ipynb #de8fa018
 #: network -> (what happens to blocks 5 and 7, subspaces, options)
 NETS = {
     "plain": ("", None, {}), "add 1": ("add", 1, {}), "add 2": ("add", 2, {}), "add 4": ("add", 4, {}),
@@ -75,7 +75,7 @@ def digit_data(*, train: int, test: int, seed: int = 0) -> tuple[Tensor, Tensor,
     pick = np.random.default_rng(seed).permutation(len(x))[:train]
     return x[pick], torch.as_tensor(y)[pick], tx[:test], torch.as_tensor(ty)[:test]
 
-# %% ../../nbs/5_vision/ulsam.ipynb #cf540e89
+# %% ../../nbs/5_vision/ulsam.ipynb #61eda6f8
 @torch.no_grad()
 def map_statistics(net: nn.Module, x: Tensor) -> list[dict]:
     """For every ULSAM layer of a network on images x: `peak` (mean of h w max A), `entropy` (share of the largest
@@ -108,11 +108,12 @@ def map_statistics(net: nn.Module, x: Tensor) -> list[dict]:
     net.train(training)
     return found
 
-# %% ../../nbs/5_vision/ulsam.ipynb #b9b80bc9
+# %% ../../nbs/5_vision/ulsam.ipynb #36462976
 FAMILIES = ("Sans", "Oblique"), ("SansMono", "Oblique"), ("Serif", "Italic")
 FONTS = (*(f"DejaVu{family}{cut}" for family, slanted in FAMILIES
            for cut in ("", "-Bold", f"-{slanted}", f"-Bold{slanted}")),
-         *(f"STIXGeneral{cut}" for cut in ("", "Bol", "Italic", "BolIta")), "cmr10", "cmb10", "cmss10", "cmtt10", "cmti10")
+         *(f"STIXGeneral{cut}" for cut in ("", "Bol", "Italic", "BolIta")),
+         "cmr10", "cmb10", "cmss10", "cmtt10", "cmti10")
 FONT_NETS = ("plain", "add 1", "add 2", "add 4", "add 8", "replace 1", "replace 4", "identity")
 
 
@@ -138,7 +139,7 @@ def font_data(*, train: int, test: int, seed: int = 0) -> tuple[Tensor, Tensor, 
     x, tx = standardise(x[kept], x[~kept])
     return x, y[kept], tx, y[~kept]
 
-# %% ../../nbs/5_vision/ulsam.ipynb #0b691951
+# %% ../../nbs/5_vision/ulsam.ipynb #5cbafe8d
 def net_experiment(
     name: str, data: tuple[Tensor, Tensor, Tensor, Tensor], *, steps: int, batch: int, seed: int = 0,
     device: str = "cpu",
@@ -170,13 +171,13 @@ def run_experiments(
             show(f"{table} {name:16} seed {run}: accuracy {row['accuracy']:.1%}, {row['seconds']:.1f} s")
     return rows
 
-# %% ../../nbs/5_vision/ulsam.ipynb #46234066
+# %% ../../nbs/5_vision/ulsam.ipynb #330c6639
 def best_rows(table: str) -> list[dict]:
     "An experiment's rows of the gpu preset if there are any, else of the others, of the device measured last."
     rows = load_results("ulsam", table)
     return newest_device([r for r in rows if r["preset"] == "gpu"] or rows)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #a28960ce
+# %% ../../nbs/5_vision/ulsam.ipynb #c8f6677b
 def official_loop(x: Tensor, dw_weight: Tensor, pw_weight: Tensor, num_subspaces: int) -> Tensor:
     "The paper's equations as the official file spells them: convolutions for each subspace, then concatenation."
     out = []
@@ -213,9 +214,10 @@ def peers_at(size: tuple[int, int, int, int], g: int, *, last: bool = False, tab
     c = subspace_cost(size, g, element_size=dtype.itemsize)
     problem = dict(B=size[0], C=size[1], H=size[2], W=size[3], g=g, layout="last" if last else "first")
     cost = {kind: {p: c[f"{kind}_{p}"] for p in ("fwd", "bwd")} for kind in ("flops", "bytes")}
-    return compare(problem, peers, [x, *weights], grad_out="random", chapter="ulsam", bench=table, rep_ms=rep_ms, **cost)
+    return compare(problem, peers, [x, *weights], grad_out="random", chapter="ulsam", bench=table, rep_ms=rep_ms,
+                   **cost)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #13c365d9
+# %% ../../nbs/5_vision/ulsam.ipynb #2e1e1b47
 def bench_batch() -> Iterator[dict]:
     "512 channels on 14 x 14, four subspaces, batches of 1, 32 and 256, both layouts."
     for B, last in ((B, last) for B in (1, 32, 256) for last in (False, True)):
@@ -234,7 +236,7 @@ def bench_stages() -> Iterator[dict]:
     for (C, side), last in ((s, last) for s in sizes for last in (False, True)):
         yield from peers_at((64, C, side, side), 4, last=last, table="stages", loop=False)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #eb66d497
+# %% ../../nbs/5_vision/ulsam.ipynb #3abd4f55
 def tune(size: tuple[int, int, int, int] = (256, 512, 14, 14), g: int = 4, *, last: bool = False,
          candidates: Sequence[tuple] = (), kernels: Sequence[str] = ("forward", "backward")) -> Iterator[dict]:
     """Milliseconds of a kernel on the GPU for each candidate of the launch table, fields of `PlaneLaunch`."""
@@ -254,7 +256,7 @@ def tune(size: tuple[int, int, int, int] = (256, 512, 14, 14), g: int = 4, *, la
             except Exception as e:
                 yield dict(kernel=kernel, entry=list(entry), ms=None, note=str(e)[:80])
 
-# %% ../../nbs/5_vision/ulsam.ipynb #b7e3503c
+# %% ../../nbs/5_vision/ulsam.ipynb #68247e66
 def bench_host() -> Iterator[dict]:
     "Microseconds that the host needs for a call, forward alone and with its backward, on a map of one image."
     if not torch.cuda.is_available():
@@ -278,7 +280,7 @@ def bench_host() -> Iterator[dict]:
             times[f"us_{part}"] = 1e6 * float(np.median(laps))
         yield record("ulsam", "host", key=("method",), device="cuda", method=method, **times)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #54e563a1
+# %% ../../nbs/5_vision/ulsam.ipynb #764feba3
 def _difference(table, a, b):
     "Accuracy of networks a (the mean of several) less that of b, in points, paired by seed; None below three seeds."
     rows = [r for r in load_results("ulsam", table, preset="gpu")]
@@ -326,7 +328,7 @@ def not_below(points: float) -> Callable:
     "Rule on an `Interval`: holds if all of it is above -points, does not hold if all is below; else undecided."
     return beyond_interval(-points)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #4e603e0c
+# %% ../../nbs/5_vision/ulsam.ipynb #94b61988
 def claims() -> list[Claim]:
     "The chapter's claims with their rules; measured numbers are read from the recorded results."
     nets, fonts = "digits on photographs, 5 seeds, paired", "21 typefaces, 5 seeds, paired"
@@ -337,7 +339,8 @@ def claims() -> list[Claim]:
               lambda: {"parameters": ulsam_parameter_count(512, 4), "multiply-adds": ulsam_flops(512, 14, 14)},
               "512 channels on 14 x 14"),
         Claim("Replaced bottlenecks of MobileNet-V2 cost what the table says", "3.28 M, 277.34 M …", "slides, table",
-              matches(_by_unit(PUBLISHED_REPLACED), absolute=0.021), _replaced, "recomputed for the blocks that we infer; holds: to the last digit"),
+              matches(_by_unit(PUBLISHED_REPLACED), absolute=0.021), _replaced,
+              "recomputed for the blocks that we infer; holds: to the last digit"),
         Claim("ULSAM added to a network makes it more accurate", "+0.1 to +0.4 points", "ImageNet table",
               beyond_interval(), partial(_difference, "nets", added, "plain"),
               f"{nets}, mean of g = 1 to 8; holds: the 95 % interval is above 0"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..engine import LaunchTable, arch_of, tl, triton
 
-# %% ../../nbs/5_vision/ulsam.ipynb #6b2ac051
+# %% ../../nbs/5_vision/ulsam.ipynb #d61799a2
 class Plane(NamedTuple):
     "What a kernel is compiled for."
 
@@ -34,7 +34,7 @@ class Plane(NamedTuple):
     flat_block: int  # channels of a flat tile
     part: int  # 0: all in one program; 1 and 2: first and second part of the work, in launches of their own
 
-# %% ../../nbs/5_vision/ulsam.ipynb #81a5a163
+# %% ../../nbs/5_vision/ulsam.ipynb #30ab8232
 @triton.jit
 def plane_offset(c, p, step, C: tl.constexpr):
     "Where channels c [BC, 1] have pixels p [1, P]. `step`: from channel to channel, where pixels lie side by side."
@@ -51,7 +51,7 @@ def tap(X, c, y, x, ok, other, step, C: tl.constexpr):
     inside = ok & (x >= 0) & (x < C.width) & (y >= 0) & (y < C.height)
     return tl.load(X + plane_offset(c, y * C.width + x, step, C), mask=inside, other=other)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #65cec7c4
+# %% ../../nbs/5_vision/ulsam.ipynb #b1d9334f
 @triton.jit
 def row_maximum(X, KEEP, c, y, x, ok, sign, step, C: tl.constexpr):
     "The largest of sign * X in row y around columns x, and which column of the window it is in: two tiles [BC, WC]."
@@ -87,7 +87,7 @@ def window_maximum(rows, KEEP, T: tl.constexpr, C: tl.constexpr):
             best = tl.maximum(best, value)
     return best, place
 
-# %% ../../nbs/5_vision/ulsam.ipynb #bbe076f9
+# %% ../../nbs/5_vision/ulsam.ipynb #52e81555
 @triton.jit
 def strip_logits(X, WINNERS, DW, BIAS, PW, y0, x, step, C: tl.constexpr):
     """Sums over a subspace's channels of v * maximum for rows y0 to y0 + rows - 1 and columns x [1, WC]: a tuple of
@@ -129,7 +129,7 @@ def strip_logits(X, WINNERS, DW, BIAS, PW, y0, x, step, C: tl.constexpr):
         sums = new
     return sums
 
-# %% ../../nbs/5_vision/ulsam.ipynb #9cb2c4e9
+# %% ../../nbs/5_vision/ulsam.ipynb #ba9b35ae
 @triton.jit
 def gate_planes(X, Y, MAPS, p, scale, step, C: tl.constexpr):
     "Y = X * (1 + scale * map) for pixels p [1, P] of all channels of a subspace."
@@ -142,7 +142,7 @@ def gate_planes(X, Y, MAPS, p, scale, step, C: tl.constexpr):
         value = tl.load(X + at, mask=ok, other=0.0).to(tl.float32)
         tl.store(Y + at, (gate * value).to(Y.dtype.element_ty), mask=ok)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #c5bc644e
+# %% ../../nbs/5_vision/ulsam.ipynb #255fa287
 @triton.jit(do_not_specialize=["step"])
 def subspace_forward(X, DW, BIAS, PW, SHIFT, Y, MAPS, WINNERS, stride, scale, step, C: tl.constexpr):
     """Y and MAPS of a subspace of an image, and WINNERS if they are wanted. Grid: (B * g, 1), or with parts
@@ -194,7 +194,7 @@ def subspace_forward(X, DW, BIAS, PW, SHIFT, Y, MAPS, WINNERS, stride, scale, st
         first = 0 if C.part == 0 else tl.program_id(1) * P
         gate_planes(X, Y + dense, MAPS, (first + tl.arange(0, P))[None, :], scale, step, C)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #222634af
+# %% ../../nbs/5_vision/ulsam.ipynb #5ac20dc2
 @triton.jit
 def map_gradient(X, DY, p, step, C: tl.constexpr):
     "Sum of X * DY over a subspace's channels at pixels p [1, P]: [1, P]."
@@ -208,7 +208,7 @@ def map_gradient(X, DY, p, step, C: tl.constexpr):
         da += tl.sum(x.to(tl.float32) * dy.to(tl.float32), 0)[None, :]
     return da
 
-# %% ../../nbs/5_vision/ulsam.ipynb #98d82bba
+# %% ../../nbs/5_vision/ulsam.ipynb #8265e180
 @triton.jit
 def won(total, winners, dl, N: tl.constexpr, I: tl.constexpr, C: tl.constexpr):
     "total [BC, WC] plus the d-logits of the windows of row N whose winner lies in row I of their window."
@@ -272,7 +272,7 @@ def spread_strip(X, DW, BIAS, PW, DY, MAPS, WINNERS, DX, DL, SUMS, y0, xs, scale
         if BIAS is not None:
             tl.store(SUMS + total + c, tl.sum(plain, 1)[:, None], mask=ok)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #a3d929d7
+# %% ../../nbs/5_vision/ulsam.ipynb #3e0f3a8a
 @triton.jit(do_not_specialize=["step"])
 def subspace_backward(X, DW, BIAS, PW, DY, DMAPS, MAPS, WINNERS, DX, DL, SUMS, SHIFTS, stride, scale, step,
                       C: tl.constexpr):
@@ -315,7 +315,7 @@ def subspace_backward(X, DW, BIAS, PW, DY, DMAPS, MAPS, WINNERS, DX, DL, SUMS, S
             spread_strip(X, DW + channel, BIAS, PW + channel, DY + dense, MAPS, WINNERS + dense, DX + dense, DL, part,
                          tile // across * C.rows, xs, scale, step, C)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #e9172827
+# %% ../../nbs/5_vision/ulsam.ipynb #38a6d41e
 @triton.jit
 def weight_gradients(SUMS, DW, BIAS, PW, DDW, DBIAS, DPW, parts, N: tl.constexpr, T: tl.constexpr, BC: tl.constexpr):
     "From rows of SUMS, (2, N) each, the gradients of N channels' weights. Grid: cdiv(N, BC)."
@@ -337,7 +337,7 @@ def weight_gradients(SUMS, DW, BIAS, PW, DDW, DBIAS, DPW, parts, N: tl.constexpr
     tl.store(DDW + c, (v * weighted).to(DDW.dtype.element_ty), mask=c < N)
     tl.store(DPW + c, dv.to(DPW.dtype.element_ty), mask=c < N)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #0ff59b38
+# %% ../../nbs/5_vision/ulsam.ipynb #195d98ea
 class PlaneLaunch(NamedTuple):
     "How a kernel of subspace attention is launched."
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..engine import LaunchTable, arch_of, tl, triton
 
-# %% ../../nbs/5_vision/ulsam.ipynb #d61799a2
+# %% ../../nbs/5_vision/ulsam.ipynb #a9cfa99a
 class Plane(NamedTuple):
     "What a kernel is compiled for."
 
@@ -34,7 +34,7 @@ class Plane(NamedTuple):
     flat_block: int  # channels of a flat tile
     part: int  # 0: all in one program; 1 and 2: first and second part of the work, in launches of their own
 
-# %% ../../nbs/5_vision/ulsam.ipynb #30ab8232
+# %% ../../nbs/5_vision/ulsam.ipynb #7d4afb8b
 @triton.jit
 def plane_offset(c, p, step, C: tl.constexpr):
     "Where channels c [BC, 1] have pixels p [1, P]. `step`: from channel to channel, where pixels lie side by side."
@@ -51,7 +51,7 @@ def tap(X, c, y, x, ok, other, step, C: tl.constexpr):
     inside = ok & (x >= 0) & (x < C.width) & (y >= 0) & (y < C.height)
     return tl.load(X + plane_offset(c, y * C.width + x, step, C), mask=inside, other=other)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #b1d9334f
+# %% ../../nbs/5_vision/ulsam.ipynb #114d51b2
 @triton.jit
 def row_maximum(X, KEEP, c, y, x, ok, sign, step, C: tl.constexpr):
     "The largest of sign * X in row y around columns x, and which column of the window it is in: two tiles [BC, WC]."
@@ -87,7 +87,7 @@ def window_maximum(rows, KEEP, T: tl.constexpr, C: tl.constexpr):
             best = tl.maximum(best, value)
     return best, place
 
-# %% ../../nbs/5_vision/ulsam.ipynb #52e81555
+# %% ../../nbs/5_vision/ulsam.ipynb #89c592e4
 @triton.jit
 def strip_logits(X, WINNERS, DW, BIAS, PW, y0, x, step, C: tl.constexpr):
     """Sums over a subspace's channels of v * maximum for rows y0 to y0 + rows - 1 and columns x [1, WC]: a tuple of
@@ -129,7 +129,7 @@ def strip_logits(X, WINNERS, DW, BIAS, PW, y0, x, step, C: tl.constexpr):
         sums = new
     return sums
 
-# %% ../../nbs/5_vision/ulsam.ipynb #ba9b35ae
+# %% ../../nbs/5_vision/ulsam.ipynb #76600745
 @triton.jit
 def gate_planes(X, Y, MAPS, p, scale, step, C: tl.constexpr):
     "Y = X * (1 + scale * map) for pixels p [1, P] of all channels of a subspace."
@@ -142,7 +142,7 @@ def gate_planes(X, Y, MAPS, p, scale, step, C: tl.constexpr):
         value = tl.load(X + at, mask=ok, other=0.0).to(tl.float32)
         tl.store(Y + at, (gate * value).to(Y.dtype.element_ty), mask=ok)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #255fa287
+# %% ../../nbs/5_vision/ulsam.ipynb #448979ea
 @triton.jit(do_not_specialize=["step"])
 def subspace_forward(X, DW, BIAS, PW, SHIFT, Y, MAPS, WINNERS, stride, scale, step, C: tl.constexpr):
     """Y and MAPS of a subspace of an image, and WINNERS if they are wanted. Grid: (B * g, 1), or with parts
@@ -194,7 +194,7 @@ def subspace_forward(X, DW, BIAS, PW, SHIFT, Y, MAPS, WINNERS, stride, scale, st
         first = 0 if C.part == 0 else tl.program_id(1) * P
         gate_planes(X, Y + dense, MAPS, (first + tl.arange(0, P))[None, :], scale, step, C)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #5ac20dc2
+# %% ../../nbs/5_vision/ulsam.ipynb #381a47e7
 @triton.jit
 def map_gradient(X, DY, p, step, C: tl.constexpr):
     "Sum of X * DY over a subspace's channels at pixels p [1, P]: [1, P]."
@@ -208,7 +208,7 @@ def map_gradient(X, DY, p, step, C: tl.constexpr):
         da += tl.sum(x.to(tl.float32) * dy.to(tl.float32), 0)[None, :]
     return da
 
-# %% ../../nbs/5_vision/ulsam.ipynb #8265e180
+# %% ../../nbs/5_vision/ulsam.ipynb #07e4fbdc
 @triton.jit
 def won(total, winners, dl, N: tl.constexpr, I: tl.constexpr, C: tl.constexpr):
     "total [BC, WC] plus the d-logits of the windows of row N whose winner lies in row I of their window."
@@ -272,7 +272,7 @@ def spread_strip(X, DW, BIAS, PW, DY, MAPS, WINNERS, DX, DL, SUMS, y0, xs, scale
         if BIAS is not None:
             tl.store(SUMS + total + c, tl.sum(plain, 1)[:, None], mask=ok)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #3e0f3a8a
+# %% ../../nbs/5_vision/ulsam.ipynb #adb6752a
 @triton.jit(do_not_specialize=["step"])
 def subspace_backward(X, DW, BIAS, PW, DY, DMAPS, MAPS, WINNERS, DX, DL, SUMS, SHIFTS, stride, scale, step,
                       C: tl.constexpr):
@@ -315,7 +315,7 @@ def subspace_backward(X, DW, BIAS, PW, DY, DMAPS, MAPS, WINNERS, DX, DL, SUMS, S
             spread_strip(X, DW + channel, BIAS, PW + channel, DY + dense, MAPS, WINNERS + dense, DX + dense, DL, part,
                          tile // across * C.rows, xs, scale, step, C)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #38a6d41e
+# %% ../../nbs/5_vision/ulsam.ipynb #a32d1275
 @triton.jit
 def weight_gradients(SUMS, DW, BIAS, PW, DDW, DBIAS, DPW, parts, N: tl.constexpr, T: tl.constexpr, BC: tl.constexpr):
     "From rows of SUMS, (2, N) each, the gradients of N channels' weights. Grid: cdiv(N, BC)."
@@ -337,7 +337,7 @@ def weight_gradients(SUMS, DW, BIAS, PW, DDW, DBIAS, DPW, parts, N: tl.constexpr
     tl.store(DDW + c, (v * weighted).to(DDW.dtype.element_ty), mask=c < N)
     tl.store(DPW + c, dv.to(DPW.dtype.element_ty), mask=c < N)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #195d98ea
+# %% ../../nbs/5_vision/ulsam.ipynb #aead03b6
 class PlaneLaunch(NamedTuple):
     "How a kernel of subspace attention is launched."
 
@@ -376,7 +376,8 @@ def plane_launches(kernel: str, x: Tensor, groups: int, pool: int, relu: bool) -
     one = H * W <= ONE_PASS[0] and H <= ONE_PASS[1] and W <= ONE_PASS[2]
     p = PLANE_LAUNCH.find(arch, kernel + ", last" * last, bits, power_of_two(H * W) if one else 1 << 40)
     group, more = channels // groups, 4 if B * groups < 64 and one and arch != "interpreter" else 1
-    rows = H if one and kernel == "forward" else -(-H // -(-H // p.rows))
+    most = max(1, p.rows * 3 // max(3, pool))                            # wide windows make long programs
+    rows = H if one and kernel == "forward" else -(-H // -(-H // most))
     columns, pixels = min(64, power_of_two(W)), min(power_of_two(H * W), 1024 if one else 256)
     fit = lambda numbers: max(1, min(power_of_two(group), more * numbers))
     C = Plane(H, W, pool, groups, group, last, channels * H * W >= 2**31, relu, rows, columns, fit(p.tile // columns),

@@ -18,7 +18,7 @@ from ..checks import check_choice, check_divides, check_int, check_number
 from .op import subspace_attention
 from .reference import ulsam_flops
 
-# %% ../../nbs/5_vision/ulsam.ipynb #70e6be2f
+# %% ../../nbs/5_vision/ulsam.ipynb #3cf26312
 class ULSAM(nn.Module):
     """The module of the paper, on feature maps `(batch, channels, H, W)`; the output has their shape.
 
@@ -97,13 +97,13 @@ class ULSAM(nn.Module):
         return (f"{self.channels}, num_subspaces={self.num_subspaces}, norm={self.norm!r}, pool_size={self.pool_size},"
                 f" gate_scale={self.gate_scale!r}")
 
-# %% ../../nbs/5_vision/ulsam.ipynb #15a4155f
+# %% ../../nbs/5_vision/ulsam.ipynb #e8c8bbdc
 def _conv(i, o, kernel=1, stride=1, groups=1, act=True):
     "Convolution, batch norm and, unless it is linear, ReLU6."
     layers = [nn.Conv2d(i, o, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(o)]
     return nn.Sequential(*layers, *[nn.ReLU6()] * act)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #a2c69c53
+# %% ../../nbs/5_vision/ulsam.ipynb #e34f5d81
 class SeparableBlock(nn.Sequential):
     "MobileNet-V1's layer: a depthwise 3x3 and a pointwise convolution, each with batch norm and ReLU6."
     def __init__(self, dim: int, dim_out: int, stride: int = 1):
@@ -124,7 +124,7 @@ class Bottleneck(nn.Module):
         y = self.layers(x)
         return x + y if self.stride == 1 and self.dim == self.dim_out else y
 
-# %% ../../nbs/5_vision/ulsam.ipynb #388db8dd
+# %% ../../nbs/5_vision/ulsam.ipynb #82fc2da5
 V1_PLAN = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
 V2_PLAN = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
@@ -166,7 +166,7 @@ class MobileNetV2(_Net):
                 dim = wide
         self.final, self.head = _conv(dim, final), nn.Linear(final, num_classes)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #236ee90f
+# %% ../../nbs/5_vision/ulsam.ipynb #e6f85a6a
 def mobilenet_v1(num_classes: int = 1000, width: float = 1.0) -> MobileNetV1:
     "MobileNet-V1 for images of 224 pixels: 4.2 M parameters, 569 M multiply-adds."
     return MobileNetV1(num_classes, width=width)
@@ -188,7 +188,7 @@ def mobilenet_v2_small(num_classes: int = 10, in_channels: int = 3) -> MobileNet
     plan = ((1, 16, 1, 1), (4, 24, 1, 2), (4, 48, 3, 2), (4, 64, 2, 1))
     return MobileNetV2(num_classes, in_channels, plan, stem=16, stem_stride=1, final=128)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #cdd59c23
+# %% ../../nbs/5_vision/ulsam.ipynb #6682035b
 def _block(net, position, same):
     "The block at a position, counted from 1; with `same`, ValueError unless it keeps width and size."
     position = check_int("positions", position, least=1, most=len(net.blocks))
@@ -223,7 +223,7 @@ def add_ulsam(
                                                    backend=backend))
     return net
 
-# %% ../../nbs/5_vision/ulsam.ipynb #aa79205a
+# %% ../../nbs/5_vision/ulsam.ipynb #aacb5cba
 def multiply_adds(net: nn.Module, size: int = 224, in_channels: int = 3) -> int:
     "Multiply-adds of one image of size x size pixels: convolutions, linear layers and ULSAM, as the paper counts."
     total, hooks = [], []
@@ -244,7 +244,7 @@ def multiply_adds(net: nn.Module, size: int = 224, in_channels: int = 3) -> int:
     net.train(training)
     return sum(total)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #bd81aa68
+# %% ../../nbs/5_vision/ulsam.ipynb #e8acea3a
 #: the table of replaced blocks: widths of V2's replaced bottlenecks -> published M parameters and M multiply-adds
 PUBLISHED_REPLACED = {
     (96,): (3.28, 277.34), (160,): (3.08, 284.54), (96, 160): (2.97, 261.88), (160, 160): (2.77, 269.07),

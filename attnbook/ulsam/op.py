@@ -17,7 +17,7 @@ from ..engine.host import BoundLaunch, Plans, autocasting, through_float32
 from .kernels import plane_launches, subspace_backward, subspace_forward, weight_gradients
 from .reference import subspace_attention_reference
 
-# %% ../../nbs/5_vision/ulsam.ipynb #a4b946f3
+# %% ../../nbs/5_vision/ulsam.ipynb #19bea8d3
 _LAUNCHES = Plans()
 
 
@@ -46,7 +46,7 @@ def _launches(kernel, x, groups, pool, relu, scale):
                 for grid, C, warps, registers in found], strips
     return _LAUNCHES.find((kernel, x.shape, x.stride(), x.dtype, x.device, groups, pool, relu, scale), make)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #0381f780
+# %% ../../nbs/5_vision/ulsam.ipynb #5adc03a0
 def _subspace_forward(
     x: Tensor, dw_weight: Tensor, pw_weight: Tensor, dw_bias: Tensor | None, pw_bias: Tensor | None,
     num_subspaces: int, pool_size: int, relu: bool, scale: float, keep: bool,
@@ -74,7 +74,7 @@ def _subspace_like(x, dw_weight, pw_weight, dw_bias, pw_bias, num_subspaces, poo
     maps = x.new_empty(x.shape[0], num_subspaces, *x.shape[2:], dtype=torch.float32)
     return _empty(x), maps, _empty(x, torch.uint8) if keep else x.new_empty(0, dtype=torch.uint8)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #42cc8ba0
+# %% ../../nbs/5_vision/ulsam.ipynb #bdc34119
 def _subspace_backward(call):
     "Gradients of x, of the weights and of what biases there are."
     g, relu, winners = call.num_subspaces, call.relu, call.outputs[2]
@@ -119,7 +119,7 @@ def _subspace_gradients(call):
 subspace_op = operation("subspace_attention", _subspace_forward, like=_subspace_like, backward=_subspace_backward,
                         gradients_like=_subspace_gradients, drop=(0,), nondifferentiable=(2,))
 
-# %% ../../nbs/5_vision/ulsam.ipynb #a54ccd05
+# %% ../../nbs/5_vision/ulsam.ipynb #8374769d
 def _check_subspaces(x, dw_weight, pw_weight, dw_bias, pw_bias, *, num_subspaces, pool_size, relu, gate_scale, backend):
     "Backend, subspaces, window and scale; TypeError or ValueError naming the argument."
     check_tensor("x", x, ndim=4)
@@ -147,7 +147,7 @@ _CHECKED = Plans()
 #: side of the largest window the kernel takes
 MAX_POOL = 7
 
-# %% ../../nbs/5_vision/ulsam.ipynb #450b88c9
+# %% ../../nbs/5_vision/ulsam.ipynb #ca37646e
 def subspace_attention(
     x: Tensor,  # (B, C, H, W), channels first or last in memory
     dw_weight: Tensor,  # (C,), the depthwise 1x1 convolution

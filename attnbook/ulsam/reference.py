@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import check_divides
 
-# %% ../../nbs/5_vision/ulsam.ipynb #4048e25c
+# %% ../../nbs/5_vision/ulsam.ipynb #c8eff2e7
 def ulsam_parameter_count(channels: int, num_subspaces: int, norm: str | None = None) -> int:
     """Parameters of a module: 2m by the paper's equations, 5m + 3g with the batch norms and biases of the official code
     (norm "batch")."""
@@ -26,7 +26,7 @@ def ulsam_flops(channels: int, height: int, width: int) -> int:
     "Multiply-adds of a module on one map, as the paper counts them: 2 m h w."
     return 2 * channels * height * width
 
-# %% ../../nbs/5_vision/ulsam.ipynb #022655f7
+# %% ../../nbs/5_vision/ulsam.ipynb #377447d9
 def subspace_attention_reference(
     x: Tensor, dw_weight: Tensor, pw_weight: Tensor, num_subspaces: int, *, pool_size: int = 3,
     dw_bias: Tensor | None = None, pw_bias: Tensor | None = None, relu: bool = False, gate_scale: float = 1.0,
@@ -52,7 +52,7 @@ def subspace_attention_reference(
     out = (wide * gate).to(x.dtype)
     return (out, maps) if return_maps else out
 
-# %% ../../nbs/5_vision/ulsam.ipynb #9cacfec6
+# %% ../../nbs/5_vision/ulsam.ipynb #44bd0e6c
 def subspace_cost(
     size: tuple[int, int, int, int], num_subspaces: int, *, element_size: int = 2, pool_size: int = 3
 ) -> dict[str, int]:

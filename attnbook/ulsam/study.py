@@ -49,7 +49,7 @@ PRESETS = dict(
              size=(32, 512, 14, 14)),
 )
 
-# %% ../../nbs/5_vision/ulsam.ipynb #267e48a5
+# %% ../../nbs/5_vision/ulsam.ipynb #b623e161
 #: network -> (what happens to blocks 5 and 7, subspaces, options)
 NETS = {
     "plain": ("", None, {}), "add 1": ("add", 1, {}), "add 4": ("add", 4, {}), "add 8": ("add", 8, {}),
@@ -75,7 +75,7 @@ def digit_data(*, train: int, test: int, seed: int = 0) -> tuple[Tensor, Tensor,
     pick = np.random.default_rng(seed).permutation(len(x))[:train]
     return x[pick], torch.as_tensor(y)[pick], tx[:test], torch.as_tensor(ty)[:test]
 
-# %% ../../nbs/5_vision/ulsam.ipynb #3ec487f6
+# %% ../../nbs/5_vision/ulsam.ipynb #844d660c
 @torch.no_grad()
 def map_statistics(net: nn.Module, x: Tensor) -> list[dict]:
     """For every ULSAM layer of a network on images x: `peak` (mean of h w max A), `entropy` (share of the largest
@@ -108,7 +108,7 @@ def map_statistics(net: nn.Module, x: Tensor) -> list[dict]:
     net.train(training)
     return found
 
-# %% ../../nbs/5_vision/ulsam.ipynb #2243eb79
+# %% ../../nbs/5_vision/ulsam.ipynb #b9eabe62
 FAMILIES = ("Sans", "Oblique"), ("SansMono", "Oblique"), ("Serif", "Italic")
 FONTS = (*(f"DejaVu{family}{cut}" for family, slanted in FAMILIES
            for cut in ("", "-Bold", f"-{slanted}", f"-Bold{slanted}")),
@@ -139,7 +139,7 @@ def font_data(*, train: int, test: int, seed: int = 0) -> tuple[Tensor, Tensor, 
     x, tx = standardise(x[kept], x[~kept])
     return x, y[kept], tx, y[~kept]
 
-# %% ../../nbs/5_vision/ulsam.ipynb #773b0cb8
+# %% ../../nbs/5_vision/ulsam.ipynb #605ad6bc
 def net_experiment(
     name: str, data: tuple[Tensor, Tensor, Tensor, Tensor], *, steps: int, batch: int, seed: int = 0,
     device: str = "cpu",
@@ -180,13 +180,13 @@ def run_all(
                 show(f"{table} {name:16} seed {run}: accuracy {row['accuracy']:.1%}, {row['seconds']:.1f} s")
     return rows
 
-# %% ../../nbs/5_vision/ulsam.ipynb #475b3819
+# %% ../../nbs/5_vision/ulsam.ipynb #621f4270
 def best_rows(table: str) -> list[dict]:
     "An experiment's rows of the gpu preset if there are any, else of the others, of the device measured last."
     rows = load_results("ulsam", table)
     return newest_device([r for r in rows if r["preset"] == "gpu"] or rows)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #cc79945f
+# %% ../../nbs/5_vision/ulsam.ipynb #db0c5377
 def accuracy_table(table: str, against: Sequence[str] = ("plain", "identity")) -> dict[str, str]:
     "network -> its mean accuracy in percent, and its differences to others, paired by seed, with 95 % intervals."
     rows = best_rows(table)
@@ -195,7 +195,7 @@ def accuracy_table(table: str, against: Sequence[str] = ("plain", "identity")) -
     say = lambda n, a: "" if n == a or not found[a] else f"; less {a}: {paired(found[n], found[a])}"
     return {n: f"{np.mean(list(x.values())):.2f} %" + "".join(say(n, a) for a in against) for n, x in found.items() if x}
 
-# %% ../../nbs/5_vision/ulsam.ipynb #0a79c2c2
+# %% ../../nbs/5_vision/ulsam.ipynb #e2cca45c
 def official_loop(x: Tensor, dw_weight: Tensor, pw_weight: Tensor, num_subspaces: int) -> Tensor:
     "The paper's equations as the official file spells them: convolutions for each subspace, then concatenation."
     out = []
@@ -235,7 +235,7 @@ def peers_at(size: tuple[int, int, int, int], g: int, *, last: bool = False, tab
     return compare(problem, peers, [x, *weights], grad_out="random", chapter="ulsam", bench=table, rep_ms=rep_ms,
                    warmup_ms=10, **cost)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #947e6715
+# %% ../../nbs/5_vision/ulsam.ipynb #ed645634
 def bench_host() -> Iterator[dict]:
     "Microseconds that the host needs for a call, forward alone and with its backward, on a map of one image."
     if not torch.cuda.is_available():
@@ -258,7 +258,7 @@ def bench_host() -> Iterator[dict]:
             times[f"us_{part}"] = 1e6 * float(np.median(laps))
         yield record("ulsam", "host", key=("method",), device="cuda", method=method, **times)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #0f2532e3
+# %% ../../nbs/5_vision/ulsam.ipynb #f510c62f
 def bench_batch() -> Iterator[dict]:
     "512 channels on 14 x 14, four subspaces, batches of 1, 32 and 256; the largest in both layouts."
     for B, last in ((256, False), (1, False), (32, False), (256, True)) if torch.cuda.is_available() else ():
@@ -276,7 +276,7 @@ def bench_subspaces() -> Iterator[dict]:
     for g in (1, 4, 16) if torch.cuda.is_available() else ():
         yield from peers_at((32, 512, 14, 14), g, table="subspaces", compiled=False)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #217d9a82
+# %% ../../nbs/5_vision/ulsam.ipynb #6120186a
 def tune(size: tuple[int, int, int, int] = (256, 512, 14, 14), g: int = 4, *, last: bool = False,
          candidates: Sequence[tuple] = (), kernels: Sequence[str] = ("forward", "backward")) -> Iterator[dict]:
     """Milliseconds of a kernel on the GPU for each candidate of the launch table, fields of `PlaneLaunch`."""
@@ -296,7 +296,7 @@ def tune(size: tuple[int, int, int, int] = (256, 512, 14, 14), g: int = 4, *, la
             except Exception as e:
                 yield dict(kernel=kernel, entry=list(entry), ms=None, note=str(e)[:80])
 
-# %% ../../nbs/5_vision/ulsam.ipynb #26a963d9
+# %% ../../nbs/5_vision/ulsam.ipynb #6c5f048a
 def _difference(table, a, b):
     "Accuracy of networks a (the mean of several) less that of b, in points, paired by seed; None below three seeds."
     rows = [r for r in load_results("ulsam", table, preset="gpu")]
@@ -344,7 +344,7 @@ def not_below(points: float) -> Callable:
     "Rule on an `Interval`: holds if all of it is above -points, does not hold if all is below; else undecided."
     return beyond_interval(-points)
 
-# %% ../../nbs/5_vision/ulsam.ipynb #5a426037
+# %% ../../nbs/5_vision/ulsam.ipynb #d7c121a0
 def claims() -> list[Claim]:
     "The chapter's claims with their rules; measured numbers are read from the recorded results."
     nets, fonts = "digits on photographs, seeds paired", "21 typefaces, seeds paired"

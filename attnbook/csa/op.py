@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checks import check_bool, check_choice, check_int, check_number, check_tensor
 from ..engine import operation, resolve_backend
-from ..engine.host import Plans, autocast, through_float32
+from ..engine.host import Plans, autocast, through_float32, without_autocast
 from .gate_kernels import plan_gate_backward, plan_gate_forward, plan_summary
 from .matching_kernels import plan_match_backward, plan_match_forward
 from .reference import FUSIONS, csa_gate_reference, semantic_summary_reference, tap_entries, valid_proposals
@@ -163,9 +163,9 @@ def semantic_summary(
     `(1,)` of the snippets' gate; mask boolean `(B, T)`, False for padding, which counts as zeros and is left out of the mean. More than
     256 hidden channels take the torch backend. In r's type (autocast's under autocast); gradients are deterministic. ValueError or TypeError names the argument. Source: CSA, Fig. 2 (R).
     """
-    backend = _DECIDED.decide(_decide_summary, (r, weight, bias, time_weight, time_bias, mask), dict(backend=backend))
     given = autocast(r, weight, bias, time_weight, time_bias)
-    with torch.autocast(r.device.type, enabled=False):
+    backend = _DECIDED.decide(_decide_summary, (*given, mask), dict(backend=backend))
+    with without_autocast(r):
         if backend == "triton":
             return summary_op(*given, mask)[:2]
         return semantic_summary_reference(*given, mask=mask)
@@ -298,8 +298,8 @@ def boundary_matching(
     """
     options = dict(max_duration=max_duration, samples_per_bin=samples_per_bin, extend=extend, legacy_border=legacy_border,
                    activation=activation, backend=backend)
-    backend, *rest = _DECIDED.decide(_decide_match, (x, weight, bias), options)
     x, weight, bias = autocast(x, weight, bias)
-    with torch.autocast(x.device.type, enabled=False):
+    backend, *rest = _DECIDED.decide(_decide_match, (x, weight, bias), options)
+    with without_autocast(x):
         out = (matching_op if backend == "triton" else _match_torch)(x, weight, bias, *rest)
     return out.movedim(-1, 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import check_bool, check_choice, check_tensor
 from ..engine import operation, resolve_backend
-from ..engine.host import Plans, autocast, through_float32
+from ..engine.host import Plans, autocast, through_float32, without_autocast
 from .global_kernels import MOST_PRODUCT, MOST_SIDE, gate_launch, product_launch
 from .local_kernels import local_launch, local_weights_launch
 from .norm_kernels import norm_launch
@@ -300,7 +300,7 @@ def hyperzzw_global(
     x, *vs = autocast(x, *vs)
     backend, flags = _CHECKED.decide(_decide_global, (x, kernel, *vs), dict(
         standardize=standardize, return_factors=return_factors, backend=backend))
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if backend == "torch":
             outs, factors = hyperzzw_global_reference(x, kernel, vs, standardize=flags, return_factors=True)
         else:
@@ -324,7 +324,7 @@ def hyperzzw_local(x: Tensor, weight: Tensor, *, padding: str = "same", backend:
     x, = autocast(check_tensor("x", x))
     check_tensor("weight", weight)
     backend = _CHECKED.decide(_decide_local, (x, weight), dict(padding=padding, backend=backend))
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return hyperzzw_local_reference(x, weight) if backend == "torch" else local_op(x, weight)
 
 
@@ -335,7 +335,7 @@ def hyperzzw_gate(k: Tensor, q: Tensor, bias: Tensor, *, backend: str = "auto") 
     """
     k, q = autocast(check_tensor("k", k), check_tensor("q", q))
     backend = _CHECKED.decide(_decide_gate, (k, q, check_tensor("bias", bias)), dict(backend=backend))
-    with torch.autocast(k.device.type, enabled=False):
+    with without_autocast(k):
         return hyperzzw_gate_reference(k, q, bias) if backend == "torch" else gate_op(k, q, bias)
 
 
@@ -356,7 +356,7 @@ def standardize_gelu(
         raise ValueError(f"statistics must be None, or mean and variance, not {len(given)} tensors")
     check_tensor("over_batch", over_batch, dtype="bool"), check_tensor("bias", bias)
     backend = _CHECKED.decide(_decide_norm, (x, over_batch, bias, *given), dict(backend=backend))
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if backend == "torch":
             return standardize_gelu_reference(x, over_batch, bias, statistics)
         return norm_op(x, over_batch, bias, *(given or (None, None)))

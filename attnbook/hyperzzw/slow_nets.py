@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_int, check_number
+from ..engine.host import without_autocast
 from .reference import aliasing_omega, hyper_kernel_coords
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #13cf3fd5
@@ -135,7 +136,7 @@ class ContextSlowNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         k = self.kernel_size
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             dtype = self.beta.dtype
             pooled = F.adaptive_avg_pool2d(x, k).to(dtype).flatten(2).mT                  # [B, k k, C]
             if self.context == "batch":

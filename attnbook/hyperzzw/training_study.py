@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_choice
+from ..engine.host import without_autocast
 from ..lab.data import image_classification, image_tensor, standardise
 from ..lab.results import record
 from ..lab.train import learning_rate
@@ -76,7 +77,7 @@ class LongConvNet(nn.Module):
         x, S = self.stem(x), self.size
         for b in self.blocks:
             kernel = F.pad(b["kernel"](), (0, 1, 0, 1)).roll((1 - S, 1 - S), (2, 3))      # offset 0 first
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x):
                 y = torch.fft.rfft2(b["norm"](x).float(), (2 * S, 2 * S)) * torch.fft.rfft2(kernel.float())
                 y = torch.fft.irfft2(y, (2 * S, 2 * S))[..., :S, :S]
             x = x + b["mix"](F.gelu(b["scale"](y.to(x.dtype))))

@@ -108,7 +108,7 @@ def _defines(source: str) -> list[str]:
 
 def _uses(source: str) -> set[str]:
     "The names that a module's code reads from outside itself, those in postponed annotations too."
-    names = _free_names(source) | ({"__file__"} & set())
+    names = _free_names(source)
     own = {s.get_name() for s in symtable.symtable(source, "room", "exec").get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
     for node in ast.walk(ast.parse(source)):
         for part in (getattr(node, "annotation", None), getattr(node, "returns", None)):
@@ -179,10 +179,11 @@ def room_files(root: Path, notebook: Path) -> dict[str, str]:
     single = len(rooms) == 1 and not package                       # its imports stay where they are
     code = {r.name: Room(r.name, [c for c in r.cells if single or c[1] not in sections.imports]) for r in rooms}
     own = {n: set(_defines(r.source)) for n, r in code.items()}
+    used = {n: _uses(r.source) for n, r in code.items()}
     pool = {n: s for n, s in _imports(sections.imports).items() if not s.startswith("from __future__")}
     future = next((s for s in sections.imports if "from __future__ import annotations" in s), "") and "from __future__ import annotations"
     if not single:
-        _check_order({n: {m for m in own if m != n and own[m] & (_uses(r.source) - own[n])} for n, r in code.items()}, where)
+        _check_order({n: {m for m in own if m != n and own[m] & (used[n] - own[n])} for n in code}, where)
     files = {}
     for name, room in code.items():
         path = Path("attnbook", *name.split(".")).with_suffix(".py")

@@ -349,8 +349,17 @@ def check_autocast(
         with torch.autocast(device_type, dtype):
             return op(*args, **kwargs)
 
-    got = evaluate(under_autocast, inputs, grad=grad)
-    wrong = _listed(_differences(got, evaluate(op, inputs, grad=grad), floor), TOLERANCE[dtype] if tol is None else tol)
+    def first_cast(*args, **kwargs):
+        "As where the first input comes out of another layer under autocast, and the others are parameters."
+        with torch.autocast(device_type, dtype):
+            named = iter(kwargs)
+            args, kwargs = ((args[0].to(dtype), *args[1:]), kwargs) if args else (args, kwargs | {n: kwargs[n].to(dtype) for n in [next(named)]})
+            return op(*args, **kwargs)
+
+    got, outside = evaluate(under_autocast, inputs, grad=grad), evaluate(op, inputs, grad=grad)
+    most = TOLERANCE[dtype] if tol is None else tol
+    wrong = _listed(_differences(got, outside, floor), most)
+    wrong += [f"with a first input of {dtype}: {w}" for w in _listed(_differences(evaluate(first_cast, inputs, grad=grad), outside, floor), most)]
     wrong += [f"output {i} is {o.dtype}" for i, o in enumerate(got[0]) if o.dtype not in (dtype, torch.float32)]
     wrong += [f"gradient of {n} is {d.dtype}" for n, d in got[1].items() if d is not None and d.dtype != torch.float32]
     assert not wrong, f"under autocast {'; '.join(wrong)}"

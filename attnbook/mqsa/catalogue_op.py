@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checks import check_choice, check_int, check_number, check_probability, check_tensor
 from ..engine import arch_of, operation, resolve_backend, row_lists, scatter_rows, triton
-from ..engine.host import Plans, autocast, round_dim, through_float32
+from ..engine.host import Plans, autocast, round_dim, through_float32, without_autocast
 from .catalogue_kernels import (
     CATALOGUE_LAUNCH,
     balanced_splits,
@@ -231,7 +231,7 @@ def _catalogue(hidden, table, index, scale, teacher, backend):
         raise ValueError(
             f"hidden must be at most {WIDEST} wide for the kernels, not {hidden.shape[1]}; use backend='torch'")
     if chosen == "torch" or hidden.shape[1] > WIDEST:
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             return _plain_catalogue(hidden, table, index, scale, *(teacher[:4] if teacher is not None else ()))
     return catalogue_op(hidden, table, index, *(teacher if teacher is not None else [None] * 7), scale)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import check_bool, check_divides, check_int, check_number, check_tensor
 from ..engine import operation, resolve_backend
-from ..engine.host import BoundLaunch, Plans, autocasting, through_float32
+from ..engine.host import BoundLaunch, Plans, autocasting, through_float32, without_autocast
 from .kernels import plane_launches, subspace_backward, subspace_forward, weight_gradients
 from .reference import subspace_attention_reference
 
@@ -179,7 +179,7 @@ def subspace_attention(
     if autocasting(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if chosen == "torch":
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return reference(x)
     given = [t for t in (x, dw_weight, pw_weight, dw_bias, pw_bias) if t is not None]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in given)

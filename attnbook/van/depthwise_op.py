@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import check_int, check_shape, check_tensor
 from ..engine import operation, resolve_backend
-from ..engine.host import Plans, autocast, autocasting, through_float32
+from ..engine.host import Plans, autocast, autocasting, through_float32, without_autocast
 from .depthwise_kernels import MOST_TAPS, depthwise_launch
 from .sum_kernels import launch_sum_parts
 
@@ -123,7 +123,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dil
     """
     dilation, x = check_int("dilation", dilation, least=1), check_maps(x)
     bias = check_kernel("", weight, bias, x, dilation)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if conv_backend(backend, x, weight) == "torch":
             return torch_depthwise(x, weight, bias, dilation)
         return depthwise_conv_op(channels_last(x), weight, bias, dilation).permute(0, 3, 1, 2)

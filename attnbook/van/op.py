@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checks import check_int, check_shape, check_tensor
 from ..engine import operation
-from ..engine.host import Plans, autocasting, through_float32
+from ..engine.host import Plans, autocasting, through_float32, without_autocast
 from .depthwise_op import (
     _new_like,
     channels_last,
@@ -104,7 +104,7 @@ def lka_depthwise(
     dilation = check_int("dilation", dilation, least=1)
     x = check_maps(x)
     dw_bias, dwd_bias = check_kernel("dw_", dw_weight, dw_bias, x, 1), check_kernel("dwd_", dwd_weight, dwd_bias, x, dilation)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if conv_backend(backend, x, dw_weight, dwd_weight) == "torch":
             return torch_depthwise(torch_depthwise(x, dw_weight, dw_bias), dwd_weight, dwd_bias, dilation)
         m = depthwise_conv_op(channels_last(x), dw_weight, dw_bias, 1)
@@ -132,7 +132,7 @@ def large_kernel_attention(
     if pw_bias is None:
         pw_bias = pw_weight.new_zeros(C)
     check_tensor("pw_bias", pw_bias, like=None if mixed else x, on=x, of="x", shape=(C,))
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if conv_backend(backend, x, dw_weight, dwd_weight) == "torch":
             z = torch_depthwise(torch_depthwise(x, dw_weight, dw_bias), dwd_weight, dwd_bias, dilation)
             return x * F.conv2d(z, pw_weight.to(x.dtype).view(C, C, 1, 1), pw_bias.to(x.dtype))

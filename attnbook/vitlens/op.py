@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import check_int, check_qkv, check_scale, check_sizes
 from ..engine import attention, operation, resolve_backend
-from ..engine.host import autocast, through_float32
+from ..engine.host import autocast, through_float32, without_autocast
 from .kernels import launch_lens, launch_lens_grads
 from .reference import AttentionStats, attention_stats_blocks
 
@@ -72,7 +72,7 @@ def attention_stats(
         )
     scale, chosen = check_scale(scale, q.shape[-1]), resolve_backend(backend, q)
     q, k, v = autocast(q, k, v)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         if chosen == "torch":
             return attention_stats_blocks(q, k, v, grid_size=(H, W), num_prefix_tokens=p, scale=scale)
         values = k.detach()[..., :16] if v is None else v  # the LSE does not depend on them

@@ -8,7 +8,7 @@ from typing import Annotated
 import pytest
 
 import attnbook
-from attnbook.lab.book import book_root
+from attnbook.lab.book import CHAPTERS, book_root
 from attnbook.lab.cli import (
     Application,
     _argument,
@@ -98,15 +98,18 @@ def test_a_chapter_begins(tmp_path):
     (tmp_path / "nbs").mkdir()
     for file in ("_quarto.yml", "nbs/_chapter.ipynb"):
         shutil.copy(book_root() / file, tmp_path / file)
-    for name in ("hyperzzw", "van", "ulsam"):
-        path = new_chapter(name, tmp_path)
-    text = path.read_text(encoding="utf-8")
-    assert path == tmp_path / "nbs/5_vision/ulsam.ipynb" and "# Subspace attention" in text and "arXiv 2006.15102" in text
-    assert "#| default_exp ulsam.kernels" in text and not re.search("__[A-Z]+__", text)
+    planned = [c for c in CHAPTERS.values() if c.status == "planned"][:3]
+    if not planned:
+        pytest.skip("every chapter is written")
+    for c in reversed(planned):
+        path = new_chapter(c.name, tmp_path)
+    text, c = path.read_text(encoding="utf-8"), planned[0]
+    assert path == tmp_path / c.notebook and f"# {c.title}" in text and re.search(r"arXiv [\d.]+", c.paper)[0] in text
+    assert f"#| default_exp {c.name}.kernels" in text and not re.search("__[A-Z]+__", text)
     listed = (tmp_path / "_quarto.yml").read_text(encoding="utf-8")
-    assert re.findall(r"^ +- (?:part: )?(.*)", listed.split("format:")[0].split("chapters:", 1)[1], re.M) == [
-        "index.ipynb", "Locality", "3_locality/van.ipynb", "Vision", "5_vision/ulsam.ipynb", "5_vision/hyperzzw.ipynb"]
-    for name, words in (("ulsam", "is there already: nbs/5_vision/ulsam.ipynb"), ("vna", "unknown chapter 'vna'"), ("engine", "is a foundation")):
+    found = re.findall(r"^ +- (\S+\.ipynb)$", listed.split("format:")[0].split("chapters:", 1)[1], re.M)
+    assert found == ["index.ipynb", *(c.notebook.removeprefix("nbs/") for c in planned)]
+    for name, words in ((c.name, f"is there already: {c.notebook}"), ("vna", "unknown chapter 'vna'"), ("engine", "is a foundation")):
         with pytest.raises(ValueError, match=words):
             new_chapter(name, tmp_path)
 

@@ -574,6 +574,11 @@ def test_rules(claim):
     found = [rule(m) for m in VERDICTS_OF[claim]]
     assert [f if isinstance(f, str) else f[0] for f in found] == ["holds", "holds in part", "does not hold here"]
 
+@pytest.mark.parametrize("claim, other", [("Multiplying", "add"), ("A sigmoid", "sigmoid")])
+def test_networks_at_chance_are_not_compared(claim, other):
+    rule, = (c.rule for c in claims() if c.statement.startswith(claim))
+    assert rule(_pair("mul", other, 59.0, 50.0))[0] == "not measured" and rule(_pair("mul", other, 61.0, 50.0)) != rule(_pair("mul", other, 59.0, 50.0))
+
 def test_rules_with_two_verdicts():
     for claim, good, bad in (("A sigmoid", _pair("mul", "sigmoid", 90.0, 91.0), _pair("mul", "sigmoid", 90.0, 91.1)), ("For K = 21", 3, 4)):
         rule, = (c.rule for c in claims() if c.statement.startswith(claim))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'run_all', 'STAGES', 'LAYOUTS', 'compile_one', 'compile_all', 'bench_attention', 'bench_depthwise',
            'bench_ffn', 'bench_training', 'bench_sizes', 'bench_channels_first', 'bench_training_compiled',
-           'CANDIDATES', 'try_launches', 'POINTWISE_CANDIDATES', 'try_gate_launches', 'claims']
+           'CANDIDATES', 'try_launches', 'POINTWISE_CANDIDATES', 'try_gate_launches', 'CHANCE', 'LEARNED', 'claims']
 
 # %% auto #imports
 import math
@@ -319,9 +319,18 @@ def _parameter_millions():
     return {v: round(count_parameters(partial(van, v)) / 1e6, 1) for v in PUBLISHED_MILLIONS}
 
 # %% ../../nbs/3_locality/van.ipynb #1f68333d
+CHANCE, LEARNED = 50.0, 10.0  # points: of a guess between two answers, and what a network must have above it before it is compared
+
+
+def _if_learned(a, b, rule):
+    "The rule, where a network has learned anything; networks at chance say nothing about their gates."
+    blind = ("not measured", "both networks are at chance: the training is too short for the task")
+    return lambda m: blind if max(m[a], m[b]) < CHANCE + LEARNED else rule(m)
+
+
 def _gap(a, b):
     "The rule of `a is more accurate than b`, beyond what a seed changes."
-    return lambda m: beyond_spread(m[a] - m[b], max(m[f"{a} spread"], m[f"{b} spread"]))
+    return _if_learned(a, b, lambda m: beyond_spread(m[a] - m[b], max(m[f"{a} spread"], m[f"{b} spread"])))
 
 
 def _reach_grows(m):
@@ -347,7 +356,7 @@ def claims() -> list[Claim]:
               f"{task}; holds: beyond the seeds' spread"),
         Claim("It is better than no gate", "75.4 / 74.3 % [m]", "ablation", _gap("mul", "none"), partial(_gates, "mul", "none"), "the same"),
         Claim("A sigmoid is not needed", "75.4 / 75.2 % [m]", "ablation",
-              lambda m: grade(m["mul"] >= m["sigmoid"] - max(m["mul spread"], m["sigmoid spread"])), partial(_gates, "mul", "sigmoid"),
+              _if_learned("mul", "sigmoid", lambda m: grade(m["mul"] >= m["sigmoid"] - max(m["mul spread"], m["sigmoid spread"]))), partial(_gates, "mul", "sigmoid"),
               f"{task}; holds: not below by more than the spread"),
         Claim("The dilated convolution matters", "75.4 / 74.1 %", "ablation", _gap("mul", "no dilated"), partial(_gates, "mul", "no dilated"), f"{task}; holds: beyond the seeds' spread"),
         Claim("The 5 x 5 convolution matters", "75.4 / 74.9 %", "ablation", _gap("mul", "no 5 x 5"), partial(_gates, "mul", "no 5 x 5"), "the same"),

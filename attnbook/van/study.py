@@ -334,10 +334,12 @@ def _gap(a, b):
 
 
 def _reach_grows(m):
-    "Holds if each larger kernel reaches further and beyond 2 (h + 1) none is above 60 %; in part if the largest reaches further than the smallest."
+    """Holds if each larger kernel reaches further, in part if the largest reaches further than the smallest. The control: beyond 2 (h + 1), where no
+    position can see both pixels, at most 60 % are right; if more are, the task tells its answer in another way, and nothing is judged."""
     reach = [m[K]["reach"] for K in sorted(m)]
-    blind = all(v["beyond"] < 0.6 for v in m.values())
-    return grade(blind and all(a < b for a, b in zip(reach, reach[1:])), blind and reach[0] < reach[-1])
+    if any(v["beyond"] >= 0.6 for v in m.values()):
+        return "not measured", "the control fails: answers are right where no position can see both pixels"
+    return grade(all(a < b for a, b in zip(reach, reach[1:])), reach[0] < reach[-1])
 
 
 def claims() -> list[Claim]:

@@ -265,8 +265,9 @@ def from_official(model: VAN, checkpoint: dict) -> VAN:
 # %% ../../nbs/3_locality/van.ipynb #2b75affc
 def receptive_field(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """How much each input pixel moves the middle of the output map: for images x `(B, C, H, W)`, `(H, W)`, the root mean square over images and
-    input channels of the gradient of the sum over output channels."""
+    input channels of the gradient of one random combination of the output channels."""
     x = x.detach().clone().requires_grad_()
     y = fn(x)
-    middle = y[:, :, y.shape[2] // 2, y.shape[3] // 2].sum()
+    weight = torch.randn(y.shape[1], generator=torch.Generator().manual_seed(0)).to(y)   # a plain sum of layer-normed channels is constant
+    middle = (y[:, :, y.shape[2] // 2, y.shape[3] // 2] * weight).sum()
     return torch.autograd.grad(middle, x)[0].square().mean((0, 1)).sqrt()

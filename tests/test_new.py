@@ -31,7 +31,8 @@ def test_new_chapter(checkout):
     pytest.importorskip("nbdev")
     name = PLANNED.name
     began = ("from attnbook.lab.cli import new; from attnbook.lab.export import export_modules, export_tests; "
-             f"new({name!r}), export_modules(), export_tests()")
+             "from nbdev.config import add_init, get_config; "
+             f"new({name!r}), export_modules(), add_init(get_config().lib_path), export_tests()")
     assert PLANNED.notebook in run(checkout, "-c", began)
     rooms = {p.stem for p in (checkout / "attnbook" / name).glob("*.py")}
     assert rooms == {"__init__", "reference", "kernels", "op", "nets", "study"} and (checkout / "tests" / f"compile_{name}.py").is_file()

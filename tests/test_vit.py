@@ -405,9 +405,8 @@ TIMM = {"plain": {}, "registers": dict(reg_tokens=2), "no_embed_class": dict(no_
 
 def _theirs(form, **kw):
     "timm's model of a form, with all parameters random."
-    pytest.importorskip("timm")
-    from timm.models.deit import VisionTransformerDistilled
-    from timm.models.vision_transformer import VisionTransformer
+    VisionTransformerDistilled = pytest.importorskip("timm.models.deit").VisionTransformerDistilled
+    VisionTransformer = pytest.importorskip("timm.models.vision_transformer").VisionTransformer
     torch.manual_seed(0)
     sizes = dict(img_size=24, patch_size=8, num_classes=7, embed_dim=48, depth=2, num_heads=3) | kw
     model = (VisionTransformerDistilled if form is None else VisionTransformer)(**sizes | (form or {}))

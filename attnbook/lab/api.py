@@ -47,7 +47,7 @@ def _head(lines: list[str], node: ast.AST) -> str:
     kept = [line[node.col_offset:] for line in [*lines[node.lineno - 1:end], lines[end].encode()[:first.col_offset].decode()]]
     while kept and (not kept[-1].strip() or kept[-1].strip().startswith(("#", "@"))):
         kept.pop()
-    return "\n".join(kept).rstrip()
+    return "\n".join(kept).rstrip().removesuffix("  # fmt: skip")
 
 
 def _fields(lines: list[str], node: ast.ClassDef) -> str:

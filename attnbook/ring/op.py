@@ -244,7 +244,7 @@ METHODS = {"ring": ring_attention, "rsa": ring_self_attention, "ulysses": ulysse
 
 # %% ../../nbs/4_long_context/ring.ipynb #9b54a124
 def mesh_groups(mesh: Any) -> tuple[Group, Group]:
-    "(ring group, Ulysses group) of a 2-D DeviceMesh, or a pair as `SimulatedGroup.mesh` makes it."
+    "(ring group, Ulysses group) of a 2-D DeviceMesh, or a pair as the method mesh of `SimulatedGroup` makes it."
     if isinstance(mesh, (tuple, list)) and len(mesh) == 2:
         return tuple(mesh)
     if not hasattr(mesh, "get_group") or mesh.ndim != 2:

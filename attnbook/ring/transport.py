@@ -59,7 +59,7 @@ def collect(kind: str, xs: Sequence[Tensor], rank: int, dim: int, concat: int) -
 class SimulatedGroup:
     """N ranks in one process. Where functions take or return one rank's shard, they take or return a list of all.
 
-    `groups` splits the ranks into rings of their own, as a mesh does; `SimulatedGroup.mesh` makes both sides of one.
+    `groups` splits the ranks into rings of their own, as a mesh does; the method mesh of `SimulatedGroup` makes both sides of one.
     """
     def __init__(self, size: int, groups: Sequence[Sequence[int]] | None = None):
         self.count = check_int("size", size, least=1)

@@ -61,6 +61,7 @@ def attention_stats(
     "triton", "torch" (some rows at a time), "auto" (triton on a GPU). TypeError or ValueError names the argument.
     Source: the paper's attention strength view; the histogram is this chapter's.
     """
+    q, k, v = autocast(q, k, v)
     check_qkv(q, k, k if v is None else v)
     (H, W), p = check_sizes("grid_size", grid_size, 2), check_int("num_prefix_tokens", num_prefix_tokens, least=0)
     if k.shape[2] != q.shape[2]:
@@ -71,7 +72,6 @@ def attention_stats(
             f"num_prefix_tokens {p}, not {H} x {W}"
         )
     scale, chosen = check_scale(scale, q.shape[-1]), resolve_backend(backend, q)
-    q, k, v = autocast(q, k, v)
     with without_autocast(q):
         if chosen == "torch":
             return attention_stats_blocks(q, k, v, grid_size=(H, W), num_prefix_tokens=p, scale=scale)

@@ -76,6 +76,7 @@ from attnbook.lab.testing import (
     check_operation,
     check_raises,
     rel_error,
+    tolerance,
 )
 from attnbook.lab.testing import device as device_under_test
 from attnbook.layers import count_parameters
@@ -144,9 +145,12 @@ REAL_SIZES = [
 def check_kernel(route, grid, d, dtype, heads=2):
     "The composed route sums the gradients of gate and positions over parts that have been rounded; that of the positions is a difference of large sums."
     grad_tol = {torch.float16: 5e-3, torch.bfloat16: 3e-2}.get(dtype) if route == "composed" else None
-    grad_tol = 3e-5 if dtype == torch.float32 else grad_tol
-    check_against_reference(make_op(grid, backend="triton", route=route), make_reference(grid),
+    difference = dtype == torch.float32 and device_under_test() == "cuda"        # all other errors keep their bound
+    grad_tol = 3e-5 if difference else grad_tol
+    errors = check_against_reference(make_op(grid, backend="triton", route=route), make_reference(grid),
                             example(*grid, heads=heads, d=d), dtype=dtype, grad_tol=grad_tol, floor=1e-2)
+    if difference:
+        assert max(e for name, e in errors.items() if name != "gradient of argument 3") < tolerance(dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)

@@ -48,7 +48,7 @@ test test-all:
 	export ATTNBOOK_RESULTS="$$results" OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"; \
 	stage() { printf '\n== %s\n' "$$1"; }; \
 	stage 'generated files in sync with the notebooks'; attnbook export --check; \
-	stage 'ruff'; ruff check .; \
+	stage 'ruff'; ruff check .; ruff format --check .; \
 	stage 'notebooks run from top to bottom'; ls -S nbs/index.ipynb nbs/[0-9]*/*.ipynb | xargs -P $(JOBS) -n 1 nbdev_test --n_workers 1 --timing --path; \
 	stage 'pytest: generated and written by hand, kernels that are new compiled for sm_80 and sm_90, a run through the command line'; \
 	python -m pytest -q -n $(JOBS) --dist worksteal --durations=15 $(PYTEST_FLAGS)

@@ -11,7 +11,14 @@ import importlib
 import importlib.util
 
 # %% ../nbs/1_foundations/16_models.ipynb #61190f29
-_LATER = {"list_models": "models", "create_model": "models", "model_card": "models", "register_model": "models", "register_models": "models", "list_chapters": "lab.book"}
+_LATER = {
+    "list_models": "models",
+    "create_model": "models",
+    "model_card": "models",
+    "register_model": "models",
+    "register_models": "models",
+    "list_chapters": "lab.book",
+}
 
 
 def __getattr__(name: str):

@@ -28,12 +28,12 @@ def softmax_lse(
         scores = scores.masked_fill(~mask, -math.inf)
     if scores.shape[-1] == 0:
         return scores, scores.new_full(scores.shape[:-1], -math.inf)
-    m = scores.detach().amax(-1, keepdim=True)   # the result does not depend on m, so neither do the gradients
-    m = torch.where(m == -math.inf, 0, m)        # a row without keys: exp(-inf - 0) = 0, not exp(-inf + inf) = NaN
+    m = scores.detach().amax(-1, keepdim=True)  # the result does not depend on m, so neither do the gradients
+    m = torch.where(m == -math.inf, 0, m)  # a row without keys: exp(-inf - 0) = 0, not exp(-inf + inf) = NaN
     p = torch.exp(scores - m)
     ell = p.sum(-1, keepdim=True)
     empty = ell == 0
-    ell = torch.where(empty, 1, ell)                 # 0 / 1 = 0, and log(1) has a finite gradient
+    ell = torch.where(empty, 1, ell)  # 0 / 1 = 0, and log(1) has a finite gradient
     return p / ell, torch.where(empty, -math.inf, m + torch.log(ell)).squeeze(-1)
 
 # %% ../nbs/1_foundations/00_attention.ipynb #58ffb409
@@ -49,6 +49,7 @@ def online_step(
     shift, p = torch.exp(m - m_safe), torch.exp(scores - m_safe[..., None])
     return m_new, shift * ell + p.sum(-1), shift[..., None] * a + torch.einsum("...j,...je->...e", p, values)
 
+
 def online_attention(
     scores: Tensor,  # `(..., n)`
     values: Tensor,  # `(..., n, e)`
@@ -58,7 +59,7 @@ def online_attention(
     m = scores.new_full(scores.shape[:-1], -math.inf)
     state = m, torch.zeros_like(m), values.new_zeros(*m.shape, values.shape[-1])
     for j in range(0, scores.shape[-1], tile):
-        state = online_step(state, scores[..., j:j + tile], values[..., j:j + tile, :])
+        state = online_step(state, scores[..., j : j + tile], values[..., j : j + tile, :])
     m, ell, a = state
     return a / torch.where(ell == 0, 1, ell)[..., None], m + torch.log(ell)
 
@@ -74,8 +75,10 @@ def merge_attention(
     Differentiable in all four, without NaN where both sets are empty. ValueError if the shapes do not belong together.
     """
     if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape or out_a.shape[:-1] != lse_a.shape:
-        raise ValueError("out_a and out_b must have one shape (..., v_dim), lse_a and lse_b its (...); not "
-                         f"{tuple(out_a.shape)}, {tuple(out_b.shape)}, {tuple(lse_a.shape)}, {tuple(lse_b.shape)}")
+        raise ValueError(
+            "out_a and out_b must have one shape (..., v_dim), lse_a and lse_b its (...); not "
+            f"{tuple(out_a.shape)}, {tuple(out_b.shape)}, {tuple(lse_a.shape)}, {tuple(lse_b.shape)}"
+        )
     weights, lse = softmax_lse(torch.stack([lse_a, lse_b], -1))
     return (weights[..., 0, None] * out_a + weights[..., 1, None] * out_b).to(out_a.dtype), lse
 
@@ -126,6 +129,7 @@ def _check_inputs(q, k, v, is_causal, window_size, bias, mask, scale):
         if t is not None:
             _check_addend(name, t, (*q.shape[:3], k.shape[2]))
 
+
 def _check_addend(name, t, shape):
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor or None, not {type(t).__name__}")
@@ -159,7 +163,9 @@ def attention_reference(
     if isinstance(q_offset, (bool, Tensor)) or not hasattr(q_offset, "__index__"):
         raise TypeError(f"q_offset must be an integer, not {q_offset!r}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    allowed = attention_mask(q.shape[2], k.shape[2], is_causal=is_causal, window_size=window_size, q_offset=q_offset, device=q.device)
+    allowed = attention_mask(
+        q.shape[2], k.shape[2], is_causal=is_causal, window_size=window_size, q_offset=q_offset, device=q.device
+    )
     if mask is not None:
         allowed = mask if allowed is None else mask & allowed
     dtype, out_dtype = torch.promote_types(q.dtype, torch.float32), v.dtype
@@ -174,7 +180,9 @@ def attention_reference(
 
 # %% ../nbs/1_foundations/00_attention.ipynb #3ead3835
 def attention_backward(
-    q: Tensor, k: Tensor, v: Tensor,  # as in `attention_reference`
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,  # as in `attention_reference`
     out: Tensor,  # its output, `(batch, heads, Nq, v_dim)`
     lse: Tensor,  # its log-sum-exp, `(batch, heads, Nq)`
     d_out: Tensor,  # gradient of the output
@@ -186,8 +194,10 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dq, dk, dv, and dS `(batch, heads, Nq, Nk)`, which is the bias's gradient
     "The gradients of `attention_reference` by the equations a fused kernel uses, without storing P between the passes."
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    def heads(t):                                                              # (b, heads, …) -> (b, h, g, …)
+
+    def heads(t):  # (b, heads, …) -> (b, h, g, …)
         return t.unflatten(1, (k.shape[1], -1))
+
     scores = scale * torch.einsum("bhgid,bhjd->bhgij", heads(q), k).flatten(1, 2)
     scores = scores if bias is None else scores + bias
     scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
@@ -196,17 +206,20 @@ def attention_backward(
     dP = torch.einsum("bhgie,bhje->bhgij", heads(d_out), v).flatten(1, 2)
     dS = P * (dP - delta[..., None])
     dq = scale * torch.einsum("bhgij,bhjd->bhgid", heads(dS), k).flatten(1, 2)
-    dk = scale * torch.einsum("bhgij,bhgid->bhjd", heads(dS), heads(q))        # summed over the heads g that share k
+    dk = scale * torch.einsum("bhgij,bhgid->bhjd", heads(dS), heads(q))  # summed over the heads g that share k
     dv = torch.einsum("bhgij,bhgie->bhje", heads(P), heads(d_out))
     return dq, dk, dv, dS
 
 # %% ../nbs/1_foundations/00_attention.ipynb #34cd4fb5
 def attention_pairs(num_queries: int, num_keys: int, *, is_causal: bool = False, window_size: int | None = None) -> int:
     "How many query-key pairs one head of a full, causal or banded attention has; see `attention_mask`."
+
     def keys_up_to(r):  # pairs with j - i <= r
         return sum(max(0, min(i + r + 1, num_keys)) for i in range(num_queries))
+
     right = 0 if is_causal else num_keys if window_size is None else window_size - 1
     return keys_up_to(right) - (0 if window_size is None else keys_up_to(-window_size))
+
 
 def attention_flops(
     pairs: int,  # query-key pairs that attend, over batch and heads: batch * heads * attention_pairs(…)
@@ -218,8 +231,15 @@ def attention_flops(
     Dv = D if Dv is None else Dv
     return 2 * pairs * (3 * D + 2 * Dv if backward else D + Dv)
 
+
 def attention_bytes(
-    batch: int, heads: int, Nq: int, Nk: int, D: int, Dv: int | None = None, *,
+    batch: int,
+    heads: int,
+    Nq: int,
+    Nk: int,
+    D: int,
+    Dv: int | None = None,
+    *,
     kv_heads: int | None = None,  # heads if None
     itemsize: int = 2,  # bytes per number
     backward: bool = False,  # of the backward pass alone: reads q, k, v, out, d_out and lse, writes dq, dk, dv

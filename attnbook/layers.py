@@ -20,6 +20,7 @@ class DropPath(nn.Module):
 
     ValueError unless `rate` is from 0 to below 1. Source: Huang et al., Deep Networks with Stochastic Depth, ECCV 2016.
     """
+
     def __init__(self, rate: float = 0.0):
         super().__init__()
         if not 0 <= rate < 1:
@@ -44,6 +45,7 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
 class Mlp(nn.Module):
     """Linear, GELU, linear over the last axis: `(…, dim)` -> `(…, dim)`, with `hidden` channels between. Its
     parameters are `fc1.*` and `fc2.*`."""
+
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
@@ -57,7 +59,8 @@ def init_linear(module: nn.Module) -> None:
     Leaves other modules alone."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None: nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 # %% ../nbs/1_foundations/10_layers.ipynb #78ce77e4
 def sinusoids(start: int, length: int, dim: int, device: torch.device | str | None = None) -> Tensor:
@@ -74,5 +77,6 @@ def count_parameters(model: nn.Module | Callable[[], nn.Module], trainable: bool
 
     `trainable`: count only parameters that receive gradients."""
     if not isinstance(model, nn.Module):
-        with torch.device("meta"): model = model()
+        with torch.device("meta"):
+            model = model()
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)

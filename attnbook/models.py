@@ -25,6 +25,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class ModelCard:
     "What is known about a published model, and the function that makes it."
+
     name: str
     make: Callable[..., nn.Module]
     parameters: int  # with the defaults of `make`; asserted by a test
@@ -44,7 +45,10 @@ class ModelCard:
         return (torch.zeros(1, channels, self.image, self.image),)
 
     def _repr_markdown_(self) -> str:
-        lines = [f"**`{self.name}`**" + (f", chapter `{self.chapter}`" if self.chapter else ""), f"- parameters: {self.parameters:,} ({self.parameters / 1e6:.1f} M)"]
+        lines = [
+            f"**`{self.name}`**" + (f", chapter `{self.chapter}`" if self.chapter else ""),
+            f"- parameters: {self.parameters:,} ({self.parameters / 1e6:.1f} M)",
+        ]
         lines += [f"- input: images of {self.image} x {self.image} pixels"] if self.image else []
         lines += [f"- published: {self.published}"] if self.published else []
         lines += [f"- weights: {self.weights}"] if self.weights else []
@@ -72,25 +76,41 @@ def register_model(
     parameters: int,  # with the defaults of `make`
     name: str | None = None,  # the function's own if None
     image: int | None = None,  # height and width in pixels of its images
-    example: Callable[[], tuple[Tensor, ...]] | None = None,  # makes inputs of one sample, for models that take something else
+    example: Callable[[], tuple[Tensor, ...]]
+    | None = None,  # makes inputs of one sample, for models that take something else
     published: str = "",  # the paper's numbers and where they stand
     weights: str = "",  # which published weights fit, and the function that loads them
 ):
     "Adds a model to the list, and returns `make`. ValueError if another module has registered that name."
     if make is None:
-        return lambda f: register_model(f, parameters=parameters, name=name, image=image, example=example, published=published, weights=weights)
+        return lambda f: register_model(
+            f, parameters=parameters, name=name, image=image, example=example, published=published, weights=weights
+        )
     name, home = name or make.__name__, _home(make)
     parts = home.split(".")
-    card = ModelCard(name, make, parameters, image, example, published, weights, parts[1] if parts[0] == "attnbook" and len(parts) > 1 else "")
+    card = ModelCard(
+        name,
+        make,
+        parameters,
+        image,
+        example,
+        published,
+        weights,
+        parts[1] if parts[0] == "attnbook" and len(parts) > 1 else "",
+    )
     old = _CARDS.get(name)
-    if old and "__main__" not in (home, _home(old.make)) and _home(old.make) != home:  # an open notebook has the names of its module
+    if (
+        old and "__main__" not in (home, _home(old.make)) and _home(old.make) != home
+    ):  # an open notebook has the names of its module
         raise ValueError(f"there is a model {name!r} already, of {_home(old.make)}")
     _CARDS[name] = card
     return make
 
 
 def register_models(
-    models: Mapping[str, tuple],  # by name: the function, its number of parameters and, for images, their size in pixels
+    models: Mapping[
+        str, tuple
+    ],  # by name: the function, its number of parameters and, for images, their size in pixels
     **about,  # the other arguments of `register_model`, for all of them
 ):
     "Adds several models of a chapter to the list."
@@ -120,6 +140,7 @@ def list_models(
 ) -> list[str]:
     "The names of the published models, sorted. The first call imports the rooms that register some."
     from fnmatch import fnmatchcase
+
     _load()
     return sorted(n for n in _CARDS if fnmatchcase(n, pattern))
 
@@ -129,7 +150,10 @@ def model_card(name: str) -> ModelCard:
     _load()
     if name not in _CARDS:
         close = difflib.get_close_matches(str(name), _CARDS, n=3, cutoff=0.5)
-        raise ValueError(f"name must be one of list_models(), not {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+        raise ValueError(
+            f"name must be one of list_models(), not {name!r}"
+            + (f"; did you mean {' or '.join(close)}?" if close else "")
+        )
     return _CARDS[name]
 
 
@@ -140,7 +164,9 @@ def create_model(
     "The model of that name, untrained. ValueError for an unknown name, TypeError for a setting that its function does not have."
     card = model_card(name)
     known = inspect.signature(card.make).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in known.values()) and (unknown := [s for s in settings if s not in known]):
+    if not any(p.kind is p.VAR_KEYWORD for p in known.values()) and (
+        unknown := [s for s in settings if s not in known]
+    ):
         raise TypeError(f"{name} takes {', '.join(known)}, not {unknown[0]!r}")
     return card.make(**settings)
 
@@ -149,6 +175,7 @@ def count_flops(model: ModelCard | str) -> int:
     "Floating-point operations of a forward pass of one sample, of matrix products and convolutions, without allocating the model. ValueError for an unknown name or a card without inputs."
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
+
     card = model_card(model) if isinstance(model, str) else model
     inputs, fake = card.inputs(), FakeTensorMode(allow_non_fake_inputs=True)
     with torch.device("meta"):
@@ -158,7 +185,11 @@ def count_flops(model: ModelCard | str) -> int:
             for held in (module._parameters, module._buffers):
                 for key, t in held.items():
                     if t is not None:
-                        held[key] = nn.Parameter(torch.empty(t.shape, dtype=t.dtype), t.requires_grad) if isinstance(t, nn.Parameter) else torch.empty(t.shape, dtype=t.dtype)
+                        held[key] = (
+                            nn.Parameter(torch.empty(t.shape, dtype=t.dtype), t.requires_grad)
+                            if isinstance(t, nn.Parameter)
+                            else torch.empty(t.shape, dtype=t.dtype)
+                        )
         with FlopCounterMode(display=False) as counter:
             net(*(fake.from_tensor(x) for x in inputs))
     return counter.get_total_flops()

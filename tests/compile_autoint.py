@@ -1,4 +1,5 @@
 # Written from the compile cells of nbs/6_beyond_tokens/autoint.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import torch
 
 from attnbook.autoint.nets import network_op

@@ -1,4 +1,5 @@
 # Written from the compile cells of nbs/1_foundations/12_clusters.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import torch
 
 from attnbook.clusters.op import list_attention, segment_attention, select_largest

@@ -1,4 +1,5 @@
 # Written from the compile cells of nbs/2_position/convit.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import torch
 
 from attnbook.convit.op import gpsa, gpsa_packed
@@ -7,8 +8,13 @@ from attnbook.lab.testing import both_ways, tensors
 
 def gpsa_of(B, H, grid, D, dtype=torch.bfloat16, **options):
     "The operation, forward and backward."
-    both_ways(gpsa, *tensors(*[(B, H, grid[0] * grid[1], D)] * 3, (H, 3), (H,), dtype=dtype), grid_size=grid,
-              backend="triton", **options)
+    both_ways(
+        gpsa,
+        *tensors(*[(B, H, grid[0] * grid[1], D)] * 3, (H, 3), (H,), dtype=dtype),
+        grid_size=grid,
+        backend="triton",
+        **options,
+    )
 
 
 COMPILE = [
@@ -19,6 +25,10 @@ COMPILE = [
     ("gpsa, one row", lambda: gpsa_of(64, 4, (1, 250), 32)),
     ("gpsa, float32", lambda: gpsa_of(64, 4, (8, 8), 64, dtype=torch.float32)),
     ("gpsa, composed", lambda: gpsa_of(64, 6, (14, 14), 64, route="composed")),
-    ("gpsa packed", lambda: both_ways(gpsa_packed, *tensors((64, 196, 3 * 384), (6, 3), (6,)), grid_size=(14, 14),
-                                      backend="triton")),
+    (
+        "gpsa packed",
+        lambda: both_ways(
+            gpsa_packed, *tensors((64, 196, 3 * 384), (6, 3), (6,)), grid_size=(14, 14), backend="triton"
+        ),
+    ),
 ]

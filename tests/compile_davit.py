@@ -1,4 +1,5 @@
 # Written from the compile cells of nbs/3_locality/davit.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import contextlib
 
 import torch
@@ -34,8 +35,14 @@ def windows(shape, window, dtype=torch.bfloat16):
 
 def packed_windows(B, X, Y, C, heads, window, **options):
     "The kernels for windows that fit."
-    both_ways(window_attention_packed, *tensors((B, X, Y, 3 * C)), heads=heads, window_size=window, backend="triton",
-              **options)
+    both_ways(
+        window_attention_packed,
+        *tensors((B, X, Y, 3 * C)),
+        heads=heads,
+        window_size=window,
+        backend="triton",
+        **options,
+    )
 
 
 def positions(shape, dtype=torch.bfloat16):
@@ -58,8 +65,10 @@ COMPILE = [
     ("channel attention, layer", lambda: channel_layer(8, 784, 384, 12)),
     ("position encoding", lambda: positions((8, 56, 56, 96))),
     ("position encoding, float32", lambda: positions((8, 56, 56, 96), torch.float32)),
-    ("position encoding, small maps",
-     lambda: [positions(s) for s in ((64, 14, 14, 384), (64, 7, 7, 768), (2, 9, 3, 24))]),
+    (
+        "position encoding, small maps",
+        lambda: [positions(s) for s in ((64, 14, 14, 384), (64, 7, 7, 768), (2, 9, 3, 24))],
+    ),
     ("own window 7", lambda: packed_windows(8, 56, 56, 96, 3, 7)),
     ("own window 7, ragged", lambda: packed_windows(2, 64, 60, 192, 6, 7, pad_mode="mask")),
     ("own window 12, ragged", lambda: packed_windows(2, 100, 90, 192, 6, 12, pad_mode="mask")),

@@ -1,4 +1,5 @@
 # Written from the compile cells of nbs/5_vision/hyperzzw.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 from functools import partial
 
 import torch
@@ -11,25 +12,35 @@ def product(B, C, S, M=3, standardize=True, keep=True, own=False, dtype=torch.bf
     "The global product, forward and backward, with a kernel in float32."
     x, *vs = tensors(*[(B, C, S, S)] * (1 + M), dtype=dtype)
     kernel = torch.empty(B if own else 1, C, S, S)
-    run = lambda x, kernel, *v: sum(hyperzzw_global(x, kernel, v, standardize=standardize, return_factors=keep, backend="triton"), ())
+    run = lambda x, kernel, *v: sum(
+        hyperzzw_global(x, kernel, v, standardize=standardize, return_factors=keep, backend="triton"), ()
+    )
     plain = lambda x, kernel, *v: hyperzzw_global(x, kernel, v, standardize=standardize, backend="triton")
     both_ways(run if keep else plain, x, kernel, *vs)
 
+
 def local(B, C, S, k, own=False, dtype=torch.bfloat16):
     "The local product, forward and backward."
-    x, = tensors((B, C, S, S), dtype=dtype)
+    (x,) = tensors((B, C, S, S), dtype=dtype)
     both_ways(partial(hyperzzw_local, backend="triton"), x, torch.empty(*((B,) if own else ()), C, 1, k, k))
+
 
 def gate(B, C, S, dtype=torch.bfloat16):
     "The gate, forward and backward."
     x, y = tensors((B, C, S, S), (B, C, S, S), dtype=dtype)
     both_ways(partial(hyperzzw_gate, backend="triton"), x, y, torch.empty(1, 1, S, S))
 
+
 def norm(B, C, S, given=False):
     "Standardization with GELU, forward and backward."
     statistics = torch.empty(C), torch.empty(C)
     x, over = tensors((B, C, S, S))[0], torch.zeros(C, dtype=torch.bool)
-    both_ways(lambda x, bias: standardize_gelu(x, over, bias, statistics if given else None, backend="triton")[0], x, torch.empty(()))
+    both_ways(
+        lambda x, bias: standardize_gelu(x, over, bias, statistics if given else None, backend="triton")[0],
+        x,
+        torch.empty(()),
+    )
+
 
 COMPILE = [
     *((f"hyperzzw global, {S} x {S}", lambda S=S: product(64, 144, S)) for S in (14, 28, 32, 48, 64)),

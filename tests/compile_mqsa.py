@@ -1,4 +1,5 @@
 # Written from the compile cells of nbs/6_beyond_tokens/mqsa.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import numpy as np
 import torch
 
@@ -22,13 +23,16 @@ def sublayer_case(B, T, d, heads, dtype=torch.bfloat16, window=3):
     segments = padded_segments(torch.zeros(B, dtype=torch.int64), T)
     both_ways(lambda x: windowed_mean(x, window, segments), *tensors((B, T, d), dtype=dtype))
     both_ways(
-        lambda q, k, v: causal_attention(q, k, v, segments), *tensors(*[(B, heads, T, d // heads)] * 3, dtype=dtype))
+        lambda q, k, v: causal_attention(q, k, v, segments), *tensors(*[(B, heads, T, d // heads)] * 3, dtype=dtype)
+    )
 
 
-COMPILE = [("catalogue, 64 wide", lambda: catalogue_case(12800, 12101, 64)),
+COMPILE = [
+    ("catalogue, 64 wide", lambda: catalogue_case(12800, 12101, 64)),
     ("catalogue, 128 wide", lambda: catalogue_case(12800, 12101, 128)),
     ("catalogue, 256 wide", lambda: catalogue_case(12800, 12101, 256)),
     ("catalogue, float32", lambda: catalogue_case(12800, 12101, 64, torch.float32)),
     ("catalogue, float16 and teacher", lambda: catalogue_case(12800, 12101, 64, torch.float16, soft=True)),
     ("L-query sublayer", lambda: sublayer_case(256, 50, 64, 1)),
-    ("L-query sublayer, float32", lambda: sublayer_case(256, 50, 64, 1, torch.float32))]
+    ("L-query sublayer, float32", lambda: sublayer_case(256, 50, 64, 1, torch.float32)),
+]

@@ -1,4 +1,5 @@
 # Written from the compile cells of nbs/2_position/music.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import torch
 
 from attnbook.lab.testing import both_ways, tensors

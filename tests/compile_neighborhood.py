@@ -1,4 +1,5 @@
 # Written from the compile cells of nbs/3_locality/neighborhood.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 from functools import partial
 
 import torch
@@ -22,4 +23,5 @@ COMPILE = [
     ("neighborhood 2-d, float32", lambda: near((1, 2, 64, 64, 64), 13, dtype=torch.float32)),
     ("neighborhood 3-d", lambda: near((1, 2, 16, 24, 32, 128), 9)),
     ("neighborhood 2-d, wide, head_dim 64", lambda: near((1, 2, 128, 128, 64), 33)),
-    ("neighborhood 3-d, wide, head_dim 64", lambda: near((1, 2, 16, 32, 32, 64), 11))]
+    ("neighborhood 3-d, wide, head_dim 64", lambda: near((1, 2, 16, 32, 32, 64), 11)),
+]

@@ -1,4 +1,5 @@
 # Written from the compile cells of nbs/4_long_context/ring.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import torch
 
 from attnbook.lab.testing import tensors
@@ -14,6 +15,7 @@ def hops(layout, size, rows, shape, heads_kv=None, dtype=torch.bfloat16, length=
     alone = SimulatedGroup(size)
     found = alone.run([ring_forward_schedule(r, size, q, k, k, job) for r in range(size)])
     alone.run([ring_backward_schedule(r, size, q, k, k, out, lse, out, job) for r, (out, lse) in enumerate(found)])
+
 
 COMPILE = [
     ("ring, zigzag", lambda: hops("zigzag", 2, 4096, (1, 2, 128))),

@@ -1,4 +1,5 @@
 # Written from the compile cells of nbs/4_long_context/routing.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import torch
 
 from attnbook.lab.testing import both_ways, tensors
@@ -35,6 +36,8 @@ COMPILE = [
     ("routing nearest", lambda: routed(1, 2, 4096, 64, 64)),
     ("routing nearest, head_dim 128", lambda: routed(1, 2, 4096, 64, 128)),
     ("routing nearest, float32", lambda: routed(1, 2, 2048, 16, 64, dtype=torch.float32)),
-    ("band with last resort", lambda: both_ways(
-        plain_attention, *tensors(*[(1, 2, 4096, 64)] * 2), window=256, self_attention="fallback")),
+    (
+        "band with last resort",
+        lambda: both_ways(plain_attention, *tensors(*[(1, 2, 4096, 64)] * 2), window=256, self_attention="fallback"),
+    ),
 ]

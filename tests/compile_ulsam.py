@@ -1,4 +1,5 @@
 # Written from the compile cells of nbs/5_vision/ulsam.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import torch
 
 from attnbook.lab.testing import both_ways, tensors
@@ -10,8 +11,9 @@ def subspaces(*size, g=4, last=False, dtype=torch.bfloat16, biases=False, **opti
     B, C, H, W = size
     x, w, v, b, s = tensors(size, (C,), (C,), (C,), (g,), dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last) if last else x
-    run = lambda x, w, v, b=None, s=None: subspace_attention(x, w, v, g, dw_bias=b, pw_bias=s, backend="triton",
-                                                             relu=biases, **options)
+    run = lambda x, w, v, b=None, s=None: subspace_attention(
+        x, w, v, g, dw_bias=b, pw_bias=s, backend="triton", relu=biases, **options
+    )
     both_ways(run, x, w, v, *((b, s) if biases else ()))
 
 

@@ -1,4 +1,5 @@
 """`pytest` tests on the CPU, with Triton's interpreter; `pytest --device cuda` on the GPU."""
+
 import os
 
 import pytest
@@ -24,6 +25,7 @@ def pytest_configure(config):
     else:
         os.environ.pop("TRITON_INTERPRET", None)
         import torch
+
         if not torch.cuda.is_available():
             raise pytest.UsageError("--device cuda: torch sees no GPU (attnbook doctor says more)")
 

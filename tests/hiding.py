@@ -2,6 +2,7 @@
 
 `hidden_env(folder, "book")` is an environment for a process, and for those that it starts, in which everything is missing that the extra does not bring.
 """
+
 import importlib.metadata
 import os
 import re
@@ -14,7 +15,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-SITE = '''
+SITE = """
 import re, sys
 from importlib.machinery import PathFinder
 MODULES, PACKAGES = {modules!r}, {packages!r}
@@ -29,7 +30,7 @@ class Hiding(PathFinder):
         return (d for d in PathFinder.find_distributions(*args, **kwargs) if re.sub("[-_.]+", "-", d.name).lower() not in PACKAGES)
 
 sys.meta_path[:] = [Hiding if f is PathFinder else f for f in sys.meta_path]
-'''
+"""
 
 
 def plain(name: str) -> str:
@@ -61,7 +62,11 @@ def packages_of(extra: str = "", data: bool = False) -> set[str]:
     lines = PROJECT["dependencies"] + (PROJECT["optional-dependencies"][extra] if extra else [])
     found = closure(lines) | {"attnbook"}
     if data:
-        found |= {plain(re.match(r"[\w.-]+", line)[0]) for line in (ROOT / "requirements-data.txt").read_text().splitlines() if line and line[0] != "#"}
+        found |= {
+            plain(re.match(r"[\w.-]+", line)[0])
+            for line in (ROOT / "requirements-data.txt").read_text().splitlines()
+            if line and line[0] != "#"
+        }
     return found
 
 

@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/6_beyond_tokens/autoint.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import math
 from functools import partial
 
@@ -60,6 +61,7 @@ LAYERS = {  # B, M, d_in, heads, head width, residual, bias
     "weights not kept": (2, 33, 70, 2, 32, False, False),
 }
 
+
 def draw_layer(B, M, D, H, dh, residual, bias, dtype=torch.float32, seed=0):
     "Seeded input, weights and biases on the device under test."
     g = torch.Generator().manual_seed(seed)
@@ -67,34 +69,47 @@ def draw_layer(B, M, D, H, dh, residual, bias, dtype=torch.float32, seed=0):
     n = 3 + residual
     return [make(B, M, D), make(n, D, H * dh) / D**0.5, *([make(n, H * dh) / 2] if bias else [])]
 
+
 def triton_layer(H, **kw):
     return lambda *t: interacting_layer(*t, num_heads=H, backend="triton", **kw)
 
+
 def plain_layer(H, **kw):
     return lambda *t: interacting_reference(*t, num_heads=H, **kw)
+
 
 @pytest.mark.parametrize("case", LAYERS)
 def test_kernel_agrees_with_the_reference(case):
     sizes = LAYERS[case]
     tol = 2e-3 if device_under_test() == "cuda" else 2e-6
     with_floor = dict(floor=1e-3, tol=tol)
-    check_against_reference(triton_layer(sizes[3], scale=0.8), plain_layer(sizes[3], scale=0.8), draw_layer(*sizes),
-                            **with_floor)
+    check_against_reference(
+        triton_layer(sizes[3], scale=0.8), plain_layer(sizes[3], scale=0.8), draw_layer(*sizes), **with_floor
+    )
+
 
 @pytest.mark.parametrize("case", ("packed", "a pass per head", "two passes, official"))
 def test_kernel_in_half_precision(case):
-    on_gpu = device_under_test() == "cuda"                      # the interpreter cannot multiply bfloat16 matrices
+    on_gpu = device_under_test() == "cuda"  # the interpreter cannot multiply bfloat16 matrices
     dtype, tol = (torch.bfloat16, 1.5e-2) if on_gpu else (torch.float16, 2e-3)
-    heads, scale = LAYERS[case][3], LAYERS[case][4]**-0.5
-    check_against_reference(triton_layer(heads, scale=scale), plain_layer(heads, scale=scale),
-                            draw_layer(*LAYERS[case], dtype=dtype), tol=tol, grad_tol=2 * tol)
+    heads, scale = LAYERS[case][3], LAYERS[case][4] ** -0.5
+    check_against_reference(
+        triton_layer(heads, scale=scale),
+        plain_layer(heads, scale=scale),
+        draw_layer(*LAYERS[case], dtype=dtype),
+        tol=tol,
+        grad_tol=2 * tol,
+    )
+
 
 def test_layer_passes_every_common_check():
     check_operation(triton_layer(2), plain_layer(2), draw_layer(*LAYERS["packed"]), skip=("reference", "autocast"))
-    check_operation(triton_layer(2), plain_layer(2), draw_layer(*LAYERS["official"]),
-                    skip=("reference", "strides", "autocast"))
+    check_operation(
+        triton_layer(2), plain_layer(2), draw_layer(*LAYERS["official"]), skip=("reference", "strides", "autocast")
+    )
     if device_under_test() == "cuda":
         check_autocast(triton_layer(2, scale=0.5), draw_layer(*LAYERS["packed"]), tol=3e-2)
+
 
 def test_op_is_registered_properly():
     e, w, b = (t.requires_grad_() for t in draw_layer(3, 5, 8, 2, 4, True, True))
@@ -114,13 +129,14 @@ def test_samples_are_isolated(backend, B):
         others = torch.arange(B) != i
         assert torch.equal(after[others], before[others]) and not torch.equal(after[i], before[i])
 
+
 @pytest.mark.parametrize("backend", ("torch", "triton"))
 def test_special_cases(backend):
     run = partial(interacting_layer, num_heads=2, backend=backend)
     near = partial(torch.testing.assert_close, rtol=2e-3, atol=2e-3)
     e, w = draw_layer(3, 7, 8, 2, 8, True, False)
-    near(run(e[:, :1], w), torch.relu(e[:, :1] @ (w[2] + w[3])))                  # one field
-    for i in (0, 1):                                                              # no query or no key: a mean
+    near(run(e[:, :1], w), torch.relu(e[:, :1] @ (w[2] + w[3])))  # one field
+    for i in (0, 1):  # no query or no key: a mean
         cut = w.clone()
         cut[i] = 0
         near(run(e, cut), torch.relu((e @ w[2]).mean(1, keepdim=True) + e @ w[3]))
@@ -128,10 +144,11 @@ def test_special_cases(backend):
     order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
     near(run(e[:, order], w), run(e, w)[:, order])
     near(run(e, w, scale=0.3), run(e, torch.cat([0.3 * w[:1], w[1:]])))
-    near(run(e, torch.cat([w[:3], 0 * w[3:]])), run(e, w[:3]))                    # no residual: W_Res = 0
-    heads = [interacting_layer(e, w[..., i:i + 8].contiguous(), num_heads=1, backend=backend) for i in (0, 8)]
-    near(run(e, w), torch.cat(heads, -1))                                         # heads are blocks of channels
+    near(run(e, torch.cat([w[:3], 0 * w[3:]])), run(e, w[:3]))  # no residual: W_Res = 0
+    heads = [interacting_layer(e, w[..., i : i + 8].contiguous(), num_heads=1, backend=backend) for i in (0, 8)]
+    near(run(e, w), torch.cat(heads, -1))  # heads are blocks of channels
     assert rel_error(interacting_layer(e, w, num_heads=1, backend=backend), run(e, w)) > 0.01
+
 
 def test_weights_reproduce_the_output():
     e, w = draw_layer(3, 7, 8, 2, 8, True, False)
@@ -139,6 +156,7 @@ def test_weights_reproduce_the_output():
     v = (e @ w[2]).unflatten(-1, (2, 8))
     again = torch.relu(torch.einsum("bhmk,bkhc->bmhc", alpha, v).flatten(-2) + e @ w[3])
     torch.testing.assert_close(out, again, rtol=2e-3, atol=2e-3)
+
 
 def test_gradient_is_zero_where_the_relu_is_off():
     e, w = (t.requires_grad_() for t in draw_layer(2, 5, 8, 2, 8, True, False))
@@ -151,24 +169,38 @@ def test_gradcheck_in_float64():
     inputs = [t.double().cpu().requires_grad_() for t in draw_layer(2, 3, 4, 2, 3, True, True)]
     assert torch.autograd.gradcheck(plain_layer(2), inputs)
 
+
 def test_bad_input_is_refused():
     e, w = draw_layer(2, 3, 4, 2, 3, True, False)
-    check_raises(interacting_layer, [
-        (dict(num_heads=4), ValueError, ["num_heads", "4"]),
-        (dict(num_heads=0), ValueError, "num_heads"),
-        (dict(e=e[0]), ValueError, ["e must have 3", str(tuple(e[0].shape))]),
-        (dict(e=e.long()), TypeError, ["e ", "int64"]),
-        (dict(e=e[..., :3]), ValueError, ["weight", "d_in 3"]),
-        (dict(weight=w.double()), TypeError, ["weight", "float64"]),
-        (dict(bias=w[:, 0, :2]), ValueError, "bias"),
-        (dict(scale=math.inf), ValueError, "scale"),
-        (dict(scale="1"), TypeError, "scale"),
-        (dict(num_heads=2.0), TypeError, "num_heads"),
-        (dict(backend="cuda"), ValueError, "backend"),
-        (dict(e=e.repeat(1, 50, 1), backend="triton"), ValueError, "128 fields"),
-    ], e=e, weight=w, num_heads=2)
-    check_raises(interacting_attention, [(dict(wk=w[1, :, :2]), ValueError, ["wk", "shape"])],
-                 e=e, wq=w[0], wk=w[1], wv=w[2], num_heads=2)
+    check_raises(
+        interacting_layer,
+        [
+            (dict(num_heads=4), ValueError, ["num_heads", "4"]),
+            (dict(num_heads=0), ValueError, "num_heads"),
+            (dict(e=e[0]), ValueError, ["e must have 3", str(tuple(e[0].shape))]),
+            (dict(e=e.long()), TypeError, ["e ", "int64"]),
+            (dict(e=e[..., :3]), ValueError, ["weight", "d_in 3"]),
+            (dict(weight=w.double()), TypeError, ["weight", "float64"]),
+            (dict(bias=w[:, 0, :2]), ValueError, "bias"),
+            (dict(scale=math.inf), ValueError, "scale"),
+            (dict(scale="1"), TypeError, "scale"),
+            (dict(num_heads=2.0), TypeError, "num_heads"),
+            (dict(backend="cuda"), ValueError, "backend"),
+            (dict(e=e.repeat(1, 50, 1), backend="triton"), ValueError, "128 fields"),
+        ],
+        e=e,
+        weight=w,
+        num_heads=2,
+    )
+    check_raises(
+        interacting_attention,
+        [(dict(wk=w[1, :, :2]), ValueError, ["wk", "shape"])],
+        e=e,
+        wq=w[0],
+        wk=w[1],
+        wv=w[2],
+        num_heads=2,
+    )
 
 
 def deepctr_torch_layer(x, w_q, w_k, w_v, w_res, head_num=2, scaling=False):
@@ -181,6 +213,7 @@ def deepctr_torch_layer(x, w_q, w_k, w_v, w_res, head_num=2, scaling=False):
     result = torch.matmul(F.softmax(product, dim=-1), v)
     result = torch.cat(torch.split(result, 1), dim=-1).squeeze(0)
     return F.relu(result + torch.tensordot(x, w_res, dims=([-1], [0])))
+
 
 @pytest.mark.parametrize("backend", ("torch", "triton"))
 def test_parity_with_deepctr_torch(backend):
@@ -195,33 +228,45 @@ def test_fields():
     at = lambda c, m, x: fields(*fields.pack(torch.tensor([[c]]), [torch.tensor([m])], torch.tensor([[x]])))[0]
     e = at(1, [0, 2], 2.0)
     torch.testing.assert_close(e[0], fields.table[1])
-    torch.testing.assert_close(e[1], (fields.table[4] + fields.table[6]) / 2)            # the mean of the active rows
-    torch.testing.assert_close(e[2], 2 * fields.table[7])                                # linear in the number
-    torch.testing.assert_close(at(1, [2, 0], 2.0), e)                                    # order and padding: no matter
+    torch.testing.assert_close(e[1], (fields.table[4] + fields.table[6]) / 2)  # the mean of the active rows
+    torch.testing.assert_close(e[2], 2 * fields.table[7])  # linear in the number
+    torch.testing.assert_close(at(1, [2, 0], 2.0), e)  # order and padding: no matter
     torch.testing.assert_close(at(1, [-1, 2, 0, -1], 2.0), e)
     empty = at(-1, [-1], 0.0)
     empty.sum().backward()
     assert not empty.any() and fields.table.grad.isfinite().all()
 
+
 def test_fields_refuse_bad_codes():
     fields = FieldEmbedding([4], numerical=1)
     x = torch.zeros(2, 1)
-    check_raises(fields.pack, [
-        (dict(categorical=torch.tensor([[4], [0]])), ValueError, ["field 0", "3"]),
-        (dict(categorical=x), TypeError, ["field 0", "integers"]),
-        (dict(numerical=None), ValueError, "numerical 1"),
-    ], categorical=x.long(), numerical=x)
-    check_raises(FieldEmbedding, [
-        (dict(categorical=[0]), ValueError, "categorical[0]"), (dict(dim=0), ValueError, "dim"),
-        (dict(categorical=[]), ValueError, "at least one field"),
-        (dict(categorical=[2.0]), TypeError, "categorical[0]"),
-    ], categorical=[3])
+    check_raises(
+        fields.pack,
+        [
+            (dict(categorical=torch.tensor([[4], [0]])), ValueError, ["field 0", "3"]),
+            (dict(categorical=x), TypeError, ["field 0", "integers"]),
+            (dict(numerical=None), ValueError, "numerical 1"),
+        ],
+        categorical=x.long(),
+        numerical=x,
+    )
+    check_raises(
+        FieldEmbedding,
+        [
+            (dict(categorical=[0]), ValueError, "categorical[0]"),
+            (dict(dim=0), ValueError, "dim"),
+            (dict(categorical=[]), ValueError, "at least one field"),
+            (dict(categorical=[2.0]), TypeError, "categorical[0]"),
+        ],
+        categorical=[3],
+    )
 
 
 def network_size(M, **kw):
     "Parameters of AutoInt with M fields, without the embedding table."
     model = AutoInt(FieldEmbedding([2] * M), **kw)
     return sum(p.numel() for p in model.parameters()) - model.fields.table.numel()
+
 
 def test_parameter_counts():
     assert [network_size(M) for M in (39, 23, 7)] == [39_361, 38_337, 37_313]
@@ -230,6 +275,7 @@ def test_parameter_counts():
     assert network_size(39, dnn=(400, 400)) - network_size(39) == 410_801
     layers = lambda **kw: network_size(7, **kw) - (7 * 64 + 1)
     assert (layers(), layers(use_residual=False), layers(variant="official")) == (36_864, 27_648, 38_016)
+
 
 def small_model(**kw):
     "A seeded model of 6 fields of all kinds with weights large enough to see, and a packed batch of 5 samples."
@@ -245,6 +291,7 @@ def small_model(**kw):
     batch = fields.pack(codes, [draw(6, 5, 3)], numbers)
     return model.to(device_under_test()).eval(), tuple(t.to(device_under_test()) for t in batch)
 
+
 def test_fields_survive_the_meta_device():
     make = lambda: AutoInt(FieldEmbedding([3, 4], [5], 2, dim=8), layers=1, head_dim=4)
     model = make()
@@ -256,11 +303,13 @@ def test_fields_survive_the_meta_device():
     again = empty.fields.pack(torch.tensor([[2, 3]]), [torch.tensor([[4, 0]])], torch.tensor([[0.5, -1]]))
     assert all(map(torch.equal, batch, again)) and torch.equal(empty.logits(again), model.logits(batch))
 
+
 def test_the_dnn_adds_its_logit():
     model, batch = small_model(layers=2, dnn=(7,))
     plus, e = model.logits(batch), model.fields(*batch)
     dnn, model.dnn = model.dnn, None
     torch.testing.assert_close(plus - dnn(e.flatten(1)).squeeze(-1), model.logits(batch))
+
 
 @pytest.mark.parametrize("variant", ("paper", "official"))
 def test_backends_agree_on_the_network(variant):
@@ -272,11 +321,15 @@ def test_backends_agree_on_the_network(variant):
     tol = 2e-2 if device_under_test() == "cuda" else 1e-4
     assert max(rel_error(a, b, floor=1e-3) for a, b in zip(*grads)) < tol
 
+
 def test_maps_and_variants():
     model, batch = small_model(layers=2)
     assert [tuple(a.shape) for a in model.attention_maps(batch)] == [(5, 2, 6, 6)] * 2
-    check_raises(InteractingLayer, [(dict(variant="foo"), ValueError, ["variant", "foo"]),
-                                    (dict(num_heads=0), ValueError, "num_heads")], in_features=4)
+    check_raises(
+        InteractingLayer,
+        [(dict(variant="foo"), ValueError, ["variant", "foo"]), (dict(num_heads=0), ValueError, "num_heads")],
+        in_features=4,
+    )
     check_raises(AutoInt, [(dict(layers=-1), ValueError, "layers")], fields=model.fields)
 
 
@@ -284,11 +337,12 @@ def official_layer(x, weight, bias, norm, heads=2):
     "The official multi-head attention and its LayerNorm; weight (4, d_in, U), bias (4, U)."
     q, k, v, res = (F.relu(x @ w + b) for w, b in zip(weight, bias))
     q, k, v = (torch.cat(t.split(t.shape[-1] // heads, -1), 0) for t in (q, k, v))
-    weights = F.softmax(q @ k.transpose(1, 2) / k.shape[-1]**0.5, -1)
+    weights = F.softmax(q @ k.transpose(1, 2) / k.shape[-1] ** 0.5, -1)
     out = torch.cat((weights @ v).split(len(x), 0), -1)
     out = F.relu(out + res)
     mean, var = out.mean(-1, keepdim=True), out.var(-1, keepdim=True, unbiased=False)
-    return norm.weight * (out - mean) / (var + 1e-8)**0.5 + norm.bias
+    return norm.weight * (out - mean) / (var + 1e-8) ** 0.5 + norm.bias
+
 
 @pytest.mark.parametrize("backend", ("torch", "triton"))
 def test_parity_with_the_official_layer(backend):
@@ -300,8 +354,18 @@ def test_parity_with_the_official_layer(backend):
     torch.testing.assert_close(layer(x), want, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("kw", [dict(layers=0), dict(layers=1), dict(layers=3), dict(layers=2, use_residual=False),
-                                dict(layers=2, variant="official"), dict(layers=1, dnn=(7,))], ids=str)
+@pytest.mark.parametrize(
+    "kw",
+    [
+        dict(layers=0),
+        dict(layers=1),
+        dict(layers=3),
+        dict(layers=2, use_residual=False),
+        dict(layers=2, variant="official"),
+        dict(layers=1, dnn=(7,)),
+    ],
+    ids=str,
+)
 def test_inference_agrees_with_the_model(kw):
     model, batch = small_model(**kw)
     tol = 1e-2 if device_under_test() == "cuda" else 1e-5
@@ -309,15 +373,24 @@ def test_inference_agrees_with_the_model(kw):
     assert rel_error(autoint_infer(model, *batch, backend="triton"), want) < tol
     assert rel_error(autoint_infer(model, *batch, backend="torch"), want) < 1e-6
 
+
 def test_inference_in_odd_batches():
     model, (index, value) = small_model(layers=2)
     packed = pack_for_inference(model)
     whole = autoint_infer(packed, index, value, backend="triton")
     for n in (0, 1, 4):
         assert torch.equal(autoint_infer(packed, index[:n], value[:n], backend="triton"), whole[:n])
-    check_raises(autoint_infer, [(dict(index=value), TypeError, ["index", "integers"]),
-                                 (dict(index=index[:, :2], value=value[:, :2]), ValueError, "6 fields")],
-                 model=packed, index=index, value=value, backend="triton")
+    check_raises(
+        autoint_infer,
+        [
+            (dict(index=value), TypeError, ["index", "integers"]),
+            (dict(index=index[:, :2], value=value[:, :2]), ValueError, "6 fields"),
+        ],
+        model=packed,
+        index=index,
+        value=value,
+        backend="triton",
+    )
 
 
 def test_auc():
@@ -328,6 +401,7 @@ def test_auc():
     assert abs(logloss_auc(torch.zeros(4), y)[0] - math.log(2)) < 1e-12
     check_raises(logloss_auc, [(dict(y=torch.ones(4)), ValueError, "both classes")], logits=torch.zeros(4), y=y)
 
+
 def test_flag_codes():
     assert flag_codes(np.array([[0, 1, 0, 1], [0, 0, 0, 0]])).tolist() == [[1, 3], [-1, -1]]
 
@@ -337,9 +411,10 @@ def test_information():
     y = rng.integers(0, 2, 4000)
     assert abs(mutual_information(y, y) - math.log(2)) < 1e-3
     noise = rng.integers(0, 2, (4000, 2))
-    codes = np.stack([noise[:, 0], noise[:, 0] ^ y, noise[:, 1]], 1)                      # y = field 0 xor field 1
+    codes = np.stack([noise[:, 0], noise[:, 0] ^ y, noise[:, 1]], 1)  # y = field 0 xor field 1
     info = pair_information(codes, y)
     assert info[0, 1] > 0.6 and max(info[0, 2], info[1, 2], info[0, 0]) < 0.01
+
 
 def test_heatmap():
     model, batch = small_model(layers=2)
@@ -404,12 +479,26 @@ def test_rules(case):
 
 def test_claims_read_the_right_rows():
     "Signs and sides: what is better, what is compared with what, and which size is read."
-    auc = {"LR": 0.6, "FM": 0.7, "GBT": 0.7, "AutoInt 0": 0.65, "AutoInt 1": 0.78, "AutoInt 2": 0.8, "no residual": 0.7,
-           "AutoInt+": 0.9}
-    rows = [dict(method=m, run=i, data="ml100k", size=size, deepest=2, auc=(x if size == "gpu" else 1 - x) + i / 1000)
-            for m, x in auc.items() for i in range(3) for size in ("cpu", "gpu")]
-    speed = [dict(method=m, B=8, M=3, ms_fwd=x, ms_bwd=2 * x + 3 * (m != "ours"), peak_mb_bwd=x)
-             for m, x in (("ours", 1.0), ("eager", 6.0), ("compiled", 4.0), ("sdpa compiled", 3.0))]
+    auc = {
+        "LR": 0.6,
+        "FM": 0.7,
+        "GBT": 0.7,
+        "AutoInt 0": 0.65,
+        "AutoInt 1": 0.78,
+        "AutoInt 2": 0.8,
+        "no residual": 0.7,
+        "AutoInt+": 0.9,
+    }
+    rows = [
+        dict(method=m, run=i, data="ml100k", size=size, deepest=2, auc=(x if size == "gpu" else 1 - x) + i / 1000)
+        for m, x in auc.items()
+        for i in range(3)
+        for size in ("cpu", "gpu")
+    ]
+    speed = [
+        dict(method=m, B=8, M=3, ms_fwd=x, ms_bwd=2 * x + 3 * (m != "ours"), peak_mb_bwd=x)
+        for m, x in (("ours", 1.0), ("eager", 6.0), ("compiled", 4.0), ("sdpa compiled", 3.0))
+    ]
     shelf = dict(table=rows, network=speed, inference=[r | dict(B=b) for r in speed for b in (1, 8)])
     frame = dict(date="2026-01-01T00:00:00+00:00", device="made up", versions={}, preset="gpu")
     read = lambda chapter, name, **where: [frame | r for r in shelf.get(name, [])]
@@ -422,7 +511,7 @@ def test_claims_read_the_right_rows():
     verdict = lambda words: next(v for k, v in found.items() if words in k).verdict
     assert all(verdict(s) == "holds" for s in ("baselines", "residual hurts", "first interacting", "DNN helps"))
     assert verdict("faster than eager") == verdict("torch.compile") == verdict("peak memory") == "holds"
-    assert verdict("inference 5 times") == "holds in part"                               # 3 times
+    assert verdict("inference 5 times") == "holds in part"  # 3 times
     assert verdict("Layers learn") == verdict("maps explain") == "not measured"
 
 

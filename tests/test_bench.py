@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/1_foundations/02_bench.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import itertools
 import math
 import os
@@ -37,22 +38,27 @@ from attnbook.lab.testing import check_raises, device, make_qkv, rel_error
 def own_clock():
     "A clock that nothing moves but `spend(ms)`: what is measured by it does not depend on how busy the machine is."
     now = [0.0]
+
     def spend(ms):
         now[0] += ms / 1e3
+
     with mock.patch.object(time, "perf_counter", lambda: now[0]):
         yield spend
+
 
 def test_measure_knows_how_long_a_nap_is():
     timing = measure(lambda: time.sleep(0.004), warmup_ms=1, rep_ms=30, device="cpu")
     assert 4 <= timing.ms and timing.ms_p20 <= timing.ms <= timing.ms_p80
     assert timing.how == "clock" and timing.peak_bytes is None and timing.samples >= 3
 
+
 def test_measure_takes_the_median_of_calls_after_the_first():
     with own_clock() as spend:
-        naps = itertools.chain([100, 100], itertools.cycle([1, 2, 9, 2, 1]))   # two calls come before the warm-up
+        naps = itertools.chain([100, 100], itertools.cycle([1, 2, 9, 2, 1]))  # two calls come before the warm-up
         timing = measure(lambda: spend(next(naps)), warmup_ms=15, rep_ms=30, device="cpu")
     assert abs(timing.ms - 2) < 1e-9 and abs(timing.ms_p20 - 1) < 1e-9 and abs(timing.ms_p80 - 9) < 1e-9
     assert timing.samples == 10
+
 
 def test_measure_on_a_gpu():
     if device() == "cpu":
@@ -61,15 +67,16 @@ def test_measure_on_a_gpu():
     for graph in (False, True):
         timing = measure(lambda: x + 1, graph=graph)
         assert timing.peak_bytes == 2**22 and timing.how == ("graph" if graph else "events") and 0 < timing.ms < 1
-    slow = lambda: (time.sleep(0.003), x + 1)                         # a host that takes its time
+    slow = lambda: (time.sleep(0.003), x + 1)  # a host that takes its time
     assert measure(slow).ms < 1 < 3 < measure(slow, ahead=False).ms
-    timing = measure(lambda: x.sum().item(), graph=True)              # waits for the GPU: can't be captured
+    timing = measure(lambda: x.sum().item(), graph=True)  # waits for the GPU: can't be captured
     assert timing.how == "events" and "no CUDA graph" in timing.note
-    assert torch.randn(3, device=device()).isfinite().all()           # torch's generator works after that
+    assert torch.randn(3, device=device()).isfinite().all()  # torch's generator works after that
 
 
 class Spends(torch.autograd.Function):
     "x times a factor; its two directions take the milliseconds that they are told, by `spend`."
+
     @staticmethod
     def forward(ctx, x, factor, fwd, bwd, spend):
         ctx.factor, ctx.bwd, ctx.spend = factor, bwd, spend
@@ -80,6 +87,7 @@ class Spends(torch.autograd.Function):
     def backward(ctx, d):
         ctx.spend(ctx.bwd)
         return d * ctx.factor, None, None, None, None
+
 
 def test_forward_and_backward_are_told_apart():
     with own_clock() as spend:
@@ -92,6 +100,7 @@ def results_elsewhere():
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, ATTNBOOK_RESULTS=folder):
         yield Path(folder)
 
+
 WRITER = """
 import sys
 sys.modules["matplotlib"] = None                                     # the library must not need it
@@ -99,6 +108,7 @@ from attnbook.lab.bench import record
 for i in range(50):
     record("unittest", "many", device="a test", who=sys.argv[1], i=i, long="x" * 5000)
 """
+
 
 def test_newest_row_counts():
     with results_elsewhere():
@@ -109,12 +119,13 @@ def test_newest_row_counts():
         rows = load_results("unittest", "a")
         assert [(r["device"], r["ms"]) for r in rows] == [("GPU one", 2.0), ("GPU two", 1.0)]
         assert rows[0]["dtype"] == "float16" and rows[0]["key"] == ["dtype", "shape"] and rows[0]["versions"]["torch"]
-        b, = load_results("unittest", "b", w=0.5)
+        (b,) = load_results("unittest", "b", w=0.5)
         nan = record("unittest", "c", device="GPU one", n=1, window=None, ms=math.nan)
         assert nan["ms"] is None and nan["key"] == ["n", "window"]
         assert b["ms"] is None and b["seed"] == 3 and b["preset"] == "gpu"
         assert len(load_results("unittest", shape=(4, 4))) == 2 and not load_results("unittest", shape=(4, 5))
         assert len(load_results("unittest", device={"GPU one", "GPU two"})) == 4 and not load_results("nothing_here")
+
 
 def test_where_rows_are_written_and_read():
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ):
@@ -135,11 +146,15 @@ def test_where_rows_are_written_and_read():
                 assert read() == [] == load_results("bench")
         assert read() == [1]
 
+
 def test_newest_device():
-    rows = [{"device": f"GPU {name}", "date": f"2026-01-0{day}T00:00:00+00:00", "i": i}
-            for i, (name, day) in enumerate((("one", 1), ("two", 3), ("one", 2), ("two", 1), ("one", 3)))]
+    rows = [
+        {"device": f"GPU {name}", "date": f"2026-01-0{day}T00:00:00+00:00", "i": i}
+        for i, (name, day) in enumerate((("one", 1), ("two", 3), ("one", 2), ("two", 1), ("one", 3)))
+    ]
     for some, want in ((rows[:3], [1]), (rows[:4], [1, 3]), (rows, [0, 2, 4]), (rows[::-1], [3, 1]), ([], [])):
         assert [r["i"] for r in newest_device(r for r in some)] == want
+
 
 def test_several_processes_may_write_and_none_needs_matplotlib():
     with results_elsewhere() as folder:
@@ -148,6 +163,7 @@ def test_several_processes_may_write_and_none_needs_matplotlib():
         assert [w.wait() for w in writers] == [0, 0]
         lines = (folder / "unittest.jsonl").read_text().splitlines()
         assert len(lines) == len(load_results("unittest", "many")) == 100
+
 
 def test_a_broken_line_costs_one_row():
     with results_elsewhere() as folder, warnings.catch_warnings(record=True) as seen:
@@ -158,21 +174,37 @@ def test_a_broken_line_costs_one_row():
         record("unittest", "a", device="a test", i=2)
         assert [r["i"] for r in load_results("unittest")] == [1, 2] and "line 2" in str(seen[-1].message)
 
+
 def test_record_refuses():
     with results_elsewhere():
-        check_raises(record, [({"chapter": "../x"}, ValueError, ["chapter", "../x"]),
-                              ({"key": ["speed"]}, ValueError, ["key", "speed"])], chapter="unittest", name="a", ms=1.0)
+        check_raises(
+            record,
+            [
+                ({"chapter": "../x"}, ValueError, ["chapter", "../x"]),
+                ({"key": ["speed"]}, ValueError, ["key", "speed"]),
+            ],
+            chapter="unittest",
+            name="a",
+            ms=1.0,
+        )
 
 
 def test_floor():
     with results_elsewhere():
         assert floor(1e12, 1e9, device="Unheard of") is None
-        for rate in (1e12, 5e14):                                                   # the newer row counts
-            record("bench", "ceilings", key=[], device="Test GPU 9", copy_bytes_per_s=2e12,
-                   matmul_flops_per_s={"bfloat16": rate})
-        assert floor(1e12, 1e9, torch.bfloat16, "Test GPU") == 2.0                   # arithmetic: 1e12 / 5e14
-        assert floor(1e11, 1e9, torch.bfloat16, "Test GPU") == 0.5                   # traffic: 1e9 / 2e12
+        for rate in (1e12, 5e14):  # the newer row counts
+            record(
+                "bench",
+                "ceilings",
+                key=[],
+                device="Test GPU 9",
+                copy_bytes_per_s=2e12,
+                matmul_flops_per_s={"bfloat16": rate},
+            )
+        assert floor(1e12, 1e9, torch.bfloat16, "Test GPU") == 2.0  # arithmetic: 1e12 / 5e14
+        assert floor(1e11, 1e9, torch.bfloat16, "Test GPU") == 0.5  # traffic: 1e9 / 2e12
         assert floor(None, 1e9, torch.float16, "Test GPU") == 0.5 and floor(1.0, 1.0, torch.float16, "Test GPU") is None
+
 
 def test_ceilings_can_be_measured():
     small = {"copy_bytes": 2**20, "size": 64} if device() == "cpu" else {}
@@ -190,16 +222,25 @@ def test_peers_agree():
             peers.append(flex((lambda b, h, i, j: i >= j) if causal else None))
         assert all(rel_error(peer(q, k, v), want) < 1e-5 for peer in peers)
 
+
 def test_block_mask():
     from torch.nn.attention.flex_attention import create_block_mask
+
     near = lambda b, h, i, j: ((i - j).abs() < 90) | (j < 3)
     for Nq, Nk, size in ((300, 500, 128), (256, 256, (64, 32))):
-        ours, theirs = block_mask(near, Nq, Nk, device(), size), create_block_mask(near, None, None, Nq, Nk, device(), size)
+        ours, theirs = (
+            block_mask(near, Nq, Nk, device(), size),
+            create_block_mask(near, None, None, Nq, Nk, device(), size),
+        )
         assert torch.equal(ours.to_dense(), theirs.to_dense()) and ours.seq_lengths == theirs.seq_lengths
         assert torch.equal(ours.full_kv_num_blocks, theirs.full_kv_num_blocks)
-        for a, b, n in ((ours.kv_indices, theirs.kv_indices, ours.kv_num_blocks), (ours.full_kv_indices, theirs.full_kv_indices, ours.full_kv_num_blocks)):
+        for a, b, n in (
+            (ours.kv_indices, theirs.kv_indices, ours.kv_num_blocks),
+            (ours.full_kv_indices, theirs.full_kv_indices, ours.full_kv_num_blocks),
+        ):
             listed = torch.arange(a.shape[-1], device=a.device) < n[..., None]
             assert torch.equal(a[listed], b[listed])
+
 
 def test_unknown_backend():
     check_raises(sdpa, [({"backend": "fastest"}, ValueError, ["backend", "fastest", "cudnn"])])
@@ -207,46 +248,72 @@ def test_unknown_backend():
 
 def test_compare():
     x = torch.randn(64, 64, device=device())
+
     def fails(x):
         raise RuntimeError("out of luck")
+
     def taking(fwd, bwd, factor):
         return lambda x: Spends.apply(x, factor, fwd, bwd, spend if device() == "cpu" else busy)
-    def busy(ms):                                                      # by the GPU's own clock
+
+    def busy(ms):  # by the GPU's own clock
         torch.cuda._sleep(int(2e6 * ms))
-    peers = {"quick": taking(1.0, 2.0, 2.0), "slow": taking(3.0, 8.0, 2.0), "wrong": taking(1.0, 1.0, 3.0), "fails": fails}
+
+    peers = {
+        "quick": taking(1.0, 2.0, 2.0),
+        "slow": taking(3.0, 8.0, 2.0),
+        "wrong": taking(1.0, 1.0, 3.0),
+        "fails": fails,
+    }
     with results_elsewhere(), warnings.catch_warnings(), own_clock() if device() == "cpu" else nullcontext() as spend:
         warnings.simplefilter("ignore")
-        rows = compare({"n": 64}, peers, (x,), grad_out="random", flops=64**2, rep_ms=20, rounds=3, warmup_ms=1,
-                       graph=False, chapter="unittest", bench="twice", seed=1)
+        rows = compare(
+            {"n": 64},
+            peers,
+            (x,),
+            grad_out="random",
+            flops=64**2,
+            rep_ms=20,
+            rounds=3,
+            warmup_ms=1,
+            graph=False,
+            chapter="unittest",
+            bench="twice",
+            seed=1,
+        )
         assert load_results("unittest", "twice") == rows
     quick, slow, wrong, broken = rows
     took = [(r["ms_fwd"], r["ms_bwd"]) for r in (quick, slow, wrong)]
     if device() == "cpu":
         assert took == [(1, 2), (3, 8), (1, 1)]
-    else:                                                              # its clock is what the power allows
+    else:  # its clock is what the power allows
         (a, b), (c, d), _ = took
         assert 0.2 < a < 20 and 2 < c / a < 4 and 3 < d / b < 5
     assert quick["difference"] == slow["difference"] == 0 and abs(wrong["difference"] - 0.5) < 1e-6
     assert broken["ms_fwd"] is None and "out of luck" in broken["note"] and quick["key"] == ["dtype", "method", "n"]
     assert abs(quick["tflops_fwd"] / (64**2 / quick["ms_fwd"] * 1e-9) - 1) < 1e-3 and quick["seed"] == 1
 
+
 def test_forward_only():
     inputs = torch.ones(3, device=device()), 2
-    row, = compare({}, {"double": lambda x, n: x * n}, inputs, rep_ms=5, rounds=1, warmup_ms=1)
+    (row,) = compare({}, {"double": lambda x, n: x * n}, inputs, rep_ms=5, rounds=1, warmup_ms=1)
     assert row["ms_fwd"] > 0 and "ms_bwd" not in row and "date" not in row
 
 
 def test_run_benchmarks():
     module = types.ModuleType("attnbook.unittest_chapter")
-    exec("def bench_b():\n  yield {'n': 1, 'ms': 0.5}\n  yield {'n': 2, 'ms': 0.7}\n"
-         "def bench_a():\n  return {'ms': 1.0}", vars(module))
+    exec(
+        "def bench_b():\n  yield {'n': 1, 'ms': 0.5}\n  yield {'n': 2, 'ms': 0.7}\n"
+        "def bench_a():\n  return {'ms': 1.0}",
+        vars(module),
+    )
     lines = []
     with results_elsewhere(), mock.patch.dict(sys.modules, {module.__name__: module}):
         assert [r["name"] for r in run_benchmarks("unittest_chapter", show=lines.append)] == ["b", "b", "a"]
         assert len(run_benchmarks("unittest_chapter", only="bench_a", show=lines.append)) == 1
         assert len(load_results("unittest_chapter")) == 3 and "n=2; ms 0.7" in lines[1]
-        check_raises(run_benchmarks, [({"only": "speed"}, ValueError, ["speed", "b, a"])],
-                     chapter="unittest_chapter", only=[])
+        check_raises(
+            run_benchmarks, [({"only": "speed"}, ValueError, ["speed", "b, a"])], chapter="unittest_chapter", only=[]
+        )
     check_raises(run_benchmarks, [({"chapter": "no_such"}, ValueError, ["unknown chapter", "no_such"])])
 
 
@@ -255,18 +322,28 @@ def test_one_look_per_method():
     assert set(PALETTE) == set(MARKS) and look("something else") == look("something else")
     assert look("flex")["color"] == PALETTE["flex"]
 
+
 def test_plots_draw_with_and_without_rows():
     style()
-    rows = [{"method": m, "N": n, "ms_fwd": n * c, "floor_ms_fwd": n / 2}
-            for m, c in (("ours", 1), ("flex", 2)) for n in (2, 4, 8)]
+    rows = [
+        {"method": m, "N": n, "ms_fwd": n * c, "floor_ms_fwd": n / 2}
+        for m, c in (("ours", 1), ("flex", 2))
+        for n in (2, 4, 8)
+    ]
     ax = plot_lines(rows, "N")
     assert {t.get_text() for t in ax.texts} == {"ours", "flex", "floor"} and ax.get_ylabel() == "time per call (ms)"
     assert len(plot_bars(rows[:2]).patches) == 2
     for ax in (plot_lines([], "N"), plot_bars([{"ms_fwd": None}])):
         assert "no ms_fwd measured" in ax.texts[0].get_text()
     with results_elsewhere():
-        record("bench", "ceilings", key=[], device="Test GPU 9", copy_bytes_per_s=2e12,
-               matmul_flops_per_s={"bfloat16": 5e14})
+        record(
+            "bench",
+            "ceilings",
+            key=[],
+            device="Test GPU 9",
+            copy_bytes_per_s=2e12,
+            matmul_flops_per_s={"bfloat16": 5e14},
+        )
         assert len(roofline([("ours", 1e12, 1e9, 3.0)], device="Test GPU 9").lines) == 2
         assert len(roofline([("ours", 1e12, 1e9, 3.0)], device="Unheard of").lines) == 1
     plt.close("all")

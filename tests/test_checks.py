@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/1_foundations/09_checks.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import math
 
 import numpy as np

@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/1_foundations/08_claims.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import math
 import statistics
 

@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/1_foundations/12_clusters.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import math
 
 import pytest
@@ -65,23 +66,32 @@ def _groups(side):
 
 def _dense(a, b, causal, self_attention="include", window=None, scale=None):
     "Attention in groups as dense attention, once for each."
+
     def attend(q, k, v):
         (own, rank), (other, of_key) = (_groups(x) for x in (a, b))
         own, other = (F.pad(x, (0, t.shape[2] - x.shape[3])) for x, t in ((own, q), (other, k)))
         total = count = 0
         for c in range(own.shape[2]):
             seen = own[:, :, c, :, None] & other[:, :, c, None, :]
-            if causal: seen = seen.tril()
-            if window: seen = seen & (of_key[:, :, c, None, :] > rank[:, :, c, :, None] - window)
-            bias = torch.eye(q.shape[2], device=q.device, dtype=q.dtype) * FAR_BELOW if self_attention == "fallback" else None
+            if causal:
+                seen = seen.tril()
+            if window:
+                seen = seen & (of_key[:, :, c, None, :] > rank[:, :, c, :, None] - window)
+            bias = (
+                torch.eye(q.shape[2], device=q.device, dtype=q.dtype) * FAR_BELOW
+                if self_attention == "fallback"
+                else None
+            )
             total = total + attention_reference(q, k, v, mask=seen, scale=scale, bias=bias)
             count = count + own[:, :, c, :, None].to(q.dtype)
         return total / count.clamp_min(1)
+
     return attend
 
 
-WAYS = dict(causal=dict(causal=True), all=dict(causal=False),
-            fallback=dict(causal=True, self_attention="fallback", scale=0.3))
+WAYS = dict(
+    causal=dict(causal=True), all=dict(causal=False), fallback=dict(causal=True, self_attention="fallback", scale=0.3)
+)
 LISTS = dict(shared=dict(), separate=dict(separate=True), padded=dict(empty=2))
 
 
@@ -117,10 +127,10 @@ def test_segments_are_causal_to_the_bit():
 def _hard_rows(n):
     "Eight rows, six of them hard."
     s = torch.randn(8, n, generator=torch.Generator().manual_seed(0)).to(device_under_test())
-    s[1] = s[1].round()                      # ties at the limit
+    s[1] = s[1].round()  # ties at the limit
     s[2] = torch.where(s[2] > 0, 0.0, -0.0)  # these are equal
-    s[3, ::3] = s[3].max()                   # more candidates than lanes
-    s[4, 5:] = -math.inf                     # too few
+    s[3, ::3] = s[3].max()  # more candidates than lanes
+    s[4, 5:] = -math.inf  # too few
     s[5], s[6] = -math.inf, -s[6].abs() - 1e30
     return s
 
@@ -143,8 +153,11 @@ def test_ties_go_to_the_earlier(backend):
 
 def test_selection_as_an_operation():
     check_opcheck(select_largest_op, (_hard_rows(20)[:3], 5))
-    bad = [(dict(count=0), ValueError, ["count", "0"]), (dict(count=2.0), TypeError, ["count", "2.0"]),
-           (dict(scores=torch.ones(2, 3).int()), TypeError, ["scores", "int32"])]
+    bad = [
+        (dict(count=0), ValueError, ["count", "0"]),
+        (dict(count=2.0), TypeError, ["count", "2.0"]),
+        (dict(scores=torch.ones(2, 3).int()), TypeError, ["scores", "int32"]),
+    ]
     check_raises(select_largest, bad, scores=torch.zeros(2, 3), count=2)
 
 
@@ -183,15 +196,20 @@ CASES = {  # n, d, dv, groups, width, two lists, empty slots, arguments
     "two lists, not causal": (33, 16, 16, 2, 17, True, 0, dict(causal=False)),
     "padded, not causal": (21, 16, 16, 4, 9, False, 3, dict(causal=False, scale=0.5)),
     "padded, fallback": (24, 16, 16, 4, 18, False, 2, dict(causal=True, self_attention="fallback")),
-    "two lists, fallback": (20, 16, 16, 3, 7, True, 1, dict(causal=True, self_attention="fallback"))} | {
+    "two lists, fallback": (20, 16, 16, 3, 7, True, 1, dict(causal=True, self_attention="fallback")),
+} | {
     f"{w} wide, {c}": (400, 64, 64, 3, w, two, 0, dict(causal=c))  # several tiles of 64
-    for w, two, c in ((256, False, True), (300, False, True), (200, True, False)) if GPU}
+    for w, two, c in ((256, False, True), (300, False, True), (200, True, False))
+    if GPU
+}
 
 
 def _attend(a, b, shared, **kw):
     "The operation under test, for lists or segments, as a function of q, k, v."
     f = segment_attention if isinstance(a, tuple) else list_attention
-    return lambda q, k, v: f(q, k, v, a, None if shared else b, **dict(scale=q.shape[-1] ** -0.5, backend="triton") | kw)
+    return lambda q, k, v: f(
+        q, k, v, a, None if shared else b, **dict(scale=q.shape[-1] ** -0.5, backend="triton") | kw
+    )
 
 
 @pytest.mark.parametrize("n, d, dv, c, w, two, empty, kw", CASES.values(), ids=CASES)
@@ -208,7 +226,8 @@ SEGMENT_CASES = {  # n, d, segments, skew, two sides, arguments
     "two sides, causal": (33, 16, 4, 1.0, True, dict(causal=True)),
     "two sides, not causal": (33, 16, 4, 1.0, True, dict(causal=False, scale=0.3)),
     "fallback": (50, 16, 4, 2.0, False, dict(causal=True, self_attention="fallback", window=3)),
-    "one token": (1, 16, 2, 1.0, False, dict(causal=True))}
+    "one token": (1, 16, 2, 1.0, False, dict(causal=True)),
+}
 
 
 @pytest.mark.parametrize("n, d, c, skew, two, kw", SEGMENT_CASES.values(), ids=SEGMENT_CASES)
@@ -226,8 +245,13 @@ GROUPS = dict(lists=lambda n, k, w: _lists(1, 2, n, k, w)[0], segments=lambda n,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_other_types(dtype, group):
     m = group(*SIZES[:3])
-    check_against_reference(_attend(m, m, True, causal=True), _dense(m, m, causal=True),
-                            make_qkv(1, 2, SIZES[0], SIZES[3]), dtype=dtype, tol=2e-2)
+    check_against_reference(
+        _attend(m, m, True, causal=True),
+        _dense(m, m, causal=True),
+        make_qkv(1, 2, SIZES[0], SIZES[3]),
+        dtype=dtype,
+        tol=2e-2,
+    )
 
 
 @pytest.mark.parametrize("last", ["include", "fallback"])
@@ -235,8 +259,13 @@ def test_other_types(dtype, group):
 def test_shared_queries_and_keys(group, last):
     n, k, w, d = (400, 3, 300, 64) if GPU else (40, 3, 37, 16)
     (x, _, v), m, kw = make_qkv(1, 2, n, d), group(n, k, w), dict(causal=True, self_attention=last)
-    check_against_reference(lambda x, v: _attend(m, m, True, **kw)(x, x, v), lambda x, v: _dense(m, m, **kw)(x, x, v),
-                            (x, v), tol=2e-5, floor=0.1)
+    check_against_reference(
+        lambda x, v: _attend(m, m, True, **kw)(x, x, v),
+        lambda x, v: _dense(m, m, **kw)(x, x, v),
+        (x, v),
+        tol=2e-5,
+        floor=0.1,
+    )
 
 
 OFTEN = {"8, one list": (9, 8, False), "20, one list": (21, 20, False), "20, two lists": (21, 20, True)}
@@ -257,7 +286,7 @@ def test_rows_without_keys(backend):
     a, b = _segments(1, 1, 18, 3), _segments(1, 1, 18, 3)
     b[1][..., 1:3] = 0  # all keys in the last segment
     empty = torch.ones(1, 1, 18, dtype=torch.bool, device=a[0].device)
-    empty[0, 0, a[0][0, 0, a[1][0, 0, 2]:].long()] = False
+    empty[0, 0, a[0][0, 0, a[1][0, 0, 2] :].long()] = False
     check_empty_rows(_attend(a, b, False, causal=False, backend=backend), make_qkv(1, 1, 18, 16), empty)
 
 

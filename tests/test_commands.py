@@ -1,4 +1,5 @@
 """The command line as a reader types it: in a process of its own, looking at output and exit code."""
+
 import json
 import os
 import re
@@ -18,7 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def attnbook(*words, cwd=ROOT, **environment):
-    return subprocess.run([sys.executable, "-m", "attnbook", *map(str, words)], cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment})
+    return subprocess.run(
+        [sys.executable, "-m", "attnbook", *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
 
 
 def refused(*words, **kw):
@@ -78,7 +85,11 @@ def test_planned_chapter(command):
 def test_claims_of_a_chapter_and_of_a_foundation():
     """The book's rows, with where they come from; a foundation claims nothing, also one that has a function of that name."""
     done = attnbook("claims", "halo", CUDA_VISIBLE_DEVICES="", ATTNBOOK_RESULTS=os.devnull + "/none")
-    assert done.returncode == 0 and "| claim | paper |" in done.stdout and re.search(r"^measured on: .*, preset \w+", done.stdout, re.M), done.stderr
+    assert (
+        done.returncode == 0
+        and "| claim | paper |" in done.stdout
+        and re.search(r"^measured on: .*, preset \w+", done.stdout, re.M)
+    ), done.stderr
     for name in ("cli", "engine"):
         done = attnbook("claims", name)
         assert done.returncode == 0 and "no claims" in done.stdout, done.stderr
@@ -98,7 +109,9 @@ def test_unknown_parameter(small, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("name, value", [("n", "many"), ("n", "2.5"), ("n", "-1"), ("scale", "big"), ("preset", "laptop")])
+@pytest.mark.parametrize(
+    "name, value", [("n", "many"), ("n", "2.5"), ("n", "-1"), ("scale", "big"), ("preset", "laptop")]
+)
 def test_ill_parameter(small, tmp_path, name, value):
     line = refused("run", small, "-p", name, value, "--out", tmp_path / "runs")
     assert f"parameter {name} (" in line and repr(value) in line
@@ -124,29 +137,49 @@ def test_run_from_any_folder(small, tmp_path):
     """The whole way: a run through papermill with parameters, from a folder that has nothing to do with the book."""
     done = attnbook("run", small, "-p", "n", "101", "-p", "scale=-1", "--out", "runs", "--no-progress", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    folder, = (tmp_path / "runs").iterdir()
+    (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("small-") and f"page      runs/{folder.name}/small.html" in done.stdout
     assert json.loads((folder / "results" / "small.jsonl").read_text()) == {"name": "sum", "n": 101, "sum": -5050.0}
     page = (folder / "small.html").read_text()
     assert "<mfrac>" in page and "5050" in page and not re.search(r"""(src|href)=["']?(https?:)?//""", page)
     notebook = json.loads((folder / "small.ipynb").read_text())
-    assert any("5050" in "".join(o.get("data", {}).get("text/plain", "")) for c in notebook["cells"] for o in c.get("outputs", []))
+    assert any(
+        "5050" in "".join(o.get("data", {}).get("text/plain", ""))
+        for c in notebook["cells"]
+        for o in c.get("outputs", [])
+    )
     assert json.loads((folder / "summary.json").read_text())["parameters"] == {"n": 101, "scale": -1.0, "preset": "cpu"}
 
 
 def test_run_a_chapter(tmp_path):
     """A chapter of the book itself, as `make demo` runs one, where only `pip install '.[book]'` and the data packages are there. Its verdicts are its own."""
     pytest.importorskip("papermill")
-    done = attnbook("run", "halo", "--preset", "smoke", "--out", tmp_path / "runs", "--no-progress", cwd=tmp_path, **hidden_env(tmp_path / "site", "book", data=True))
+    done = attnbook(
+        "run",
+        "halo",
+        "--preset",
+        "smoke",
+        "--out",
+        tmp_path / "runs",
+        "--no-progress",
+        cwd=tmp_path,
+        **hidden_env(tmp_path / "site", "book", data=True),
+    )
     assert done.returncode == 0, done.stderr
-    folder, = (tmp_path / "runs").iterdir()
+    (folder,) = (tmp_path / "runs").iterdir()
     page = (folder / "halo.html").read_text()
     assert page.count("<math") > 10 and "data:image/png;base64" in page and "$$" not in page
     assert "Traceback" not in page
     summary = json.loads((folder / "summary.json").read_text())
     judged = [c["verdict"] for c in summary["claims"]]
-    assert judged and sum(summary["stored"].values()) == len(judged) and judged.count("not measured") > summary["stored"].get("not measured", 0)
-    assert re.search(r"claims +by the rows of this run, .*not measured: \d+", done.stdout) and re.search(r"by those stored with the book, .*\(.*preset gpu", done.stdout)
+    assert (
+        judged
+        and sum(summary["stored"].values()) == len(judged)
+        and judged.count("not measured") > summary["stored"].get("not measured", 0)
+    )
+    assert re.search(r"claims +by the rows of this run, .*not measured: \d+", done.stdout) and re.search(
+        r"by those stored with the book, .*\(.*preset gpu", done.stdout
+    )
 
 
 def test_run_that_fails(tmp_path):
@@ -155,16 +188,24 @@ def test_run_that_fails(tmp_path):
     done = attnbook("run", broken, "--out", tmp_path / "runs", "--no-progress")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "`1 / 0`" in done.stderr and "ZeroDivisionError" in done.stderr
-    folder, = (tmp_path / "runs").iterdir()
+    (folder,) = (tmp_path / "runs").iterdir()
     assert (folder / "broken.ipynb").is_file() and "ZeroDivisionError" in (folder / "broken.html").read_text()
 
 
 def test_stopped(tmp_path):
     """Ctrl-C ends a run; its rows, its notebook and a summary are there."""
     pytest.importorskip("papermill")
-    slow = example_notebook(tmp_path / "slow.ipynb", "import time\npathlib.Path(os.environ['STOP_TEST'], 'slow').touch()\ntime.sleep(600)")
-    run = subprocess.Popen([sys.executable, "-m", "attnbook", "run", str(slow), "--out", str(tmp_path / "runs"), "--no-progress"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                           env={**os.environ, "STOP_TEST": str(tmp_path)}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell starts background jobs with SIGINT ignored
+    slow = example_notebook(
+        tmp_path / "slow.ipynb", "import time\npathlib.Path(os.environ['STOP_TEST'], 'slow').touch()\ntime.sleep(600)"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-m", "attnbook", "run", str(slow), "--out", str(tmp_path / "runs"), "--no-progress"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "STOP_TEST": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # a shell starts background jobs with SIGINT ignored
     try:
         end = time.monotonic() + 120
         while not (tmp_path / "slow").exists():
@@ -174,8 +215,12 @@ def test_stopped(tmp_path):
         said = run.communicate(timeout=60)[1]
     finally:
         run.kill()
-    folder, = (tmp_path / "runs").iterdir()
-    assert run.returncode == 130 and f"stopped; what was done until now is in {folder} (1 row in small.jsonl)" in said and "Traceback" not in said
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (
+        run.returncode == 130
+        and f"stopped; what was done until now is in {folder} (1 row in small.jsonl)" in said
+        and "Traceback" not in said
+    )
     assert json.loads((folder / "summary.json").read_text())["error"] == "stopped"
     assert (folder / "slow.ipynb").is_file() and (folder / "results" / "small.jsonl").read_text()
 
@@ -187,6 +232,11 @@ def test_without_the_extra(tmp_path):
     assert done.returncode == 2 and "pip install 'attnbook[book]'" in done.stderr and "Traceback" not in done.stderr
     done = attnbook("sweep", "attention", "-g", "seed=1", cwd=tmp_path, **env)
     assert done.returncode == 2 and "pip install 'attnbook[ray]'" in done.stderr and "Traceback" not in done.stderr
-    for words, said in ((["--version"], "attnbook "), (["list"], "Foundations"), (["bench", "checks"], "no benchmarks"), (["doctor"], "missing: ipykernel")):
+    for words, said in (
+        (["--version"], "attnbook "),
+        (["list"], "Foundations"),
+        (["bench", "checks"], "no benchmarks"),
+        (["doctor"], "missing: ipykernel"),
+    ):
         done = attnbook(*words, cwd=tmp_path, **env)
         assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr

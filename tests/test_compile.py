@@ -10,6 +10,7 @@ memory it was seen to take. A key that stands there is not compiled again, but f
 
     python tests/test_compile.py [--update] [--all] [--only halo] [--arch sm90]        # make ledger: --update
 """
+
 import argparse
 import ast
 import hashlib
@@ -37,7 +38,11 @@ HERE = Path(__file__).resolve().parent
 LEDGER = HERE / "compile_ledger.jsonl"
 ARCHES = {"sm90": (90, 232448), "sm80": (80, 166912)}  # compute capability, shared memory a block may have
 # Where the book has measured nothing: compiled by `make test-all` only, with the launch parameters of the column that `arch_of` names for them, and not in the ledger
-ELSEWHERE = {"sm100": (("cuda", 100, 32), 232448, "sm90"), "sm120": (("cuda", 120, 32), 101376, "small"), "gfx942": (("hip", "gfx942", 64), 65536, "small")}
+ELSEWHERE = {
+    "sm100": (("cuda", 100, 32), 232448, "sm90"),
+    "sm120": (("cuda", 120, 32), 101376, "small"),
+    "gfx942": (("hip", "gfx942", 64), 65536, "small"),
+}
 TRITON_FILES = str(Path(triton.__file__).parent)
 MEASURED = "registers", "spills", "serialized", "shared", "unwritten"
 DRAWN = 3  # kernels of an architecture that are compiled although the ledger knows them
@@ -71,15 +76,35 @@ def _rest_engine():
     from attnbook.lab.testing import tensors
 
     dims = (32, 64, 80, 128, 256)
-    cases = [(f"band, head_dim {d}", lambda d=d: _attend("band", (2, 2, BIG, d), (BIG, BIG, 0, 0), (0, 1))) for d in dims]
+    cases = [
+        (f"band, head_dim {d}", lambda d=d: _attend("band", (2, 2, BIG, d), (BIG, BIG, 0, 0), (0, 1))) for d in dims
+    ]
     cases += [
         ("full", lambda: _attend("full", (2, 4, BIG, 128), (BIG, BIG, 0, 0), heads_kv=2)),
         ("window, one token", lambda: _attend("band", (1, 1, 1, 64), (1, 1, 8, 0), (1, 1))),
         ("band with extra keys", lambda: _attend("band", (2, 2, BIG, 64), (BIG, BIG, 99, 0), (1, 1), extra=True)),
         ("band, float32", lambda: _attend("band", (2, 2, BIG, 128), (BIG, BIG, 0, 0), (0, 1), dtype=torch.float32)),
-        ("bias", lambda: _attend("full+bias", (2, 2, 512, 64), (512, 512, 0, 0, 0, 512 * 512, 512, 1), operands=tensors((1, 2, 512, 512)))),
-        ("packed", lambda: _attend("packed", (1, 2, BIG, 64), (7, BIG, BIG), (0, 1), [torch.empty(8, dtype=torch.int32)] * 2)),
-        ("listed", lambda: _attend("listed", (1, 2, BIG, 64), (4, 256, 256, 2), (1,), [torch.zeros(1, 2, 4, 256, dtype=torch.int64)] * 2, index=1024)),
+        (
+            "bias",
+            lambda: _attend(
+                "full+bias", (2, 2, 512, 64), (512, 512, 0, 0, 0, 512 * 512, 512, 1), operands=tensors((1, 2, 512, 512))
+            ),
+        ),
+        (
+            "packed",
+            lambda: _attend("packed", (1, 2, BIG, 64), (7, BIG, BIG), (0, 1), [torch.empty(8, dtype=torch.int32)] * 2),
+        ),
+        (
+            "listed",
+            lambda: _attend(
+                "listed",
+                (1, 2, BIG, 64),
+                (4, 256, 256, 2),
+                (1,),
+                [torch.zeros(1, 2, 4, 256, dtype=torch.int64)] * 2,
+                index=1024,
+            ),
+        ),
     ]
     return cases
 
@@ -145,13 +170,29 @@ def _rest_autoint():
         autoint.network_op(torch.empty(value.shape, dtype=torch.int32), value, *rest, layers, 2, 1.0, False)
 
     cases = [
-        ("interacting layer", lambda: both_ways(autoint.interacting_layer, *tensors((1024, 39, 64), (4, 64, 64)), num_heads=2)),
-        ("first interacting layer", lambda: both_ways(autoint.interacting_layer, *tensors((1024, 39, 16), (4, 16, 64)), num_heads=2)),
-        ("interacting layer, float32", lambda: both_ways(
-            autoint.interacting_layer, *tensors((1024, 39, 64), (4, 64, 64), dtype=torch.float32), num_heads=2)),
+        (
+            "interacting layer",
+            lambda: both_ways(autoint.interacting_layer, *tensors((1024, 39, 64), (4, 64, 64)), num_heads=2),
+        ),
+        (
+            "first interacting layer",
+            lambda: both_ways(autoint.interacting_layer, *tensors((1024, 39, 16), (4, 16, 64)), num_heads=2),
+        ),
+        (
+            "interacting layer, float32",
+            lambda: both_ways(
+                autoint.interacting_layer, *tensors((1024, 39, 64), (4, 64, 64), dtype=torch.float32), num_heads=2
+            ),
+        ),
         ("network of interacting layers", lambda: network(1024, 39)),
-        ("interacting layer, official, float32", lambda: both_ways(
-            autoint.interacting_layer, *tensors((1024, 23, 16), (4, 16, 64), (4, 64), dtype=torch.float32), num_heads=2)),
+        (
+            "interacting layer, official, float32",
+            lambda: both_ways(
+                autoint.interacting_layer,
+                *tensors((1024, 23, 16), (4, 16, 64), (4, 64), dtype=torch.float32),
+                num_heads=2,
+            ),
+        ),
     ]
     return cases
 
@@ -174,15 +215,23 @@ def _rest_davit():
         _attend(davit.WINDOW.name, shape, shape[2:-1], (window, window), dtype=dtype)
 
     def packed_windows(B, X, Y, C, heads, window, dtype=torch.bfloat16, **options):
-        both_ways(davit.window_attention_packed, tensors((B, X, Y, 3 * C), dtype=dtype)[0], heads=heads, window_size=window,
-                  backend="triton", **options)
+        both_ways(
+            davit.window_attention_packed,
+            tensors((B, X, Y, 3 * C), dtype=dtype)[0],
+            heads=heads,
+            window_size=window,
+            backend="triton",
+            **options,
+        )
 
     def positions(shape, dtype=torch.bfloat16):
         x, weight, bias = tensors(shape, (shape[3], 1, 3, 3), (shape[3],), dtype=dtype)
         both_ways(davit.depthwise_residual_op, x, weight, bias)
 
     def layer(B, N, C, groups):
-        both_ways(davit.channel_layer_op, *tensors((B, N, C), (3 * C, C), (3 * C,), (C, C), (C,)), groups=groups, scale=0.1)
+        both_ways(
+            davit.channel_layer_op, *tensors((B, N, C), (3 * C, C), (3 * C,), (C, C), (C,)), groups=groups, scale=0.1
+        )
 
     cases = [
         ("channel attention", lambda: channels(64, 784, 384, 12)),
@@ -193,7 +242,10 @@ def _rest_davit():
         ("channel attention, layer", lambda: layer(8, 784, 384, 12)),
         ("position encoding", lambda: positions((8, 56, 56, 96))),
         ("position encoding, float32", lambda: positions((8, 56, 56, 96), torch.float32)),
-        ("position encoding, small maps", lambda: [positions(shape) for shape in ((64, 14, 14, 384), (64, 7, 7, 768), (2, 9, 3, 24))]),
+        (
+            "position encoding, small maps",
+            lambda: [positions(shape) for shape in ((64, 14, 14, 384), (64, 7, 7, 768), (2, 9, 3, 24))],
+        ),
         ("own window 7", lambda: packed_windows(8, 56, 56, 96, 3, 7)),
         ("own window 7, ragged", lambda: packed_windows(2, 64, 60, 192, 6, 7, pad_mode="mask")),
         ("own window 12, ragged", lambda: packed_windows(2, 100, 90, 192, 6, 12, pad_mode="mask")),
@@ -229,20 +281,48 @@ def _rest_routing():
 
     cases = [
         ("routing top-w", lambda: routed(1, 2, 4096, 8, 64, 512)),
-        ("routing top-w, two lists", lambda: both_ways(routing.routed_attention, *tensors(*[(1, 2, 2048, 64)] * 3), causal=False,
-                                                       membership=[torch.zeros(1, 2, 8, w, dtype=torch.int32) for w in (256, 128)])),
-        ("routing top-w, fallback", lambda: both_ways(routing.routed_attention, *tensors(*[(1, 2, 2048, 64)] * 3), causal=True,
-                                                      membership=torch.zeros(1, 2, 8, 256, dtype=torch.int32), self_attention="fallback")),
+        (
+            "routing top-w, two lists",
+            lambda: both_ways(
+                routing.routed_attention,
+                *tensors(*[(1, 2, 2048, 64)] * 3),
+                causal=False,
+                membership=[torch.zeros(1, 2, 8, w, dtype=torch.int32) for w in (256, 128)],
+            ),
+        ),
+        (
+            "routing top-w, fallback",
+            lambda: both_ways(
+                routing.routed_attention,
+                *tensors(*[(1, 2, 2048, 64)] * 3),
+                causal=True,
+                membership=torch.zeros(1, 2, 8, 256, dtype=torch.int32),
+                self_attention="fallback",
+            ),
+        ),
         ("routing top-w, float32", lambda: routed(1, 2, 2048, 16, 64, 128, dtype=torch.float32)),
         ("routing top-w, head_dim 128", lambda: routed(1, 2, 4096, 8, 128, 512)),
-        ("routing top-w, one list, keys apart", lambda: both_ways(routing.routed_attention, *tensors(*[(1, 2, 2048, 64)] * 3), causal=False,
-                                                                  membership=torch.zeros(1, 2, 8, 250, dtype=torch.int32), padded=True)),
+        (
+            "routing top-w, one list, keys apart",
+            lambda: both_ways(
+                routing.routed_attention,
+                *tensors(*[(1, 2, 2048, 64)] * 3),
+                causal=False,
+                membership=torch.zeros(1, 2, 8, 250, dtype=torch.int32),
+                padded=True,
+            ),
+        ),
         ("routing top-w, head_dim 129", lambda: routed(1, 2, 2048, 8, 129, 256)),
         ("routing nearest", lambda: routed(1, 2, 4096, 64, 64)),
         ("routing nearest, fallback", lambda: routed(1, 2, 4096, 64, 64, last_resort="fallback")),
         ("routing nearest, head_dim 128", lambda: routed(1, 2, 4096, 64, 128)),
         ("routing nearest, float32", lambda: routed(1, 2, 2048, 16, 64, dtype=torch.float32)),
-        ("band with last resort", lambda: both_ways(routing.plain_attention, *tensors(*[(1, 2, BIG, 64)] * 2), window=256, self_attention="fallback")),
+        (
+            "band with last resort",
+            lambda: both_ways(
+                routing.plain_attention, *tensors(*[(1, 2, BIG, 64)] * 2), window=256, self_attention="fallback"
+            ),
+        ),
     ]
     return cases
 
@@ -265,7 +345,10 @@ def _rest_convit():
         ("gpsa, one row", lambda: gpsa(64, 4, (1, 250), 32)),
         ("gpsa, float32", lambda: gpsa(64, 4, (8, 8), 64, dtype=torch.float32)),
         ("gpsa, composed", lambda: gpsa(64, 6, (14, 14), 64, route="composed")),
-        ("gpsa packed", lambda: both_ways(convit.gpsa_packed, *tensors((64, 196, 3 * 384), (6, 3), (6,)), grid_size=(14, 14))),
+        (
+            "gpsa packed",
+            lambda: both_ways(convit.gpsa_packed, *tensors((64, 196, 3 * 384), (6, 3), (6,)), grid_size=(14, 14)),
+        ),
     ]
     return cases
 
@@ -283,7 +366,9 @@ def _rest_ring():
         job = ring.Job(causal, layout, length or rows * size, length or rows * size, D**-0.5, True, False)
         alone = ring.SimulatedGroup(size)
         found = alone.run([ring.ring_forward_schedule(r, size, q, k, k, job) for r in range(size)])
-        alone.run([ring.ring_backward_schedule(r, size, q, k, k, out, lse, out, job) for r, (out, lse) in enumerate(found)])
+        alone.run(
+            [ring.ring_backward_schedule(r, size, q, k, k, out, lse, out, job) for r, (out, lse) in enumerate(found)]
+        )
 
     cases = [
         ("ring, zigzag", lambda: hops("zigzag", 2, 4096, (1, 2, 128))),
@@ -303,8 +388,12 @@ def _rest_halo():
 
     def haloed(B, H, side, D, b, h, Dv=None, stride=1, tables=True, dtype=torch.bfloat16, **options):
         shapes = (B, H, -(-side // stride), -(-side // stride), D), (B, H, side, side, D), (B, H, side, side, Dv or D)
-        both_ways(lambda q, k, v, y=None, x=None: halo.halo_attention(q, k, v, b, h, rel_height=y, rel_width=x, query_stride=stride, **options),
-                  *tensors(*shapes, *[(2 * (b + h) - 1, D)] * (2 * tables), dtype=dtype))
+        both_ways(
+            lambda q, k, v, y=None, x=None: halo.halo_attention(
+                q, k, v, b, h, rel_height=y, rel_width=x, query_stride=stride, **options
+            ),
+            *tensors(*shapes, *[(2 * (b + h) - 1, D)] * (2 * tables), dtype=dtype),
+        )
 
     cases = [
         ("halo", lambda: haloed(64, 8, 56, 32, 8, 3)),
@@ -325,11 +414,19 @@ def _rest_halo():
         x = tensors((B, H * D, side, side), dtype=dtype)[0].contiguous(memory_format=torch.channels_last)
         both_ways(lambda x, *_: layer(x), x, *layer.parameters())
 
-    cases += [(f"halo packed, {side} x {side}, head_dim {D}, {padding}", lambda side=side, D=D, padding=padding: halo_layer(4, 8, side, D, padding=padding))
-              for side, D in ((64, 8), (32, 16), (16, 32), (8, 64)) for padding in ("zeros", "mask")]
-    cases += [("halo packed, float32", lambda: halo_layer(4, 8, 56, 32, dtype=torch.float32)),
-              ("halo packed, H4", lambda: halo_layer(4, 8, 96, 16, block_size=12, halo_size=2)),
-              ("halo packed, H6", lambda: halo_layer(4, 8, 64, 32, block_size=8, halo_size=4, value_ratio=3.0))]
+    cases += [
+        (
+            f"halo packed, {side} x {side}, head_dim {D}, {padding}",
+            lambda side=side, D=D, padding=padding: halo_layer(4, 8, side, D, padding=padding),
+        )
+        for side, D in ((64, 8), (32, 16), (16, 32), (8, 64))
+        for padding in ("zeros", "mask")
+    ]
+    cases += [
+        ("halo packed, float32", lambda: halo_layer(4, 8, 56, 32, dtype=torch.float32)),
+        ("halo packed, H4", lambda: halo_layer(4, 8, 96, 16, block_size=12, halo_size=2)),
+        ("halo packed, H6", lambda: halo_layer(4, 8, 64, 32, block_size=8, halo_size=4, value_ratio=3.0)),
+    ]
     cases += [(f"halo, head_dim {D}, no tables", lambda D=D: haloed(4, 8, 24, D, 8, 3, tables=False)) for D in (8, 12)]
     return cases
 
@@ -363,13 +460,21 @@ def _read(function) -> tuple[str, tuple]:
 
 def _reachable(value, found: dict, seen: set) -> None:
     "Adds to `found` the text of a function and of all that it reaches, and the constants that these name."
-    function = getattr(value, "fn", value)  # a JIT function and a constexpr function hold the function they were made of
+    function = getattr(
+        value, "fn", value
+    )  # a JIT function and a constexpr function hold the function they were made of
     if isinstance(value, (tuple, list)):
         for v in value:
             _reachable(v, found, seen)
     if isinstance(function, type) and function.__module__.startswith("attnbook"):
-        found[function.__qualname__] = str(getattr(function, "_fields", "")) + str(getattr(function, "_field_defaults", ""))
-    if not isinstance(function, types.FunctionType) or function.__module__.partition(".")[0] in ("triton", "torch") or function in seen:
+        found[function.__qualname__] = str(getattr(function, "_fields", "")) + str(
+            getattr(function, "_field_defaults", "")
+        )
+    if (
+        not isinstance(function, types.FunctionType)
+        or function.__module__.partition(".")[0] in ("triton", "torch")
+        or function in seen
+    ):
         return
     seen.add(function)
     name = function.__qualname__  # without its module: a kernel that moves stays what it is
@@ -415,7 +520,13 @@ def _functions_in(value) -> list:
 def key_of(src, options: dict) -> str:
     "The hash of all that determines what a launch compiles to; the architecture is among the options."
     functions = [f for v in src.constants.values() for f in _functions_in(v)]
-    parts = _sources(src.fn.fn, *(f.fn for f in functions)), _described(src.signature), _described(src.constants), _described(src.attrs), _described(options)
+    parts = (
+        _sources(src.fn.fn, *(f.fn for f in functions)),
+        _described(src.signature),
+        _described(src.constants),
+        _described(src.attrs),
+        _described(options),
+    )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
@@ -429,9 +540,14 @@ def _resources(ptx: str) -> tuple[int, int, bool]:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
         f.write(ptx)
         f.flush()
-        said = subprocess.run([ptxas, "-v", "--gpu-name", target, f.name, "-o", "/dev/null"], capture_output=True, text=True, check=True).stderr
-    return (int(re.search(r"Used (\d+) registers", said)[1]), int(re.search(r"(\d+) bytes spill stores", said)[1]),
-            "instructions are serialized" in said)
+        said = subprocess.run(
+            [ptxas, "-v", "--gpu-name", target, f.name, "-o", "/dev/null"], capture_output=True, text=True, check=True
+        ).stderr
+    return (
+        int(re.search(r"Used (\d+) registers", said)[1]),
+        int(re.search(r"(\d+) bytes spill stores", said)[1]),
+        "instructions are serialized" in said,
+    )
 
 
 def _unwritten(cubin: bytes) -> list[str]:
@@ -454,7 +570,7 @@ def _unwritten(cubin: bytes) -> list[str]:
         reads = set()
         for n, a in enumerate(args):
             of = {int(r) for r in re.findall(r"\bUR(\d+)\b", a)} if n or not writes else set()
-            if a.startswith("gdesc"):        # a pair of 64-bit descriptors, or only the second where A is in registers
+            if a.startswith("gdesc"):  # a pair of 64-bit descriptors, or only the second where A is in registers
                 of = {r + i for r in of for i in range(0 if n == 1 else 2, 4)}
             elif a.startswith("desc"):
                 of |= {int(re.match(r"desc\[UR(\d+)", a)[1]) + 1}
@@ -488,8 +604,10 @@ def _compiled(n: int) -> dict:
 
 def _case_lists(only: str = "") -> dict:
     "For every file of cases, and every chapter below that has none yet, a function that gives its (name, function) pairs."
+
     def load(name):
         return lambda: importlib.import_module(name).COMPILE
+
     sys.path.insert(0, str(HERE))
     lists = {n.removeprefix("_rest_"): f for n, f in globals().items() if n.startswith("_rest_")}
     lists |= {p.stem.removeprefix("compile_"): load(p.stem) for p in sorted(HERE.glob("compile_*.py"))}
@@ -503,7 +621,9 @@ def _trace(arch: str, only: str = "") -> list[tuple[dict, object, object, dict]]
     from triton.runtime.jit import JITFunction
 
     class Driver:
-        get_current_target = lambda self: GPUTarget(*(ELSEWHERE[arch][0] if arch in ELSEWHERE else ("cuda", ARCHES[arch][0], 32)))
+        get_current_target = lambda self: GPUTarget(
+            *(ELSEWHERE[arch][0] if arch in ELSEWHERE else ("cuda", ARCHES[arch][0], 32))
+        )
         get_current_device = lambda self: 0
         get_current_stream = lambda self, device=None: 0
         get_device_interface = lambda self: torch.cuda
@@ -513,7 +633,13 @@ def _trace(arch: str, only: str = "") -> list[tuple[dict, object, object, dict]]
     run = JITFunction.run
 
     def write_down(src, target=None, options=None, **_):
-        row = {"arch": arch, "case": case, "kernel": src.fn.__name__, "key": key_of(src, options), "triton": triton.__version__}
+        row = {
+            "arch": arch,
+            "case": case,
+            "kernel": src.fn.__name__,
+            "key": key_of(src, options),
+            "triton": triton.__version__,
+        }
         jobs.setdefault(row["key"], (row, src, target, options))
         return types.SimpleNamespace()
 
@@ -529,7 +655,9 @@ def _trace(arch: str, only: str = "") -> list[tuple[dict, object, object, dict]]
 
     def launch_nothing(self, *args, grid, warmup, **kwargs):
         if arch in ELSEWHERE and ELSEWHERE[arch][0][0] == "hip":
-            kwargs.pop("maxnreg", None)  # AMD's compiler has no such option: a launch that gives it is refused there, which is found here but not mended
+            kwargs.pop(
+                "maxnreg", None
+            )  # AMD's compiler has no such option: a launch that gives it is refused there, which is found here but not mended
         run(self, *args, grid=grid, warmup=True, **kwargs)
 
     JITFunction.run = launch_nothing
@@ -538,7 +666,10 @@ def _trace(arch: str, only: str = "") -> list[tuple[dict, object, object, dict]]
     lists = {name: f() for name, f in _case_lists(only).items()}
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "attnbook":
-            for attribute, instead in (("arch_of", lambda device: column), ("resolve_backend", lambda backend, tensor: "triton")):
+            for attribute, instead in (
+                ("arch_of", lambda device: column),
+                ("resolve_backend", lambda backend, tensor: "triton"),
+            ):
                 if hasattr(module, attribute):
                     setattr(module, attribute, instead)
             for attribute in ("_describable", "describable"):
@@ -575,13 +706,19 @@ def rows_of(arch: str, only: str = "", everything: bool = False, processes: int 
     with multiprocessing.get_context("fork").Pool(max(1, min(processes, len(_WORK)))) as pool:
         compiled = pool.map(_compiled, range(len(_WORK)), chunksize=1)
     new = len(_WORK) - len(drawn)
-    return {"known": [row | {"case": job[0]["case"]} for job, row in zip(jobs, rows) if row], "new": compiled[:new], "drawn": compiled[new:]}
+    return {
+        "known": [row | {"case": job[0]["case"]} for job, row in zip(jobs, rows) if row],
+        "new": compiled[:new],
+        "drawn": compiled[new:],
+    }
 
 
 def in_fresh_process(arch: str, *options: str) -> dict[str, list[dict]]:
     env = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *filter(None, [env.get("PYTHONPATH")])])
-    done = subprocess.run([sys.executable, __file__, "--rows", "--arch", arch, *options], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, __file__, "--rows", "--arch", arch, *options], capture_output=True, text=True, env=env
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -600,13 +737,34 @@ def complaints(arch: str, rows: dict[str, list[dict]]) -> list[str]:
             found.append(f"{arch}, {row['case']}, {row['kernel']}: {what} ({said(row)})")
 
     for r in (r for r in rows["drawn"] if "error" not in r):
-        need(said(r) == said(known[r["key"]]), r, f"the ledger says {said(known[r['key']])}; run make ledger, and say why it changed")
+        need(
+            said(r) == said(known[r["key"]]),
+            r,
+            f"the ledger says {said(known[r['key']])}; run make ledger, and say why it changed",
+        )
     for r in (r for r in everything if "error" not in r):
         need(r["shared"] <= ARCHES[arch][1], r, "more shared memory than a block may have")
         need(not r["unwritten"], r, "reads registers that nothing wrote")
         # zeros written to accumulators between matrix instructions, which then wait for each other, slowed ring_backward_dkv
-        need(not (arch == "sm90" and r["serialized"] and r["kernel"] in ("ring_forward", "ring_backward_dq", "ring_backward_dkv")), r, "serialized")
-        need(not (arch == "sm90" and "wide, head_dim 64" in r["case"] and r["kernel"] == "tile_forward" and r["registers"] > 168), r, "too many registers")
+        need(
+            not (
+                arch == "sm90"
+                and r["serialized"]
+                and r["kernel"] in ("ring_forward", "ring_backward_dq", "ring_backward_dkv")
+            ),
+            r,
+            "serialized",
+        )
+        need(
+            not (
+                arch == "sm90"
+                and "wide, head_dim 64" in r["case"]
+                and r["kernel"] == "tile_forward"
+                and r["registers"] > 168
+            ),
+            r,
+            "too many registers",
+        )
         if arch == "sm90" and "float32" not in r["case"]:  # exact float32 products are multiply-adds, and spill
             need(r["spills"] <= (2048 if "256" in r["case"] else 640), r, "spills too much")
     return found
@@ -622,15 +780,45 @@ def test_a_key_follows_what_a_kernel_reaches(tmp_path, monkeypatch):
 
     as_written = key("kernel_as_written")
     assert key("kernel_moved", "WIDTH = 4", "\n\nOTHER = 5\nWIDTH = 4") == as_written
-    assert key("kernel_explained", "* 2", "* 2  # doubled") == as_written == key("kernel_described", "What it does", "What else it does")
-    assert len({as_written, key("kernel_constant", "4", "5"), key("kernel_callee", "x + W", "x - W"), key("kernel_itself", "* 2", "* 3")}) == 4
+    assert (
+        key("kernel_explained", "* 2", "* 2  # doubled")
+        == as_written
+        == key("kernel_described", "What it does", "What else it does")
+    )
+    assert (
+        len(
+            {
+                as_written,
+                key("kernel_constant", "4", "5"),
+                key("kernel_callee", "x + W", "x - W"),
+                key("kernel_itself", "* 2", "* 3"),
+            }
+        )
+        == 4
+    )
 
 
 def test_what_is_wrong_with_a_kernel_is_said():
-    row = {"arch": "sm90", "case": "ring", "kernel": "ring_forward", "key": "a", "registers": 99, "spills": 0, "serialized": False, "shared": 1024, "unwritten": []}
+    row = {
+        "arch": "sm90",
+        "case": "ring",
+        "kernel": "ring_forward",
+        "key": "a",
+        "registers": 99,
+        "spills": 0,
+        "serialized": False,
+        "shared": 1024,
+        "unwritten": [],
+    }
     assert complaints("sm90", {"known": [row], "new": [], "drawn": [row]}) == []
-    for change, words in (({"shared": 2**20}, "shared memory"), ({"unwritten": ["R2UR"]}, "nothing wrote"), ({"serialized": True}, "serialized"),
-                          ({"spills": 700}, "spills"), ({"registers": 98}, "the ledger says registers 99"), ({"error": "ptxas died"}, "ptxas died")):
+    for change, words in (
+        ({"shared": 2**20}, "shared memory"),
+        ({"unwritten": ["R2UR"]}, "nothing wrote"),
+        ({"serialized": True}, "serialized"),
+        ({"spills": 700}, "spills"),
+        ({"registers": 98}, "the ledger says registers 99"),
+        ({"error": "ptxas died"}, "ptxas died"),
+    ):
         said = complaints("sm90", {"known": [row], "new": [], "drawn": [row | change]})
         assert any(words in s and "ring_forward" in s for s in said)
 
@@ -641,23 +829,42 @@ def test_every_kernel_compiles(arch, request):
     rows = in_fresh_process(arch, "--processes", str(share), *["--all"] * request.config.getoption("--slow"))
     if rows["new"]:
         names = sorted({f"{r['case']} ({r['kernel']})" for r in rows["new"]})
-        warnings.warn(f"{arch}: {len(rows['new'])} kernels are not in {LEDGER.name} and were compiled; run make ledger. {'; '.join(names[:5])}", stacklevel=1)
-    assert {r["kernel"] for r in rows["known"] + rows["new"]} >= {"tile_forward", "tile_backward_dq", "tile_backward_dkv"}
+        warnings.warn(
+            f"{arch}: {len(rows['new'])} kernels are not in {LEDGER.name} and were compiled; run make ledger. {'; '.join(names[:5])}",
+            stacklevel=1,
+        )
+    assert {r["kernel"] for r in rows["known"] + rows["new"]} >= {
+        "tile_forward",
+        "tile_backward_dq",
+        "tile_backward_dkv",
+    }
     assert not (wrong := complaints(arch, rows)), "\n".join(wrong)
 
 
 def elsewhere(arch: str, rows: dict[str, list[dict]]) -> list[str]:
     "The kernels that do not compile for an architecture, or want more shared memory than it has: a line for each, with the reason."
-    found = [f"{r['case']}, {r['kernel']}: " + (next((line for line in r["error"].splitlines() if "rror" in line), r["error"].strip()[-160:]).strip()[:160] if "error" in r else f"{r['shared']} bytes of shared memory, and a block has {ELSEWHERE[arch][1]}")
-             for r in rows["new"] if "error" in r or r["shared"] > ELSEWHERE[arch][1]]
+    found = [
+        f"{r['case']}, {r['kernel']}: "
+        + (
+            next((line for line in r["error"].splitlines() if "rror" in line), r["error"].strip()[-160:]).strip()[:160]
+            if "error" in r
+            else f"{r['shared']} bytes of shared memory, and a block has {ELSEWHERE[arch][1]}"
+        )
+        for r in rows["new"]
+        if "error" in r or r["shared"] > ELSEWHERE[arch][1]
+    ]
     return sorted(set(found))
 
 
 def test_failures_elsewhere_are_listed():
     row = {"case": "halo", "kernel": "tile_forward", "shared": 2**16}
     assert elsewhere("gfx942", {"new": [row]}) == [] and elsewhere("sm120", {"new": [row]}) == []
-    assert elsewhere("gfx942", {"new": [row | {"shared": 2**17}]}) == ["halo, tile_forward: 131072 bytes of shared memory, and a block has 65536"]
-    assert elsewhere("sm100", {"new": [row, {"case": "a", "kernel": "k", "error": "x\nNotImplementedError: y"}]}) == ["a, k: NotImplementedError: y"]
+    assert elsewhere("gfx942", {"new": [row | {"shared": 2**17}]}) == [
+        "halo, tile_forward: 131072 bytes of shared memory, and a block has 65536"
+    ]
+    assert elsewhere("sm100", {"new": [row, {"case": "a", "kernel": "k", "error": "x\nNotImplementedError: y"}]}) == [
+        "a, k: NotImplementedError: y"
+    ]
 
 
 @pytest.mark.slow
@@ -678,7 +885,10 @@ def update(only: str = "") -> str:
     for arch in ARCHES:
         rows = in_fresh_process(arch, "--only", only, "--processes", str(os.cpu_count() or 1))
         again = {r["key"] for r in rows["drawn"]}
-        after |= {(here, arch, r["key"]): r for r in [*(r for r in rows["known"] if r["key"] not in again), *rows["drawn"], *rows["new"]]}
+        after |= {
+            (here, arch, r["key"]): r
+            for r in [*(r for r in rows["known"] if r["key"] not in again), *rows["drawn"], *rows["new"]]
+        }
     kept = {k: r for k, r in before.items() if only or version(k[0]) > version(here)}
     rows = {k: r for k, r in {**kept, **after}.items() if "error" not in r}
     lines = sorted(json.dumps(r) for r in rows.values())
@@ -703,8 +913,13 @@ def main():
     else:
         for arch in [o.arch] if o.arch else ARCHES:
             rows = in_fresh_process(arch, "--only", o.only, "--processes", str(o.processes), *["--all"] * o.all)
-            print(f"{arch}: {len(rows['known'])} kernels in the ledger, {len(rows['new'])} new, {len(rows['drawn'])} compiled again")
-            print("\n".join(elsewhere(arch, rows) if arch in ELSEWHERE else complaints(arch, rows)) or "nothing is wrong with them")
+            print(
+                f"{arch}: {len(rows['known'])} kernels in the ledger, {len(rows['new'])} new, {len(rows['drawn'])} compiled again"
+            )
+            print(
+                "\n".join(elsewhere(arch, rows) if arch in ELSEWHERE else complaints(arch, rows))
+                or "nothing is wrong with them"
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/2_position/convit.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import math
 from functools import partial
 
@@ -111,7 +112,8 @@ def test_separable_form_is_the_dense_one(grid):
     q, k, v, w, gate = example(*grid)
     dense = positional_scores(w, grid).softmax(-1)
     p_y, p_x = positional_factors(w, grid)
-    for h in range(4): assert rel_error(torch.kron(p_y[h], p_x[h]), dense[h]) < 1e-12
+    for h in range(4):
+        assert rel_error(torch.kron(p_y[h], p_x[h]), dense[h]) < 1e-12
     assert rel_error(positional_attention(v, w, grid), torch.einsum("hij,bhjd->bhid", dense, v)) < 1e-12
 
 
@@ -145,10 +147,16 @@ REAL_SIZES = [
 def check_kernel(route, grid, d, dtype, heads=2):
     "The composed route sums the gradients of gate and positions over parts that have been rounded; that of the positions is a difference of large sums."
     grad_tol = {torch.float16: 5e-3, torch.bfloat16: 3e-2}.get(dtype) if route == "composed" else None
-    difference = dtype == torch.float32 and device_under_test() == "cuda"        # all other errors keep their bound
+    difference = dtype == torch.float32 and device_under_test() == "cuda"  # all other errors keep their bound
     grad_tol = 3e-5 if difference else grad_tol
-    errors = check_against_reference(make_op(grid, backend="triton", route=route), make_reference(grid),
-                            example(*grid, heads=heads, d=d), dtype=dtype, grad_tol=grad_tol, floor=1e-2)
+    errors = check_against_reference(
+        make_op(grid, backend="triton", route=route),
+        make_reference(grid),
+        example(*grid, heads=heads, d=d),
+        dtype=dtype,
+        grad_tol=grad_tol,
+        floor=1e-2,
+    )
     if difference:
         assert max(e for name, e in errors.items() if name != "gradient of argument 3") < tolerance(dtype, "cuda")
 
@@ -207,10 +215,13 @@ def packed_example():
 
 @pytest.mark.parametrize("route", ("fused", "composed"))
 def test_packed_projection(route):
-    def packed(qkv, w, gate): return gpsa_packed(qkv, w, gate, (3, 5), backend="triton", route=route)
+    def packed(qkv, w, gate):
+        return gpsa_packed(qkv, w, gate, (3, 5), backend="triton", route=route)
+
     def apart(qkv, w, gate):
         q, k, v = qkv.unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
         return gpsa_reference(q, k, v, w, gate, (3, 5)).transpose(1, 2).flatten(2)
+
     check_against_reference(packed, apart, packed_example(), floor=1e-2)
 
 
@@ -241,28 +252,30 @@ def test_convolution_limit(options):
     q, k, v = (torch.randn(1, 9, 36, 8, generator=g).to(device_under_test()) for _ in range(3))
     w = conv_init_(torch.empty(9, 3), 50.0).to(v.device)
     out = gpsa(q, k, v, w, torch.full((9,), 60.0, device=v.device), (6, 6), **options)
-    image = F.pad(v.unflatten(2, (6, 6))[0].permute(0, 3, 1, 2), (1, 1, 1, 1), mode="replicate")       # 9 8 8 8
+    image = F.pad(v.unflatten(2, (6, 6))[0].permute(0, 3, 1, 2), (1, 1, 1, 1), mode="replicate")  # 9 8 8 8
     for p in range(9):
-        dy, dx = p % 3, p // 3                                                                        # dy runs fastest
-        want = image[p, :, dy:dy + 6, dx:dx + 6].flatten(1).T
+        dy, dx = p % 3, p // 3  # dy runs fastest
+        want = image[p, :, dy : dy + 6, dx : dx + 6].flatten(1).T
         assert rel_error(out[0, p], want) < (2e-3 if v.is_cuda else 1e-6), p
     w = conv_init_(torch.empty(4, 3), 50.0).to(v.device)
     out = gpsa(q[:, :4], k[:, :4], v[:, :4], w, torch.full((4,), 60.0, device=v.device), (6, 6), **options)
     inside = v[0, :4].unflatten(1, (6, 6))
     mean = (inside[:, :-1, :-1] + inside[:, 1:, :-1] + inside[:, :-1, 1:] + inside[:, 1:, 1:]) / 4  # between pixels
     tol = 2e-3 if v.is_cuda else 1e-6
-    assert rel_error(out[0, 0].unflatten(0, (6, 6))[1:, 1:], mean[0]) < tol               # head 0: up left
-    assert rel_error(out[0, 3].unflatten(0, (6, 6))[:-1, :-1], mean[3]) < tol             # head 3: down right
+    assert rel_error(out[0, 0].unflatten(0, (6, 6))[1:, 1:], mean[0]) < tol  # head 0: up left
+    assert rel_error(out[0, 3].unflatten(0, (6, 6))[:-1, :-1], mean[3]) < tol  # head 3: down right
 
 
 @pytest.mark.parametrize("logit", (25.0, -25.0))
 @pytest.mark.parametrize("options", BACKENDS, ids=str)
 def test_a_gate_far_gone_can_come_back(options, logit):
     "Where sigmoid is 1 in float32, queries, keys and the gate itself still have their small gradients."
+
     def gradients(op, *inputs):
         leaves = [t.detach().requires_grad_() for t in inputs]
         out = op(*leaves)
         return torch.autograd.grad(out, leaves, torch.linspace(-1, 2, out.numel()).view(out.shape).to(out))
+
     inputs = example(3, 5, dtype=torch.float32)
     inputs[-1] = torch.full_like(inputs[-1], logit)
     got = gradients(make_op((3, 5), **options), *inputs)
@@ -278,14 +291,14 @@ def test_convolution_limit_is_exact_in_float32():
     image = F.pad(v.unflatten(2, (6, 6))[0].permute(0, 3, 1, 2), (1, 1, 1, 1), mode="replicate")
     out = positional_attention(v, w, (6, 6))
     for p in range(9):
-        assert torch.equal(out[0, p], image[p, :, p % 3:p % 3 + 6, p // 3:p // 3 + 6].flatten(1).T), p
+        assert torch.equal(out[0, p], image[p, :, p % 3 : p % 3 + 6, p // 3 : p // 3 + 6].flatten(1).T), p
 
 
 def test_head_and_column_order():
     w = conv_init_(torch.empty(9, 3), 1.0)
-    assert (w[0] == torch.tensor([-2.0, -2.0, -1.0])).all()              # head 0 looks at (dx, dy) = (-1, -1)
-    assert (w[1] == torch.tensor([-2.0, 0.0, -1.0])).all()               # head 1 at (-1, 0)
-    assert (w[3] == torch.tensor([0.0, -2.0, -1.0])).all()               # head 3 at (0, -1)
+    assert (w[0] == torch.tensor([-2.0, -2.0, -1.0])).all()  # head 0 looks at (dx, dy) = (-1, -1)
+    assert (w[1] == torch.tensor([-2.0, 0.0, -1.0])).all()  # head 1 at (-1, 0)
+    assert (w[3] == torch.tensor([0.0, -2.0, -1.0])).all()  # head 3 at (0, -1)
     scores = positional_scores(torch.eye(3), (3, 5))
     assert scores[0, 0, 1] == 1 and scores[1, 0, 1] == 0 and scores[2, 0, 6] == 2  # key one to the right; diagonal
 
@@ -318,10 +331,10 @@ def test_bias_and_row_sums():
     a = gpsa_attention_reference(q, k, w, gate, (3, 5), pos_bias=beta)
     assert rel_error(a, gpsa_attention_reference(q, k, w, gate, (3, 5))) < 1e-14
     (a * torch.randn_like(a)).sum().backward()
-    assert beta.grad.abs().max() < 1e-14                                                       # rounding, nothing else
+    assert beta.grad.abs().max() < 1e-14  # rounding, nothing else
     mixed = gate.sigmoid()[:, None, None]
     mixed = (1 - mixed) * (q @ k.mT / 8**0.5).softmax(-1) + mixed * positional_scores(w, (3, 5)).softmax(-1)
-    assert (mixed.sum(-1) - 1).abs().max() < 1e-14 and rel_error(mixed, a) < 1e-14             # no division needed
+    assert (mixed.sum(-1) - 1).abs().max() < 1e-14 and rel_error(mixed, a) < 1e-14  # no division needed
 
 
 def test_positions_stay_exact_under_autocast():
@@ -353,12 +366,14 @@ def test_gate_moves_to_the_part_that_is_right(options):
 
 class Largest(TorchDispatchMode):
     "Keeps the size in bytes of the largest tensor that any operation returns."
+
     size = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, Tensor): self.size = max(self.size, t.numel() * t.element_size())
+            if isinstance(t, Tensor):
+                self.size = max(self.size, t.numel() * t.element_size())
         return out
 
 
@@ -382,7 +397,7 @@ def test_nothing_of_batch_times_pairs_is_in_the_kernels():
 @pytest.mark.parametrize("options", BACKENDS, ids=str)
 def test_nothing_of_batch_times_pairs_is_allocated(options):
     "No way makes a tensor with B * H * N * N entries, forward or backward, PyTorch's included."
-    few = {} if options.get("route") == "fused" else dict(B=4, H=2, Y=4, X=4, d=8)      # the table of places is one size
+    few = {} if options.get("route") == "fused" else dict(B=4, H=2, Y=4, X=4, d=8)  # the table of places is one size
     grid, inputs, most = several_images(**few)
     with Largest() as seen:
         gpsa(*inputs, grid, **options).sum().backward()
@@ -411,7 +426,12 @@ def test_refusals():
             (dict(route="fast"), ValueError, "route"),
             (dict(route="fused", backend="torch"), ValueError, "fused"),
         ],
-        q=q, k=k, v=v, pos_weight=w, gate_logit=gate, grid_size=(3, 5),
+        q=q,
+        k=k,
+        v=v,
+        pos_weight=w,
+        gate_logit=gate,
+        grid_size=(3, 5),
     )
     check_raises(
         positional_attention,
@@ -420,16 +440,35 @@ def test_refusals():
             (dict(pos_weight=None), TypeError, "pos_weight"),
             (dict(v=v.long()), TypeError, "v"),
         ],
-        v=v, pos_weight=w, grid_size=(3, 5),
+        v=v,
+        pos_weight=w,
+        grid_size=(3, 5),
     )
     long = torch.zeros(1, 1, 20 * 20, 16, device=q.device)
     check_raises(
-        op, [(dict(route="fused", backend="triton"), ValueError, ["fused", "400", "composed"])], q=long, k=long,
-        v=long, pos_weight=w[:1], gate_logit=gate[:1], grid_size=(20, 20), route="auto", backend="torch",
+        op,
+        [(dict(route="fused", backend="triton"), ValueError, ["fused", "400", "composed"])],
+        q=long,
+        k=long,
+        v=long,
+        pos_weight=w[:1],
+        gate_logit=gate[:1],
+        grid_size=(20, 20),
+        route="auto",
+        backend="torch",
     )
-    check_raises(gpsa_packed, [(dict(qkv=torch.zeros(1, 15, 40, device=q.device)), ValueError, ["qkv", "4"]),
-                               (dict(gate_logit=0.5), TypeError, "gate_logit"), (dict(qkv=q.long()), TypeError, "qkv")],
-                 qkv=torch.zeros(1, 15, 48, device=q.device), pos_weight=w, gate_logit=gate, grid_size=(3, 5))
+    check_raises(
+        gpsa_packed,
+        [
+            (dict(qkv=torch.zeros(1, 15, 40, device=q.device)), ValueError, ["qkv", "4"]),
+            (dict(gate_logit=0.5), TypeError, "gate_logit"),
+            (dict(qkv=q.long()), TypeError, "qkv"),
+        ],
+        qkv=torch.zeros(1, 15, 48, device=q.device),
+        pos_weight=w,
+        gate_logit=gate,
+        grid_size=(3, 5),
+    )
 
 
 def small_convit(**settings):
@@ -439,8 +478,14 @@ def small_convit(**settings):
     )
 
 
-FACTORIES = dict(tiny=convit_tiny, small=convit_small, base=convit_base, tiny_plus=convit_tiny_plus,
-                 small_plus=convit_small_plus, base_plus=convit_base_plus)
+FACTORIES = dict(
+    tiny=convit_tiny,
+    small=convit_small,
+    base=convit_base,
+    tiny_plus=convit_tiny_plus,
+    small_plus=convit_small_plus,
+    base_plus=convit_base_plus,
+)
 DEIT_FACTORIES = dict(tiny=deit_tiny, small=deit_small, base=deit_base)
 
 
@@ -492,7 +537,8 @@ def lively(module):
     "Random weights, so that no term hides."
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in module.parameters(): p.copy_(torch.randn(p.shape, generator=g) * (0.3 if p.dim() > 1 else 0.5))
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * (0.3 if p.dim() > 1 else 0.5))
     return module
 
 
@@ -553,13 +599,15 @@ def test_modules_refuse():
             (dict(num_heads=6), ValueError, ["conv_init", "6", "4, 5"]),
             (dict(attn_drop=0.1, backend="triton"), ValueError, "attn_drop"),
         ],
-        dim=36, num_heads=9,
+        dim=36,
+        num_heads=9,
     )
     assert GPSA(36, 6, conv_init=False).gating_param.shape == (6,)
     layer = GPSA(36, 9)
     check_raises(
         lambda n, grid: layer(torch.randn(1, n, 36), grid),
-        [(dict(n=17), ValueError, ["17", "class token"]), (dict(grid=(4, 5)), ValueError, ["20", "16"])], n=16,
+        [(dict(n=17), ValueError, ["17", "class token"]), (dict(grid=(4, 5)), ValueError, ["20", "16"])],
+        n=16,
         grid=(4, 4),
     )
     check_raises(
@@ -572,13 +620,15 @@ def test_modules_refuse():
     )
 
 
-@pytest.mark.parametrize("make", (small_convit, partial(DeiT, 24, 4, dim=36, num_heads=9, depth=2, num_classes=5)),
-                         ids=("ConViT", "DeiT"))
+@pytest.mark.parametrize(
+    "make", (small_convit, partial(DeiT, 24, 4, dim=36, num_heads=9, depth=2, num_classes=5)), ids=("ConViT", "DeiT")
+)
 def test_other_sizes_and_positions(make):
     "Another size interpolates the positions; the model's own size uses them as they are; a constant stays constant."
     model = make().eval()
     assert model.positions((6, 6)) is model.pos_embed
-    with torch.no_grad(): model.pos_embed.fill_(0.5)
+    with torch.no_grad():
+        model.pos_embed.fill_(0.5)
     assert torch.allclose(model.positions((5, 9)), torch.full((1, 45 + model.token_first, 36), 0.5), atol=1e-5)
     assert model(torch.randn(2, 3, 20, 36)).shape == (2, 5)
 
@@ -612,7 +662,8 @@ def test_timm_gives_the_same_outputs(name, make):
     theirs = timm.create_model(name).eval()
     with torch.no_grad():
         for n, p in theirs.named_parameters():
-            if p.dim() == 1 or "pos_proj" in n: p.normal_(std=0.5)
+            if p.dim() == 1 or "pos_proj" in n:
+                p.normal_(std=0.5)
         ours, x = from_timm(make(), theirs.state_dict()).eval(), torch.randn(2, 3, 224, 224)
         assert rel_error(ours(x), theirs(x)) < 1e-5
 
@@ -647,7 +698,7 @@ def test_kinds_are_comparable():
     counts = {kind: count_parameters(small_vit(kind, **SMALL)) for kind in KINDS}
     assert len({counts[k] for k in KINDS if k != "DeiT"}) == 1
     places = 5 * 9 * SMALL["gpsa_layers"]
-    assert counts["ConViT"] - counts["DeiT"] == places - SMALL["dim"]            # gates and places; one position
+    assert counts["ConViT"] - counts["DeiT"] == places - SMALL["dim"]  # gates and places; one position
     gates = lambda kind: [p.requires_grad for n, p in small_vit(kind, **SMALL).named_parameters() if "gating" in n]
     assert all(gates("ConViT")) and not any(gates("frozen gates"))
     assert not torch.equal(small_vit("no conv init", **SMALL).blocks[0].attn.v.weight, torch.eye(36))
@@ -676,7 +727,7 @@ VERDICTS = ["holds", "holds in part", "does not hold here"]
 
 def verdicts(words, *measured):
     "What the rule of the claim whose statement holds these words says of each."
-    claim, = (c for c in claims() if words in c.statement)
+    (claim,) = (c for c in claims() if words in c.statement)
     found = [claim.rule(m) for m in measured]
     return [v if isinstance(v, str) else v[0] for v in found]
 
@@ -720,8 +771,15 @@ def test_a_moderate_strength_is_neither_end():
 def test_gains_are_those_of_the_best():
     with pytest.MonkeyPatch.context() as patch:
         row = dict(device="a GPU", versions={}, date="2026-01-01T00:00:00")
-        times = {"ours": 4.0, "ours compiled": 2.0, "ours, composed": 1.0, "timm compiled": 3.0, "timm": 0.5,
-                 "flash, content only": 2.0, "cudnn, content only": 4.0}
+        times = {
+            "ours": 4.0,
+            "ours compiled": 2.0,
+            "ours, composed": 1.0,
+            "timm compiled": 3.0,
+            "timm": 0.5,
+            "flash, content only": 2.0,
+            "cudnn, content only": 4.0,
+        }
         rows = [row | dict(method=m, ms_fwd=t, ms_bwd=t, peak_mb_fwd=t, peak_mb_bwd=2 * t) for m, t in times.items()]
         patch.setitem(_gain.__globals__, "load_results", lambda *_, **__: rows)
         assert _module_gain("ms_fwd") == _module_gain(("ms_fwd", "ms_bwd")) == _module_gain(_peak_memory) == 1.5

@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/6_beyond_tokens/csa.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import math
 from functools import partial
 
@@ -84,6 +85,7 @@ def small(B=2, C=5, T=9, O=4, N=3, dtype=torch.float64, seed=0):
     make = lambda *size: torch.randn(size, generator=g, dtype=torch.float64).to(device_under_test(), dtype)
     return dict(x=make(B, C, T), weight=make(O, C, N) / (C * N) ** 0.5, bias=make(O) / 2)
 
+
 def gates(B=2, C=5, T=9, dtype=torch.float64, seed=0, masked=True):
     "Inputs of the gate; the mask leaves out the end of the videos."
     g = torch.Generator().manual_seed(seed)
@@ -94,9 +96,12 @@ def gates(B=2, C=5, T=9, dtype=torch.float64, seed=0, masked=True):
         i["mask"] = (torch.arange(T) < keep[:, None]).to(device_under_test())
     return i
 
+
 def test_references_have_right_gradients():
     check_gradients(partial(boundary_matching_reference, max_duration=6), small())
-    for fuse in FUSIONS: check_gradients(partial(csa_gate_reference, fuse=fuse), gates())
+    for fuse in FUSIONS:
+        check_gradients(partial(csa_gate_reference, fuse=fuse), gates())
+
 
 def test_constant_features_give_sums_of_weights():
     "In the interior every bin of x = 1 is 1, so the output is the sum of W; invalid cells are 0 despite the bias."
@@ -110,42 +115,62 @@ def test_constant_features_give_sums_of_weights():
 
 def test_gate_by_hand():
     f = torch.tensor([[[2.0, -4.0]]])
-    run = lambda fuse: csa_gate_reference(f, torch.tensor([[math.log(3)]]), torch.tensor([[0.0, -math.log(3)]]), fuse=fuse)
+    run = lambda fuse: csa_gate_reference(
+        f, torch.tensor([[math.log(3)]]), torch.tensor([[0.0, -math.log(3)]]), fuse=fuse
+    )
     for fuse, want in (("sum", [2.5, -4.0]), ("mean", [1.25, -2.0]), ("max", [1.5, -3.0]), ("prod", [0.75, -0.75])):
         torch.testing.assert_close(run(fuse), torch.tensor([[want]]))
+
 
 def test_matching_commutes_with_shifts():
     i = small(T=40)
     out, moved = (boundary_matching_reference(**(i | dict(x=i["x"].roll(k, 2))), max_duration=5) for k in (0, 3))
     torch.testing.assert_close(moved[..., 13:30], out[..., 10:27])
 
+
 def test_shortest_and_longest_proposal():
     "d = 0 and two bins of one sample: X at t - 1/2 and t + 1/2. The longest has one valid cell; its middle bin lies at 2.5."
     x = torch.arange(6.0, dtype=torch.float64)[None, None] ** 2
-    run = lambda *w: boundary_matching_reference(x, torch.tensor([[w]], dtype=torch.float64), max_duration=6, samples_per_bin=1,
-                                                 activation="none")[0, 0]
+    run = lambda *w: boundary_matching_reference(
+        x, torch.tensor([[w]], dtype=torch.float64), max_duration=6, samples_per_bin=1, activation="none"
+    )[0, 0]
     assert run(1.0, 10.0)[0, 2] == (1 + 4) / 2 + 10 * (4 + 9) / 2
     assert run(0.0, 1.0, 0.0)[5].tolist() == [(4 + 9) / 2, 0, 0, 0, 0, 0]
 
 
 BACKENDS = ["torch", "triton"]
 
+
 @pytest.mark.parametrize("fuse", FUSIONS)
 @pytest.mark.parametrize("shape", [(2, 5, 9), (1, 1, 1), (2, 35, 7), (1, 3, 127)], ids=str)
 def test_gate_agrees(shape, fuse):
     op = partial(csa_gate, fuse=fuse)
-    check_against_reference(partial(op, backend="triton"), partial(op, backend="torch"), gates(*shape, dtype=torch.float32))
+    check_against_reference(
+        partial(op, backend="triton"), partial(op, backend="torch"), gates(*shape, dtype=torch.float32)
+    )
+
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gate_is_a_good_citizen(backend):
     op = partial(csa_gate, backend=backend)
-    check_operation(op, partial(csa_gate, backend="torch"), gates(dtype=torch.float32), skip=("autocast",),
-                    dtypes=(torch.float32, torch.float16, torch.bfloat16))
+    check_operation(
+        op,
+        partial(csa_gate, backend="torch"),
+        gates(dtype=torch.float32),
+        skip=("autocast",),
+        dtypes=(torch.float32, torch.float16, torch.bfloat16),
+    )
+
 
 def test_gate_ties_share_the_gradient():
-    i = gates(masked=False, dtype=torch.float32) | dict(channel_logits=torch.zeros(2, 5, device=device_under_test()),
-                                                        time_logits=torch.zeros(2, 9, device=device_under_test()))
-    check_against_reference(partial(csa_gate, fuse="max", backend="triton"), partial(csa_gate, fuse="max", backend="torch"), i)
+    i = gates(masked=False, dtype=torch.float32) | dict(
+        channel_logits=torch.zeros(2, 5, device=device_under_test()),
+        time_logits=torch.zeros(2, 9, device=device_under_test()),
+    )
+    check_against_reference(
+        partial(csa_gate, fuse="max", backend="triton"), partial(csa_gate, fuse="max", backend="torch"), i
+    )
+
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_garbage_in_the_padding_changes_nothing(backend):
@@ -154,22 +179,32 @@ def test_garbage_in_the_padding_changes_nothing(backend):
     (clean_out,), clean = evaluate(partial(csa_gate, backend=backend), i)
     (out,), grads = evaluate(partial(csa_gate, backend=backend), dirty)
     assert torch.equal(out, clean_out) and (out.masked_select(~i["mask"][:, None]) == 0).all()
-    for n, g in grads.items(): assert torch.equal(g, clean[n]), n
+    for n, g in grads.items():
+        assert torch.equal(g, clean[n]), n
     full = i | dict(mask=torch.ones_like(i["mask"]))
     assert torch.equal(csa_gate(**full, backend=backend), csa_gate(**(i | dict(mask=None)), backend=backend))
 
+
 def test_gate_registered():
     i = gates(1, 2, 3, dtype=torch.float32)
-    check_opcheck(gate_op, (*(i[n].requires_grad_() for n in ("f", "channel_logits", "time_logits")), i["mask"], "prod"))
+    check_opcheck(
+        gate_op, (*(i[n].requires_grad_() for n in ("f", "channel_logits", "time_logits")), i["mask"], "prod")
+    )
+
 
 def test_gate_refuses():
     i = gates(dtype=torch.float32)
-    bad = [(dict(f=i["f"][0]), ValueError, "f must"), (dict(f=i["f"].long()), TypeError, "f must"),
-           (dict(time_logits=i["time_logits"][:, :3]), ValueError, "time_logits"),
-           (dict(channel_logits=i["channel_logits"][:, :3]), ValueError, "channel_logits"),
-           (dict(mask=i["mask"].float()), TypeError, "mask"), (dict(mask=i["mask"][:1]), ValueError, "mask"),
-           (dict(fuse="add"), ValueError, ("fuse", "sum", "add")), (dict(fuse=1), TypeError, "fuse"),
-           (dict(backend="cuda"), ValueError, "backend")]
+    bad = [
+        (dict(f=i["f"][0]), ValueError, "f must"),
+        (dict(f=i["f"].long()), TypeError, "f must"),
+        (dict(time_logits=i["time_logits"][:, :3]), ValueError, "time_logits"),
+        (dict(channel_logits=i["channel_logits"][:, :3]), ValueError, "channel_logits"),
+        (dict(mask=i["mask"].float()), TypeError, "mask"),
+        (dict(mask=i["mask"][:1]), ValueError, "mask"),
+        (dict(fuse="add"), ValueError, ("fuse", "sum", "add")),
+        (dict(fuse=1), TypeError, "fuse"),
+        (dict(backend="cuda"), ValueError, "backend"),
+    ]
     check_raises(csa_gate, bad, **i)
 
 
@@ -177,60 +212,113 @@ def semantics(B=2, C=6, T=9, H=5, k=3, dtype=torch.float32, masked=True):
     "Inputs of the summary."
     g = torch.Generator().manual_seed(0)
     make = lambda *size: torch.randn(size, generator=g, dtype=torch.float64).to(device_under_test(), dtype)
-    i = dict(r=make(B, C, T), weight=make(H, C, k) / (C * k) ** 0.5, bias=make(H) / 2, time_weight=make(1, H), time_bias=make(1))
+    i = dict(
+        r=make(B, C, T),
+        weight=make(H, C, k) / (C * k) ** 0.5,
+        bias=make(H) / 2,
+        time_weight=make(1, H),
+        time_bias=make(1),
+    )
     return i | (dict(mask=gates(B, 1, T)["mask"]) if masked else {})
 
-@pytest.mark.parametrize("size", [dict(), dict(masked=False), dict(B=1, C=1, T=1, H=1, k=1), dict(C=35, T=37, H=17, k=5)], ids=str)
+
+@pytest.mark.parametrize(
+    "size", [dict(), dict(masked=False), dict(B=1, C=1, T=1, H=1, k=1), dict(C=35, T=37, H=17, k=5)], ids=str
+)
 def test_summary_agrees(size):
-    check_against_reference(partial(semantic_summary, backend="triton"), semantic_summary_reference, semantics(**size), grad_tol=3e-5)
+    check_against_reference(
+        partial(semantic_summary, backend="triton"), semantic_summary_reference, semantics(**size), grad_tol=3e-5
+    )
+
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_summary_is_a_good_citizen(backend, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)   # of the torch backend's convolution
-    check_operation(partial(semantic_summary, backend=backend), semantic_summary_reference, semantics(B=1, H=3, T=5), grad_tol=3e-5)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of the torch backend's convolution
+    check_operation(
+        partial(semantic_summary, backend=backend), semantic_summary_reference, semantics(B=1, H=3, T=5), grad_tol=3e-5
+    )
+
 
 def test_summary_registered():
     i = semantics(B=1, C=2, T=3, H=2)
     check_opcheck(summary_op, (*(t.requires_grad_() for n, t in i.items() if n != "mask"), i["mask"]))
 
+
 def test_summary_refuses():
     i = semantics()
-    bad = [(dict(r=i["r"][0]), ValueError, "r must"), (dict(weight=i["weight"][:, :2]), ValueError, "weight"),
-           (dict(weight=i["weight"][..., :2]), ValueError, ("weight", "odd")), (dict(bias=i["bias"][:2]), ValueError, "bias"),
-           (dict(time_weight=i["time_weight"][0]), ValueError, "time_weight"), (dict(time_bias=i["time_bias"][0]), ValueError, "time_bias"),
-           (dict(mask=i["mask"].int()), TypeError, "mask"), (dict(backend="x"), ValueError, "backend")]
+    bad = [
+        (dict(r=i["r"][0]), ValueError, "r must"),
+        (dict(weight=i["weight"][:, :2]), ValueError, "weight"),
+        (dict(weight=i["weight"][..., :2]), ValueError, ("weight", "odd")),
+        (dict(bias=i["bias"][:2]), ValueError, "bias"),
+        (dict(time_weight=i["time_weight"][0]), ValueError, "time_weight"),
+        (dict(time_bias=i["time_bias"][0]), ValueError, "time_bias"),
+        (dict(mask=i["mask"].int()), TypeError, "mask"),
+        (dict(backend="x"), ValueError, "backend"),
+    ]
     check_raises(semantic_summary, bad, **i)
 
 
-SHAPES = {"plain": (dict(), dict(max_duration=6)), "long": (dict(B=1, T=37, C=3, O=3), dict(max_duration=11)),
-          "one bin": (dict(N=1), dict(max_duration=5, samples_per_bin=1)), "two samples": (dict(N=4), dict(max_duration=9, samples_per_bin=2)),
-          "not extended": (dict(T=17), dict(max_duration=7, extend=0.0)), "extended twice": (dict(T=12), dict(max_duration=5, extend=1.0)),
-          "longer than the video": (dict(T=5), dict(max_duration=9)), "one snippet": (dict(T=1, C=1, O=1), dict(max_duration=1)),
-          "legacy": (dict(T=11), dict(max_duration=8, legacy_border=True)), "linear": (dict(), dict(max_duration=4, activation="none"))}
+SHAPES = {
+    "plain": (dict(), dict(max_duration=6)),
+    "long": (dict(B=1, T=37, C=3, O=3), dict(max_duration=11)),
+    "one bin": (dict(N=1), dict(max_duration=5, samples_per_bin=1)),
+    "two samples": (dict(N=4), dict(max_duration=9, samples_per_bin=2)),
+    "not extended": (dict(T=17), dict(max_duration=7, extend=0.0)),
+    "extended twice": (dict(T=12), dict(max_duration=5, extend=1.0)),
+    "longer than the video": (dict(T=5), dict(max_duration=9)),
+    "one snippet": (dict(T=1, C=1, O=1), dict(max_duration=1)),
+    "legacy": (dict(T=11), dict(max_duration=8, legacy_border=True)),
+    "linear": (dict(), dict(max_duration=4, activation="none")),
+}
+
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", SHAPES)
 def test_matching_agrees(case, backend):
     size, options = SHAPES[case]
     dtype = torch.float64 if backend == "torch" else torch.float32
-    check_against_reference(partial(boundary_matching, **options, backend=backend), partial(boundary_matching_reference, **options),
-                            small(**size, dtype=dtype), grad_tol=1e-10 if backend == "torch" else 3e-5)
+    check_against_reference(
+        partial(boundary_matching, **options, backend=backend),
+        partial(boundary_matching_reference, **options),
+        small(**size, dtype=dtype),
+        grad_tol=1e-10 if backend == "torch" else 3e-5,
+    )
+
 
 def test_matching_without_bias():
     i = small(dtype=torch.float32)
     i.pop("bias")
-    check_against_reference(partial(boundary_matching, max_duration=6, backend="triton"),
-                            partial(boundary_matching_reference, max_duration=6), i, grad_tol=3e-5)
+    check_against_reference(
+        partial(boundary_matching, max_duration=6, backend="triton"),
+        partial(boundary_matching_reference, max_duration=6),
+        i,
+        grad_tol=3e-5,
+    )
+
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matching_is_a_good_citizen(backend):
     op, options = boundary_matching, dict(max_duration=5)
-    check_operation(partial(op, **options, backend=backend), partial(boundary_matching_reference, **options),
-                    small(B=1, dtype=torch.float32), dtypes=(torch.float32, torch.float16), grad_tol=4e-3, tol=4e-3)
+    check_operation(
+        partial(op, **options, backend=backend),
+        partial(boundary_matching_reference, **options),
+        small(B=1, dtype=torch.float32),
+        dtypes=(torch.float32, torch.float16),
+        grad_tol=4e-3,
+        tol=4e-3,
+    )
+
 
 def test_matching_in_bfloat16():
-    check_against_reference(partial(boundary_matching, max_duration=5, backend="triton"),
-                            partial(boundary_matching_reference, max_duration=5), small(B=1), dtype=torch.bfloat16, grad_tol=3e-2)
+    check_against_reference(
+        partial(boundary_matching, max_duration=5, backend="triton"),
+        partial(boundary_matching_reference, max_duration=5),
+        small(B=1),
+        dtype=torch.bfloat16,
+        grad_tol=3e-2,
+    )
+
 
 def test_matching_registered():
     i = small(B=1, C=2, T=4, O=2, N=2, dtype=torch.float32)
@@ -245,6 +333,7 @@ def test_output_is_channels_last_and_zero_where_not_valid(backend):
     assert out.shape == (2, 4, 6, 9) and out.is_contiguous(memory_format=torch.channels_last)
     assert (out[:, :, ~valid_proposals(9, 6)] == 0).all() and (out[:, :, valid_proposals(9, 6)] != 0).all()
 
+
 def test_windows_of_several_loads():
     i, options = small(B=1, C=2, T=24, O=2, N=2, dtype=torch.float32), dict(max_duration=24)
     tile = MatchLaunch(2, 8, 16, 1, 16, 16, 4, 1)
@@ -254,11 +343,16 @@ def test_windows_of_several_loads():
     assert C.windows > 1 or device_under_test() != "cpu"
     assert rel_error(found, boundary_matching_reference(**i, **options)) < 1e-5
 
+
 def test_ranges_of_bins_leave_nothing_out():
     "At the ends of a video bins are skipped; none that counts."
     i, options = small(B=1, C=1, T=25, O=1, N=5, dtype=torch.float32), dict(max_duration=25, activation="none")
     i |= dict(x=torch.ones_like(i["x"]), weight=torch.ones_like(i["weight"]))
-    assert rel_error(boundary_matching(**i, **options, backend="triton"), boundary_matching_reference(**i, **options)) < 1e-6
+    assert (
+        rel_error(boundary_matching(**i, **options, backend="triton"), boundary_matching_reference(**i, **options))
+        < 1e-6
+    )
+
 
 def test_backward_steps_hold_every_pair_once():
     "Of every tile of bins and snippets, the proposals whose weights are not zero are in its list, each once."
@@ -268,30 +362,50 @@ def test_backward_steps_hold_every_pair_once():
     need, tiles = sampling_mask(T, D, N) > 0, -(-T // C.rows)
     for tile, (a, b) in enumerate(zip(first.tolist(), first[1:].tolist())):
         listed = torch.zeros(D + C.durations, T + C.starts)
-        for d, t in steps[a:b].tolist(): listed[d:d + C.durations, t:t + C.starts] += 1
+        for d, t in steps[a:b].tolist():
+            listed[d : d + C.durations, t : t + C.starts] += 1
         group, row = divmod(tile, tiles)
-        touched = need[group * C.group:(group + 1) * C.group, :, :, row * C.rows:(row + 1) * C.rows].any(3).any(0)
+        touched = need[group * C.group : (group + 1) * C.group, :, :, row * C.rows : (row + 1) * C.rows].any(3).any(0)
         assert listed.max() <= 1 and (listed[:D, :T][touched] == 1).all()
+
 
 def test_matching_refuses():
     i = small(dtype=torch.float32)
-    bad = [(dict(x=i["x"][0]), ValueError, "x must"), (dict(x=i["x"].long()), TypeError, "x must"),
-           (dict(weight=i["weight"][:, :2]), ValueError, "weight"), (dict(weight=i["weight"].double()), TypeError, "weight"),
-           (dict(bias=i["bias"][:1]), ValueError, "bias"), (dict(max_duration=0), ValueError, "max_duration"),
-           (dict(max_duration=2.0), TypeError, "max_duration"), (dict(max_duration=2**22), ValueError, "float32"),
-           (dict(samples_per_bin=0), ValueError, "samples_per_bin"), (dict(extend=0.3), ValueError, ("extend", "1/2")),
-           (dict(extend=-1), ValueError, "extend"), (dict(legacy_border=1), TypeError, "legacy_border"),
-           (dict(activation="gelu"), ValueError, ("activation", "relu")), (dict(backend="cpu"), ValueError, "backend")]
+    bad = [
+        (dict(x=i["x"][0]), ValueError, "x must"),
+        (dict(x=i["x"].long()), TypeError, "x must"),
+        (dict(weight=i["weight"][:, :2]), ValueError, "weight"),
+        (dict(weight=i["weight"].double()), TypeError, "weight"),
+        (dict(bias=i["bias"][:1]), ValueError, "bias"),
+        (dict(max_duration=0), ValueError, "max_duration"),
+        (dict(max_duration=2.0), TypeError, "max_duration"),
+        (dict(max_duration=2**22), ValueError, "float32"),
+        (dict(samples_per_bin=0), ValueError, "samples_per_bin"),
+        (dict(extend=0.3), ValueError, ("extend", "1/2")),
+        (dict(extend=-1), ValueError, "extend"),
+        (dict(legacy_border=1), TypeError, "legacy_border"),
+        (dict(activation="gelu"), ValueError, ("activation", "relu")),
+        (dict(backend="cpu"), ValueError, "backend"),
+    ]
     check_raises(boundary_matching, bad, **i, max_duration=4)
 
 
-@pytest.mark.parametrize("make, count", [
-    (lambda: ClassSemanticsAttention(400, 256), 93_569), (lambda: ClassSemanticsAttention(2048, 256), 409_985),
-    (lambda: ClassSemanticsAttention(64, 64, 16), 4_193), (lambda: SqueezeExcite1d(256), 33_088),
-    (lambda: BMN(400), 2_782_980), (lambda: BMN(2048), 3_099_396), (lambda: BMN(400, proposal_channels=256), 4_978_564)],
-    ids=["CSA 400", "CSA 2048", "CSA 64", "SE", "BMN 400", "BMN 2048", "BMN, an earlier version"])
+@pytest.mark.parametrize(
+    "make, count",
+    [
+        (lambda: ClassSemanticsAttention(400, 256), 93_569),
+        (lambda: ClassSemanticsAttention(2048, 256), 409_985),
+        (lambda: ClassSemanticsAttention(64, 64, 16), 4_193),
+        (lambda: SqueezeExcite1d(256), 33_088),
+        (lambda: BMN(400), 2_782_980),
+        (lambda: BMN(2048), 3_099_396),
+        (lambda: BMN(400, proposal_channels=256), 4_978_564),
+    ],
+    ids=["CSA 400", "CSA 2048", "CSA 64", "SE", "BMN 400", "BMN 2048", "BMN, an earlier version"],
+)
 def test_parameter_counts(make, count):
     assert count_parameters(make) == count
+
 
 @pytest.mark.parametrize("fuse", FUSIONS)
 @pytest.mark.parametrize("axes", AXES)
@@ -302,12 +416,15 @@ def test_starts_as_the_identity(axes, fuse):
     torch.testing.assert_close(layer(r, f), f)
     assert axes in repr(layer)
 
+
 def trained_looking(axes="both", fuse="sum", kernel_size=3):
     "A layer whose gates are not at rest, in float64."
     torch.manual_seed(1)
     layer = ClassSemanticsAttention(6, 8, 5, kernel_size, axes, fuse).double()
-    for p in layer.parameters(): nn.init.normal_(p)
+    for p in layer.parameters():
+        nn.init.normal_(p)
     return layer
+
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
 def test_semantics_act_through_neighbours_and_the_mean(kernel_size):
@@ -320,12 +437,14 @@ def test_semantics_act_through_neighbours_and_the_mean(kernel_size):
     near = (torch.arange(13) - 6).abs() <= kernel_size // 2
     assert ((t != t2)[0] == near).all() and (c != c2).all()
 
+
 def test_gates_ignore_features():
     "No gradient flows from the gates to the features: with fixed gates the output is linear in them."
     layer, r = trained_looking(), torch.randn(2, 6, 9, dtype=torch.float64)
     f = torch.randn(2, 8, 9, dtype=torch.float64)
     torch.testing.assert_close(layer(r, 3 * f), 3 * layer(r, f))
     assert rel_error(layer(f[:, :6], f), layer(3 * f[:, :6], f)) > 1e-2
+
 
 @pytest.mark.parametrize("axes", AXES)
 def test_padding_is_ignored(axes):
@@ -339,6 +458,7 @@ def test_padding_is_ignored(axes):
     torch.testing.assert_close(want[1:, :, :6], layer(r[1:, :, :6], f[1:, :, :6]))
     torch.testing.assert_close(layer(r, f, torch.ones_like(mask)), layer(r, f))
 
+
 def test_squeeze_excite():
     torch.manual_seed(0)
     se, x = SqueezeExcite1d(8).double(), torch.randn(2, 8, 7, dtype=torch.float64)
@@ -347,15 +467,32 @@ def test_squeeze_excite():
     mask = torch.arange(7) < torch.tensor([[7], [4]])
     torch.testing.assert_close(se(torch.where(mask[:, None], x, 5.0), mask)[1, :, :4], se(x[1:, :, :4])[0])
 
+
 def test_modules_refuse():
     r, f = torch.randn(2, 6, 9), torch.randn(2, 8, 9)
-    check_raises(ClassSemanticsAttention, [
-        (dict(kernel_size=2), ValueError, "kernel_size"), (dict(axes="time"), ValueError, ("axes", "temporal")),
-        (dict(fuse="add"), ValueError, "fuse"), (dict(hidden=0), ValueError, "hidden")], semantic_channels=6, channels=8)
-    check_raises(ClassSemanticsAttention(6, 8), [
-        (dict(semantics=r[:, :, :5]), ValueError, "semantics"), (dict(features=f[:, :4]), ValueError, "features"),
-        (dict(mask=torch.ones(2, 9)), TypeError, "mask")], semantics=r, features=f)
-    with pytest.raises(ValueError, match="reduction"): SqueezeExcite1d(10)
+    check_raises(
+        ClassSemanticsAttention,
+        [
+            (dict(kernel_size=2), ValueError, "kernel_size"),
+            (dict(axes="time"), ValueError, ("axes", "temporal")),
+            (dict(fuse="add"), ValueError, "fuse"),
+            (dict(hidden=0), ValueError, "hidden"),
+        ],
+        semantic_channels=6,
+        channels=8,
+    )
+    check_raises(
+        ClassSemanticsAttention(6, 8),
+        [
+            (dict(semantics=r[:, :, :5]), ValueError, "semantics"),
+            (dict(features=f[:, :4]), ValueError, "features"),
+            (dict(mask=torch.ones(2, 9)), TypeError, "mask"),
+        ],
+        semantics=r,
+        features=f,
+    )
+    with pytest.raises(ValueError, match="reduction"):
+        SqueezeExcite1d(10)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -369,6 +506,7 @@ def test_network(attention):
     (start.sum() + end.sum() + maps.sum()).backward()
     assert all(p.grad is not None for p in net.parameters())
 
+
 def test_all_attentions_but_se_start_alike():
     "With the same encoder and heads, CSA and scSE are BMN before training."
     make = dict(channels=8, proposal_channels=4, match_channels=8, map_channels=4, num_bins=3, hidden=4)
@@ -376,16 +514,19 @@ def test_all_attentions_but_se_start_alike():
     for attention in ("scse", "csa"):
         net = BMN(8, 5, attention, **make)
         net.load_state_dict(plain.state_dict(), strict=False)
-        for a, b in zip(net(x), plain(x)): torch.testing.assert_close(a, b)
+        for a, b in zip(net(x), plain(x)):
+            torch.testing.assert_close(a, b)
+
 
 def test_semantics_reach_the_gate_only():
     torch.manual_seed(0)
     make = dict(channels=8, proposal_channels=4, match_channels=8, map_channels=4, num_bins=3, hidden=4)
     net, x = BMN(8, 5, "csa", semantic_channels=3, **make), torch.randn(2, 8, 9)
-    for p in net.csa.parameters(): nn.init.normal_(p)
+    for p in net.csa.parameters():
+        nn.init.normal_(p)
     a, b = (net.features(x, torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(s))) for s in (0, 1))
     assert rel_error(a, b) > 1e-3
-    torch.testing.assert_close(a == 0, b == 0)                   # gates are positive: they silence nothing that speaks
+    torch.testing.assert_close(a == 0, b == 0)  # gates are positive: they silence nothing that speaks
 
 
 def by_hand():
@@ -393,10 +534,12 @@ def by_hand():
     found = [(torch.tensor([[1.0, 10], [0, 9], [20, 28]]), torch.tensor([0.9, 0.8, 0.7]), torch.tensor([3, 3, 3]))]
     return truth, found
 
+
 def test_map_by_hand():
     truth, found = by_hand()
     result = detection_map(truth, found, (0.5, 0.85, 0.95))
     assert result == pytest.approx({0.5: (1 + 2 / 3) / 2, 0.85: 0.5, 0.95: 0.0})
+
 
 def test_map_at_its_ends():
     truth, _ = by_hand()
@@ -404,12 +547,17 @@ def test_map_at_its_ends():
     assert detection_map(truth, perfect) == dict.fromkeys((0.3, 0.4, 0.5, 0.6, 0.7), 1.0)
     nothing = [(torch.zeros(0, 2), torch.zeros(0), torch.zeros(0, dtype=torch.long))]
     assert set(detection_map(truth, nothing).values()) == {0.0}
-    double = lambda score: [(torch.cat([truth[0][0], truth[0][0][:1]]), torch.tensor([0.9, 0.5, score]), torch.tensor([3, 3, 3]))]
-    assert detection_map(truth, double(0.1))[0.5] == 1.0 and detection_map(truth, double(0.7))[0.5] == pytest.approx((1 + 2 / 3) / 2)
+    double = lambda score: [
+        (torch.cat([truth[0][0], truth[0][0][:1]]), torch.tensor([0.9, 0.5, score]), torch.tensor([3, 3, 3]))
+    ]
+    assert detection_map(truth, double(0.1))[0.5] == 1.0 and detection_map(truth, double(0.7))[0.5] == pytest.approx(
+        (1 + 2 / 3) / 2
+    )
     other = [(t, s, c + 1) for t, s, c in perfect]
     assert set(detection_map(truth, other).values()) == {0.0}, "another class is no hit"
     more = [(torch.cat([t, t]), torch.cat([s, s + 1]), torch.cat([c, c + 1])) for t, s, c in perfect]
     assert detection_map(truth, more)[0.5] == 1.0, "classes that do not occur count nowhere"
+
 
 def test_map_over_videos_and_classes():
     "A detection of one video does not claim an instance of another; classes have equal weight."
@@ -417,7 +565,9 @@ def test_map_over_videos_and_classes():
     truth = [(segment, torch.tensor([0])), (segment, torch.tensor([1])), (segment, torch.tensor([1]))]
     one = lambda c, score: (segment, torch.tensor([score]), torch.tensor([c]))
     assert detection_map(truth, [one(0, 0.5), one(1, 0.5), one(0, 0.9)])[0.5] == pytest.approx((0.5 + 0.5) / 2)
-    with pytest.raises(ValueError, match="3 videos"): detection_map(truth, [one(0, 0.5)])
+    with pytest.raises(ValueError, match="3 videos"):
+        detection_map(truth, [one(0, 0.5)])
+
 
 def test_equal_scores_keep_their_order():
     truth = [(torch.tensor([[0.0, 10]]), torch.tensor([0]))]
@@ -425,10 +575,12 @@ def test_equal_scores_keep_their_order():
     run = lambda order: detection_map(truth, [(pair[order], torch.tensor([0.5, 0.5]), torch.tensor([0, 0]))])[0.5]
     assert run([0, 1]) == 1.0 and run([1, 0]) == 0.5
 
+
 def test_best_free_instance_is_claimed():
     iou = torch.tensor([[0.6, 0.9], [0.2, 0.8], [0.7, 0.1]])
     assert match_detections(iou, (0.5, 0.65)).tolist() == [[True, False, True], [True, False, True]]
     assert match_detections(torch.zeros(3, 0), (0.5,)).tolist() == [[False] * 3]
+
 
 def test_envelope():
     assert average_precision(torch.tensor([False, True, True]), 2) == pytest.approx(2 / 3)
@@ -439,12 +591,15 @@ def test_temporal_iou():
     a, b = torch.tensor([[0.0, 4], [4, 6], [1, 1]]), torch.tensor([[0.0, 4], [2, 6]])
     torch.testing.assert_close(temporal_iou(a, b), torch.tensor([[1, 1 / 3], [0, 0.5], [0, 0]]))
     assert (temporal_iou(torch.full((1, 2), math.nan), b) == 0).all()
-    with pytest.raises(ValueError, match="end after"): temporal_iou(a, torch.tensor([[3.0, 2.0]]))
+    with pytest.raises(ValueError, match="end after"):
+        temporal_iou(a, torch.tensor([[3.0, 2.0]]))
+
 
 def some_segments(n=12, seed=0):
     g = torch.Generator().manual_seed(seed)
     start = torch.rand(n, generator=g) * 10
     return torch.stack([start, start + 0.5 + torch.rand(n, generator=g) * 4], 1), torch.rand(n, generator=g) + 0.01
+
 
 def test_soft_nms_at_its_ends():
     "A tiny sigma is hard suppression of whatever overlaps; a huge one only sorts; what does not overlap keeps its score."
@@ -457,27 +612,44 @@ def test_soft_nms_at_its_ends():
     apart = torch.tensor([[0.0, 1], [2, 3], [1, 2]])
     torch.testing.assert_close(soft_nms_1d(apart, torch.tensor([0.2, 0.5, 0.3]))[1], torch.tensor([0.5, 0.3, 0.2]))
 
+
 def test_soft_nms_by_hand():
     "Overlap 1/2 with the best: its score falls by exp(-1/4 / 0.5), below the third's."
     segments = torch.tensor([[0.0, 2], [0, 1], [5, 6]])
     kept, s = soft_nms_1d(segments, torch.tensor([0.9, 0.8, 0.6]), sigma=0.5)
     torch.testing.assert_close(s, torch.tensor([0.9, 0.6, 0.8 * math.exp(-0.5)]))
     torch.testing.assert_close(kept, segments[[0, 2, 1]])
-    assert (soft_nms_1d(segments, torch.tensor([0.9, 0.8, 0.6]), min_score=0.5, max_num=5)[1] > 0).tolist() == [True, True, False]
+    assert (soft_nms_1d(segments, torch.tensor([0.9, 0.8, 0.6]), min_score=0.5, max_num=5)[1] > 0).tolist() == [
+        True,
+        True,
+        False,
+    ]
     assert len(soft_nms_1d(segments, torch.tensor([0.9, 0.8, 0.6]), max_num=2)[1]) == 2
+
 
 def test_soft_nms_of_a_batch_is_that_of_each():
     batch = [some_segments(seed=s) for s in range(3)]
     found = soft_nms_1d(*(torch.stack(x) for x in zip(*batch)), max_num=7)
     for i, one in enumerate(batch):
-        for a, b in zip(found, soft_nms_1d(*one, max_num=7)): torch.testing.assert_close(a[i], b)
+        for a, b in zip(found, soft_nms_1d(*one, max_num=7)):
+            torch.testing.assert_close(a[i], b)
     assert (found[1].diff(dim=1) <= 0).all()
+
 
 def test_detection_refuses():
     segments, scores = some_segments()
-    check_raises(soft_nms_1d, [(dict(sigma=0.0), ValueError, "sigma"), (dict(sigma=-1.0), ValueError, "sigma"),
-                               (dict(method="linear"), ValueError, "method"), (dict(scores=scores[:3]), ValueError, "scores"),
-                               (dict(max_num=0), ValueError, "max_num")], segments=segments, scores=scores)
+    check_raises(
+        soft_nms_1d,
+        [
+            (dict(sigma=0.0), ValueError, "sigma"),
+            (dict(sigma=-1.0), ValueError, "sigma"),
+            (dict(method="linear"), ValueError, "method"),
+            (dict(scores=scores[:3]), ValueError, "scores"),
+            (dict(max_num=0), ValueError, "max_num"),
+        ],
+        segments=segments,
+        scores=scores,
+    )
 
 
 def test_targets_by_hand():
@@ -490,12 +662,16 @@ def test_targets_by_hand():
     assert overlap.shape == (2, 4, 8) and (overlap[0, 3, 5:] == 0).all()
     assert (start[1] == 0).all() and (overlap[1] == 0).all()
 
+
 def test_balanced_bce():
     p, y = torch.tensor([0.9, 0.2, 0.4, 0.3]), torch.tensor([True, False, False, False])
     want = -(math.log(0.9) + (math.log(0.8) + math.log(0.6) + math.log(0.7)) / 3) / 2
     assert float(balanced_bce(p, y)) == pytest.approx(want, rel=1e-5)
     assert float(balanced_bce(p, torch.ones(4, dtype=torch.bool))) == pytest.approx(-float(p.log().mean()), rel=1e-5)
-    assert float(balanced_bce(p, y, torch.tensor([True, True, False, False]))) == pytest.approx(-(math.log(0.9) + math.log(0.8)) / 2, rel=1e-5)
+    assert float(balanced_bce(p, y, torch.tensor([True, True, False, False]))) == pytest.approx(
+        -(math.log(0.9) + math.log(0.8)) / 2, rel=1e-5
+    )
+
 
 def test_regression_draws_equal_numbers():
     "100 good, 1000 middling, 10000 poor proposals whose errors are 1, 2 and 3: the mean tells how many were drawn of each."
@@ -507,21 +683,27 @@ def test_regression_draws_equal_numbers():
     assert balanced_regression(overlap, torch.zeros_like(overlap), valid, g) == 0
     assert balanced_regression(overlap + error, overlap, overlap < 0.2, g) == 0
 
+
 def test_perfect_outputs_are_found_again():
     "Outputs equal to the targets decode to the instances, and their loss is below that of anything else tried."
     truth = torch.tensor([[[1.0, 5.0], [7.0, 10.0]]])
     start, end, overlap = bmn_targets(truth, 12, 6)
     onset = lambda at: torch.full((1, 12), 0.1).index_fill(1, torch.tensor(at), 0.9)
     start_at, end_at = onset([1, 7]), onset([4, 9])
-    segments, scores = soft_nms_1d(*decode_proposals(start_at, end_at, overlap[:, None].expand(-1, 2, -1, -1)), max_num=2)
+    segments, scores = soft_nms_1d(
+        *decode_proposals(start_at, end_at, overlap[:, None].expand(-1, 2, -1, -1)), max_num=2
+    )
     assert sorted(segments[0].tolist()) == truth[0].tolist() and (scores > 0.6).all()
     hard = torch.stack([(overlap > 0.9).float(), overlap], 1)
     best = bmn_loss(((start > 0.5).float(), (end > 0.5).float(), hard), (start, end, overlap))
     assert best < 1e-4 < bmn_loss((start * 0 + 0.5, end * 0 + 0.5, hard * 0 + 0.5), (start, end, overlap))
 
+
 def test_decoding_respects_candidates():
     maps = torch.ones(1, 2, 3, 5)
-    segments, scores = decode_proposals(torch.tensor([[0.1, 0.8, 0.1, 0.1, 0.2]]), torch.tensor([[0.1, 0.1, 0.9, 0.1, 0.1]]), maps)
+    segments, scores = decode_proposals(
+        torch.tensor([[0.1, 0.8, 0.1, 0.1, 0.2]]), torch.tensor([[0.1, 0.1, 0.9, 0.1, 0.1]]), maps
+    )
     live = {tuple(s) for s, x in zip(segments[0].tolist(), scores[0]) if x > 0}
     assert live == {(0.0, 3.0), (1.0, 3.0), (4.0, 5.0)}
     assert segments[0, 0].tolist() == [1.0, 3.0] and float(scores[0, 0]) == pytest.approx(0.8 * 0.9)
@@ -539,26 +721,37 @@ def test_streams():
         assert ((s[:, 1] - s[:, 0]) * 0.32 >= 3).all() and ((s[:, 1] - s[:, 0]) * 0.32 <= 12).all()
     assert not any(map(len, stitched_streams((1,), 3, snippets=96, distractors=False).distractors))
 
+
 def test_streams_are_quiet_where_nothing_happens():
     "Rotation within instances is far above that in rests, and joints do not jump."
     skip_without("seglearn")
     s = stitched_streams((3,), 4, snippets=96, distractors=False, seed=1)
     for x, spans in zip(s.x, s.segments):
         at = (np.arange(len(x)) / SAMPLES)[:, None]
-        inside, near = ((at > spans[:, 0]) & (at < spans[:, 1])).any(1), ((at > spans[:, 0] - 1) & (at < spans[:, 1] + 1)).any(1)
+        inside, near = (
+            ((at > spans[:, 0]) & (at < spans[:, 1])).any(1),
+            ((at > spans[:, 0] - 1) & (at < spans[:, 1] + 1)).any(1),
+        )
         speed = np.abs(x[:, 3:]).mean(1)
         assert speed[inside].mean() > 5 * speed[~near].mean()
+
 
 def test_people_are_in_one_split():
     skip_without("seglearn")
     assert sorted(p for people in SPLITS.values() for p in people) == list(range(1, 11))
-    with pytest.raises(ValueError, match="people"): stitched_streams((11,), 1)
+    with pytest.raises(ValueError, match="people"):
+        stitched_streams((11,), 1)
 
 
 def test_windows_lie_around_their_snippets():
     x = torch.arange(5 * SAMPLES, dtype=torch.float32)[None, :, None].expand(-1, -1, 6)
     w = snippet_windows(x)
-    assert w.shape == (1, 5, 6, WINDOW) and w[0, 2, 0, 24:40].tolist() == list(range(32, 48)) and w[0, 0, 0, :24].sum() == 0
+    assert (
+        w.shape == (1, 5, 6, WINDOW)
+        and w[0, 2, 0, 24:40].tolist() == list(range(32, 48))
+        and w[0, 0, 0, :24].sum() == 0
+    )
+
 
 def test_trimmed_windows_know_what_they_show():
     skip_without("seglearn")
@@ -574,25 +767,31 @@ def test_trimmed_windows_know_what_they_show():
 
 def test_names():
     chances = torch.tensor([[[0.9, 0.1, 0.0, 0.0], [0.7, 0.3, 0.0, 0.0], [0.0, 0.2, 0.8, 0.0]]])
-    (s, v, c), = name_proposals(torch.tensor([[[0.0, 2.0], [2.0, 3.0], [0.0, 1.0]]]), torch.tensor([[1.0, 0.5, 0.0]]), chances)
+    ((s, v, c),) = name_proposals(
+        torch.tensor([[[0.0, 2.0], [2.0, 3.0], [0.0, 1.0]]]), torch.tensor([[1.0, 0.5, 0.0]]), chances
+    )
     assert c.tolist() == [0, 1, 2, 1] and s.tolist() == [[0, 2], [0, 2], [2, 3], [2, 3]]
     torch.testing.assert_close(v, torch.tensor([0.8, 0.2, 0.4, 0.1]))
+
 
 def test_gate_looks_see_what_is_there():
     skip_without("seglearn")
     s = stitched_streams((1, 2), 12, snippets=96, seed=4)
     middle, action = np.arange(96) + 0.5, torch.zeros(12, 96)
     for i, spans in enumerate(s.segments):
-        for a, b in spans: action[i, (middle > a) & (middle < b)] = 1
+        for a, b in spans:
+            action[i, (middle > a) & (middle < b)] = 1
     classes = torch.stack([torch.as_tensor(np.isin(np.arange(5), c)) for c in s.labels]).float()
     found = gate_looks(classes, action, s)
     assert found["gate_action"] == pytest.approx(1) and found["gate_distractor"] < 0
     assert found["gate_shares_class"] > found["chance_shares_class"]
 
+
 def test_wide_has_as_many_parameters():
     make = lambda method: count_parameters(lambda: detector(64, method, width=0.25, bins=8, duration=16))
     assert abs(make("wide BMN") / make("CSA") - 1) < 0.02 < abs(make("BMN") / make("CSA") - 1)
     assert make("untrained") == make("person") == make("CSA") > make("k=1")
+
 
 def test_perfect_detector_scores_one():
     "A network that returns what the targets say, on streams whose classes are known, has a mAP near 1."
@@ -606,13 +805,20 @@ def test_perfect_detector_scores_one():
             inside = torch.as_tensor((middle > a) & (middle < b))
             chances[i, inside] = F.one_hot(torch.tensor(int(c)), 6).float()
     start, end, overlap = bmn_targets(s.padded(), 64, 40)
-    edge = lambda k: torch.stack([sum((-(torch.arange(64.0) - p).square()).exp() for p in spans[:, k] - k) for spans in s.segments]) + 0.01
+    edge = lambda k: (
+        torch.stack([sum((-(torch.arange(64.0) - p).square()).exp() for p in spans[:, k] - k) for spans in s.segments])
+        + 0.01
+    )
 
     class Oracle(nn.Module):
         csa = None
+
         def forward(self, x, r):
             return edge(0), edge(1), overlap[:, None].expand(-1, 2, -1, -1) ** 4
-    found = evaluate_detector(Oracle(), {"class": chances.mT, "chances": chances, "streams": s}, "class", keep=50, device="cpu")
+
+    found = evaluate_detector(
+        Oracle(), {"class": chances.mT, "chances": chances, "streams": s}, "class", keep=50, device="cpu"
+    )
     assert found["map_50"] > 0.95 and found["map_30"] >= found["map_50"] >= found["map_70"]
 
 
@@ -628,48 +834,110 @@ def test_peers_are_the_same_function(peer):
 
 def intervals(*triples):
     from attnbook.lab.stats import Interval
+
     return {f"over {i}": Interval(mean, half, n) for i, (mean, half, n) in enumerate(triples)}
 
-@pytest.mark.parametrize("found, verdict", [
-    (((2, 1, 5),), "holds"), (((2, 3, 5),), "does not hold here"), (((-2, 1, 5),), "does not hold here"),
-    (((2, 1, 5), (1, 0.5, 5)), "holds"), (((2, 1, 5), (1, 3, 5)), "holds in part"), (((2, 1, 5), (-1, 3, 5)), "does not hold here"),
-    (((2, math.inf, 1),), "not measured")], ids=str)
+
+@pytest.mark.parametrize(
+    "found, verdict",
+    [
+        (((2, 1, 5),), "holds"),
+        (((2, 3, 5),), "does not hold here"),
+        (((-2, 1, 5),), "does not hold here"),
+        (((2, 1, 5), (1, 0.5, 5)), "holds"),
+        (((2, 1, 5), (1, 3, 5)), "holds in part"),
+        (((2, 1, 5), (-1, 3, 5)), "does not hold here"),
+        (((2, math.inf, 1),), "not measured"),
+    ],
+    ids=str,
+)
 def test_ahead(found, verdict):
     assert ahead()(intervals(*found))[0] == verdict
 
-@pytest.mark.parametrize("found, verdict", [
-    (((0, 0.3, 5),), "holds"), (((0, 2, 5),), "holds in part"), (((-1, 0.2, 5),), "does not hold here"), (((0, 1, 1),), "not measured")], ids=str)
+
+@pytest.mark.parametrize(
+    "found, verdict",
+    [
+        (((0, 0.3, 5),), "holds"),
+        (((0, 2, 5),), "holds in part"),
+        (((-1, 0.2, 5),), "does not hold here"),
+        (((0, 1, 1),), "not measured"),
+    ],
+    ids=str,
+)
 def test_not_behind(found, verdict):
     assert not_behind(0.5)(intervals(*found))[0] == verdict
+
 
 def made_up(tmp_path, monkeypatch, **means):
     "Rows of a gpu run in which each method has these mAPs by seed."
     monkeypatch.setenv("ATTNBOOK_RESULTS", str(tmp_path))
     for method, values in means.items():
         for run, value in enumerate(values):
-            record("csa", "detection", key=("method", "run", "steps"), device="a GPU", preset="gpu", method=method.replace("_", " "), run=run,
-                   steps=10, mean_map=value / 100, gate_action=value / 100, gate_distractor=0.1, gate_boundary=0.0)
+            record(
+                "csa",
+                "detection",
+                key=("method", "run", "steps"),
+                device="a GPU",
+                preset="gpu",
+                method=method.replace("_", " "),
+                run=run,
+                steps=10,
+                mean_map=value / 100,
+                gate_action=value / 100,
+                gate_distractor=0.1,
+                gate_boundary=0.0,
+            )
+
 
 def judged(statement):
     return next(c for c in claims() if c.statement.startswith(statement)).judge()
 
+
 def test_claims_about_detectors(tmp_path, monkeypatch):
-    made_up(tmp_path, monkeypatch, BMN=(40, 41, 42), scSE=(46, 44, 48), SE=(46, 47, 48), CSA=(45, 46, 47), untrained=(44, 45, 46.1),
-            person=(40, 41, 42.2))
-    assert judged("CSA improves BMN").verdict == "holds" and judged("CSA improves BMN").measured["over BMN"].mean == pytest.approx(5)
+    made_up(
+        tmp_path,
+        monkeypatch,
+        BMN=(40, 41, 42),
+        scSE=(46, 44, 48),
+        SE=(46, 47, 48),
+        CSA=(45, 46, 47),
+        untrained=(44, 45, 46.1),
+        person=(40, 41, 42.2),
+    )
+    assert judged("CSA improves BMN").verdict == "holds" and judged("CSA improves BMN").measured[
+        "over BMN"
+    ].mean == pytest.approx(5)
     assert judged("CSA is better than squeeze").verdict == "does not hold here"
     assert judged("It is class semantics").verdict == "does not hold here", "it ties with scSE"
     assert judged("Both gates").verdict == "not measured" and judged("and does so beyond").verdict == "not measured"
     assert judged("Gates over snippets").verdict == "holds"
 
+
 def test_claims_about_time(tmp_path, monkeypatch):
     monkeypatch.setenv("ATTNBOOK_RESULTS", str(tmp_path))
     for T, ours, theirs in ((128, 1.0, 9.0), (256, 1.0, 3.0)):
         for method, ms in (("ours", ours), ("sampled", theirs), ("sampled, compiled", 2 * theirs)):
-            record("csa", "matching", key=("method", "T"), device="a GPU", preset="gpu", method=method, B=1, T=T, D=T, ms_fwd=ms, ms_bwd=ms,
-                   peak_mb_fwd=ms * 4 if method == "ours" else 100.0)
-    assert judged("Boundary matching is faster").verdict == "holds in part" and "worst 3x" in judged("Boundary matching is faster").reason
+            record(
+                "csa",
+                "matching",
+                key=("method", "T"),
+                device="a GPU",
+                preset="gpu",
+                method=method,
+                B=1,
+                T=T,
+                D=T,
+                ms_fwd=ms,
+                ms_bwd=ms,
+                peak_mb_fwd=ms * 4 if method == "ours" else 100.0,
+            )
+    assert (
+        judged("Boundary matching is faster").verdict == "holds in part"
+        and "worst 3x" in judged("Boundary matching is faster").reason
+    )
     assert judged("and takes less memory").verdict == "holds"
+
 
 def test_counts_claim():
     assert judged("Parameters").verdict == "holds" and _counts_match({"CSA": 1}) == "does not hold here"

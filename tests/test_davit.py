@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/3_locality/davit.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import contextlib
 import math
 from functools import partial
@@ -74,15 +75,25 @@ def draw_groups(N=37, B=2, G=2, D=16, dtype=torch.float32, seed=0):
 def test_channel_attention_agrees(N, G, D, backend):
     scale = 1 / (2 * N**0.5)
     op = partial(channel_group_attention, scale=scale, return_weights=True, backend=backend)
-    check_against_reference(op, lambda q, k, v: channel_attention_reference(q, k, v, scale), draw_groups(N, 1, G, D),
-                            grad_tol=3e-5, floor=1e-3)
+    check_against_reference(
+        op,
+        lambda q, k, v: channel_attention_reference(q, k, v, scale),
+        draw_groups(N, 1, G, D),
+        grad_tol=3e-5,
+        floor=1e-3,
+    )
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 def test_channel_attention_16_bit(dtype):
     op = partial(channel_group_attention, scale=0.05, backend="triton")
-    check_against_reference(op, lambda q, k, v: channel_attention_reference(q, k, v, 0.05)[0], draw_groups(dtype=dtype),
-                            grad_tol=2.5e-2, floor=1e-3)
+    check_against_reference(
+        op,
+        lambda q, k, v: channel_attention_reference(q, k, v, 0.05)[0],
+        draw_groups(dtype=dtype),
+        grad_tol=2.5e-2,
+        floor=1e-3,
+    )
 
 
 def packed(N=21, B=1, C=32, seed=0):
@@ -96,12 +107,20 @@ def test_packed_equals_separate(backend, B):
     def separate(qkv):
         parts = qkv.unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)
         return channel_group_attention(*parts, scale=0.1).transpose(1, 2).flatten(2)
-    check_against_reference(partial(channel_group_attention_packed, groups=2, scale=0.1, backend=backend), separate,
-                            [packed(B=B)], grad_tol=3e-5)
+
+    check_against_reference(
+        partial(channel_group_attention_packed, groups=2, scale=0.1, backend=backend),
+        separate,
+        [packed(B=B)],
+        grad_tol=3e-5,
+    )
 
 
-@pytest.mark.parametrize("check", (check_writes_everything, check_deterministic, check_compiles, check_autocast),
-                         ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    "check",
+    (check_writes_everything, check_deterministic, check_compiles, check_autocast),
+    ids=lambda check: check.__name__,
+)
 def test_channel_attention_is_a_good_operation(check):
     "Uninitialised memory, determinism, torch.compile, autocast."
     check(partial(channel_group_attention_packed, groups=2, scale=0.1, backend="triton"), [packed()])
@@ -122,47 +141,67 @@ def test_channel_attention_facts(backend):
     q, k, v = draw_groups(40)
     out, weights = run(q, k, v, scale=0.1)
     mean = v.mean(-1, keepdim=True).expand_as(v)
-    assert rel_error(run(0 * q, k, v)[0], mean) < 1e-5                                     # Q = 0: the group's mean
-    assert rel_error(run(q, k, v, scale=0)[0], mean) < 1e-5                                # 0 is a scale too
+    assert rel_error(run(0 * q, k, v)[0], mean) < 1e-5  # Q = 0: the group's mean
+    assert rel_error(run(q, k, v, scale=0)[0], mean) < 1e-5  # 0 is a scale too
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).to(q.device)
     assert rel_error(run(q[:, :, order], k[:, :, order], v, scale=0.1)[1], weights) < 1e-5  # blind to place
     twice = [x.repeat_interleave(2, 2) for x in (q, k, v)]
-    assert rel_error(run(*twice, scale=0.05)[1], weights) < 1e-5                           # twice the tokens
+    assert rel_error(run(*twice, scale=0.05)[1], weights) < 1e-5  # twice the tokens
     assert rel_error(run(*twice, scale=0.1)[1], weights) > 1e-2
     flipped = [x.transpose(2, 3) for x in (q, k, v)]
     assert rel_error(out, F.scaled_dot_product_attention(*flipped, scale=0.1).transpose(2, 3)) < 1e-5
     moved = [x.clone() for x in (q, k, v)]
-    for x in moved: x[:, 0] += 1                                                           # groups are independent
+    for x in moved:
+        x[:, 0] += 1  # groups are independent
     assert torch.equal(run(*moved, scale=0.1)[0][:, 1], out[:, 1])
-    assert rel_error(run(q, k, 2 * v, scale=0.1)[0], 2 * out) < 1e-5                       # linear in V
+    assert rel_error(run(q, k, 2 * v, scale=0.1)[0], 2 * out) < 1e-5  # linear in V
 
 
 def test_channel_attention_gradcheck():
     leaves = [x.double().requires_grad_() for x in draw_groups(6, 1, 1, 4)]
-    assert torch.autograd.gradcheck(lambda *x: channel_group_attention(*x, return_weights=True, backend="torch")[0],
-                                    leaves)
+    assert torch.autograd.gradcheck(
+        lambda *x: channel_group_attention(*x, return_weights=True, backend="torch")[0], leaves
+    )
 
 
 @pytest.mark.parametrize("backend", ("torch", "triton"))
 def test_channel_attention_gradients(backend):
     q, k, v = [x.requires_grad_() for x in draw_groups(20)]
     out = channel_group_attention(q * 0, k, v, backend=backend)
-    assert not torch.autograd.grad(out.square().sum(), k)[0].any()                         # dK = 0 when Q = 0
+    assert not torch.autograd.grad(out.square().sum(), k)[0].any()  # dK = 0 when Q = 0
     _, weights = channel_group_attention(q, k, v, return_weights=True, backend=backend)
-    assert torch.autograd.grad(weights.square().sum(), q)[0].any()                         # through the weights alone
+    assert torch.autograd.grad(weights.square().sum(), q)[0].any()  # through the weights alone
 
 
 def test_channel_attention_refuses():
     q, k, v = draw_groups(5, 1)
-    check_raises(channel_group_attention, [
-        (dict(q=q.int()), TypeError, ["q", "int32"]), (dict(k=k.double()), TypeError, ["k", "float64"]),
-        (dict(v=v[:, :, 1:]), ValueError, ["v", "4"]), (dict(q=q[0]), ValueError, ["q", "(2, 5, 16)"]),
-        (dict(scale="big"), TypeError, ["scale", "big"]), (dict(scale=math.inf), ValueError, ["scale", "inf"]),
-        (dict(backend="cuda"), ValueError, ["backend", "cuda"])], q=q, k=k, v=v)
-    check_raises(channel_group_attention_packed, [
-        (dict(groups=5), ValueError, ["groups", "5", "32"]), (dict(groups=0), ValueError, ["groups", "0"]),
-        (dict(groups=2.0), TypeError, ["groups", "2.0"]), (dict(qkv=packed()[..., 1:]), ValueError, ["qkv", "95"]),
-        (dict(qkv=packed()[0]), ValueError, ["qkv"])], qkv=packed(), groups=2)
+    check_raises(
+        channel_group_attention,
+        [
+            (dict(q=q.int()), TypeError, ["q", "int32"]),
+            (dict(k=k.double()), TypeError, ["k", "float64"]),
+            (dict(v=v[:, :, 1:]), ValueError, ["v", "4"]),
+            (dict(q=q[0]), ValueError, ["q", "(2, 5, 16)"]),
+            (dict(scale="big"), TypeError, ["scale", "big"]),
+            (dict(scale=math.inf), ValueError, ["scale", "inf"]),
+            (dict(backend="cuda"), ValueError, ["backend", "cuda"]),
+        ],
+        q=q,
+        k=k,
+        v=v,
+    )
+    check_raises(
+        channel_group_attention_packed,
+        [
+            (dict(groups=5), ValueError, ["groups", "5", "32"]),
+            (dict(groups=0), ValueError, ["groups", "0"]),
+            (dict(groups=2.0), TypeError, ["groups", "2.0"]),
+            (dict(qkv=packed()[..., 1:]), ValueError, ["qkv", "95"]),
+            (dict(qkv=packed()[0]), ValueError, ["qkv"]),
+        ],
+        qkv=packed(),
+        groups=2,
+    )
 
 
 def draw_maps(shape=(7, 9), B=2, H=2, D=16, dtype=torch.float32, seed=0):
@@ -174,15 +213,19 @@ def draw_maps(shape=(7, 9), B=2, H=2, D=16, dtype=torch.float32, seed=0):
 
 def windowed(window, backend="torch"):
     "fn(q, k, v[, pad_k, pad_v]): without the two, what lies beyond the map is not seen."
-    return lambda q, k, v, *pads: window_attention(q, k, v, window, pad_mode="token" if pads else "mask",
-                                                   backend=backend, **dict(zip(("pad_k", "pad_v"), pads)))
+    return lambda q, k, v, *pads: window_attention(
+        q, k, v, window, pad_mode="token" if pads else "mask", backend=backend, **dict(zip(("pad_k", "pad_v"), pads))
+    )
 
 
 @pytest.mark.parametrize("padded", (False, True), ids=("masked", "padded"))
-@pytest.mark.parametrize("shape, window", (((7, 9), (3, 4)), ((6, 6), (3, 3)), ((5, 7), (5, 7)), ((2, 3), (4, 5)),
-                                           ((8, 4), (4, 4)), ((11, 1), (2, 3))), ids=str)
+@pytest.mark.parametrize(
+    "shape, window",
+    (((7, 9), (3, 4)), ((6, 6), (3, 3)), ((5, 7), (5, 7)), ((2, 3), (4, 5)), ((8, 4), (4, 4)), ((11, 1), (2, 3))),
+    ids=str,
+)
 def test_window_attention_agrees(shape, window, padded):
-    inputs = draw_maps(shape, B=1, H=1)[:5 if padded else 3]
+    inputs = draw_maps(shape, B=1, H=1)[: 5 if padded else 3]
     check_against_reference(windowed(window, "triton"), windowed(window), inputs, grad_tol=3e-5)
 
 
@@ -202,7 +245,7 @@ def test_window_padding_is_pad_then_project():
     _, pad_k, pad_v = bias.view(3, 2, 6)
     kw = dict(backend="torch")
     assert rel_error(window_attention(q, k, v, 3, pad_k=pad_k, pad_v=pad_v, **kw), full) < 1e-12
-    assert rel_error(window_attention(q, k, v, 3, pad_mode="mask", **kw), full) > 0.05       # a different function
+    assert rel_error(window_attention(q, k, v, 3, pad_mode="mask", **kw), full) > 0.05  # a different function
     q, k, v, pad_k, pad_v = (t.float().to(device_under_test()) for t in (q, k, v, pad_k, pad_v))
     assert rel_error(window_attention(q, k, v, 3, pad_k=pad_k, pad_v=pad_v, backend="triton"), full) < 1e-5
 
@@ -212,16 +255,16 @@ def test_window_attention_facts(backend):
     q, k, v, pk, pv = draw_maps((6, 8), B=1, H=1)
     run = partial(window_attention, backend=backend)
     flat = [t.flatten(2, 3).double() for t in (q, k, v)]
-    assert rel_error(run(q, k, v, (6, 8)), attention_reference(*flat).unflatten(2, (6, 8))) < 1e-5   # one window
+    assert rel_error(run(q, k, v, (6, 8)), attention_reference(*flat).unflatten(2, (6, 8))) < 1e-5  # one window
     assert rel_error(run(q, k, v, 50, pad_mode="mask"), attention_reference(*flat).unflatten(2, (6, 8))) < 1e-5
     assert rel_error(run(q[:, :, :2, :3], k[:, :, :2, :3], v[:, :, :2, :3], 1), v[:, :, :2, :3]) < 1e-6
     out = run(q, k, v, (3, 4))
     swapped = run(*(t.roll((3, 4), (2, 3)) for t in (q, k, v)), (3, 4))
-    assert rel_error(swapped, out.roll((3, 4), (2, 3))) < 1e-6                                # whole windows move
+    assert rel_error(swapped, out.roll((3, 4), (2, 3))) < 1e-6  # whole windows move
     changed = k.clone()
     changed[:, :, 4, 5] += 1
     same = (run(q, changed, v, (3, 4)) == out).all(-1).all(0).all(0)
-    assert torch.equal(~same.cpu(), window_numbers(6, 8, (3, 4)) == 3)                        # only its window
+    assert torch.equal(~same.cpu(), window_numbers(6, 8, (3, 4)) == 3)  # only its window
 
 
 def test_window_attention_is_a_good_operation():
@@ -231,28 +274,52 @@ def test_window_attention_is_a_good_operation():
 
 def test_window_attention_refuses():
     q, k, v, pk, pv = draw_maps((4, 5))
-    check_raises(window_attention, [
-        (dict(window_size=0), ValueError, ["window_size", "0"]),
-        (dict(window_size=-2), ValueError, ["window_size", "-2"]),
-        (dict(window_size=2.5), TypeError, ["window_size", "2.5"]),
-        (dict(window_size=(2, 2, 2)), ValueError, "window_size"),
-        (dict(pad_mode="zeros"), ValueError, ["pad_mode", "zeros"]), (dict(pad_k=None), ValueError, ["pad_k", "token"]),
-        (dict(pad_v=pv[:1]), ValueError, ["pad_v", "(1, 16)"]), (dict(q=q[0]), ValueError, ["q", "(2, 4, 5, 16)"]),
-        (dict(k=k[:, :, :3]), ValueError, ["k", "3"]), (dict(q=q.long()), TypeError, ["q", "int64"]),
-        (dict(v=v.double()), TypeError, ["v", "float64"])], q=q, k=k, v=v, window_size=3, pad_k=pk, pad_v=pv)
+    check_raises(
+        window_attention,
+        [
+            (dict(window_size=0), ValueError, ["window_size", "0"]),
+            (dict(window_size=-2), ValueError, ["window_size", "-2"]),
+            (dict(window_size=2.5), TypeError, ["window_size", "2.5"]),
+            (dict(window_size=(2, 2, 2)), ValueError, "window_size"),
+            (dict(pad_mode="zeros"), ValueError, ["pad_mode", "zeros"]),
+            (dict(pad_k=None), ValueError, ["pad_k", "token"]),
+            (dict(pad_v=pv[:1]), ValueError, ["pad_v", "(1, 16)"]),
+            (dict(q=q[0]), ValueError, ["q", "(2, 4, 5, 16)"]),
+            (dict(k=k[:, :, :3]), ValueError, ["k", "3"]),
+            (dict(q=q.long()), TypeError, ["q", "int64"]),
+            (dict(v=v.double()), TypeError, ["v", "float64"]),
+        ],
+        q=q,
+        k=k,
+        v=v,
+        window_size=3,
+        pad_k=pk,
+        pad_v=pv,
+    )
 
 
-@pytest.mark.parametrize("shape, window", (((6, 8), (3, 4)), ((7, 9), (3, 4)), ((7, 12), (7, 10)), ((3, 20), (3, 5)),
-                                           ((9, 4), (8, 4))), ids=str)
+@pytest.mark.parametrize(
+    "shape, window",
+    (((6, 8), (3, 4)), ((7, 9), (3, 4)), ((7, 12), (7, 10)), ((3, 20), (3, 5)), ((9, 4), (8, 4))),
+    ids=str,
+)
 def test_window_kernels_16_bit(shape, window):
     "Windows in one block of keys, in several, alone on the map, hanging over; some forward only by the own kernel."
-    check_against_reference(windowed(window, "triton"), windowed(window), draw_maps(shape, B=1, H=1)[:3],
-                            dtype=torch.float16, grad_tol=2e-2)
+    check_against_reference(
+        windowed(window, "triton"), windowed(window), draw_maps(shape, B=1, H=1)[:3], dtype=torch.float16, grad_tol=2e-2
+    )
 
 
-@pytest.mark.parametrize("shape, window, dtype, tol", (
-    ((6, 8), (3, 4), torch.float32, 1e-4), ((5, 6), (3, 4), torch.bfloat16, 3e-2),
-    ((4, 6), (2, 3), torch.bfloat16, 3e-2), ((9, 8), (9, 8), torch.float16, 1e-2)), ids=str)
+@pytest.mark.parametrize(
+    "shape, window, dtype, tol",
+    (
+        ((6, 8), (3, 4), torch.float32, 1e-4),
+        ((5, 6), (3, 4), torch.bfloat16, 3e-2),
+        ((4, 6), (2, 3), torch.bfloat16, 3e-2),
+        ((9, 8), (9, 8), torch.float16, 1e-2),
+    ),
+    ids=str,
+)
 def test_window_packed_equals_separate(shape, window, dtype, tol, B=1, heads=2, D=16):
     *_, pk, pv = draw_maps(shape, H=heads, D=D, dtype=dtype)
     qkv = torch.cat(draw_maps(shape, B=B, H=1, D=heads * D, dtype=dtype)[:3], -1)[:, 0].requires_grad_()
@@ -264,8 +331,10 @@ def test_window_packed_equals_separate(shape, window, dtype, tol, B=1, heads=2, 
         parts = qkv.unflatten(-1, (3, heads, D)).permute(3, 0, 4, 1, 2, 5)
         one = window_attention(*parts, window, pad_k=pk, pad_v=pv, backend=backend).movedim(1, -2).flatten(-2)
         apart = one, *torch.autograd.grad(one, qkv, cotangent)
-        for a, b in zip(apart, found[backend]): assert rel_error(a, b) < tol
-    for a, b in zip(*found.values()): assert rel_error(a, b) < tol
+        for a, b in zip(apart, found[backend]):
+            assert rel_error(a, b) < tol
+    for a, b in zip(*found.values()):
+        assert rel_error(a, b) < tol
 
 
 def small_qkv():
@@ -301,14 +370,24 @@ def test_no_images_at_all():
 
 def test_window_packed_refuses():
     qkv = small_qkv()
-    check_raises(window_attention_packed, [
-        (dict(qkv=qkv[..., :95]), ValueError, ["qkv", "95"]), (dict(heads=5), ValueError, ["heads", "5"]),
-        (dict(qkv=qkv[0]), ValueError, "qkv")], qkv=qkv, heads=2, window_size=2, pad_mode="mask")
+    check_raises(
+        window_attention_packed,
+        [
+            (dict(qkv=qkv[..., :95]), ValueError, ["qkv", "95"]),
+            (dict(heads=5), ValueError, ["heads", "5"]),
+            (dict(qkv=qkv[0]), ValueError, "qkv"),
+        ],
+        qkv=qkv,
+        heads=2,
+        window_size=2,
+        pad_mode="mask",
+    )
 
 
 @pytest.mark.cuda
 def test_nothing_large_is_kept():
     from attnbook.lab.bench import peak_memory
+
     q, k, v = (torch.randn(16, 56, 56, 3, 32, device="cuda", dtype=torch.bfloat16).movedim(3, 1) for _ in range(3))
     with torch.no_grad():
         assert peak_memory(lambda: window_attention(q, k, v, 7), "cuda") < 1.5 * q.nbytes
@@ -316,10 +395,20 @@ def test_nothing_large_is_kept():
         assert peak_memory(lambda: channel_group_attention_packed(qkv, 3), "cuda") < 0.5 * qkv.nbytes
 
 
-@pytest.mark.parametrize("shape, dtype, programs", (
-    ((2, 5, 7, 48), torch.float32, 1056), ((2, 5, 7, 48), torch.float32, 3), ((1, 1, 3, 16), torch.float32, 1056),
-    ((1, 9, 1, 32), torch.float16, 1056), ((2, 4, 6, 32), torch.bfloat16, 3), ((1, 9, 18, 40), torch.float32, 1056),
-    ((1, 9, 18, 40), torch.float32, 3), ((1, 17, 2, 8), torch.float32, 3)), ids=str)
+@pytest.mark.parametrize(
+    "shape, dtype, programs",
+    (
+        ((2, 5, 7, 48), torch.float32, 1056),
+        ((2, 5, 7, 48), torch.float32, 3),
+        ((1, 1, 3, 16), torch.float32, 1056),
+        ((1, 9, 1, 32), torch.float16, 1056),
+        ((2, 4, 6, 32), torch.bfloat16, 3),
+        ((1, 9, 18, 40), torch.float32, 1056),
+        ((1, 9, 18, 40), torch.float32, 3),
+        ((1, 17, 2, 8), torch.float32, 3),
+    ),
+    ids=str,
+)
 def test_position_encoding_as_one(shape, dtype, programs):
     "The convolution as one operation equals its steps, on maps of any size, with few programs and with many."
     torch.manual_seed(0)
@@ -337,15 +426,19 @@ def test_position_encoding_as_one(shape, dtype, programs):
         right, cotangent = exact(x64), torch.randn(shape).to(x)
         tol = dict(zip((torch.float32, torch.float16, torch.bfloat16), (1e-5, 3e-3, 2e-2)))[dtype]
         assert y.dtype == dtype and rel_error(y, right) < tol
-        got, want = (torch.autograd.grad(o, [i, *m.parameters()], cotangent.to(o)) for o, i, m in
-                     ((y, x, layer), (right, x64, exact)))
-        for g, w in zip(got, want): assert g.shape == w.shape and rel_error(g, w) < tol
+        got, want = (
+            torch.autograd.grad(o, [i, *m.parameters()], cotangent.to(o))
+            for o, i, m in ((y, x, layer), (right, x64, exact))
+        )
+        for g, w in zip(got, want):
+            assert g.shape == w.shape and rel_error(g, w) < tol
 
 
 def test_position_encoding_is_a_good_operation():
     layer = ConvPositionalEncoding(16, backend="triton").to(device_under_test())
     x = torch.randn(1, 4, 5, 16, device=device_under_test())
-    for check in (check_compiles, check_deterministic): check(layer, [x])
+    for check in (check_compiles, check_deterministic):
+        check(layer, [x])
     check_opcheck(depthwise_residual_op, (x.requires_grad_(), *layer.parameters()))
 
 
@@ -359,14 +452,18 @@ def test_position_encoding_in_steps():
         assert torch.equal(layer(x), x + branch)
 
 
-@pytest.mark.parametrize("B, groups, together, splits", ((1, 2, False, 1), (4, 2, False, 4), (4, 2, True, 1)),
-                         ids=("shares", "splits", "together"))
+@pytest.mark.parametrize(
+    "B, groups, together, splits",
+    ((1, 2, False, 1), (4, 2, False, 4), (4, 2, True, 1)),
+    ids=("shares", "splits", "together"),
+)
 def test_layer_is_projection_attention_projection(B, groups, together, splits):
     "The layer as one operation equals its three steps, gradients of all parameters included."
     torch.manual_seed(0)
     layer = ChannelGroupAttention(32, groups, scale=0.1, backend="triton").to(device_under_test())
     with torch.no_grad():
-        for p in layer.parameters(): p.normal_(std=0.5)
+        for p in layer.parameters():
+            p.normal_(std=0.5)
     x = torch.randn(B, 5, 8, 32, device=device_under_test()).requires_grad_()
     wanted, cotangent = [x, *layer.parameters()], torch.randn_like(x)
     key = arch_of(x.device), "sweeps", 32, 64
@@ -379,7 +476,8 @@ def test_layer_is_projection_attention_projection(B, groups, together, splits):
     out = channel_group_attention_packed(qkv, groups, scale=0.1, backend="torch")
     right = F.linear(out, layer.proj.weight, layer.proj.bias).view(x.shape)
     assert rel_error(y, right) < 1e-4
-    for g, r in zip(got, torch.autograd.grad(right, wanted, cotangent)): assert rel_error(g, r) < 1e-4
+    for g, r in zip(got, torch.autograd.grad(right, wanted, cotangent)):
+        assert rel_error(g, r) < 1e-4
 
 
 def triton_layer(**settings):
@@ -388,8 +486,9 @@ def triton_layer(**settings):
     return layer, torch.randn(1, 6, 32, device=device_under_test())
 
 
-@pytest.mark.parametrize("check", (check_compiles, check_autocast, check_deterministic),
-                         ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    "check", (check_compiles, check_autocast, check_deterministic), ids=lambda check: check.__name__
+)
 def test_layer_is_a_good_operation(check):
     layer, x = triton_layer()
     check(layer, [x])
@@ -418,7 +517,8 @@ def test_downsample_is_a_convolution(kernel, side):
     right = layer.conv(right).permute(0, 2, 3, 1)
     assert torch.allclose(layer(x), right)
     got, want = (torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()]) for y in (layer(x), right))
-    for g, w in zip(got, want): assert torch.allclose(g, w)
+    for g, w in zip(got, want):
+        assert torch.allclose(g, w)
 
 
 def test_nothing_before_a_block_is_a_convolution():
@@ -431,7 +531,8 @@ def test_nothing_before_a_block_is_a_convolution():
             found.append(op is torch.ops.aten.convolution.default)
             return op(*args, **kwargs or {})
 
-    with Count(): model(torch.randn(1, 3, 8, 8, device=device_under_test()))
+    with Count():
+        model(torch.randn(1, 3, 8, 8, device=device_under_test()))
     assert sum(found) == 1
 
 
@@ -442,7 +543,8 @@ def test_timm_gives_the_same_outputs(size):
     theirs = timm.create_model("davit_tiny").eval()
     with torch.no_grad():
         for name, p in theirs.named_parameters():
-            if name.endswith("bias"): p.normal_(std=0.5)
+            if name.endswith("bias"):
+                p.normal_(std=0.5)
         x = torch.randn(1, 3, *size)
         assert rel_error(from_timm(davit_tiny(), theirs.state_dict()).eval()(x), theirs(x)) < 1e-5
 
@@ -459,12 +561,14 @@ def official_window_attention(x, qkv, proj, heads, w):
     x = x.view(B, Hp // w, Wp // w, w, w, C).permute(0, 1, 3, 2, 4, 5).reshape(B, Hp, Wp, C)
     return x[:, :H, :W]
 
+
 def official_channel_attention(x, qkv, proj, groups):
     B, H, W, C = x.shape
     q, k, v = qkv(x.flatten(1, 2)).reshape(B, H * W, 3, groups, C // groups).permute(2, 0, 3, 1, 4)
     weights = ((k * (C // groups) ** -0.5).transpose(-1, -2) @ v).softmax(-1)
     x = (weights @ q.transpose(-1, -2)).transpose(-1, -2)
     return proj(x.transpose(1, 2).reshape(B, H * W, C)).view(B, H, W, C)
+
 
 def official_forward(model, x):
     "Runs our modules' weights, taken as an official checkpoint, in the official order, in (B, C, H, W)."
@@ -478,8 +582,11 @@ def official_forward(model, x):
         for block in (b for pair in stage.blocks for b in pair):
             x = (x + block.cpe1.proj(x)).permute(0, 2, 3, 1)
             a, y = block.attn, block.norm1(x)
-            y = official_window_attention(y, a.qkv, a.proj, a.heads, a.window_size[0]) if hasattr(a, "heads") \
+            y = (
+                official_window_attention(y, a.qkv, a.proj, a.heads, a.window_size[0])
+                if hasattr(a, "heads")
                 else official_channel_attention(y, a.qkv, a.proj, a.groups)
+            )
             x = (x + y).permute(0, 3, 1, 2)
             x = (x + block.cpe2.proj(x)).permute(0, 2, 3, 1)
             x = (x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))).permute(0, 3, 1, 2)
@@ -495,19 +602,21 @@ def loud(model):
     "Large random weights, so that no term hides."
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in model.parameters(): p.copy_(torch.randn(p.shape, generator=g) * (0.2 if p.dim() > 1 else 0.5))
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * (0.2 if p.dim() > 1 else 0.5))
     return model.double().eval()
 
 
-@pytest.mark.parametrize("size", ((24, 24), (32, 20), (29, 51)),
-                         ids=("6 x 6", "8 x 5, hanging over", "8 x 13, hanging over"))
+@pytest.mark.parametrize(
+    "size", ((24, 24), (32, 20), (29, 51)), ids=("6 x 6", "8 x 5, hanging over", "8 x 13, hanging over")
+)
 def test_converted_weights_give_the_official_outputs(size):
     official = loud(small_davit())
     ours = from_timm(small_davit().double(), official.state_dict()).eval()
     with torch.no_grad():
         x = torch.randn(2, 3, *size, dtype=torch.float64)
         assert rel_error(ours(x), official_forward(official, x)) < 1e-10
-        assert rel_error(official(x), official_forward(official, x)) > 1e-3      # without the renaming another network
+        assert rel_error(official(x), official_forward(official, x)) > 1e-3  # without the renaming another network
 
 
 def test_parameters_of_timm_checkpoint():
@@ -518,7 +627,7 @@ def test_parameters_of_timm_checkpoint():
 
 def test_block_and_head_order():
     model = loud(small_davit())
-    x = torch.randn(1, 6, 6, 32, dtype=torch.float64) * torch.arange(1, 7)[:, None, None]   # norms differ by position
+    x = torch.randn(1, 6, 6, 32, dtype=torch.float64) * torch.arange(1, 7)[:, None, None]  # norms differ by position
     right = model.head.fc(model.head.norm(x.mean((1, 2))))
     assert rel_error(model.head(x), right) < 1e-12
     assert rel_error(model.head.fc(model.head.norm(x).mean((1, 2))), right) > 1e-2
@@ -533,15 +642,24 @@ def test_drop_path_schedule():
     assert torch.allclose(torch.tensor(rates), torch.linspace(0, 0.1, 12))
 
 
-@pytest.mark.parametrize("types", (("spatial", "spatial"), ("channel", "channel"), ("channel", "spatial")),
-                         ids=" ".join)
+@pytest.mark.parametrize(
+    "types", (("spatial", "spatial"), ("channel", "channel"), ("channel", "spatial")), ids=" ".join
+)
 def test_blocks_have_the_same_number_of_parameters(types):
     assert count_parameters(partial(small_davit, attn_types=types)) == count_parameters(small_davit)
 
 
-CONFIGURATIONS = (dict(attn_types=("spatial",)), dict(attn_types=("channel",)), dict(ffn=False), dict(cpe_act=True),
-                  dict(downsample_kernel=3), dict(qkv_bias=False), dict(channel_scale="tokens"), dict(pad_mode="mask"),
-                  dict(backend="triton", drop_path=0.2))
+CONFIGURATIONS = (
+    dict(attn_types=("spatial",)),
+    dict(attn_types=("channel",)),
+    dict(ffn=False),
+    dict(cpe_act=True),
+    dict(downsample_kernel=3),
+    dict(qkv_bias=False),
+    dict(channel_scale="tokens"),
+    dict(pad_mode="mask"),
+    dict(backend="triton", drop_path=0.2),
+)
 
 
 @pytest.mark.parametrize("settings", CONFIGURATIONS, ids=str)
@@ -557,7 +675,8 @@ def test_backends_agree_in_the_model():
     outs = []
     for backend in ("torch", "triton"):
         for m in model.modules():
-            if hasattr(m, "backend"): m.backend = backend
+            if hasattr(m, "backend"):
+                m.backend = backend
         outs.append(model(x))
     assert rel_error(outs[1], outs[0]) < 1e-4
 
@@ -567,8 +686,9 @@ def test_published_parameters(variant, kernel):
     assert count_parameters(partial(davit, variant, downsample_kernel=kernel)) == PARAMETERS[variant, kernel]
 
 
-FACTORIES = dict(tiny=davit_tiny, small=davit_small, base=davit_base, large=davit_large, huge=davit_huge,
-                 giant=davit_giant)
+FACTORIES = dict(
+    tiny=davit_tiny, small=davit_small, base=davit_base, large=davit_large, huge=davit_huge, giant=davit_giant
+)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -582,21 +702,33 @@ def test_published_multiply_adds():
 
 
 def test_models_refuse():
-    check_raises(SpatialWindowAttention, [(dict(heads=5), ValueError, ["heads", "5", "32"]),
-                                          (dict(window_size=0), ValueError,
-                                           ["window_size", "0"])], channels=32, heads=4)
-    check_raises(ChannelGroupAttention, [(dict(groups=7), ValueError, ["groups", "7"]),
-                                         (dict(scale="auto"), ValueError, ["scale", "auto"])], channels=32, groups=4)
-    check_raises(small_davit, [(dict(attn_types=("global",)), ValueError, ["attn_types", "global"]),
-                               (dict(depths=(1,)), ValueError, ["depths", "(1,)"]),
-                               (dict(downsample_kernel=4), ValueError, ["kernel_size", "4"])])
+    check_raises(
+        SpatialWindowAttention,
+        [(dict(heads=5), ValueError, ["heads", "5", "32"]), (dict(window_size=0), ValueError, ["window_size", "0"])],
+        channels=32,
+        heads=4,
+    )
+    check_raises(
+        ChannelGroupAttention,
+        [(dict(groups=7), ValueError, ["groups", "7"]), (dict(scale="auto"), ValueError, ["scale", "auto"])],
+        channels=32,
+        groups=4,
+    )
+    check_raises(
+        small_davit,
+        [
+            (dict(attn_types=("global",)), ValueError, ["attn_types", "global"]),
+            (dict(depths=(1,)), ValueError, ["depths", "(1,)"]),
+            (dict(downsample_kernel=4), ValueError, ["kernel_size", "4"]),
+        ],
+    )
     check_raises(davit, [(dict(variant="micro"), ValueError, ["variant", "micro"])])
     check_raises(ConvPositionalEncoding, [(dict(kernel_size=4), ValueError, ["kernel_size", "4"])], channels=8)
 
 
 def verdict(words, measured):
     "What the rule of the claim whose statement holds these words says."
-    claim, = (c for c in claims() if words in c.statement)
+    (claim,) = (c for c in claims() if words in c.statement)
     found = claim.rule(measured)
     return found if isinstance(found, str) else found[0]
 
@@ -610,8 +742,9 @@ RULES = {
     "beat either alone": (accuracies(90, 80, 70), accuracies(82, 80, 70), accuracies(79, 80, 70)),
     "window attention does not": (accuracies(90, 55, 70), accuracies(90, 65, 70), accuracies(56, 55, 70)),
     "Cost is linear": tuple({"window": 1.0, "channel": c, "global": 2.0} for c in (1.1, 1.3, 1.6)),
-    "do not depend on the resolution": tuple({"tokens entropy": t, "group_dim entropy": g}
-                                             for t, g in ((1.02, 0.6), (0.8, 0.7), (0.6, 0.7))),
+    "do not depend on the resolution": tuple(
+        {"tokens entropy": t, "group_dim entropy": g} for t, g in ((1.02, 0.6), (0.8, 0.7), (0.6, 0.7))
+    ),
     "module is faster than timm's compiled": (1.2, 0.95, 0.94),
     "window attention on whole maps": (0.95, 0.7, 0.69),
     "step of DaViT-Tiny at 224 is faster than timm's, both": (1.3, 1.0, 0.9),
@@ -626,8 +759,10 @@ def test_rules(words):
 def test_speeds_are_those_of_the_fastest():
     with pytest.MonkeyPatch.context() as patch:
         row = dict(device="a GPU", versions={}, date="2026-01-01T00:00:00")
-        rows = [row | dict(method=m, ms_fwd=t, images_per_s=1 / t) for m, t in
-                (("ours", 4.0), ("ours compiled", 2.0), ("timm compiled", 3.0), ("timm", 1.0))]
+        rows = [
+            row | dict(method=m, ms_fwd=t, images_per_s=1 / t)
+            for m, t in (("ours", 4.0), ("ours compiled", 2.0), ("timm compiled", 3.0), ("timm", 1.0))
+        ]
         patch.setitem(_speedup.__globals__, "load_results", lambda *_, **__: rows)
         assert _speedup("channel", ("timm compiled",)) == 1.5 and _speedup("channel", ("timm",)) == 0.5
         assert abs(_speedup("training", ["timm"], "images_per_s", ["ours"]) - 0.25) < 1e-9

@@ -1,4 +1,5 @@
 """What must hold for the operations and models of all chapters alike: shapes on the meta device, export with a dynamic batch."""
+
 import pytest
 import torch
 
@@ -37,7 +38,10 @@ def test_shapes_on_the_meta_device(name):
 
 
 EXPORTED = {
-    "halo": (lambda: HaloNet(2, 1, widths=(8, 16), depths=(1, 1), num_heads=(2, 2), num_classes=3, stem_stride=1), (3, 8, 6)),
+    "halo": (
+        lambda: HaloNet(2, 1, widths=(8, 16), depths=(1, 1), num_heads=(2, 2), num_classes=3, stem_stride=1),
+        (3, 8, 6),
+    ),
     "convit": (lambda: ConViT(16, 4, dim=16, num_heads=4, depth=2, gpsa_layers=1, num_classes=3), (3, 16, 16)),
 }
 

@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/1_foundations/01_engine.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import contextlib
 import itertools
 import math
@@ -37,9 +38,11 @@ from attnbook.lab.testing import (
 DTYPES = [torch.float32] if device() == "cpu" else [torch.float32, torch.bfloat16, torch.float16]
 BANDS = [{}, {"is_causal": True}, {"is_causal": True, "window_size": 9}, {"window_size": 20}]
 
+
 def both(fn, **options):
     "The operation on Triton and on the reference, LSE included."
     return [lambda *x, b=b: fn(*x, return_lse=True, backend=b, **options) for b in ("triton", "torch")]
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", BANDS)
@@ -48,12 +51,14 @@ def test_bands(options, dtype):
         inputs = make_qkv(2, 4, Nq, 24, kv_heads=2, Nk=Nk, Dv=40, seed=seed)
         check_against_reference(*both(attention, **options), inputs, dtype=dtype)
 
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [16, 24, 40, 64, 80, 96, 128, 256])
 def test_head_dims(dim, dtype):
     for Dv in (dim, 16):
         inputs = make_qkv(1, 1, 20, dim, Dv=Dv)
         check_against_reference(*both(attention, is_causal=True), inputs, dtype=dtype)
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [0.0, -0.5, 3.0])
@@ -62,15 +67,23 @@ def test_scale(scale, dtype):
     check_against_reference(*both(attention, is_causal=True, scale=scale), make_qkv(1, 2, 40), dtype=dtype, floor=1e-3)
 
 
-@pytest.mark.parametrize("kw", [{"is_causal": True}, {"is_causal": True, "window_size": 9}, {"window_size": 20}], ids=str)
-@pytest.mark.parametrize("Nq, Nk, offset", [(1, 70, 69), (37, 70, 33), (70, 37, -33), (40, 40, 0), (33, 70, 5), (20, 30, 200), (20, 30, -40)], ids=str)
+@pytest.mark.parametrize(
+    "kw", [{"is_causal": True}, {"is_causal": True, "window_size": 9}, {"window_size": 20}], ids=str
+)
+@pytest.mark.parametrize(
+    "Nq, Nk, offset",
+    [(1, 70, 69), (37, 70, 33), (70, 37, -33), (40, 40, 0), (33, 70, 5), (20, 30, 200), (20, 30, -40)],
+    ids=str,
+)
 def test_queries_at_an_offset(kw, Nq, Nk, offset):
     inputs = make_qkv(1, 4, Nq, Nk=Nk, kv_heads=2)
     check_against_reference(*both(attention, q_offset=offset, **kw), inputs, dtype=torch.float32)
     if offset == Nk - Nq >= 0:
         q, k, v = make_qkv(1, 4, Nk, kv_heads=2)
         whole = attention(q, k, v, backend="triton", **kw)
-        assert rel_error(attention(q[:, :, -Nq:], k, v, q_offset=offset, backend="triton", **kw), whole[:, :, -Nq:]) < 1e-6
+        assert (
+            rel_error(attention(q[:, :, -Nq:], k, v, q_offset=offset, backend="triton", **kw), whole[:, :, -Nq:]) < 1e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -79,11 +92,16 @@ def test_bias(shape, dtype):
     q, k, v = make_qkv(2, 4, 20, kv_heads=2, Nk=35)
     bias = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(device())
     for causal in (False, True):
-        run = [lambda q, k, v, b, backend=x: attention(q, k, v, is_causal=causal, bias=b, return_lse=True, backend=backend) for x in ("triton", "torch")]
+        run = [
+            lambda q, k, v, b, backend=x: attention(q, k, v, is_causal=causal, bias=b, return_lse=True, backend=backend)
+            for x in ("triton", "torch")
+        ]
         check_against_reference(*run, (q, k, v, bias), dtype=dtype)
+
 
 def starts(lengths):
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device())
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
@@ -92,8 +110,12 @@ def test_packed(causal, dtype):
     for cu in ((cu_q, cu_q), (cu_q, cu_k)):
         q = make_qkv(1, 4, int(cu[0][-1]), 32)[0][0]
         k, v = (t[0] for t in make_qkv(1, 2, int(cu[1][-1]), 32, Dv=16)[1:])
-        run = [lambda q, k, v, b=b: varlen_attention(q, k, v, *cu, is_causal=causal, return_lse=True, backend=b) for b in ("triton", "torch")]
+        run = [
+            lambda q, k, v, b=b: varlen_attention(q, k, v, *cu, is_causal=causal, return_lse=True, backend=b)
+            for b in ("triton", "torch")
+        ]
         check_against_reference(*run, (q, k, v), dtype=dtype)
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_listed(dtype):
@@ -102,7 +124,10 @@ def test_listed(dtype):
     q_index = torch.randint(-1, 40, (2, 4, 3, 21), generator=g).to(device())
     k_index = torch.randint(-1, 30, (2, 2, 3, 18), generator=g).to(device())
     k_index[0, 0, 1] = -1
-    run = [lambda q, k, v, b=b: indexed_attention(q, k, v, q_index, k_index, return_lse=True, backend=b) for b in ("triton", "torch")]
+    run = [
+        lambda q, k, v, b=b: indexed_attention(q, k, v, q_index, k_index, return_lse=True, backend=b)
+        for b in ("triton", "torch")
+    ]
     check_against_reference(*run, make_qkv(2, 4, 40, 32, kv_heads=2, Nk=30, Dv=24), dtype=dtype)
 
 
@@ -111,21 +136,38 @@ def test_extra_keys(dtype):
     "Keys that every query sees, beside a causal window; the gradients of both."
     q, k, v = make_qkv(2, 4, 40, 32, kv_heads=2, Nk=50, Dv=24)
     extra_k, extra_v = make_qkv(2, 2, 19, 32, Dv=24, seed=1)[1:]
-    mask = torch.cat([torch.ones(40, 19, dtype=torch.bool, device=device()), attention_mask(40, 50, is_causal=True, window_size=9, device=device())], 1)
-    op = lambda q, k, v, xk, xv: tile_attention(q, k, v, BAND, ints=(40, 50, 8, 0), consts=(1, 1), extra_k=xk, extra_v=xv)
-    ref = lambda q, k, v, xk, xv: attention_reference(q, torch.cat([xk, k], 2), torch.cat([xv, v], 2), mask=mask, return_lse=True)
+    mask = torch.cat(
+        [
+            torch.ones(40, 19, dtype=torch.bool, device=device()),
+            attention_mask(40, 50, is_causal=True, window_size=9, device=device()),
+        ],
+        1,
+    )
+    op = lambda q, k, v, xk, xv: tile_attention(
+        q, k, v, BAND, ints=(40, 50, 8, 0), consts=(1, 1), extra_k=xk, extra_v=xv
+    )
+    ref = lambda q, k, v, xk, xv: attention_reference(
+        q, torch.cat([xk, k], 2), torch.cat([xv, v], 2), mask=mask, return_lse=True
+    )
     check_against_reference(op, ref, (q, k, v, extra_k, extra_v), dtype=dtype)
+
 
 def test_empty_rows():
     op = lambda *x: attention(*x, is_causal=True, window_size=5, return_lse=True, backend="triton")
     check_empty_rows(op, make_qkv(1, 2, 40, Nk=20), torch.arange(40) >= 24)
+
 
 def test_no_keys_and_no_queries():
     for Nq, Nk in ((0, 5), (5, 0)):
         q, k, v = (torch.randn(1, 2, n, 16, device=device(), requires_grad=True) for n in (Nq, Nk, Nk))
         out, lse = attention(q, k, v, return_lse=True, backend="triton")
         grads = torch.autograd.grad(out.sum(), (q, k, v))
-        assert out.shape == (1, 2, Nq, 16) and (out == 0).all() and (lse == -math.inf).all() and all((g == 0).all() for g in grads)
+        assert (
+            out.shape == (1, 2, Nq, 16)
+            and (out == 0).all()
+            and (lse == -math.inf).all()
+            and all((g == 0).all() for g in grads)
+        )
 
 
 def test_manners():
@@ -135,15 +177,21 @@ def test_manners():
     for check in (check_strides, check_writes_everything, check_deterministic, check_compiles, check_autocast):
         check(op, inputs)
 
+
 def test_opcheck():
     q, k, v = make_qkv(1, 2, 18, requires_grad=True)
     bias = torch.randn(1, 2, 18, 18, device=device(), requires_grad=True)
     check_opcheck(tile_attention_op, (q, k, v, None, None, [], "band", [18, 18, 0, 0], [0, 1], 0.25))
-    check_opcheck(tile_attention_op, (q, k, v, None, None, [bias], "full+bias", [18, 18, 0, 0, *bias.stride()], [0, 0], 0.25))
+    check_opcheck(
+        tile_attention_op, (q, k, v, None, None, [bias], "full+bias", [18, 18, 0, 0, *bias.stride()], [0, 0], 0.25)
+    )
+
 
 def test_scatter_rows():
     x, index = torch.randn(1, 2, 30, 5, device=device()), torch.randint(-1, 7, (1, 2, 30), device=device())
-    want = torch.zeros(1, 2, 8, 5, device=device()).scatter_add(2, (index % 8)[..., None].expand(-1, -1, -1, 5), x)[:, :, :7]
+    want = torch.zeros(1, 2, 8, 5, device=device()).scatter_add(2, (index % 8)[..., None].expand(-1, -1, -1, 5), x)[
+        :, :, :7
+    ]
     assert torch.allclose(scatter_rows(x, index, 7), want, atol=1e-5)
     assert torch.equal(scatter_rows(x, index, 7, row_lists(index, 7)), scatter_rows(x, index, 7))
 
@@ -157,14 +205,25 @@ BAD = {  # what is changed -> error, words of its message
     "v of another length": (lambda a: dict(v=a.v[:, :, :4]), ValueError, "v must have k's"),
     "heads that do not share out": (lambda a: dict(q=a.q[:, :3]), ValueError, "3 heads"),
     "another backend": (lambda a: dict(backend="cuda"), ValueError, "backend must be"),
-    "is_causal no bool": (lambda a: dict(is_causal=1), TypeError, "is_causal"), "offset no integer": (lambda a: dict(q_offset=0.5), TypeError, "q_offset"),
+    "is_causal no bool": (lambda a: dict(is_causal=1), TypeError, "is_causal"),
+    "offset no integer": (lambda a: dict(q_offset=0.5), TypeError, "q_offset"),
     "window_size 0": (lambda a: dict(window_size=0), ValueError, "window_size must be"),
     "window_size no integer": (lambda a: dict(window_size=2.5), TypeError, "window_size must be .*2.5"),
     "scale no number": (lambda a: dict(scale="1"), TypeError, "scale"),
     "scale not finite": (lambda a: dict(scale=math.nan), ValueError, "scale"),
-    "bias of another shape": (lambda a: dict(bias=torch.zeros(3, 8, 8, device=device())), ValueError, "bias must broadcast"),
-    "wide heads": (lambda a: dict(q=a.q.new_zeros(1, 4, 8, 300), k=a.q.new_zeros(1, 2, 8, 300)), ValueError, "from 1 to 256"),
-    "float64 on triton": (lambda a: dict(q=a.q.double(), k=a.k.double(), v=a.v.double()), TypeError, "float64")}
+    "bias of another shape": (
+        lambda a: dict(bias=torch.zeros(3, 8, 8, device=device())),
+        ValueError,
+        "bias must broadcast",
+    ),
+    "wide heads": (
+        lambda a: dict(q=a.q.new_zeros(1, 4, 8, 300), k=a.q.new_zeros(1, 2, 8, 300)),
+        ValueError,
+        "from 1 to 256",
+    ),
+    "float64 on triton": (lambda a: dict(q=a.q.double(), k=a.k.double(), v=a.v.double()), TypeError, "float64"),
+}
+
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case):
@@ -173,12 +232,19 @@ def test_bad_input(case):
     with pytest.raises(error, match=words):
         attention(**vars(given) | {"backend": "triton"} | change(given))
 
+
 def test_bad_lists():
     q, k, v = make_qkv(1, 4, 8, kv_heads=2)
     with pytest.raises(TypeError, match="cu_seqlens_q must be a tensor of integers"):
         varlen_attention(q[0], k[0], v[0], torch.tensor([0.0, 8.0], device=device()))
     with pytest.raises(ValueError, match="q_index must have shape"):
-        indexed_attention(q, k, v, torch.zeros(1, 2, 1, 3, dtype=torch.int32, device=device()), torch.zeros(1, 2, 1, 3, dtype=torch.int32, device=device()))
+        indexed_attention(
+            q,
+            k,
+            v,
+            torch.zeros(1, 2, 1, 3, dtype=torch.int32, device=device()),
+            torch.zeros(1, 2, 1, 3, dtype=torch.int32, device=device()),
+        )
     with pytest.raises(ValueError, match="kernel must be"):
         register_launch("sm90", "backward", 16, 64, Launch(64, 64, 4, 2))
 
@@ -191,13 +257,16 @@ def test_wide_offsets():
     far = room.as_strided((1, 1, 32, 64), (0, 0, step, 1)).copy_(torch.randn(32, 64))
     run = [lambda *x, b=b: attention(*x, return_lse=True, backend=b) for b in ("triton", "torch")]
     (a, x), (b, y) = (f(far, far, far) for f in run)
-    assert (a.double() - b.double()).norm() < tolerance(torch.float16, "cuda") * b.double().norm() and torch.allclose(x, y, atol=1e-3)
+    assert (a.double() - b.double()).norm() < tolerance(torch.float16, "cuda") * b.double().norm() and torch.allclose(
+        x, y, atol=1e-3
+    )
 
 
 @triton.jit
 def note_tiles(SEEN, num_tiles, together):
     bh, i = tile_of_program(num_tiles, together)
     tl.atomic_add(SEEN + bh * num_tiles + i, 1)
+
 
 def test_every_tile_has_one_program():
     for heads, tiles, together in itertools.product((1, 5, 6), (1, 3), (1, 2, 4, 6)):
@@ -214,11 +283,12 @@ def scale_and_add(X, MORE, OUT, factor, N, TWICE: tl.constexpr, BLOCK: tl.conste
         x += tl.load(MORE + n, mask=n < N)
     tl.store(OUT + n, x.to(OUT.dtype.element_ty), mask=n < N)
 
+
 def test_bound_launch():
     "The same as a plain launch, again and again: other values, another type, an address that is no multiple of 16, None."
     run = BoundLaunch(scale_and_add, (3,), 1.5, 40, TWICE=True, BLOCK=16, num_warps=1)
     for dtype, first, more in itertools.product((torch.float32, torch.float16), (0, 0, 1), (True, False, True)):
-        x, y, out = (torch.randn(41).to(device(), dtype)[first:first + 40] for _ in range(3))
+        x, y, out = (torch.randn(41).to(device(), dtype)[first : first + 40] for _ in range(3))
         run(x, y if more else None, out)
         plain = torch.empty_like(out)
         scale_and_add[(3,)](x, y if more else None, plain, 1.5, 40, TWICE=True, BLOCK=16, num_warps=1)
@@ -228,50 +298,82 @@ def test_bound_launch():
 
 def example_operation(name):
     "y = sum of the list + a x, z = its rows' places; written in plain torch."
+
     def forward(x: Tensor, others: list[Tensor], bias: Tensor | None, a: float) -> tuple[Tensor, Tensor]:
         y = a * x + sum(others) + (0 if bias is None else bias)
         return y, y.argmax(-1)
 
     def backward(call):
         dy = call.grads[0]
-        return dict(x=call.a * dy, others=[dy.clone() for _ in call.others], bias=None if call.bias is None else dy.sum_to_size(call.bias.shape).clone())
-    return operation(name, forward, like=lambda x, *_: (torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.int64)), backward=backward)
+        return dict(
+            x=call.a * dy,
+            others=[dy.clone() for _ in call.others],
+            bias=None if call.bias is None else dy.sum_to_size(call.bias.shape).clone(),
+        )
+
+    return operation(
+        name,
+        forward,
+        like=lambda x, *_: (torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.int64)),
+        backward=backward,
+    )
+
 
 def test_operation():
     "Lists, absent tensors and what needs no gradient, in eager mode, through torch's registry and compiled."
     op = example_operation("example_operation")
-    x, y, z, b = (torch.randn(3, 4, device=device(), dtype=torch.float64, requires_grad=r) for r in (True, False, True, True))
+    x, y, z, b = (
+        torch.randn(3, 4, device=device(), dtype=torch.float64, requires_grad=r) for r in (True, False, True, True)
+    )
     for run in (op, op.overload, torch.compile(op, fullgraph=True, backend="aot_eager")):
         for bias in (b, None):
             out, place = run(x, [y, z], bias, 2.0)
             found = torch.autograd.grad(out.square().sum(), [t for t in (x, z, bias) if t is not None])
-            want = torch.autograd.grad((2 * x + y + z + (0 if bias is None else bias)).square().sum(), [t for t in (x, z, bias) if t is not None])
-            assert all(torch.allclose(f, w) for f, w in zip(found, want, strict=True)) and torch.equal(place, out.argmax(-1))
+            want = torch.autograd.grad(
+                (2 * x + y + z + (0 if bias is None else bias)).square().sum(),
+                [t for t in (x, z, bias) if t is not None],
+            )
+            assert all(torch.allclose(f, w) for f, w in zip(found, want, strict=True)) and torch.equal(
+                place, out.argmax(-1)
+            )
     check_opcheck(op, (x, [y, z], b, 2.0))
-    assert example_operation("example_operation")(x, [y], None, 1.0)[0].requires_grad      # declared again, as a cell that runs twice does
+    assert example_operation("example_operation")(x, [y], None, 1.0)[
+        0
+    ].requires_grad  # declared again, as a cell that runs twice does
+
 
 def test_operation_of_lists():
     "As many outputs as inputs, in a list; nothing of either is kept for the backward pass."
+
     def forward(x: list[Tensor], a: float) -> list[Tensor]:
         return [a * t for t in x]
 
     def backward(call):
         assert call.x == [None, None] and list(call.outputs) == [None, None]
         return dict(x=[torch.zeros(3, device=device()) if g is None else call.a * g for g in call.grads])
-    op = operation("example_of_lists", forward, like=lambda x, a: [torch.empty_like(t) for t in x], backward=backward, drop=("x", "outputs"),
-                   gradients_like=lambda call: dict(x=[torch.empty(3, device=device()) for _ in call.grads]))
+
+    op = operation(
+        "example_of_lists",
+        forward,
+        like=lambda x, a: [torch.empty_like(t) for t in x],
+        backward=backward,
+        drop=("x", "outputs"),
+        gradients_like=lambda call: dict(x=[torch.empty(3, device=device()) for _ in call.grads]),
+    )
     x, y = (torch.randn(3, device=device(), requires_grad=True) for _ in range(2))
     for run in (op, op.overload, torch.compile(op, fullgraph=True, backend="aot_eager")):
         for used in (2, 1):
             found = torch.autograd.grad(sum(o.square().sum() for o in run([x, y], 3.0)[:used]), (x, y)[:used])
             assert all(torch.allclose(g, 18 * t) for g, t in zip(found, (x, y)))
-    with torch.no_grad(): assert torch.equal(op([x, y], 3.0)[1], 3 * y)
+    with torch.no_grad():
+        assert torch.equal(op([x, y], 3.0)[1], 3 * y)
+
 
 def test_operation_is_loud():
     "No second derivative, no transform: an error, never zeros."
     op = example_operation("example_operation")
     x, y = (torch.randn(2, 4, device=device(), requires_grad=True) for _ in range(2))
-    grad, = torch.autograd.grad(op(x, [y], None, 2.0)[0].square().sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(op(x, [y], None, 2.0)[0].square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(grad.sum(), x)
     for transform in (torch.func.vmap, torch.func.grad, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))):
@@ -280,24 +382,36 @@ def test_operation_is_loud():
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
         op(torch.autograd.forward_ad.make_dual(x.detach(), x.detach()), [y.detach()], None, 2.0)
 
+
 def test_operation_keeps_what_it_needs():
     "What `drop` names, a tensor or an output, is not kept for the backward pass."
+
     def forward(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         return x.exp() + bias, x.exp()
 
     def backward(call):
         assert call.bias is None and call.outputs[0] is None
         return dict(x=call.grads[0] * call.outputs[1], bias=call.grads[0].clone())
+
     like = lambda x, bias=None: (torch.empty_like(x), torch.empty_like(x))
-    op = operation("example_that_drops", forward, like=like, backward=backward, drop=("bias", 0), nondifferentiable=(1,),
-                   gradients_like=lambda call: dict(zip(("x", "bias"), like(call.x))))
+    op = operation(
+        "example_that_drops",
+        forward,
+        like=like,
+        backward=backward,
+        drop=("bias", 0),
+        nondifferentiable=(1,),
+        gradients_like=lambda call: dict(zip(("x", "bias"), like(call.x))),
+    )
     x, b = (torch.randn(3, 4, device=device(), requires_grad=True) for _ in range(2))
     for run in (op, op.overload, torch.compile(op, fullgraph=True, backend="aot_eager")):
         found = torch.autograd.grad(run(x, b)[0].sum(), (x, b))
         assert torch.allclose(found[0], x.exp()) and torch.equal(found[1], torch.ones_like(b))
 
 
-@pytest.mark.parametrize("ruled_out", [slice(0, 16), slice(1, None), slice(None)], ids=["the first tile", "all but one key", "all keys"])
+@pytest.mark.parametrize(
+    "ruled_out", [slice(0, 16), slice(1, None), slice(None)], ids=["the first tile", "all but one key", "all keys"]
+)
 @pytest.mark.parametrize("value", [-math.inf, -1e4], ids=str)
 def test_bias_rules_out(ruled_out, value):
     q, k, v = make_qkv(1, 1, 32)
@@ -308,27 +422,44 @@ def test_bias_rules_out(ruled_out, value):
         inputs = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
         out = attention(*inputs, bias=bias.to(dtype), backend=backend)
         found += [out, *torch.autograd.grad((out * torch.arange(16, device=q.device)).sum(), inputs)]
-    for a, b in zip(got, want):                              # float32 logits near 1e4 have three digits behind the point
+    for a, b in zip(got, want):  # float32 logits near 1e4 have three digits behind the point
         assert (a - b).norm() <= (3e-3 if value == -1e4 else 3e-5) * max(b.norm(), 1)
+
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_rows_behind_the_last_sequence(backend):
     cu = torch.tensor([0, 3, 8], dtype=torch.int32, device=device())
     junk = [torch.full((1, 2, 10, 8), 7e9, device=device()) for _ in range(50)]
-    del junk                                                 # what an allocation without zeros would show
+    del junk  # what an allocation without zeros would show
     inputs = [torch.randn(2, 10, 8, device=device(), requires_grad=True) for _ in range(3)]
     out, lse = varlen_attention(*inputs, cu, return_lse=True, backend=backend)
     grads = torch.autograd.grad(out.sum(), inputs)
-    assert out.shape == (2, 10, 8) and (out[:, 8:] == 0).all() and (lse[:, 8:] == -math.inf).all() and all((g[:, 8:] == 0).all() for g in grads)
+    assert (
+        out.shape == (2, 10, 8)
+        and (out[:, 8:] == 0).all()
+        and (lse[:, 8:] == -math.inf).all()
+        and all((g[:, 8:] == 0).all() for g in grads)
+    )
+
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("batch, groups, width, keys", [(0, 1, 2, 4), (1, 0, 2, 4), (1, 1, 0, 4), (1, 1, 2, 0)], ids=["batch", "groups", "width", "keys"])
+@pytest.mark.parametrize(
+    "batch, groups, width, keys",
+    [(0, 1, 2, 4), (1, 0, 2, 4), (1, 1, 0, 4), (1, 1, 2, 0)],
+    ids=["batch", "groups", "width", "keys"],
+)
 def test_lists_of_nothing(batch, groups, width, keys, backend):
     q, k = (torch.randn(batch, 2, n, 8, device=device(), requires_grad=True) for n in (4, keys))
     index = torch.full((batch, 2, groups, width), -1, dtype=torch.int32, device=device())
     out, lse = indexed_attention(q, k, k, index, index.clone(), return_lse=True, backend=backend)
     grads = torch.autograd.grad(out.sum(), (q, k))
-    assert out.shape == (*index.shape, 8) and (out == 0).all() and lse.shape == index.shape and all(g.shape == t.shape and (g == 0).all() for g, t in zip(grads, (q, k)))
+    assert (
+        out.shape == (*index.shape, 8)
+        and (out == 0).all()
+        and lse.shape == index.shape
+        and all(g.shape == t.shape and (g == 0).all() for g, t in zip(grads, (q, k)))
+    )
+
 
 def test_without_triton():
     "Where triton is missing (macOS, Windows) everything imports, and the plain backend computes."
@@ -344,21 +475,34 @@ def test_without_triton():
         try: attention(*torch.randn(3, 1, 2, 8, 16), backend="triton")
         except RuntimeError as e: assert "not installed" in str(e)
         else: raise AssertionError("no error")"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 def plan_cases():
     "name -> (q, k, v, options, entry of the launch table)"
     q, k, v = make_qkv(2, 2, 20)
-    shifted = torch.randn(q.numel() + 1, device=q.device)[1:].view(q.shape)           # its address is no multiple of 16
+    shifted = torch.randn(q.numel() + 1, device=q.device)[1:].view(q.shape)  # its address is no multiple of 16
     return {
-        "plain": (q, k, v, {}, None), "causal": (q, k, v, dict(is_causal=True), None), "scale": (q, k, v, dict(scale=0.1), None),
-        "window": (q, k, v, dict(window_size=4), None), "wider window": (q, k, v, dict(window_size=5), None),
+        "plain": (q, k, v, {}, None),
+        "causal": (q, k, v, dict(is_causal=True), None),
+        "scale": (q, k, v, dict(scale=0.1), None),
+        "window": (q, k, v, dict(window_size=4), None),
+        "wider window": (q, k, v, dict(window_size=5), None),
         "heads last": (*(t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)), {}, None),
-        "every other key": (q, *(torch.cat([t, t], 2)[:, :, ::2] for t in (k, v)), {}, None), "shifted": (shifted, k, v, {}, None),
-        "float16": (q.half(), k.half(), v.half(), {}, None), "one image": (q[:1], k[:1], v[:1], {}, None),
-        "shared head": (q, k[:, :1], v[:, :1], {}, None), "other tiles": (q, k, v, {}, Launch(16, 16, 4, 1))}
+        "every other key": (q, *(torch.cat([t, t], 2)[:, :, ::2] for t in (k, v)), {}, None),
+        "shifted": (shifted, k, v, {}, None),
+        "float16": (q.half(), k.half(), v.half(), {}, None),
+        "one image": (q[:1], k[:1], v[:1], {}, None),
+        "shared head": (q, k[:, :1], v[:, :1], {}, None),
+        "other tiles": (q, k, v, {}, Launch(16, 16, 4, 1)),
+    }
+
 
 def test_plans_are_not_fooled():
     cases = plan_cases()
@@ -367,22 +511,38 @@ def test_plans_are_not_fooled():
         q, k, v, options, launch = cases[name]
         with LAUNCH.trying(arch, "forward", bits, 16, launch) if launch else contextlib.nullcontext():
             for grad in (False, True):
-                inputs = [t.detach().clone(memory_format=torch.preserve_format) if name != "shifted" else t.detach() for t in (q, k, v)]
+                inputs = [
+                    t.detach().clone(memory_format=torch.preserve_format) if name != "shifted" else t.detach()
+                    for t in (q, k, v)
+                ]
                 inputs = [t.requires_grad_(grad) for t in inputs]
                 out = attention(*inputs, backend="triton", **options)
-                want = attention(*(t.detach().double().requires_grad_(grad) for t in inputs), backend="torch", **options)
+                want = attention(
+                    *(t.detach().double().requires_grad_(grad) for t in inputs), backend="torch", **options
+                )
                 assert rel_error(out, want) < (2e-3 if q.dtype == torch.float16 else 1e-5), name
                 assert out.requires_grad == grad
+
 
 def test_plans_are_few_and_shared():
     plans, made = Plans(most=3), []
     make = lambda key: made.append(key) or key
-    assert [plans.find(k, make, k) for k in (1, 2, 1, 3, 4, 4, 1)] == [1, 2, 1, 3, 4, 4, 1] and made == [1, 2, 3, 4, 1] and len(plans.kept) == 3
-    for change in (lambda: LAUNCH.__setitem__(("nowhere", "forward", 16, 16), 1), lambda: LAUNCH.__delitem__(("nowhere", "forward", 16, 16))):
-        change()                                             # a table changed: what was decided with the old one is not used
+    assert (
+        [plans.find(k, make, k) for k in (1, 2, 1, 3, 4, 4, 1)] == [1, 2, 1, 3, 4, 4, 1]
+        and made == [1, 2, 3, 4, 1]
+        and len(plans.kept) == 3
+    )
+    for change in (
+        lambda: LAUNCH.__setitem__(("nowhere", "forward", 16, 16), 1),
+        lambda: LAUNCH.__delitem__(("nowhere", "forward", 16, 16)),
+    ):
+        change()  # a table changed: what was decided with the old one is not used
         made.clear()
         plans.find(4, make, 4)
         assert made == [4]
     from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda i: plans.find(i % 5, lambda k: k, i % 5), range(400))) == [i % 5 for i in range(400)]
+        assert list(pool.map(lambda i: plans.find(i % 5, lambda k: k, i % 5), range(400))) == [
+            i % 5 for i in range(400)
+        ]

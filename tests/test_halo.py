@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/3_locality/halo.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import math
 from functools import partial
 
@@ -62,9 +63,15 @@ from attnbook.neighborhood import neighborhood_attention
 
 BACKENDS = ("torch", "triton")
 CASES = {  # name -> (map, block, halo, stride)
-    "4x8": ((4, 8), 4, 1, 1), "ragged": ((5, 7), 4, 2, 1), "stride": ((5, 6), 4, 3, 2), "one pixel": ((1, 1), 3, 2, 1),
-    "smaller than the block": ((3, 5), 8, 3, 4), "per pixel": ((2, 3), 1, 2, 1), "no halo": ((6, 5), 3, 0, 1),
+    "4x8": ((4, 8), 4, 1, 1),
+    "ragged": ((5, 7), 4, 2, 1),
+    "stride": ((5, 6), 4, 3, 2),
+    "one pixel": ((1, 1), 3, 2, 1),
+    "smaller than the block": ((3, 5), 8, 3, 4),
+    "per pixel": ((2, 3), 1, 2, 1),
+    "no halo": ((6, 5), 3, 0, 1),
 }
+
 
 def draw(shape, b, h, s=1, B=1, H=2, Hk=None, D=16, Dv=None, rel=True, dtype=torch.float32, seed=0):
     "Seeded inputs on the device under test, as keyword arguments."
@@ -82,10 +89,12 @@ def test_boxes_by_hand():
         want[slice(*rows), slice(*cols)] = True
         assert torch.equal(mask[y, x], want), (y, x)
 
+
 def test_without_a_halo_blocks_are_apart():
     same = torch.arange(6)[:, None] // 2 == torch.arange(6) // 2
     assert torch.equal(halo_mask((6, 6), 2, 0), torch.kron(same.byte(), same.byte()).bool())
     assert halo_mask((7, 5), 8, 0).all(), "one block sees all"
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_counting(case):
@@ -102,6 +111,7 @@ def dense(q, k, v, b, h, s, bias=None):
     out, lse = attention_reference(*(t.flatten(2, 3) for t in (q, k, v)), mask=mask, bias=bias, return_lse=True)
     return out.unflatten(2, q.shape[2:4]), lse.unflatten(2, q.shape[2:4])
 
+
 @pytest.mark.parametrize("case", CASES)
 def test_reference_is_masked_attention(case):
     shape, b, h, s = CASES[case]
@@ -109,6 +119,7 @@ def test_reference_is_masked_attention(case):
     got = halo_attention_reference(**i, block_size=b, halo_size=h, query_stride=s, return_lse=True)
     for x, y in zip(got, dense(*i.values(), b, h, s)):
         assert rel_error(x, y) < 1e-12
+
 
 @pytest.mark.parametrize("scale_rel", [False, True], ids=["r as it is", "r scaled"])
 @pytest.mark.parametrize("stride", [1, 2])
@@ -127,6 +138,7 @@ def test_tables_by_hand(stride, scale_rel):
     got = halo_attention_reference(**i, block_size=b, halo_size=h, query_stride=s, scale_rel=scale_rel)
     assert rel_error(got, want) < 1e-12
 
+
 @pytest.mark.parametrize("padding", ["mask", "zeros"])
 def test_reference_gradients(padding):
     i = draw((5, 4), 3, 1, dtype=torch.float64)
@@ -138,6 +150,7 @@ def test_key_tiles():
     assert key_tile(8, 3, 64)[0] == 8
     for tile, met in ((key_tile(8, 3, 64), 4), ((8, 4), 4), ((8, 0), 9)):
         assert math.isclose(tile_waste(8, 3, *tile), met * 64 / 196)
+
 
 @pytest.mark.parametrize("rows", [16, 64])
 @pytest.mark.parametrize("halo", [0, 2, 4])
@@ -171,8 +184,10 @@ def test_meta():
 def compare_backends(i, block, halo, grad_tol=3e-5, dtype=torch.float32, grad=True, **options):
     "The kernel against the reference on inputs i, the LSE and all gradients included."
     op = partial(halo_attention, block_size=block, halo_size=halo, return_lse=True, **options)
-    check_against_reference(partial(op, backend="triton"), partial(op, backend="torch"), i, grad_tol=grad_tol,
-                            dtype=dtype, grad=grad)
+    check_against_reference(
+        partial(op, backend="triton"), partial(op, backend="torch"), i, grad_tol=grad_tol, dtype=dtype, grad=grad
+    )
+
 
 @pytest.mark.parametrize("padding", ["mask", "zeros"])
 @pytest.mark.parametrize("case", CASES)
@@ -180,14 +195,17 @@ def test_agrees_with_reference(case, padding):
     shape, b, h, s = CASES[case]
     compare_backends(draw(shape, b, h, s, H=1), b, h, query_stride=s, padding=padding)
 
+
 @pytest.mark.parametrize("padding", ["mask", "zeros"])
 @pytest.mark.parametrize("case", ["ragged", "stride"])
 def test_agrees_without_tables(case, padding):
     shape, b, h, s = CASES[case]
     compare_backends(draw(shape, b, h, s, H=1, rel=False), b, h, query_stride=s, padding=padding)
 
+
 def test_agrees_with_shared_heads_and_wide_values():
     compare_backends(draw((2, 3), 4, 1, H=4, Hk=2, Dv=24), 4, 1)
+
 
 @pytest.mark.parametrize("shape, block, halo", [((19, 3), 10, 3), ((13, 1), 14, 2)], ids=["H7", "H5"])
 def test_paper_sizes_that_do_not_divide(shape, block, halo):
@@ -201,8 +219,10 @@ def test_paper_sizes_that_do_not_divide(shape, block, halo):
 def test_types(dtype, scale_rel, backend):
     op = partial(halo_attention, block_size=4, halo_size=1, scale_rel=scale_rel, return_lse=True)
     i = draw((4, 6), 4, 1, H=1, dtype=dtype) | dict(rel_width=None)
-    check_against_reference(partial(op, backend=backend), partial(op, backend="torch"), i, dtype=dtype,
-                            grad_tol=3 * TOLERANCE[dtype])
+    check_against_reference(
+        partial(op, backend=backend), partial(op, backend="torch"), i, dtype=dtype, grad_tol=3 * TOLERANCE[dtype]
+    )
+
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_loud_tables(backend):
@@ -216,16 +236,21 @@ def test_loud_tables(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_good_citizen(backend):
     i = draw((3, 4), 4, 1, 2, Hk=1, Dv=24)
-    op = partial(halo_attention, block_size=4, halo_size=1, query_stride=2, padding="zeros", return_lse=True,
-                 backend=backend)
+    op = partial(
+        halo_attention, block_size=4, halo_size=1, query_stride=2, padding="zeros", return_lse=True, backend=backend
+    )
     check_operation(op, partial(op, backend="torch"), i, grad_tol=3e-5)
+
 
 def test_registered_operation():
     i = draw((2, 2), 2, 1, H=1)
     tables = torch.cat([i["rel_height"], i["rel_width"]]).requires_grad_()
     tensors = [i[n].requires_grad_() for n in "qkv"]
-    check_opcheck(torch.ops.attnbook.tile_attention, (*tensors, None, None, [tables], HALO_REL.name,
-                                                      [2, 2, 2, 2, _float_bits(4.0)], [2, 1, 1, 0, 1], 0.25))
+    check_opcheck(
+        torch.ops.attnbook.tile_attention,
+        (*tensors, None, None, [tables], HALO_REL.name, [2, 2, 2, 2, _float_bits(4.0)], [2, 1, 1, 0, 1], 0.25),
+    )
+
 
 def test_table_gradients_are_deterministic():
     i = draw((3, 5), 4, 2, H=1)
@@ -239,12 +264,14 @@ def test_one_block_is_full_attention(halo, backend):
     full = attention_reference(*(t.flatten(2, 3) for t in i.values())).unflatten(2, (6, 6))
     assert rel_error(halo_attention(**i, block_size=6, halo_size=halo, backend=backend), full) < 1e-5
 
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_halo_is_attention_within_blocks(backend):
     i = draw((6, 6), 6, 2, rel=False)
     cut = lambda t: t.unflatten(3, (2, 3)).unflatten(2, (2, 3)).permute(0, 2, 4, 1, 3, 5, 6).reshape(4, 2, 9, 16)
     blocks = attention_reference(*(cut(t) for t in i.values()))
     assert rel_error(cut(halo_attention(**i, block_size=3, halo_size=0, backend=backend)), blocks) < 1e-5
+
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_blocks_of_one_are_pixel_windows(backend):
@@ -267,6 +294,7 @@ def test_means(padding, backend):
     out = halo_attention(**i, block_size=b, halo_size=h, padding=padding, backend=backend)
     assert rel_error(out.flatten(2, 3), total / count) < 1e-5
 
+
 def test_interior_is_strided_neighborhood_attention():
     b, h, n = 4, 1, 16
     i = draw((n, n), b, h, rel=False, H=1)
@@ -285,6 +313,7 @@ def test_strided_queries_see_pixel_offsets(backend):
     every, few = run(**i), run(**(i | dict(q=i["q"][:, :, ::2, ::2])), query_stride=2)
     assert rel_error(few, every[:, :, ::2, ::2]) < 1e-5
 
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_table_row_is_an_offset(backend):
     "A loud row for offset (1, -2): every query that can looks there and nowhere else."
@@ -295,7 +324,8 @@ def test_a_table_row_is_an_offset(backend):
         i[name] = torch.zeros_like(i[name])
         i[name][offset + b + h - 1] = 10.0
     out = halo_attention(**i, block_size=b, halo_size=h, scale=0.0, backend=backend)
-    assert rel_error(out[:, :, :n - 1, 2:], i["v"][:, :, 1:, :n - 2]) < 1e-5
+    assert rel_error(out[:, :, : n - 1, 2:], i["v"][:, :, 1:, : n - 2]) < 1e-5
+
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_table_row_is_used(backend):
@@ -310,10 +340,12 @@ def test_shifts():
     "A shift by a block moves the interior along; a shift by one pixel changes it."
     b, h, n = 4, 2, 20
     i = draw((n, n), b, h, H=1, dtype=torch.float64)
-    run = lambda by: halo_attention(**{k: t.roll((by, by), (2, 3)) if t.dim() == 5 else t for k, t in i.items()},
-                                    block_size=b, halo_size=h).roll((-by, -by), (2, 3))
+    run = lambda by: halo_attention(
+        **{k: t.roll((by, by), (2, 3)) if t.dim() == 5 else t for k, t in i.items()}, block_size=b, halo_size=h
+    ).roll((-by, -by), (2, 3))
     inner = (slice(None), slice(None), slice(b, n - 2 * b), slice(b, n - 2 * b))
     assert rel_error(run(b)[inner], run(0)[inner]) < 1e-12 and rel_error(run(1)[inner], run(0)[inner]) > 1e-2
+
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pixels_outside_the_box_do_not_matter(backend):
@@ -329,48 +361,70 @@ def test_pixels_outside_the_box_do_not_matter(backend):
 def test_bad_input():
     i = draw((6, 8), 4, 1)
     q, k, v, r = i["q"], i["k"], i["v"], i["rel_height"]
-    bad = [(dict(block_size=0), ValueError, "block_size"), (dict(block_size=2.0), TypeError, "block_size"),
-           (dict(halo_size=-1), ValueError, "halo_size"), (dict(halo_size=True), TypeError, "halo_size"),
-           (dict(query_stride=3), ValueError, ("query_stride", "4")),
-           (dict(query_stride=0), ValueError, "query_stride"),
-           (dict(padding="reflect"), ValueError, ("mask", "zeros")), (dict(padding=None), TypeError, "padding"),
-           (dict(rel_height=r[1:]), ValueError, ("rel_height", "9")),
-           (dict(rel_width=r[:, :8]), ValueError, "rel_width"),
-           (dict(rel_width=r.long()), TypeError, "rel_width"), (dict(q=q[:, :, :5]), ValueError, "q must"),
-           (dict(q=q[0]), ValueError, "q must"), (dict(q=q.int()), TypeError, "q must"),
-           (dict(q=1), TypeError, "q must"),
-           (dict(k=k.half()), TypeError, "k must"), (dict(k=k[..., :8]), ValueError, "k must"),
-           (dict(v=v[:, :, :5]), ValueError, "v must"), (dict(v=v[:, :1]), ValueError, "v must"),
-           (dict(k=torch.cat([k, k[:, :1]], 1), v=torch.cat([v, v[:, :1]], 1)), ValueError, "heads"),
-           (dict(scale="1"), TypeError, "scale"), (dict(scale=math.inf), ValueError, "scale"),
-           (dict(scale_rel=1), TypeError, "scale_rel"), (dict(backend="cuda"), ValueError, "backend")]
+    bad = [
+        (dict(block_size=0), ValueError, "block_size"),
+        (dict(block_size=2.0), TypeError, "block_size"),
+        (dict(halo_size=-1), ValueError, "halo_size"),
+        (dict(halo_size=True), TypeError, "halo_size"),
+        (dict(query_stride=3), ValueError, ("query_stride", "4")),
+        (dict(query_stride=0), ValueError, "query_stride"),
+        (dict(padding="reflect"), ValueError, ("mask", "zeros")),
+        (dict(padding=None), TypeError, "padding"),
+        (dict(rel_height=r[1:]), ValueError, ("rel_height", "9")),
+        (dict(rel_width=r[:, :8]), ValueError, "rel_width"),
+        (dict(rel_width=r.long()), TypeError, "rel_width"),
+        (dict(q=q[:, :, :5]), ValueError, "q must"),
+        (dict(q=q[0]), ValueError, "q must"),
+        (dict(q=q.int()), TypeError, "q must"),
+        (dict(q=1), TypeError, "q must"),
+        (dict(k=k.half()), TypeError, "k must"),
+        (dict(k=k[..., :8]), ValueError, "k must"),
+        (dict(v=v[:, :, :5]), ValueError, "v must"),
+        (dict(v=v[:, :1]), ValueError, "v must"),
+        (dict(k=torch.cat([k, k[:, :1]], 1), v=torch.cat([v, v[:, :1]], 1)), ValueError, "heads"),
+        (dict(scale="1"), TypeError, "scale"),
+        (dict(scale=math.inf), ValueError, "scale"),
+        (dict(scale_rel=1), TypeError, "scale_rel"),
+        (dict(backend="cuda"), ValueError, "backend"),
+    ]
     check_raises(halo_attention, bad, **i, block_size=4, halo_size=1)
+
 
 def test_numpy_integers_are_integers():
     i = draw((4, 4), 2, 1)
-    assert torch.equal(halo_attention(**i, block_size=np.int64(2), halo_size=np.int32(1)),
-                       halo_attention(**i, block_size=2, halo_size=1))
+    assert torch.equal(
+        halo_attention(**i, block_size=np.int64(2), halo_size=np.int32(1)),
+        halo_attention(**i, block_size=2, halo_size=1),
+    )
 
 
 @pytest.fixture
 def timm_layers():
     return pytest.importorskip("timm.layers.halo_attn", reason="timm is not installed", exc_type=ImportError)
 
-@pytest.mark.parametrize("options", [{}, dict(qkv_bias=True), dict(scale_pos_embed=True), dict(dim_out=96, dim_head=8)],
-                         ids=["plain", "bias", "scaled", "wide"])
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(qkv_bias=True), dict(scale_pos_embed=True), dict(dim_out=96, dim_head=8)],
+    ids=["plain", "bias", "scaled", "wide"],
+)
 def test_timm_weights_give_timm_outputs(options, timm_layers):
     torch.manual_seed(0)
     x = torch.randn(2, 64, 12, 8, dtype=torch.float64)
     theirs = timm_layers.HaloAttn(64, num_heads=4, block_size=4, halo_size=2, **options).double()
     assert rel_error(from_timm(theirs)(x), theirs(x)) < 1e-12
 
+
 def test_what_timm_cannot_give(timm_layers):
     x, plain = torch.randn(2, 64, 12, 8), timm_layers.HaloAttn(64, num_heads=4, block_size=4, halo_size=2)
     assert rel_error(from_timm(plain.state_dict(), 4, 2)(x), plain(x)) < 1e-5
-    with pytest.raises(ValueError, match="rows"): from_timm(plain.state_dict())
-    with pytest.raises(ValueError, match="stride 1"): from_timm(timm_layers.HaloAttn(64, stride=2))
-    _, grads = evaluate(lambda x, r: torch.func.functional_call(plain, {"pos_embed.height_rel": r}, x),
-                        [x, plain.pos_embed.height_rel])
+    with pytest.raises(ValueError, match="rows"):
+        from_timm(plain.state_dict())
+    with pytest.raises(ValueError, match="stride 1"):
+        from_timm(timm_layers.HaloAttn(64, stride=2))
+    _, grads = evaluate(
+        lambda x, r: torch.func.functional_call(plain, {"pos_embed.height_rel": r}, x), [x, plain.pos_embed.height_rel]
+    )
     assert (grads["argument 1"].abs().sum(1) == 0).tolist() == [i < 4 for i in range(15)], "2h rows are never read"
 
 
@@ -380,38 +434,64 @@ def test_layout_of_timm(bias):
     torch.manual_seed(0)
     H, D, Dv, b, h, C = 2, 4, 6, 4, 1, 8
     make = lambda *size: torch.randn(*size, dtype=torch.float64)
-    state = {"q.weight": make(H * D, C, 1, 1), "kv.weight": make(H * (D + Dv), C, 1, 1),
-             "pos_embed.height_rel": make(2 * (b + 2 * h) - 1, D), "pos_embed.width_rel": make(2 * (b + 2 * h) - 1, D)}
+    state = {
+        "q.weight": make(H * D, C, 1, 1),
+        "kv.weight": make(H * (D + Dv), C, 1, 1),
+        "pos_embed.height_rel": make(2 * (b + 2 * h) - 1, D),
+        "pos_embed.width_rel": make(2 * (b + 2 * h) - 1, D),
+    }
     state |= {"q.bias": make(H * D), "kv.bias": make(H * (D + Dv))} if bias else {}
     x = make(1, C, 8, 5)
-    q, kv = (F.conv2d(x, state[f"{n}.weight"], state.get(f"{n}.bias")).unflatten(1, (H, -1)).movedim(2, -1)
-             for n in ("q", "kv"))
-    want = halo_attention_reference(q, kv[..., :D], kv[..., D:], b, h, padding="zeros", **{
-        f"rel_{n}": state[f"pos_embed.{n}_rel"][2 * h:] for n in ("height", "width")})
+    q, kv = (
+        F.conv2d(x, state[f"{n}.weight"], state.get(f"{n}.bias")).unflatten(1, (H, -1)).movedim(2, -1)
+        for n in ("q", "kv")
+    )
+    want = halo_attention_reference(
+        q,
+        kv[..., :D],
+        kv[..., D:],
+        b,
+        h,
+        padding="zeros",
+        **{f"rel_{n}": state[f"pos_embed.{n}_rel"][2 * h :] for n in ("height", "width")},
+    )
     got = from_timm(state, b, h)(x)
     assert rel_error(got, want.movedim(-1, 2).flatten(1, 2)) < 1e-12
-    with pytest.raises(ValueError, match="rows"): from_timm(state, b, h + 1)
+    with pytest.raises(ValueError, match="rows"):
+        from_timm(state, b, h + 1)
 
 
-@pytest.mark.parametrize("make", [halonet_h0, halonet_h1, halonet_h2, halonet_h3, halonet_h4, halonet_h5, halonet_h6,
-                                  halonet_h7], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make",
+    [halonet_h0, halonet_h1, halonet_h2, halonet_h3, halonet_h4, halonet_h5, halonet_h6, halonet_h7],
+    ids=lambda make: make.__name__,
+)
 def test_parameter_counts(make):
     "To the parameter; and to the paper's decimal."
     found, name = count_parameters(make), make.__name__.removeprefix("halonet_")
     assert found == VARIANTS[name][-1] and round(found / 1e6, 1) == PUBLISHED_MILLIONS[name]
+
 
 def test_where_the_values_are_wide():
     layer = HaloAttention(64, value_ratio=2.5, num_heads=4, block_size=4, halo_size=1)
     assert layer.qkv.weight.shape == (64 + 64 + 160, 64) and layer.rel_height.shape == (9, 16)
 
 
-@pytest.mark.parametrize("stride, backend, layout", [
-    (1, "torch", torch.channels_last), (1, "triton", torch.contiguous_format),
-    (2, "torch", torch.contiguous_format), (2, "triton", torch.channels_last)], ids=str)
+@pytest.mark.parametrize(
+    "stride, backend, layout",
+    [
+        (1, "torch", torch.channels_last),
+        (1, "triton", torch.contiguous_format),
+        (2, "torch", torch.contiguous_format),
+        (2, "triton", torch.channels_last),
+    ],
+    ids=str,
+)
 def test_module(stride, backend, layout):
     torch.manual_seed(0)
-    layer = HaloAttention(16, num_heads=1, value_ratio=2.0, block_size=4, halo_size=1, stride=stride, qkv_bias=True,
-                          backend=backend).to(device_under_test())
+    layer = HaloAttention(
+        16, num_heads=1, value_ratio=2.0, block_size=4, halo_size=1, stride=stride, qkv_bias=True, backend=backend
+    ).to(device_under_test())
     images = torch.randn(2, 16, 4, 5, device=device_under_test()).clone(memory_format=layout).requires_grad_()
     y = layer(images)
     y.square().mean().backward()
@@ -419,11 +499,13 @@ def test_module(stride, backend, layout):
     assert all(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in layer.parameters())
     assert images.grad.isfinite().all() and "block_size=4" in repr(layer)
 
+
 def packed_and_plain():
     "A layer as a function of x and its parameters, and the same by the public operation."
     torch.manual_seed(0)
-    layer = HaloAttention(32, num_heads=2, value_ratio=2.0, block_size=4, halo_size=1, scale_rel=True,
-                          backend="triton").to(device_under_test())
+    layer = HaloAttention(
+        32, num_heads=2, value_ratio=2.0, block_size=4, halo_size=1, scale_rel=True, backend="triton"
+    ).to(device_under_test())
     names = [n for n, _ in layer.named_parameters()]
 
     def packed(x, *values):
@@ -435,7 +517,9 @@ def packed_and_plain():
         q, k, v = (t.unflatten(-1, (2, -1)).movedim(-2, 1) for t in qkv)
         out = halo_attention(q, k, v, 4, 1, **given, scale_rel=True, backend="torch")
         return out.movedim(1, -2).flatten(-2).movedim(-1, 1)
+
     return packed, plain, [p.detach() for p in layer.parameters()]
+
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_packed_is_the_operation(layout):
@@ -443,19 +527,25 @@ def test_packed_is_the_operation(layout):
     x = torch.randn(2, 32, 3, 4, device=device_under_test()).contiguous(memory_format=layout)
     check_against_reference(packed, plain, [x, *parameters], grad_tol=3e-5)
 
+
 def test_packed_compiles():
     packed, _, parameters = packed_and_plain()
     check_compiles(packed, [torch.randn(1, 32, 3, 4, device=device_under_test()), *parameters])
+
 
 def test_packed_under_autocast():
     packed, _, parameters = packed_and_plain()
     check_autocast(packed, [torch.randn(1, 32, 4, 4, device=device_under_test()), *parameters])
 
+
 def test_packed_operation():
-    qkv, tables = (torch.randn(*size, device=device_under_test()).requires_grad_()
-                   for size in ((1, 2, 2, 48), (2 * 5, 16)))
-    check_opcheck(torch.ops.attnbook.halo_packed, (qkv, tables, 1, [16, 16, 16], [2, 2, 2, 2, _float_bits(4.0)],
-                                                   [2, 1, 1, 0, 1], 0.25))
+    qkv, tables = (
+        torch.randn(*size, device=device_under_test()).requires_grad_() for size in ((1, 2, 2, 48), (2 * 5, 16))
+    )
+    check_opcheck(
+        torch.ops.attnbook.halo_packed,
+        (qkv, tables, 1, [16, 16, 16], [2, 2, 2, 2, _float_bits(4.0)], [2, 1, 1, 0, 1], 0.25),
+    )
 
 
 @pytest.mark.parametrize("bytes_", [2 * (4 * 18 * 16), 1], ids=["two images at a time", "one"])
@@ -479,21 +569,25 @@ def test_packed_backward_in_pieces(bytes_, monkeypatch):
 ON_GPU = torch.device(device_under_test()).type == "cuda"
 LAYERS = [(64, 64, 8), (32, 32, 16), (16, 16, 32), (8, 8, 64)] if ON_GPU else [(9, 3, 8), (8, 8, 16)]
 
+
 @pytest.mark.parametrize("padding", ["zeros", "mask"])
 @pytest.mark.parametrize("Y, X, D", LAYERS)
 def test_layers_of_a_network(Y, X, D, padding):
     torch.manual_seed(0)
     heads, dtype = (8, torch.bfloat16) if ON_GPU else (1, torch.float32)
     make = lambda backend: HaloAttention(heads * D, num_heads=heads, padding=padding, backend=backend)
-    ours, plain = (make(backend).to(device_under_test(), t)
-                   for backend, t in (("triton", dtype), ("torch", torch.float32)))
+    ours, plain = (
+        make(backend).to(device_under_test(), t) for backend, t in (("triton", dtype), ("torch", torch.float32))
+    )
     plain.load_state_dict(ours.state_dict())
     x = torch.randn(4 if ON_GPU else 1, heads * D, Y, X, device=device_under_test()).to(dtype)
     inputs = [x.contiguous(memory_format=torch.channels_last).to(t).requires_grad_() for t in (dtype, torch.float32)]
     outs = [layer(i) for layer, i in zip((ours, plain), inputs)]
     weight = torch.randn_like(outs[1])
-    grads = [torch.autograd.grad((o.float() * weight).sum(), [i, *layer.parameters()])
-             for o, i, layer in zip(outs, inputs, (ours, plain))]
+    grads = [
+        torch.autograd.grad((o.float() * weight).sum(), [i, *layer.parameters()])
+        for o, i, layer in zip(outs, inputs, (ours, plain))
+    ]
     for a, b in zip((outs[0], *grads[0]), (outs[1], *grads[1])):
         assert rel_error(a.float(), b) < (3e-2 if ON_GPU else 1e-4)
 
@@ -503,8 +597,11 @@ def test_strided_module_compiles():
     layer = HaloAttention(16, num_heads=1, block_size=4, halo_size=1, stride=2, backend="triton")
     layer.to(device_under_test())
     names = [n for n, _ in layer.named_parameters()]
-    check_compiles(lambda x, *ps: torch.func.functional_call(layer, dict(zip(names, ps)), x),
-                   [torch.randn(1, 16, 4, 3, device=device_under_test()), *(p.detach() for p in layer.parameters())])
+    check_compiles(
+        lambda x, *ps: torch.func.functional_call(layer, dict(zip(names, ps)), x),
+        [torch.randn(1, 16, 4, 3, device=device_under_test()), *(p.detach() for p in layer.parameters())],
+    )
+
 
 def test_strided_module_is_the_module_at_every_second_pixel():
     torch.manual_seed(0)
@@ -514,9 +611,18 @@ def test_strided_module_is_the_module_at_every_second_pixel():
     assert rel_error(few(x), every(x)[:, :, ::2, ::2]) < 1e-5
 
 
-@pytest.mark.parametrize("changes", [
-    {}, dict(kinds=("conv", "halo")), dict(downsample="pool"), dict(downsample="conv"),
-    dict(final_dim=24, value_ratio=2.0, expansion=1.5, padding="zeros"), dict(stem_stride=4)], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(kinds=("conv", "halo")),
+        dict(downsample="pool"),
+        dict(downsample="conv"),
+        dict(final_dim=24, value_ratio=2.0, expansion=1.5, padding="zeros"),
+        dict(stem_stride=4),
+    ],
+    ids=str,
+)
 def test_networks(changes):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 32, 32, device=device_under_test())
@@ -526,6 +632,7 @@ def test_networks(changes):
     out.square().mean().backward()
     assert out.shape == (2, 5) and all(p.grad is not None for p in net.parameters())
 
+
 def test_pooling_and_strided_convolutions_are_what_they_say():
     mix = [HaloBottleneck(16, 16, 16, 2, downsample=d, num_heads=2).mix[:2] for d in ("query", "pool", "conv")]
     assert [type(m).__name__ for m, _ in mix] == ["HaloAttention", "HaloAttention", "Conv2d"]
@@ -534,29 +641,41 @@ def test_pooling_and_strided_convolutions_are_what_they_say():
 
 
 def test_modules_refuse():
-    layers = [(dict(num_heads=3), ValueError, "num_heads"), (dict(dim_out=30), ValueError, "num_heads"),
-              (dict(dim_out=64, value_ratio=2.0), ValueError, "value_ratio"),
-              (dict(stride=3), ValueError, "query_stride"), (dict(num_heads=0), ValueError, "num_heads"),
-              (dict(padding=None), TypeError, "padding"), (dict(padding="same"), ValueError, "padding")]
+    layers = [
+        (dict(num_heads=3), ValueError, "num_heads"),
+        (dict(dim_out=30), ValueError, "num_heads"),
+        (dict(dim_out=64, value_ratio=2.0), ValueError, "value_ratio"),
+        (dict(stride=3), ValueError, "query_stride"),
+        (dict(num_heads=0), ValueError, "num_heads"),
+        (dict(padding=None), TypeError, "padding"),
+        (dict(padding="same"), ValueError, "padding"),
+    ]
     check_raises(HaloAttention, layers, dim=32, num_heads=4)
-    nets = [(dict(depths=(1, 2, 3)), ValueError, "depths"), (dict(kinds=("halo",)), ValueError, "kinds"),
-            (dict(stem_stride=3), ValueError, "stem_stride"), (dict(downsample="max"), ValueError, "downsample"),
-            (dict(kinds=("halo", "mlp")), ValueError, "kind")]
+    nets = [
+        (dict(depths=(1, 2, 3)), ValueError, "depths"),
+        (dict(kinds=("halo",)), ValueError, "kinds"),
+        (dict(stem_stride=3), ValueError, "stem_stride"),
+        (dict(downsample="max"), ValueError, "downsample"),
+        (dict(kinds=("halo", "mlp")), ValueError, "kind"),
+    ]
     check_raises(HaloNet, nets, widths=(16, 32), depths=(1, 1), num_heads=(2, 2))
-    with pytest.raises(ValueError, match="variant"): halonet("h8")
-    with pytest.raises(ValueError, match="x must have shape"): HaloAttention(32)(torch.zeros(1, 16, 8, 8))
+    with pytest.raises(ValueError, match="variant"):
+        halonet("h8")
+    with pytest.raises(ValueError, match="x must have shape"):
+        HaloAttention(32)(torch.zeros(1, 16, 8, 8))
 
 
 def test_outside_mass_of_a_layer_that_does_not_care():
     "With equal logits zeros draw exactly their share of the lanes; the network is left as it was."
     net = nn.Sequential(HaloAttention(8, num_heads=2, block_size=4, halo_size=1, rel_pos=False)).train()
     nn.init.zeros_(net[0].qkv.weight)
-    layer, = outside_mass(net, torch.randn(1, 8, 6, 6))
+    (layer,) = outside_mass(net, torch.randn(1, 8, 6, 6))
     lanes = 1 - real_key_fraction((6, 6), 4, 1)
     assert layer["map"] == 6 and layer["lanes"] == pytest.approx(lanes) and net.training
     # a mean over queries, of which a partial block has fewer
     share = 1 - halo_mask((6, 6), 4, 1).sum(1) / 36
     assert layer["mass"] == pytest.approx(float(share.mean()), abs=1e-6) and not net[0]._forward_pre_hooks
+
 
 def test_counted_flops():
     layer = HaloAttention(8, num_heads=2, block_size=4, halo_size=1, rel_pos=False, backend="auto")
@@ -577,11 +696,14 @@ def test_training_step_learns():
     x, y = torch.randn(8, 3, 16, 16, device=device_under_test()), torch.arange(8, device=device_under_test()) % 3
     net = HaloNet(4, 1, widths=(16, 32), depths=(1, 1), num_heads=(1, 2), stem_stride=2, num_classes=3).to(x.device)
     step, before = training_step(net, x, y), F.cross_entropy(net(x), y)
-    for _ in range(5): step()
+    for _ in range(5):
+        step()
     assert F.cross_entropy(net(x), y) < before
 
 
-def _pair(a, b, x, y): return {a: x, b: y, f"{a} spread": 1.0, f"{b} spread": 0.5}
+def _pair(a, b, x, y):
+    return {a: x, b: y, f"{a} spread": 1.0, f"{b} spread": 0.5}
+
 
 VERDICTS_OF = {  # claim -> made-up measurements that hold, hold in part, do not hold
     "H0 …": (PUBLISHED_MILLIONS, PUBLISHED_MILLIONS | dict(h6=43.5), dict.fromkeys(VARIANTS, 1.0)),
@@ -590,8 +712,9 @@ VERDICTS_OF = {  # claim -> made-up measurements that hold, hold in part, do not
     "A halo improves": [_pair("halo 2", "halo 0", 90.0, x) for x in (88.0, 89.5, 91.0)],
     "Larger windows": [_pair("halo 3", "halo 1", 90.0, x) for x in (88.0, 89.5, 91.0)],
     "Attention in all": [{"halo 2": 90.0, "conv 1": a, "conv 1-2": b} for a, b in ((89, 89), (91, 89), (89, 91))],
-    "Attention in early": [{f"{n} of 4": ms for n, ms in zip((4, 3, 2, 1), times)}
-                           for times in ((4, 3, 2, 1), (4, 5, 2, 1), (1, 2, 3, 4))],
+    "Attention in early": [
+        {f"{n} of 4": ms for n, ms in zip((4, 3, 2, 1), times)} for times in ((4, 3, 2, 1), (4, 5, 2, 1), (1, 2, 3, 4))
+    ],
     "Attention downsampling": [_pair("halo 2", "pool", 90.0, x) for x in (91.0, 91.5, 92.5)],
     "The same against strided": [_pair("halo 2", "strided conv", 90.0, x) for x in (91.0, 91.5, 92.5)],
     "Zeros around": (0.05, 0.1, 0.2),
@@ -603,23 +726,28 @@ VERDICTS_OF = {  # claim -> made-up measurements that hold, hold in part, do not
     "and needs less": [dict(a=x, b=9.0) for x in (1.5, 1.4, 0.9)],
 }
 
+
 @pytest.mark.parametrize("claim", VERDICTS_OF)
 def test_rules(claim):
-    rule, = (c.rule for c in claims() if c.statement.startswith(claim))
+    (rule,) = (c.rule for c in claims() if c.statement.startswith(claim))
     found = [rule(m) for m in VERDICTS_OF[claim]]
     assert [f if isinstance(f, str) else f[0] for f in found] == ["holds", "holds in part", "does not hold here"]
 
 
 def _recorded(monkeypatch, **tables):
     "Makes the study read these rows (benchmark -> rows) as if they were recorded."
+
     def read(chapter, name=None, **where):
         rows = [dict(device="G", date="2026-01-01", versions={}) | r for r in tables.get(name, [])]
         return [r for r in rows if all(r.get(k) == v for k, v in where.items())]
+
     monkeypatch.setitem(_rows.__globals__, "load_results", read)
+
 
 def test_networks_are_looked_up(monkeypatch):
     def row(net, run, accuracy, steps=500, preset="gpu"):
         return dict(net=net, run=run, accuracy=accuracy, steps=steps, preset=preset)
+
     nets = [row("halo 2", i, x) for i, x in enumerate((0.9, 0.92, 0.94))] + [row("halo 0", i, 0.5) for i in range(3)]
     nets += [row("halo 2", 0, 0.1, steps=40), row("pool", 0, 0.9), row("halo 2", 7, 0.2, preset="cpu")]
     _recorded(monkeypatch, nets=nets)
@@ -627,27 +755,42 @@ def test_networks_are_looked_up(monkeypatch):
     assert _nets("halo 2", "halo 0") == pytest.approx(want)
     assert _nets("halo 2", "pool") is None and _nets("zeros") is None
 
+
 def test_speed_is_looked_up(monkeypatch):
     row = lambda method, layout, fwd, bwd: dict(method=method, layout=layout, ms_fwd=fwd, ms_bwd=bwd, preset="gpu")
-    _recorded(monkeypatch, module=[
-        row("ours", "first", 2.0, 2.0), row("ours compiled", "first", 1.0, 4.0), row("ours, mask", "first", 0.1, 0.1),
-        row("timm", "first", 1.0, 1.0), row("timm compiled", "first", 6.0, 6.0), row("ours", "last", 1.0, None)])
+    _recorded(
+        monkeypatch,
+        module=[
+            row("ours", "first", 2.0, 2.0),
+            row("ours compiled", "first", 1.0, 4.0),
+            row("ours, mask", "first", 0.1, 0.1),
+            row("timm", "first", 1.0, 1.0),
+            row("timm compiled", "first", 6.0, 6.0),
+            row("ours", "last", 1.0, None),
+        ],
+    )
     for fields, ratio in (("ms_fwd", 6.0), (("ms_fwd", "ms_bwd"), 3.0)):
         assert [s.ratio for s in _against_timm(fields)] == [ratio]
     assert _training_gain("peak_mb") is None
 
+
 def test_other_rows_are_looked_up(monkeypatch):
-    cost = [dict(method="ours", side=s, block=b, ms=ms, preset="gpu")
-            for s, b, ms in ((56, 1, 1.0), (112, 1, 9.0), (112, 5, 3.0), (112, 15, 4.0))]
+    cost = [
+        dict(method="ours", side=s, block=b, ms=ms, preset="gpu")
+        for s, b, ms in ((56, 1, 1.0), (112, 1, 9.0), (112, 5, 3.0), (112, 15, 4.0))
+    ]
     layers = [dict(mass=0.3, lanes=0.32), dict(mass=0.5, lanes=0.4)]
-    training = [dict(method=m, size=256, images_per_s=x, peak_mb=y, preset="gpu")
-                for m, x, y in (("ours", 90.0, 4.0), ("timm compiled", 60.0, 8.0))]
+    training = [
+        dict(method=m, size=256, images_per_s=x, peak_mb=y, preset="gpu")
+        for m, x, y in (("ours", 90.0, 4.0), ("timm compiled", 60.0, 8.0))
+    ]
     stages = [dict(method=f"attention in {n} of 4", ms=n, preset="gpu") for n in (1, 2, 3, 4)]
     nets = [dict(net="halo 2", before=layers), dict(net="halo 1", before=[dict(mass=9, lanes=0)])]
     _recorded(monkeypatch, cost=cost, nets=nets, training=training, stages=stages)
     assert _blocking_gain() == dict(gain=3.0, block=5) and _border_law() == pytest.approx(0.1)
     assert [_training_gain(f)[0].ratio for f in ("images_per_s", "peak_mb")] == [1.5, 2.0]
     assert _stage_times() == {"4 of 4": 4, "3 of 4": 3, "2 of 4": 2, "1 of 4": 1}
+
 
 def test_nothing_recorded_is_not_measured(monkeypatch):
     _recorded(monkeypatch)

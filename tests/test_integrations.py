@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/1_foundations/17_integrations.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import importlib
 import sys
 
@@ -26,19 +27,31 @@ def package(name):
             package.library.define(f"{n}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return pytest.importorskip(name)
 
+
 @pytest.fixture(scope="module")
 def llama():
     "A tiny random Llama with two key heads for four of queries."
     package("transformers")
     of = lambda n: getattr(importlib.import_module("transformers.models.llama"), n)
     torch.manual_seed(0)
-    config = of("LlamaConfig")(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.5)
+    config = of("LlamaConfig")(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.5,
+    )
     return of("LlamaForCausalLM")(config).eval()
+
 
 def logits(model, name, *args, **kw):
     model.set_attn_implementation(name)
     with torch.no_grad():
         return model(*args, **kw).logits
+
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_dense_attention_is_that_of_sdpa(llama, backend):
@@ -49,6 +62,7 @@ def test_dense_attention_is_that_of_sdpa(llama, backend):
     got, want = (logits(llama, n, tokens, attention_mask=padding) for n in (name, "sdpa"))
     assert torch.allclose(got[0], want[0], atol=1e-4) and torch.allclose(got[1, 4:], want[1, 4:], atol=1e-4)
 
+
 @pytest.mark.parametrize("cache", [None, "static"], ids=["dynamic", "static"])
 def test_the_same_text_is_generated(llama, cache):
     register()
@@ -58,8 +72,19 @@ def test_the_same_text_is_generated(llama, cache):
         texts = []
         for name in ("attnbook", "sdpa"):
             llama.set_attn_implementation(name)
-            texts.append(llama.generate(tokens, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0, disable_compile=True, **(dict(cache_implementation=cache) if cache else {})))
+            texts.append(
+                llama.generate(
+                    tokens,
+                    attention_mask=mask,
+                    max_new_tokens=8,
+                    do_sample=False,
+                    pad_token_id=0,
+                    disable_compile=True,
+                    **(dict(cache_implementation=cache) if cache else {}),
+                )
+            )
         assert torch.equal(*texts) and texts[0].shape == (2, 15)
+
 
 def test_a_window_sees_the_same_from_a_cache(llama):
     name, tokens = register("attnbook_window", window_size=4), torch.randint(0, 50, (1, 12))
@@ -74,6 +99,7 @@ def test_a_window_sees_the_same_from_a_cache(llama):
         third = llama(tokens[:, 10:11], past_key_values=second.past_key_values, use_cache=True)
     assert torch.allclose(torch.cat([first.logits, second.logits, third.logits], 1), whole[:, :11], atol=1e-4)
 
+
 def test_what_cannot_be_done_is_refused():
     x = torch.zeros(1, 2, 3, 4)
     for bad in (dict(dropout=0.1), dict(softcap=5.0), dict(output_attentions=True)):
@@ -85,7 +111,10 @@ def test_what_cannot_be_done_is_refused():
 def vit():
     timm = package("timm")
     torch.manual_seed(0)
-    return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5, class_token=False, global_pool="avg").eval()
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5, class_token=False, global_pool="avg"
+    ).eval()
+
 
 def test_a_swapped_model_keeps_its_weights(vit):
     x, keys = torch.randn(2, 3, 64, 64), list(vit.state_dict())
@@ -99,6 +128,7 @@ def test_a_swapped_model_keeps_its_weights(vit):
         swap_attention(vit, attention, blocks=[3])
     with pytest.raises(ValueError, match="this one has none"):
         swap_attention(nn.Linear(2, 2), attention)
+
 
 def test_models_of_the_book_can_be_had_by_timm():
     timm = package("timm")

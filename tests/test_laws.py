@@ -2,6 +2,7 @@
 
 The rooms of a chapter stand in attnbook/<chapter>/: reference, kernels, transport, op, nets, study. What several chapters need is a foundation.
 """
+
 import ast
 from pathlib import Path
 
@@ -32,9 +33,7 @@ OTHER_ROOMS = {
 PUBLIC, LINES, MOST_LINES = 30, 500, 800
 
 # Modules of more than 500 lines, each with the reason. None may have more than 800.
-LONG = {
-    "lab.bench": "one stopwatch: what is measured, how peers take turns and what is recorded belong together",
-}
+LONG = {"lab.bench": "one stopwatch: what is measured, how peers take turns and what is recorded belong together"}
 
 
 def name_of(path: Path) -> str:
@@ -71,7 +70,7 @@ def imports(module: str) -> list[tuple[str, str]]:
         elif isinstance(node, ast.ImportFrom):
             source = (node.module or "").split(".") if node.module else []
             if node.level:
-                source = here[:len(here) - node.level + 1] + source
+                source = here[: len(here) - node.level + 1] + source
             elif source[:1] == ["attnbook"]:
                 source = source[1:]
             else:
@@ -84,7 +83,9 @@ def imports(module: str) -> list[tuple[str, str]]:
 
 def test_imports_are_found():
     """The other laws rest on this: a relative import, an absolute one, one of a module, one inside a function."""
-    assert ("results", "newest_device") not in imports("lab.stats") and ("lab.results", "newest_device") in imports("lab.stats")
+    assert ("results", "newest_device") not in imports("lab.stats") and ("lab.results", "newest_device") in imports(
+        "lab.stats"
+    )
     assert ("lab.book", "CHAPTERS") in imports("lab.run") and all(m in SOURCES for m, _ in imports("lab.cli"))
 
 
@@ -97,7 +98,12 @@ def test_arrows_only_fall(module):
             wrong.append(f"imports {source}: nothing rests on experiments")
         elif other and not chapter:
             wrong.append(f"is a foundation and imports the chapter {source}")
-        elif source.split(".")[0] == "lab" and module.split(".")[0] != "lab" and room_of(module) != "study" and module != "__main__":
+        elif (
+            source.split(".")[0] == "lab"
+            and module.split(".")[0] != "lab"
+            and room_of(module) != "study"
+            and module != "__main__"
+        ):
             wrong.append(f"imports {source}: only study and lab may")
         elif other and chapter and "." in module and "." in source and RANKS[room_of(source)] > RANKS[room_of(module)]:
             wrong.append(f"imports {source}, which stands above it")
@@ -111,7 +117,9 @@ def test_chapters_are_packages(chapter):
 
 @pytest.mark.parametrize("module", [m for m in SOURCES if chapter_of(m) and "." in m])
 def test_rooms_are_the_known_ones(module):
-    assert module.count(".") == 1 and room_of(module) in RANKS, f"attnbook.{module}: rooms are {', '.join(RANKS)}, names that end in _<room>, or stand in OTHER_ROOMS with a reason"
+    assert module.count(".") == 1 and room_of(module) in RANKS, (
+        f"attnbook.{module}: rooms are {', '.join(RANKS)}, names that end in _<room>, or stand in OTHER_ROOMS with a reason"
+    )
 
 
 @pytest.mark.parametrize("module", SOURCES)
@@ -122,16 +130,25 @@ def test_private_names_stay_at_home(module):
         return
     private = lambda n: n.startswith("_") and not n.startswith("__")
     wrong = [f"{source}.{name}" for source, name in imports(module) if private(name) and source.split(".")[0] != home]
-    names = {(source or name).split(".")[-1] for source, name in imports(module) if not name and source.split(".")[0] != home}
-    wrong += [f"{n.value.id}.{n.attr}" for n in ast.walk(ast.parse(text))
-              if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in names and private(n.attr)]
+    names = {
+        (source or name).split(".")[-1] for source, name in imports(module) if not name and source.split(".")[0] != home
+    }
+    wrong += [
+        f"{n.value.id}.{n.attr}"
+        for n in ast.walk(ast.parse(text))
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in names and private(n.attr)
+    ]
     assert not wrong, f"attnbook.{module} uses {', '.join(sorted(set(wrong)))}"
 
 
 @pytest.mark.parametrize("package", [m for m, p in SOURCES.items() if chapter_of(m) and p.name == "__init__.py"])
 def test_what_is_public_is_few(package):
     tree = ast.parse(SOURCES[package].read_text(encoding="utf-8"))
-    public = next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__")
+    public = next(
+        ast.literal_eval(n.value)
+        for n in tree.body
+        if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"
+    )
     assert 0 < len(public) <= PUBLIC, f"attnbook.{package} has {len(public)} public names"
     assert not [n for n in public if n.startswith("_")]
 
@@ -139,17 +156,26 @@ def test_what_is_public_is_few(package):
 @pytest.mark.parametrize("module", SOURCES)
 def test_public_functions_and_classes_have_docstrings(module):
     tree = ast.parse(SOURCES[module].read_text(encoding="utf-8"))
-    bare = [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
-            and not n.name.startswith("_") and not ast.get_docstring(n)]
+    bare = [
+        n.name
+        for n in tree.body
+        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        and not n.name.startswith("_")
+        and not ast.get_docstring(n)
+    ]
     assert not bare, f"attnbook.{module}: no docstring in {', '.join(bare)}"
 
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_modules_are_short(module):
     lines = len(SOURCES[module].read_text(encoding="utf-8").splitlines())
-    assert lines <= (MOST_LINES if module in LONG else LINES), f"attnbook.{module} has {lines} lines: split it, or give the reason in LONG (at most {MOST_LINES})"
+    assert lines <= (MOST_LINES if module in LONG else LINES), (
+        f"attnbook.{module} has {lines} lines: split it, or give the reason in LONG (at most {MOST_LINES})"
+    )
 
 
 @pytest.mark.parametrize("module", LONG)
 def test_exceptions_are_needed(module):
-    assert len(SOURCES[module].read_text(encoding="utf-8").splitlines()) > LINES, f"attnbook.{module} is short now: strike it from LONG"
+    assert len(SOURCES[module].read_text(encoding="utf-8").splitlines()) > LINES, (
+        f"attnbook.{module} is short now: strike it from LONG"
+    )

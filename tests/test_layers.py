@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/1_foundations/10_layers.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import math
 
 import pytest
@@ -16,7 +17,9 @@ def test_drop_path_scales_what_it_keeps(rate, dtype):
     y = DropPath(rate).train()(x)
     kept = (y != 0).flatten(1).any(1)
     assert y.dtype == dtype
-    assert abs(float(kept.float().mean()) - (1 - rate)) < 4 * math.sqrt(rate * (1 - rate) / 4000)  # four standard deviations
+    assert abs(float(kept.float().mean()) - (1 - rate)) < 4 * math.sqrt(
+        rate * (1 - rate) / 4000
+    )  # four standard deviations
     assert torch.equal(y, torch.where(kept[:, None, None], x / (1 - rate), torch.zeros_like(x)))  # whole samples
     y.float().sum().backward()
     torch.testing.assert_close(x.grad.float(), kept[:, None, None].expand(x.shape) / (1 - rate), rtol=1e-2, atol=0)
@@ -28,7 +31,9 @@ def test_drop_path_keeps_the_mean():
     assert abs(float(y.mean()) - 1) < 0.02 and set(y.unique().tolist()) == {0.0, float(torch.tensor(1) / 0.75)}
 
 
-@pytest.mark.parametrize("drop", [DropPath(0.9).eval(), DropPath(0.0).train(), DropPath().train()], ids=["eval", "rate 0", "default"])
+@pytest.mark.parametrize(
+    "drop", [DropPath(0.9).eval(), DropPath(0.0).train(), DropPath().train()], ids=["eval", "rate 0", "default"]
+)
 def test_drop_path_is_the_identity(drop):
     x = torch.randn(8, 3)
     assert drop(x) is x and not drop.state_dict()
@@ -42,7 +47,8 @@ def test_drop_path_drops_what_overflowed():
 
 @pytest.mark.parametrize("rate", [-0.1, 1, 1.5, math.nan])
 def test_drop_path_refuses(rate):
-    with pytest.raises(ValueError, match="rate must be from 0 to below 1"): DropPath(rate)
+    with pytest.raises(ValueError, match="rate must be from 0 to below 1"):
+        DropPath(rate)
 
 
 def test_drop_path_rates():
@@ -54,7 +60,11 @@ def test_mlp():
     torch.manual_seed(0)
     mlp, x = Mlp(6, 10).double(), torch.randn(2, 3, 6, dtype=torch.float64)
     assert {n: tuple(p.shape) for n, p in mlp.named_parameters()} == {
-        "fc1.weight": (10, 6), "fc1.bias": (10,), "fc2.weight": (6, 10), "fc2.bias": (6,)}
+        "fc1.weight": (10, 6),
+        "fc1.bias": (10,),
+        "fc2.weight": (6, 10),
+        "fc2.bias": (6,),
+    }
     inner = x @ mlp.fc1.weight.T + mlp.fc1.bias
     gelu = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2
     torch.testing.assert_close(mlp(x), gelu @ mlp.fc2.weight.T + mlp.fc2.bias, rtol=1e-12, atol=1e-12)
@@ -73,7 +83,7 @@ def test_init_linear():
 @pytest.mark.parametrize("dim", [1, 2, 3, 6, 7])
 def test_sinusoids(dim):
     half, table = dim // 2, sinusoids(3, 4, dim)
-    assert table.shape == (4, dim) and not table[:, 2 * half:].any()
+    assert table.shape == (4, dim) and not table[:, 2 * half :].any()
     for i in range(half):
         x = torch.arange(3, 7) * 1e4 ** (-i / max(half - 1, 1))
         torch.testing.assert_close(table[:, i], x.sin(), rtol=0, atol=1e-5)

@@ -1,4 +1,5 @@
 """What must agree between files that no notebook holds."""
+
 import ast
 import configparser
 import importlib
@@ -35,18 +36,21 @@ def test_settings_and_pyproject_agree():
     assert PROJECT["name"] == settings["lib_name"] and PROJECT["description"] == settings["description"]
     assert PROJECT["requires-python"] == f">={settings['min_python']}"
     for text in ((ROOT / "attnbook" / "__init__.py").read_text(), (ROOT / "CITATION.cff").read_text()):
-        assert re.search(rf"""version(__ =|:) "?{re.escape(settings['version'])}\b""", text)
+        assert re.search(rf"""version(__ =|:) "?{re.escape(settings["version"])}\b""", text)
 
 
 def test_every_direct_dependency_has_a_tested_version():
     name = lambda line: re.match(r"[\w.-]+", line)[0].lower()
-    constraints = {name(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"}
+    constraints = {
+        name(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"
+    }
     extras = PROJECT["optional-dependencies"]
     assert {name(line) for line in [*PROJECT["dependencies"], *extras["book"], *extras["dev"]]} <= constraints
 
 
 def test_data_packages_agree():
     from attnbook.lab.data import DATA_PACKAGES
+
     lines = [line for line in (ROOT / "requirements-data.txt").read_text().splitlines() if line and line[0] != "#"]
     assert sorted(lines) == sorted(DATA_PACKAGES.values())
 
@@ -57,7 +61,9 @@ def test_book_lists_the_notebooks_there_are():
     nbs = ROOT / "nbs"
     assert sorted(listed) == sorted(p.relative_to(nbs).as_posix() for p in notebooks(ROOT))
     order = [c.notebook.removeprefix("nbs/") for c in READY]
-    assert [p for p in listed if p != "index.ipynb"] == order, "the chapters stand in another order than in the registry"
+    assert [p for p in listed if p != "index.ipynb"] == order, (
+        "the chapters stand in another order than in the registry"
+    )
     assert (nbs / "_quarto.yml").resolve() == ROOT / "_quarto.yml"
 
 
@@ -70,7 +76,9 @@ def test_every_notebook_is_registered():
 def test_chapter_has_the_agreed_form(chapter):
     cells = json.loads(chapter.path.read_text())["cells"]
     first, sources = "".join(cells[0]["source"]), ["".join(c["source"]) for c in cells]
-    assert re.match(rf"# {re.escape(chapter.title)}\n\n> \S.*", first), "the notebook begins with its title and a promise"
+    assert re.match(rf"# {re.escape(chapter.title)}\n\n> \S.*", first), (
+        "the notebook begins with its title and a promise"
+    )
     rooms = [m[1] for s in sources if (m := re.match(r"#\| default_exp (\S+)", s))]
     assert rooms and rooms[0] == chapter.module.removeprefix("attnbook."), "the first room is the chapter's own"
     for cell in cells:
@@ -103,9 +111,28 @@ def built(tmp_path_factory):
     """A copy of this checkout, and what setuptools makes of it: an sdist, and a wheel laid out as an installer does."""
     folder = tmp_path_factory.mktemp("built")
     copy = folder / "copy"
-    shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".git*", ".venv", ".*_cache", "runs", "_proc", "_docs", "build", "dist", "*.egg-info", "__pycache__", ".ipynb_checkpoints"))
+    shutil.copytree(
+        ROOT,
+        copy,
+        symlinks=True,
+        ignore=shutil.ignore_patterns(
+            ".git*",
+            ".venv",
+            ".*_cache",
+            "runs",
+            "_proc",
+            "_docs",
+            "build",
+            "dist",
+            "*.egg-info",
+            "__pycache__",
+            ".ipynb_checkpoints",
+        ),
+    )
     files = {p.relative_to(copy).as_posix() for p in copy.rglob("*") if p.is_file()}
-    code = "import sys; from setuptools import build_meta as b; out = sys.argv[1]; b.build_sdist(out); b.build_wheel(out)"
+    code = (
+        "import sys; from setuptools import build_meta as b; out = sys.argv[1]; b.build_sdist(out); b.build_wheel(out)"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     sdist, wheel = next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
@@ -124,7 +151,11 @@ def test_sdist_holds_the_whole_repository(built):
 def test_wheel_holds_the_library_and_says_that_it_is_typed(built):
     files, _, installed = built
     library = {f for f in files if f.startswith("attnbook/")}
-    assert "attnbook/py.typed" in library == {p.relative_to(installed).as_posix() for p in (installed / "attnbook").rglob("*") if p.is_file()}
+    assert (
+        "attnbook/py.typed"
+        in library
+        == {p.relative_to(installed).as_posix() for p in (installed / "attnbook").rglob("*") if p.is_file()}
+    )
 
 
 def test_modules_import_with_torch_triton_and_numpy_only(built, tmp_path):
@@ -132,7 +163,13 @@ def test_modules_import_with_torch_triton_and_numpy_only(built, tmp_path):
     two seconds. One process imports them all, chapters first."""
     chapters = [c.module.removeprefix("attnbook.") for c in READY if c.paper]
     env = hidden_env(tmp_path / "site", library=built[2])
-    done = subprocess.run([sys.executable, "-c", IMPORT_ALL.replace("CHAPTERS", repr(chapters))], cwd=tmp_path, capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL.replace("CHAPTERS", repr(chapters))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     assert done.returncode == 0, done.stderr
     where, count, failed, heavy = json.loads(done.stdout)
     assert Path(where).is_relative_to(built[2]) and count > len(READY)
@@ -164,6 +201,7 @@ def test_notebooks_import_what_the_extra_book_brings(notebook):
             unknown.update({node.module.split(".")[0]} - (OPTIONAL if inside else set()))
         for child in ast.iter_child_nodes(node):
             look(child, inside)
+
     for cell in code_of(notebook):
         look(ast.parse(re.sub(r"^[%!].*$", "", "".join(cell["source"]), flags=re.M)))
     assert unknown <= known, f"{notebook.name} imports {', '.join(sorted(unknown - known))}"
@@ -182,7 +220,9 @@ def test_option_lines_are_yaml(notebook):
             try:
                 assert isinstance(yaml.safe_load(text), dict) or not text
             except (yaml.YAMLError, AssertionError) as e:
-                raise AssertionError(f"cell {cell['id']}: `#| {text[:90]}` is no YAML; quote a text with a colon ({str(e).splitlines()[0]})") from None
+                raise AssertionError(
+                    f"cell {cell['id']}: `#| {text[:90]}` is no YAML; quote a text with a colon ({str(e).splitlines()[0]})"
+                ) from None
 
 
 @pytest.mark.parametrize("rows", ["none", "cpu"])
@@ -202,7 +242,11 @@ def test_claims_are_judged_whatever_rows_there_are(chapter, rows, tmp_path):
 @pytest.mark.parametrize("chapter", [c for c in READY if c.paper], ids=lambda c: c.name)
 def test_presets_are_the_known_ones(chapter):
     studies = (ROOT / "attnbook" / chapter.name).glob("*study.py")
-    found = [importlib.import_module(f"attnbook.{chapter.name}.{p.stem}").PRESETS for p in studies if re.search(r"^PRESETS = ", p.read_text(), re.M)]
+    found = [
+        importlib.import_module(f"attnbook.{chapter.name}.{p.stem}").PRESETS
+        for p in studies
+        if re.search(r"^PRESETS = ", p.read_text(), re.M)
+    ]
     assert [tuple(presets) for presets in found] == [PRESET_NAMES]
     assert "laptop" not in read_parameters(chapter.path)["preset"].help
 
@@ -210,11 +254,21 @@ def test_presets_are_the_known_ones(chapter):
 def test_what_is_said_about_versions_agrees():
     first, last = doctor.TESTED["Python"]
     assert PROJECT["requires-python"] == f">={first}"
-    listed = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if re.fullmatch(r"Programming Language :: Python :: 3\.\d+", c)]
+    listed = [
+        c.rpartition(" ")[2]
+        for c in PROJECT["classifiers"]
+        if re.fullmatch(r"Programming Language :: Python :: 3\.\d+", c)
+    ]
     assert (listed[0], listed[-1]) == (first, last)
-    assert f"Python {first} to {last}" in (ROOT / "README.md").read_text() and f"Python {first} to {last}" in (ROOT / "Makefile").read_text()
+    assert (
+        f"Python {first} to {last}" in (ROOT / "README.md").read_text()
+        and f"Python {first} to {last}" in (ROOT / "Makefile").read_text()
+    )
     for name in ("torch", "triton"):
         first, last = doctor.TESTED[name]
-        assert any(d.startswith(f"{name}>={first}") for d in PROJECT["dependencies"]) and f"{name} {first} to {last}" in (ROOT / "README.md").read_text()
+        assert (
+            any(d.startswith(f"{name}>={first}") for d in PROJECT["dependencies"])
+            and f"{name} {first} to {last}" in (ROOT / "README.md").read_text()
+        )
         pinned = re.search(rf"^{name}==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M)[1]
         assert doctor._version(first) <= doctor._version(pinned) <= doctor._version(last)

@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/1_foundations/13_lm.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import copy
 import math
 import pickle
@@ -77,9 +78,10 @@ def test_rope_depends_on_differences_only(shift):
 
 
 def test_rope_is_a_rotation_of_complex_pairs():
-    x, p = torch.randn(6, 20, dtype=torch.float64), torch.arange(6)              # 16 dimensions turn, 4 stay
-    z = torch.complex(x[:, :8], x[:, 8:16]) * torch.polar(torch.ones(6, 8).double(),
-                                                          p[:, None] * rope_frequencies(16, 100.0)[0].double())
+    x, p = torch.randn(6, 20, dtype=torch.float64), torch.arange(6)  # 16 dimensions turn, 4 stay
+    z = torch.complex(x[:, :8], x[:, 8:16]) * torch.polar(
+        torch.ones(6, 8).double(), p[:, None] * rope_frequencies(16, 100.0)[0].double()
+    )
     assert rel_error(rotate(x, *_angles(p)), torch.cat([z.real, z.imag, x[:, 16:]], -1)) < 1e-12
 
 
@@ -103,15 +105,22 @@ def test_llama3_and_yarn_treat_each_pair_by_its_turns():
 
 
 def test_scaling_refuses():
-    check_raises(lambda **kw: RopeScaling(**kw), [
-        (dict(kind="cubic"), ValueError, ["kind", "cubic"]), (dict(factor=0.5), ValueError, ["factor", "0.5"]),
-        (dict(kind="yarn"), TypeError, "original_length"), (dict(low=5.0), ValueError, ["low", "5.0"])], kind="linear",
-        factor=2.0)
+    check_raises(
+        lambda **kw: RopeScaling(**kw),
+        [
+            (dict(kind="cubic"), ValueError, ["kind", "cubic"]),
+            (dict(factor=0.5), ValueError, ["factor", "0.5"]),
+            (dict(kind="yarn"), TypeError, "original_length"),
+            (dict(low=5.0), ValueError, ["low", "5.0"]),
+        ],
+        kind="linear",
+        factor=2.0,
+    )
     check_raises(rope_frequencies, [(dict(dim=7), ValueError, ["dim", "7"])], dim=8)
 
 
 def test_segments_number_and_place_tokens():
-    cu = torch.tensor([0, 3, 3, 4, 9], dtype=torch.int32)                              # the second document is empty
+    cu = torch.tensor([0, 3, 3, 4, 9], dtype=torch.int32)  # the second document is empty
     assert segment_ids(cu, 9).tolist() == [0, 0, 0, 2, 3, 3, 3, 3, 3]
     assert segment_positions(cu, 9).tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4]
 
@@ -149,8 +158,13 @@ def test_packed_attention_is_attention_document_by_document(causal):
     cuts = [0, 4, 5, 9, 16, 18]
     got = attend_packed(q, k, v, torch.tensor(cuts, dtype=torch.int32, device=q.device), causal=causal)
     lay = lambda t: t.transpose(0, 1).flatten(1, 2)[None]
-    want = torch.cat([attention_reference(*(lay(t)[:, :, a:b] for t in (q, k, v)), is_causal=causal)
-                      for a, b in zip(cuts, cuts[1:])], 2)
+    want = torch.cat(
+        [
+            attention_reference(*(lay(t)[:, :, a:b] for t in (q, k, v)), is_causal=causal)
+            for a, b in zip(cuts, cuts[1:])
+        ],
+        2,
+    )
     assert rel_error(lay(got), want) < 1e-5
 
 
@@ -178,7 +192,8 @@ def test_rows_of_a_cache():
     c = DynamicCache(2)
     c.extend(2, 3, torch.device("cpu"), torch.tensor([[False, True, True], [True] * 3]))
     k = torch.randn(2, 1, 3, 4)
-    for layer in range(2): c.update(layer, k, k + layer)
+    for layer in range(2):
+        c.update(layer, k, k + layer)
     c.repeat(2)
     assert torch.equal(c.keys[1], k[[0, 0, 1, 1]]) and c.pads.tolist() == [1, 1, 0, 0]
     c.select(torch.tensor([3, 0]))
@@ -193,15 +208,27 @@ def test_caches_refuse():
     c = DynamicCache(1)
     c.extend(1, 2, torch.device("cpu"))
     c.update(0, *[torch.zeros(1, 1, 2, 2)] * 2)
-    with pytest.raises(ValueError, match="first tokens"): c.extend(1, 1, torch.device("cpu"), torch.ones(1, 1).bool())
-    with pytest.raises(ValueError, match="1 rows, not 2"): c.extend(2, 1, torch.device("cpu"))
-    with pytest.raises(ValueError, match="length must be"): c.crop(5)
+    with pytest.raises(ValueError, match="first tokens"):
+        c.extend(1, 1, torch.device("cpu"), torch.ones(1, 1).bool())
+    with pytest.raises(ValueError, match="1 rows, not 2"):
+        c.extend(2, 1, torch.device("cpu"))
+    with pytest.raises(ValueError, match="length must be"):
+        c.crop(5)
     s = StaticCache(1, 1, 1, 2, 4)
-    with pytest.raises(ValueError, match="4 columns"): s.extend(1, 5, torch.device("cpu"))
+    with pytest.raises(ValueError, match="4 columns"):
+        s.extend(1, 5, torch.device("cpu"))
     s.extend(1, 2, torch.device("cpu"))
-    with pytest.raises(ValueError, match="first tokens"): s.extend(1, 1, torch.device("cpu"), torch.ones(1, 1).bool())
-    check_raises(StaticCache, [(dict(batch=0), ValueError, "batch"), (dict(max_length=1.5), TypeError, "max_length")],
-                 depth=1, batch=1, kv_heads=1, head_dim=2, max_length=4)
+    with pytest.raises(ValueError, match="first tokens"):
+        s.extend(1, 1, torch.device("cpu"), torch.ones(1, 1).bool())
+    check_raises(
+        StaticCache,
+        [(dict(batch=0), ValueError, "batch"), (dict(max_length=1.5), TypeError, "max_length")],
+        depth=1,
+        batch=1,
+        kv_heads=1,
+        head_dim=2,
+        max_length=4,
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -220,7 +247,8 @@ def test_block_parameter_formulas():
 FAMILIES = dict(
     llama=ModelConfig(50, 32, 2, 4, 2, ff_dim=48, max_length=32),
     neox=ModelConfig.neox(50, 32, 2, 4, rope_fraction=0.5, max_length=32),
-    gpt=ModelConfig.gpt(50, 32, 2, 4, max_length=32))
+    gpt=ModelConfig.gpt(50, 32, 2, 4, max_length=32),
+)
 
 
 def _model(family="llama", dtype=torch.float64, **changes):
@@ -229,7 +257,8 @@ def _model(family="llama", dtype=torch.float64, **changes):
     config = replace(FAMILIES[family], init_std=0.3, **changes)
     model = LanguageModel(config)
     for p in model.parameters():
-        if p.ndim == 1: p.data += 0.2 * torch.randn_like(p)
+        if p.ndim == 1:
+            p.data += 0.2 * torch.randn_like(p)
     return model.to(device_under_test(), dtype).eval()
 
 
@@ -258,11 +287,12 @@ def test_left_padding_changes_nothing(family, kind):
     more = _tokens(3, 3, seed=1)
     cache = None if kind is None else model.make_cache(kind, batch=3, max_length=16)
     got = [model(x, mask=mask, cache=cache)]
-    if cache is not None: got += [model(more[:, i:i + 1], cache=cache) for i in range(3)]
+    if cache is not None:
+        got += [model(more[:, i : i + 1], cache=cache) for i in range(3)]
     got = torch.cat(got, 1)
     for row, n in enumerate(lengths):
-        alone = torch.cat([x[row, 8 - n:], more[row]] if kind else [x[row, 8 - n:]])[None]
-        assert rel_error(got[row:row + 1, 8 - n:], model(alone)) < 1e-12
+        alone = torch.cat([x[row, 8 - n :], more[row]] if kind else [x[row, 8 - n :]])[None]
+        assert rel_error(got[row : row + 1, 8 - n :], model(alone)) < 1e-12
     assert got.isfinite().all()
     other = torch.where(mask, x, (x + 1) % 50)  # what stands in the padding is nobody's business
     assert torch.equal(model(other, mask=mask)[mask], model(x, mask=mask)[mask])
@@ -288,8 +318,8 @@ def test_nothing_sees_the_future(family):
     model, x = _model(family), _tokens(1)
     e = model.embed(x).detach().requires_grad_()
     for t in (0, 4, 8):
-        grad, = torch.autograd.grad(model(embeddings=e)[0, t].square().sum(), e)
-        assert (grad[0, t + 1:] == 0).all() and (grad[0, :t + 1] != 0).any(-1).all()
+        (grad,) = torch.autograd.grad(model(embeddings=e)[0, t].square().sum(), e)
+        assert (grad[0, t + 1 :] == 0).all() and (grad[0, : t + 1] != 0).any(-1).all()
 
 
 def test_hidden_states_are_the_residual_stream():
@@ -325,13 +355,15 @@ def test_the_forward_compiles(case):
 @torch.no_grad()
 def test_a_step_with_a_static_cache_compiles_once():
     model, x, counts = _model(depth=1), _tokens(2, 9), []
+
     def backend(graph, inputs):
         counts.append(1)
         return graph.forward
+
     torch.compiler.reset()
     cache = model.make_cache("static", batch=2, max_length=12)
     step = torch.compile(lambda t: model(t, cache=cache), fullgraph=True, backend=backend)
-    got = [model(x[:, :4], cache=cache)] + [step(x[:, i:i + 1]) for i in range(4, 9)]
+    got = [model(x[:, :4], cache=cache)] + [step(x[:, i : i + 1]) for i in range(4, 9)]
     torch.compiler.reset()
     assert len(counts) == 1 and rel_error(torch.cat(got, 1), model(x)) < 1e-12
 
@@ -354,7 +386,8 @@ def test_good_citizen():
     want = model(x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x), want)
-    with torch.device("meta"): empty = LanguageModel(model.config)
+    with torch.device("meta"):
+        empty = LanguageModel(model.config)
     empty = empty.to_empty(device=x.device).double()
     empty.load_state_dict(model.state_dict())
     assert torch.equal(empty(x), want) and "rope.frequencies" not in model.state_dict()
@@ -374,12 +407,16 @@ def test_good_citizen():
 
 class Recorder:
     "An attention that notes what it is given."
+
     def __init__(self, rotates=False):
         self.calls = []
-        if rotates: self.rotates = True
+        if rotates:
+            self.rotates = True
+
     def __call__(self, q, k, v, **call):
         self.calls.append((q, k, v, call))
-        if hasattr(self, "rotates"): q, k = (call["rope"](t, call["positions"]) for t in (q, k))
+        if hasattr(self, "rotates"):
+            q, k = (call["rope"](t, call["positions"]) for t in (q, k))
         return DenseAttention()(q, k, v, **call)
 
 
@@ -388,9 +425,12 @@ def test_the_socket():
     want, note, raw = model(x), Recorder(), Recorder(rotates=True)
     model.set_attention([note, raw])
     assert torch.equal(model(x), want)
-    (q, k, v, call), = note.calls
-    assert q.shape == (2, 4, 9, 8) and k.shape == v.shape == (2, 2, 9, 8) and set(call) == {
-        "layer", "causal", "mask", "segments", "positions", "cache", "rope"}
+    ((q, k, v, call),) = note.calls
+    assert (
+        q.shape == (2, 4, 9, 8)
+        and k.shape == v.shape == (2, 2, 9, 8)
+        and set(call) == {"layer", "causal", "mask", "segments", "positions", "cache", "rope"}
+    )
     assert call["layer"] == 0 and raw.calls[0][3]["layer"] == 1 and call["positions"].tolist() == [list(range(9))]
     assert call["causal"]
     cache = model.make_cache()
@@ -416,38 +456,60 @@ def test_heads_are_edited_before_they_are_mixed():
     gate = lambda i: lambda h: h * (torch.arange(4, device=h.device) == i)[:, None]
     streams = []
     for i in range(4):
-        with edit_heads(model, {-1: gate(i)}): streams.append(model(x, return_hidden=True).hidden[-1])
+        with edit_heads(model, {-1: gate(i)}):
+            streams.append(model(x, return_hidden=True).hidden[-1])
     full, rest = model(x, return_hidden=True).hidden[-1], out.bias
     base = full - out(seen[0].flatten(2))  # the stream without this layer's heads
     # isolated heads add up, the bias once
     assert rel_error(sum(s - base - rest for s in streams) + base + rest, full) < 1e-10
     assert torch.equal(model(x), want)
-    with pytest.raises(ValueError, match="edits"), edit_heads(model, {5: print}): pass
+    with pytest.raises(ValueError, match="edits"), edit_heads(model, {5: print}):
+        pass
 
 
 def test_a_model_refuses():
     model, x = _model(), _tokens()
     mask, cu = torch.ones(2, 9, dtype=torch.bool, device=x.device), torch.tensor([0, 18], device=x.device)
-    check_raises(model, [
-        (dict(tokens=x.float()), TypeError, ["tokens", "integers"]), (dict(tokens=x[0]), ValueError, "tokens"),
-        (dict(embeddings=model.embed(x)), ValueError, ["tokens", "embeddings"]),
-        (dict(mask=mask.long()), TypeError, "mask"),
-        (dict(mask=mask[:, 1:]), ValueError, "mask"),
-        (dict(mask=mask & (torch.arange(9, device=x.device) < 8)), ValueError, ["mask", "left"]),
-        (dict(segments=cu, mask=mask), ValueError, "segments"),
-        (dict(segments=cu, cache=model.make_cache()), ValueError, "segments"),
-        (dict(segments=cu.float()), TypeError, "segments"), (dict(keep_last=0), ValueError, "keep_last")], tokens=x)
-    check_raises(ModelConfig, [
-        (dict(dim=30), ValueError, ["heads", "30"]), (dict(kv_heads=3), ValueError, "kv_heads"),
-        (dict(norm="batch"), ValueError, ["norm", "batch"]),
-        (dict(depth=0), ValueError, "depth"), (dict(vocab_size=2.5), TypeError, "vocab_size"),
-        (dict(rope_fraction=0.4), ValueError, "rope_fraction"),
-        (dict(attention_bias="all"), ValueError, "attention_bias"), (dict(tied=1), TypeError, "tied"),
-        (dict(norm_eps=0), ValueError, "norm_eps")], dim=32, heads=4)
-    with pytest.raises(ValueError, match="attention"): model.set_attention([DenseAttention()])
-    with pytest.raises(ValueError, match="kind"): model.make_cache("paged")
-    with pytest.raises(ValueError, match="name"): language_model("llama-4")
-    with pytest.raises(ValueError, match="max_length = 32"): _model("gpt")(x.repeat(1, 4))
+    check_raises(
+        model,
+        [
+            (dict(tokens=x.float()), TypeError, ["tokens", "integers"]),
+            (dict(tokens=x[0]), ValueError, "tokens"),
+            (dict(embeddings=model.embed(x)), ValueError, ["tokens", "embeddings"]),
+            (dict(mask=mask.long()), TypeError, "mask"),
+            (dict(mask=mask[:, 1:]), ValueError, "mask"),
+            (dict(mask=mask & (torch.arange(9, device=x.device) < 8)), ValueError, ["mask", "left"]),
+            (dict(segments=cu, mask=mask), ValueError, "segments"),
+            (dict(segments=cu, cache=model.make_cache()), ValueError, "segments"),
+            (dict(segments=cu.float()), TypeError, "segments"),
+            (dict(keep_last=0), ValueError, "keep_last"),
+        ],
+        tokens=x,
+    )
+    check_raises(
+        ModelConfig,
+        [
+            (dict(dim=30), ValueError, ["heads", "30"]),
+            (dict(kv_heads=3), ValueError, "kv_heads"),
+            (dict(norm="batch"), ValueError, ["norm", "batch"]),
+            (dict(depth=0), ValueError, "depth"),
+            (dict(vocab_size=2.5), TypeError, "vocab_size"),
+            (dict(rope_fraction=0.4), ValueError, "rope_fraction"),
+            (dict(attention_bias="all"), ValueError, "attention_bias"),
+            (dict(tied=1), TypeError, "tied"),
+            (dict(norm_eps=0), ValueError, "norm_eps"),
+        ],
+        dim=32,
+        heads=4,
+    )
+    with pytest.raises(ValueError, match="attention"):
+        model.set_attention([DenseAttention()])
+    with pytest.raises(ValueError, match="kind"):
+        model.make_cache("paged")
+    with pytest.raises(ValueError, match="name"):
+        language_model("llama-4")
+    with pytest.raises(ValueError, match="max_length = 32"):
+        _model("gpt")(x.repeat(1, 4))
 
 
 def test_rescaled_shares_weights():
@@ -463,10 +525,13 @@ def test_rescaled_shares_weights():
 def test_tokens_are_drawn_with_their_probabilities():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0])
     seeds = row_seeds(3, 20000)
-    for kw, want in ((dict(temperature=1.0), logits.softmax(-1)), (dict(temperature=2.0), (logits / 2).softmax(-1)),
-                     (dict(top_k=2), torch.cat([logits[:2].softmax(-1), torch.zeros(3)])),
-                     (dict(top_p=0.7), torch.cat([logits[:2].softmax(-1), torch.zeros(3)])),
-                     (dict(top_p=0.1), torch.eye(5)[0])):
+    for kw, want in (
+        (dict(temperature=1.0), logits.softmax(-1)),
+        (dict(temperature=2.0), (logits / 2).softmax(-1)),
+        (dict(top_k=2), torch.cat([logits[:2].softmax(-1), torch.zeros(3)])),
+        (dict(top_p=0.7), torch.cat([logits[:2].softmax(-1), torch.zeros(3)])),
+        (dict(top_p=0.1), torch.eye(5)[0]),
+    ):
         got = choose_tokens(logits.expand(20000, -1), seeds=seeds, **kw).bincount(minlength=5) / 20000
         assert (got - want).abs().max() < 4 * 0.5 / 20000**0.5, kw
     assert choose_tokens(torch.tensor([[1.0, 5.0, 5.0]]), temperature=0).tolist() == [1]
@@ -475,12 +540,16 @@ def test_tokens_are_drawn_with_their_probabilities():
 def test_noise_is_uniform_and_a_function_of_seed_step_and_token():
     u = row_uniforms(row_seeds(0, 200), 5, 500)
     assert 0 < u.min() and u.max() <= 1 and abs(u.mean() - 0.5) < 0.004 and abs(u.var() - 1 / 12) < 0.001
-    for a, b in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1]), (u, row_uniforms(row_seeds(0, 200), 6, 500)),
-                 (u, row_uniforms(row_seeds(1, 200), 5, 500))):
+    for a, b in (
+        (u[:, 1:], u[:, :-1]),
+        (u[1:], u[:-1]),
+        (u, row_uniforms(row_seeds(0, 200), 6, 500)),
+        (u, row_uniforms(row_seeds(1, 200), 5, 500)),
+    ):
         assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.02
     few = row_uniforms(row_seeds(0, 200)[[7, 3]], torch.tensor(5), 100)
     assert torch.equal(few, u[[7, 3], :100])
-    state = 1234567                                            # splitmix64's published first outputs for this seed
+    state = 1234567  # splitmix64's published first outputs for this seed
     first = scramble(state + torch.tensor([1, 2]) * _GOLDEN)
     assert [int(x) % 2**64 for x in first] == [6457827717110365317, 3203168211198807973]
     assert len(set(row_seeds(2**62, 3).tolist()) | set(row_seeds(-1, 3).tolist())) == 6
@@ -508,10 +577,12 @@ def test_an_answer_depends_on_prompt_and_seed_alone():
     assert torch.equal(generate(model, prompts, 8, seed=[5, 11], cache="static", **kw).tokens[1], alone)
     many = generate(model, prompts, 8, seed=[1, 2, 3, 4, 11, 6], samples=3, **kw)
     assert torch.equal(many.tokens[4], alone) and len({tuple(t.tolist()) for t in many.tokens}) == 6
-    assert torch.equal(generate(model, prompts, 8, seed=[1, 2, 3, 4, 11, 6], samples=3, cache="static", **kw).tokens,
-                       many.tokens)
-    assert torch.equal(generate(model, prompts, 8, seed=9, **kw).tokens,
-                       generate(model, prompts, 8, seed=9, **kw).tokens)
+    assert torch.equal(
+        generate(model, prompts, 8, seed=[1, 2, 3, 4, 11, 6], samples=3, cache="static", **kw).tokens, many.tokens
+    )
+    assert torch.equal(
+        generate(model, prompts, 8, seed=9, **kw).tokens, generate(model, prompts, 8, seed=9, **kw).tokens
+    )
 
 
 def test_rows_stop():
@@ -531,25 +602,37 @@ def test_rows_stop():
 def test_logits_are_adjusted():
     model, x = _model(), _tokens(2, 4)
     lengths, best = [], int(generate(model, x, 1).tokens[0, 0])
+
     def never(logits, tokens):
         lengths.append(tokens.shape[1])
         return logits.index_fill(1, torch.tensor([best], device=logits.device), -torch.inf)
+
     assert best not in generate(model, x, 5, adjust=never).tokens and lengths == [0, 1, 2, 3, 4]
 
 
 def test_generate_refuses():
     model, x = _model(), _tokens()
     mask = torch.ones(2, 9, dtype=torch.bool, device=x.device)
-    check_raises(lambda **kw: generate(model, **kw), [
-        (dict(max_new=0), ValueError, "max_new"), (dict(temperature=-1), ValueError, "temperature"),
-        (dict(top_k=0), ValueError, "top_k"),
-        (dict(top_p=1.5), ValueError, "top_p"), (dict(prompts=x.float()), TypeError, "prompts"),
-        (dict(prompts=[[1], []]), ValueError, "prompts"),
-        (dict(prompts=x[:0]), ValueError, "prompts"), (dict(mask=mask[:1]), ValueError, "mask"),
-        (dict(mask=mask & (torch.arange(9, device=x.device) < 8)), ValueError, "mask"),
-        (dict(seed=[1]), ValueError, ["seed", "2"]), (dict(cache="paged"), ValueError, "paged"),
-        (dict(samples=0), ValueError, "samples"), (dict(graph=True, cache="dynamic"), ValueError, "graph")],
-        prompts=x, max_new=2)
+    check_raises(
+        lambda **kw: generate(model, **kw),
+        [
+            (dict(max_new=0), ValueError, "max_new"),
+            (dict(temperature=-1), ValueError, "temperature"),
+            (dict(top_k=0), ValueError, "top_k"),
+            (dict(top_p=1.5), ValueError, "top_p"),
+            (dict(prompts=x.float()), TypeError, "prompts"),
+            (dict(prompts=[[1], []]), ValueError, "prompts"),
+            (dict(prompts=x[:0]), ValueError, "prompts"),
+            (dict(mask=mask[:1]), ValueError, "mask"),
+            (dict(mask=mask & (torch.arange(9, device=x.device) < 8)), ValueError, "mask"),
+            (dict(seed=[1]), ValueError, ["seed", "2"]),
+            (dict(cache="paged"), ValueError, "paged"),
+            (dict(samples=0), ValueError, "samples"),
+            (dict(graph=True, cache="dynamic"), ValueError, "graph"),
+        ],
+        prompts=x,
+        max_new=2,
+    )
 
 
 @pytest.mark.cuda
@@ -564,11 +647,16 @@ def test_a_recorded_step_is_the_step(temperature):
 
 class Fixed(nn.Module):
     "A model that predicts the same distribution everywhere."
+
     def __init__(self, p):
         super().__init__()
         self.z = nn.Parameter(p.log())
-    def features(self, tokens, mask=None, segments=None): return torch.zeros(*tokens.shape, 1, dtype=self.z.dtype)
-    def logits(self, states): return self.z.expand(*states.shape[:-1], -1)
+
+    def features(self, tokens, mask=None, segments=None):
+        return torch.zeros(*tokens.shape, 1, dtype=self.z.dtype)
+
+    def logits(self, states):
+        return self.z.expand(*states.shape[:-1], -1)
 
 
 def test_bits_per_byte_compare_tokenisers():
@@ -601,14 +689,15 @@ def test_log_probs(family):
         packed = log_probs(model, x.view(1, 24), segments=cut)[0]
         assert rel_error(packed[5:7], log_probs(model, x.view(1, 24)[:, 5:8])[0]) < 1e-10 and packed[4] == 0
         assert packed[7] == 0
-    scores = continuation_log_probs(model, [x[0, :3], x[1, :6], x[2, :1]], [x[0, 3:8], x[1, 6:7], x[2, 1:4]],
-                                    batch_size=2)
+    scores = continuation_log_probs(
+        model, [x[0, :3], x[1, :6], x[2, :1]], [x[0, 3:8], x[1, 6:7], x[2, 1:4]], batch_size=2
+    )
     for got, w in zip(scores, (want[0, 2:7], want[1, 5:6], want[2, :3])):
         assert rel_error(got, w) < 1e-10
     bits = bits_per_byte(model, x, batch_size=2)
     assert rel_error(bits.by_position, -want.mean(0).cpu() / math.log(2)) < 1e-10
     assert abs(bits.total + float(want.mean()) / math.log(2)) < 1e-10
-    counts = torch.arange(50, device=x.device) % 3 + 1                                        # tokens of 1 to 3 bytes
+    counts = torch.arange(50, device=x.device) % 3 + 1  # tokens of 1 to 3 bytes
     weighed, size = bits_per_byte(model, x, byte_counts=counts), counts[x[:, 1:]]
     assert abs(weighed.total + float(want.sum() / size.sum()) / math.log(2)) < 1e-10
     assert rel_error(weighed.by_position, (-want.sum(0) / size.sum(0)).cpu() / math.log(2)) < 1e-10
@@ -621,12 +710,20 @@ def test_scores_leave_out_what_is_not_asked():
     y[0, 3] = 7
     assert rel_error(next_token_loss(model, x, y), -model(x)[0, 3].log_softmax(-1)[7]) < 1e-5
     assert windows_of(torch.arange(10), 4, 3).tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
-    check_raises(lambda **kw: continuation_log_probs(model, **kw), [
-        (dict(prompts=[[1], [2]]), ValueError, "continuations"), (dict(prompts=[[]]), ValueError, "prompts"),
-        (dict(batch_size=0), ValueError, "batch_size")],
-        prompts=[[1]], continuations=[[2]])
-    with pytest.raises(ValueError, match="tokens"): bits_per_byte(model, x[:, :1])
-    with pytest.raises(ValueError, match="length"): windows_of(torch.arange(3), 4, 1)
+    check_raises(
+        lambda **kw: continuation_log_probs(model, **kw),
+        [
+            (dict(prompts=[[1], [2]]), ValueError, "continuations"),
+            (dict(prompts=[[]]), ValueError, "prompts"),
+            (dict(batch_size=0), ValueError, "batch_size"),
+        ],
+        prompts=[[1]],
+        continuations=[[2]],
+    )
+    with pytest.raises(ValueError, match="tokens"):
+        bits_per_byte(model, x[:, :1])
+    with pytest.raises(ValueError, match="length"):
+        windows_of(torch.arange(3), 4, 1)
 
 
 def _lora(family="llama", **kw):
@@ -638,7 +735,8 @@ def _lora(family="llama", **kw):
 @torch.no_grad()
 def _disturb(model):
     for n, p in model.named_parameters():
-        if n.endswith(".B"): p.copy_(torch.randn_like(p))
+        if n.endswith(".B"):
+            p.copy_(torch.randn_like(p))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -664,12 +762,16 @@ def test_lora_starts_at_the_model_and_merges_into_it(family):
 def test_lora_trains_what_it_says():
     model, x = _lora(), _tokens()
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trained == {f"blocks.{i}.attention.{t}.{ab}" for i in range(2) for t in ("q", "k", "v", "out")
-                       for ab in "AB"} == set(lora_state(model))
+    assert (
+        trained
+        == {f"blocks.{i}.attention.{t}.{ab}" for i in range(2) for t in ("q", "k", "v", "out") for ab in "AB"}
+        == set(lora_state(model))
+    )
     next_token_loss(model, x[:, :-1], x[:, 1:]).backward()
     for n, p in model.named_parameters():
         assert (p.grad is not None) == (n in trained)
-        if n in trained: assert (p.grad.abs().sum() == 0) == n.endswith(".A"), n  # at the start B alone moves
+        if n in trained:
+            assert (p.grad.abs().sum() == 0) == n.endswith(".A"), n  # at the start B alone moves
     mark_trainable(model)
     more = {n for n, p in model.named_parameters() if p.requires_grad} - trained
     assert more == {"embed.weight", "norm.weight"} | {f"blocks.{i}.norm{j}.weight" for i in range(2) for j in (1, 2)}
@@ -687,12 +789,22 @@ def test_lora_counts_of_llama_2_7b():
 def test_lora_plus_gives_b_its_own_rate():
     model, x = _lora(), _tokens()
     rates = []
+
     class Watch(torch.optim.SGD):
         def step(self, *a, **k):
             rates.append({id(p): g["lr"] for g in self.param_groups for p in g["params"]})
             return super().step(*a, **k)
-    fit(model, next_token_loss, lambda step: (x[:, :-1], x[:, 1:]), steps=4, lr=0.1, warmup=0, schedule="linear",
-        optimizer=lora_plus(model, 8.0, Watch))
+
+    fit(
+        model,
+        next_token_loss,
+        lambda step: (x[:, :-1], x[:, 1:]),
+        steps=4,
+        lr=0.1,
+        warmup=0,
+        schedule="linear",
+        optimizer=lora_plus(model, 8.0, Watch),
+    )
     layer = model.blocks[0].attention.q
     assert rates[0][id(layer.A)] == pytest.approx(0.1) and rates[0][id(layer.B)] == pytest.approx(0.8)
     assert rates[2][id(layer.A)] == pytest.approx(0.05) and rates[2][id(layer.B)] == pytest.approx(0.4)
@@ -702,15 +814,24 @@ def test_lora_plus_gives_b_its_own_rate():
 
 
 def test_lora_refuses():
-    check_raises(lambda **kw: add_lora(_model(), **kw),
-                 [(dict(targets=("q", "query")), ValueError, "query"), (dict(r=0), ValueError, "r must"),
-                  (dict(alpha="x"), TypeError, "alpha")], r=2)
-    with pytest.raises(ValueError, match="add_lora"): lora_plus(_model())
+    check_raises(
+        lambda **kw: add_lora(_model(), **kw),
+        [
+            (dict(targets=("q", "query")), ValueError, "query"),
+            (dict(r=0), ValueError, "r must"),
+            (dict(alpha="x"), TypeError, "alpha"),
+        ],
+        r=2,
+    )
+    with pytest.raises(ValueError, match="add_lora"):
+        lora_plus(_model())
     layer = LoRALinear(nn.Linear(3, 3))
     layer.merge()
-    with pytest.raises(ValueError, match="already"): layer.merge()
+    with pytest.raises(ValueError, match="already"):
+        layer.merge()
     layer.unmerge()
-    with pytest.raises(ValueError, match="not merged"): layer.unmerge()
+    with pytest.raises(ValueError, match="not merged"):
+        layer.unmerge()
 
 
 def test_tokenizers_give_back_the_text():
@@ -723,8 +844,10 @@ def test_tokenizers_give_back_the_text():
     for symbols, text in (("0123456789+= ", "12+3=15 "), (["risk", "safe", "A", "B"], "A B safe")):
         s = SymbolTokenizer(symbols)
         assert s.decode(s.encode(text)) == text and int(s.encode(text).max()) < s.vocab_size == len(symbols)
-    with pytest.raises(ValueError, match="'x'"): SymbolTokenizer("ab").encode("ax")
-    with pytest.raises(ValueError, match="symbols"): SymbolTokenizer("aba")
+    with pytest.raises(ValueError, match="'x'"):
+        SymbolTokenizer("ab").encode("ax")
+    with pytest.raises(ValueError, match="symbols"):
+        SymbolTokenizer("aba")
 
 
 def test_pack_keeps_documents_apart():
@@ -737,9 +860,15 @@ def test_pack_keeps_documents_apart():
     assert p.targets.tolist() == [[-100, -100, 3, -100, -100], [-100, -100, -100, 31, -100]]
     p = pack(docs[:1] + docs[2:3], length=6, pad=7)
     assert p.tokens.tolist() == [[0, 1, 2, 3, 7, 7], [20, 21, 22, 7, 7, 7]] and p.segments.tolist() == [0, 4, 6, 9, 12]
-    check_raises(pack, [(dict(documents=[[1], []]), ValueError, "documents"),
-                        (dict(length=2), ValueError, ["length", "3"]),
-                        (dict(loss=[[1]]), ValueError, "loss")], documents=[[1, 2, 3]])
+    check_raises(
+        pack,
+        [
+            (dict(documents=[[1], []]), ValueError, "documents"),
+            (dict(length=2), ValueError, ["length", "3"]),
+            (dict(loss=[[1]]), ValueError, "loss"),
+        ],
+        documents=[[1, 2, 3]],
+    )
 
 
 def test_loss_of_packed_documents_is_that_of_separate_ones():
@@ -760,8 +889,12 @@ def test_packed_batches_are_a_function_of_the_step():
     assert len(set(first)) == 9 and order(a, (2, 1, 0)) == first[6:] + first[3:6] + first[:3]
     assert order(a, range(3, 6)) != first != order(b, range(3))
     assert order(PackedBatches(docs, per_batch=3, seed=4), (4,)) == order(a, (4,))
-    check_raises(PackedBatches, [(dict(per_batch=11), ValueError, "per_batch"),
-                                 (dict(loss=[[1, 1]]), ValueError, "loss")], documents=docs, per_batch=2)
+    check_raises(
+        PackedBatches,
+        [(dict(per_batch=11), ValueError, "per_batch"), (dict(loss=[[1, 1]]), ValueError, "loss")],
+        documents=docs,
+        per_batch=2,
+    )
 
 
 TASKS = dict(passkey=lambda n, **kw: passkey(n, **kw), recall=lambda n, **kw: key_value_recall(n, **kw))
@@ -775,11 +908,11 @@ def test_tasks_hold_their_answer_once_and_where_they_say(name, length):
     assert t.tokens.shape == t.targets.shape == (20, length) and t.prompts.shape == (20, length + 1 - a)
     for x, y, answer, d in zip(t.tokens, t.targets, t.answers, t.distance):
         start = length + 1 - a - int(d)
-        assert torch.equal(x[start:start + a], answer) and torch.equal(y[-a:], answer) and (y[:-a] == -100).all()
-        assert torch.equal(x[-a + 1:], answer[:-1]) and x.max() < 128
+        assert torch.equal(x[start : start + a], answer) and torch.equal(y[-a:], answer) and (y[:-a] == -100).all()
+        assert torch.equal(x[-a + 1 :], answer[:-1]) and x.max() < 128
         text = bytes(x.tolist())
         if name == "recall":
-            key = text[:-a + 1].rpartition(b"?")[2]
+            key = text[: -a + 1].rpartition(b"?")[2]
             assert text.count(b";" + key) + text.startswith(key) + text.count(b"." + key) == 1
             assert text.index(key) + len(key) == start
             keys = [r.split(b"=")[0] for r in text.lstrip(b".").split(b"?")[0].split(b";")[:-1]]
@@ -796,18 +929,31 @@ def test_tasks_place_what_is_asked():
         assert (start - at).abs().max() <= 1, (depth, start)
     d = [int(key_value_recall(200, record=r).distance) for r in range(4)]
     assert d == [7, 13, 19, 25]
-    check_raises(passkey, [(dict(length=40), ValueError, "length"), (dict(depth=1.5), ValueError, "depth"),
-                           (dict(digits=0), ValueError, "digits")], length=200)
-    check_raises(key_value_recall, [(dict(length=8), ValueError, "length"),
-                                    (dict(record=99), ValueError, ["record", "99"]),
-                                    (dict(key_length=1, length=500), ValueError, "key_length")], length=100)
+    check_raises(
+        passkey,
+        [
+            (dict(length=40), ValueError, "length"),
+            (dict(depth=1.5), ValueError, "depth"),
+            (dict(digits=0), ValueError, "digits"),
+        ],
+        length=200,
+    )
+    check_raises(
+        key_value_recall,
+        [
+            (dict(length=8), ValueError, "length"),
+            (dict(record=99), ValueError, ["record", "99"]),
+            (dict(key_length=1, length=500), ValueError, "key_length"),
+        ],
+        length=100,
+    )
 
 
 def test_exact_match_is_what_greedy_generation_writes():
     model = _model(dtype=torch.float32, vocab_size=128, max_length=128)
     t = key_value_recall(60, batch=12)
     written = generate(model, t.prompts, 2).tokens.cpu()
-    answers = torch.where(torch.arange(12)[:, None] % 3 == 0, t.answers, written)           # make two of three right
+    answers = torch.where(torch.arange(12)[:, None] % 3 == 0, t.answers, written)  # make two of three right
     answers[1, 1] = (answers[1, 1] + 1) % 128
     tokens, targets = torch.cat([t.prompts, answers[:, :1]], 1), t.targets.clone()
     targets[:, -2:] = answers
@@ -822,27 +968,65 @@ def _transformers():
     try:
         return pytest.importorskip("transformers")
     finally:
-        if sys.modules.get("torchvision", 0) is None: sys.modules.pop("torchvision")
+        if sys.modules.get("torchvision", 0) is None:
+            sys.modules.pop("torchvision")
 
 
-_TINY = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             max_position_embeddings=64)
+_TINY = dict(
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+)
 HF_CASES = {
     "llama": ("Llama", dict(num_key_value_heads=4)),
     "llama, grouped, tied": ("Llama", dict(num_key_value_heads=2, tie_word_embeddings=True)),
-    "llama, biases, wide heads": ("Llama", dict(num_key_value_heads=1, attention_bias=True, mlp_bias=True, head_dim=16,
-                                                rms_norm_eps=1e-3)),
+    "llama, biases, wide heads": (
+        "Llama",
+        dict(num_key_value_heads=1, attention_bias=True, mlp_bias=True, head_dim=16, rms_norm_eps=1e-3),
+    ),
     "linear": ("Llama", dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=500.0))),
-    "llama3": ("Llama", dict(rope_parameters=dict(rope_type="llama3", factor=8.0, rope_theta=50.0, low_freq_factor=1.0,
-                                                  high_freq_factor=4.0, original_max_position_embeddings=16))),
-    "yarn": ("Llama", dict(head_dim=32, max_position_embeddings=512, rope_parameters=dict(
-        rope_type="yarn", factor=8.0, rope_theta=50.0, original_max_position_embeddings=64, beta_fast=4.0,
-        beta_slow=1.0))),
+    "llama3": (
+        "Llama",
+        dict(
+            rope_parameters=dict(
+                rope_type="llama3",
+                factor=8.0,
+                rope_theta=50.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=16,
+            )
+        ),
+    ),
+    "yarn": (
+        "Llama",
+        dict(
+            head_dim=32,
+            max_position_embeddings=512,
+            rope_parameters=dict(
+                rope_type="yarn",
+                factor=8.0,
+                rope_theta=50.0,
+                original_max_position_embeddings=64,
+                beta_fast=4.0,
+                beta_slow=1.0,
+            ),
+        ),
+    ),
     "qwen2": ("Qwen2", dict(num_key_value_heads=2)),
     "neox": ("GPTNeoX", dict(rope_parameters=dict(rope_type="default", rope_theta=100.0, partial_rotary_factor=0.25))),
-    "neox, in sequence": ("GPTNeoX", dict(use_parallel_residual=False, attention_bias=False,
-                                          rope_parameters=dict(rope_type="default", rope_theta=1e4,
-                                                               partial_rotary_factor=1.0)))}
+    "neox, in sequence": (
+        "GPTNeoX",
+        dict(
+            use_parallel_residual=False,
+            attention_bias=False,
+            rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=1.0),
+        ),
+    ),
+}
 
 
 def _peer(name, changes):
@@ -851,7 +1035,8 @@ def _peer(name, changes):
     config = getattr(transformers, f"{name}Config")(**_TINY | changes, initializer_range=0.3)
     peer = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     for p in peer.parameters():
-        if p.ndim == 1: p.data += 0.2 * torch.randn_like(p)
+        if p.ndim == 1:
+            p.data += 0.2 * torch.randn_like(p)
     return peer
 
 
@@ -867,8 +1052,10 @@ def test_logits_equal_transformers(case, dtype):
     tol = 2e-6 if dtype == torch.float64 else 2e-5
     assert rel_error(model(x), peer(x).logits) < tol
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    assert rel_error(model(x, mask=mask)[mask], peer(x, attention_mask=mask.long(),
-                                                     position_ids=positions).logits[mask]) < tol
+    assert (
+        rel_error(model(x, mask=mask)[mask], peer(x, attention_mask=mask.long(), position_ids=positions).logits[mask])
+        < tol
+    )
     assert config_from_hf(config_to_hf(config)) == config and count_parameters(model) == count_parameters(peer)
     states = peer(x, output_hidden_states=True).hidden_states  # theirs ends with the normed state
     ours = model(x, return_hidden=True).hidden
@@ -876,7 +1063,8 @@ def test_logits_equal_transformers(case, dtype):
     assert rel_error(model.norm(ours[-1]), states[-1]) < tol
     back = to_hf(model)
     theirs = {k.replace("lm_head", "embed_out") if "neox" in case else k: v for k, v in peer.state_dict().items()}
-    if config.tied: theirs.pop("lm_head.weight", None)
+    if config.tied:
+        theirs.pop("lm_head.weight", None)
     assert back.keys() == theirs.keys() and all(torch.equal(back[k], theirs[k]) for k in back)
 
 
@@ -885,8 +1073,9 @@ def test_generation_equals_transformers():
     peer = _peer("Llama", dict(num_key_value_heads=2)).double()
     model = load_hf(LanguageModel(config_from_hf(peer.config.to_dict())).double(), peer.state_dict())
     prompts, mask = left_pad([_tokens(1, n, seed=n)[0].cpu() for n in (7, 3)])
-    want = peer.generate(prompts, attention_mask=mask.long(), max_new_tokens=10, do_sample=False, pad_token_id=0,
-                         eos_token_id=None)
+    want = peer.generate(
+        prompts, attention_mask=mask.long(), max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
     assert torch.equal(generate(model, prompts, 10, mask=mask).tokens, want[:, 7:])
 
 
@@ -899,8 +1088,10 @@ def test_a_folder_is_loaded(tmp_path):
     assert rel_error(model(x).float(), peer(x).logits.float()) < 0.03
     assert rel_error(from_pretrained(tmp_path, dtype=torch.float32)(x), peer.float()(x).logits) < 2e-5
     (tmp_path / "model.safetensors").write_bytes(b"not a file of that kind")
-    with pytest.raises(ValueError, match="no safetensors"): from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="config.json"): from_pretrained(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="no safetensors"):
+        from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="config.json"):
+        from_pretrained(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("family", ["llama", "neox"])
@@ -911,28 +1102,41 @@ def test_there_and_back(family):
     state = to_hf(model)
     first = next(k for k in state if "layernorm" in k)
     for change, words in ((dict(extra=torch.ones(1)), "left over extra"), ({first: torch.ones(3)}, "(3,)")):
-        with pytest.raises(ValueError) as e: load_hf(model, state | change)
+        with pytest.raises(ValueError) as e:
+            load_hf(model, state | change)
         assert words in str(e.value)
     state.pop(first)
-    with pytest.raises(ValueError, match="missing"): load_hf(model, state)
-    with pytest.raises(ValueError, match="merge_lora"): to_hf(add_lora(model, targets=("q",)))
+    with pytest.raises(ValueError, match="missing"):
+        load_hf(model, state)
+    with pytest.raises(ValueError, match="merge_lora"):
+        to_hf(add_lora(model, targets=("q",)))
 
 
 def test_settings_that_this_model_lacks():
-    good = dict(model_type="llama", vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                num_attention_heads=4)
+    good = dict(
+        model_type="llama",
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
     assert config_from_hf(good) == ModelConfig(50, 32, 2, 4, ff_dim=48)
-    assert config_from_hf(good | dict(model_type="gpt_neox", hidden_act="gelu", rotary_pct=0.5,
-                                      rotary_emb_base=500)) == ModelConfig.neox(
-        50, 32, 2, 4, ff_dim=48, rope_fraction=0.5, rope_theta=500.0)
+    assert config_from_hf(
+        good | dict(model_type="gpt_neox", hidden_act="gelu", rotary_pct=0.5, rotary_emb_base=500)
+    ) == ModelConfig.neox(50, 32, 2, 4, ff_dim=48, rope_fraction=0.5, rope_theta=500.0)
     stretched = config_from_hf(good | dict(rope_scaling=dict(type="linear", factor=2)))
     assert stretched.rope_scaling == RopeScaling("linear", 2.0)
-    for change, words in ((dict(model_type="bert"), "bert"), (dict(hidden_act="relu"), "relu"),
-                          (dict(rope_scaling=dict(rope_type="dynamic", factor=2)), "dynamic"),
-                          (dict(model_type="mistral", sliding_window=16, max_position_embeddings=64),
-                           "sliding_window")):
-        with pytest.raises(ValueError, match=words): config_from_hf(good | change)
-    with pytest.raises(ValueError, match="positions"): to_hf(_model("gpt"))
+    for change, words in (
+        (dict(model_type="bert"), "bert"),
+        (dict(hidden_act="relu"), "relu"),
+        (dict(rope_scaling=dict(rope_type="dynamic", factor=2)), "dynamic"),
+        (dict(model_type="mistral", sliding_window=16, max_position_embeddings=64), "sliding_window"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            config_from_hf(good | change)
+    with pytest.raises(ValueError, match="positions"):
+        to_hf(_model("gpt"))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -949,8 +1153,14 @@ def test_experiments_record_what_they_measure():
     assert losses[0] > 1.5 and losses[-1] < 0.2 and not model.training  # the next number follows from this one
     bits = bits_per_byte(model, windows_of(stream, 17, 8))
     assert bits.total < 0.4 and len(bits.by_position) == 16
-    rows = list(beyond_rows(model, stream, dict(length=16, windows=4, scalings=(2,)),
-                            dict(device=device_under_test(), preset="smoke", training="smoke", family="llama", run=0)))
+    rows = list(
+        beyond_rows(
+            model,
+            stream,
+            dict(length=16, windows=4, scalings=(2,)),
+            dict(device=device_under_test(), preset="smoke", training="smoke", family="llama", run=0),
+        )
+    )
     assert [r["scaling"] for r in rows] == ["none", "linear", "ntk", "yarn"]
     assert all(abs(r["bits"] - (r["within"] + r["after"]) / 2) < 1e-4 for r in rows)
     more, again = train_text(config, stream, length=16, batch=8, steps=3, model=model, device=device_under_test())

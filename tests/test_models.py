@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/1_foundations/16_models.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import functools
 import subprocess
 import sys
@@ -29,6 +30,7 @@ class _Tiny(nn.Module):
     def forward(self, x):
         return self.head((self.conv(x) * self.scale).mean((2, 3)))
 
+
 def test_cards_are_checked_against_the_model():
     card = ModelCard("tiny", _Tiny, 158, image=8)
     assert count_parameters(card.make) == card.parameters == 4 * 3 * 9 + 50 and card.inputs()[0].shape == (1, 3, 8, 8)
@@ -37,21 +39,30 @@ def test_cards_are_checked_against_the_model():
     with pytest.raises(ValueError, match="'tiny' names no inputs"):
         count_flops(replace(card, image=None))
 
+
 def test_models_are_registered_once(monkeypatch):
     cards = {}
     monkeypatch.setattr(sys.modules[register_model.__module__], "_CARDS", cards)
     make = lambda num_classes=10: _Tiny(num_classes)
     make.__module__ = "attnbook.halo.nets"
     register_models({"a": (make, 158, 8), "b": (functools.partial(make, 20), 208)}, published="Table 1", weights="none")
-    assert (cards["a"].image, cards["b"].image, cards["a"].chapter, cards["b"].published) == (8, None, "halo", "Table 1")
+    assert (cards["a"].image, cards["b"].image, cards["a"].chapter, cards["b"].published) == (
+        8,
+        None,
+        "halo",
+        "Table 1",
+    )
     register_models({"a": (make, 159)})
     assert cards["a"].parameters == 159, "a notebook that runs its cell again"
     other = lambda: None
     other.__module__ = "attnbook.davit.nets"
     with pytest.raises(ValueError, match="a model 'a' already, of attnbook.halo.nets"):
         register_model(other, name="a", parameters=1)
+
     @register_model(parameters=158, image=8)
-    def my_model(): return _Tiny()
+    def my_model():
+        return _Tiny()
+
     assert cards["my_model"].make is my_model and "158 (0.0 M)" in cards["my_model"]._repr_markdown_()
 
 
@@ -59,15 +70,23 @@ def test_every_model_has_the_parameters_of_its_card():
     wrong = {n: (count_parameters(model_card(n).make), model_card(n).parameters) for n in list_models()}
     assert len(wrong) >= 30 and not {n: pair for n, pair in wrong.items() if pair[0] != pair[1]}
 
-@pytest.mark.parametrize("name, gmacs", [("davit_tiny", 4.54), ("nat_mini", 2.7), ("convit_tiny", 1.08), ("halonet_h0", 2.31)], ids=lambda v: str(v))
+
+@pytest.mark.parametrize(
+    "name, gmacs",
+    [("davit_tiny", 4.54), ("nat_mini", 2.7), ("convit_tiny", 1.08), ("halonet_h0", 2.31)],
+    ids=lambda v: str(v),
+)
 def test_flops_are_the_published_ones(name, gmacs):
     "Within 2 %: the papers count a multiply-add as one (HaloNet and ConViT publish none: those were counted here, and guard against a change)."
     assert abs(count_flops(name) / 2e9 - gmacs) < 0.02 * gmacs
 
+
 def test_a_model_is_created_by_name():
     with torch.device("meta"):
         assert create_model("halonet_h0", num_classes=7).head.out_features == 7
-    assert {"halonet_h1", "davit_tiny", "convit_small", "nat_tiny", "dinat_base"} <= set(list_models()) and list_models("halonet_h[01]") == ["halonet_h0", "halonet_h1"]
+    assert {"halonet_h1", "davit_tiny", "convit_small", "nat_tiny", "dinat_base"} <= set(list_models()) and list_models(
+        "halonet_h[01]"
+    ) == ["halonet_h0", "halonet_h1"]
     with pytest.raises(ValueError, match="not 'halonet_h9'; did you mean halonet_h"):
         create_model("halonet_h9")
     with pytest.raises(TypeError, match="halonet_h0 takes .*num_classes.*, not 'classes'"):
@@ -79,4 +98,7 @@ def test_importing_the_library_imports_nothing_else():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.split()[0] == "create_model", done.stderr
     code = "import attnbook\nattnbook.no_such"
-    assert "module 'attnbook' has no attribute 'no_such'" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+    assert (
+        "module 'attnbook' has no attribute 'no_such'"
+        in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+    )

@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/6_beyond_tokens/mqsa.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import math
 import os
 from functools import partial
@@ -89,8 +90,10 @@ from attnbook.mqsa.study import (
 from attnbook.mqsa.teacher_reference import transition_graph, transition_teacher
 
 
-@pytest.mark.parametrize("stay, stream, slots",
-        [(1, 1, 264), (12, 95, 264), (400, 14, 264), (128, 7813, 264), (7813, 128, 264), (264, 50, 264)])
+@pytest.mark.parametrize(
+    "stay, stream, slots",
+    [(1, 1, 264), (12, 95, 264), (400, 14, 264), (128, 7813, 264), (7813, 128, 264), (264, 50, 264)],
+)
 def test_splits_fill_the_machine(stay, stream, slots):
     splits = balanced_splits(stay, stream, slots)
     per = -(-stream // splits)
@@ -100,8 +103,14 @@ def test_splits_fill_the_machine(stay, stream, slots):
     assert splits == 1 or stay < 2 * slots or waves * per < -(-stay // slots) * stream
 
 
-CATALOGUES = {"plain": (37, 70, 16), "one row": (1, 45, 20), "whole tiles": (64, 96, 32), "one channel": (9, 33, 1),
-    "wide": (6, 40, 130), "long": (70, 130, 8)}
+CATALOGUES = {
+    "plain": (37, 70, 16),
+    "one row": (1, 45, 20),
+    "whole tiles": (64, 96, 32),
+    "one channel": (9, 33, 1),
+    "wide": (6, 40, 130),
+    "long": (70, 130, 8),
+}
 
 
 def draw_rows(N, V, d, dtype=torch.float32, seed=0):
@@ -166,16 +175,24 @@ def test_plain_backend_in_chunks(soft):
 def test_catalogue_in_half_precision(dtype):
     h, e, index = draw_rows(37, 70, 16, dtype)
     for teacher in (None, draw_teacher(70)):
-        check_against_reference(ours(index, 0.3, teacher), oracle(index, dense_target(index, 70, teacher), 0.3), [h, e],
-            tol=2e-2, floor=1e-2)
+        check_against_reference(
+            ours(index, 0.3, teacher),
+            oracle(index, dense_target(index, 70, teacher), 0.3),
+            [h, e],
+            tol=2e-2,
+            floor=1e-2,
+        )
 
 
 def test_float16_keeps_the_digits_of_a_flat_softmax():
     "With a log-sum-exp that is 12 too large, as if e^12 times as many items were there, weights fall below float16's normal numbers; their digits stay."
     h, e, index = draw_rows(8, 40, 8, torch.float16)
     logits = h.double() @ e.double().T / 8
-    lse, g, gs = ((torch.logsumexp(logits, 1) + 12).float(), torch.zeros(8, device=h.device),
-        torch.full((8,), math.exp(12.0), device=h.device))
+    lse, g, gs = (
+        (torch.logsumexp(logits, 1) + 12).float(),
+        torch.zeros(8, device=h.device),
+        torch.full((8,), math.exp(12.0), device=h.device),
+    )
     dh = _run_hidden(h, e, index, None, None, None, None, lse, g, gs, 1 / 8)
     assert rel_error(dh, torch.softmax(logits, 1) @ e.double() / 8) < 2e-3
     de = _run_table(h, e, index.clamp_min(0), None, None, None, None, None, lse, g, gs, 1 / 8)
@@ -232,15 +249,18 @@ def test_the_public_functions():
         each = ted_loss(table, alone, teacher, tau=0.3, reduction="none", backend=backend)
         skipped = ted_loss(table, alone, teacher, tau=0.3, skip_isolated=True, reduction="none", backend=backend)
         near(skipped, torch.where(isolated, 0, each))
-        near(ted_loss(table, alone, teacher, tau=0.3, skip_isolated=True, backend=backend),
-            skipped.sum() / (~isolated).sum())
+        near(
+            ted_loss(table, alone, teacher, tau=0.3, skip_isolated=True, backend=backend),
+            skipped.sum() / (~isolated).sum(),
+        )
 
 
 def test_catalogue_edges():
     h, e, index = draw_rows(6, 10, 4)
     empty = catalogue_cross_entropy(h[:0], e, index[:0], ignore_index=-1, reduction="sum", backend="triton")
     assert float(empty) == 0 and catalogue_cross_entropy(
-        h[:0], e, index[:0], reduction="none", backend="triton").shape == (0,)
+        h[:0], e, index[:0], reduction="none", backend="triton"
+    ).shape == (0,)
     e.requires_grad_(), h.requires_grad_()
     for i in (0, 1):  # loss alone, log-sum-exp alone
         got = torch.autograd.grad(ours(index, 0.6)(h, e)[i].sum(), (h, e))
@@ -256,11 +276,15 @@ def test_catalogue_is_registered_properly():
     h, e, index = (t.requires_grad_() if t.is_floating_point() else t for t in draw_rows(5, 9, 4))
     check_opcheck(catalogue_op, (h, e, index, *[None] * 7, 0.7))
     check_opcheck(catalogue_op, (h, e, index, *draw_teacher(9), 0.7))
-    check_compiles(lambda h, e: catalogue_cross_entropy(h, e, index, ignore_index=-1, backend="triton"),
-        [h.detach(), e.detach()], tol=2e-3)
+    check_compiles(
+        lambda h, e: catalogue_cross_entropy(h, e, index, ignore_index=-1, backend="triton"),
+        [h.detach(), e.detach()],
+        tol=2e-3,
+    )
     if device_under_test() == "cuda":
         check_autocast(
-            lambda h, e: catalogue_cross_entropy(h, e, index, ignore_index=-1), [h.detach(), e.detach()], tol=3e-2)
+            lambda h, e: catalogue_cross_entropy(h, e, index, ignore_index=-1), [h.detach(), e.detach()], tol=3e-2
+        )
 
 
 def test_catalogue_refuses_bad_input():
@@ -269,20 +293,29 @@ def test_catalogue_refuses_bad_input():
     teacher = draw_teacher(10)
     check_raises(
         catalogue_cross_entropy,
-        [(dict(hidden=h[:, :3]), ValueError, ["hidden", "4"]), (dict(table=e.double()), TypeError, "table"),
-            (dict(table=e[:0]), ValueError, "table"), (dict(targets=index.float()), TypeError, "targets"),
-            (dict(targets=index[:5]), ValueError, "targets"), (dict(scale=0.0), ValueError, "scale"),
-            (dict(reduction="avg"), ValueError, "reduction"), (dict(backend="cuda"), ValueError, "backend"),
+        [
+            (dict(hidden=h[:, :3]), ValueError, ["hidden", "4"]),
+            (dict(table=e.double()), TypeError, "table"),
+            (dict(table=e[:0]), ValueError, "table"),
+            (dict(targets=index.float()), TypeError, "targets"),
+            (dict(targets=index[:5]), ValueError, "targets"),
+            (dict(scale=0.0), ValueError, "scale"),
+            (dict(reduction="avg"), ValueError, "reduction"),
+            (dict(backend="cuda"), ValueError, "backend"),
             (dict(hidden=h.long()), TypeError, "hidden"),
-            *([(dict(targets=index + 10), ValueError, ["targets", "9"])] if device_under_test() == "cpu" else [])],
+            *([(dict(targets=index + 10), ValueError, ["targets", "9"])] if device_under_test() == "cpu" else []),
+        ],
         hidden=h,
         table=e,
         targets=index,
     )
     check_raises(
         catalogue_distillation,
-        [(dict(teacher=tuple(teacher)), TypeError, "teacher"), (dict(table=e[:9]), ValueError, ["teacher", "9"]),
-            (dict(rows=index[:2]), ValueError, "rows")],
+        [
+            (dict(teacher=tuple(teacher)), TypeError, "teacher"),
+            (dict(table=e[:9]), ValueError, ["teacher", "9"]),
+            (dict(rows=index[:2]), ValueError, "rows"),
+        ],
         hidden=h,
         table=e,
         rows=index,
@@ -290,17 +323,24 @@ def test_catalogue_refuses_bad_input():
     )
     check_raises(
         ted_loss,
-        [(dict(tau=0.0), ValueError, "tau"), (dict(heads=index.float()), TypeError, "heads"),
-            (dict(dropout=2.0), ValueError, "dropout")],
+        [
+            (dict(tau=0.0), ValueError, "tau"),
+            (dict(heads=index.float()), TypeError, "heads"),
+            (dict(dropout=2.0), ValueError, "dropout"),
+        ],
         table=e,
         heads=index,
         teacher=teacher,
     )
     check_raises(
-        transition_teacher, [(dict(tau=-1.0), ValueError, ["tau", "-1"])], graph=transition_graph([np.array([0, 1])], 2))
-    check_raises(transition_graph,
+        transition_teacher, [(dict(tau=-1.0), ValueError, ["tau", "-1"])], graph=transition_graph([np.array([0, 1])], 2)
+    )
+    check_raises(
+        transition_graph,
         [(dict(span=0), ValueError, "span"), (dict(num_items=1), ValueError, ["sequences", "0"])],
-        sequences=[np.array([0, 1])], num_items=2)
+        sequences=[np.array([0, 1])],
+        num_items=2,
+    )
 
 
 def test_out_of_range_on_a_gpu_is_nan():
@@ -331,8 +371,12 @@ def test_teacher(tau):
     torch.testing.assert_close(p[3:], torch.full((3, 6), 1 / 6, dtype=torch.float64))  # nothing follows 3, 4 and 5
     teacher = transition_teacher(graph, tau)
     columns = torch.repeat_interleave(torch.arange(6), teacher.t_crow.diff())
-    again = (teacher.base.double()[:, None] .expand(-1, 6) .clone()
-        .index_put_((teacher.t_row, columns), teacher.t_weight.double(), accumulate=True))
+    again = (
+        teacher.base.double()[:, None]
+        .expand(-1, 6)
+        .clone()
+        .index_put_((teacher.t_row, columns), teacher.t_weight.double(), accumulate=True)
+    )
     torch.testing.assert_close(again, p)  # columns say what rows say
 
 
@@ -363,8 +407,13 @@ def draw_layout(case, *last, dtype=torch.float32, count=1, seed=0):
 def test_windowed_mean(case, window, backend):
     (x,), segments, full = draw_layout(case, 10)
     tol = 1e-5 if backend == "torch" or device_under_test() == "cpu" else 1e-4
-    check_against_reference(lambda x: windowed_mean(x, window, segments, backend=backend),
-        lambda x: windowed_mean_reference(x, window, full), [x], tol=tol, floor=1e-3)
+    check_against_reference(
+        lambda x: windowed_mean(x, window, segments, backend=backend),
+        lambda x: windowed_mean_reference(x, window, full),
+        [x],
+        tol=tol,
+        floor=1e-3,
+    )
 
 
 @pytest.mark.parametrize("backend", ("torch", "triton"))
@@ -372,18 +421,31 @@ def test_windowed_mean(case, window, backend):
 def test_causal_attention(case, backend):
     qkv, segments, full = draw_layout(case, 2, 12, count=3)
     tol = 2e-3 if device_under_test() == "cuda" else 2e-5
-    check_against_reference(lambda q, k, v: causal_attention(q, k, v, segments, backend=backend),
-        lambda q, k, v: causal_reference(q, k, v, full), qkv, tol=tol, floor=0.1)
+    check_against_reference(
+        lambda q, k, v: causal_attention(q, k, v, segments, backend=backend),
+        lambda q, k, v: causal_reference(q, k, v, full),
+        qkv,
+        tol=tol,
+        floor=0.1,
+    )
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 def test_halves(dtype):
     (x,), segments, full = draw_layout("padded", 10, dtype=dtype)
-    check_against_reference(lambda x: windowed_mean(x, 3, segments, backend="triton"),
-        lambda x: windowed_mean_reference(x, 3, full), [x], tol=1.5e-2)
+    check_against_reference(
+        lambda x: windowed_mean(x, 3, segments, backend="triton"),
+        lambda x: windowed_mean_reference(x, 3, full),
+        [x],
+        tol=1.5e-2,
+    )
     qkv, segments, full = draw_layout("packed", 2, 12, count=3, dtype=dtype)
-    check_against_reference(lambda q, k, v: causal_attention(q, k, v, segments, backend="triton"),
-        lambda q, k, v: causal_reference(q, k, v, full), qkv, tol=1.5e-2)
+    check_against_reference(
+        lambda q, k, v: causal_attention(q, k, v, segments, backend="triton"),
+        lambda q, k, v: causal_reference(q, k, v, full),
+        qkv,
+        tol=1.5e-2,
+    )
 
 
 def test_long_packed_rows_in_plain_torch():
@@ -397,7 +459,8 @@ def test_oracles_by_finite_differences():
     segments = padded_segments(torch.tensor([0, 2, 4]), 4)
     g = torch.Generator().manual_seed(0)
     x, q, k, v = (
-        torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in ((3, 4, 3), *[(3, 2, 4, 3)] * 3))
+        torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in ((3, 4, 3), *[(3, 2, 4, 3)] * 3)
+    )
     assert torch.autograd.gradcheck(lambda x: windowed_mean_reference(x, 3, segments), (x,))
     assert torch.autograd.gradcheck(lambda q, k, v: causal_reference(q, k, v, segments), (q, k, v))
 
@@ -419,7 +482,8 @@ def test_lquery_attention(window, backend):
     run = lambda x, *t: lquery_attention(x, *pairs(t), window=window, segments=segments, num_heads=2, backend=backend)
     want = lambda x, *t: lquery_reference(x, *pairs(t), window, full, num_heads=2)
     check_against_reference(
-        run, want, flat, tol=3e-3 if device_under_test() == "cuda" else 5e-5, floor=0.1)  # a key's bias has no gradient
+        run, want, flat, tol=3e-3 if device_under_test() == "cuda" else 5e-5, floor=0.1
+    )  # a key's bias has no gradient
 
 
 @pytest.mark.parametrize("backend", ("torch", "triton"))
@@ -432,7 +496,8 @@ def test_what_a_click_reaches(backend):
     changed[0, t] += 1
     before, after = run(x, weights), run(changed, weights)
     assert torch.equal(before[0, :t], after[0, :t]) and torch.equal(
-        before[1:], after[1:])  # causal, and sequences apart
+        before[1:], after[1:]
+    )  # causal, and sequences apart
     assert (before[0, t:] != after[0, t:]).any(-1).all()  # all later ones, through keys and values
     blind = [weights[0], *[(0 * w, 0 * b) for w, b in weights[1:3]], weights[3]]
     moved = (run(x, blind)[0] != run(changed, blind)[0]).any(-1)
@@ -483,23 +548,35 @@ def test_bad_input_is_refused():
     weights = dict(zip(("query", "key", "value", "norm"), draw_sublayer()))
     check_raises(
         windowed_mean,
-        [(dict(window=0), ValueError, ["window", "0"]), (dict(window=2.0), TypeError, "window"),
-            (dict(x=x[0]), ValueError, "x"), (dict(x=x.long()), TypeError, "x"),
+        [
+            (dict(window=0), ValueError, ["window", "0"]),
+            (dict(window=2.0), TypeError, "window"),
+            (dict(x=x[0]), ValueError, "x"),
+            (dict(x=x.long()), TypeError, "x"),
             (dict(segments=segments.start), TypeError, "segments"),
             (dict(segments=Segments(*(t[:, :4] for t in segments))), ValueError, "segments.start"),
             (dict(segments=Segments(*(t.long() for t in segments))), TypeError, "segments.start"),
-            (dict(backend="gpu"), ValueError, "backend")],
+            (dict(backend="gpu"), ValueError, "backend"),
+        ],
         x=x,
         window=3,
         segments=segments,
     )
-    check_raises(causal_attention,
+    check_raises(
+        causal_attention,
         [(dict(k=k[:, :, :5], v=v[:, :, :5]), ValueError, "one shape"), (dict(scale=math.inf), ValueError, "scale")],
-        q=q, k=k, v=v, segments=segments)
+        q=q,
+        k=k,
+        v=v,
+        segments=segments,
+    )
     check_raises(
         lquery_attention,
-        [(dict(num_heads=5), ValueError, ["num_heads", "5"]), (dict(window=0), ValueError, "window"),
-            (dict(dropout=1.5), ValueError, "dropout")],
+        [
+            (dict(num_heads=5), ValueError, ["num_heads", "5"]),
+            (dict(window=0), ValueError, "window"),
+            (dict(dropout=1.5), ValueError, "dropout"),
+        ],
         x=x,
         window=3,
         segments=segments,
@@ -520,17 +597,28 @@ def test_ranks_and_gains():
 
 def test_leave_one_out():
     split = leave_one_out([np.array([5, 6, 7, 8]), np.array([1, 2, 3])])
-    assert ([s.tolist() for s in split.train] == [[5, 6], [1]] and split.valid.tolist() == [7, 2]
-        and split.test.tolist() == [8, 3])
+    assert (
+        [s.tolist() for s in split.train] == [[5, 6], [1]]
+        and split.valid.tolist() == [7, 2]
+        and split.test.tolist() == [8, 3]
+    )
     assert pad_left([np.array([1, 2, 3]), np.array([4]), np.array([], int)], 2, 9).tolist() == [[2, 3], [9, 4], [9, 9]]
-    check_raises(leave_one_out, [(dict(sequences=[np.array([1, 2])]), ValueError, ["3 items", "2"])],
-        sequences=[np.array([1, 2, 3])])
+    check_raises(
+        leave_one_out,
+        [(dict(sequences=[np.array([1, 2])]), ValueError, ["3 items", "2"])],
+        sequences=[np.array([1, 2, 3])],
+    )
 
 
 @pytest.mark.parametrize(
     "name, items, total",
-    [("Beauty", 12101, 820_032), ("Sports", 18357, 1_220_416), ("Toys", 11924, 808_704), ("Yelp", 20033, 1_327_680),
-        ("ML-100K", 1682, 153_216)],
+    [
+        ("Beauty", 12101, 820_032),
+        ("Sports", 18357, 1_220_416),
+        ("Toys", 11924, 808_704),
+        ("Yelp", 20033, 1_327_680),
+        ("ML-100K", 1682, 153_216),
+    ],
 )
 def test_parameter_counts(name, items, total):
     assert count_parameters(lambda: MQSA(items)) == count_parameters(lambda: MQSA(items, num_heads=2)) == total
@@ -550,11 +638,13 @@ def some_sequences(model, lengths=(9, 4, 1, 0), places=9):
     "Left-padded sequences of these lengths."
     rng = np.random.default_rng(0)
     return pad_left([rng.integers(0, model.num_items, n) for n in lengths], places, model.num_items).to(
-        device_under_test())
+        device_under_test()
+    )
 
 
 @pytest.mark.parametrize(
-        "options", (dict(), dict(blocks=2, num_heads=3, long_window=4), dict(alpha=1.0), dict(alpha=0.0)), ids=str)
+    "options", (dict(), dict(blocks=2, num_heads=3, long_window=4), dict(alpha=1.0), dict(alpha=0.0)), ids=str
+)
 def test_layouts_and_backends_agree(options):
     model, near = small_model(**options), partial(torch.testing.assert_close, rtol=3e-3, atol=3e-3)
     seq = some_sequences(model)
@@ -593,7 +683,8 @@ def test_a_block_says_what_the_equations_say():
     y = lquery_reference(x, pair(block.query), pair(block.key), pair(block.value), pair(block.norm1), 3, segments, 2)
     y = F.layer_norm(y, (12,), *pair(block.norm2), 1e-8)
     want = (
-        y + torch.relu(y @ block.fc1.weight.T + block.fc1.bias) @ block.fc2.weight.T + block.fc2.bias) * segments.real[..., None]
+        y + torch.relu(y @ block.fc1.weight.T + block.fc1.bias) @ block.fc2.weight.T + block.fc2.bias
+    ) * segments.real[..., None]
     torch.testing.assert_close(block(x, segments), want, rtol=2e-3, atol=2e-3)
 
 
@@ -605,7 +696,8 @@ def test_dropout_is_on_in_training_only():
     block.train()
     a, b = block(x), block(x)
     assert not torch.equal(a, b) and torch.equal(
-        LQueryBlock(12, dropout=0.0).to(x.device)(x).isfinite(), torch.ones_like(x).bool())
+        LQueryBlock(12, dropout=0.0).to(x.device)(x).isfinite(), torch.ones_like(x).bool()
+    )
     kept = plain_causal(*(torch.ones(1, 1, 300, 4) for _ in range(3)), _no_padding(x.cpu(), 300), 1.0, 0.5)[0, 0, 200:]
     assert 0.9 < float(kept.mean()) < 1.1 and float(kept.std()) > 0.01  # kept weights are doubled
 
@@ -648,16 +740,24 @@ def test_models_refuse_bad_input():
             (dict(seq=seq.float()), TypeError, "seq"),
             (dict(seq=seq[0]), ValueError, "seq"),
             (dict(seq=F.pad(seq, (1, 0), value=30)), ValueError, "max_len"),
-            *([(dict(seq=seq + 1), ValueError, ["seq", "31"]), (dict(seq=seq.flip(1)), ValueError, "left")]
-                if device_under_test() == "cpu" else []),
+            *(
+                [(dict(seq=seq + 1), ValueError, ["seq", "31"]), (dict(seq=seq.flip(1)), ValueError, "left")]
+                if device_under_test() == "cpu"
+                else []
+            ),
         ],
         seq=seq,
     )
     check_raises(
         MQSA,
-        [(dict(alpha=1.5), ValueError, ["alpha", "1.5"]), (dict(long_window=0), ValueError, "long_window"),
-            (dict(num_heads=5), ValueError, "num_heads"), (dict(dropout=-0.1), ValueError, "dropout"),
-            (dict(blocks=0), ValueError, "blocks"), (dict(num_items=0), ValueError, "num_items")],
+        [
+            (dict(alpha=1.5), ValueError, ["alpha", "1.5"]),
+            (dict(long_window=0), ValueError, "long_window"),
+            (dict(num_heads=5), ValueError, "num_heads"),
+            (dict(dropout=-0.1), ValueError, "dropout"),
+            (dict(blocks=0), ValueError, "blocks"),
+            (dict(num_items=0), ValueError, "num_items"),
+        ],
         num_items=4,
     )
 
@@ -671,8 +771,10 @@ def recbole_restated(w, item_seq, lengths, layers, heads):
         x = norm(w["item_embedding.weight"][seq[:n]] + w["position_embedding.weight"][:n], "LayerNorm")
         for i in range(layers):
             at = f"trm_encoder.layer.{i}.multi_head_attention"
-            q, k, v = (linear(x, f"{at}.{name}").unflatten(-1, (heads, -1)).transpose(0, 1)
-                for name in ("query", "key", "value"))
+            q, k, v = (
+                linear(x, f"{at}.{name}").unflatten(-1, (heads, -1)).transpose(0, 1)
+                for name in ("query", "key", "value")
+            )
             scores = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).masked_fill(torch.ones(n, n).triu(1).bool(), -1e4)
             x = norm(linear((scores.softmax(-1) @ v).transpose(0, 1).flatten(1), f"{at}.dense") + x, f"{at}.LayerNorm")
             at = f"trm_encoder.layer.{i}.feed_forward"
@@ -687,7 +789,8 @@ def test_recbole_restated(backend):
     model = RecBoleSASRec(40, 12, hidden_size=16, inner_size=32, backend=backend).to(device_under_test())
     lengths = torch.tensor([12, 5, 1], device=device_under_test())
     seq = torch.randint(1, 40, (3, 12), device=lengths.device) * (
-        torch.arange(12, device=lengths.device) < lengths[:, None])
+        torch.arange(12, device=lengths.device) < lengths[:, None]
+    )
     with torch.no_grad():
         for p in model.parameters():
             p += 0.1 * torch.randn_like(p)
@@ -696,10 +799,25 @@ def test_recbole_restated(backend):
 
 def test_recbole_itself():
     theirs = pytest.importorskip("recbole.model.sequential_recommender.sasrec", exc_type=ImportError)
-    config = dict(n_layers=2, n_heads=2, hidden_size=64, inner_size=256, hidden_dropout_prob=0.5, attn_dropout_prob=0.5,
-        hidden_act="gelu", layer_norm_eps=1e-12, initializer_range=0.3, loss_type="CE", USER_ID_FIELD="user",
-        ITEM_ID_FIELD="item", LIST_SUFFIX="_list", ITEM_LIST_LENGTH_FIELD="length", NEG_PREFIX="neg_",
-        MAX_ITEM_LIST_LENGTH=50, device="cpu")
+    config = dict(
+        n_layers=2,
+        n_heads=2,
+        hidden_size=64,
+        inner_size=256,
+        hidden_dropout_prob=0.5,
+        attn_dropout_prob=0.5,
+        hidden_act="gelu",
+        layer_norm_eps=1e-12,
+        initializer_range=0.3,
+        loss_type="CE",
+        USER_ID_FIELD="user",
+        ITEM_ID_FIELD="item",
+        LIST_SUFFIX="_list",
+        ITEM_LIST_LENGTH_FIELD="length",
+        NEG_PREFIX="neg_",
+        MAX_ITEM_LIST_LENGTH=50,
+        device="cpu",
+    )
     torch.manual_seed(0)
     theirs = theirs.SASRec(config, type("Data", (), dict(num=lambda self, field: 1683))()).eval()
     model = RecBoleSASRec(1683)
@@ -725,7 +843,8 @@ def test_world(beta):
     wrong = bayes_scores(world._replace(beta=0.5 if beta != 0.5 else 0.1), s[:, :-1])
     assert gain(scores) > gain(popular) + 0.05 and gain(scores) >= gain(wrong) - 0.01  # the ceiling is one
     calibrated = (
-        scores[np.arange(len(s)), s[:, -1]].mean() - (scores**2).sum(1).mean())  # E p(next) is E sum p^2 if p is right
+        scores[np.arange(len(s)), s[:, -1]].mean() - (scores**2).sum(1).mean()
+    )  # E p(next) is E sum p^2 if p is right
     assert abs(calibrated) < 0.02
 
 
@@ -736,7 +855,8 @@ def test_films():
         assert len(sequences) == 943 and sum(map(len, sequences)) == 100_000 and min(map(len, sequences)) == 20
         assert all(len(np.unique(s)) == len(s) for s in sequences[:50])  # nobody rates a film twice
     assert sorted(map(tuple, map(sorted, film_sequences("file")))) == sorted(
-        map(tuple, map(sorted, film_sequences("item"))))
+        map(tuple, map(sorted, film_sequences("item")))
+    )
     assert 0.4 < tied_share() < 0.9 and len(film_sequences(users=7)) == 7
     check_raises(film_sequences, [(dict(ties="time"), ValueError, "ties")])
 
@@ -765,7 +885,8 @@ def test_hidden_items_are_those_of_the_history():
     assert ranks_of(Task(split, 4, True), scores, "test").tolist() == [0, 0]  # the validation item is hidden too
     assert ranks_of(Task(split, 4, False), scores, "test").tolist() == [3, 1]
     assert pair_frequency(
-        Task(LeaveOneOut([np.array([0, 1, 0, 1])], np.array([0]), np.array([1])), 2, True)).tolist() == [2]
+        Task(LeaveOneOut([np.array([0, 1, 0, 1])], np.array([0]), np.array([1])), 2, True)
+    ).tolist() == [2]
 
 
 def test_jobs():
@@ -774,8 +895,12 @@ def test_jobs():
     assert len(set(keys)) == len(keys)
     of = lambda **w: [j for j in jobs if all(j.get(k) == x for k, x in w.items())]
     assert len(of(experiment="films", ties="file", method="MQSA")) == 5 and len(of(ties="item", method="MQSA-TED")) == 2
-    assert {j["beta"] for j in of(experiment="chain")} == set(PRESETS["gpu"]["betas"]) and not of(ties="item", method="MQSA")
-    assert of(experiment="sweep", parameter="long_window", value=2) and not of(experiment="sweep", parameter="tau", value=0.1)
+    assert {j["beta"] for j in of(experiment="chain")} == set(PRESETS["gpu"]["betas"]) and not of(
+        ties="item", method="MQSA"
+    )
+    assert of(experiment="sweep", parameter="long_window", value=2) and not of(
+        experiment="sweep", parameter="tau", value=0.1
+    )
     assert [j["experiment"] for j in jobs[:5]] == ["films"] * 5 and {j["run"] for j in jobs[:5]} == {0}
 
 
@@ -790,7 +915,8 @@ def test_run_all_records_what_it_runs(tmp_path):
     assert [r["name"] for r in rows] == ["films"] * 3 + ["chain"] * 3 and all(r["size"] == "smoke" for r in rows)
     film = rows[0]
     assert len(film["ranks"]) == len(film["frequency"]) == 96 and film["ndcg20"] == pytest.approx(
-        ndcg20(np.array(film["ranks"])), rel=1e-4)
+        ndcg20(np.array(film["ranks"])), rel=1e-4
+    )
     by = {r["method"]: r["ndcg20"] for r in rows[3:]}
     assert by["ceiling"] > by["transitions"] > 0
 
@@ -816,8 +942,12 @@ def test_peers_compute_the_same():
         if name != "liger":
             torch.testing.assert_close(fn(h, e, index), want, rtol=2e-3, atol=2e-3, msg=name)
     teacher = draw_teacher(20)
-    torch.testing.assert_close(eager_distillation(h, e, teacher.dense(20).float()[index], 0.6),
-        catalogue_distillation(h, e, index, teacher, scale=0.6, backend="torch"), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(
+        eager_distillation(h, e, teacher.dense(20).float()[index], 0.6),
+        catalogue_distillation(h, e, index, teacher, scale=0.6, backend="torch"),
+        rtol=2e-3,
+        atol=2e-3,
+    )
 
 
 def test_block_peers_compute_the_same():
@@ -831,7 +961,8 @@ def test_block_peers_compute_the_same():
             torch.testing.assert_close(fn(x, *parameters), block(x, segments), rtol=3e-3, atol=3e-3, msg=name)
     for fn in (eager_block, sdpa_block):
         torch.testing.assert_close(
-            fn(x, segments.real, 3, 2, dict(zip(names, parameters))), block(x, segments), rtol=3e-3, atol=3e-3)
+            fn(x, segments.real, 3, 2, dict(zip(names, parameters))), block(x, segments), rtol=3e-3, atol=3e-3
+        )
 
 
 def test_lengths():
@@ -852,16 +983,26 @@ def swept(*means, noise=0.001):
 
 
 def steps(mqsa, ted):
-    return {"MQSA, never seen": mqsa, "MQSA, often seen": difference(-1, 1), "TED, never seen": difference(-1, 1),
-        "TED, often seen": ted}
+    return {
+        "MQSA, never seen": mqsa,
+        "MQSA, often seen": difference(-1, 1),
+        "TED, never seen": difference(-1, 1),
+        "TED, often seen": ted,
+    }
 
 
 RULES = {
     "both above": (_judge_differences, dict(a=difference(0.01, 0.03), b=difference(0.001, 0.02)), "holds"),
-    "control does as well": (_judge_differences, dict(a=difference(0.01, 0.03), b=difference(-0.01, 0.02)),
-        "holds in part"),
-    "control is better": (_judge_differences, dict(a=difference(0.01, 0.03), b=difference(-0.03, -0.01)),
-        "does not hold here"),
+    "control does as well": (
+        _judge_differences,
+        dict(a=difference(0.01, 0.03), b=difference(-0.01, 0.02)),
+        "holds in part",
+    ),
+    "control is better": (
+        _judge_differences,
+        dict(a=difference(0.01, 0.03), b=difference(-0.03, -0.01)),
+        "does not hold here",
+    ),
     "contains zero": (_judge_differences, dict(a=difference(-0.01, 0.03)), "not measured"),
     "below": (_judge_differences, dict(a=difference(-0.03, -0.01)), "does not hold here"),
     "one seed": (_judge_differences, dict(a=difference(0.01, 0.03, 1)), "not measured"),
@@ -893,8 +1034,15 @@ def made_up(better, size="gpu", ties="file"):
     rng = np.random.default_rng(1)
     luck = rng.random(400)
     return [
-        dict(method=m, run=r, ties=ties, size=size, ranks=np.where(luck < share, 0, 99).tolist(),
-            frequency=(np.arange(400) % 7).tolist(), ndcg20=share)
+        dict(
+            method=m,
+            run=r,
+            ties=ties,
+            size=size,
+            ranks=np.where(luck < share, 0, 99).tolist(),
+            frequency=(np.arange(400) % 7).tolist(),
+            ndcg20=share,
+        )
         for m, share in better.items()
         for r in range(3)
     ]
@@ -904,35 +1052,68 @@ def test_claims_read_the_right_rows():
     "Signs and sides: what is better, what is compared with what, and which rows are read."
     good = {"SASRec": 0.3, "SASRec + TED": 0.4, "two short": 0.3, "MQSA": 0.4, "MQSA-TED": 0.5}
     chain = [
-        dict(method=m, run=r, beta=b, size="gpu",
-            ndcg20=0.3 + r / 1000 + {"MQSA": 0.1 * (1 - b), "SASRec + TED": 0.1 * b}.get(m, 0) * (1 + r / 100))
+        dict(
+            method=m,
+            run=r,
+            beta=b,
+            size="gpu",
+            ndcg20=0.3 + r / 1000 + {"MQSA": 0.1 * (1 - b), "SASRec + TED": 0.1 * b}.get(m, 0) * (1 + r / 100),
+        )
         for m in ("SASRec", "SASRec + TED", "two short", "MQSA")
         for b in (0.0, 1.0)
         for r in range(3)
     ]
-    sweep = [dict(parameter="tau", value=v, run=r, size="gpu", ndcg20=s + r / 10000)
-        for v, s in ((0.05, 0.4), (0.5, 0.2)) for r in range(3)]
-    speed = [dict(method=m, N=12800, V=V, T=50, clicks=5.9, d=64, ms_fwd=x, ms_bwd=2 * x, peak_mb_bwd=x)
-        for m, x in (("ours", 1.0), ("eager", 6.0), ("compiled", 4.0)) for V in (1682, 12101)]
-    shelf = dict(films=made_up(good) + made_up({m: 1 - s for m, s in good.items()}, "cpu")
-        + made_up({m: 1 - s for m, s in good.items()}, ties="item"), chain=chain, sweep=sweep, catalogue=speed,
-        block=speed[::2], distillation=speed[::2])
+    sweep = [
+        dict(parameter="tau", value=v, run=r, size="gpu", ndcg20=s + r / 10000)
+        for v, s in ((0.05, 0.4), (0.5, 0.2))
+        for r in range(3)
+    ]
+    speed = [
+        dict(method=m, N=12800, V=V, T=50, clicks=5.9, d=64, ms_fwd=x, ms_bwd=2 * x, peak_mb_bwd=x)
+        for m, x in (("ours", 1.0), ("eager", 6.0), ("compiled", 4.0))
+        for V in (1682, 12101)
+    ]
+    shelf = dict(
+        films=made_up(good)
+        + made_up({m: 1 - s for m, s in good.items()}, "cpu")
+        + made_up({m: 1 - s for m, s in good.items()}, ties="item"),
+        chain=chain,
+        sweep=sweep,
+        catalogue=speed,
+        block=speed[::2],
+        distillation=speed[::2],
+    )
     frame = dict(date="2026-01-01T00:00:00+00:00", device="made up", versions={}, preset="gpu")
     read = lambda chapter, name, **where: [
-        frame | r for r in shelf.get(name, []) if all((frame | r).get(k) == x for k, x in where.items())]
+        frame | r for r in shelf.get(name, []) if all((frame | r).get(k) == x for k, x in where.items())
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(best_rows.__globals__, "load_results", read)
-        assert (film_difference("MQSA", "SASRec").mean == pytest.approx(0.1, abs=0.05)
-            and film_difference("SASRec", "MQSA").high < 0)
+        assert (
+            film_difference("MQSA", "SASRec").mean == pytest.approx(0.1, abs=0.05)
+            and film_difference("SASRec", "MQSA").high < 0
+        )
         assert [s.ratio for s in _faster("catalogue", ("eager", "compiled"), TRAINING, "V")] == [4, 4]
         assert list(sweep_scores("tau")) == [0.05, 0.1, 0.5]  # the default comes from the films
         found = {c.statement: c.judge().verdict for c in claims()}
     verdict = lambda words: next(v for k, v in found.items() if words in k)
-    for words in ("better than SASRec", "two branches", "distillation alone", "Long queries serve", "Sizes",
-            "twice as fast", "dense teacher", "3 times as fast as eager", "fastest compiled"):
+    for words in (
+        "better than SASRec",
+        "two branches",
+        "distillation alone",
+        "Long queries serve",
+        "Sizes",
+        "twice as fast",
+        "dense teacher",
+        "3 times as fast as eager",
+        "fastest compiled",
+    ):
         assert verdict(words) == "holds", words
-    assert (verdict("fifth of the peak") == "holds in part" and verdict("best window") == "not measured"
-        and verdict("Beauty") == "out of reach here")
+    assert (
+        verdict("fifth of the peak") == "holds in part"
+        and verdict("best window") == "not measured"
+        and verdict("Beauty") == "out of reach here"
+    )
     assert verdict("best temperature") == "holds in part" or verdict("best temperature") == "holds"
 
 

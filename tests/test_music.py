@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/2_position/music.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import contextlib
 import math
 from dataclasses import replace
@@ -83,7 +84,8 @@ def _each_backend(q, k, v, rel, **kw):
 def test_no_table_is_plain_attention(rows, factor, beyond):
     q, k, v, rel = _qkv(20, 6)
     want = attention_reference(q, k, v, is_causal=True)
-    for out in _each_backend(q, k, v, rel[:, :rows] * factor, beyond=beyond): assert rel_error(out, want) < 1e-5
+    for out in _each_backend(q, k, v, rel[:, :rows] * factor, beyond=beyond):
+        assert rel_error(out, want) < 1e-5
     assert rel_error(relative_attention(q, k, v, rel[:, :1]), want) > 1e-2  # one row, then zeros: that is something
 
 
@@ -94,7 +96,8 @@ def test_identity_and_copy(r):
     u[0] = 1
     table = torch.zeros_like(rel)
     table[:, r] = 1e3 * u
-    for out in _each_backend(q * 0 + u, k * 0, v, table): assert rel_error(out[:, :, r:], v[:, :, :18 - r]) < 1e-5
+    for out in _each_backend(q * 0 + u, k * 0, v, table):
+        assert rel_error(out[:, :, r:], v[:, :, : 18 - r]) < 1e-5
 
 
 @pytest.mark.parametrize("N, used", [(None, 30), (8, 16)])
@@ -103,7 +106,7 @@ def test_unused_rows_and_the_future(N, used):
     out = relative_attention(*x, block_size=N, backend="triton")
     dk, dv, drel = torch.autograd.grad(out[:, :, 12].sum(), x[1:], retain_graph=True)
     assert (dk[:, :, 13:] == 0).all() and (dv[:, :, 13:] == 0).all() and (drel[:, 13:] == 0).all()
-    drel, = torch.autograd.grad(out.sum(), x[3:])
+    (drel,) = torch.autograd.grad(out.sum(), x[3:])
     assert (drel[:, used:] == 0).all() and (drel[:, 1:used].abs().sum(-1) > 0).all()
 
 
@@ -125,9 +128,11 @@ def test_strides():
 def test_groups_and_precision(dtype, tol):
     q, k, v, rel = _qkv(17, 9, H=2)
     grouped = lambda q, k, v, rel: relative_attention_reference(
-        q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), rel)
-    check_against_reference(partial(relative_attention, backend="triton"), grouped, (q, k[:, :1], v[:, :1], rel),
-                            tol=tol, dtype=dtype)
+        q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), rel
+    )
+    check_against_reference(
+        partial(relative_attention, backend="triton"), grouped, (q, k[:, :1], v[:, :1], rel), tol=tol, dtype=dtype
+    )
 
 
 def test_deterministic():
@@ -154,19 +159,26 @@ def test_compiles_with_symbolic_sizes():
 
 def test_relative_errors():
     q, k, v, rel = _qkv(6, 3)
-    check_raises(relative_attention, [
-        (dict(rel=rel[:, :, :8]), ValueError, ["rel", "16"]),
-        (dict(rel=rel.repeat(2, 1, 1)), ValueError, ["rel", "2"]),
-        (dict(k=k[:, :, :5], v=v[:, :, :5]), ValueError, ["q and k", "6", "5"]),
-        (dict(block_size=0), ValueError, ["block_size", "0"]),
-        (dict(block_size=2.0), TypeError, ["block_size", "2.0"]),
-        (dict(beyond="wrap"), ValueError, ["beyond", "wrap", "clip"]),
-        (dict(rel=rel.int()), TypeError, ["rel", "int32"]),
-        (dict(q=q.int()), TypeError, ["q", "int32"]),
-        (dict(backend="cuda"), ValueError, ["backend"]),
-        (dict(scale=math.inf), ValueError, ["scale"]),
-        (dict(scale="1"), TypeError, ["scale"]),
-    ], q=q, k=k, v=v, rel=rel)
+    check_raises(
+        relative_attention,
+        [
+            (dict(rel=rel[:, :, :8]), ValueError, ["rel", "16"]),
+            (dict(rel=rel.repeat(2, 1, 1)), ValueError, ["rel", "2"]),
+            (dict(k=k[:, :, :5], v=v[:, :, :5]), ValueError, ["q and k", "6", "5"]),
+            (dict(block_size=0), ValueError, ["block_size", "0"]),
+            (dict(block_size=2.0), TypeError, ["block_size", "2.0"]),
+            (dict(beyond="wrap"), ValueError, ["beyond", "wrap", "clip"]),
+            (dict(rel=rel.int()), TypeError, ["rel", "int32"]),
+            (dict(q=q.int()), TypeError, ["q", "int32"]),
+            (dict(backend="cuda"), ValueError, ["backend"]),
+            (dict(scale=math.inf), ValueError, ["scale"]),
+            (dict(scale="1"), TypeError, ["scale"]),
+        ],
+        q=q,
+        k=k,
+        v=v,
+        rel=rel,
+    )
 
 
 def _small(**kw):
@@ -175,8 +187,13 @@ def _small(**kw):
     return MusicTransformer(20, **sizes | kw).eval()
 
 
-CACHED = {"plain": dict(), "blocks": dict(block_size=5), "clipped, shared": dict(beyond="clip", share_heads=True),
-          "absolute, labels": dict(max_distance=0, labels=(4, 16)), "long table": dict(max_distance=40)}
+CACHED = {
+    "plain": dict(),
+    "blocks": dict(block_size=5),
+    "clipped, shared": dict(beyond="clip", share_heads=True),
+    "absolute, labels": dict(max_distance=0, labels=(4, 16)),
+    "long table": dict(max_distance=40),
+}
 
 
 @pytest.mark.parametrize("case", CACHED)
@@ -221,14 +238,26 @@ def test_model_is_causal():
 
 def test_generate_refuses():
     none, clamp = torch.zeros(20, dtype=torch.bool), torch.full((8,), -1)
-    check_raises(generate, [
-        (dict(clamp=clamp[1:]), ValueError, "clamp"), (dict(clamp=clamp + 21), ValueError, ["clamp", "19"]),
-        (dict(prime=torch.tensor([20])), ValueError, ["prime", "19"]), (dict(prime=torch.ones(2)), TypeError, "prime"),
-        (dict(temperature=-1), ValueError, "temperature"), (dict(temperature=math.nan), ValueError, "temperature"),
-        (dict(top_k=0), ValueError, "top_k"), (dict(top_k=1.5), TypeError, "top_k"),
-        (dict(allowed=none), ValueError, "allowed"), (dict(allowed=none, temperature=0), ValueError, "allowed"),
-        (dict(allowed=~none[1:]), ValueError, "allowed"), (dict(length=-1), ValueError, "length"),
-    ], model=_small(), prime=torch.arange(3), length=5)
+    check_raises(
+        generate,
+        [
+            (dict(clamp=clamp[1:]), ValueError, "clamp"),
+            (dict(clamp=clamp + 21), ValueError, ["clamp", "19"]),
+            (dict(prime=torch.tensor([20])), ValueError, ["prime", "19"]),
+            (dict(prime=torch.ones(2)), TypeError, "prime"),
+            (dict(temperature=-1), ValueError, "temperature"),
+            (dict(temperature=math.nan), ValueError, "temperature"),
+            (dict(top_k=0), ValueError, "top_k"),
+            (dict(top_k=1.5), TypeError, "top_k"),
+            (dict(allowed=none), ValueError, "allowed"),
+            (dict(allowed=none, temperature=0), ValueError, "allowed"),
+            (dict(allowed=~none[1:]), ValueError, "allowed"),
+            (dict(length=-1), ValueError, "length"),
+        ],
+        model=_small(),
+        prime=torch.arange(3),
+        length=5,
+    )
 
 
 @pytest.mark.parametrize("temperature", (1e-3, 1e-40, 5e-324))
@@ -248,24 +277,33 @@ def test_top_k_and_temperature_shape_the_draws():
         assert (often(temperature, None, None) - (logits / temperature).softmax(0)).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("call", [
-    lambda m: generate(m, torch.arange(3), 4),
-    lambda m: token_nll(m, [torch.arange(3)], 2),
-    lambda m: generate(m, torch.arange(3), 4, top_k=0),
-    lambda m: token_nll(m, [torch.arange(30)], 30),
-], ids=("generate", "nll", "refused", "error inside"))
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m: generate(m, torch.arange(3), 4),
+        lambda m: token_nll(m, [torch.arange(3)], 2),
+        lambda m: generate(m, torch.arange(3), 4, top_k=0),
+        lambda m: token_nll(m, [torch.arange(30)], 30),
+    ],
+    ids=("generate", "nll", "refused", "error inside"),
+)
 def test_modes_are_left_as_found(call):
     model = _small().train()
-    model.layers[0].eval()                                                # somebody has frozen a layer
+    model.layers[0].eval()  # somebody has frozen a layer
     before = [m.training for m in model.modules()]
     with contextlib.suppress(ValueError, IndexError):
         call(model)
     assert [m.training for m in model.modules()] == before and not model.layers[0].drop.training and model.training
 
 
-COUNTS = {"piano, absolute": 9_657_344, "piano, relative global": 12_803_072,
-          "piano, relative global, 88 keys": 12_762_112, "piano, relative global, shared table": 10_050_560,
-          "chorales, absolute": 3_969_792, "chorales, relative": 8_587_264}
+COUNTS = {
+    "piano, absolute": 9_657_344,
+    "piano, relative global": 12_803_072,
+    "piano, relative global, 88 keys": 12_762_112,
+    "piano, relative global, shared table": 10_050_560,
+    "chorales, absolute": 3_969_792,
+    "chorales, relative": 8_587_264,
+}
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -310,7 +348,7 @@ def test_midi_holds_the_notes(case):
 
 
 def test_midi_rounds_to_ticks():
-    assert written_midi([Note(0.1234, 0.1234, 60)])[0] == [Note(0.124, 0.126, 60)]            # at least one tick
+    assert written_midi([Note(0.1234, 0.1234, 60)])[0] == [Note(0.124, 0.126, 60)]  # at least one tick
     assert written_midi([Note(0.1234, 0.5, 60)], ticks=10)[0] == [Note(0.1, 0.5, 60)]
     numbers = [Note(np.float32(0.5), np.float64(1), np.int64(60), np.uint8(3))]
     assert written_midi(numbers)[0] == [Note(0.5, 1, 60, 3)]
@@ -324,14 +362,24 @@ def test_midi_bytes():
     assert written_midi(notes)[1] == bytes.fromhex(head + events)
 
 
-@pytest.mark.parametrize("bad, error, words", [
-    (Note(-0.1, 0.2, 60), ValueError, "notes[1].start"), (Note(math.nan, 1, 60), ValueError, "notes[1].start"),
-    (Note(0, math.inf, 60), ValueError, "notes[1].end"), (Note(1, 0.5, 60), ValueError, "notes[1].end"),
-    (Note(0, 1, 128), ValueError, "notes[1].pitch"), (Note(0, 1, -1), ValueError, "notes[1].pitch"),
-    (Note(0, 1, 60.5), TypeError, "notes[1].pitch"), (Note(0, 1, 60, 0), ValueError, "notes[1].velocity"),
-    (Note(0, 1, 60, 128), ValueError, "notes[1].velocity"), (Note("0", 1, 60), TypeError, "notes[1].start"),
-    ((0, 1, 60), TypeError, "notes[1] must be a Note"), (Note(0, 1e6, 60), ValueError, "notes[1] must end before"),
-], ids=str)
+@pytest.mark.parametrize(
+    "bad, error, words",
+    [
+        (Note(-0.1, 0.2, 60), ValueError, "notes[1].start"),
+        (Note(math.nan, 1, 60), ValueError, "notes[1].start"),
+        (Note(0, math.inf, 60), ValueError, "notes[1].end"),
+        (Note(1, 0.5, 60), ValueError, "notes[1].end"),
+        (Note(0, 1, 128), ValueError, "notes[1].pitch"),
+        (Note(0, 1, -1), ValueError, "notes[1].pitch"),
+        (Note(0, 1, 60.5), TypeError, "notes[1].pitch"),
+        (Note(0, 1, 60, 0), ValueError, "notes[1].velocity"),
+        (Note(0, 1, 60, 128), ValueError, "notes[1].velocity"),
+        (Note("0", 1, 60), TypeError, "notes[1].start"),
+        ((0, 1, 60), TypeError, "notes[1] must be a Note"),
+        (Note(0, 1e6, 60), ValueError, "notes[1] must end before"),
+    ],
+    ids=str,
+)
 def test_midi_refuses(bad, error, words):
     with TemporaryDirectory() as folder:
         path = Path(folder) / "test.mid"
@@ -353,30 +401,51 @@ def test_midi_has_channels_for_fifteen():
 HEADER = "4d546864 00000006"
 PIECE = [Note(0, 2, 48, 96), Note(0, 2, 60, 96), Note(0.5, 2, 67, 64), Note(1, 2, 76, 32)]
 FOREIGN = {  # bytes, notes
-    "specification, format 0": (f"""{HEADER} 0000 0001 0060 4d54726b 0000003b 00ff580404021808 00ff510307a120 00c005
-        00c12e 00c246 00923060 003c60 60914340 60904c20 814082 3040 003c40 00814340 00804c40 00ff2f00""", PIECE),
-    "specification, format 1": (f"""{HEADER} 0001 0004 0060 4d54726b 00000014 00ff580404021808 00ff510307a120 8300ff2f00
+    "specification, format 0": (
+        f"""{HEADER} 0000 0001 0060 4d54726b 0000003b 00ff580404021808 00ff510307a120 00c005
+        00c12e 00c246 00923060 003c60 60914340 60904c20 814082 3040 003c40 00814340 00804c40 00ff2f00""",
+        PIECE,
+    ),
+    "specification, format 1": (
+        f"""{HEADER} 0001 0004 0060 4d54726b 00000014 00ff580404021808 00ff510307a120 8300ff2f00
         4d54726b 00000010 00c005 8140904c20 81404c00 00ff2f00 4d54726b 0000000f 00c12e 60914340 82204300 00ff2f00
-        4d54726b 00000015 00c246 00923060 003c60 83003000 003c00 00ff2f00""", PIECE),
-    "mido": (f"""{HEADER} 0001 0002 0060 4d54726b 00000012 00ff510303d09060ff51030f424000ff2f00 4d54726b 0000003b
+        4d54726b 00000015 00c246 00923060 003c60 83003000 003c00 00ff2f00""",
+        PIECE,
+    ),
+    "mido": (
+        f"""{HEADER} 0001 0002 0060 4d54726b 00000012 00ff510303d09060ff51030f424000ff2f00 4d54726b 0000003b
         00ff0304736f6c6f00c30700f004010203f700933c5030405100b3407f00f22c0260833c0a00404005e31c3f0099230100d9032b992300
         00ff2f00""",
-        [Note(0, 0.75, 60, 80), Note(0.125, 0.75, 64, 81), Note(0.75 + 5 / 96, 1.25, 35, 1)]),
-    "pretty_midi": (f"""{HEADER} 0001 0003 00dc 4d54726b 00000013 00ff51030a2c2a00ff58040402180801ff2f00 4d54726b
+        [Note(0, 0.75, 60, 80), Note(0.125, 0.75, 64, 81), Note(0.75 + 5 / 96, 1.25, 35, 1)],
+    ),
+    "pretty_midi": (
+        f"""{HEADER} 0001 0003 00dc 4d54726b 00000013 00ff51030a2c2a00ff58040402180801ff2f00 4d54726b
         0000002e 00ff03057069616e6f00c00000903c6452485011e0644021b0407f21903c00003c5a81253c00824a480001ff2f00 4d54726b
         00000015 00ff03036b697400c9002199244621240001ff2f00""",
-        [Note(0, 0.4999995, 60, 100), Note(0.0999999, 0.1999998, 36, 70), Note(0.2484846, 1.999998, 72, 80),
-         Note(0.4999995, 0.999999, 60, 90)]),
+        [
+            Note(0, 0.4999995, 60, 100),
+            Note(0.0999999, 0.1999998, 36, 70),
+            Note(0.2484846, 1.999998, 72, 80),
+            Note(0.4999995, 0.999999, 60, 90),
+        ],
+    ),
     "frames": (f"{HEADER} 0000 0001 e728 4d54726b 0000000d 00903c40 8768803c00 00ff2f00", [Note(0, 1, 60, 64)]),
-    "frames, 29.97": (f"{HEADER} 0000 0001 e364 4d54726b 0000000d 00903c40 8768803c00 00ff2f00",
-                      [Note(0, 1000 * 1001 / 3_000_000, 60, 64)]),
+    "frames, 29.97": (
+        f"{HEADER} 0000 0001 e364 4d54726b 0000000d 00903c40 8768803c00 00ff2f00",
+        [Note(0, 1000 * 1001 / 3_000_000, 60, 64)],
+    ),
     "overlapping, the first ends first": (
         f"{HEADER} 0000 0001 01f4 4d54726b 00000013 00903c01 64903c02 64803c00 643c00 00ff2f00",
-        [Note(0, 0.2, 60, 1), Note(0.1, 0.3, 60, 2)]),
-    "no onset, no end": (f"{HEADER} 0000 0001 01f4 4d54726b 0000000d 00804000 00903c40 8374ff2f00",
-                         [Note(0, 0.5, 60, 64)]),
-    "chunks of others, a long header": ("4d546864 00000008 0000 0001 01f4 abcd 58585858 00000003 010203 4d54726b "
-                                        "0000000d 00903c40 8374803c00 00ff2f00", [Note(0, 0.5, 60, 64)]),
+        [Note(0, 0.2, 60, 1), Note(0.1, 0.3, 60, 2)],
+    ),
+    "no onset, no end": (
+        f"{HEADER} 0000 0001 01f4 4d54726b 0000000d 00804000 00903c40 8374ff2f00",
+        [Note(0, 0.5, 60, 64)],
+    ),
+    "chunks of others, a long header": (
+        "4d546864 00000008 0000 0001 01f4 abcd 58585858 00000003 010203 4d54726b 0000000d 00903c40 8374803c00 00ff2f00",
+        [Note(0, 0.5, 60, 64)],
+    ),
 }
 
 
@@ -404,12 +473,18 @@ def test_midi_cut_off(case):
             read_bytes(data[:n])
 
 
-@pytest.mark.parametrize("data, words", [
-    ("52494646", "MThd"), (HEADER + "0002 0001 01f4", "format is 2"), (HEADER + "0000 0001 0000", "0 ticks"),
-    (HEADER + "0000 0001 01f4 4d54726b 00000003 003c40", "data byte"),
-    (HEADER + "0000 0001 01f4 4d54726b 00000004 00903c80", "0x90"),
-    (HEADER + "0000 0001 01f4 4d54726b 00000002 00f4", "0xf4"),
-], ids=("not MIDI", "format 2", "no ticks", "no status", "no data byte", "undefined"))
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        ("52494646", "MThd"),
+        (HEADER + "0002 0001 01f4", "format is 2"),
+        (HEADER + "0000 0001 0000", "0 ticks"),
+        (HEADER + "0000 0001 01f4 4d54726b 00000003 003c40", "data byte"),
+        (HEADER + "0000 0001 01f4 4d54726b 00000004 00903c80", "0x90"),
+        (HEADER + "0000 0001 01f4 4d54726b 00000002 00f4", "0xf4"),
+    ],
+    ids=("not MIDI", "format 2", "no ticks", "no status", "no data byte", "undefined"),
+)
 def test_midi_that_cannot_be_read(data, words):
     with pytest.raises(ValueError, match=f"foreign.mid.*{words}"):
         read_bytes(bytes.fromhex(data))
@@ -417,17 +492,23 @@ def test_midi_that_cannot_be_read(data, words):
 
 def test_vocabulary():
     assert PerformanceEncoder().num_tokens == 390 and PerformanceEncoder(21, 108).num_tokens == 310
-    check_raises(PerformanceEncoder, [
-        (dict(min_pitch=5, max_pitch=3), ValueError, "min_pitch"),
-        (dict(velocity_bins=0), ValueError, "velocity_bins"),
-        (dict(velocity_bins=128), ValueError, "velocity_bins"),
-        (dict(steps_per_second=0.5), TypeError, "steps_per_second"),
-    ])
-    check_raises(PerformanceEncoder(21, 108).encode, [
-        (dict(notes=[Note(0, 1, 109)]), ValueError, ["pitch", "108", "109"]),
-        (dict(notes=[Note(0, 1, 60), Note(-0.1, 1, 60)]), ValueError, ["notes[1].start", "-0.1"]),
-        (dict(notes=[Note(0, 1, 60, 0)]), ValueError, ["notes[0].velocity"]),
-    ])
+    check_raises(
+        PerformanceEncoder,
+        [
+            (dict(min_pitch=5, max_pitch=3), ValueError, "min_pitch"),
+            (dict(velocity_bins=0), ValueError, "velocity_bins"),
+            (dict(velocity_bins=128), ValueError, "velocity_bins"),
+            (dict(steps_per_second=0.5), TypeError, "steps_per_second"),
+        ],
+    )
+    check_raises(
+        PerformanceEncoder(21, 108).encode,
+        [
+            (dict(notes=[Note(0, 1, 109)]), ValueError, ["pitch", "108", "109"]),
+            (dict(notes=[Note(0, 1, 60), Note(-0.1, 1, 60)]), ValueError, ["notes[1].start", "-0.1"]),
+            (dict(notes=[Note(0, 1, 60, 0)]), ValueError, ["notes[0].velocity"]),
+        ],
+    )
 
 
 @pytest.mark.parametrize("pitches", ((0, 127), (21, 108)))
@@ -449,7 +530,7 @@ def test_velocities_survive(bins):
         quantised = encoder.quantise([Note(0, 1, 60, v)])
         assert encoder.quantise(quantised) == encoder.decode(encoder.encode(quantised)) == quantised
         assert 1 <= quantised[0].velocity <= 127 and abs(quantised[0].velocity - v) <= 64 / bins + 1
-    assert len({encoder._bin(v) for v in range(1, 128)}) == bins                        # no bin is wasted
+    assert len({encoder._bin(v) for v in range(1, 128)}) == bins  # no bin is wasted
 
 
 def test_long_gaps():
@@ -522,12 +603,23 @@ def test_claims_read_the_right_rows():
     "Signs and sides: what is lower, over which positions, and which training and method is read."
     nll = {"absolute": 1.0, "absolute + labels": 0.9, "relative": 0.8, "relative local": 0.81, "relative only": 0.8}
     curve = lambda x, later: {"0": x, "64": x, "128": x + later, "192": x + later, "256": 9.0}
-    trainings = [dict(kind=k, run=i, training=t, length=128, nll=x if t == "gpu" else 1 - x,
-                      curve=curve(x, 0.5 if k == "absolute" else 0.01))
-                 for k, x in nll.items() for i in range(2) for t in ("cpu", "gpu")]
-    speed = [dict(method=m, B=1, L=8, D=64, ms_fwd=x, ms_bwd=2 * x)
-             for m, x in {"ours": 1.0, "skew, compiled": 4.0, "flex, QE buffer": 2.0,
-                          "cudnn, no relative term": 0.6}.items()]
+    trainings = [
+        dict(
+            kind=k,
+            run=i,
+            training=t,
+            length=128,
+            nll=x if t == "gpu" else 1 - x,
+            curve=curve(x, 0.5 if k == "absolute" else 0.01),
+        )
+        for k, x in nll.items()
+        for i in range(2)
+        for t in ("cpu", "gpu")
+    ]
+    speed = [
+        dict(method=m, B=1, L=8, D=64, ms_fwd=x, ms_bwd=2 * x)
+        for m, x in {"ours": 1.0, "skew, compiled": 4.0, "flex, QE buffer": 2.0, "cudnn, no relative term": 0.6}.items()
+    ]
     kept = [dict(method=m, L=L, kept=L**n) for m, n in (("gather", 2), ("skew", 2), ("ours", 1)) for L in (8, 16, 32)]
     peaks = [dict(method="ours", B=2, L=L, D=64, ms_fwd=None, peak_mb_bwd=L * 2.0) for L in (8, 16)]
     shelf = dict(chorales=trainings, attention=speed, kept=kept, memory=peaks)

@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/3_locality/neighborhood.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import math
 from functools import partial
 from itertools import product
@@ -77,17 +78,21 @@ CASES = {  # name -> (shape, arguments), small: the interpreter is slow
     "2d one axis causal": ((9, 7), dict(window_size=(4, 3), is_causal=(True, False), stride=(2, 1))),
     "2d thin": ((2, 17), dict(window_size=(1, 16))),
     "3d": ((4, 5, 6), dict(window_size=(3, 2, 5))),
-    "3d mixed": ((5, 4, 7), dict(window_size=(2, 3, 3), stride=(1, 3, 2), dilation=(2, 1, 2),
-                                 is_causal=(True, False, False))),
+    "3d mixed": (
+        (5, 4, 7),
+        dict(window_size=(2, 3, 3), stride=(1, 3, 2), dilation=(2, 1, 2), is_causal=(True, False, False)),
+    ),
 }
 EACH = pytest.mark.parametrize("case", CASES)
 BOTH = pytest.mark.parametrize("backend", BACKENDS)
+
 
 def draw(shape, B=1, H=2, Hk=1, D=16, Dv=None, dtype=torch.float32, seed=0):
     "Seeded q, k, v on the device under test."
     g = torch.Generator().manual_seed(seed)
     make = lambda h, d: torch.randn(B, h, *shape, d, generator=g, dtype=torch.float64).to(device_under_test(), dtype)
     return make(H, D), make(Hk, D), make(Hk, Dv or D)
+
 
 def dense(q, k, v, shape, kw, scale=None):
     "Dense attention with the dense mask, in the type of the inputs, through the book's plain reference."
@@ -97,10 +102,13 @@ def dense(q, k, v, shape, kw, scale=None):
     return out.unflatten(2, shape), lse.unflatten(2, shape)
 
 
-@pytest.mark.parametrize("length, w, query, keys", [(7, 5, 0, [0, 1, 2, 3, 4]), (7, 5, 2, [0, 1, 2, 3, 4]),
-                                                    (7, 5, 6, [2, 3, 4, 5, 6]), (8, 4, 3, [1, 2, 3, 4])])
+@pytest.mark.parametrize(
+    "length, w, query, keys",
+    [(7, 5, 0, [0, 1, 2, 3, 4]), (7, 5, 2, [0, 1, 2, 3, 4]), (7, 5, 6, [2, 3, 4, 5, 6]), (8, 4, 3, [1, 2, 3, 4])],
+)
 def test_borders(length, w, query, keys):
     assert neighborhood_mask((length,), w)[query].nonzero().flatten().tolist() == keys
+
 
 @EACH
 def test_mask(case):
@@ -109,6 +117,7 @@ def test_mask(case):
     assert mask.diagonal().all() and mask.any(0).all()
     if not np.any(kw.get("is_causal", False)):
         assert (mask.sum(1) == neighborhood_pairs(shape, **kw) // math.prod(shape)).all()
+
 
 def test_inverse_window():
     rng = np.random.default_rng(0)
@@ -150,6 +159,7 @@ def test_lse_gradient_alone(backend, case):
     want = torch.autograd.grad((dense(*exact, shape, kw)[1] * weight.double()).sum(), exact[:2])
     assert all(rel_error(a, b) < 2e-5 for a, b in zip(got, want))
 
+
 @BOTH
 def test_merge_through_lse(backend):
     "Attention over window and extra tokens = window alone and extra tokens alone, merged by their LSE; with gradients."
@@ -157,16 +167,18 @@ def test_merge_through_lse(backend):
     q, k, v = draw(shape, Hk=2)
     ak, av = (torch.randn(1, 2, M, 16, generator=torch.Generator().manual_seed(i)).to(q.device) for i in (3, 4))
     leaves = [t.requires_grad_() for t in (q, k, v, ak, av)]
-    joint, joint_lse = neighborhood_attention(q, k, v, **kw, additional_keys=ak, additional_values=av,
-                                              return_lse=True, backend=backend)
+    joint, joint_lse = neighborhood_attention(
+        q, k, v, **kw, additional_keys=ak, additional_values=av, return_lse=True, backend=backend
+    )
     a, a_lse = neighborhood_attention(q, k, v, **kw, return_lse=True, backend=backend)
     b, b_lse = attention_reference(q.flatten(2, 3), ak, av, return_lse=True)
     merged, merged_lse = merge_attention(a.flatten(2, 3), a_lse.flatten(2), b, b_lse)
     assert rel_error(merged.view_as(joint), joint) < 1e-5
     assert rel_error(merged_lse.view_as(joint_lse), joint_lse) < 1e-5
     weight = torch.randn(joint.shape, generator=torch.Generator().manual_seed(5)).to(q.device)
-    got, want = (torch.autograd.grad((o.view_as(joint) * weight).sum(), leaves, retain_graph=True)
-                 for o in (merged, joint))
+    got, want = (
+        torch.autograd.grad((o.view_as(joint) * weight).sum(), leaves, retain_graph=True) for o in (merged, joint)
+    )
     assert all(rel_error(x, y) < 2e-5 for x, y in zip(got, want))
 
 
@@ -177,7 +189,7 @@ def test_special_cases(backend, shape):
     n = len(shape) + 1
     run = partial(neighborhood_attention, q, k, v, backend=backend)
     flat = [t.flatten(2, n).double() for t in (q, k, v)]
-    assert rel_error(run(1), v) < 1e-5                                                       # window 1: V itself
+    assert rel_error(run(1), v) < 1e-5  # window 1: V itself
     # window = map: full attention
     assert rel_error(run(shape), attention_reference(*flat).unflatten(2, shape)) < 1e-5
     if len(shape) == 1:
@@ -186,6 +198,7 @@ def test_special_cases(backend, shape):
     causal = run(tuple(min(3, x) for x in shape), is_causal=True)
     origin = (slice(None), slice(None)) + (0,) * len(shape)
     assert rel_error(causal[origin], v[origin]) < 1e-5
+
 
 @BOTH
 def test_blocked(backend):
@@ -196,14 +209,16 @@ def test_blocked(backend):
     join = lambda t: t.reshape(2, 2, 3, 2, 4, 4, 16).permute(0, 1, 2, 4, 3, 5, 6).reshape(2, 2, 12, 8, 16)
     assert rel_error(blocked, join(attention_reference(*(cut(t) for t in (q, k, v))))) < 1e-5
 
+
 @BOTH
 def test_halo(backend):
     q, k, v = draw((24,), B=2, Hk=2)
-    halo = neighborhood_attention(q, k, v, 4 + 2 * 3, stride=4, backend=backend)             # block 4, halo 3
+    halo = neighborhood_attention(q, k, v, 4 + 2 * 3, stride=4, backend=backend)  # block 4, halo 3
     for b in range(4, 20, 4):
-        want = attention_reference(q[:, :, b:b + 4].double(), k[:, :, b - 3:b + 7].double(),
-                                   v[:, :, b - 3:b + 7].double())
-        assert rel_error(halo[:, :, b:b + 4], want) < 1e-5
+        want = attention_reference(
+            q[:, :, b : b + 4].double(), k[:, :, b - 3 : b + 7].double(), v[:, :, b - 3 : b + 7].double()
+        )
+        assert rel_error(halo[:, :, b : b + 4], want) < 1e-5
 
 
 def box_mean(x, axes):
@@ -217,10 +232,12 @@ def box_mean(x, axes):
             part = x.index_select(a, inside)
             sums = torch.cat([torch.zeros_like(part.narrow(a, 0, 1)), part.cumsum(a)], a)
             size = (end - start)[inside].view(-1, *[1] * (x.dim() - a - 1))
-            total.index_copy_(a, inside,
-                              (sums.index_select(a, end[inside]) - sums.index_select(a, start[inside])) / size)
+            total.index_copy_(
+                a, inside, (sums.index_select(a, end[inside]) - sums.index_select(a, start[inside])) / size
+            )
         x = total
     return x
+
 
 @EACH
 @BOTH
@@ -230,6 +247,7 @@ def test_scale_zero_is_a_box_mean(backend, case):
     out = neighborhood_attention(q, k, v, **kw, scale=0.0, backend=backend)
     want = box_mean(v[0, 0].double().cpu(), neighborhood_axes(shape, **kw))
     assert rel_error(out[0, 0].cpu(), want) < 1e-5
+
 
 @pytest.mark.parametrize("L, w, d", [(19, 5, 1), (19, 4, 1), (20, 5, 3)])
 @BOTH
@@ -251,6 +269,7 @@ def test_dilation_is_attention_on_subgrids(backend):
         sub = neighborhood_attention(*(t[:, :, a::3, b::2] for t in (q, k, v)), (4, 3), backend="torch")
         assert rel_error(out[:, :, a::3, b::2], sub) < 1e-5
 
+
 @BOTH
 def test_axes_are_independent(backend):
     shape, kw = CASES["3d mixed"]
@@ -259,8 +278,14 @@ def test_axes_are_independent(backend):
     order = (2, 0, 1)
     turned = {n: tuple(x[i] for i in order) for n, x in full.items()}
     move = lambda t: t.permute(0, 1, *(2 + i for i in order), 5)
-    assert rel_error(neighborhood_attention(*map(move, (q, k, v)), **turned, backend=backend),
-                     move(neighborhood_attention(q, k, v, **full, backend=backend))) < 1e-5
+    assert (
+        rel_error(
+            neighborhood_attention(*map(move, (q, k, v)), **turned, backend=backend),
+            move(neighborhood_attention(q, k, v, **full, backend=backend)),
+        )
+        < 1e-5
+    )
+
 
 @BOTH
 def test_future_changes_nothing(backend):
@@ -282,13 +307,15 @@ def test_bias_and_additional_tokens(backend, case):
     q, k, v = draw(shape)
     inputs = [q, k, v, make(2, *(2 * w - 1 for w in window)), make(1, 1, 3, 16), make(1, 1, 3, 16)]
     leaves, exact = ([t.detach().to(d).requires_grad_() for t in inputs] for d in (torch.float32, torch.float64))
-    run = lambda xs, b: neighborhood_attention(*xs[:3], **kw, rel_pos_bias=xs[3], additional_keys=xs[4],
-                                               additional_values=xs[5], return_lse=True, backend=b)
+    run = lambda xs, b: neighborhood_attention(
+        *xs[:3], **kw, rel_pos_bias=xs[3], additional_keys=xs[4], additional_values=xs[5], return_lse=True, backend=b
+    )
     (out, lse), (want, want_lse) = run(leaves, backend), run(exact, "torch")
     assert rel_error(out, want) < 1e-5 and rel_error(lse, want_lse) < 1e-5
     d_out = make(*out.shape)
     for a, b in zip(torch.autograd.grad(out, leaves, d_out), torch.autograd.grad(want, exact, d_out.double())):
         assert float((a - b).norm()) <= 3e-5 * (1 + float(b.norm()))
+
 
 def test_bias_by_hand():
     "The reference's own bias, against the dense mask: entry (key - query) / dilation + window - 1."
@@ -306,27 +333,36 @@ def test_bias_by_hand():
 def test_views_and_heads(backend, head_dim):
     g = torch.Generator().manual_seed(0)
     heads_last = [torch.randn(1, 5, 6, h, head_dim, generator=g).to(device_under_test()) for h in (6, 2, 2)]
-    views = [t.permute(0, 3, 1, 2, 4) for t in heads_last]                # (B, H, X, Y, D), not contiguous
+    views = [t.permute(0, 3, 1, 2, 4) for t in heads_last]  # (B, H, X, Y, D), not contiguous
     out = neighborhood_attention(*views, (3, 5), backend=backend)
     assert rel_error(out, neighborhood_attention(*(t.contiguous() for t in views), (3, 5), backend="torch")) < 1e-5
-    for h in range(6):                                                    # head h reads key head h // 3
-        one = neighborhood_attention(views[0][:, h:h + 1], views[1][:, h // 3:h // 3 + 1],
-                                     views[2][:, h // 3:h // 3 + 1], (3, 5), backend="torch")
-        assert rel_error(out[:, h:h + 1], one) < 1e-5
+    for h in range(6):  # head h reads key head h // 3
+        one = neighborhood_attention(
+            views[0][:, h : h + 1],
+            views[1][:, h // 3 : h // 3 + 1],
+            views[2][:, h // 3 : h // 3 + 1],
+            (3, 5),
+            backend="torch",
+        )
+        assert rel_error(out[:, h : h + 1], one) < 1e-5
+
 
 @BOTH
 def test_empty_batch(backend):
     empty = torch.zeros(0, 2, 5, 6, 16, device=device_under_test())
     assert na2d(empty, empty, empty, 3, backend=backend).shape == empty.shape
 
-@pytest.mark.parametrize("shape", [(1,), (2,), (7,), (33,), (65,), (1, 13), (13, 2), (9, 17), (2, 1, 9), (5, 9, 3)],
-                         ids=str)
+
+@pytest.mark.parametrize(
+    "shape", [(1,), (2,), (7,), (33,), (65,), (1, 13), (13, 2), (9, 17), (2, 1, 9), (5, 9, 3)], ids=str
+)
 @BOTH
 def test_odd_sizes(backend, shape):
     "Axes of 1, 2, 7, 13, 33 and one more than a tile, forward and backward: partial tiles on every axis."
     kw = dict(window_size=tuple(min(x, 3) for x in shape))
     op = partial(neighborhood_attention, **kw, return_lse=True, backend=backend)
     check_against_reference(op, partial(dense, shape=shape, kw=kw), draw(shape, H=1), grad_tol=2e-5, floor=0.05)
+
 
 @pytest.mark.parametrize("shape, B, Hk, heads_last", [((4, 8, 8), 2, 1, False), ((4, 8, 9), 1, 2, True)])
 def test_descriptors_on_maps_of_three(shape, B, Hk, heads_last):
@@ -338,6 +374,7 @@ def test_descriptors_on_maps_of_three(shape, B, Hk, heads_last):
     tensors = [turned(t) if heads_last else t for t in draw(shape, B=B, Hk=Hk)]
     assert all(describable(t) for t in tensors)
     check_against_reference(op, partial(dense, shape=shape, kw=kw), tensors, grad_tol=2e-5)
+
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @BOTH
@@ -354,29 +391,39 @@ def test_good_citizen(backend):
     g = torch.Generator().manual_seed(0)
     q, k, v = draw((3, 6), B=1, Hk=1, Dv=24)
     make = lambda *s: torch.randn(*s, generator=g).to(q.device)
-    inputs = dict(q=q, k=k, v=v, rel_pos_bias=make(2, 5, 5), additional_keys=make(1, 1, 3, 16),
-                  additional_values=make(1, 1, 3, 24))
-    dilation = 1 if backend == "triton" and q.device.type == "cpu" else (1, 2)       # the interpreter is slow
-    op = partial(neighborhood_attention, window_size=3, stride=(2, 1), dilation=dilation, return_lse=True,
-                 backend=backend)
-    skip = ("deterministic",) if backend == "torch" else ()         # a GPU adds a gather's gradients in any order
+    inputs = dict(
+        q=q,
+        k=k,
+        v=v,
+        rel_pos_bias=make(2, 5, 5),
+        additional_keys=make(1, 1, 3, 16),
+        additional_values=make(1, 1, 3, 24),
+    )
+    dilation = 1 if backend == "triton" and q.device.type == "cpu" else (1, 2)  # the interpreter is slow
+    op = partial(
+        neighborhood_attention, window_size=3, stride=(2, 1), dilation=dilation, return_lse=True, backend=backend
+    )
+    skip = ("deterministic",) if backend == "torch" else ()  # a GPU adds a gather's gradients in any order
     check_operation(op, partial(op, backend="torch"), inputs, grad_tol=2e-5, skip=skip)
 
 
 @pytest.mark.cuda
 def test_memory_does_not_grow_with_window():
-    if device_under_test() != "cuda": return
+    if device_under_test() != "cuda":
+        return
     q, k, v = draw((64, 64), H=8, Hk=8, D=64, dtype=torch.bfloat16)
     peak = [peak_memory(lambda: na2d(q, k, v, w, backend="triton"), "cuda") for w in (3, 63)]
     assert peak[1] <= 1.05 * peak[0], peak
 
+
 @pytest.mark.cuda
 def test_64_bit_addresses():
-    if device_under_test() != "cuda" or torch.cuda.mem_get_info()[0] < 40e9: return
-    L, D, tail = 2**27 + 5, 16, 1000                                # 2**31 elements and a few
+    if device_under_test() != "cuda" or torch.cuda.mem_get_info()[0] < 40e9:
+        return
+    L, D, tail = 2**27 + 5, 16, 1000  # 2**31 elements and a few
     q, k, v = (torch.randn(1, 1, L, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     out = na1d(q, k, v, 7, backend="triton")[:, :, -tail:]
-    want = neighborhood_attention_reference(*(t[:, :, -2 * tail:].double() for t in (q, k, v)), 7)[:, :, -tail:]
+    want = neighborhood_attention_reference(*(t[:, :, -2 * tail :].double() for t in (q, k, v)), 7)[:, :, -tail:]
     assert rel_error(out, want) < TOLERANCE[torch.bfloat16]
 
 
@@ -384,37 +431,56 @@ def bad_inputs():
     "(wrong arguments, error, what it names)"
     q, k, v = draw((8, 9), B=2, H=4, Hk=2)
     windows = [
-        (dict(window_size=(9, 3)), ValueError, "axis 0"), (dict(window_size=3, dilation=(1, 4)), ValueError, "axis 1"),
-        (dict(window_size=3, stride=4), ValueError, "stride"), (dict(window_size=0), ValueError, "window_size"),
-        (dict(window_size=-3), ValueError, "window_size"), (dict(window_size=3, dilation=-1), ValueError, "dilation"),
-        (dict(window_size=3, stride=0), ValueError, "stride"), (dict(window_size=(3, 3, 3)), ValueError, "window_size"),
-        (dict(window_size=3.0), TypeError, "window_size"), (dict(window_size=True), TypeError, "window_size"),
-        (dict(window_size=(3, 3.0)), TypeError, "window_size[1]"), (dict(stride=np.float64(1)), TypeError, "stride"),
+        (dict(window_size=(9, 3)), ValueError, "axis 0"),
+        (dict(window_size=3, dilation=(1, 4)), ValueError, "axis 1"),
+        (dict(window_size=3, stride=4), ValueError, "stride"),
+        (dict(window_size=0), ValueError, "window_size"),
+        (dict(window_size=-3), ValueError, "window_size"),
+        (dict(window_size=3, dilation=-1), ValueError, "dilation"),
+        (dict(window_size=3, stride=0), ValueError, "stride"),
+        (dict(window_size=(3, 3, 3)), ValueError, "window_size"),
+        (dict(window_size=3.0), TypeError, "window_size"),
+        (dict(window_size=True), TypeError, "window_size"),
+        (dict(window_size=(3, 3.0)), TypeError, "window_size[1]"),
+        (dict(stride=np.float64(1)), TypeError, "stride"),
         (dict(window_size=3, is_causal=1), TypeError, "is_causal"),
-        (dict(window_size=3, is_causal=(True,)), ValueError, "is_causal")]
+        (dict(window_size=3, is_causal=(True,)), ValueError, "is_causal"),
+    ]
     tensors = [
-        (dict(k=k[:, :, :7]), ValueError, "k must"), (dict(v=v[:1]), ValueError, "v must"),
-        (dict(k=k[..., :8]), ValueError, "k must"), (dict(q=q[:, :3]), ValueError, "heads"),
-        (dict(v=v[:, :1]), ValueError, "v must"), (dict(q=q[0, 0, 0]), ValueError, "q must"),
-        (dict(q=q.int()), TypeError, "q must"), (dict(k=k.half()), TypeError, "k must"),
-        (dict(v=[1.0]), TypeError, "v must"), (dict(backend="cuda"), ValueError, "backend"),
-        (dict(scale="1"), TypeError, "scale"), (dict(scale=math.inf), ValueError, "scale")]
+        (dict(k=k[:, :, :7]), ValueError, "k must"),
+        (dict(v=v[:1]), ValueError, "v must"),
+        (dict(k=k[..., :8]), ValueError, "k must"),
+        (dict(q=q[:, :3]), ValueError, "heads"),
+        (dict(v=v[:, :1]), ValueError, "v must"),
+        (dict(q=q[0, 0, 0]), ValueError, "q must"),
+        (dict(q=q.int()), TypeError, "q must"),
+        (dict(k=k.half()), TypeError, "k must"),
+        (dict(v=[1.0]), TypeError, "v must"),
+        (dict(backend="cuda"), ValueError, "backend"),
+        (dict(scale="1"), TypeError, "scale"),
+        (dict(scale=math.inf), ValueError, "scale"),
+    ]
     extras = [
         (dict(rel_pos_bias=torch.zeros(4, 5, 3)), ValueError, "rel_pos_bias"),
         (dict(rel_pos_bias=torch.zeros(4, 5, 5).long()), TypeError, "rel_pos_bias"),
         (dict(additional_keys=k[:, :, 0]), ValueError, "additional_"),
-        (dict(additional_keys=k[:, :, 0], additional_values=v[:, :1, 0]), ValueError, "additional_values")]
+        (dict(additional_keys=k[:, :, 0], additional_values=v[:, :1, 0]), ValueError, "additional_values"),
+    ]
     return windows + tensors + extras
+
 
 @pytest.mark.parametrize("bad", bad_inputs(), ids=lambda bad: ", ".join(bad[0]))
 def test_bad_input(bad):
     q, k, v = draw((8, 9), B=2, H=4, Hk=2)
     check_raises(neighborhood_attention, [bad], q=q, k=k, v=v, window_size=3)
 
+
 @pytest.mark.parametrize("f, axes", [(na1d, 2), (na3d, 2), (na2d, 1)], ids=["na1d", "na3d", "na2d"])
 def test_wrong_rank(f, axes):
     x = draw((8, 9)[:axes])[1]
-    with pytest.raises(ValueError, match="needs q of shape"): f(x, x, x, 3)
+    with pytest.raises(ValueError, match="needs q of shape"):
+        f(x, x, x, 3)
+
 
 @BOTH
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
@@ -425,11 +491,20 @@ def test_integers_of_numpy(kind, backend):
     assert torch.equal(na2d(q, k, v, **sizes, backend=backend), want)
     assert neighborhood_pairs(np.array([8, 9]), kind(3)) == 8 * 9 * 9
 
-@pytest.mark.parametrize("kw, error", [
-    (dict(q_tile=(8, 8, 8)), ValueError), (dict(q_tile=8, scheme="diagonal"), ValueError),
-    (dict(q_tile=8.0), TypeError), (dict(q_tile=8, block_n=0), ValueError)], ids=str)
+
+@pytest.mark.parametrize(
+    "kw, error",
+    [
+        (dict(q_tile=(8, 8, 8)), ValueError),
+        (dict(q_tile=8, scheme="diagonal"), ValueError),
+        (dict(q_tile=8.0), TypeError),
+        (dict(q_tile=8, block_n=0), ValueError),
+    ],
+    ids=str,
+)
 def test_bad_tiles(kw, error):
-    with pytest.raises(error): tile_waste((8, 9), 3, **dict(block_n=32) | kw)
+    with pytest.raises(error):
+        tile_waste((8, 9), 3, **dict(block_n=32) | kw)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -438,6 +513,7 @@ def test_huge_equal_logits(backend):
     q = torch.full((1, 1, 4, 4, 16), 1e4, device=device_under_test())
     out = na2d(q, q, torch.ones_like(q), 3, scale=1.0, backend=backend)
     assert (out - 1).abs().max() < 1e-3
+
 
 @EACH
 def test_double_precision_reference(case):
@@ -449,24 +525,40 @@ def test_double_precision_reference(case):
     q, k, v = (t.double() for t in draw(shape))
     assert rel_error(neighborhood_attention_reference(q, k, v, **kw), dense(q, k, v, shape, kw)[0]) < 1e-10
 
-@pytest.mark.parametrize("how, want, digits", [
-    (dict(shape=(56, 56), window_size=7, q_tile=128, block_n=128, scheme="row-major"), 12.9, 1),
-    (dict(shape=(56, 56), window_size=7, q_tile=(8, 8), block_n=(8, 8), scheme="aligned"), 9.6, 1),
-    (dict(shape=(56, 56), window_size=7, q_tile=(8, 8), block_n=32), 3.9, 1),
-    (dict(shape=(30, 48, 80), window_size=(18, 24, 24), q_tile=(4, 8, 4), block_n=64), 1.42, 2)], ids=str)
+
+@pytest.mark.parametrize(
+    "how, want, digits",
+    [
+        (dict(shape=(56, 56), window_size=7, q_tile=128, block_n=128, scheme="row-major"), 12.9, 1),
+        (dict(shape=(56, 56), window_size=7, q_tile=(8, 8), block_n=(8, 8), scheme="aligned"), 9.6, 1),
+        (dict(shape=(56, 56), window_size=7, q_tile=(8, 8), block_n=32), 3.9, 1),
+        (dict(shape=(30, 48, 80), window_size=(18, 24, 24), q_tile=(4, 8, 4), block_n=64), 1.42, 2),
+    ],
+    ids=str,
+)
 def test_waste(how, want, digits):
     assert round(tile_waste(**how), digits) == want
+
 
 @pytest.mark.parametrize("transpose", [False, True])
 def test_blocks_waste_nothing(transpose):
     assert tile_waste((64, 64), 8, stride=8, q_tile=8, block_n=64, transpose=transpose) == 1.0
 
+
 def test_chosen_tiles():
     assert choose_q_tile((56, 56), 7) == (8, 8) and choose_q_tile((100,), 9, block_m=32) == (32,)
 
+
 @pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("kw", [dict(window_size=(9, 5)), dict(window_size=(8, 6), stride=(4, 3)),
-                                dict(window_size=(4, 3), dilation=(2, 1), is_causal=(True, False))], ids=str)
+@pytest.mark.parametrize(
+    "kw",
+    [
+        dict(window_size=(9, 5)),
+        dict(window_size=(8, 6), stride=(4, 3)),
+        dict(window_size=(4, 3), dilation=(2, 1), is_causal=(True, False)),
+    ],
+    ids=str,
+)
 def test_order_of_bricks(kw, transpose):
     "The tables agree with the dense mask: bricks without a mask come first, those that nobody sees are left out."
     shape, tile, brick = (18, 13), (4, 2), (2, 4)
@@ -481,10 +573,10 @@ def test_order_of_bricks(kw, transpose):
         row = order[share[i] + share[len(starts[0]) + j]].tolist()
         per_class = len(starts[0]) // d
         rows = slice(i // per_class + i % per_class * 4 * d, None, d)
-        seen = mask[rows][:4, 2 * j:2 * j + 2]                                          # [4, 2, *shape]
+        seen = mask[rows][:4, 2 * j : 2 * j + 2]  # [4, 2, *shape]
         for at, number in enumerate(row[2:]):
             y, x = divmod(number, -(-sides[1] // 4))
-            place = seen[:, :, i // per_class::d][:, :, starts[0][i] + 2 * y:, starts[1][j] + 4 * x:][:, :, :2, :4]
+            place = seen[:, :, i // per_class :: d][:, :, starts[0][i] + 2 * y :, starts[1][j] + 4 * x :][:, :, :2, :4]
             assert (place.shape[2:] == (2, 4) and bool(place.all())) == (at < row[0]), (i, j, at)
             assert bool(place.any()) == (at < row[1]), (i, j, at)
         full, steps = full + row[0], steps + row[1]
@@ -493,9 +585,16 @@ def test_order_of_bricks(kw, transpose):
     assert round(useful * neighborhood_pairs(shape, **kw)) == 64 * steps
 
 
-@pytest.mark.parametrize("shape, kw", [
-    ((16, 16), dict(window_size=15)), ((16, 24), dict(window_size=8, stride=8)), ((200,), dict(window_size=190)),
-    ((150,), dict(window_size=140, is_causal=True))], ids=str)
+@pytest.mark.parametrize(
+    "shape, kw",
+    [
+        ((16, 16), dict(window_size=15)),
+        ((16, 24), dict(window_size=8, stride=8)),
+        ((200,), dict(window_size=190)),
+        ((150,), dict(window_size=140, is_causal=True)),
+    ],
+    ids=str,
+)
 def test_steps_without_mask(shape, kw):
     q, k, v = draw(shape, H=1)
     axes = neighborhood_axes(shape, **kw)
@@ -506,32 +605,65 @@ def test_steps_without_mask(shape, kw):
         check_against_reference(op, partial(dense, shape=shape, kw=kw), (q, k, v), grad_tol=2e-5, floor=0.05)
 
 
-@pytest.mark.parametrize("make, dilated, want", [
-    (nat_mini, dinat_mini, 19_984_174), (nat_tiny, dinat_tiny, 27_901_582), (nat_small, dinat_small, 50_743_297),
-    (nat_base, dinat_base, 89_769_652)], ids=["mini", "tiny", "small", "base"])
+@pytest.mark.parametrize(
+    "make, dilated, want",
+    [
+        (nat_mini, dinat_mini, 19_984_174),
+        (nat_tiny, dinat_tiny, 27_901_582),
+        (nat_small, dinat_small, 50_743_297),
+        (nat_base, dinat_base, 89_769_652),
+    ],
+    ids=["mini", "tiny", "small", "base"],
+)
 def test_parameter_counts(make, dilated, want):
     assert count_parameters(make) == want == count_parameters(dilated)
 
-@pytest.mark.parametrize("make, depths", [
-    (dinat_mini, (3, 4, 6, 5)), (dinat_tiny, (3, 4, 18, 5)), (dinat_small, (3, 4, 18, 5)),
-    (dinat_base, (3, 4, 18, 5))], ids=["mini", "tiny", "small", "base"])
+
+@pytest.mark.parametrize(
+    "make, depths",
+    [
+        (dinat_mini, (3, 4, 6, 5)),
+        (dinat_tiny, (3, 4, 18, 5)),
+        (dinat_small, (3, 4, 18, 5)),
+        (dinat_base, (3, 4, 18, 5)),
+    ],
+    ids=["mini", "tiny", "small", "base"],
+)
 def test_dilations(make, depths):
-    with torch.device("meta"): model = make()
+    with torch.device("meta"):
+        model = make()
     found = [[b.attn.dilation[0] for b in level[1:]] for level in model.levels]
     assert found == [([1, d] * 9)[:n] for n, d in zip(depths, (8, 4, 2, 1))]
 
-@pytest.mark.parametrize("make, last", [(nat_mini, 0.2), (nat_tiny, 0.2), (nat_small, 0.3), (nat_base, 0.5),
-                                        (dinat_mini, 0.2), (dinat_tiny, 0.2), (dinat_small, 0.3), (dinat_base, 0.5)])
+
+@pytest.mark.parametrize(
+    "make, last",
+    [
+        (nat_mini, 0.2),
+        (nat_tiny, 0.2),
+        (nat_small, 0.3),
+        (nat_base, 0.5),
+        (dinat_mini, 0.2),
+        (dinat_tiny, 0.2),
+        (dinat_small, 0.3),
+        (dinat_base, 0.5),
+    ],
+)
 def test_drop_path(make, last):
-    with torch.device("meta"): rates = [b.drop_path.rate for level in make().levels for b in level[1:]]
+    with torch.device("meta"):
+        rates = [b.drop_path.rate for level in make().levels for b in level[1:]]
     assert rates[0] == 0 and abs(rates[-1] - last) < 1e-6 and sorted(rates) == rates
-    with torch.device("meta"): model = make(drop_path_rate=0.0)
+    with torch.device("meta"):
+        model = make(drop_path_rate=0.0)
     assert {b.drop_path.rate for level in model.levels for b in level[1:]} == {0.0}
 
-@pytest.mark.parametrize("make", [nat_mini, nat_tiny, nat_small, nat_base,
-                                  dinat_mini, dinat_tiny, dinat_small, dinat_base])
+
+@pytest.mark.parametrize(
+    "make", [nat_mini, nat_tiny, nat_small, nat_base, dinat_mini, dinat_tiny, dinat_small, dinat_base]
+)
 def test_what_a_task_changes(make):
-    with torch.device("meta"): model = make(num_classes=7, in_chans=1, window_size=5, stride=3, backend="torch")
+    with torch.device("meta"):
+        model = make(num_classes=7, in_chans=1, window_size=5, stride=3, backend="torch")
     blocks = [b.attn for level in model.levels for b in level[1:]]
     assert model.head.out_features == 7 and model.levels[0][0].convs[0].in_channels == 1
     assert {(b.window_size, b.stride, b.backend) for b in blocks} == {((5, 5), (3, 3), "torch")}
@@ -550,8 +682,9 @@ def test_block():
     assert rel_error(block(x), half + 0.25 * block.mlp(block.norm2(half))) < 1e-6
     assert block.mlp.fc1.out_features == 32
     block.train()
-    kept = (block(x) != x).flatten(1).any(1).float().mean()             # a branch at least: 3/4 of the samples
+    kept = (block(x) != x).flatten(1).any(1).float().mean()  # a branch at least: 3/4 of the samples
     assert 0.5 < kept < 0.95
+
 
 def test_network():
     "Stem, levels, norm, mean over tokens, head; the map halves with every convolution."
@@ -567,8 +700,11 @@ def test_network():
     assert 0.01 < float(net.head.weight.detach().std()) < 0.03 and not net.head.bias.any()
 
 
-@pytest.mark.parametrize("make, shape", [(NeighborhoodAttention1d, (11,)), (NeighborhoodAttention2d, (6, 9)),
-                                         (NeighborhoodAttention3d, (3, 4, 5))], ids=["1d", "2d", "3d"])
+@pytest.mark.parametrize(
+    "make, shape",
+    [(NeighborhoodAttention1d, (11,)), (NeighborhoodAttention2d, (6, 9)), (NeighborhoodAttention3d, (3, 4, 5))],
+    ids=["1d", "2d", "3d"],
+)
 def test_modules(make, shape):
     torch.manual_seed(0)
     layer = make(32, 2, 3, rel_pos_bias=True, is_causal=(True,) + (False,) * (len(shape) - 1)).to(device_under_test())
@@ -577,7 +713,9 @@ def test_modules(make, shape):
     y.square().mean().backward()
     assert y.shape == x.shape and all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
     assert float(layer.rel_pos_bias.grad.abs().sum()) > 0 and "window_size" in repr(layer)
-    with pytest.raises(ValueError, match="x must have shape"): layer(x[..., :16])
+    with pytest.raises(ValueError, match="x must have shape"):
+        layer(x[..., :16])
+
 
 def test_module_is_the_operation():
     "Queries, keys and values in this order from one linear layer, heads one after another; scale as given."
@@ -585,27 +723,43 @@ def test_module_is_the_operation():
     layer = NeighborhoodAttention2d(12, 3, (3, 5), stride=(2, 1), dilation=(1, 2), qk_scale=0.3, rel_pos_bias=True)
     layer, x = layer.double(), torch.randn(2, 6, 10, 12, dtype=torch.float64)
     qkv = (x @ layer.qkv.weight.T + layer.qkv.bias).view(2, 6, 10, 3, 3, 4).permute(3, 0, 4, 1, 2, 5)
-    out = neighborhood_attention_reference(*qkv, (3, 5), stride=(2, 1), dilation=(1, 2), scale=0.3,
-                                           rel_pos_bias=layer.rel_pos_bias)
+    out = neighborhood_attention_reference(
+        *qkv, (3, 5), stride=(2, 1), dilation=(1, 2), scale=0.3, rel_pos_bias=layer.rel_pos_bias
+    )
     assert rel_error(layer(x), layer.proj(out.permute(0, 2, 3, 1, 4).flatten(3))) < 1e-10
     assert NeighborhoodAttention2d(12, 3, 3, qkv_bias=False).qkv.bias is None
     layer = NeighborhoodAttention2d(12, 3, 3, proj_drop=0.5)
     assert float((layer(x.float()) == 0).float().mean()) > 0.3
 
-@pytest.mark.parametrize("arguments, options, error, names", [
-    ((30, 4, 3), {}, ValueError, "embed_dim"), ((32, 4, 3), dict(stride=4), ValueError, "stride"),
-    ((32, 4.0, 3), {}, TypeError, "num_heads"), ((32.0, 4, 3), {}, TypeError, "embed_dim"),
-    ((32, 0, 3), {}, ValueError, "num_heads"), ((32, True, 3), {}, TypeError, "num_heads"),
-    ((32, 4, 3.0), {}, TypeError, "window_size"), ((32, 4, 3), dict(is_causal=1), TypeError, "is_causal"),
-    ((32, 4, 3), dict(proj_drop=2), ValueError, "proj_drop"), ((32, 4, 3), dict(fit=1), TypeError, "fit"),
-    ((32, 4, 3), dict(rel_pos_bias=torch.zeros(2)), TypeError, "rel_pos_bias")], ids=str)
+
+@pytest.mark.parametrize(
+    "arguments, options, error, names",
+    [
+        ((30, 4, 3), {}, ValueError, "embed_dim"),
+        ((32, 4, 3), dict(stride=4), ValueError, "stride"),
+        ((32, 4.0, 3), {}, TypeError, "num_heads"),
+        ((32.0, 4, 3), {}, TypeError, "embed_dim"),
+        ((32, 0, 3), {}, ValueError, "num_heads"),
+        ((32, True, 3), {}, TypeError, "num_heads"),
+        ((32, 4, 3.0), {}, TypeError, "window_size"),
+        ((32, 4, 3), dict(is_causal=1), TypeError, "is_causal"),
+        ((32, 4, 3), dict(proj_drop=2), ValueError, "proj_drop"),
+        ((32, 4, 3), dict(fit=1), TypeError, "fit"),
+        ((32, 4, 3), dict(rel_pos_bias=torch.zeros(2)), TypeError, "rel_pos_bias"),
+    ],
+    ids=str,
+)
 def test_bad_modules(arguments, options, error, names):
-    with pytest.raises(error, match=names): NeighborhoodAttention1d(*arguments, **options)
+    with pytest.raises(error, match=names):
+        NeighborhoodAttention1d(*arguments, **options)
+
 
 def test_modules_take_integers_of_numpy():
     layer = NeighborhoodAttention2d(np.int64(32), np.int32(4), (np.int64(3), 5), stride=np.int64(2), rel_pos_bias=True)
     assert layer(torch.randn(1, 6, 7, 32)).shape == (1, 6, 7, 32) and layer.window_size == (3, 5)
-    with pytest.raises(ValueError, match="axis 0"): NeighborhoodAttention1d(32, 4, 7)(torch.randn(1, 5, 32))
+    with pytest.raises(ValueError, match="axis 0"):
+        NeighborhoodAttention1d(32, 4, 7)(torch.randn(1, 5, 32))
+
 
 def test_fit():
     "A fitted layer on a small map is global attention with the middle of the bias table."
@@ -616,11 +770,19 @@ def test_fit():
     x = torch.randn(2, 4, 5, 32, device=device_under_test())
     assert rel_error(wide(x), small(x)) < 1e-6
 
-@pytest.mark.parametrize("args, want", [
-    (((14, 14), 7, 1, 4), ((7, 7), (1, 1), (2, 2))), (((5, 9), 7, 1, 2), ((5, 7), (1, 1), (1, 1))),
-    (((20, 6), (5, 7), (3, 7), (2, 1)), ((5, 6), (3, 6), (2, 1)))], ids=str)
+
+@pytest.mark.parametrize(
+    "args, want",
+    [
+        (((14, 14), 7, 1, 4), ((7, 7), (1, 1), (2, 2))),
+        (((5, 9), 7, 1, 2), ((5, 7), (1, 1), (1, 1))),
+        (((20, 6), (5, 7), (3, 7), (2, 1)), ((5, 6), (3, 6), (2, 1))),
+    ],
+    ids=str,
+)
 def test_fitted_neighborhoods(args, want):
     assert fit_neighborhood(*args) == want
+
 
 @pytest.mark.parametrize("side", [9, 32, 50])
 def test_networks_fit_their_maps(side):
@@ -632,45 +794,63 @@ def count_steps(shape, kw):
     "What `kernel_steps` says, counted from the dense mask."
     axes, (tile, brick) = neighborhood_axes(shape, **kw), kernel_tiles(shape, **kw)
     mask = neighborhood_mask(shape, **kw).view(*shape, *shape).numpy()
-    sides = []                                                         # of every axis: the positions of every tile
+    sides = []  # of every axis: the positions of every tile
     for axis, t in zip(axes, tile):
         longest = -(-axis.length // axis.dilation)
         classes = [range(r, axis.length, axis.dilation) for r in range(axis.dilation)]
-        sides.append([c[i:i + t] for c in classes for i in range(0, longest, t)])
+        sides.append([c[i : i + t] for c in classes for i in range(0, longest, t)])
     counts = []
     for queries in product(*sides):
-        seen = mask[np.ix_(*queries)].reshape(-1, *shape)              # [queries, *shape]
+        seen = mask[np.ix_(*queries)].reshape(-1, *shape)  # [queries, *shape]
         free = steps = 0
         if len(seen):
             first = [int(k.min()) for k in seen.any(0).nonzero()]
-            bricks = [[range(k, axis.length, axis.dilation)[i:i + u] for i in range(0, axis.length, u)]
-                      for axis, k, u in zip(axes, first, brick)]
+            bricks = [
+                [range(k, axis.length, axis.dilation)[i : i + u] for i in range(0, axis.length, u)]
+                for axis, k, u in zip(axes, first, brick)
+            ]
             for keys in product(*bricks):
-                block = seen[np.ix_(range(len(seen)), *keys)]          # [queries, *brick], less at a border
+                block = seen[np.ix_(range(len(seen)), *keys)]  # [queries, *brick], less at a border
                 steps += block.any()
                 free += block.all() and block.shape[1:] == brick
         counts.append((free, steps - free))
     free, masked = np.array(counts).T
-    if free.sum() < 0.25 * (free + masked).sum():                      # too few: every step takes the mask
+    if free.sum() < 0.25 * (free + masked).sum():  # too few: every step takes the mask
         free, masked = 0 * free, free + masked
     return free * math.prod(brick), masked * math.prod(brick)
 
-@pytest.mark.parametrize("shape, kw, some", [
-    ((19, 24), dict(window_size=5), False), ((24, 30), dict(window_size=(21, 27)), False),
-    ((27, 16), dict(window_size=8, stride=8), True), ((21, 16), dict(window_size=(5, 8), dilation=(2, 1)), False),
-    ((11, 37), dict(window_size=(3, 4), dilation=(3, 5), stride=(2, 3)), False),
-    ((24, 26), dict(window_size=(24, 20), is_causal=(True, False), stride=(1, 4)), True),
-    ((40, 33), dict(window_size=(37, 33), is_causal=True), True), ((6, 9, 10), dict(window_size=(3, 5, 4)), False),
-    ((5, 8, 16), dict(window_size=(5, 8, 13)), True),
-    ((4, 8, 9), dict(window_size=(4, 2, 3), stride=(1, 2, 3), is_causal=(True, False, False)), False)], ids=str)
+
+@pytest.mark.parametrize(
+    "shape, kw, some",
+    [
+        ((19, 24), dict(window_size=5), False),
+        ((24, 30), dict(window_size=(21, 27)), False),
+        ((27, 16), dict(window_size=8, stride=8), True),
+        ((21, 16), dict(window_size=(5, 8), dilation=(2, 1)), False),
+        ((11, 37), dict(window_size=(3, 4), dilation=(3, 5), stride=(2, 3)), False),
+        ((24, 26), dict(window_size=(24, 20), is_causal=(True, False), stride=(1, 4)), True),
+        ((40, 33), dict(window_size=(37, 33), is_causal=True), True),
+        ((6, 9, 10), dict(window_size=(3, 5, 4)), False),
+        ((5, 8, 16), dict(window_size=(5, 8, 13)), True),
+        ((4, 8, 9), dict(window_size=(4, 2, 3), stride=(1, 2, 3), is_causal=(True, False, False)), False),
+    ],
+    ids=str,
+)
 def test_kernel_steps(shape, kw, some):
     (free, masked), want = kernel_steps(shape, **kw), count_steps(shape, kw)
     assert np.array_equal(free, want[0]) and np.array_equal(masked, want[1])
-    assert free.any() == some                                          # whether there are steps without a mask
+    assert free.any() == some  # whether there are steps without a mask
 
-@pytest.mark.parametrize("bad", [
-    (dict(shape=(64,)), ValueError, ["shape", "two or three"]), (dict(head_dim=257), ValueError, ["head_dim"]),
-    (dict(window_size=9), ValueError, ["window_size", "axis 0"])], ids=lambda bad: str(bad[0]))
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        (dict(shape=(64,)), ValueError, ["shape", "two or three"]),
+        (dict(head_dim=257), ValueError, ["head_dim"]),
+        (dict(window_size=9), ValueError, ["window_size", "axis 0"]),
+    ],
+    ids=lambda bad: str(bad[0]),
+)
 def test_bad_steps(bad):
     check_raises(kernel_steps, [bad], shape=(8, 8), window_size=3)
 
@@ -678,12 +858,12 @@ def test_bad_steps(bad):
 def test_predicted_us():
     costs = StepCosts(launch=2.0, program=1.0, free=0.5, masked=0.75, alone=3.0)
     keys = lambda *n: np.array(n)
-    one = keys(128), keys(64)                                          # work 1 + 2 * 0.5 + 0.75
-    assert predicted_us(one, 1, costs) == 2 + 3 * 2.75                 # alone on its multiprocessor
-    assert predicted_us(one, 4, costs, processors=4) == 2 + 3 * 2.75   # and so are four on four
-    assert predicted_us(one, 40, costs, processors=4) == 2 + 10 * 2.75 # ten on each: nobody is alone
+    one = keys(128), keys(64)  # work 1 + 2 * 0.5 + 0.75
+    assert predicted_us(one, 1, costs) == 2 + 3 * 2.75  # alone on its multiprocessor
+    assert predicted_us(one, 4, costs, processors=4) == 2 + 3 * 2.75  # and so are four on four
+    assert predicted_us(one, 40, costs, processors=4) == 2 + 10 * 2.75  # ten on each: nobody is alone
     assert predicted_us(one, 41, costs, processors=4) == 2 + 11 * 2.75
-    assert predicted_us((keys(0, 0, 256), keys(0, 0, 0)), 1, costs) == 2 + 3 * 3.0   # fewer than multiprocessors
+    assert predicted_us((keys(0, 0, 256), keys(0, 0, 0)), 1, costs) == 2 + 3 * 3.0  # fewer than multiprocessors
     # work 3, 1, 1, 1 on two: the ones fill up beside the three
     assert predicted_us((keys(256, 0, 0, 0), keys(0, 0, 0, 0)), 1, costs._replace(alone=1.0), processors=2) == 2 + 3
     # in the order of launch: 1, 1, 3 on two take 4, though 3, 1, 1 would take 3
@@ -692,14 +872,24 @@ def test_predicted_us():
 
 def simulator_rows(costs, device="GPU one", date="2026-01-01T00:00:00+00:00", processors=132, slower={}):
     "Rows as `bench_simulator` would write them on a GPU with these costs; `slower`: {case: times as long}."
-    return [dict(case=case, method="ours", device=device, date=date, processors=processors,
-                 calibrates=case in CALIBRATING.values(),
-                 ms_fwd=predicted_us(*_simulated_problem(case), costs, processors) * slower.get(case, 1) / 1e3)
-            for case in SIMULATED]
+    return [
+        dict(
+            case=case,
+            method="ours",
+            device=device,
+            date=date,
+            processors=processors,
+            calibrates=case in CALIBRATING.values(),
+            ms_fwd=predicted_us(*_simulated_problem(case), costs, processors) * slower.get(case, 1) / 1e3,
+        )
+        for case in SIMULATED
+    ]
+
 
 def test_simulated_problems():
     assert list(CALIBRATING.values()) == list(SIMULATED)[:5] and len(SIMULATED) == 23
     assert len({repr(sorted(p.items())) for p in SIMULATED.values()}) == len(SIMULATED)
+
 
 @pytest.mark.parametrize("case", SIMULATED)
 def test_simulated_problem(case):
@@ -707,22 +897,36 @@ def test_simulated_problem(case):
     assert problem.pop("head_dim") == 64 and problem.pop("heads") == 8 and problem.pop("batch") in (1, 2)
     assert len(neighborhood_axes(**problem)) in (2, 3)
 
-@pytest.mark.parametrize("want, processors", [
-    (StepCosts(2.5, 1.1, 0.47, 0.53, 2.3), 132), (StepCosts(4.0, 0.3, 0.8, 1.5, 1.2), 132),
-    (StepCosts(1.0, 5.0, 0.1, 0.4, 4.0), 132), (StepCosts(3.0, 0.5, 0.2, 0.25, 2.0), 160)], ids=str)
+
+@pytest.mark.parametrize(
+    "want, processors",
+    [
+        (StepCosts(2.5, 1.1, 0.47, 0.53, 2.3), 132),
+        (StepCosts(4.0, 0.3, 0.8, 1.5, 1.2), 132),
+        (StepCosts(1.0, 5.0, 0.1, 0.4, 4.0), 132),
+        (StepCosts(3.0, 0.5, 0.2, 0.25, 2.0), 160),
+    ],
+    ids=str,
+)
 def test_costs_are_found_again(want, processors):
     problems = [_simulated_problem(case) for case in CALIBRATING.values()]
     calibration = [(*p, predicted_us(*p, want, processors)) for p in problems]
     found = fit_costs(calibration, processors)
     assert np.allclose(found, want, rtol=1e-6) and found == fit_costs(calibration, processors)
 
+
 def test_costs_that_are_not_found():
     problems = [_simulated_problem(case) for case in CALIBRATING.values()]
     calibration = [(*p, predicted_us(*p, StepCosts(3.0, 0.5, 0.2, 0.25, 2.0), 160)) for p in problems]
-    with pytest.raises(ValueError, match="five"): fit_costs(calibration[:4])
-    with pytest.raises(ValueError, match="first two"): fit_costs(calibration[::-1])
-    with pytest.raises(ValueError, match="no positive costs"): fit_costs([(*p, 50.0) for p in problems])
-    with pytest.raises(ValueError, match="no positive costs"): fit_costs(calibration[:4] + calibration[3:4], 160)
+    with pytest.raises(ValueError, match="five"):
+        fit_costs(calibration[:4])
+    with pytest.raises(ValueError, match="first two"):
+        fit_costs(calibration[::-1])
+    with pytest.raises(ValueError, match="no positive costs"):
+        fit_costs([(*p, 50.0) for p in problems])
+    with pytest.raises(ValueError, match="no positive costs"):
+        fit_costs(calibration[:4] + calibration[3:4], 160)
+
 
 def test_simulated_times():
     costs = StepCosts(2.5, 1.1, 0.47, 0.53, 2.3)
@@ -742,30 +946,61 @@ def made_up(name, *rows, **fields):
     same = dict(name=name, device="GPU one", date="2026-01-01T00:00:00+00:00", preset="gpu")
     return [same | fields | row for row in rows]
 
+
 def natten_rows(**speed):
     "Rows of NATTEN's problems, ours so many times faster than dense attention."
     of = {"plain": "FLUX 4K", "strided": "FLUX 4K, stride 16"}
-    return made_up("natten", *(dict(case=of[n], method=method, ms_fwd=ms) for n, x in speed.items()
-                               for method, ms in (("ours", 1.0), ("cudnn dense", x))))
+    return made_up(
+        "natten",
+        *(
+            dict(case=of[n], method=method, ms_fwd=ms)
+            for n, x in speed.items()
+            for method, ms in (("ours", 1.0), ("cudnn dense", x))
+        ),
+    )
+
 
 def window_rows(ms, peak=(100, 100)):
     "Windows 3, 31, 63, 95 and 128 of 128 x 128 that compute twice the useful pairs; ms: time by computed share."
-    share = [(w / 128)**2 for w in (3, 31, 63, 95, 128)]
-    return made_up("windows", *(dict(w=w, useful=x, waste=2.0, ms_fwd=ms(2 * x), peak_mb_fwd=peak[w > 3])
-                                for w, x in zip((3, 31, 63, 95, 128), share)), method="ours", batch=2, heads=8)
+    share = [(w / 128) ** 2 for w in (3, 31, 63, 95, 128)]
+    return made_up(
+        "windows",
+        *(
+            dict(w=w, useful=x, waste=2.0, ms_fwd=ms(2 * x), peak_mb_fwd=peak[w > 3])
+            for w, x in zip((3, 31, 63, 95, 128), share)
+        ),
+        method="ours",
+        batch=2,
+        heads=8,
+    )
+
 
 def size_rows(ms):
     "A map of 128 x 128 with window 13."
     shape, (tile, brick) = (128, 128), kernel_tiles((128, 128), 13)
     share = 13**2 / 128**2
     pairs = share * tile_waste(shape, 13, q_tile=tile, block_n=brick, scheme="bricks")
-    return made_up("sizes", dict(N=128**2, window="13", useful=share, ms_fwd=ms(pairs)), method="ours", batch=1,
-                   heads=8, head_dim=64)
+    return made_up(
+        "sizes",
+        dict(N=128**2, window="13", useful=share, ms_fwd=ms(pairs)),
+        method="ours",
+        batch=1,
+        heads=8,
+        head_dim=64,
+    )
+
 
 def nat_rows(na, blocked):
     "Accuracies of seeds."
-    return made_up("nat", *(dict(kind=kind, run=i, accuracy=x) for kind, found in (("NA", na), ("blocked", blocked))
-                            for i, x in enumerate(found)))
+    return made_up(
+        "nat",
+        *(
+            dict(kind=kind, run=i, accuracy=x)
+            for kind, found in (("NA", na), ("blocked", blocked))
+            for i, x in enumerate(found)
+        ),
+    )
+
 
 linear, shifted, crooked = lambda x: 4 * x, lambda x: 1 + 4 * x, lambda x: (3 if x < 1.0 else 1) * (1 + 4 * x)
 SAME = "The same with a fixed part"
@@ -802,7 +1037,9 @@ VERDICTS_ON_ROWS = {  # (a part of the claim's statement, verdict, which): rows
     ("Swin-T", "holds in part", 0): nat_rows(good, (0.89, 0.90, 0.91)),
     ("Swin-T", "does not hold here", 0): nat_rows((0.89, 0.90, 0.91), good),
     ("Swin-T", "not measured", 0): nat_rows((0.90, 0.91), (0.80, 0.81, 0.82)),
-    ("20, 28, 51, 90", "holds", 0): []}
+    ("20, 28, 51, 90", "holds", 0): [],
+}
+
 
 @pytest.mark.parametrize("statement, verdict, which", VERDICTS_ON_ROWS)
 def test_verdicts(statement, verdict, which):
@@ -810,8 +1047,9 @@ def test_verdicts(statement, verdict, which):
     fits = lambda row, where: all(row.get(n) == x for n, x in where.items())
     found = lambda name, **where: [r for r in rows if r["name"] == name and fits(r, where)]
     with mock.patch.dict(claims.__globals__, _rows=found):
-        claim, = (c for c in claims() if statement in c.statement)
+        (claim,) = (c for c in claims() if statement in c.statement)
         assert claim.judge().verdict == verdict
+
 
 def test_no_verdict_without_measurement():
     judged = {c.statement: c.judge() for c in claims() if c.measured is None}
@@ -821,7 +1059,7 @@ def test_no_verdict_without_measurement():
 
 
 def test_simulator_claim():
-    claim, = (c for c in claims() if c.measured is _simulator_errors)
+    (claim,) = (c for c in claims() if c.measured is _simulator_errors)
     costs = StepCosts(2.5, 1.1, 0.47, 0.53, 2.3)
     predicted = [case for case in SIMULATED if case not in CALIBRATING.values()]
     slow = lambda cases, by: simulator_rows(costs, slower=dict.fromkeys(cases, by))
@@ -830,18 +1068,30 @@ def test_simulator_claim():
     assert verdict(simulator_rows(costs)) == verdict(slow(predicted, 1.2)) == verdict(slow(predicted, 0.8)) == "holds"
     assert verdict(slow(predicted[:1], 1.3)) == verdict(slow(predicted[-1:], 0.7)) == "holds in part"
     assert verdict(slow(predicted, 1.3)) == verdict(slow(predicted, 0.7)) == "does not hold here"
-    constant = [{**r, "ms_fwd": 0.05} for r in simulator_rows(costs)]           # no costs give such times
+    constant = [{**r, "ms_fwd": 0.05} for r in simulator_rows(costs)]  # no costs give such times
     assert verdict(constant) == "does not hold here" and _simulator_errors(constant)["median"] == math.inf
+
 
 def test_times_of_two_gpus_do_not_mix():
     "The claims' helpers give for the rows of two GPUs what they give for those of the newer one alone."
+
     def rows(device, day, slow):
         row = lambda name, **fields: dict(name=name, device=device, date=f"2026-01-0{day}T00:00:00+00:00", **fields)
         for w in (3, 7, 15, 23, 95, 128):
-            yield row("windows", w=w, method="ours", ms_fwd=slow + w**slow, peak_mb_fwd=100 + slow * w,
-                      useful=w * w / 128**2, waste=2.0, batch=2, heads=8)
-        yield row("sizes", N=128**2, method="ours", window="13", ms_fwd=slow, useful=0.01, batch=1, heads=8,
-                  head_dim=64)
+            yield row(
+                "windows",
+                w=w,
+                method="ours",
+                ms_fwd=slow + w**slow,
+                peak_mb_fwd=100 + slow * w,
+                useful=w * w / 128**2,
+                waste=2.0,
+                batch=2,
+                heads=8,
+            )
+        yield row(
+            "sizes", N=128**2, method="ours", window="13", ms_fwd=slow, useful=0.01, batch=1, heads=8, head_dim=64
+        )
         for case, method in product(("FLUX 4K", "FLUX 4K, stride 16"), ("ours", "cudnn dense")):
             yield row("natten", case=case, method=method, ms_fwd=1.0 if method == "ours" else 1 + slow * len(case))
 
@@ -849,10 +1099,18 @@ def test_times_of_two_gpus_do_not_mix():
         fits = lambda row, where: all(row.get(n) == x for n, x in where.items())
         found = lambda name, **where: [r for r in rows if r["name"] == name and fits(r, where)]
         with mock.patch.dict(_stride_gain.__globals__, _rows=found):
-            return [f() for f in (_natten_speed, _stride_gain, _memory_growth, _simulator_error,
-                                  _simulator_error_with_fixed_part)]
+            return [
+                f()
+                for f in (
+                    _natten_speed,
+                    _stride_gain,
+                    _memory_growth,
+                    _simulator_error,
+                    _simulator_error_with_fixed_part,
+                )
+            ]
 
     old, new = [*rows("GPU one", 1, 2)], [*rows("GPU two", 2, 1.5)]
     assert None not in measured(new) and all(a != b for a, b in zip(measured(new), measured(old)))
     assert measured(old + new) == measured(new + old) == measured(new)
-    assert measured(old + new[:6])[-1]["elsewhere"] == math.inf                # the newer GPU timed no other maps
+    assert measured(old + new[:6])[-1]["elsewhere"] == math.inf  # the newer GPU timed no other maps

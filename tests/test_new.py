@@ -1,4 +1,5 @@
 """A chapter that `attnbook new` has just begun exports, runs and passes its tests."""
+
 import os
 import shutil
 import subprocess
@@ -16,13 +17,25 @@ PLANNED = next(c for c in reversed(CHAPTERS.values()) if c.status == "planned")
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     copy = tmp_path_factory.mktemp("new") / "attnbook"
-    shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".*", "_proc", "_docs", "runs", "build", "dist", "results", "__pycache__", "*.egg-info"))
+    shutil.copytree(
+        ROOT,
+        copy,
+        symlinks=True,
+        ignore=shutil.ignore_patterns(
+            ".*", "_proc", "_docs", "runs", "build", "dist", "results", "__pycache__", "*.egg-info"
+        ),
+    )
     return copy
 
 
 def run(checkout, *words):
-    done = subprocess.run([sys.executable, *words], cwd=checkout, capture_output=True, text=True, env={
-        **os.environ, "PYTHONPATH": str(checkout), "ATTNBOOK_RESULTS": str(checkout / "runs"), "IN_TEST": "1"})
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(checkout), "ATTNBOOK_RESULTS": str(checkout / "runs"), "IN_TEST": "1"},
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -30,15 +43,31 @@ def run(checkout, *words):
 def test_new_chapter(checkout):
     pytest.importorskip("nbdev")
     name = PLANNED.name
-    began = ("from attnbook.lab.cli import new; from attnbook.lab.export import export_modules, export_tests; "
-             "from nbdev.config import add_init, get_config; "
-             f"new({name!r}), export_modules(), add_init(get_config().lib_path), export_tests()")
+    began = (
+        "from attnbook.lab.cli import new; from attnbook.lab.export import export_modules, export_tests; "
+        "from nbdev.config import add_init, get_config; "
+        f"new({name!r}), export_modules(), add_init(get_config().lib_path), export_tests()"
+    )
     assert PLANNED.notebook in run(checkout, "-c", began)
     rooms = {p.stem for p in (checkout / "attnbook" / name).glob("*.py")}
-    assert rooms == {"__init__", "reference", "kernels", "op", "nets", "study"} and (checkout / "tests" / f"compile_{name}.py").is_file()
+    assert (
+        rooms == {"__init__", "reference", "kernels", "op", "nets", "study"}
+        and (checkout / "tests" / f"compile_{name}.py").is_file()
+    )
     run(checkout, "-m", "nbdev.test", "--n_workers", "1", "--path", PLANNED.notebook)
-    run(checkout, "-m", "pytest", "-q", "-p", "no:xdist", f"tests/test_{name}.py", "tests/test_laws.py", "tests/test_layout.py",
-        "-k", f"{name} and not test_operation and not import_needs")
+    run(
+        checkout,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:xdist",
+        f"tests/test_{name}.py",
+        "tests/test_laws.py",
+        "tests/test_layout.py",
+        "-k",
+        f"{name} and not test_operation and not import_needs",
+    )
     assert (checkout / "runs" / f"{name}.jsonl").is_file()
 
 
@@ -47,7 +76,12 @@ def test_stock_export_stops(checkout):
     pytest.importorskip("nbdev")
     state = lambda: {p: p.read_bytes() for p in sorted((checkout / "attnbook").rglob("*.py"))}
     before = state()
-    done = subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"], cwd=checkout,
-                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(checkout)})
+    done = subprocess.run(
+        [sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(checkout)},
+    )
     assert done.returncode and "run_attnbook_export_instead_of_nbdev_export" in done.stderr, done.stderr[-2000:]
     assert state() == before

@@ -1,4 +1,5 @@
 """What `make book` gives to Quarto: settings, and the notebooks as nbdev prepares them. Needs no Quarto."""
+
 import json
 import os
 import re
@@ -42,12 +43,19 @@ def processed(tmp_path_factory):
     for name in ("settings.ini", "_quarto.yml", "pyproject.toml"):
         shutil.copy(ROOT / name, copy)
     (folder / "process.py").write_text(PROCESS)
-    done = subprocess.run([sys.executable, "-W", "ignore", str(folder / "process.py")], cwd=copy, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(copy)})
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(folder / "process.py")],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(copy)},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     failed = json.loads(done.stdout.splitlines()[-1])
     assert not failed, "\n".join(f"{name}: {e}" for name, e in failed.items())
-    return {p.relative_to(copy / "_proc").as_posix(): json.loads(p.read_text()) for p in (copy / "_proc").rglob("*.ipynb")}
+    return {
+        p.relative_to(copy / "_proc").as_posix(): json.loads(p.read_text()) for p in (copy / "_proc").rglob("*.ipynb")
+    }
 
 
 def texts(page):
@@ -72,7 +80,12 @@ def test_kernels_are_described_with_their_arguments(processed):
 
 
 def test_folds_are_closed(processed):
-    folds = [m for page in processed.values() for c in page["cells"] for m in re.findall(r"^#\| code-fold: (\w+)", "".join(c["source"]), re.M)]
+    folds = [
+        m
+        for page in processed.values()
+        for c in page["cells"]
+        for m in re.findall(r"^#\| code-fold: (\w+)", "".join(c["source"]), re.M)
+    ]
     assert len(folds) > 400 and set(folds) == {"true"}
 
 
@@ -83,19 +96,38 @@ def test_links_name_descriptions_that_are_there(processed):
         anchors[name] = {m for t in texts(page) for m in re.findall(r"^#+ .*\{#(api-[\w.-]+)", t, re.M)}
     for path, page in processed.items():
         for t in texts(page):
-            wrong += [(path, to, a) for to, a in re.findall(r"\(https://attnbook\.github\.io/attnbook/([\w/]+\.html)#([\w.-]+)\)", t) if a not in anchors.get(to, ())]
+            wrong += [
+                (path, to, a)
+                for to, a in re.findall(r"\(https://attnbook\.github\.io/attnbook/([\w/]+\.html)#([\w.-]+)\)", t)
+                if a not in anchors.get(to, ())
+            ]
     assert sum(map(len, anchors.values())) > 500
     rooms = [r for n in notebooks(ROOT) for r in read_sections(n).rooms.values()]
-    hidden = {api_anchor(name) for r in rooms for _, source, public in r.cells if not public for name in re.findall(r"^(?:def |class |@.*\n)?(\w+)", source, re.M)}
-    assert not (lost := sorted({w for w in wrong if w[2] not in hidden})), lost[:20]  # what is exported without being shown is described nowhere
+    hidden = {
+        api_anchor(name)
+        for r in rooms
+        for _, source, public in r.cells
+        if not public
+        for name in re.findall(r"^(?:def |class |@.*\n)?(\w+)", source, re.M)
+    }
+    assert not (lost := sorted({w for w in wrong if w[2] not in hidden})), lost[
+        :20
+    ]  # what is exported without being shown is described nowhere
 
 
 def test_settings_of_the_site():
     text = (ROOT / "_quarto.yml").read_text()
     book = yaml.safe_load(text)["book"]
-    assert book["repo-subdir"] == "nbs" and book["site-url"].startswith("https://") and book["open-graph"] is True and "website" not in yaml.safe_load(text)
+    assert (
+        book["repo-subdir"] == "nbs"
+        and book["site-url"].startswith("https://")
+        and book["open-graph"] is True
+        and "website" not in yaml.safe_load(text)
+    )
     html = yaml.safe_load(text)["format"]["html"]
-    assert set(html["theme"].values()) <= {"default", "slate", "cerulean", "litera", "pulse"}, "the other themes load fonts from Google"
+    assert set(html["theme"].values()) <= {"default", "slate", "cerulean", "litera", "pulse"}, (
+        "the other themes load fonts from Google"
+    )
     assert html["number-depth"] <= 2 and html["html-math-method"] == "mathml"
     index = json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"][0]
     assert index["cell_type"] == "raw" and "number-sections: false" in "".join(index["source"])

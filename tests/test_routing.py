@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/4_long_context/routing.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import copy
 import json
 import math
@@ -113,14 +114,19 @@ def test_cost_counts_the_pairs():
     pairs = int((lists[..., :, None] >= lists[..., None, :]).sum())
     cost = routing_cost(40, 5, 8, 16)
     assert cost["pairs"] == pairs and cost["attend"] == 4 * 16 * pairs and cost["assign"] == 2 * 40 * 5 * 16
-    assert routing_cost(40, 5, 8, 16, causal=False)["attend"] == 4 * (5 * 8) * 8 * 16                # 4 n w d
+    assert routing_cost(40, 5, 8, 16, causal=False)["attend"] == 4 * (5 * 8) * 8 * 16  # 4 n w d
 
 
 @pytest.mark.parametrize("d", [16, 20])
 def test_norm(d):
     x = make_qkv(2, 2, 19, d)[0]
-    check_operation(partial(spherical_norm, backend="triton"), spherical_norm_reference, (x,),
-                    dtypes=(torch.float32, torch.bfloat16), skip=("autocast",))
+    check_operation(
+        partial(spherical_norm, backend="triton"),
+        spherical_norm_reference,
+        (x,),
+        dtypes=(torch.float32, torch.bfloat16),
+        skip=("autocast",),
+    )
     check_opcheck(spherical_norm_op, (x.requires_grad_(), 1e-6))
 
 
@@ -129,7 +135,7 @@ def test_norm_forgets_shift_and_scale():
     y = spherical_norm(x, eps=0.0)
     moved = spherical_norm(3 * x + torch.linspace(-2, 2, 9, device=x.device)[:, None], eps=0.0)
     assert rel_error(moved, y) < 1e-10
-    dx, = torch.autograd.grad((y * torch.randn_like(y)).sum(), x)
+    (dx,) = torch.autograd.grad((y * torch.randn_like(y)).sum(), x)
     assert (dx.sum(-1).abs() < 1e-10).all() and ((dx * (x - x.mean(-1, keepdim=True))).sum(-1).abs() < 1e-10).all()
     assert (spherical_norm(torch.ones(1, 1, 2, 8)) == 0).all()
 
@@ -157,15 +163,20 @@ ROUTED = {  # membership of queries and of keys, arguments
     "lists, fallback": (*_clusters(1, 2, 21, 4, 9), dict(causal=True, self_attention="fallback", scale=0.3)),
     "segments": (*[_segments(1, 2, 21, 5)] * 2, dict(causal=True)),
     "two sides": (_segments(1, 2, 21, 4), _segments(1, 2, 21, 4, seed=1), dict(causal=True)),
-    "segments, window, fallback": (*[_segments(1, 2, 21, 3, skew=2.0)] * 2,
-                                   dict(causal=True, self_attention="fallback", window=3))}
+    "segments, window, fallback": (
+        *[_segments(1, 2, 21, 3, skew=2.0)] * 2,
+        dict(causal=True, self_attention="fallback", window=3),
+    ),
+}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("a, b, kw", ROUTED.values(), ids=ROUTED)
 def test_routed_attention_is_the_loops(a, b, kw, backend):
     op = partial(routed_attention, membership=a if a is b else (a, b), backend=backend, **kw)
-    check_against_reference(op, _oracle(a, b, **kw), dict(zip("qkv", make_qkv(1, 2, 21, 16, Dv=9))), tol=2e-5, floor=0.1)
+    check_against_reference(
+        op, _oracle(a, b, **kw), dict(zip("qkv", make_qkv(1, 2, 21, 16, Dv=9))), tol=2e-5, floor=0.1
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -190,7 +201,7 @@ def test_uncovered_and_doubled_tokens(backend):
     dq, dv = torch.autograd.grad(out.sum(), (q, v))
     assert all((t[0, 0, ~covered] == 0).all() for t in (out, dq, dv))
     assert all((t[0, 0, 19] != 0).any() for t in (out, dv))
-    single = [routed_attention(q, k, v, m[:, :, c:c + 1], causal=True, backend=backend)[0, 0, 3] for c in range(3)]
+    single = [routed_attention(q, k, v, m[:, :, c : c + 1], causal=True, backend=backend)[0, 0, 3] for c in range(3)]
     assert rel_error(out[0, 0, 3], sum(single) / 3) < 1e-5  # token 3 sits in three clusters: the mean
 
 
@@ -217,14 +228,20 @@ def test_padding(backend):
     top = topw_membership(route_scores(q, mu), 22, mask)
     assert (top[1] < 20).all() and (top[1] == -1).any()
     out = routed_attention(q, q, v, top, padded=True, **kw)
-    assert (out[1, :, 20:] == 0).all() and rel_error(out[1:, :, :20], attention_reference(*short, is_causal=True)) < 1e-5
+    assert (out[1, :, 20:] == 0).all() and rel_error(
+        out[1:, :, :20], attention_reference(*short, is_causal=True)
+    ) < 1e-5
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["lists", "segments"])
 def test_integers_of_any_type(kind, backend):
     (q, k, v), s = make_qkv(1, 2, 19, 16), _segments(1, 2, 19, 3)
-    m, wide = (s, Segments(*(t.long() for t in s))) if kind == "segments" else (s.order[:, :, None], s.order[:, :, None].long())
+    m, wide = (
+        (s, Segments(*(t.long() for t in s)))
+        if kind == "segments"
+        else (s.order[:, :, None], s.order[:, :, None].long())
+    )
     a, b = (routed_attention(q, k, v, x, causal=True, backend=backend) for x in (m, wide))
     assert torch.equal(a, b)
     if kind == "segments":
@@ -243,32 +260,42 @@ def test_the_operations_of_the_library():
 def test_routing_errors():
     q, k, v = make_qkv(1, 2, 12, 16)
     s, top = _segments(1, 2, 12, 3), _clusters(1, 2, 12, 3, 4)[0]
-    bad = [(dict(membership=top.float()), TypeError, ["membership", "float32"]),
-           (dict(membership=[1, 2, 3]), ValueError, ["membership", "3"]),
-           (dict(membership="topw"), TypeError, ["membership", "str"]),
-           (dict(membership=top[:, :1]), ValueError, ["membership", "1, 2"]),
-           (dict(membership=_segments(1, 2, 11, 3)), ValueError, ["membership", "12", "11"]),
-           (dict(membership=(s, top)), ValueError, ["one kind"]),
-           (dict(membership=(s, _segments(1, 2, 12, 4))), ValueError, ["3", "4"]),
-           (dict(k=k[:, :1], v=v[:, :1]), ValueError, ["heads", "2", "1"]),
-           (dict(self_attention="no"), ValueError, ["self_attention", "no"]),
-           (dict(scale=math.nan), ValueError, ["scale", "nan"]), (dict(scale="1"), TypeError, ["scale", "1"]),
-           (dict(window=0), ValueError, ["window", "0"]), (dict(window=2.0), TypeError, ["window", "2.0"]),
-           (dict(membership=top, window=3), ValueError, ["window", "Segments"]),
-           (dict(causal=False, window=3), ValueError, ["window", "causal"]),
-           (dict(backend="cuda"), ValueError, ["backend", "cuda"])]
+    bad = [
+        (dict(membership=top.float()), TypeError, ["membership", "float32"]),
+        (dict(membership=[1, 2, 3]), ValueError, ["membership", "3"]),
+        (dict(membership="topw"), TypeError, ["membership", "str"]),
+        (dict(membership=top[:, :1]), ValueError, ["membership", "1, 2"]),
+        (dict(membership=_segments(1, 2, 11, 3)), ValueError, ["membership", "12", "11"]),
+        (dict(membership=(s, top)), ValueError, ["one kind"]),
+        (dict(membership=(s, _segments(1, 2, 12, 4))), ValueError, ["3", "4"]),
+        (dict(k=k[:, :1], v=v[:, :1]), ValueError, ["heads", "2", "1"]),
+        (dict(self_attention="no"), ValueError, ["self_attention", "no"]),
+        (dict(scale=math.nan), ValueError, ["scale", "nan"]),
+        (dict(scale="1"), TypeError, ["scale", "1"]),
+        (dict(window=0), ValueError, ["window", "0"]),
+        (dict(window=2.0), TypeError, ["window", "2.0"]),
+        (dict(membership=top, window=3), ValueError, ["window", "Segments"]),
+        (dict(causal=False, window=3), ValueError, ["window", "causal"]),
+        (dict(backend="cuda"), ValueError, ["backend", "cuda"]),
+    ]
     short = (dict(membership=s._replace(offsets=s.offsets - 1)), ValueError, ["offsets", "12", "11"])
     check_raises(routed_attention, bad + [short] * (not GPU), q=q, k=k, v=v, membership=s, causal=True)
 
 
 def test_membership_errors():
     q = make_qkv(1, 2, 12, 16)[0]
-    bad = [(dict(window=0), ValueError, ["window", "0"]), (dict(window=2.0), TypeError, ["window", "2.0"]),
-           (dict(scores=q[0]), ValueError, ["scores"])]
+    bad = [
+        (dict(window=0), ValueError, ["window", "0"]),
+        (dict(window=2.0), TypeError, ["window", "2.0"]),
+        (dict(scores=q[0]), ValueError, ["scores"]),
+    ]
     check_raises(topw_membership, bad, scores=q, window=2)
-    bad = [(dict(centroids=q[0, :1]), ValueError, ["centroids", "2"]),
-           (dict(centroids=q[0, :, :0]), ValueError, ["num_clusters", "1"]),
-           (dict(mask=q[..., 0] > 0), ValueError, ["mask"]), (dict(x=q.int()), TypeError, ["x", "int32"])]
+    bad = [
+        (dict(centroids=q[0, :1]), ValueError, ["centroids", "2"]),
+        (dict(centroids=q[0, :, :0]), ValueError, ["num_clusters", "1"]),
+        (dict(mask=q[..., 0] > 0), ValueError, ["mask"]),
+        (dict(x=q.int()), TypeError, ["x", "int32"]),
+    ]
     check_raises(nearest_membership, bad, x=q, centroids=q[0, :, :3])
     bad = [(dict(x=q.int()), TypeError, ["x", "int32"]), (dict(backend="triton", x=q[0]), ValueError, ["x"])]
     check_raises(spherical_norm, bad, x=q)
@@ -316,7 +343,8 @@ def test_separated_clusters_are_found():
     x = spherical_norm_reference(centres[:, :, label] + 0.05 * torch.randn(1, 1, 200, 16, generator=g))
     torch.manual_seed(4)
     m, x = OnlineKMeans(1, 3, 16, decay=0.9).to(device_under_test()), x.to(device_under_test())
-    for _ in range(60): found = _one_step(m, x)[0, 0].cpu()
+    for _ in range(60):
+        found = _one_step(m, x)[0, 0].cpu()
     assert len({(int(a), int(b)) for a, b in zip(label, found)}) == 3  # one to one: mutual information is full
     assert ((m.centroids.norm(dim=-1) - 4).abs() < 1e-3).all()
 
@@ -335,7 +363,8 @@ def test_empty_cluster_and_official_start():
 def test_averages_move_in_any_type(dtype):
     m = _kmeans().to(dtype)
     assert all(t.dtype == torch.promote_types(dtype, torch.float32) for t in m.buffers())
-    for _ in range(300): m.update(torch.ones(2, 3, 16, device=m.counts.device), torch.tensor([[64.0, 0, 1]] * 2, device=m.counts.device))
+    for _ in range(300):
+        m.update(torch.ones(2, 3, 16, device=m.counts.device), torch.tensor([[64.0, 0, 1]] * 2, device=m.counts.device))
     want = 0.999**300 + (1 - 0.999**300) * torch.tensor([64.0, 0, 1])
     assert (m.counts.cpu() - want).abs().max() < 1e-3
 
@@ -353,7 +382,9 @@ def test_a_token_that_is_no_number_moves_nothing(decay):
 def test_a_copy_of_its_own():
     class Group:
         "Cannot be copied, as torch's cannot."
-        def __deepcopy__(self, memo): raise TypeError("a process group is not copied")
+
+        def __deepcopy__(self, memo):
+            raise TypeError("a process group is not copied")
 
     m = _kmeans(process_group=Group())
     n = copy.deepcopy(nn.ModuleList([m, m]))
@@ -371,8 +402,12 @@ def test_commitment_gradient():
     assert float(_kmeans(commitment=0.0).double().loss(x.detach(), s)) == 0
     mask = torch.arange(10, device=x.device)[None] < 6
     assert rel_error(m.loss(x, m.assign(x, mask), mask), m.loss(x[:, :, :6], m.assign(x[:, :, :6]))) < 1e-12
-    bad = [(dict(num_clusters=0), ValueError, ["num_clusters", "0"]), (dict(decay=1.5), ValueError, ["decay", "1.5"]),
-           (dict(commitment=-1), ValueError, ["commitment"]), (dict(head_dim=8.0), TypeError, ["head_dim", "8.0"])]
+    bad = [
+        (dict(num_clusters=0), ValueError, ["num_clusters", "0"]),
+        (dict(decay=1.5), ValueError, ["decay", "1.5"]),
+        (dict(commitment=-1), ValueError, ["commitment"]),
+        (dict(head_dim=8.0), TypeError, ["head_dim", "8.0"]),
+    ]
     check_raises(OnlineKMeans, bad, num_heads=2, num_clusters=3, head_dim=8)
 
 
@@ -396,8 +431,10 @@ os._exit(0)  # in an orderly exit a thread of gloo now and then aborts the proce
 
 def test_two_processes_update_as_one():
     with TemporaryDirectory() as folder:
-        ranks = [subprocess.Popen([sys.executable, "-c", TWO_PROCESSES, str(r), folder], stderr=subprocess.PIPE)
-                 for r in range(2)]
+        ranks = [
+            subprocess.Popen([sys.executable, "-c", TWO_PROCESSES, str(r), folder], stderr=subprocess.PIPE)
+            for r in range(2)
+        ]
         for r in ranks:
             said = r.communicate(timeout=120)[1]
             assert r.returncode == 0, said.decode()
@@ -414,8 +451,13 @@ def _tokens(*shape, seed=0):
 
 
 DECODED = {
-    "nearest": {}, "nearest, fallback": dict(self_attention="fallback"), "random": {}, "full": {},
-    "local, fallback": dict(self_attention="fallback"), "nearest, no local heads": dict(local_heads=0, absolute=True)}
+    "nearest": {},
+    "nearest, fallback": dict(self_attention="fallback"),
+    "random": {},
+    "full": {},
+    "local, fallback": dict(self_attention="fallback"),
+    "nearest, no local heads": dict(local_heads=0, absolute=True),
+}
 
 
 @torch.no_grad()
@@ -423,7 +465,7 @@ DECODED = {
 def test_decoding_equals_the_parallel_forward(name):
     x, model, caches, rows = _tokens(2, 26), _small(name.split(",")[0], **DECODED[name]), None, []
     for t in range(x.shape[1]):
-        logits, caches = model.step(x[:, t:t + 1], caches, t)
+        logits, caches = model.step(x[:, t : t + 1], caches, t)
         rows.append(logits)
     assert (torch.cat(rows, 1) - model(x)[0]).abs().max() < (1e-4 if x.is_cuda else 1e-5)
 
@@ -498,7 +540,8 @@ def test_two_backends_one_model(membership):
     x, y = _tokens(1, 20), _tokens(1, 20, seed=1)
     models = [_small(membership, backend=b, depth=1, self_attention="fallback").train() for b in ("torch", "triton")]
     losses = [m.loss(x, y) for m in models]
-    for loss in losses: loss.backward()
+    for loss in losses:
+        loss.backward()
     assert abs(float(losses[0].detach()) - float(losses[1].detach())) < 1e-4
     for (name, a), (_, b) in zip(*(m.named_parameters() for m in models)):
         assert rel_error(b.grad, a.grad, 1e-6) < 1e-3, name
@@ -514,12 +557,16 @@ def test_a_model_in_bfloat16(membership):
 
 
 def test_module_errors():
-    bad = [(dict(local_heads=5), ValueError, ["local_heads", "5", "4"]),
-           (dict(num_heads=3, local_heads=1), ValueError, ["num_heads", "3"]),
-           (dict(membership="best"), ValueError, ["membership", "best", "topw"]),
-           (dict(num_clusters=0), ValueError, ["num_clusters", "0"]), (dict(window=0), ValueError, ["window", "0"]),
-           (dict(window=5.0), TypeError, ["window", "5.0"]), (dict(causal=False), ValueError, ["causal", "local_heads=0"]),
-           (dict(membership="full", share_qk=False), ValueError, ["share_qk", "full"])]
+    bad = [
+        (dict(local_heads=5), ValueError, ["local_heads", "5", "4"]),
+        (dict(num_heads=3, local_heads=1), ValueError, ["num_heads", "3"]),
+        (dict(membership="best"), ValueError, ["membership", "best", "topw"]),
+        (dict(num_clusters=0), ValueError, ["num_clusters", "0"]),
+        (dict(window=0), ValueError, ["window", "0"]),
+        (dict(window=5.0), TypeError, ["window", "5.0"]),
+        (dict(causal=False), ValueError, ["causal", "local_heads=0"]),
+        (dict(membership="full", share_qk=False), ValueError, ["share_qk", "full"]),
+    ]
     check_raises(RoutingSelfAttention, bad, embed_dim=32, num_heads=4, local_heads=2)
     layer, x = RoutingAttention(32, 2, num_clusters=3, window=6), torch.zeros(1, 4, 32)
     check_raises(layer, [(dict(context=x), ValueError, ["share_qk", "context"])], x=x)
@@ -531,8 +578,9 @@ def test_parameter_counts():
     assert parameter_counts()["pg19, 8k"] == layers
     assert routing_model("pg19, 8k", 1, depth=2, skip_first=1).blocks[1].attention.head_dim == 129
     assert len({count_parameters(_small(m)) for m in MEMBERSHIPS}) == 1  # the controls have equal parameters
-    check_raises(routing_model, [(dict(name="pg19"), ValueError, ["name", "pg19", "enwik8, 8k"])], name="enwik8, 8k",
-                 depth=1)
+    check_raises(
+        routing_model, [(dict(name="pg19"), ValueError, ["name", "pg19", "enwik8, 8k"])], name="enwik8, 8k", depth=1
+    )
 
 
 @torch.no_grad()
@@ -546,10 +594,14 @@ def test_honest_bits(membership, honest):
 @contextmanager
 def only_these(*rows):
     "Nothing is on record but made-up rows; what is recorded inside goes to the same place."
-    common = dict(key=sorted({"membership", "run", "step", "quarter", "layer", "pair", "method", "n"}), preset="gpu",
-                  versions={})
-    with (TemporaryDirectory() as folder, mock.patch.dict(os.environ, ATTNBOOK_RESULTS=folder),
-          mock.patch("attnbook.lab.results._checkout", return_value=None)):
+    common = dict(
+        key=sorted({"membership", "run", "step", "quarter", "layer", "pair", "method", "n"}), preset="gpu", versions={}
+    )
+    with (
+        TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, ATTNBOOK_RESULTS=folder),
+        mock.patch("attnbook.lab.results._checkout", return_value=None),
+    ):
         Path(folder, "routing.jsonl").write_text("".join(json.dumps(common | r) + "\n" for r in rows))
         yield
 
@@ -572,7 +624,10 @@ def test_steps_or_seconds():
     assert row["steps"] == 3 and row["timed"] is False and row["seconds"] > 0 and row["run"] == 1
     _, row = _train(seconds=1e-3)
     assert row["steps"] == 20 and row["timed"] is True
-    bad = [(dict(), ValueError, ["seconds", "steps"]), (dict(steps=3, seconds=1.0), ValueError, ["seconds", "steps", "3"])]
+    bad = [
+        (dict(), ValueError, ["seconds", "steps"]),
+        (dict(steps=3, seconds=1.0), ValueError, ["seconds", "steps", "3"]),
+    ]
     bad += [(dict(steps=s), ValueError, ["steps", repr(s)]) for s in (0, -1)]
     check_raises(_train, bad + [(dict(steps=s), TypeError, ["steps", repr(s)]) for s in (2.0, True)])
 
@@ -588,8 +643,12 @@ def test_further_seeds_take_the_steps_of_the_timed_run():
         (row,) = load_results("routing", "language")
         assert set(models) == {"local"} and row["key"] == ["membership", "run", "training"]
         assert (row["run"], row["seed"], row["steps"], row["timed"]) == (1, 1, 2, False) and row["seconds"] > 0
-        bad = [(dict(budget=5.0), ["budget", "steps", "5.0"]), (dict(memberships=("local", "full")), ["steps", "lacks full"]),
-               (dict(steps={}), ["steps", "lacks topw"]), (dict(steps={"local": 0}), ["steps", "0"])]
+        bad = [
+            (dict(budget=5.0), ["budget", "steps", "5.0"]),
+            (dict(memberships=("local", "full")), ["steps", "lacks full"]),
+            (dict(steps={}), ["steps", "lacks topw"]),
+            (dict(steps={"local": 0}), ["steps", "0"]),
+        ]
         check_raises(partial(run_language, steps={"local": 2}), [(kw, ValueError, words) for kw, words in bad])
         assert len(load_results("routing")) == 1
 
@@ -624,8 +683,11 @@ def _close(a, b):
 LANGUAGE_RUNS = [_row(m, i, b) for m, at in (("topw", (1.0, 2.0)), ("local", (1.5, 2.1))) for i, b in enumerate(at)]
 BOTH_RUNS = {"topw better by": 0.6, "parallel": 0.3, "runs": 2, "standard error": 0.4, "parallel standard error": 0.2}
 OTHER_RUNS = {  # rows beside those of two runs
-    "nothing": [], "a run of one": [_row("topw", 2, 9.0)], "two halves": [_row("local", 2, 9.0, day=3), _row("full", 0, 9.0)],
-    "half a run of another device": [_row("topw", 0, 2.0, device="two", day=2)]}
+    "nothing": [],
+    "a run of one": [_row("topw", 2, 9.0)],
+    "two halves": [_row("local", 2, 9.0, day=3), _row("full", 0, 9.0)],
+    "half a run of another device": [_row("topw", 0, 2.0, device="two", day=2)],
+}
 
 
 @pytest.mark.parametrize("more", OTHER_RUNS.values(), ids=OTHER_RUNS)
@@ -641,23 +703,32 @@ def test_which_runs_are_compared():
         assert language_difference("topw", "full") is None
     later = [_row(LANGUAGE_RUNS[i]["membership"], 0, 2 * LANGUAGE_RUNS[i]["bits"], device="two", day=2) for i in (0, 2)]
     with only_these(*later, *LANGUAGE_RUNS):  # run 0 again on another device: the newer pair
-        assert _close(language_difference("topw", "local"), BOTH_RUNS | {
-            "topw better by": 1.1, "parallel": 0.55, "standard error": 0.9, "parallel standard error": 0.45})
+        assert _close(
+            language_difference("topw", "local"),
+            BOTH_RUNS
+            | {"topw better by": 1.1, "parallel": 0.55, "standard error": 0.9, "parallel standard error": 0.45},
+        )
     given = dict(timed=False, day=3)
     with only_these(_row("topw", 1, 1.0, **given), _row("local", 1, 1.5, device="two", **given)):  # equal steps
         assert language_difference("topw", "local")["runs"] == 1
 
 
-@pytest.mark.parametrize("which, a, b, gains", [
-    (0, "topw", "local", dict(holds=0.02, part=0.004, no=-0.004)),
-    (1, "nearest", "local", dict(holds=0.02, part=0.004, no=-0.004)),
-    (2, "nearest", "random", dict(holds=0.02, part=0.004, no=-0.004)),
-    (3, "nearest", "full", dict(holds=-0.008, part=-0.02, no=-0.04))])
+@pytest.mark.parametrize(
+    "which, a, b, gains",
+    [
+        (0, "topw", "local", dict(holds=0.02, part=0.004, no=-0.004)),
+        (1, "nearest", "local", dict(holds=0.02, part=0.004, no=-0.004)),
+        (2, "nearest", "random", dict(holds=0.02, part=0.004, no=-0.004)),
+        (3, "nearest", "full", dict(holds=-0.008, part=-0.02, no=-0.04)),
+    ],
+)
 def test_verdicts_on_language(which, a, b, gains):
     for want, gain in gains.items():
         with only_these(_row(a, 0, 1.0), _row(b, 0, 1.0 + gain / 2)):  # twice the bits from the prefix
             claim = language_claims()[which]
-            assert claim.judge().verdict == {"holds": "holds", "part": "holds in part", "no": "does not hold here"}[want]
+            assert (
+                claim.judge().verdict == {"holds": "holds", "part": "holds in part", "no": "does not hold here"}[want]
+            )
             assert "1 seed," in claim.scale
     with only_these():
         assert {c.judge().verdict for c in claims()[4:-4]} | {claims()[0].judge().verdict} == {"not measured"}
@@ -681,9 +752,16 @@ def test_recall_is_averaged():
         assert claim.judge().verdict == "holds in part" and "1 or 2 seeds" in claim.scale
 
 
-@pytest.mark.parametrize("full, nearest, local, want", [
-    (1.0, 0.9, 0.1, "holds"), (1.0, 0.9, 0.4, "holds in part"), (1.0, 0.5, 0.2, "holds in part"),
-    (1.0, 0.3, 0.2, "does not hold here"), (0.7, 0.9, 0.1, "not measured")])
+@pytest.mark.parametrize(
+    "full, nearest, local, want",
+    [
+        (1.0, 0.9, 0.1, "holds"),
+        (1.0, 0.9, 0.4, "holds in part"),
+        (1.0, 0.5, 0.2, "holds in part"),
+        (1.0, 0.3, 0.2, "does not hold here"),
+        (0.7, 0.9, 0.1, "not measured"),
+    ],
+)
 def test_verdicts_on_recall(full, nearest, local, want):
     with only_these(*(_quarter(m, 0, x) for m, x in dict(full=full, nearest=nearest, local=local).items())):
         assert language_claims()[-1].judge().verdict == want
@@ -718,13 +796,16 @@ def test_times_are_not_mixed():
         assert gpu_rows("crossover") == [] and fitted_exponents() is None and break_even() is None
 
 
-SPEEDS = dict(fast=(1.0, 1.0, ["holds", "holds", "holds", "holds in part"]), slow=(2.0, 9.0, ["does not hold here"] * 4))
+SPEEDS = dict(
+    fast=(1.0, 1.0, ["holds", "holds", "holds", "holds in part"]), slow=(2.0, 9.0, ["does not hold here"] * 4)
+)
 
 
 @pytest.mark.parametrize("power, scale, verdicts", SPEEDS.values(), ids=SPEEDS)
 def test_verdicts_on_speed(power, scale, verdicts):
     rows = list(_crossover("two", 2, power, 1.0))
-    for r in rows: r |= {k: r[k] * scale for k in ("ms_fwd", "ms_bwd") if "ours" in r["method"]}
+    for r in rows:
+        r |= {k: r[k] * scale for k in ("ms_fwd", "ms_bwd") if "ours" in r["method"]}
     for m, ms in (("ours", scale), ("gather, compiled", 4.0), ("gather + flash", 1.5)):
         rows += [_times("clusters", "two", 2, dict(ms_fwd=ms, ms_bwd=ms), method=m, n=n) for n in (8192, 65536)]
     with only_these(*rows):
@@ -757,7 +838,9 @@ def test_verdicts_on_the_leak(gain, want):
 
 @pytest.mark.parametrize("divergence, want", [(0.5, "holds"), (0.3, "holds in part"), (0.1, "does not hold here")])
 def test_verdicts_on_heads(divergence, want):
-    rows = [_row("topw", 0, 0.0) | dict(name="heads", layer=0, pair=p, divergence=x)
-            for p, x in (("local, local", 0.2), ("routing, local", divergence))]
+    rows = [
+        _row("topw", 0, 0.0) | dict(name="heads", layer=0, pair=p, divergence=x)
+        for p, x in (("local, local", 0.2), ("routing, local", divergence))
+    ]
     with only_these(*rows):
         assert leak_claims()[2].judge().verdict == want

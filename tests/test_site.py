@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/1_foundations/15_site.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import json
 import re
 
@@ -53,21 +54,38 @@ class Pair(Base):
 def _private(): pass
 '''
 
+
 def test_a_module_is_read_as_it_is_written(tmp_path):
     (tmp_path / "attnbook").mkdir()
     (path := tmp_path / "attnbook" / "b.py").write_text(MODULE)
     m = read_module(path, "attnbook.b")
-    assert (m.doc, m.notebook) == ("What it is for.", str(tmp_path / "nbs/1_a/b.ipynb")) and m.imports == {"other": "attnbook.c"}
-    assert [(x.name, x.kind, x.cell) for x in m.members] == [("LIMIT", "value", "c1"), ("half", "function", "c2"), ("kernel", "kernel", "c2"), ("Pair", "class", "c3")]
+    assert (m.doc, m.notebook) == ("What it is for.", str(tmp_path / "nbs/1_a/b.ipynb")) and m.imports == {
+        "other": "attnbook.c"
+    }
+    assert [(x.name, x.kind, x.cell) for x in m.members] == [
+        ("LIMIT", "value", "c1"),
+        ("half", "function", "c2"),
+        ("kernel", "kernel", "c2"),
+        ("Pair", "class", "c3"),
+    ]
     limit, half, kernel, pair = m.members
     assert (limit.signature, limit.doc) == ("LIMIT = 3", "the most") and half.doc == "Half of `x`."
-    assert half.signature == "def half(\n    x: float,  # the whole\n    *rest,\n) -> float:" and kernel.signature == "def kernel(a, N: tl.constexpr):"
+    assert (
+        half.signature == "def half(\n    x: float,  # the whole\n    *rest,\n) -> float:"
+        and kernel.signature == "def kernel(a, N: tl.constexpr):"
+    )
     assert pair.signature == "class Pair(Base):\n    a: int  # one"
-    assert [(x.name, x.kind, x.signature) for x in pair.members] == [("__init__", "method", "def __init__(self):"), ("sum", "property", "def sum(self) -> int:")]
+    assert [(x.name, x.kind, x.signature) for x in pair.members] == [
+        ("__init__", "method", "def __init__(self):"),
+        ("sum", "property", "def sum(self) -> int:"),
+    ]
+
 
 def test_every_kernel_of_the_library_shows_its_arguments():
     found = [m for module in read_library(book_root()).values() for m in module.members if m.kind == "kernel"]
-    assert len(found) > 40 and not [m.name for m in found if "*args" in m.signature or not m.signature.rstrip().endswith(":")]
+    assert len(found) > 40 and not [
+        m.name for m in found if "*args" in m.signature or not m.signature.rstrip().endswith(":")
+    ]
 
 
 def test_names_become_links():
@@ -75,20 +93,38 @@ def test_names_become_links():
     link = lambda s: linked_names(s, known)
     assert link("<code>halo_attention()</code>") == '<a href="h.html#halo_attention"><code>halo_attention()</code></a>'
     assert link("<code>attnbook.halo</code>") == '<a href="p.html"><code>attnbook.halo</code></a>'
-    for same in ("<code>run</code>", "<code>x = 1</code>", '<a href="x"><code>halo_attention</code></a>', "<pre><code>halo_attention</code></pre>", "<code>no_such</code>"):
+    for same in (
+        "<code>run</code>",
+        "<code>x = 1</code>",
+        '<a href="x"><code>halo_attention</code></a>',
+        "<pre><code>halo_attention</code></pre>",
+        "<code>no_such</code>",
+    ):
         assert link(same) == same
+
 
 def test_page_of_a_module(tmp_path):
     (tmp_path / "attnbook").mkdir()
     (path := tmp_path / "attnbook" / "b.py").write_text(MODULE)
     body = module_body(read_module(path, "attnbook.b"), "../1_a/b.html", known={"other": "attnbook.c.html#other"}.get)
     page = "".join(body.parts)
-    assert page.count("<h1") == 1 and [n for _, n, _ in body.headings] == ["public-names", "LIMIT", "half", "kernel", "Pair"]
+    assert page.count("<h1") == 1 and [n for _, n, _ in body.headings] == [
+        "public-names",
+        "LIMIT",
+        "half",
+        "kernel",
+        "Pair",
+    ]
     assert 'href="../1_a/b.html#cell-c2"' in page and 'href="attnbook.c.html#other"' in page and 'id="Pair.sum"' in page
-    assert "# the whole" in plain_text(page) and "<code>x</code>" in page and ("half", "half", "Half of `x`.") in body.sections
+    assert (
+        "# the whole" in plain_text(page)
+        and "<code>x</code>" in page
+        and ("half", "half", "Half of `x`.") in body.sections
+    )
 
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
@@ -99,46 +135,110 @@ def small(tmp_path_factory):
     (root / "settings.ini").write_text("git_url = https://github.com/a/b\nbranch = main\n")
     (root / "attnbook/__init__.py").write_text("")
     (root / "attnbook/halo/__init__.py").write_text("")
-    (root / "attnbook/halo/op.py").write_text(MODULE.replace("../nbs/1_a/b.ipynb", "../../nbs/3_locality/halo.ipynb").replace("half", "halo_half").replace("'other'", "").replace(", ]", "]"))
+    (root / "attnbook/halo/op.py").write_text(
+        MODULE.replace("../nbs/1_a/b.ipynb", "../../nbs/3_locality/halo.ipynb")
+        .replace("half", "halo_half")
+        .replace("'other'", "")
+        .replace(", ]", "]")
+    )
     figure = new_code_cell("#| fig-alt: a dot\nplot()", outputs=[new_output("display_data", {"image/png": PNG})])
-    halo = [new_markdown_cell("# Halo attention\n\n> Blocks with a halo.\n\nSee [ring](../4_long_context/ring.ipynb#how), [music](../2_position/music.ipynb) and `halo_half`.", id="top"), figure,
-            new_markdown_cell("## Zebra crossing\n\nA café by the sea.\n\n## Claims\n\n| claim | verdict |\n|---|---|\n| a | holds |"), *(new_code_cell("x = 1", id=i) for i in ("c1", "c2", "c3"))]
+    halo = [
+        new_markdown_cell(
+            "# Halo attention\n\n> Blocks with a halo.\n\nSee [ring](../4_long_context/ring.ipynb#how), [music](../2_position/music.ipynb) and `halo_half`.",
+            id="top",
+        ),
+        figure,
+        new_markdown_cell(
+            "## Zebra crossing\n\nA café by the sea.\n\n## Claims\n\n| claim | verdict |\n|---|---|\n| a | holds |"
+        ),
+        *(new_code_cell("x = 1", id=i) for i in ("c1", "c2", "c3")),
+    ]
     ring = [new_markdown_cell("# Ring attention\n\n> Around.\n\n## How\n\nBack to [halo](../3_locality/halo.ipynb).")]
     index = [new_markdown_cell("# attnbook\n\n> A book.\n\n## Chapters\n\n[Halo](3_locality/halo.ipynb)")]
     for path, cells in (("3_locality/halo", halo), ("4_long_context/ring", ring), ("index", index)):
         nbformat.write(new_notebook(cells=cells), root / "nbs" / f"{path}.ipynb")
     return root, build_site(root / "out", root, claims=False, models=False)
 
+
 def test_pages_stand_in_order_and_know_one_another(small):
     root, site = small
-    assert [p.path for p in site.pages] == ["index.html", "3_locality/halo.html", "4_long_context/ring.html", "api/index.html", "api/attnbook.halo.op.html"]
+    assert [p.path for p in site.pages] == [
+        "index.html",
+        "3_locality/halo.html",
+        "4_long_context/ring.html",
+        "api/index.html",
+        "api/attnbook.halo.op.html",
+    ]
     halo, start = ((root / "out" / p).read_text() for p in ("3_locality/halo.html", "index.html"))
-    assert '<a rel="prev" href="../index.html">← Start</a><a rel="next" href="../4_long_context/ring.html">Ring attention →</a>' in halo
-    assert '<a href="halo.html" aria-current="page">Halo attention</a><ol><li><a href="#zebra-crossing">' in halo and halo.count('class="group"') == 3
-    assert '<a href="../4_long_context/ring.html#how">' in halo and '<a href="../api/attnbook.halo.op.html#halo_half"><code>' in halo
-    assert "../2_position/music.ipynb" in halo.replace("https://github.com/a/b/blob/main/nbs/2_position/music.ipynb", "../2_position/music.ipynb") and (root / "out/3_locality/halo.ipynb").is_file()
-    assert start.index("<h1") < start.index('class="gallery"') < start.index('id="chapters"') and 'src="img/' in start and start.count("<h1") == 1
-    assert "colab.research.google.com/github/a/b/blob/main/nbs/3_locality/halo.ipynb" in halo and "style.css" in halo and "<style" not in halo
+    assert (
+        '<a rel="prev" href="../index.html">← Start</a><a rel="next" href="../4_long_context/ring.html">Ring attention →</a>'
+        in halo
+    )
+    assert (
+        '<a href="halo.html" aria-current="page">Halo attention</a><ol><li><a href="#zebra-crossing">' in halo
+        and halo.count('class="group"') == 3
+    )
+    assert (
+        '<a href="../4_long_context/ring.html#how">' in halo
+        and '<a href="../api/attnbook.halo.op.html#halo_half"><code>' in halo
+    )
+    assert (
+        "../2_position/music.ipynb"
+        in halo.replace("https://github.com/a/b/blob/main/nbs/2_position/music.ipynb", "../2_position/music.ipynb")
+        and (root / "out/3_locality/halo.ipynb").is_file()
+    )
+    assert (
+        start.index("<h1") < start.index('class="gallery"') < start.index('id="chapters"')
+        and 'src="img/' in start
+        and start.count("<h1") == 1
+    )
+    assert (
+        "colab.research.google.com/github/a/b/blob/main/nbs/3_locality/halo.ipynb" in halo
+        and "style.css" in halo
+        and "<style" not in halo
+    )
+
 
 def test_the_search_knows_every_section(small):
     root, site = small
     found = {(page, heading): (url, start) for page, heading, url, start, _ in site.index}
     assert found["Halo attention", "Zebra crossing"] == ("3_locality/halo.html#zebra-crossing", "A café by the sea.")
-    assert found["attnbook.halo.op", "halo_half"][0] == "api/attnbook.halo.op.html#halo_half" and ("Ring attention", "How") in found
-    assert json.loads((root / "out/search.js").read_text().removeprefix("window.attnbookIndex = ").rstrip(";\n")) == [list(e) for e in site.index]
+    assert (
+        found["attnbook.halo.op", "halo_half"][0] == "api/attnbook.halo.op.html#halo_half"
+        and ("Ring attention", "How") in found
+    )
+    assert json.loads((root / "out/search.js").read_text().removeprefix("window.attnbookIndex = ").rstrip(";\n")) == [
+        list(e) for e in site.index
+    ]
+
 
 def test_a_site_has_no_faults(small):
     assert page_faults(small[0] / "out") == []
 
-@pytest.mark.parametrize("page, fault", [
-    ('<h1 id="a">x</h1><a href="no.html">x</a>', "no.html leads nowhere"), ('<h1>x</h1><a href="#no">x</a>', "#no names no part"), ("<h1>x</h1><h1>y</h1>", "2 headings"),
-    ('<h1>x</h1><img src="data:,">', "without description"), ('<h1>x</h1><script src="https://cdn.x/a.js"></script>', "loads https://cdn.x/a.js"),
-    ('<h1>x</h1><link href="//fonts.x/a.css">', "loads //fonts.x"), ('<h1 id="a">x</h1><p id="a">x</p>', "a is given twice"), ("<h1>x</h1>", "no meta viewport"),
-], ids=["dead link", "dead anchor", "two titles", "no alt", "script", "font", "twice", "viewport"])
+
+@pytest.mark.parametrize(
+    "page, fault",
+    [
+        ('<h1 id="a">x</h1><a href="no.html">x</a>', "no.html leads nowhere"),
+        ('<h1>x</h1><a href="#no">x</a>', "#no names no part"),
+        ("<h1>x</h1><h1>y</h1>", "2 headings"),
+        ('<h1>x</h1><img src="data:,">', "without description"),
+        ('<h1>x</h1><script src="https://cdn.x/a.js"></script>', "loads https://cdn.x/a.js"),
+        ('<h1>x</h1><link href="//fonts.x/a.css">', "loads //fonts.x"),
+        ('<h1 id="a">x</h1><p id="a">x</p>', "a is given twice"),
+        ("<h1>x</h1>", "no meta viewport"),
+    ],
+    ids=["dead link", "dead anchor", "two titles", "no alt", "script", "font", "twice", "viewport"],
+)
 def test_faults_are_found(page, fault, tmp_path):
-    head = '<html lang="en"><title>t</title>' + ("" if "viewport" in fault else '<meta name="viewport">') + "<nav></nav><main></main>"
+    head = (
+        '<html lang="en"><title>t</title>'
+        + ("" if "viewport" in fault else '<meta name="viewport">')
+        + "<nav></nav><main></main>"
+    )
     (tmp_path / "a.html").write_text(head + page)
     assert [fault in f for f in page_faults(tmp_path)] == [True]
+
 
 def test_what_is_no_site_is_left_alone(small, tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
@@ -150,24 +250,41 @@ def test_what_is_no_site_is_left_alone(small, tmp_path):
 
 def test_a_kernel_is_documented_as_its_function():
     pytest.importorskip("nbdev")
+
     def kernel(a, N: int):
         "Adds."
-    jitted = type("JITFunction", (), {"fn": staticmethod(kernel), "run": None, "__call__": lambda self, *args, **kwargs: None})()
+
+    jitted = type(
+        "JITFunction", (), {"fn": staticmethod(kernel), "run": None, "__call__": lambda self, *args, **kwargs: None}
+    )()
     text = describe(jitted)._repr_markdown_()
     assert re.search(r"a,\s*N:\s*int", text) and "Adds." in text and "kwargs" not in text
     assert re.search(r"^### \S*kernel \{#api-\S*kernel \.unnumbered\}$", text, re.M)
     assert re.search(r"^## Body \{#api-body \.unnumbered\}$", describe(Body, title_level=2)._repr_markdown_(), re.M)
 
-@pytest.mark.parametrize("source, directives, line", [
-    ("def f():\n    return 1", {"exports": []}, "Source"), ("def test_a():\n    pass", {"test": []}, "Test: a"), ("x = 1", {}, None),
-    ("x = 1\n" * 31, {}, "Code, 31 lines"), ("show_doc(f)", {"exports": []}, None), ("import a", {}, "Imports")], ids=["exported", "test", "short", "long", "description", "imports"])
+
+@pytest.mark.parametrize(
+    "source, directives, line",
+    [
+        ("def f():\n    return 1", {"exports": []}, "Source"),
+        ("def test_a():\n    pass", {"test": []}, "Test: a"),
+        ("x = 1", {}, None),
+        ("x = 1\n" * 31, {}, "Code, 31 lines"),
+        ("show_doc(f)", {"exports": []}, None),
+        ("import a", {}, "Imports"),
+    ],
+    ids=["exported", "test", "short", "long", "description", "imports"],
+)
 def test_folds_are_closed(source, directives, line):
     cell = new_code_cell(source)
     cell.directives_ = directives
     close_folds(cell)
     assert cell.source == (f'#| code-fold: true\n#| code-summary: "{line}"\n{source}' if line else source)
 
+
 def test_the_index_of_names_says_where_they_are_described():
     index = "d = {'settings': {}, 'syms': {'a.b': {'a.b.Half.of': ('b.html#half.of', 'a/b.py'), 'a.b._no': ('b.html#_no', 'a/b.py'), 'a.b.T.__init__': ('b.html#t.__init__', 'a/b.py')}}}"
     exec(rename_anchors(index), found := {})
-    assert found["d"]["syms"] == {"a.b": {"a.b.Half.of": ("b.html#api-half.of", "a/b.py"), "a.b.T.__init__": ("b.html#api-t.__init__", "a/b.py")}}
+    assert found["d"]["syms"] == {
+        "a.b": {"a.b.Half.of": ("b.html#api-half.of", "a/b.py"), "a.b.T.__init__": ("b.html#api-t.__init__", "a/b.py")}
+    }

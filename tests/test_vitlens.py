@@ -1,4 +1,5 @@
 # Written from the test cells of nbs/7_looking_inside/vitlens.ipynb by `attnbook export`. Do not edit.
+# fmt: off
 import base64
 import json
 import math

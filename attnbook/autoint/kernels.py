@@ -29,17 +29,20 @@ def field_rows(t, B, M: tl.constexpr, R: tl.constexpr):
     b = t * (R // M) + pack
     return b, r % M, (pack < R // M) & (b < B), pack
 
+
 @triton.jit
 def field_ptr(ptr, b, m, s, D: tl.constexpr, BD: tl.constexpr, first=0):
     "Addresses of channels first to first + BD of each row, [R, BD]; strides s = (sample, field, channel)."
     d = first + tl.arange(0, BD)
     return ptr + (b.to(tl.int64) * s[0] + m * s[1])[:, None] + d[None, :] * s[2]
 
+
 @triton.jit
 def field_load(ptr, b, m, ok, s, D: tl.constexpr, BD: tl.constexpr, first=0):
     "Channels first to first + D of each row, [R, BD]; 0 elsewhere."
     mask = ok[:, None] if D == BD else ok[:, None] & (tl.arange(0, BD) < D)[None, :]
     return tl.load(field_ptr(ptr, b, m, s, D, BD, first), mask=mask, other=0.0)
+
 
 @triton.jit
 def field_store(ptr, y, b, m, ok, s, D: tl.constexpr, BD: tl.constexpr, first=0):
@@ -49,8 +52,18 @@ def field_store(ptr, y, b, m, ok, s, D: tl.constexpr, BD: tl.constexpr, first=0)
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #c9fac96f
 @triton.jit
-def weight_tile(W, i, row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr, D_IN: tl.constexpr, U: tl.constexpr,
-                BR: tl.constexpr, BC: tl.constexpr):
+def weight_tile(
+    W,
+    i,
+    row0,
+    col0,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    D_IN: tl.constexpr,
+    U: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
     "Rows row0 to row0 + ROWS and columns col0 to col0 + COLS of matrix i of W (matrices, D_IN, U), padded: [BR, BC]."
     r, c = tl.arange(0, BR), tl.arange(0, BC)
     at = W + i * D_IN * U + (row0 + r)[:, None] * U + (col0 + c)[None, :]
@@ -59,9 +72,11 @@ def weight_tile(W, i, row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr, D_IN: 
     else:
         return tl.load(at, mask=(r < ROWS)[:, None] & (c < COLS)[None, :], other=0.0)
 
+
 @triton.jit
-def head_weights(W, h, NW: tl.constexpr, D: tl.constexpr, DH: tl.constexpr, U: tl.constexpr, BD: tl.constexpr,
-                 BH: tl.constexpr):
+def head_weights(
+    W, h, NW: tl.constexpr, D: tl.constexpr, DH: tl.constexpr, U: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr
+):
     "The NW matrices of head h, [BD, BH] each."
     ws = ()
     for i in tl.static_range(NW):
@@ -79,11 +94,12 @@ def project(x, w, BIAS, i, h, U, DH, BH: tl.constexpr, ACT: tl.constexpr, PRECIS
         y = tl.maximum(y + b.to(tl.float32)[None, :], 0.0)
     return y
 
+
 @triton.jit
 def field_softmax(q, k, pack, M: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr):
     "exp2 of q's scores less the row's largest, [R, R], 0 between samples; and one over the rows' sums. Both float32."
     s = tl.dot(q, k.T, input_precision=PRECISION)
-    if R // M == 1:                 # one sample: rows left over may see it, it not them
+    if R // M == 1:  # one sample: rows left over may see it, it not them
         s = tl.where((pack == 0)[None, :], s, float("-inf"))
     else:
         s = tl.where(pack[:, None] == pack[None, :], s, float("-inf"))
@@ -92,9 +108,28 @@ def field_softmax(q, k, pack, M: tl.constexpr, R: tl.constexpr, PRECISION: tl.co
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #7146a6bc
 @triton.jit
-def interacting_forward(X, W, BIAS, Y, sx, sy, B, scale, M: tl.constexpr, D: tl.constexpr, DH: tl.constexpr,
-                        H: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, R: tl.constexpr, RES: tl.constexpr,
-                        ACT: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
+def interacting_forward(
+    X,
+    W,
+    BIAS,
+    Y,
+    sx,
+    sy,
+    B,
+    scale,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    DH: tl.constexpr,
+    H: tl.constexpr,
+    BD: tl.constexpr,
+    BH: tl.constexpr,
+    R: tl.constexpr,
+    RES: tl.constexpr,
+    ACT: tl.constexpr,
+    KEEP: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "Tiles of samples through one interacting layer. Grid: any number of programs."
     U: tl.constexpr = H * DH
     NW: tl.constexpr = 4 if RES else 3
@@ -103,12 +138,12 @@ def interacting_forward(X, W, BIAS, Y, sx, sy, B, scale, M: tl.constexpr, D: tl.
         kept = kept + (head_weights(W, h, NW, D, DH, U, BD, BH),)
     for t in tl.range(tl.program_id(0), tl.cdiv(B, R // M), tl.num_programs(0), num_stages=STAGES):
         b, m, ok, pack = field_rows(t, B, M, R)
-        x = field_load(X, b, m, ok, sx, D, BD)                                                # [R, BD]
+        x = field_load(X, b, m, ok, sx, D, BD)  # [R, BD]
         for h in tl.static_range(H):
             ws = kept[h] if KEEP else head_weights(W, h, NW, D, DH, U, BD, BH)
-            q = project(x, ws[0], BIAS, 0, h, U, DH, BH, ACT, PRECISION) * (scale * 1.4426950408889634)   # [R, BH]
+            q = project(x, ws[0], BIAS, 0, h, U, DH, BH, ACT, PRECISION) * (scale * 1.4426950408889634)  # [R, BH]
             k = project(x, ws[1], BIAS, 1, h, U, DH, BH, ACT, PRECISION).to(x.dtype)
-            p, share = field_softmax(q.to(x.dtype), k, pack, M, R, PRECISION)                 # [R, R], [R]
+            p, share = field_softmax(q.to(x.dtype), k, pack, M, R, PRECISION)  # [R, R], [R]
             v = project(x, ws[2], BIAS, 2, h, U, DH, BH, ACT, PRECISION).to(x.dtype)
             y = tl.dot(p.to(x.dtype), v, input_precision=PRECISION) * share[:, None]
             if RES:
@@ -130,24 +165,45 @@ def back_project(dx, dw, db, d, x, w, ACT: tl.constexpr, PRECISION: tl.constexpr
 @triton.jit
 def score_gradients(q, k, v, p, share, g, delta, scale, PRECISION: tl.constexpr):
     "dQ, dK, dV of one head, [R, BH] in float32, from the gated gradient g and delta, its product with the output."
-    g = (g * share[:, None]).to(q.dtype)                                                      # p is not normalised
+    g = (g * share[:, None]).to(q.dtype)  # p is not normalised
     dv = tl.dot(p.to(q.dtype).T, g, input_precision=PRECISION)
-    da = tl.dot(g, v.T, input_precision=PRECISION)                                            # [R, R]
+    da = tl.dot(g, v.T, input_precision=PRECISION)  # [R, R]
     ds = (p * (da - (delta * share)[:, None])).to(q.dtype)
     dq = tl.dot(ds, k, input_precision=PRECISION) * scale
-    dk = tl.dot(ds.T, q, input_precision=PRECISION) * 0.6931471805599453                      # q is in base 2
+    dk = tl.dot(ds.T, q, input_precision=PRECISION) * 0.6931471805599453  # q is in base 2
     return dq, dk, dv
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #dc45194a
 @triton.jit
-def head_backward(x, ws, DY, BIAS, dx, dws, dbs, b, m, ok, pack, sdy, scale, h, M: tl.constexpr, DH: tl.constexpr,
-                  U: tl.constexpr, BH: tl.constexpr, R: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr):
+def head_backward(
+    x,
+    ws,
+    DY,
+    BIAS,
+    dx,
+    dws,
+    dbs,
+    b,
+    m,
+    ok,
+    pack,
+    sdy,
+    scale,
+    h,
+    M: tl.constexpr,
+    DH: tl.constexpr,
+    U: tl.constexpr,
+    BH: tl.constexpr,
+    R: tl.constexpr,
+    ACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "Head h of a tile: adds to dX, and to the tuples of the weights' and biases' gradients."
-    dy = field_load(DY, b, m, ok, sdy, DH, BH, h * DH)                                        # [R, BH]
+    dy = field_load(DY, b, m, ok, sdy, DH, BH, h * DH)  # [R, BH]
     q = project(x, ws[0], BIAS, 0, h, U, DH, BH, ACT, PRECISION) * (scale * 1.4426950408889634)
     q = q.to(x.dtype)
     k = project(x, ws[1], BIAS, 1, h, U, DH, BH, ACT, PRECISION).to(x.dtype)
-    p, share = field_softmax(q, k, pack, M, R, PRECISION)                                     # [R, R], [R]
+    p, share = field_softmax(q, k, pack, M, R, PRECISION)  # [R, R], [R]
     v = project(x, ws[2], BIAS, 2, h, U, DH, BH, ACT, PRECISION).to(x.dtype)
     o = tl.dot(p.to(x.dtype), v, input_precision=PRECISION) * share[:, None]
     y = o
@@ -170,10 +226,33 @@ def head_backward(x, ws, DY, BIAS, dx, dws, dbs, b, m, ok, pack, sdy, scale, h, 
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #e42992b9
 @triton.jit
-def interacting_backward(X, W, BIAS, DY, DX, DW, DB, sx, sdy, sdx, B, scale, M: tl.constexpr, D: tl.constexpr,
-                         DH: tl.constexpr, H: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, R: tl.constexpr,
-                         RES: tl.constexpr, ACT: tl.constexpr, HP: tl.constexpr, KEEP: tl.constexpr,
-                         STAGES: tl.constexpr, PRECISION: tl.constexpr):
+def interacting_backward(
+    X,
+    W,
+    BIAS,
+    DY,
+    DX,
+    DW,
+    DB,
+    sx,
+    sdy,
+    sdx,
+    B,
+    scale,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    DH: tl.constexpr,
+    H: tl.constexpr,
+    BD: tl.constexpr,
+    BH: tl.constexpr,
+    R: tl.constexpr,
+    RES: tl.constexpr,
+    ACT: tl.constexpr,
+    HP: tl.constexpr,
+    KEEP: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "dX, and this program's part of dW and of the bias's gradient, HP heads in a pass. Grid: any number of programs."
     U: tl.constexpr = H * DH
     NW: tl.constexpr = 4 if RES else 3
@@ -193,21 +272,42 @@ def interacting_backward(X, W, BIAS, DY, DX, DW, DB, sx, sdy, sdx, B, scale, M: 
             new_dws, new_dbs = (), ()
             for j in tl.static_range(HP):
                 ws = kept[j] if KEEP else head_weights(W, h0 + j, NW, D, DH, U, BD, BH)
-                dx, new_dw, new_db = head_backward(x, ws, DY, BIAS, dx, dws[j], dbs[j], b, m, ok, pack, sdy, scale,
-                                                   h0 + j, M, DH, U, BH, R, ACT, PRECISION)
+                dx, new_dw, new_db = head_backward(
+                    x,
+                    ws,
+                    DY,
+                    BIAS,
+                    dx,
+                    dws[j],
+                    dbs[j],
+                    b,
+                    m,
+                    ok,
+                    pack,
+                    sdy,
+                    scale,
+                    h0 + j,
+                    M,
+                    DH,
+                    U,
+                    BH,
+                    R,
+                    ACT,
+                    PRECISION,
+                )
                 new_dws, new_dbs = new_dws + (new_dw,), new_dbs + (new_db,)
             dws, dbs = new_dws, new_dbs
-            if HP < H:                                                                        # of the passes before
+            if HP < H:  # of the passes before
                 dx += field_load(DX, b, m, ok & (h0 > 0), sdx, D, BD).to(tl.float32)
             field_store(DX, dx, b, m, ok, sdx, D, BD)
         for j in tl.static_range(HP):
             for i in tl.static_range(NW):
-                row = tl.program_id(0) * NW + i                                               # of partial (G, NW)
+                row = tl.program_id(0) * NW + i  # of partial (G, NW)
                 at = DW + (row * D + d)[:, None] * U + (h0 + j) * DH + c[None, :]
                 tl.store(at, dws[j][i], mask=(d < D)[:, None] & (c < DH)[None, :])
                 if ACT:
                     tl.store(DB + row * U + (h0 + j) * DH + c, dbs[j][i], mask=c < DH)
-        tl.debug_barrier()                                                                    # dX is read again
+        tl.debug_barrier()  # dX is read again
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #5acbe9fc
 PROCESSORS = {"sm90": 132, "sm80": 108, "small": 64, "interpreter": 1}
@@ -215,6 +315,7 @@ PROCESSORS = {"sm90": 132, "sm80": 108, "small": 64, "interpreter": 1}
 
 class FieldLaunch(NamedTuple):
     "Resources of a kernel whose programs walk over tiles of fields."
+
     programs: int  # on a processor, with tiles of 64 rows
     stages: int  # of the loads
     registers: int | None = None  # of a thread; None: as many as it likes
@@ -228,8 +329,21 @@ for _arch in PROCESSORS:
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #21f91a0a
 @triton.jit
-def project_chunks(xs, W, BIAS, i, h, U: tl.constexpr, D_IN: tl.constexpr, WIDTH: tl.constexpr, DH: tl.constexpr,
-                   BW: tl.constexpr, BH: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr):
+def project_chunks(
+    xs,
+    W,
+    BIAS,
+    i,
+    h,
+    U: tl.constexpr,
+    D_IN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DH: tl.constexpr,
+    BW: tl.constexpr,
+    BH: tl.constexpr,
+    ACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "Projection i of head h from a tuple of chunks [R, BW] of WIDTH channels each: [R, BH] in float32."
     w = weight_tile(W, i, 0, h * DH, WIDTH, DH, D_IN, U, BW, BH)
     y = tl.dot(xs[0], w, input_precision=PRECISION)
@@ -247,7 +361,7 @@ def project_chunks(xs, W, BIAS, i, h, U: tl.constexpr, D_IN: tl.constexpr, WIDTH
 def chunk_norm(ys, NORM, U, DH, H: tl.constexpr, BH: tl.constexpr):
     "LayerNorm over the channels of all chunks; NORM (2, U) holds weight and bias."
     c = tl.arange(0, BH)
-    mean = tl.sum(ys[0], 1)                                                               # padding channels hold 0
+    mean = tl.sum(ys[0], 1)  # padding channels hold 0
     for h in tl.static_range(1, H):
         mean += tl.sum(ys[h], 1)
     mean = mean / U
@@ -265,9 +379,25 @@ def chunk_norm(ys, NORM, U, DH, H: tl.constexpr, BH: tl.constexpr):
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #1656e1fd
 @triton.jit
-def network_layer(xs, W, BIAS, NORM, pack, scale, D_IN: tl.constexpr, WIDTH: tl.constexpr, DH: tl.constexpr,
-                  H: tl.constexpr, BW: tl.constexpr, BH: tl.constexpr, M: tl.constexpr, R: tl.constexpr,
-                  RES: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr):
+def network_layer(
+    xs,
+    W,
+    BIAS,
+    NORM,
+    pack,
+    scale,
+    D_IN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DH: tl.constexpr,
+    H: tl.constexpr,
+    BW: tl.constexpr,
+    BH: tl.constexpr,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    RES: tl.constexpr,
+    ACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "One interacting layer from chunks to chunks; those of the result are float32."
     U: tl.constexpr = H * DH
     ys = ()
@@ -286,10 +416,32 @@ def network_layer(xs, W, BIAS, NORM, pack, scale, D_IN: tl.constexpr, WIDTH: tl.
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #46ee1444
 @triton.jit
-def network_forward(INDEX, VALUE, TABLE, W0, W1, BIAS, NORM, HEAD, BASE, OUT, B, scale, M: tl.constexpr,
-                    S: tl.constexpr, D: tl.constexpr, DH: tl.constexpr, H: tl.constexpr, L: tl.constexpr,
-                    BD: tl.constexpr, BH: tl.constexpr, R: tl.constexpr, RES: tl.constexpr, ACT: tl.constexpr,
-                    PRECISION: tl.constexpr):
+def network_forward(
+    INDEX,
+    VALUE,
+    TABLE,
+    W0,
+    W1,
+    BIAS,
+    NORM,
+    HEAD,
+    BASE,
+    OUT,
+    B,
+    scale,
+    M: tl.constexpr,
+    S: tl.constexpr,
+    D: tl.constexpr,
+    DH: tl.constexpr,
+    H: tl.constexpr,
+    L: tl.constexpr,
+    BD: tl.constexpr,
+    BH: tl.constexpr,
+    R: tl.constexpr,
+    RES: tl.constexpr,
+    ACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "Logits of one tile of samples: gather, L layers, head. Grid: tiles."
     U: tl.constexpr = H * DH
     NW: tl.constexpr = 4 if RES else 3
@@ -314,8 +466,25 @@ def network_forward(INDEX, VALUE, TABLE, W0, W1, BIAS, NORM, HEAD, BASE, OUT, B,
         if l == 0:
             ys = network_layer(xs, W0, BIAS, NORM, pack, scale, D, D, DH, H, BD, BH, M, R, RES, ACT, PRECISION)
         else:
-            ys = network_layer(xs, W1 + (l - 1) * NW * U * U, BIAS + l * NW * U, NORM + l * 2 * U, pack, scale, U, DH,
-                               DH, H, BH, BH, M, R, RES, ACT, PRECISION)
+            ys = network_layer(
+                xs,
+                W1 + (l - 1) * NW * U * U,
+                BIAS + l * NW * U,
+                NORM + l * 2 * U,
+                pack,
+                scale,
+                U,
+                DH,
+                DH,
+                H,
+                BH,
+                BH,
+                M,
+                R,
+                RES,
+                ACT,
+                PRECISION,
+            )
     z = tl.zeros([R], tl.float32)
     for j in tl.static_range(len(ys)):
         c = tl.arange(0, BD if L == 0 else BH)

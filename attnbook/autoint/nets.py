@@ -30,11 +30,15 @@ class FieldEmbedding(nn.Module):
     `categorical` and `multi_valued` list the number of values of each field; `numerical` counts the numerical fields.
     Rows start as N(0, 0.01²), as in the official code.
     """
-    def __init__(self, categorical: Sequence[int] = (), multi_valued: Sequence[int] = (), numerical: int = 0,
-                 dim: int = 16):
+
+    def __init__(
+        self, categorical: Sequence[int] = (), multi_valued: Sequence[int] = (), numerical: int = 0, dim: int = 16
+    ):
         super().__init__()
-        categorical, multi_valued = ([check_int(f"{name}[{i}]", n, least=1) for i, n in enumerate(sizes)]
-                                     for name, sizes in (("categorical", categorical), ("multi_valued", multi_valued)))
+        categorical, multi_valued = (
+            [check_int(f"{name}[{i}]", n, least=1) for i, n in enumerate(sizes)]
+            for name, sizes in (("categorical", categorical), ("multi_valued", multi_valued))
+        )
         numerical, dim = check_int("numerical", numerical, least=0), check_int("dim", dim, least=1)
         if not categorical and not multi_valued and not numerical:
             raise ValueError("categorical, multi_valued and numerical must give at least one field in all, not none")
@@ -57,11 +61,14 @@ class FieldEmbedding(nn.Module):
         return len(self.sizes)
 
     def extra_repr(self):
-        return (f"categorical={self.categorical}, multi_valued={self.multi_valued}, numerical={self.numerical}, "
-                f"dim={self.table.shape[1]}")
+        return (
+            f"categorical={self.categorical}, multi_valued={self.multi_valued}, numerical={self.numerical}, "
+            f"dim={self.table.shape[1]}"
+        )
 
-    def pack(self, categorical: Tensor | None = None, multi_valued: Sequence[Tensor] = (),
-             numerical: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def pack(
+        self, categorical: Tensor | None = None, multi_valued: Sequence[Tensor] = (), numerical: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """`(index, value)`, each `(B, M, S)`, from codes `(B, Mc)`, a list of codes `(B, up to S)`, and numbers
         `(B, Mn)`. A code of -1 is missing or padding. Duplicates in a multi-valued field count as often as they stand.
         """
@@ -70,8 +77,10 @@ class FieldEmbedding(nn.Module):
         given = len(columns), 0 if numerical is None else numerical.shape[1]
         want = len(self.categorical) + len(self.multi_valued), self.numerical
         if given != want:
-            raise ValueError(f"categorical and multi_valued must have {want[0]} fields and numerical {want[1]}, not "
-                             f"{given[0]} and {given[1]}")
+            raise ValueError(
+                f"categorical and multi_valued must have {want[0]} fields and numerical {want[1]}, not "
+                f"{given[0]} and {given[1]}"
+            )
         sizes = self.categorical + self.multi_valued
         for i, (c, n) in enumerate(zip(columns, sizes)):
             check_tensor(f"field {i}", c, dtype="integer", ndim=2)
@@ -82,7 +91,7 @@ class FieldEmbedding(nn.Module):
         for c in columns:
             seen = F.pad(c >= 0, (0, S - c.shape[1]))
             index.append(F.pad(c.clamp_min(0), (0, S - c.shape[1])))
-            value.append(seen / seen.sum(1, keepdim=True).clamp_min(1))                  # q >= 1: no 0/0
+            value.append(seen / seen.sum(1, keepdim=True).clamp_min(1))  # q >= 1: no 0/0
         for x in () if numerical is None else numerical.unbind(1):
             index.append(torch.zeros(len(x), S, dtype=torch.long, device=x.device))
             value.append(F.pad(x[:, None].float(), (0, S - 1)))
@@ -102,33 +111,48 @@ class InteractingLayer(nn.Module):
     `variant="paper"`: no bias, no normalisation, `scale` 1. `"official"`: biases and a ReLU on all projections, scale
     `head_dim**-0.5`, LayerNorm (eps 1e-8) at the end. `dropout` acts on the attention weights, in training, by PyTorch.
     """
-    def __init__(self, in_features: int, head_dim: int = 32, num_heads: int = 2, use_residual: bool = True,
-                 scale: float | None = None, variant: str = "paper", dropout: float = 0.0, backend: str = "auto"):
+
+    def __init__(
+        self,
+        in_features: int,
+        head_dim: int = 32,
+        num_heads: int = 2,
+        use_residual: bool = True,
+        scale: float | None = None,
+        variant: str = "paper",
+        dropout: float = 0.0,
+        backend: str = "auto",
+    ):
         super().__init__()
-        in_features, head_dim, num_heads = (check_int(name, n, least=1) for name, n in (
-            ("in_features", in_features), ("head_dim", head_dim), ("num_heads", num_heads)))
+        in_features, head_dim, num_heads = (
+            check_int(name, n, least=1)
+            for name, n in (("in_features", in_features), ("head_dim", head_dim), ("num_heads", num_heads))
+        )
         official, width = check_choice("variant", variant, VARIANTS) == "official", head_dim * num_heads
         self.num_heads, self.head_dim, self.variant = num_heads, head_dim, variant
         self.scale = (head_dim**-0.5 if official else 1.0) if scale is None else check_number("scale", scale)
         self.dropout, self.backend = check_probability("dropout", dropout), backend
         self.weight = nn.Parameter(torch.empty(3 + use_residual, in_features, width))
-        bound = math.sqrt(6 / (in_features + width))                                     # Glorot, each matrix
+        bound = math.sqrt(6 / (in_features + width))  # Glorot, each matrix
         nn.init.uniform_(self.weight, -bound, bound)
         self.bias = nn.Parameter(torch.zeros(3 + use_residual, width)) if official else None
         self.norm = nn.LayerNorm(width, eps=1e-8) if official else None
 
     def extra_repr(self):
         n, d, width = self.weight.shape
-        return (f"{d}, head_dim={self.head_dim}, num_heads={self.num_heads}, use_residual={n == 4}, "
-                f"scale={self.scale:.4g}, variant={self.variant!r}, dropout={self.dropout}, backend={self.backend!r}")
+        return (
+            f"{d}, head_dim={self.head_dim}, num_heads={self.num_heads}, use_residual={n == 4}, "
+            f"scale={self.scale:.4g}, variant={self.variant!r}, dropout={self.dropout}, backend={self.backend!r}"
+        )
 
     def forward(self, e: Tensor, return_weights: bool = False):
         kw = dict(num_heads=self.num_heads, scale=self.scale)
         if self.training and self.dropout > 0 and not return_weights:
             out, alpha = self._with_dropout(e), None
         else:
-            out = interacting_layer(e, self.weight, self.bias, backend=self.backend,
-                                    return_weights=return_weights, **kw)
+            out = interacting_layer(
+                e, self.weight, self.bias, backend=self.backend, return_weights=return_weights, **kw
+            )
             out, alpha = out if return_weights else (out, None)
         out = out if self.norm is None else self.norm(out)
         return (out, alpha) if return_weights else out
@@ -148,18 +172,30 @@ class AutoInt(nn.Module):
     `fields` is a `FieldEmbedding`; the network is called with what its `pack` returns and gives logits `(B,)`.
     `layers=0` is a linear model on the embeddings. `dropout` acts on the embeddings, `dnn_dropout` within the DNN.
     """
-    def __init__(self, fields: FieldEmbedding, layers: int = 3, head_dim: int = 32, num_heads: int = 2,
-                 variant: str = "paper", use_residual: bool = True, scale: float | None = None,
-                 dnn: tuple[int, ...] | None = None, dropout: float = 0.0, dnn_dropout: float = 0.0,
-                 backend: str = "auto"):
+
+    def __init__(
+        self,
+        fields: FieldEmbedding,
+        layers: int = 3,
+        head_dim: int = 32,
+        num_heads: int = 2,
+        variant: str = "paper",
+        use_residual: bool = True,
+        scale: float | None = None,
+        dnn: tuple[int, ...] | None = None,
+        dropout: float = 0.0,
+        dnn_dropout: float = 0.0,
+        backend: str = "auto",
+    ):
         super().__init__()
         layers = check_int("layers", layers, least=0)
         check_choice("variant", variant, VARIANTS)
         self.fields, width = fields, fields.table.shape[1]
         self.layers = nn.ModuleList()
         for _ in range(layers):
-            self.layers.append(InteractingLayer(width, head_dim, num_heads, use_residual, scale, variant,
-                                                backend=backend))
+            self.layers.append(
+                InteractingLayer(width, head_dim, num_heads, use_residual, scale, variant, backend=backend)
+            )
             width = head_dim * num_heads
         self.head = nn.Linear(fields.num_fields * width, 1)
         nn.init.zeros_(self.head.bias)
@@ -191,27 +227,65 @@ class AutoInt(nn.Module):
         return maps
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #03b8a9cc
-def _network_forward(index: Tensor, value: Tensor, table: Tensor, first: Tensor, rest: Tensor, bias: Tensor,
-                     norm: Tensor, head: Tensor, base: Tensor, layers: int, num_heads: int, scale: float,
-                     official: bool) -> Tensor:
+def _network_forward(
+    index: Tensor,
+    value: Tensor,
+    table: Tensor,
+    first: Tensor,
+    rest: Tensor,
+    bias: Tensor,
+    norm: Tensor,
+    head: Tensor,
+    base: Tensor,
+    layers: int,
+    num_heads: int,
+    scale: float,
+    official: bool,
+) -> Tensor:
     out = torch.empty(len(index), dtype=torch.float32, device=index.device)
     M, D, U = index.shape[1], table.shape[1], first.shape[2]
     R = tile_rows(M)
     if len(index):
         network_forward[(triton.cdiv(len(index), R // M),)](
-            index, value, table, first, rest, bias, norm, head, base, out, len(index), scale, M=M, S=index.shape[2],
-            D=D, DH=U // num_heads, H=num_heads, L=layers, BD=round_dim(D), BH=round_dim(U // num_heads), R=R,
-            RES=first.shape[0] == 4, ACT=official, PRECISION=_precision(), num_warps=R // 16)
+            index,
+            value,
+            table,
+            first,
+            rest,
+            bias,
+            norm,
+            head,
+            base,
+            out,
+            len(index),
+            scale,
+            M=M,
+            S=index.shape[2],
+            D=D,
+            DH=U // num_heads,
+            H=num_heads,
+            L=layers,
+            BD=round_dim(D),
+            BH=round_dim(U // num_heads),
+            R=R,
+            RES=first.shape[0] == 4,
+            ACT=official,
+            PRECISION=_precision(),
+            num_warps=R // 16,
+        )
     return out
+
 
 def _network_like(index, *_):
     return torch.empty(len(index), dtype=torch.float32, device=index.device)
+
 
 network_op = operation("autoint_network", _network_forward, like=_network_like)
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #9ee46138
 class PackedAutoInt(NamedTuple):
     "What the inference kernel reads; see `pack_for_inference`."
+
     table: Tensor  # (n, d)
     first: Tensor  # (4 or 3, d, U)
     rest: Tensor  # (L - 1, 4 or 3, U, U)
@@ -230,6 +304,7 @@ class PackedAutoInt(NamedTuple):
         "Of the embedding and of the heads."
         return self.table.shape[1], *([self.first.shape[2] // self.num_heads] if self.layers else [])
 
+
 @torch.no_grad()
 def pack_for_inference(model: AutoInt, dtype: torch.dtype | None = None) -> PackedAutoInt:
     "Copies of a trained model's weights in the layout and type of the inference kernel; the table's type if None."
@@ -239,11 +314,19 @@ def pack_for_inference(model: AutoInt, dtype: torch.dtype | None = None) -> Pack
     official = bool(ls) and ls[0].bias is not None
     first = ls[0].weight.to(dtype) if ls else table.new_empty(4, 1, 1, dtype=dtype)
     return PackedAutoInt(
-        table.to(dtype), first.contiguous(), stack([l.weight for l in ls[1:]]),
+        table.to(dtype),
+        first.contiguous(),
+        stack([l.weight for l in ls[1:]]),
         stack([l.bias for l in ls if official]),
         stack([torch.stack([l.norm.weight, l.norm.bias]) for l in ls if official]),
-        model.head.weight.view(model.fields.num_fields, -1).to(dtype).contiguous(), model.head.bias.to(dtype),
-        len(ls), ls[0].num_heads if ls else 1, ls[0].scale if ls else 1.0, official, model.dnn)
+        model.head.weight.view(model.fields.num_fields, -1).to(dtype).contiguous(),
+        model.head.bias.to(dtype),
+        len(ls),
+        ls[0].num_heads if ls else 1,
+        ls[0].scale if ls else 1.0,
+        official,
+        model.dnn,
+    )
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #b5c4da4d
 @torch.no_grad()
@@ -268,11 +351,15 @@ def autoint_infer(
     fits = fields <= 128 and max(widths) <= MAX_WIDTH
     if resolve_backend(backend, packed.table if packed else model.fields.table) == "torch" or not fits:
         if packed:
-            raise ValueError(f"model: a packed model runs on the kernel only, with at most 128 fields and widths of "
-                             f"{MAX_WIDTH}; pass the AutoInt itself, or backend='triton'")
+            raise ValueError(
+                f"model: a packed model runs on the kernel only, with at most 128 fields and widths of "
+                f"{MAX_WIDTH}; pass the AutoInt itself, or backend='triton'"
+            )
         if backend == "triton":
-            raise ValueError(f"index: the kernel takes at most 128 fields and widths of {MAX_WIDTH}, not {fields} "
-                             f"fields and widths of {' and '.join(map(str, widths))}")
+            raise ValueError(
+                f"index: the kernel takes at most 128 fields and widths of {MAX_WIDTH}, not {fields} "
+                f"fields and widths of {' and '.join(map(str, widths))}"
+            )
         return model(index, value)
     p = packed or pack_for_inference(model)
     out = network_op(index.contiguous(), value.contiguous(), *p[:-1])
@@ -280,6 +367,7 @@ def autoint_infer(
         e = embed_fields(p.table, index, value).flatten(1)
         out = out + p.dnn(e.to(next(p.dnn.parameters()).dtype)).squeeze(-1).float()
     return out
+
 
 def _widths(model):
     "Widths of the embedding and of the heads."
@@ -291,19 +379,24 @@ def logloss_auc(logits: Tensor, y: Tensor) -> tuple[float, float]:
     logits, y = logits.detach().double().cpu(), y.double().cpu()
     positive = int((y == 1).sum())
     if logits.shape != y.shape or not 0 < positive < len(y):
-        raise ValueError(f"y must have the logits' shape {tuple(logits.shape)} and both classes, not {tuple(y.shape)} "
-                         f"with {positive} positives")
+        raise ValueError(
+            f"y must have the logits' shape {tuple(logits.shape)} and both classes, not {tuple(y.shape)} "
+            f"with {positive} positives"
+        )
     _, place, count = logits.unique(return_inverse=True, return_counts=True)
-    rank = (count.cumsum(0) - (count - 1) / 2)[place]                                     # ties share a mean rank
+    rank = (count.cumsum(0) - (count - 1) / 2)[place]  # ties share a mean rank
     area = (rank[y == 1].sum() - positive * (positive + 1) / 2) / (positive * (len(y) - positive))
     return float(F.binary_cross_entropy_with_logits(logits, y)), float(area)
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #75e4a80c
 @torch.no_grad()
-def field_interaction_heatmap(model: AutoInt, index: Tensor, value: Tensor, layer: int = 0,
-                              batch: int = 4096) -> Tensor:
+def field_interaction_heatmap(
+    model: AutoInt, index: Tensor, value: Tensor, layer: int = 0, batch: int = 4096
+) -> Tensor:
     "Attention `(M, M)` of one layer, averaged over samples and heads; row: the field that attends."
     device = model.fields.table.device
-    total = sum(model.attention_maps((i.to(device), v.to(device)))[layer].double().mean(1).sum(0)
-                for i, v in zip(index.split(batch), value.split(batch)))
+    total = sum(
+        model.attention_maps((i.to(device), v.to(device)))[layer].double().mean(1).sum(0)
+        for i, v in zip(index.split(batch), value.split(batch))
+    )
     return (total / len(index)).cpu()

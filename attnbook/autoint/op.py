@@ -23,16 +23,30 @@ def _layer_plan(kernel, e, weight, bias, num_heads):
     "Grid of a layer's kernel, and what it is compiled for."
     M, D, U, size, arch = e.shape[1], e.shape[2], weight.shape[2], e.element_size(), arch_of(e.device)
     BD, BH = round_dim(D), round_dim(U // num_heads)
-    R, H, head, HP = tile_rows(M), num_heads, 4 * BD * BH, num_heads        # head: numbers in the weights of one head
-    if kernel == "backward":                                            # heads of a pass: few enough sums for registers
+    R, H, head, HP = tile_rows(M), num_heads, 4 * BD * BH, num_heads  # head: numbers in the weights of one head
+    if kernel == "backward":  # heads of a pass: few enough sums for registers
         HP = max(n for n in range(1, H + 1) if H % n == 0 and (n == 1 or size == 2 and n * head <= 8192))
     programs, stages, registers = FIELD_LAUNCH.find(arch, kernel, 8 * size, D)
-    keep = size == 2 and HP * head <= 16384                             # weights stay in shared memory
+    keep = size == 2 and HP * head <= 16384  # weights stay in shared memory
     warps = 8 if R == 128 or (kernel == "backward" and head > 8192) else 4
     most = PROCESSORS[arch] * max(1, programs * 4 // warps)
-    consts = dict(M=M, D=D, DH=U // H, H=H, BD=BD, BH=BH, R=R, RES=weight.shape[0] == 4, ACT=bias is not None,
-                  KEEP=keep, STAGES=stages if keep else 1, num_warps=warps, num_stages=1, maxnreg=registers,
-                  PRECISION=_precision())
+    consts = dict(
+        M=M,
+        D=D,
+        DH=U // H,
+        H=H,
+        BD=BD,
+        BH=BH,
+        R=R,
+        RES=weight.shape[0] == 4,
+        ACT=bias is not None,
+        KEEP=keep,
+        STAGES=stages if keep else 1,
+        num_warps=warps,
+        num_stages=1,
+        maxnreg=registers,
+        PRECISION=_precision(),
+    )
     return (max(1, min(most, triton.cdiv(len(e), R // M))),), consts | ({"HP": HP} if kernel == "backward" else {})
 
 
@@ -49,22 +63,29 @@ def _layer_forward(e: Tensor, weight: Tensor, bias: Tensor | None, num_heads: in
         launch(e, weight.contiguous(), bias if bias is None else bias.contiguous(), y)
     return y
 
+
 def _plan_forward(e, weight, bias, num_heads, scale):
     "The forward pass of all calls like this one."
     like = _layer_like(e, weight, bias, num_heads, scale)
     if like.numel() == 0:
         return _layer_forward
     grid, consts = _layer_plan("forward", e, weight, bias, num_heads)
-    shape, launch = like.shape, BoundLaunch(interacting_forward, grid, e.stride(), like.stride(), len(e), scale, **consts)
+    shape, launch = (
+        like.shape,
+        BoundLaunch(interacting_forward, grid, e.stride(), like.stride(), len(e), scale, **consts),
+    )
 
     def run(e, weight, bias, *rest):
         y = e.new_empty(shape)
         launch(e, weight.contiguous(), bias if bias is None else bias.contiguous(), y)
         return y
+
     return run
+
 
 def _layer_like(e, weight, bias, num_heads, scale):
     return e.new_empty(*e.shape[:2], weight.shape[2])
+
 
 def _layer_backward(call):
     "Gradients of input, weights and biases; those of the last two from one partial sum of each program."
@@ -73,20 +94,32 @@ def _layer_backward(call):
 
     def make():
         grid, consts = _layer_plan("backward", e, weight, bias, call.num_heads)
-        return grid, BoundLaunch(interacting_backward, grid, e.stride(), dy.stride(), dx.stride(), len(e), call.scale,
-                                 **consts)
+        return grid, BoundLaunch(
+            interacting_backward, grid, e.stride(), dy.stride(), dx.stride(), len(e), call.scale, **consts
+        )
+
     grid, launch = make() if call.kept is None else keep(call.kept, make, dy)
     dw = e.new_empty(*grid, *weight.shape, dtype=torch.float32)
     db = e.new_empty(*grid, *weight.shape[::2], dtype=torch.float32)
     launch(e, weight.contiguous(), bias if bias is None else bias.contiguous(), dy, dx, dw, db)
     return dict(e=dx, weight=dw.sum(0).to(weight.dtype), bias=None if bias is None else db.sum(0).to(bias.dtype))
 
-def _layer_gradients(call):
-    return {n: None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
-            for n, t in (("e", call.e), ("weight", call.weight), ("bias", call.bias))}
 
-interacting_op = operation("interacting", _layer_forward, like=_layer_like, backward=_layer_backward,
-                           gradients_like=_layer_gradients, plan=_plan_forward)
+def _layer_gradients(call):
+    return {
+        n: None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        for n, t in (("e", call.e), ("weight", call.weight), ("bias", call.bias))
+    }
+
+
+interacting_op = operation(
+    "interacting",
+    _layer_forward,
+    like=_layer_like,
+    backward=_layer_backward,
+    gradients_like=_layer_gradients,
+    plan=_plan_forward,
+)
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #2508ba38
 def _check_layer(e, weight, bias, num_heads, scale):
@@ -119,11 +152,14 @@ def interacting_layer(
     Under autocast everything is cast to its type. TypeError or ValueError on bad input.
     """
     e, weight, bias = autocast(e, weight, bias)
-    scale, fits, kept = _DECIDED.decide(_decide, (e, weight, bias), dict(num_heads=num_heads, scale=scale, backend=backend))
+    scale, fits, kept = _DECIDED.decide(
+        _decide, (e, weight, bias), dict(num_heads=num_heads, scale=scale, backend=backend)
+    )
     if return_weights or not fits:
         with without_autocast(e):
-            return interacting_reference(e, weight, bias, num_heads=num_heads, scale=scale,
-                                         return_weights=return_weights)
+            return interacting_reference(
+                e, weight, bias, num_heads=num_heads, scale=scale, return_weights=return_weights
+            )
     return interacting_op(e, weight, bias, num_heads, scale, kept=kept)
 
 
@@ -136,17 +172,28 @@ def _decide(e, weight, bias, *, num_heads, scale, backend):
     fits = e.shape[1] <= 128 and max(e.shape[2], weight.shape[2] // num_heads) <= MAX_WIDTH
     chosen = resolve_backend(backend, e)
     if backend == "triton" and not fits:
-        raise ValueError(f"e: the kernel takes at most 128 fields and widths of {MAX_WIDTH}, not {tuple(e.shape)} with "
-                         f"heads of {weight.shape[2] // num_heads}; use backend='torch'")
+        raise ValueError(
+            f"e: the kernel takes at most 128 fields and widths of {MAX_WIDTH}, not {tuple(e.shape)} with "
+            f"heads of {weight.shape[2] // num_heads}; use backend='torch'"
+        )
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.dtype != e.dtype:
             raise TypeError(f"{name} must have e's type {e.dtype}, not {t.dtype}")
     return scale, fits and chosen == "triton", {}
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #bac9b8d6
-def interacting_attention(e: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wr: Tensor | None = None, *, num_heads: int,
-                          scale: float = 1.0, backend: str = "auto",
-                          return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+def interacting_attention(
+    e: Tensor,
+    wq: Tensor,
+    wk: Tensor,
+    wv: Tensor,
+    wr: Tensor | None = None,
+    *,
+    num_heads: int,
+    scale: float = 1.0,
+    backend: str = "auto",
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The paper's layer with its matrices apart: e `(B, M, d_in)`, each weight `(d_in, H d')`; see `interacting_layer`.
 
     Returns `(B, M, H d')`, and with `return_weights` the attention `(B, H, M, M)`.
@@ -155,5 +202,11 @@ def interacting_attention(e: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wr: Ten
     check_tensor("wq", wq, ndim=2)
     for name, w in weights.items():
         check_tensor(name, w, shape=wq.shape, like=wq, of="wq")
-    return interacting_layer(e, torch.stack(list(weights.values())), num_heads=num_heads, scale=scale, backend=backend,
-                             return_weights=return_weights)
+    return interacting_layer(
+        e,
+        torch.stack(list(weights.values())),
+        num_heads=num_heads,
+        scale=scale,
+        backend=backend,
+        return_weights=return_weights,
+    )

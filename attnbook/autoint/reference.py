@@ -34,9 +34,9 @@ def interacting_reference(
     p = torch.einsum("bmd,pdu->pbmu", e.to(dtype), weight.to(dtype))
     if bias is not None:
         p = torch.relu(p + bias[:, None, None].to(dtype))
-    q, k, v = (x.unflatten(-1, (num_heads, -1)) for x in p[:3])                      # (B, M, H, d')
+    q, k, v = (x.unflatten(-1, (num_heads, -1)) for x in p[:3])  # (B, M, H, d')
     alpha = torch.softmax(scale * torch.einsum("bmhc,bkhc->bhmk", q, k), -1)
-    out = torch.einsum("bhmk,bkhc->bmhc", alpha, v).flatten(-2)                      # heads are blocks of channels
+    out = torch.einsum("bhmk,bkhc->bmhc", alpha, v).flatten(-2)  # heads are blocks of channels
     out = torch.relu(out + p[3] if len(p) == 4 else out).to(e.dtype)
     return (out, alpha) if return_weights else out
 
@@ -45,7 +45,10 @@ def layer_cost(B: int, M: int, d_in: int, U: int, H: int, itemsize: int = 2) -> 
     "FLOPs and least bytes of one layer, forward and backward (with recomputation), and about what eager moves forward."
     flops = 8 * B * M * d_in * U + 4 * B * M * M * U
     weights = 4 * d_in * U * itemsize
-    return dict(flops_fwd=flops, flops_bwd=3 * flops,
-                bytes_fwd=B * M * (d_in + U) * itemsize + weights,
-                bytes_bwd=B * M * (2 * d_in + U) * itemsize + 2 * weights,
-                bytes_eager=(B * M * (4 * d_in + 15 * U) + 4 * B * H * M * M) * itemsize)
+    return dict(
+        flops_fwd=flops,
+        flops_bwd=3 * flops,
+        bytes_fwd=B * M * (d_in + U) * itemsize + weights,
+        bytes_bwd=B * M * (2 * d_in + U) * itemsize + 2 * weights,
+        bytes_eager=(B * M * (4 * d_in + 15 * U) + 4 * B * H * M * M) * itemsize,
+    )

@@ -32,20 +32,27 @@ from .reference import embed_fields, layer_cost
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #dcd0cf26
 PRESETS = dict(
-    smoke=dict(table=dict(data=("ml100k", "adult"), rows=400, epochs=1, batch=128, seeds=1, layers=(0, 1)),
-               order=dict(orders=(1, 2), layers=(0, 1), train=400, steps=3, batch=64, seeds=1),
-               explain=dict(data=("adult",), rows=400, epochs=1, batch=128, seeds=1)),
-    cpu=dict(table=dict(data=("ml100k", "adult"), rows=4000, epochs=2, batch=256, seeds=1, layers=(0, 1)),
-             order=dict(orders=(1, 2), layers=(0, 1), train=4000, steps=80, batch=256, seeds=1),
-             explain=dict(data=("adult",), rows=4000, epochs=2, batch=256, seeds=1)),
-    gpu=dict(table=dict(data=("ml100k", "adult"), rows=None, epochs=12, batch=512, seeds=10, layers=(0, 1, 2, 3)),
-             order=dict(orders=(1, 2, 3, 4), layers=(0, 1, 2, 3), train=100_000, steps=2000, batch=512, seeds=5),
-             explain=dict(data=("ml100k", "adult"), rows=None, epochs=8, batch=512, seeds=5)),
+    smoke=dict(
+        table=dict(data=("ml100k", "adult"), rows=400, epochs=1, batch=128, seeds=1, layers=(0, 1)),
+        order=dict(orders=(1, 2), layers=(0, 1), train=400, steps=3, batch=64, seeds=1),
+        explain=dict(data=("adult",), rows=400, epochs=1, batch=128, seeds=1),
+    ),
+    cpu=dict(
+        table=dict(data=("ml100k", "adult"), rows=4000, epochs=2, batch=256, seeds=1, layers=(0, 1)),
+        order=dict(orders=(1, 2), layers=(0, 1), train=4000, steps=80, batch=256, seeds=1),
+        explain=dict(data=("adult",), rows=4000, epochs=2, batch=256, seeds=1),
+    ),
+    gpu=dict(
+        table=dict(data=("ml100k", "adult"), rows=None, epochs=12, batch=512, seeds=10, layers=(0, 1, 2, 3)),
+        order=dict(orders=(1, 2, 3, 4), layers=(0, 1, 2, 3), train=100_000, steps=2000, batch=512, seeds=5),
+        explain=dict(data=("ml100k", "adult"), rows=None, epochs=8, batch=512, seeds=5),
+    ),
 )
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #a6401669
 class FieldTable(NamedTuple):
     "A table of fields with a binary target."
+
     name: str
     categorical: Tensor  # (N, Mc) codes
     multi_valued: list[Tensor]  # (N, up to S) codes each, -1 for padding
@@ -57,6 +64,7 @@ class FieldTable(NamedTuple):
     def embedding(self, dim: int = 16) -> FieldEmbedding:
         return FieldEmbedding(self.sizes, self.multi_sizes, dim=dim)
 
+
 def flag_codes(flags: np.ndarray) -> np.ndarray:
     "Rows of 0/1 flags (N, K) as lists of codes (N, most set in a row), -1 for padding."
     on = flags > 0
@@ -64,6 +72,7 @@ def flag_codes(flags: np.ndarray) -> np.ndarray:
     codes = np.where(on, np.arange(flags.shape[1]), flags.shape[1])
     codes = np.sort(codes, 1)[:, :most]
     return np.where(codes == flags.shape[1], -1, codes)
+
 
 def field_table(name: str, *, ids: bool = False, rows: int | None = None, seed: int = 0) -> FieldTable:
     """`"ml100k"` or `"adult"`; `ids=True` keeps MovieLens's user and film ids; `rows` draws that many.
@@ -76,13 +85,20 @@ def field_table(name: str, *, ids: bool = False, rows: int | None = None, seed: 
     keep = [i for i, f in enumerate(t.fields) if ids or f not in ("user_id", "movie_id")]
     chosen = np.random.default_rng(seed).permutation(len(t.y))[:rows]
     multi = [] if t.flags is None else [torch.as_tensor(flag_codes(t.flags[chosen]))]
-    return FieldTable(name, torch.as_tensor(t.codes[chosen][:, keep]), multi, [t.cardinalities[i] for i in keep],
-                      [] if t.flags is None else [t.flags.shape[1]], torch.as_tensor(t.y[chosen]).float(),
-                      [t.fields[i] for i in keep] + (["genres"] if multi else []))
+    return FieldTable(
+        name,
+        torch.as_tensor(t.codes[chosen][:, keep]),
+        multi,
+        [t.cardinalities[i] for i in keep],
+        [] if t.flags is None else [t.flags.shape[1]],
+        torch.as_tensor(t.y[chosen]).float(),
+        [t.fields[i] for i in keep] + (["genres"] if multi else []),
+    )
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #0045e9a9
 class FactorizationMachine(nn.Module):
     "Second-order factorisation machine (Rendle 2010) on packed fields; logits `(B,)`."
+
     def __init__(self, fields: FieldEmbedding):
         super().__init__()
         self.fields, self.weight = fields, nn.Parameter(torch.zeros(len(fields.table), 1))
@@ -120,6 +136,7 @@ def mutual_information(a: np.ndarray, y: np.ndarray) -> float:
     seen = joint > 0
     return float((joint[seen] * np.log(joint[seen] / product[seen])).sum())
 
+
 def pair_information(codes: np.ndarray, y: np.ndarray, seed: int = 0) -> np.ndarray:
     """I(field i, field j; y) for all pairs of columns, `(M, M)`, less what the same pair gives for shuffled labels:
     the plug-in estimate favours fields with many values."""
@@ -138,6 +155,7 @@ def plain_layer_eager(e: Tensor, weight: Tensor, num_heads: int = 2, scale: floa
     alpha = torch.softmax(scale * (q @ k.transpose(-1, -2)), -1)
     return torch.relu((alpha @ v).transpose(1, 2).flatten(-2) + e @ weight[3])
 
+
 def sdpa_layer(e: Tensor, weight: Tensor, num_heads: int = 2, scale: float = 1.0) -> Tensor:
     "The same by PyTorch's fused attention."
     q, k, v = ((e @ w).unflatten(-1, (num_heads, -1)).transpose(1, 2) for w in weight[:3])
@@ -150,9 +168,13 @@ def layer_peers(num_heads: int = 2) -> dict[str, Callable]:
     torch.compiler.reset()
     kw = dict(num_heads=num_heads)
     ours = lambda e, w: interacting_layer(e, w, backend="triton", **kw)
-    return {"ours": ours, "eager": partial(plain_layer_eager, **kw),
-            "compiled": torch.compile(partial(plain_layer_eager, **kw), dynamic=False),
-            "sdpa compiled": torch.compile(partial(sdpa_layer, **kw), dynamic=False)}
+    return {
+        "ours": ours,
+        "eager": partial(plain_layer_eager, **kw),
+        "compiled": torch.compile(partial(plain_layer_eager, **kw), dynamic=False),
+        "sdpa compiled": torch.compile(partial(sdpa_layer, **kw), dynamic=False),
+    }
+
 
 def gpu_layer(B: int, M: int, d_in: int, U: int) -> list[Tensor]:
     "Input and weights of one layer in bfloat16 on the GPU, seeded."
@@ -160,14 +182,22 @@ def gpu_layer(B: int, M: int, d_in: int, U: int) -> list[Tensor]:
     draw = lambda *s: torch.randn(*s, generator=g, device="cuda")
     return [draw(B, M, d_in).bfloat16(), (draw(4, d_in, U) / d_in**0.5 / 2).bfloat16()]
 
+
 def compare_layer(bench: str, B: int, M: int, d_in: int, U: int, H: int = 2) -> Iterator[dict]:
     "One layer, forward and backward, by all peers; yields recorded rows."
     cost = layer_cost(B, M, d_in, U, H)
-    yield from compare(dict(B=B, M=M, d_in=d_in, U=U, H=H), layer_peers(H), gpu_layer(B, M, d_in, U),
-                       grad_out="random", chapter="autoint", bench=bench,
-                       flops={"fwd": cost["flops_fwd"], "bwd": 2 * cost["flops_fwd"]},
-                       bytes={"fwd": cost["bytes_fwd"], "bwd": cost["bytes_bwd"]}, bytes_fwd=float(cost["bytes_fwd"]),
-                       bytes_bwd=float(cost["bytes_bwd"]))
+    yield from compare(
+        dict(B=B, M=M, d_in=d_in, U=U, H=H),
+        layer_peers(H),
+        gpu_layer(B, M, d_in, U),
+        grad_out="random",
+        chapter="autoint",
+        bench=bench,
+        flops={"fwd": cost["flops_fwd"], "bwd": 2 * cost["flops_fwd"]},
+        bytes={"fwd": cost["bytes_fwd"], "bwd": cost["bytes_bwd"]},
+        bytes_fwd=float(cost["bytes_fwd"]),
+        bytes_bwd=float(cost["bytes_bwd"]),
+    )
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #44f52929
 def bench_layer() -> Iterator[dict]:
@@ -175,10 +205,12 @@ def bench_layer() -> Iterator[dict]:
     for d_in in (16, 64) if torch.cuda.is_available() else ():
         yield from compare_layer("layer", 16384, 39, d_in, 64)
 
+
 def bench_fields() -> Iterator[dict]:
     "A later layer over the number of fields, 640,000 rows each time."
     for M in (7, 13, 23, 39, 64) if torch.cuda.is_available() else ():
         yield from compare_layer("fields", 640_000 // M, M, 64, 64)
+
 
 def bench_widths() -> Iterator[dict]:
     "A later layer over its width, heads of 16, 32 and 64."
@@ -188,11 +220,14 @@ def bench_widths() -> Iterator[dict]:
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #51c4f827
 def stack(layer: Callable) -> Callable:
     "A network's three layers as one function of the embedded fields and three weights."
+
     def fn(e, *weights):
         for w in weights:
             e = layer(e, w)
         return e
+
     return fn
+
 
 def bench_network() -> Iterator[dict]:
     "Three layers, forward and backward, B 16,384, M 39: time and peak memory of a training step's middle."
@@ -202,18 +237,30 @@ def bench_network() -> Iterator[dict]:
     costs = [layer_cost(B, M, d, 64, 2) for d in (16, 64, 64)]
     total = {k: float(sum(c[k] for c in costs)) for k in costs[0]}
     (e, w0), (_, w1), (_, w2) = gpu_layer(B, M, 16, 64), gpu_layer(B, M, 64, 64), gpu_layer(B, M, 64, 64)
-    fns = {"ours": stack(peers["ours"]), "eager": stack(peers["eager"]),
-           "compiled": torch.compile(stack(plain_layer_eager), dynamic=False),
-           "sdpa compiled": torch.compile(stack(sdpa_layer), dynamic=False)}
-    yield from compare(dict(B=B, M=M, layers=3), fns, [e, w0, w1, w2], grad_out="random", chapter="autoint",
-                       bench="network", flops={"fwd": total["flops_fwd"], "bwd": 2 * total["flops_fwd"]},
-                       bytes={"fwd": total["bytes_fwd"], "bwd": total["bytes_bwd"]}, bytes_fwd=total["bytes_fwd"],
-                       bytes_bwd=total["bytes_bwd"])
+    fns = {
+        "ours": stack(peers["ours"]),
+        "eager": stack(peers["eager"]),
+        "compiled": torch.compile(stack(plain_layer_eager), dynamic=False),
+        "sdpa compiled": torch.compile(stack(sdpa_layer), dynamic=False),
+    }
+    yield from compare(
+        dict(B=B, M=M, layers=3),
+        fns,
+        [e, w0, w1, w2],
+        grad_out="random",
+        chapter="autoint",
+        bench="network",
+        flops={"fwd": total["flops_fwd"], "bwd": 2 * total["flops_fwd"]},
+        bytes={"fwd": total["bytes_fwd"], "bwd": total["bytes_bwd"]},
+        bytes_fwd=total["bytes_fwd"],
+        bytes_bwd=total["bytes_bwd"],
+    )
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #f8850b63
 def inference_bytes(B: int, M: int, d: int, S: int = 1) -> int:
     "Least bytes of the whole network with bfloat16 table and values: index, value, table row, and the logit."
     return B * (M * S * (4 + 2 + 2 * d) + 4)
+
 
 def bench_inference() -> Iterator[dict]:
     "Indices in, logit out: 39 fields, a table of 10^6 rows, three layers, over the batch."
@@ -227,16 +274,29 @@ def bench_inference() -> Iterator[dict]:
         value = torch.ones(B, M, 1, device="cuda", dtype=torch.bfloat16)
         packed = pack_for_inference(model)
         plain = stack(plain_layer_eager)
+
         def network(index, value):
             with torch.no_grad():
                 x = plain(model.fields(index, value), *(l.weight for l in model.layers))
                 return model.head(x.flatten(1)).squeeze(-1)
-        peers = {"ours": lambda i, v: autoint_infer(packed, i, v, backend="triton"), "eager": network,
-                 "compiled": torch.compile(network, dynamic=False)}
+
+        peers = {
+            "ours": lambda i, v: autoint_infer(packed, i, v, backend="triton"),
+            "eager": network,
+            "compiled": torch.compile(network, dynamic=False),
+        }
         flops = sum(layer_cost(B, M, n, 64, 2)["flops_fwd"] for n in (d, 64, 64)) + 2 * B * M * 64
         least = inference_bytes(B, M, d)
-        yield from compare(dict(B=B, M=M, layers=3), peers, [index, value], flops=flops, bytes=least, chapter="autoint",
-                           bench="inference", bytes_fwd=float(least))
+        yield from compare(
+            dict(B=B, M=M, layers=3),
+            peers,
+            [index, value],
+            flops=flops,
+            bytes=least,
+            chapter="autoint",
+            bench="inference",
+            bytes_fwd=float(least),
+        )
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #6599a238
 def _full():
@@ -244,16 +304,20 @@ def _full():
     rows = best_rows("table", "ml100k")
     return f"AutoInt {rows[0]['deepest']}" if rows else None
 
+
 def _lead_of_full(base):
     return (full := _full()) and lead("ml100k", full, base)
 
+
 def _lead_over_full(method):
     return (full := _full()) and lead("ml100k", method, full)
+
 
 def _leads():
     "Differences of the deepest AutoInt to LR, FM and boosted trees on MovieLens-100K."
     found = {b: _lead_of_full(b) for b in ("LR", "FM", "GBT")}
     return found if all(found.values()) else None
+
 
 def _gains():
     "AUC gains from 0 to 1 layer and from 1 to the deepest, on MovieLens-100K."
@@ -261,28 +325,42 @@ def _gains():
     rest = full and full != "AutoInt 1" and lead("ml100k", full, "AutoInt 1")
     return {"first": first, "rest": rest.mean} if first and rest else None
 
+
 def _orders():
     "Mean AUC by (order, method) of the synthetic experiment."
     rows = best_rows("order")
-    auc = {f"{m}, k={k}": interval(found).mean for k in (2, 3) for m in ("FM", "AutoInt 0", "AutoInt 1", "AutoInt 2")
-           if (found := [r["auc"] for r in rows if (r["order"], r["method"]) == (k, m)])}
+    auc = {
+        f"{m}, k={k}": interval(found).mean
+        for k in (2, 3)
+        for m in ("FM", "AutoInt 0", "AutoInt 1", "AutoInt 2")
+        if (found := [r["auc"] for r in rows if (r["order"], r["method"]) == (k, m)])
+    }
     needed = ("AutoInt 0, k=2", "AutoInt 1, k=2", "AutoInt 1, k=3")
     return auc if all(k in auc for k in needed) else None
+
 
 def _explanations():
     "Means of the explanation scores, by data set."
     rows = best_rows("explain")
     names = ("information", "information_shuffled", "change", "ablation")
-    return {d: {n: float(np.mean([r[n] for r in rows if r["data"] == d])) for n in names}
-            for d in dict.fromkeys(r["data"] for r in rows)} if rows and rows[0]["size"] in ("gpu", "laptop") else None
+    return (
+        {
+            d: {n: float(np.mean([r[n] for r in rows if r["data"] == d])) for n in names}
+            for d in dict.fromkeys(r["data"] for r in rows)
+        }
+        if rows and rows[0]["size"] in ("gpu", "laptop")
+        else None
+    )
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #1c5a8d2f
 TRAINING = ("ms_fwd", "ms_bwd")  # forward and backward together
+
 
 def _faster(bench: str, peers: tuple[str, ...], field: str | tuple[str, ...]) -> list[Speedup] | None:
     "How many times faster (or smaller) ours is, by size; None if nothing was measured."
     rows = load_results("autoint", bench, preset="gpu")
     return speedups(rows, "B", "M", field=field, ours=("ours",), peers=peers) or None
+
 
 def _interaction_parameters():
     "Parameters of the three layers of the paper's network."
@@ -295,8 +373,10 @@ def _judge_baselines(found):
     good = [b for b, v in verdicts.items() if v == "holds"]
     bad = [b for b, v in verdicts.items() if v == "does not hold here"]
     reason = f"better than {', '.join(good) or 'none'}; worse than {', '.join(bad) or 'none'}; undecided: " + (
-        ", ".join(b for b in verdicts if b not in good + bad) or "none")
+        ", ".join(b for b in verdicts if b not in good + bad) or "none"
+    )
     return grade(len(good) == len(found), bool(good)) if good or bad else "not measured", reason
+
 
 def _judge_gains(gains):
     "The first layer gains more than all others, and beyond its interval."
@@ -304,6 +384,7 @@ def _judge_gains(gains):
     if math.isinf(first.half):
         return "not measured", "one seed has no interval"
     return grade(more and first.low > 0, more)
+
 
 def _judge_orders(auc):
     "Order 2 needs a layer, order 3 two: AUC above 0.9 with as many, and for order 2 below 0.6 without."
@@ -314,12 +395,15 @@ def _judge_orders(auc):
         return "holds in part", "one layer learns order 3 as well: 2^L is not its limit"
     return "holds" if auc.get("AutoInt 2, k=3", 0) > 0.9 else ("holds in part", "order 2 only, at this training length")
 
+
 def _judge_explanations(found):
     "Attention follows the information of pairs, and shuffled labels change it."
     follows = [x["information"] > 0.5 for x in found.values()]
     moved = max(x["change"] for x in found.values())
-    return (grade(all(follows) and all(x["change"] > 0.1 for x in found.values()), any(follows)),
-            f"shuffling the labels moves {100 * moved:.1f} % of attention")
+    return (
+        grade(all(follows) and all(x["change"] > 0.1 for x in found.values()), any(follows)),
+        f"shuffling the labels moves {100 * moved:.1f} % of attention",
+    )
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #50dd9bf2
 def claims() -> list[Claim]:
@@ -328,36 +412,101 @@ def claims() -> list[Claim]:
     of = lambda text: f"{text}; test AUC, recorded as {rows[0]['size']}, half-width of 95 %" if rows else text
     compiled = ("compiled", "sdpa compiled")
     return [
-        Claim("AutoInt is better than the single-model baselines", "0.8456 against 0.8448 (MovieLens-1M) [m]",
-              "Table 2", _judge_baselines, measured=_leads,
-              scale=of("deepest AutoInt less LR, FM, boosted trees, MovieLens-100K without ids")),
-        Claim("Removing the residual hurts", "0.8061 to 0.8033 (Criteo) [m]", "Table 4", beyond_interval(),
-              measured=partial(_lead_of_full, "no residual"), scale=of("with less without residual")),
-        Claim("The first interacting layer brings the most, and a few layers saturate", "", "Fig. 4 [m]", _judge_gains,
-              measured=_gains,
-              scale=of("gain of the first layer against that of all others; holds: larger, beyond its interval")),
-        Claim("Adding a DNN helps: AutoInt+", "0.8061 to 0.8083 (Criteo) [m]", "Table 6", beyond_interval(),
-              measured=partial(_lead_over_full, "AutoInt+"), scale=of("AutoInt+ less AutoInt")),
-        Claim("Layers learn combinations: order 2 with one layer, up to order 4 with two", "2^L", "Sec. 4.5",
-              _judge_orders, measured=_orders,
-              scale="product of k hidden signs, 10 fields; order 2 needs a layer, order 3 needs two, AUC above 0.9"),
-        Claim("Attention maps explain: they recover meaningful pairs of fields", "", "Fig. 6 and 7",
-              _judge_explanations, measured=_explanations, scale="holds: rank correlation with pair information above "
-              "0.5, and shuffled labels move a tenth of the attention"),
-        Claim("The interaction network is tiny", "3.6 x 10^4 parameters [m]", "Sec. 5.3", matches(36_864),
-              measured=_interaction_parameters, scale="full size, counted"),
-        *(Claim(f"{data}: AUC and log loss", numbers, "Table 2", out_of_reach(f"needs {data}, {rows} rows"))
-          for data, numbers, rows in (("Criteo", "0.8061 / 0.4455 [m]", "45.8 million"),
-                                      ("Avazu", "0.7752 / 0.3824 [m]", "40.4 million"),
-                                      ("KDD12", "0.7883 / 0.1546 [m]", "149.6 million"))),
-        Claim("This chapter's aim: training three layers 5 times faster than eager", "5x", "this book",
-              over_range(5, 1), measured=partial(_faster, "network", ("eager",), TRAINING),
-              scale="forward and backward, B 16,384, M 39, one GPU"),
-        Claim("This chapter's aim: 2 times faster than torch.compile", "2x", "this book", over_range(2, 1),
-              measured=partial(_faster, "network", compiled, TRAINING), scale="the same; its fastest form"),
-        Claim("This chapter's aim: a fifth of eager's peak memory in training", "5x", "this book", over_range(5, 1),
-              measured=partial(_faster, "network", ("eager",), "peak_mb_bwd"), scale="the same"),
-        Claim("This chapter's aim: whole-network inference 5 times faster than compiled", "5x", "this book",
-              over_range(5, 1), measured=partial(_faster, "inference", compiled, "ms_fwd"),
-              scale="M 39, all batch sizes measured"),
+        Claim(
+            "AutoInt is better than the single-model baselines",
+            "0.8456 against 0.8448 (MovieLens-1M) [m]",
+            "Table 2",
+            _judge_baselines,
+            measured=_leads,
+            scale=of("deepest AutoInt less LR, FM, boosted trees, MovieLens-100K without ids"),
+        ),
+        Claim(
+            "Removing the residual hurts",
+            "0.8061 to 0.8033 (Criteo) [m]",
+            "Table 4",
+            beyond_interval(),
+            measured=partial(_lead_of_full, "no residual"),
+            scale=of("with less without residual"),
+        ),
+        Claim(
+            "The first interacting layer brings the most, and a few layers saturate",
+            "",
+            "Fig. 4 [m]",
+            _judge_gains,
+            measured=_gains,
+            scale=of("gain of the first layer against that of all others; holds: larger, beyond its interval"),
+        ),
+        Claim(
+            "Adding a DNN helps: AutoInt+",
+            "0.8061 to 0.8083 (Criteo) [m]",
+            "Table 6",
+            beyond_interval(),
+            measured=partial(_lead_over_full, "AutoInt+"),
+            scale=of("AutoInt+ less AutoInt"),
+        ),
+        Claim(
+            "Layers learn combinations: order 2 with one layer, up to order 4 with two",
+            "2^L",
+            "Sec. 4.5",
+            _judge_orders,
+            measured=_orders,
+            scale="product of k hidden signs, 10 fields; order 2 needs a layer, order 3 needs two, AUC above 0.9",
+        ),
+        Claim(
+            "Attention maps explain: they recover meaningful pairs of fields",
+            "",
+            "Fig. 6 and 7",
+            _judge_explanations,
+            measured=_explanations,
+            scale="holds: rank correlation with pair information above "
+            "0.5, and shuffled labels move a tenth of the attention",
+        ),
+        Claim(
+            "The interaction network is tiny",
+            "3.6 x 10^4 parameters [m]",
+            "Sec. 5.3",
+            matches(36_864),
+            measured=_interaction_parameters,
+            scale="full size, counted",
+        ),
+        *(
+            Claim(f"{data}: AUC and log loss", numbers, "Table 2", out_of_reach(f"needs {data}, {rows} rows"))
+            for data, numbers, rows in (
+                ("Criteo", "0.8061 / 0.4455 [m]", "45.8 million"),
+                ("Avazu", "0.7752 / 0.3824 [m]", "40.4 million"),
+                ("KDD12", "0.7883 / 0.1546 [m]", "149.6 million"),
+            )
+        ),
+        Claim(
+            "This chapter's aim: training three layers 5 times faster than eager",
+            "5x",
+            "this book",
+            over_range(5, 1),
+            measured=partial(_faster, "network", ("eager",), TRAINING),
+            scale="forward and backward, B 16,384, M 39, one GPU",
+        ),
+        Claim(
+            "This chapter's aim: 2 times faster than torch.compile",
+            "2x",
+            "this book",
+            over_range(2, 1),
+            measured=partial(_faster, "network", compiled, TRAINING),
+            scale="the same; its fastest form",
+        ),
+        Claim(
+            "This chapter's aim: a fifth of eager's peak memory in training",
+            "5x",
+            "this book",
+            over_range(5, 1),
+            measured=partial(_faster, "network", ("eager",), "peak_mb_bwd"),
+            scale="the same",
+        ),
+        Claim(
+            "This chapter's aim: whole-network inference 5 times faster than compiled",
+            "5x",
+            "this book",
+            over_range(5, 1),
+            measured=partial(_faster, "inference", compiled, "ms_fwd"),
+            scale="M 39, all batch sizes measured",
+        ),
     ]

@@ -77,7 +77,7 @@ def select_rows(SCORES, FOUND, INDEX, n, w, BN: tl.constexpr, BW: tl.constexpr):
     candidates = lanes + BN
     top, bound = lane_maxima(scores, n, w, BN)
     near = (top < bound) == 0
-    live = tl.sum(near.to(tl.int32), 0)                          # lanes with candidates
+    live = tl.sum(near.to(tl.int32), 0)  # lanes with candidates
     found, done = BN + 1, 0
     if live <= BW:
         tl.store(lanes + tl.cumsum(near.to(tl.int32), 0) - 1, lane, mask=near)
@@ -126,8 +126,9 @@ def launch_select(scores: Tensor, count: int) -> Tensor:
         rows, n = index.numel() // count, scores.shape[-1]
         bn, warps = (64, 4) if arch_of(scores.device) == "interpreter" else SELECT_LAUNCH
         found = torch.empty(rows, 2 * bn, device=scores.device, dtype=torch.int32)
-        select_rows[(rows,)](scores.contiguous(), found, index, n, count, BN=bn, BW=min(bn, 2 * round_dim(count)),
-                             num_warps=warps)
+        select_rows[(rows,)](
+            scores.contiguous(), found, index, n, count, BN=bn, BW=min(bn, 2 * round_dim(count)), num_warps=warps
+        )
     return index
 
 # %% ../../nbs/1_foundations/12_clusters.ipynb #a1f00020
@@ -202,8 +203,20 @@ FOLD_LAUNCH = (16, 2)  # tokens of a program, warps
 
 
 @triton.jit
-def fold_slots(XS, YS, INDEX, COUNTS, TABLE, N, S, MEAN: tl.constexpr, DS: tl.constexpr, BDS: tl.constexpr,
-               R: tl.constexpr, BM: tl.constexpr):
+def fold_slots(
+    XS,
+    YS,
+    INDEX,
+    COUNTS,
+    TABLE,
+    N,
+    S,
+    MEAN: tl.constexpr,
+    DS: tl.constexpr,
+    BDS: tl.constexpr,
+    R: tl.constexpr,
+    BM: tl.constexpr,
+):
     """Y[g, n] = sum or mean of X[g, slot] over the slots of row n, in order, for several X; 0 if it has none.
     Grid: batch * heads * tiles of rows."""
     T = tl.cdiv(N, BM)
@@ -236,8 +249,9 @@ def fold_slots(XS, YS, INDEX, COUNTS, TABLE, N, S, MEAN: tl.constexpr, DS: tl.co
             if most <= R:
                 put_rows(Y, n, N, fold_some(X, line, count, most, S, DS[a], BDS[a], R, BM), count, MEAN, DS[a], BDS[a])
             else:
-                put_rows(Y, n, N, fold_many(X, INDEX + g * S, first, S, DS[a], BDS[a], BM, 512), count, MEAN, DS[a],
-                         BDS[a])
+                put_rows(
+                    Y, n, N, fold_many(X, INDEX + g * S, first, S, DS[a], BDS[a], BM, 512), count, MEAN, DS[a], BDS[a]
+                )
 
 # %% ../../nbs/1_foundations/12_clusters.ipynb #a1f00025
 def slot_room(index: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -251,7 +265,9 @@ def find_slots(index: Tensor, n: int) -> tuple[Tensor, Tensor]:
     drawn, table = slot_room(index, n)
     if index.numel():
         S, bm = index.shape[2] * index.shape[3], 128
-        launch = bound(enter_lists, (index.shape[0] * index.shape[1] * triton.cdiv(S, bm),), S, n, R=DRAWS, BM=bm, num_warps=4)
+        launch = bound(
+            enter_lists, (index.shape[0] * index.shape[1] * triton.cdiv(S, bm),), S, n, R=DRAWS, BM=bm, num_warps=4
+        )
         launch(index, drawn, table)
     return drawn, table
 
@@ -263,7 +279,17 @@ def sum_slots(xs: list[Tensor], index: Tensor, counts: Tensor, table: Tensor, me
     ys = [x.new_empty(*counts.shape, x.shape[3]) for x in xs]
     if counts.numel():
         dims = tuple(x.shape[3] for x in xs)
-        launch = bound(fold_slots, (counts.shape[0] * counts.shape[1] * triton.cdiv(n, bm),), n, xs[0].shape[2], MEAN=mean,
-                       DS=dims, BDS=tuple(map(round_dim, dims)), R=DRAWS, BM=bm, num_warps=FOLD_LAUNCH[1])
+        launch = bound(
+            fold_slots,
+            (counts.shape[0] * counts.shape[1] * triton.cdiv(n, bm),),
+            n,
+            xs[0].shape[2],
+            MEAN=mean,
+            DS=dims,
+            BDS=tuple(map(round_dim, dims)),
+            R=DRAWS,
+            BM=bm,
+            num_warps=FOLD_LAUNCH[1],
+        )
         launch(tuple(xs), tuple(ys), index, counts, table)
     return ys

@@ -51,12 +51,17 @@ def _small_tiles(arch, kernel, bits, head_dim):
 #: with 128 four programs of four warps share the 65,536 of an H100
 SHARED_LAUNCH = LaunchTable("forward", "both", fallback=_small_tiles)
 for _arch in ("sm90", "sm80"):
-    SHARED_LAUNCH.rows(_arch, 16, {  # (rows of a tile, of a step of other rows, warps, stages)
-        16: ((64, 64, 4, 1), (64, 64, 4, 1)),
-        32: ((64, 64, 4, 1), (64, 64, 4, 1)),
-        64: ((64, 32, 4, 1), (64, 32, 4, 1, 128 if _arch == "sm90" else None)),
-        128: ((64, 32, 4, 1), (32, 32, 4, 1)),
-        256: ((32, 16, 8, 1), (16, 16, 8, 1))})
+    SHARED_LAUNCH.rows(
+        _arch,
+        16,
+        {  # (rows of a tile, of a step of other rows, warps, stages)
+            16: ((64, 64, 4, 1), (64, 64, 4, 1)),
+            32: ((64, 64, 4, 1), (64, 64, 4, 1)),
+            64: ((64, 32, 4, 1), (64, 32, 4, 1, 128 if _arch == "sm90" else None)),
+            128: ((64, 32, 4, 1), (32, 32, 4, 1)),
+            256: ((32, 16, 8, 1), (16, 16, 8, 1)),
+        },
+    )
 LISTS_APART = 4096  # with more programs than this in the forward pass, list after list
 
 # %% ../../nbs/1_foundations/12_clusters.ipynb #7c1e94d0
@@ -77,16 +82,46 @@ def other_slots(t, skip, many, INDEX, width, B: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tiles", "together", "groups"])
-def cluster_forward(Q, K, V, O, LSE, INDEX, DRAWN, TABLE, sq, sk, sv, scale, tiles, together, groups, H, width,
-                    n, C: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr,
-                    PARTIAL: tl.constexpr, SAME: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
-                    DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
-                    PRECISION: tl.constexpr):
+def cluster_forward(
+    Q,
+    K,
+    V,
+    O,
+    LSE,
+    INDEX,
+    DRAWN,
+    TABLE,
+    sq,
+    sk,
+    sv,
+    scale,
+    tiles,
+    together,
+    groups,
+    H,
+    width,
+    n,
+    C: tl.constexpr,
+    MASK: tl.constexpr,
+    SCORE: tl.constexpr,
+    FOLD: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    SAME: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    R: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """O and LSE of one tile of slots, whose list holds queries and keys; enters the slots in TABLE. PARTIAL: other
     tiles may lack keys. Grid: batch * heads * lists * tiles."""
     g, b, h, i = cluster_tile(tiles, together, groups, H)
     INDEX, QH, KH, VH = INDEX + g * width, head_base(Q, b, h, sq), head_base(K, b, h, sk), head_base(V, b, h, sv)
-    MANY: tl.constexpr = BM // BN                                                         # steps that are its own
+    MANY: tl.constexpr = BM // BN  # steps that are its own
     skip, steps = i * MANY, i * MANY
     if not C.causal:
         steps = tl.where(i == tiles - 1, skip, tl.cdiv(width, BN) - MANY)
@@ -95,23 +130,23 @@ def cluster_forward(Q, K, V, O, LSE, INDEX, DRAWN, TABLE, sq, sk, sv, scale, til
     token, ok = tl.maximum(row, 0), row >= 0
     s, other, there = other_slots(0, skip, MANY, INDEX, width, BN)
     there = there & (0 < steps)
-    q = load_rows(QH, (token,), sq, ok, D, BD, True, WIDE)                                # [BM, BD]
-    v = load_rows(VH, (token,), sv, ok, DV, BDV, True, WIDE)                              # [BM, BDV]
+    q = load_rows(QH, (token,), sq, ok, D, BD, True, WIDE)  # [BM, BD]
+    v = load_rows(VH, (token,), sv, ok, DV, BDV, True, WIDE)  # [BM, BDV]
     if SAME:
         k = q
     else:
         k = load_rows(KH, (token,), sk, ok, D, BD, True, WIDE)
-    k_next = load_rows(KH, (other,), sk, there, D, BD, True, WIDE)                        # [BN, BD]
-    v_next = load_rows(VH, (other,), sv, there, DV, BDV, True, WIDE)                      # [BN, BDV]
+    k_next = load_rows(KH, (other,), sk, there, D, BD, True, WIDE)  # [BN, BD]
+    v_next = load_rows(VH, (other,), sv, there, DV, BDV, True, WIDE)  # [BN, BDV]
     s_next, other, there_next = s, other, there
     s, other, there = other_slots(1, skip, MANY, INDEX, width, BN)
     slot = (g % groups).to(tl.int32) * width + r
     head = g // groups * n
     enter_slots(token, slot, ok, DRAWN + head, TABLE + head * R, R)
     m, l = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
-    qk = tl.dot(q, k.T, input_precision=PRECISION)                                        # [BM, BM]
+    qk = tl.dot(q, k.T, input_precision=PRECISION)  # [BM, BM]
     p, alpha, m, l = softmax_step(m, l, qk, q, k, ok, (r,), (r,), True, b, h, scale, (), (), C, MASK, SCORE, FOLD, 1)
-    acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)                             # [BM, BDV]
+    acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)  # [BM, BDV]
     for t in tl.range(0, steps, num_stages=1):
         k_now, v_now, s_now, ok_now = k_next, v_next, s_next, there_next
         there = there & (t + 1 < steps)
@@ -119,9 +154,10 @@ def cluster_forward(Q, K, V, O, LSE, INDEX, DRAWN, TABLE, sq, sk, sv, scale, til
         v_next = load_rows(VH, (other,), sv, there, DV, BDV, True, WIDE)
         s_next, there_next = s, there
         s, other, there = other_slots(t + 2, skip, MANY, INDEX, width, BN)
-        qk_now = tl.dot(q, k_now.T, input_precision=PRECISION)                            # [BM, BN]
-        p_now, alpha, m, l = softmax_step(m, l, qk_now, q, k_now, ok_now, (r,), (s_now,), True, b, h, scale, (), (), C,
-                                          None, None, FOLD, PARTIAL)
+        qk_now = tl.dot(q, k_now.T, input_precision=PRECISION)  # [BM, BN]
+        p_now, alpha, m, l = softmax_step(
+            m, l, qk_now, q, k_now, ok_now, (r,), (s_now,), True, b, h, scale, (), (), C, None, None, FOLD, PARTIAL
+        )
         acc = tl.dot(p_now.to(v.dtype), v_now, acc * alpha[:, None], input_precision=PRECISION)
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
@@ -132,8 +168,27 @@ def cluster_forward(Q, K, V, O, LSE, INDEX, DRAWN, TABLE, sq, sk, sv, scale, til
 
 # %% ../../nbs/1_foundations/12_clusters.ipynb #cd67a13a
 @triton.jit
-def slot_weights(O, DO, INDEX, COUNTS, DRAWN, TABLE, LSE, LSE2, DELTA, SPREAD, sdo, n, H, S, DV: tl.constexpr,
-                 BDV: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr):
+def slot_weights(
+    O,
+    DO,
+    INDEX,
+    COUNTS,
+    DRAWN,
+    TABLE,
+    LSE,
+    LSE2,
+    DELTA,
+    SPREAD,
+    sdo,
+    n,
+    H,
+    S,
+    DV: tl.constexpr,
+    BDV: tl.constexpr,
+    R: tl.constexpr,
+    BM: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """DELTA = o . dy of every slot, and LSE2: its LSE to base 2, plus log2 of the number c of its token's slots. With
     SPREAD, rows dy / c are written there instead and DELTA is of these. Enters the slots in TABLE."""
     T = tl.cdiv(S, BM)
@@ -158,13 +213,48 @@ def slot_weights(O, DO, INDEX, COUNTS, DRAWN, TABLE, LSE, LSE2, DELTA, SPREAD, s
 
 # %% ../../nbs/1_foundations/12_clusters.ipynb #e3a815d2
 @triton.jit
-def weights_and_grad(q, k, do, v, lse, delta, qpos, kpos, ok, b, h, scale, C: tl.constexpr, MASK: tl.constexpr,
-                     SCORE: tl.constexpr, FOLD: tl.constexpr, MASKS: tl.constexpr, PRECISION: tl.constexpr):
+def weights_and_grad(
+    q,
+    k,
+    do,
+    v,
+    lse,
+    delta,
+    qpos,
+    kpos,
+    ok,
+    b,
+    h,
+    scale,
+    C: tl.constexpr,
+    MASK: tl.constexpr,
+    SCORE: tl.constexpr,
+    FOLD: tl.constexpr,
+    MASKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "P and dS of queries q (rows) and keys k (columns)."
     qk = tl.dot(q, k.T, input_precision=PRECISION)
     dp = tl.dot(do, v.T, input_precision=PRECISION)
-    s = logits(qk, q, k, ok[None, :], expand((qpos,), 1), expand((kpos,), 0), True, b, h, scale, (), (), C, MASK, SCORE,
-               FOLD, MASKS)
+    s = logits(
+        qk,
+        q,
+        k,
+        ok[None, :],
+        expand((qpos,), 1),
+        expand((kpos,), 0),
+        True,
+        b,
+        h,
+        scale,
+        (),
+        (),
+        C,
+        MASK,
+        SCORE,
+        FOLD,
+        MASKS,
+    )
     p = probabilities(s, lse[:, None], scale, FOLD)
     return p, p * (dp - delta[:, None])
 
@@ -172,7 +262,7 @@ def weights_and_grad(q, k, do, v, lse, delta, qpos, kpos, ok, b, h, scale, C: tl
 @triton.jit
 def key_step(dk, dv, k, v, q, do, lse, delta, scale, FOLD: tl.constexpr, PRECISION: tl.constexpr):
     "dK and dV of keys k, all of which queries q see. Rows of q and do that do not exist are 0 and add nothing."
-    qk = tl.dot(k, q.T, input_precision=PRECISION)                                        # rows are keys
+    qk = tl.dot(k, q.T, input_precision=PRECISION)  # rows are keys
     dp = tl.dot(v, do.T, input_precision=PRECISION)
     if not FOLD:
         qk = qk * (scale * 1.4426950408889634)
@@ -189,38 +279,71 @@ def put_slots(Y, slot, ok, x, D: tl.constexpr, BD: tl.constexpr):
 
 # %% ../../nbs/1_foundations/12_clusters.ipynb #c46e0b93
 @triton.jit(do_not_specialize=["tiles", "groups"])
-def shared_grads(Q, K, V, DO, LSE2, DELTA, DQ, DK, DV_OUT, INDEX, sq, sk, sv, sdo, scale, dscale, tiles, groups, H,
-                 width, C: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr,
-                 PARTIAL: tl.constexpr, SAME: tl.constexpr, SPREAD: tl.constexpr, B: tl.constexpr, BN: tl.constexpr,
-                 D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, WIDE: tl.constexpr,
-                 PRECISION: tl.constexpr):
+def shared_grads(
+    Q,
+    K,
+    V,
+    DO,
+    LSE2,
+    DELTA,
+    DQ,
+    DK,
+    DV_OUT,
+    INDEX,
+    sq,
+    sk,
+    sv,
+    sdo,
+    scale,
+    dscale,
+    tiles,
+    groups,
+    H,
+    width,
+    C: tl.constexpr,
+    MASK: tl.constexpr,
+    SCORE: tl.constexpr,
+    FOLD: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    SAME: tl.constexpr,
+    SPREAD: tl.constexpr,
+    B: tl.constexpr,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Gradients of one tile of B slots, whose list holds queries and keys, in steps of BN other slots. SAME: K = Q, and
     DQ gets the sum. SPREAD: DO has a row for each slot, not for each token. Grid: batch * heads * lists * tiles."""
     g, b, h, i = cluster_tile(tiles, 1, groups, H)
     QH, KH, VH, DOH = head_base(Q, b, h, sq), head_base(K, b, h, sk), head_base(V, b, h, sv), head_base(DO, b, h, sdo)
     INDEX, LSE2, DELTA, slot = INDEX + g * width, LSE2 + g * width, DELTA + g * width, (g % groups).to(tl.int32) * width
-    MANY: tl.constexpr = B // BN                                                          # steps that are its own
+    MANY: tl.constexpr = B // BN  # steps that are its own
     skip, steps = i * MANY, tl.where(i == tiles - 1, i * MANY, tl.cdiv(width, BN) - MANY)
-    before, after = skip, skip                                                            # steps, first step
+    before, after = skip, skip  # steps, first step
     if not C.causal:
         before, after = steps, 0
     r = i * B + tl.arange(0, B)
     row = tl.load(INDEX + r, mask=r < width, other=-1)
     token, ok = tl.maximum(row, 0), row >= 0
-    q = load_rows(QH, (token,), sq, ok, D, BD, True, WIDE)                                # [B, BD]
-    v = load_rows(VH, (token,), sv, ok, DV, BDV, True, WIDE)                              # [B, BDV]
-    do = load_rows(DOH, (slot + r if SPREAD else token,), sdo, ok, DV, BDV, True, WIDE)   # [B, BDV]
+    q = load_rows(QH, (token,), sq, ok, D, BD, True, WIDE)  # [B, BD]
+    v = load_rows(VH, (token,), sv, ok, DV, BDV, True, WIDE)  # [B, BDV]
+    do = load_rows(DOH, (slot + r if SPREAD else token,), sdo, ok, DV, BDV, True, WIDE)  # [B, BDV]
     if SAME:
         k = q
     else:
         k = load_rows(KH, (token,), sk, ok, D, BD, True, WIDE)
     lse, delta = tl.load(LSE2 + r, mask=r < width, other=float("inf")), tl.load(DELTA + r, mask=r < width, other=0.0)
     # its queries with its keys
-    full, ds = weights_and_grad(q, k, do, v, lse, delta, r, r, ok if PARTIAL else r < width, b, h, scale, C, MASK,
-                                SCORE, FOLD, 1, PRECISION)
+    full, ds = weights_and_grad(
+        q, k, do, v, lse, delta, r, r, ok if PARTIAL else r < width, b, h, scale, C, MASK, SCORE, FOLD, 1, PRECISION
+    )
     own = ds.to(q.dtype)
-    dv = tl.dot(tl.trans(full.to(do.dtype)), do, input_precision=PRECISION)               # [B, BDV]
-    dk = tl.dot(tl.trans(own), q, input_precision=PRECISION)                              # [B, BD]
+    dv = tl.dot(tl.trans(full.to(do.dtype)), do, input_precision=PRECISION)  # [B, BDV]
+    dk = tl.dot(tl.trans(own), q, input_precision=PRECISION)  # [B, BD]
     if SAME:
         dk = tl.dot(own, k, dk, input_precision=PRECISION)
     else:
@@ -228,7 +351,7 @@ def shared_grads(Q, K, V, DO, LSE2, DELTA, DQ, DK, DV_OUT, INDEX, sq, sk, sv, sd
     # its keys with other queries
     for t in tl.range(after, steps, num_stages=1):
         s, other, there = other_slots(t, skip, MANY, INDEX, width, BN)
-        q_now = load_rows(QH, (other,), sq, there, D, BD, True, WIDE)                     # [BN, BD]
+        q_now = load_rows(QH, (other,), sq, there, D, BD, True, WIDE)  # [BN, BD]
         do_now = load_rows(DOH, (slot + s if SPREAD else other,), sdo, there, DV, BDV, True, WIDE)
         lse_now, delta_now = tl.load(LSE2 + s, mask=s < width, other=0.0), tl.load(DELTA + s, mask=s < width, other=0.0)
         dk, dv = key_step(dk, dv, k, v, q_now, do_now, lse_now, delta_now, scale, FOLD, PRECISION)
@@ -241,10 +364,11 @@ def shared_grads(Q, K, V, DO, LSE2, DELTA, DQ, DK, DV_OUT, INDEX, sq, sk, sv, sd
     lse, delta = tl.load(LSE2 + r, mask=r < width, other=float("inf")), tl.load(DELTA + r, mask=r < width, other=0.0)
     for t in tl.range(0, before, num_stages=1):
         s, other, there = other_slots(t, skip, MANY, INDEX, width, BN)
-        k_now = load_rows(KH, (other,), sk, there, D, BD, True, WIDE)                     # [BN, BD]
-        v_now = load_rows(VH, (other,), sv, there, DV, BDV, True, WIDE)                   # [BN, BDV]
-        p_now, ds_now = weights_and_grad(q, k_now, do, v_now, lse, delta, r, s, there, b, h, scale, C, None, None, FOLD,
-                                         PARTIAL, PRECISION)
+        k_now = load_rows(KH, (other,), sk, there, D, BD, True, WIDE)  # [BN, BD]
+        v_now = load_rows(VH, (other,), sv, there, DV, BDV, True, WIDE)  # [BN, BDV]
+        p_now, ds_now = weights_and_grad(
+            q, k_now, do, v_now, lse, delta, r, s, there, b, h, scale, C, None, None, FOLD, PARTIAL, PRECISION
+        )
         dq = tl.dot(ds_now.to(q.dtype), k_now, dq, input_precision=PRECISION)
     put_slots(DQ, g * width + r, ok, dq * dscale, D, BD)
 
@@ -257,38 +381,138 @@ def clusters_do_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexp
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def cluster_grads(Q, K, V, DO, LSE2, DELTA, DQ, DK, DV_OUT, ops, ints, sq, sk, sv, sdo, sl, sdq, sdk, sdv, scale,
-                  dscale, tiles, H, C: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr,
-                  FOLD: tl.constexpr, QUERIES: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-                  BD: tl.constexpr, BDV: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-                  STAGES: tl.constexpr):
+def cluster_grads(
+    Q,
+    K,
+    V,
+    DO,
+    LSE2,
+    DELTA,
+    DQ,
+    DK,
+    DV_OUT,
+    ops,
+    ints,
+    sq,
+    sk,
+    sv,
+    sdo,
+    sl,
+    sdq,
+    sdk,
+    sdv,
+    scale,
+    dscale,
+    tiles,
+    H,
+    C: tl.constexpr,
+    MASK: tl.constexpr,
+    SCORE: tl.constexpr,
+    GROUP: tl.constexpr,
+    FOLD: tl.constexpr,
+    QUERIES: tl.constexpr,
+    BM: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     "Two lists: dQ of one tile of slots if they are QUERIES, else dK and dV. Grid: batch * heads * tiles."
     bh, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     b, h = bh // H, bh % H
     if QUERIES:
         start, coords, slots, ok, pos, state = clusters_q_tile(i, b, h, ops, ints, C, BM)
-        q = load_rows(head_base(Q, b, h, sq), coords, sq, ok, D, BD, True, WIDE)          # [BM, BD]
-        do = load_rows(head_base(DO, b, h, sdo), coords + slots, sdo, ok, DV, BDV, True, WIDE)    # [BM, BDV]
+        q = load_rows(head_base(Q, b, h, sq), coords, sq, ok, D, BD, True, WIDE)  # [BM, BD]
+        do = load_rows(head_base(DO, b, h, sdo), coords + slots, sdo, ok, DV, BDV, True, WIDE)  # [BM, BDV]
         lse = tl.load(row_ptr(LSE2, b, h, slots, sl), mask=ok, other=float("inf"))
         delta = tl.load(row_ptr(DELTA, b, h, slots, sl), mask=ok, other=0.0)
         dq = tl.zeros([BM, BD], tl.float32)
         lo, full_lo, full_hi, hi = clusters_k_span(state, b, h, ops, ints, C, BM, BM)
         for j in tl.range(lo, hi, num_stages=STAGES):
             masked = (j < full_lo) | (j >= full_hi)
-            dq, none = dq_step(dq, 0, q, q, do, lse, delta, K, V, j, masked, b, h, h, pos, state, sk, sv, scale, ops,
-                               ints, C, clusters_k_step, MASK, SCORE, FOLD, 1, BM, D, DV, BD, BDV, False, WIDE,
-                               PRECISION)
+            dq, none = dq_step(
+                dq,
+                0,
+                q,
+                q,
+                do,
+                lse,
+                delta,
+                K,
+                V,
+                j,
+                masked,
+                b,
+                h,
+                h,
+                pos,
+                state,
+                sk,
+                sv,
+                scale,
+                ops,
+                ints,
+                C,
+                clusters_k_step,
+                MASK,
+                SCORE,
+                FOLD,
+                1,
+                BM,
+                D,
+                DV,
+                BD,
+                BDV,
+                False,
+                WIDE,
+                PRECISION,
+            )
         store_rows(head_base(DQ, b, h, sdq), slots, sdq, ok, dq * dscale, D, BD, WIDE)
     else:
         start, coords, slots, ok, pos, state = clusters_k_tile(i, b, h, ops, ints, C, BM)
-        k = load_rows(head_base(K, b, h, sk), coords, sk, ok, D, BD, True, WIDE)          # [BM, BD]
-        v = load_rows(head_base(V, b, h, sv), coords, sv, ok, DV, BDV, True, WIDE)        # [BM, BDV]
+        k = load_rows(head_base(K, b, h, sk), coords, sk, ok, D, BD, True, WIDE)  # [BM, BD]
+        v = load_rows(head_base(V, b, h, sv), coords, sv, ok, DV, BDV, True, WIDE)  # [BM, BDV]
         dk, dv = tl.zeros([BM, BD], tl.float32), tl.zeros([BM, BDV], tl.float32)
         lo, full_lo, full_hi, hi = clusters_q_span(state, b, h, ops, ints, C, BM, BM)
         for j in tl.range(lo, hi, num_stages=STAGES):
-            dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, j, b, h, pos, state, sq, sdo, (sl[0], sl[1], 0, sl[2]),
-                              scale, ops, ints, C, clusters_do_step, MASK, SCORE, FOLD, 1, BM, D, DV, BD, BDV, False,
-                              WIDE, PRECISION)
+            dk, dv = dkv_step(
+                dk,
+                dv,
+                k,
+                v,
+                Q,
+                DO,
+                LSE2,
+                DELTA,
+                j,
+                b,
+                h,
+                pos,
+                state,
+                sq,
+                sdo,
+                (sl[0], sl[1], 0, sl[2]),
+                scale,
+                ops,
+                ints,
+                C,
+                clusters_do_step,
+                MASK,
+                SCORE,
+                FOLD,
+                1,
+                BM,
+                D,
+                DV,
+                BD,
+                BDV,
+                False,
+                WIDE,
+                PRECISION,
+            )
         store_rows(head_base(DK, b, h, sdk), slots, sdk, ok, dk * dscale, D, BD, WIDE)
         store_rows(head_base(DV_OUT, b, h, sdv), slots, sdv, ok, dv, DV, BDV, WIDE)
 
@@ -316,8 +540,9 @@ def _lists_together(a, k, v, tiles):
     return a.shape[2] * max(1, min(a.shape[0] * a.shape[1], L2_SHARE // max(head, 1)))
 
 
-def launch_lists(q: Tensor, k: Tensor | None, v: Tensor, a: Tensor, b: Tensor | None, flags: ListFlags,
-                 scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def launch_lists(
+    q: Tensor, k: Tensor | None, v: Tensor, a: Tensor, b: Tensor | None, flags: ListFlags, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "Means by token, outputs and LSE by slot, numbers of slots by token. k None: K = Q. b None: queries and keys share a."
     if b is not None:
         program, ints = CLUSTERS_SELF if flags.last_resort else CLUSTERS, [*a.shape[2:], b.shape[3], q.shape[1]]
@@ -331,15 +556,44 @@ def launch_lists(q: Tensor, k: Tensor | None, v: Tensor, a: Tensor, b: Tensor | 
         del common["GROUP"]
         p, tiles, some = _tiles(a, common, "forward", flags, q.dtype)
         launch = bound(
-            cluster_forward, (B * H * lists * tiles,), q.stride(), keys.stride(), v.stride(), folded, tiles,
-            _lists_together(a, keys, v, tiles), lists, H, a.shape[3], n, PARTIAL=some, SAME=k is None, BM=p.BM, BN=p.BN,
-            R=DRAWS, WIDE=needs_64_bit(q, keys, v), num_warps=p.warps, **common)
+            cluster_forward,
+            (B * H * lists * tiles,),
+            q.stride(),
+            keys.stride(),
+            v.stride(),
+            folded,
+            tiles,
+            _lists_together(a, keys, v, tiles),
+            lists,
+            H,
+            a.shape[3],
+            n,
+            PARTIAL=some,
+            SAME=k is None,
+            BM=p.BM,
+            BN=p.BN,
+            R=DRAWS,
+            WIDE=needs_64_bit(q, keys, v),
+            num_warps=p.warps,
+            **common,
+        )
         launch(q, keys, v, out, lse, a, counts, table)
     return *sum_slots([out], a, counts, table, mean=True), out, lse, counts
 
 # %% ../../nbs/1_foundations/12_clusters.ipynb #c3b0f6d2
-def launch_list_grads(dy: Tensor, q: Tensor, k: Tensor | None, v: Tensor, out: Tensor, a: Tensor, b: Tensor | None,
-                      lse: Tensor, counts: Tensor, flags: ListFlags, scale: float) -> list[Tensor]:
+def launch_list_grads(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    out: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    lse: Tensor,
+    counts: Tensor,
+    flags: ListFlags,
+    scale: float,
+) -> list[Tensor]:
     "Gradients of q, of k unless it is None, and of v."
     (B, H, n, _), slots, keys = q.shape, lse.shape[2], q if k is None else k
     rows = (a if b is None else b)[0, 0].numel()
@@ -349,8 +603,20 @@ def launch_list_grads(dy: Tensor, q: Tensor, k: Tensor | None, v: Tensor, out: T
     (common, folded), wide, bm = _arguments(q, k, v, flags, scale), needs_64_bit(q, keys, v, dy), 32
     # log2(c) would drown in the log-sum of a row that sees nothing but itself
     spread = dy.new_empty(*out.shape) if flags.last_resort else None
-    launch = bound(slot_weights, (B * H * triton.cdiv(slots, bm),), dy.stride(), n, H, slots, DV=common["DV"],
-                   BDV=common["BDV"], R=DRAWS, BM=bm, WIDE=wide, num_warps=4)
+    launch = bound(
+        slot_weights,
+        (B * H * triton.cdiv(slots, bm),),
+        dy.stride(),
+        n,
+        H,
+        slots,
+        DV=common["DV"],
+        BDV=common["BDV"],
+        R=DRAWS,
+        BM=bm,
+        WIDE=wide,
+        num_warps=4,
+    )
     launch(out, dy, a, counts, drawn, table, lse, lse2, delta, spread)
     d = dy if spread is None else spread
     if b is not None:
@@ -359,9 +625,27 @@ def launch_list_grads(dy: Tensor, q: Tensor, k: Tensor | None, v: Tensor, out: T
     del common["GROUP"]
     p, tiles, some = _tiles(a, common, "both", flags, q.dtype)
     launch = bound(
-        shared_grads, (B * H * a.shape[2] * tiles,), q.stride(), keys.stride(), v.stride(), d.stride(), folded, scale,
-        tiles, a.shape[2], H, a.shape[3], PARTIAL=some, SAME=k is None, SPREAD=spread is not None, B=p.BM, BN=p.BN,
-        WIDE=wide, **(p if k is None else replace(p, registers=None)).options(), **common)
+        shared_grads,
+        (B * H * a.shape[2] * tiles,),
+        q.stride(),
+        keys.stride(),
+        v.stride(),
+        d.stride(),
+        folded,
+        scale,
+        tiles,
+        a.shape[2],
+        H,
+        a.shape[3],
+        PARTIAL=some,
+        SAME=k is None,
+        SPREAD=spread is not None,
+        B=p.BM,
+        BN=p.BN,
+        WIDE=wide,
+        **(p if k is None else replace(p, registers=None)).options(),
+        **common,
+    )
     launch(q, keys, v, d, lse2, delta, dq, dk, dv, a)
     return sum_slots([x for x in (dq, dk, dv) if x is not None], a, counts, table)
 
@@ -374,6 +658,33 @@ def _launch_two_lists(q, k, v, dy, a, b, lse2, delta, dq, dk, dv, spread, folded
     for index, queries in ((a, True), (b, False)):
         tiles = index.shape[2] * triton.cdiv(index.shape[3], p.BM)
         cluster_grads[(tiles * q.shape[0] * q.shape[1],)](
-            q, k, v, dy, lse2, delta, dq, dk, dv, (a, b), ints, q.stride(), k.stride(), v.stride(), at, lse2.stride(),
-            dq.stride(), dk.stride(), dv.stride(), folded, scale, tiles, q.shape[1], QUERIES=queries, BM=p.BM,
-            WIDE=needs_64_bit(q, k, v, dy, dq, dv), STAGES=p.stages, num_warps=p.warps, **common)
+            q,
+            k,
+            v,
+            dy,
+            lse2,
+            delta,
+            dq,
+            dk,
+            dv,
+            (a, b),
+            ints,
+            q.stride(),
+            k.stride(),
+            v.stride(),
+            at,
+            lse2.stride(),
+            dq.stride(),
+            dk.stride(),
+            dv.stride(),
+            folded,
+            scale,
+            tiles,
+            q.shape[1],
+            QUERIES=queries,
+            BM=p.BM,
+            WIDE=needs_64_bit(q, k, v, dy, dq, dv),
+            STAGES=p.stages,
+            num_warps=p.warps,
+            **common,
+        )

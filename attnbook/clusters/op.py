@@ -25,8 +25,9 @@ def _select(scores: Tensor, count: int) -> Tensor:
     return launch_select(scores, count)
 
 
-select_largest_op = operation("select_largest", _select, like=lambda scores, count: scores.new_empty(
-    *scores.shape[:-1], count, dtype=torch.int32))
+select_largest_op = operation(
+    "select_largest", _select, like=lambda scores, count: scores.new_empty(*scores.shape[:-1], count, dtype=torch.int32)
+)
 
 
 def select_largest(scores: Tensor, count: int, *, backend: str = "auto") -> Tensor:
@@ -40,8 +41,9 @@ def select_largest(scores: Tensor, count: int, *, backend: str = "auto") -> Tens
     return select_largest_op(scores.float(), min(count, scores.shape[-1]))
 
 # %% ../../nbs/1_foundations/12_clusters.ipynb #e84d1a90
-def _attend_lists(q: Tensor, k: Tensor | None, v: Tensor, a: Tensor, b: Tensor | None, flags: list[int],
-                  scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _attend_lists(
+    q: Tensor, k: Tensor | None, v: Tensor, a: Tensor, b: Tensor | None, flags: list[int], scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y, out, lse, counts = through_float32(launch_lists, (q, k, v), a, b, ListFlags(*flags), scale)
     return y.to(q.dtype), out.to(q.dtype), lse, counts
 
@@ -55,22 +57,40 @@ def _lists_like(q, k, v, a, b, flags, scale):
 def _lists_backward(call):
     _, out, lse, counts = call.outputs
     run = lambda dy, q, k, v, out: launch_list_grads(
-        dy, q, k, v, out, call.a, call.b, lse, counts, ListFlags(*call.flags), call.scale)
+        dy, q, k, v, out, call.a, call.b, lse, counts, ListFlags(*call.flags), call.scale
+    )
     dq, *dk, dv = (g.to(call.q.dtype) for g in through_float32(run, (call.grads[0], call.q, call.k, call.v, out)))
     return dict(q=dq, k=dk[0] if dk else None, v=dv)
 
 
 cluster_attention_op = operation(
-    "cluster_attention", _attend_lists, like=_lists_like, backward=_lists_backward, nondifferentiable=(1, 2, 3),
-    gradients_like=lambda call: {n: None if getattr(call, n) is None else call.q.new_empty(getattr(call, n).shape)
-                                 for n in "qkv"})
+    "cluster_attention",
+    _attend_lists,
+    like=_lists_like,
+    backward=_lists_backward,
+    nondifferentiable=(1, 2, 3),
+    gradients_like=lambda call: {
+        n: None if getattr(call, n) is None else call.q.new_empty(getattr(call, n).shape) for n in "qkv"
+    },
+)
 segment_tiles_op = operation(
-    "segment_tiles", launch_table, like=lambda offsets, tiles, rows: offsets.new_empty(*offsets.shape[:2], tiles, 2))
+    "segment_tiles", launch_table, like=lambda offsets, tiles, rows: offsets.new_empty(*offsets.shape[:2], tiles, 2)
+)
 
 # %% ../../nbs/1_foundations/12_clusters.ipynb #9aae2ab9
-def list_attention(q: Tensor, k: Tensor, v: Tensor, q_lists: Tensor, k_lists: Tensor | None = None, *, causal: bool,
-                   scale: float, self_attention: str = "include", padded: bool = False,
-                   backend: str = "auto") -> Tensor:
+def list_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_lists: Tensor,
+    k_lists: Tensor | None = None,
+    *,
+    causal: bool,
+    scale: float,
+    self_attention: str = "include",
+    padded: bool = False,
+    backend: str = "auto",
+) -> Tensor:
     """Attention inside groups given as lists; a token in several gets the mean of its outputs, one in none gets 0.
 
     The entrance of mechanisms, after their own checks. q `(B, H, n, d)`, k `(B, H, m, d)`, v `(B, H, m, dv)`, any
@@ -84,16 +104,34 @@ def list_attention(q: Tensor, k: Tensor, v: Tensor, q_lists: Tensor, k_lists: Te
         return _nothing(q, k, v)
     if resolve_backend(backend, q) == "torch":
         with without_autocast(q):
-            return list_attention_gather(q, k, v, q_lists, q_lists if shared else k_lists, causal=causal, scale=scale,
-                                         self_attention=self_attention)
+            return list_attention_gather(
+                q,
+                k,
+                v,
+                q_lists,
+                q_lists if shared else k_lists,
+                causal=causal,
+                scale=scale,
+                self_attention=self_attention,
+            )
     a, b = q_lists.contiguous(), None if shared else k_lists.contiguous()
     flags = [int(causal), int(padded), int(last_resort)]
     return cluster_attention_op(q, None if same and shared else k, v, a, b, flags, scale)[0]
 
 
-def segment_attention(q: Tensor, k: Tensor, v: Tensor, q_segments: Sequence[Tensor],
-                      k_segments: Sequence[Tensor] | None = None, *, causal: bool, scale: float,
-                      self_attention: str = "include", window: int | None = None, backend: str = "auto") -> Tensor:
+def segment_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_segments: Sequence[Tensor],
+    k_segments: Sequence[Tensor] | None = None,
+    *,
+    causal: bool,
+    scale: float,
+    self_attention: str = "include",
+    window: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Attention inside groups given as segments of the tokens.
 
     The entrance of mechanisms, after their own checks. `q_segments`: `order` `(B, H, n)`, the token numbers sorted by
@@ -106,8 +144,9 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, q_segments: Sequence[Tens
         return _nothing(q, k, v)
     if resolve_backend(backend, q) == "torch":
         with without_autocast(q):
-            return segment_attention_tiles(q, k, v, a, b, causal=causal, scale=scale, self_attention=self_attention,
-                                           window=window)
+            return segment_attention_tiles(
+                q, k, v, a, b, causal=causal, scale=scale, self_attention=self_attention, window=window
+            )
     program, S = SEGMENTS_SELF if self_attention == "fallback" else SEGMENTS, a[1].shape[2] - 1
     dim = round_dim(max(q.shape[-1], v.shape[-1]))
     forward, dkv = (find_launch(program, kernel, q.dtype, dim, q.device) for kernel in ("forward", "dkv"))
@@ -115,8 +154,15 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, q_segments: Sequence[Tens
     of_q = table(a, forward.BM)
     of_k = of_q if shared and forward.BM == dkv.BN else table(b, dkv.BN)
     return tile_attention(
-        q, k, v, program, operands=(*a, *b, of_q, of_k), scale=scale, consts=(causal, shared, window is not None),
-        ints=(q.shape[2], k.shape[2], S, of_q.shape[2], of_k.shape[2], q.shape[1], window or 0))[0]
+        q,
+        k,
+        v,
+        program,
+        operands=(*a, *b, of_q, of_k),
+        scale=scale,
+        consts=(causal, shared, window is not None),
+        ints=(q.shape[2], k.shape[2], S, of_q.shape[2], of_k.shape[2], q.shape[1], window or 0),
+    )[0]
 
 
 def _nothing(q, k, v):

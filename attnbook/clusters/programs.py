@@ -23,6 +23,7 @@ from ..engine.host import bound, round_dim
 # %% ../../nbs/1_foundations/12_clusters.ipynb #0ae5ac69
 class ListFlags(NamedTuple):
     "What the kernels for lists are compiled for."
+
     causal: int
     padded: int  # do lists hold -1?
     last_resort: int  # does a token see itself only if it sees nothing else?
@@ -71,8 +72,19 @@ def clusters_q_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr
 
 # %% ../../nbs/1_foundations/12_clusters.ipynb #01c7af12
 @triton.jit
-def ranks_span(first, last, before, after, n, CAUSAL: tl.constexpr, SHARED: tl.constexpr, BEFORE: tl.constexpr,
-               AFTER: tl.constexpr, PADDED: tl.constexpr, B: tl.constexpr):
+def ranks_span(
+    first,
+    last,
+    before,
+    after,
+    n,
+    CAUSAL: tl.constexpr,
+    SHARED: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    PADDED: tl.constexpr,
+    B: tl.constexpr,
+):
     "Steps of B out of n that rows with ranks first … last meet: a band in ranks if the lists are shared, else all."
     if SHARED:
         lo, full_lo, full_hi, hi = band_span(first, last, before, after, n, BEFORE, AFTER, B)
@@ -116,6 +128,7 @@ def self_score(s, q, k, qpos, kpos, b, h, ops, ints, C: tl.constexpr):
 # %% ../../nbs/1_foundations/12_clusters.ipynb #9627e2d8
 class SegmentFlags(NamedTuple):
     "What the kernels for segments are compiled for."
+
     causal: int
     shared: int  # are queries and keys cut alike? Then ranks are compared, else positions
     windowed: int  # does a query see the last members only?
@@ -218,12 +231,17 @@ def _frugal(arch, kernel, bits, head_dim):
 
 CLUSTER_LAUNCH = LaunchTable("forward", "dq", "dkv", "both", fallback=_frugal)  # both: gradients of two lists
 for _arch in ("sm90", "sm80"):
-    CLUSTER_LAUNCH.rows(_arch, 16, {  # (rows of queries, rows of keys, warps, stages)
-        16: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2)),
-        32: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2)),
-        64: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2)),
-        128: ((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2)),
-        256: ((32, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1))})
+    CLUSTER_LAUNCH.rows(
+        _arch,
+        16,
+        {  # (rows of queries, rows of keys, warps, stages)
+            16: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2)),
+            32: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2)),
+            64: ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2)),
+            128: ((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2)),
+            256: ((32, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+        },
+    )
 
 
 def cluster_launch(kernel: str, bits: int, head_dim: int, arch: str, consts: tuple = ()) -> Launch:
@@ -238,17 +256,43 @@ def band_launch(kernel: str, bits: int, head_dim: int, arch: str, consts: tuple 
     return replace(found, BM=128, warps=8) if tall else found
 
 # %% ../../nbs/1_foundations/12_clusters.ipynb #7d90b1f4
-CLUSTERS = register_program(TileProgram(
-    "clusters", clusters_q_tile, clusters_k_span, clusters_k_step, clusters_k_tile, clusters_q_span, clusters_q_step,
-    mask=clusters_mask, launch=cluster_launch, indexed=True, loose=True,
-    expand=lambda q, v, ints, consts: ListFlags(*consts), q_tiles=lambda ints, C, BM: ints[0] * -(-ints[1] // BM),
-    k_tiles=lambda ints, C, BN: ints[0] * -(-ints[2] // BN)))
-SEGMENTS = register_program(TileProgram(
-    "segments", segments_q_tile, segments_k_span, segments_k_step, segments_k_tile, segments_q_span, segments_q_step,
-    mask=segments_mask, launch=cluster_launch, expand=lambda q, v, ints, consts: SegmentFlags(*consts),
-    q_tiles=lambda ints, C, BM: ints[3], k_tiles=lambda ints, C, BN: ints[4]))
+CLUSTERS = register_program(
+    TileProgram(
+        "clusters",
+        clusters_q_tile,
+        clusters_k_span,
+        clusters_k_step,
+        clusters_k_tile,
+        clusters_q_span,
+        clusters_q_step,
+        mask=clusters_mask,
+        launch=cluster_launch,
+        indexed=True,
+        loose=True,
+        expand=lambda q, v, ints, consts: ListFlags(*consts),
+        q_tiles=lambda ints, C, BM: ints[0] * -(-ints[1] // BM),
+        k_tiles=lambda ints, C, BN: ints[0] * -(-ints[2] // BN),
+    )
+)
+SEGMENTS = register_program(
+    TileProgram(
+        "segments",
+        segments_q_tile,
+        segments_k_span,
+        segments_k_step,
+        segments_k_tile,
+        segments_q_span,
+        segments_q_step,
+        mask=segments_mask,
+        launch=cluster_launch,
+        expand=lambda q, v, ints, consts: SegmentFlags(*consts),
+        q_tiles=lambda ints, C, BM: ints[3],
+        k_tiles=lambda ints, C, BN: ints[4],
+    )
+)
 CLUSTERS_SELF, SEGMENTS_SELF = (
-    register_program(replace(p, name=f"{p.name}+self", score=self_score)) for p in (CLUSTERS, SEGMENTS))
+    register_program(replace(p, name=f"{p.name}+self", score=self_score)) for p in (CLUSTERS, SEGMENTS)
+)
 BAND_SELF = register_program(replace(BAND, name="band+self", score=self_score, launch=band_launch))
 
 # %% ../../nbs/1_foundations/12_clusters.ipynb #28df1be4

@@ -25,53 +25,72 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
 def mean_of_slots(out: Tensor, index: Tensor, n: int) -> Tensor:
     "Means by token, 0 where there is none: out `(B, H, slots, d)`, token numbers `(B, H, slots)`, -1 for none."
-    at = torch.where(index < 0, n, index).long()[..., None]                                # n: a bin for empty slots
+    at = torch.where(index < 0, n, index).long()[..., None]  # n: a bin for empty slots
     total = out.new_zeros(*out.shape[:2], n + 1, out.shape[-1]).scatter_add(2, at.expand_as(out), out)
     count = torch.zeros_like(total[..., :1]).scatter_add(2, at, torch.ones_like(out[..., :1]))
     return (total / count.clamp_min(1))[:, :, :n]
 
 
-def list_attention_gather(q: Tensor, k: Tensor, v: Tensor, q_lists: Tensor, k_lists: Tensor, *, causal: bool,
-                          scale: float | None = None, self_attention: str = "include") -> Tensor:
+def list_attention_gather(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_lists: Tensor,
+    k_lists: Tensor,
+    *,
+    causal: bool,
+    scale: float | None = None,
+    self_attention: str = "include",
+) -> Tensor:
     "Attention in lists by gathered tensors; arguments and result as of `list_attention`."
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     full = torch.promote_types(q.dtype, torch.float32)
     qc, kc, vc = (take_rows(x, i).to(full) for x, i in ((q, q_lists), (k, k_lists), (v, k_lists)))  # [B, H, k, w, d]
     i, j = q_lists[..., :, None], k_lists[..., None, :]
-    s = torch.einsum("bhcid,bhcjd->bhcij", qc, kc) * scale                                 # [B, H, k, w, w]
+    s = torch.einsum("bhcid,bhcjd->bhcij", qc, kc) * scale  # [B, H, k, w, w]
     if self_attention == "fallback":
         s = s.masked_fill(i == j, FAR_BELOW)
     seen = (i >= 0) & (j >= 0)
     if causal:
         seen = seen & (j <= i)
     p = s.masked_fill(~seen, -math.inf).softmax(-1).masked_fill(~seen, 0.0)
-    out = torch.einsum("bhcij,bhcje->bhcie", p, vc).flatten(2, 3)                          # [B, H, k * w, dv]
+    out = torch.einsum("bhcij,bhcje->bhcie", p, vc).flatten(2, 3)  # [B, H, k * w, dv]
     return mean_of_slots(out, q_lists.flatten(2), q.shape[2]).to(v.dtype)
 
 # %% ../../nbs/1_foundations/12_clusters.ipynb #b1000008
-def segment_attention_tiles(q: Tensor, k: Tensor, v: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], *, causal: bool,
-                            scale: float | None = None, self_attention: str = "include", window: int | None = None,
-                            tile: int = 32) -> Tensor:
+def segment_attention_tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    *,
+    causal: bool,
+    scale: float | None = None,
+    self_attention: str = "include",
+    window: int | None = None,
+    tile: int = 32,
+) -> Tensor:
     """Attention in segments of queries `a` and of keys `b`, each (order, offsets), in plain torch; arguments and result
     as of `segment_attention`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     full, ranks, n = torch.promote_types(q.dtype, torch.float32), torch.arange(tile, device=q.device), q.shape[2]
     (first_q, size_q), (first_k, size_k) = ((x[..., :-1].long(), x.diff(dim=-1).long()) for _, x in (a, b))
-    ends = ((size_q + tile - 1) // tile).cumsum(-1)                                       # [B, H, S]
+    ends = ((size_q + tile - 1) // tile).cumsum(-1)  # [B, H, S]
     t = torch.arange(n // tile + ends.shape[-1], device=q.device).expand(*ends.shape[:2], -1).contiguous()
-    s = torch.searchsorted(ends, t, right=True).clamp(max=ends.shape[-1] - 1)             # [B, H, T]: tile -> segment
-    of = lambda x: x.gather(2, s)[..., None]                                              # [B, H, T, 1]
-    r = (t[..., None] - of(ends) + of((size_q + tile - 1) // tile)) * tile + ranks        # [B, H, T, tile]
+    s = torch.searchsorted(ends, t, right=True).clamp(max=ends.shape[-1] - 1)  # [B, H, T]: tile -> segment
+    of = lambda x: x.gather(2, s)[..., None]  # [B, H, T, 1]
+    r = (t[..., None] - of(ends) + of((size_q + tile - 1) // tile)) * tile + ranks  # [B, H, T, tile]
     row = take_rows(a[0][..., None], (of(first_q) + r).clamp(0, max(n - 1, 0)))[..., 0]
     row = torch.where((r >= 0) & (r < of(size_q)), row.long(), -1)
-    x = take_rows(q, row).to(full) * scale                                                # [B, H, T, tile, d]
+    x = take_rows(q, row).to(full) * scale  # [B, H, T, tile, d]
     top, total = x.new_full(row.shape, -math.inf), x.new_zeros(row.shape)
     acc = x.new_zeros(*row.shape, v.shape[-1])
     static = size_k.is_meta or torch.compiler.is_compiling()
     for step in range(-(-(k.shape[2] if static else int(size_k.max())) // tile)):
-        c = step * tile + ranks                                                           # [tile]
+        c = step * tile + ranks  # [tile]
         col = take_rows(b[0][..., None], (of(first_k) + c).clamp(max=k.shape[2] - 1))[..., 0].long()
-        seen = (c < of(size_k))[..., None, :] & (row >= 0)[..., None]                     # [B, H, T, tile, tile]
+        seen = (c < of(size_k))[..., None, :] & (row >= 0)[..., None]  # [B, H, T, tile, tile]
         logit = x @ take_rows(k, col).to(full).transpose(-1, -2)
         if self_attention == "fallback":
             logit = logit.masked_fill(row[..., None] == col[..., None, :], FAR_BELOW)
@@ -94,5 +113,5 @@ def select_largest_reference(scores: Tensor, count: int) -> Tensor:
     Ties go to the earlier position. -inf is never taken; -1 fills up, at the end."""
     n = scores.shape[-1]
     value, index = scores.sort(dim=-1, descending=True, stable=True)
-    index = index.masked_fill(value == -math.inf, n)[..., :min(count, n)].sort(-1).values
+    index = index.masked_fill(value == -math.inf, n)[..., : min(count, n)].sort(-1).values
     return index.masked_fill(index == n, -1).int()

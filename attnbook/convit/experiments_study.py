@@ -23,19 +23,63 @@ from .nets import GPSA, AddedScores, ConViT, DeiT, model_gates, model_nonlocalit
 # %% ../../nbs/2_position/convit.ipynb #3a1c6cda
 PRESETS = dict(
     smoke=dict(
-        data="mnist5k", size=28, patch=7, dim=36, heads=9, depth=2, gpsa_layers=1,
-        steps=2, long=4, batch=8, lr=3e-3, seeds=1, test=20, fractions=(0.05, 1.0), ablation=(0.05,),
-        strengths=(0.5, 1.0), layers=(0, 1, 2), sizes=((28, 28), (28, 42)),
+        data="mnist5k",
+        size=28,
+        patch=7,
+        dim=36,
+        heads=9,
+        depth=2,
+        gpsa_layers=1,
+        steps=2,
+        long=4,
+        batch=8,
+        lr=3e-3,
+        seeds=1,
+        test=20,
+        fractions=(0.05, 1.0),
+        ablation=(0.05,),
+        strengths=(0.5, 1.0),
+        layers=(0, 1, 2),
+        sizes=((28, 28), (28, 42)),
     ),
     cpu=dict(
-        data="mnist5k", size=28, patch=7, dim=36, heads=9, depth=3, gpsa_layers=2,
-        steps=200, long=400, batch=32, lr=3e-3, seeds=1, test=300, fractions=(0.05, 0.3, 1.0), ablation=(0.05, 1.0),
-        strengths=(0.1, 1.0, 5.0), layers=(0, 2, 3), sizes=((28, 28), (42, 42), (28, 42)),
+        data="mnist5k",
+        size=28,
+        patch=7,
+        dim=36,
+        heads=9,
+        depth=3,
+        gpsa_layers=2,
+        steps=200,
+        long=400,
+        batch=32,
+        lr=3e-3,
+        seeds=1,
+        test=300,
+        fractions=(0.05, 0.3, 1.0),
+        ablation=(0.05, 1.0),
+        strengths=(0.1, 1.0, 5.0),
+        layers=(0, 2, 3),
+        sizes=((28, 28), (42, 42), (28, 42)),
     ),
     gpu=dict(
-        data="mnist_m", size=32, patch=4, dim=144, heads=9, depth=6, gpsa_layers=5,
-        steps=300, long=1200, batch=256, lr=2e-3, seeds=3, test=1000, fractions=(0.05, 0.1, 0.3, 0.5, 1.0),
-        ablation=(0.1, 1.0), strengths=(0.1, 0.5, 1.0, 2.0, 5.0), layers=(0, 2, 5, 6),
+        data="mnist_m",
+        size=32,
+        patch=4,
+        dim=144,
+        heads=9,
+        depth=6,
+        gpsa_layers=5,
+        steps=300,
+        long=1200,
+        batch=256,
+        lr=2e-3,
+        seeds=3,
+        test=1000,
+        fractions=(0.05, 0.1, 0.3, 0.5, 1.0),
+        ablation=(0.1, 1.0),
+        strengths=(0.1, 0.5, 1.0, 2.0, 5.0),
+        layers=(0, 2, 5, 6),
         sizes=((32, 32), (48, 48), (32, 48)),
     ),
 )
@@ -45,7 +89,15 @@ KINDS = ("ConViT", "frozen gates", "no conv init", "added scores", "DeiT")
 
 
 def small_vit(
-    kind: str, *, size: int, patch: int, dim: int, heads: int, depth: int, gpsa_layers: int, channels: int = 3,
+    kind: str,
+    *,
+    size: int,
+    patch: int,
+    dim: int,
+    heads: int,
+    depth: int,
+    gpsa_layers: int,
+    channels: int = 3,
     locality_strength: float = 1.0,
 ) -> ConViT:
     "One of `KINDS` for 10 classes; all of one width and depth."
@@ -54,8 +106,13 @@ def small_vit(
     if kind == "DeiT":
         return DeiT(size, patch, qkv_bias=False, **settings)
     model = ConViT(
-        size, patch, gpsa_layers=gpsa_layers, locality_strength=locality_strength, conv_init=kind != "no conv init",
-        make_attention=AddedScores if kind == "added scores" else GPSA, **settings,
+        size,
+        patch,
+        gpsa_layers=gpsa_layers,
+        locality_strength=locality_strength,
+        conv_init=kind != "no conv init",
+        make_attention=AddedScores if kind == "added scores" else GPSA,
+        **settings,
     )
     for block in model.blocks[:gpsa_layers]:
         block.attn.gating_param.requires_grad_(kind not in ("frozen gates", "added scores"))
@@ -78,7 +135,7 @@ def class_share(y: Tensor, fraction: float, seed: int = 0) -> Tensor:
     rows = []
     for c in range(int(y.max()) + 1):
         mine = torch.nonzero(y == c)[:, 0]
-        rows.append(mine[torch.randperm(len(mine), generator=g)][:max(1, round(fraction * len(mine)))])
+        rows.append(mine[torch.randperm(len(mine), generator=g)][: max(1, round(fraction * len(mine)))])
     return torch.cat(rows)
 
 # %% ../../nbs/2_position/convit.ipynb #06d4901b
@@ -91,6 +148,7 @@ class Experiments:
     `preset` a key of `PRESETS`; `device`; `seed` the first seed; `steps` and `data` (a name `image_classification`
     knows) other than the preset's. ValueError for an unknown preset.
     """
+
     def __init__(self, preset: str = "cpu", device: str = "cpu", seed: int = 0, steps: int = 0, data: str = ""):
         self.preset, self.device = check_choice("preset", preset, tuple(PRESETS)), device
         self.settings = {**PRESETS[preset], **(dict(steps=steps, long=steps) if steps else {})}
@@ -120,25 +178,52 @@ class Experiments:
             snapshots.append(dict(nonlocality=looks.tolist(), gates=gates))
             return evaluate_accuracy(model, tx, ty, device=self.device)
 
-        with torch.no_grad(): look(model.eval())
+        with torch.no_grad():
+            look(model.eval())
         batches = Batches(x[rows], y[rows], batch_size=min(c["batch"], len(rows)), seed=run)
         history = fit(
-            model, cross_entropy, batches, steps=c["steps"], lr=c["lr"], seed=run, device=self.device, eval_fn=look,
-            eval_every=max(1, c["steps"] // 4), progress=False,
+            model,
+            cross_entropy,
+            batches,
+            steps=c["steps"],
+            lr=c["lr"],
+            seed=run,
+            device=self.device,
+            eval_fn=look,
+            eval_every=max(1, c["steps"] // 4),
+            progress=False,
         )
         at = [0] + [e["step"] for e in history.evals]
         return model, dict(
-            kind=kind, data=c["data"], fraction=fraction, run=run, steps=c["steps"],
-            locality_strength=c.get("locality_strength", 1.0), gpsa_layers=c["gpsa_layers"] if kind != "DeiT" else 0,
-            accuracy=history.evals[-1]["value"], loss=float(np.mean(history.loss[-10:])),
-            parameters=sum(p.numel() for p in model.parameters()), images=len(rows), at=at, snapshots=snapshots,
+            kind=kind,
+            data=c["data"],
+            fraction=fraction,
+            run=run,
+            steps=c["steps"],
+            locality_strength=c.get("locality_strength", 1.0),
+            gpsa_layers=c["gpsa_layers"] if kind != "DeiT" else 0,
+            accuracy=history.evals[-1]["value"],
+            loss=float(np.mean(history.loss[-10:])),
+            parameters=sum(p.numel() for p in model.parameters()),
+            images=len(rows),
+            at=at,
+            snapshots=snapshots,
             seconds=history.seconds,
         )
 
     def write(self, name: str, key: Sequence[str], rows: list[dict], drop: Sequence[str] = ("snapshots", "at")):
         "Records the rows under the experiment's name, without the fields `drop`; returns them."
-        return [record("convit", name, key=key, device=self.device, preset=self.preset,
-                       **{n: v for n, v in r.items() if n not in drop}) for r in rows]
+        return [
+            record(
+                "convit",
+                name,
+                key=key,
+                device=self.device,
+                preset=self.preset,
+                **{n: v for n, v in r.items() if n not in drop},
+            )
+            for r in rows
+        ]
 
 # %% ../../nbs/2_position/convit.ipynb #4049e204
 def sample_efficiency(e: Experiments) -> list[dict]:
@@ -177,7 +262,8 @@ def strength_and_layers(e: Experiments) -> list[dict]:
             for n in e.settings["layers"]
             if n != e.settings["gpsa_layers"]
         ]
-    for r in rows: r["last_gates"] = r["snapshots"][-1]["gates"]
+    for r in rows:
+        r["last_gates"] = r["snapshots"][-1]["gates"]
     return e.write("strength", ("locality_strength", "gpsa_layers", "run", "steps"), rows)
 
 
@@ -190,8 +276,17 @@ def resolution_transfer(e: Experiments) -> list[dict]:
             for size in e.settings["sizes"]:
                 images = F.interpolate(tx, size, mode="bilinear", antialias=True, align_corners=False)
                 accuracy = evaluate_accuracy(model, images, ty, batch_size=250, device=e.device)
-                rows.append(dict(kind=kind, data=trained["data"], run=run, steps=trained["steps"], height=size[0],
-                                 width=size[1], accuracy=accuracy))
+                rows.append(
+                    dict(
+                        kind=kind,
+                        data=trained["data"],
+                        run=run,
+                        steps=trained["steps"],
+                        height=size[0],
+                        width=size[1],
+                        accuracy=accuracy,
+                    )
+                )
     return e.write("resolution", ("kind", "run", "steps", "height", "width"), rows)
 
 # %% ../../nbs/2_position/convit.ipynb #658525ab
@@ -199,15 +294,21 @@ FIVE = (sample_efficiency, escaping_locality, ablation, strength_and_layers, res
 
 
 def run_experiments(
-    preset: str = "gpu", device: str = "cuda", seed: int = 0, steps: int = 0, data: str = "",
-    only: Sequence[str] | None = None, show: Callable[[str], None] = print,
+    preset: str = "gpu",
+    device: str = "cuda",
+    seed: int = 0,
+    steps: int = 0,
+    data: str = "",
+    only: Sequence[str] | None = None,
+    show: Callable[[str], None] = print,
 ) -> list[dict]:
     """All five, or those whose names `only` lists, recorded; returns the rows.
 
     An estimate for the gpu preset on an H100: 8 minutes, 2 of them for `escaping_locality`."""
     e, rows = Experiments(preset, device, seed, steps, data), []
     for experiment in FIVE:
-        if only is not None and experiment.__name__ not in only: continue
+        if only is not None and experiment.__name__ not in only:
+            continue
         found = experiment(e)
         rows += found
         show(f"{experiment.__name__}: {len(found)} rows, {len(e.trained)} networks trained so far")

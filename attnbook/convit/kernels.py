@@ -25,7 +25,14 @@ def axis_softmax(at, w, w_square, SIZE: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def positional_table(
-    W, P, MOMENTS, LP: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr,
+    W,
+    P,
+    MOMENTS,
+    LP: tl.constexpr,
+    Y: tl.constexpr,
+    X: tl.constexpr,
+    BY: tl.constexpr,
+    BX: tl.constexpr,
     BM: tl.constexpr,
 ):
     "P [heads, LP, LP] from the factors, and the mean x, y, x^2 + y^2 of its rows, centred. Grid: cdiv(N, BM) * heads."
@@ -35,11 +42,11 @@ def positional_table(
     real = i < Y * X
     w_x, w_y = tl.load(W + h * 3).to(tl.float32), tl.load(W + h * 3 + 1).to(tl.float32)
     w_square = tl.load(W + h * 3 + 2).to(tl.float32)
-    p_y = axis_softmax(i // X, w_y, w_square, Y, BY)                                        # [BM, BY]
-    p_x = axis_softmax(i % X, w_x, w_square, X, BX)                                         # [BM, BX]
+    p_y = axis_softmax(i // X, w_y, w_square, Y, BY)  # [BM, BY]
+    p_x = axis_softmax(i % X, w_x, w_square, X, BX)  # [BM, BX]
     y, x = tl.arange(0, BY), tl.arange(0, BX)
     row = P + (h * LP + i).to(tl.int64)[:, None, None] * LP
-    at = row + y[None, :, None] * X + x[None, None, :]                                      # [BM, BY, BX]
+    at = row + y[None, :, None] * X + x[None, None, :]  # [BM, BY, BX]
     inside = real[:, None, None] & (y < Y)[None, :, None] & (x < X)[None, None, :]
     tl.store(at, (p_y[:, :, None] * p_x[:, None, :]).to(P.dtype.element_ty), mask=inside)
     yc, xc = y.to(tl.float32)[None, :] - Y / 2, x.to(tl.float32)[None, :] - X / 2
@@ -98,9 +105,32 @@ def store_tokens(ptr, b, h, n, ok, strides, value, D: tl.constexpr, BD: tl.const
 
 # %% ../../nbs/2_position/convit.ipynb #006ec1bf
 @triton.jit
-def gpsa_forward(Q, K, V, P, GATE, O, LSE, sq, sk, sv, so, scale, H, N, share, SHARES, SIZES: tl.constexpr,
-                 FIRST: tl.constexpr, LP: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-                 WIDE: tl.constexpr, PRECISION: tl.constexpr):
+def gpsa_forward(
+    Q,
+    K,
+    V,
+    P,
+    GATE,
+    O,
+    LSE,
+    sq,
+    sk,
+    sv,
+    so,
+    scale,
+    H,
+    N,
+    share,
+    SHARES,
+    SIZES: tl.constexpr,
+    FIRST: tl.constexpr,
+    LP: tl.constexpr,
+    BM: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """O and the content's LSE (base 2) of one share of the queries of a head; all its keys at once, in chunks of SIZES.
     Grid: SHARES * batch * heads."""
     bh, part = tl.program_id(0) // SHARES, tl.program_id(0) % SHARES
@@ -109,16 +139,16 @@ def gpsa_forward(Q, K, V, P, GATE, O, LSE, sq, sk, sv, so, scale, H, N, share, S
     ks, vs = (), ()
     for c in tl.static_range(len(SIZES)):
         j = FIRST[c] + tl.arange(0, SIZES[c])
-        ks = ks + (load_tokens(K, b, h, j, j < N, sk, D, BD, WIDE),)                        # [SIZES[c], BD]
+        ks = ks + (load_tokens(K, b, h, j, j < N, sk, D, BD, WIDE),)  # [SIZES[c], BD]
         vs = vs + (load_tokens(V, b, h, j, j < N, sv, D, BD, WIDE),)
     for t in range(part * share, tl.minimum((part + 1) * share, tl.cdiv(N, BM))):
         i = t * BM + tl.arange(0, BM)
-        q = load_tokens(Q, b, h, i, i < N, sq, D, BD, WIDE)                                 # [BM, BD]
+        q = load_tokens(Q, b, h, i, i < N, sq, D, BD, WIDE)  # [BM, BD]
         m = tl.full([BM], float("-inf"), tl.float32)
         ss = ()
         for c in tl.static_range(len(SIZES)):
             j = FIRST[c] + tl.arange(0, SIZES[c])
-            s = tl.dot(q, ks[c].T, input_precision=PRECISION) * scale                       # [BM, SIZES[c]]
+            s = tl.dot(q, ks[c].T, input_precision=PRECISION) * scale  # [BM, SIZES[c]]
             s = tl.where((j < N)[None, :], s, float("-inf"))
             m = tl.maximum(m, tl.max(s, 1))
             ss = ss + (s,)
@@ -131,17 +161,45 @@ def gpsa_forward(Q, K, V, P, GATE, O, LSE, sq, sk, sv, so, scale, H, N, share, S
         o = tl.zeros([BM, BD], tl.float32)
         for c in tl.static_range(len(SIZES)):
             place = place_tile(P, h, i, FIRST[c] + tl.arange(0, SIZES[c]), LP, False)
-            a = ps[c] * (rest / l)[:, None] + gate * place                                  # rows of A, complete
-            o = tl.dot(a.to(V.dtype.element_ty), vs[c], o, input_precision=PRECISION)       # [BM, BD]
+            a = ps[c] * (rest / l)[:, None] + gate * place  # rows of A, complete
+            o = tl.dot(a.to(V.dtype.element_ty), vs[c], o, input_precision=PRECISION)  # [BM, BD]
         store_tokens(O, b, h, i, i < N, so, o, D, BD, WIDE)
         tl.store(LSE + bh.to(tl.int64) * N + i, m + tl.log2(l), mask=i < N)
 
 # %% ../../nbs/2_position/convit.ipynb #eca0b059
 @triton.jit
 def gpsa_backward_dq(
-    Q, K, V, DO, P, MOMENTS, GATE, LSE, DQ, DELTA, SUMS, sq, sk, sv, sdo, sdq, scale, plain_scale, H, N, TILES,
-    LP: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    Q,
+    K,
+    V,
+    DO,
+    P,
+    MOMENTS,
+    GATE,
+    LSE,
+    DQ,
+    DELTA,
+    SUMS,
+    sq,
+    sk,
+    sv,
+    sdo,
+    sdq,
+    scale,
+    plain_scale,
+    H,
+    N,
+    TILES,
+    LP: tl.constexpr,
+    Y: tl.constexpr,
+    X: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dQ and delta of a tile of queries, and its part of dw_x, dw_y, dw_square, dgate: SUMS [batch * heads * TILES, 4].
     Grid: TILES * batch * heads."""
@@ -150,32 +208,32 @@ def gpsa_backward_dq(
     b, h = bh // H, bh % H
     gate, rest = gates(GATE, h)
     i = (pid % TILES) * BM + tl.arange(0, BM)
-    q = load_tokens(Q, b, h, i, i < N, sq, D, BD, WIDE)                                     # [BM, BD]
-    do = load_tokens(DO, b, h, i, i < N, sdo, D, BD, WIDE)                                  # [BM, BD]
+    q = load_tokens(Q, b, h, i, i < N, sq, D, BD, WIDE)  # [BM, BD]
+    do = load_tokens(DO, b, h, i, i < N, sdo, D, BD, WIDE)  # [BM, BD]
     lse = tl.load(LSE + bh.to(tl.int64) * N + i, mask=i < N, other=float("inf"))
     delta, rho = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
     gx, gy, gr = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
     pk, pdk = tl.zeros([BM, BD], tl.float32), tl.zeros([BM, BD], tl.float32)
     for j0 in tl.range(0, N, BN, num_stages=STAGES):
         j = j0 + tl.arange(0, BN)
-        k = load_tokens(K, b, h, j, j < N, sk, D, BD, WIDE)                                 # [BN, BD]
-        v = load_tokens(V, b, h, j, j < N, sv, D, BD, WIDE)                                 # [BN, BD]
-        s = tl.dot(q, k.T, input_precision=PRECISION) * scale                               # [BM, BN]
+        k = load_tokens(K, b, h, j, j < N, sk, D, BD, WIDE)  # [BN, BD]
+        v = load_tokens(V, b, h, j, j < N, sv, D, BD, WIDE)  # [BN, BD]
+        s = tl.dot(q, k.T, input_precision=PRECISION) * scale  # [BM, BN]
         p = tl.where((j < N)[None, :], tl.exp2(s - lse[:, None]), 0.0)
-        da = tl.dot(do, v.T, input_precision=PRECISION)                                     # [BM, BN]
-        pk = tl.dot(p.to(k.dtype), k, pk, input_precision=PRECISION)                        # [BM, BD]
+        da = tl.dot(do, v.T, input_precision=PRECISION)  # [BM, BN]
+        pk = tl.dot(p.to(k.dtype), k, pk, input_precision=PRECISION)  # [BM, BD]
         p *= da
-        pdk = tl.dot(p.to(k.dtype), k, pdk, input_precision=PRECISION)                      # [BM, BD]
+        pdk = tl.dot(p.to(k.dtype), k, pdk, input_precision=PRECISION)  # [BM, BD]
         delta += tl.sum(p, 1)
         da *= place_tile(P, h, i, j, LP, False)
         rho += tl.sum(da, 1)
-        xc, yc = (j % X).to(tl.float32) - X / 2, (j // X).to(tl.float32) - Y / 2            # centred: smaller sums
+        xc, yc = (j % X).to(tl.float32) - X / 2, (j // X).to(tl.float32) - Y / 2  # centred: smaller sums
         gx, gy = gx + tl.sum(da * xc[None, :], 1), gy + tl.sum(da * yc[None, :], 1)
         gr += tl.sum(da * (xc * xc + yc * yc)[None, :], 1)
     store_tokens(DQ, b, h, i, i < N, sdq, (pdk - delta[:, None] * pk) * (rest * plain_scale), D, BD, WIDE)
     tl.store(DELTA + bh.to(tl.int64) * N + i, delta, mask=i < N)
     at = MOMENTS + (h * N + i) * 3
-    gx -= rho * tl.load(at, mask=i < N, other=0.0)                                          # sum_j P (dA - rho) x_j
+    gx -= rho * tl.load(at, mask=i < N, other=0.0)  # sum_j P (dA - rho) x_j
     gy -= rho * tl.load(at + 1, mask=i < N, other=0.0)
     gr -= rho * tl.load(at + 2, mask=i < N, other=0.0) + 2 * (gx * ((i % X) - X / 2) + gy * ((i // X) - Y / 2))
     tl.store(SUMS + pid * 4, gate * tl.sum(gx, 0))
@@ -186,9 +244,35 @@ def gpsa_backward_dq(
 # %% ../../nbs/2_position/convit.ipynb #96b47913
 @triton.jit
 def gpsa_backward_dkv(
-    Q, K, V, DO, P, GATE, LSE, DELTA, DK, DV, sq, sk, sv, sdo, sdk, sdv, scale, plain_scale, H, N, TILES,
-    LP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    Q,
+    K,
+    V,
+    DO,
+    P,
+    GATE,
+    LSE,
+    DELTA,
+    DK,
+    DV,
+    sq,
+    sk,
+    sv,
+    sdo,
+    sdk,
+    sdv,
+    scale,
+    plain_scale,
+    H,
+    N,
+    TILES,
+    LP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     "dK and dV of a tile of keys. Grid: TILES * batch * heads."
     pid = tl.program_id(0)
@@ -196,22 +280,22 @@ def gpsa_backward_dkv(
     b, h = bh // H, bh % H
     gate, rest = gates(GATE, h)
     j = (pid % TILES) * BN + tl.arange(0, BN)
-    k = load_tokens(K, b, h, j, j < N, sk, D, BD, WIDE)                                     # [BN, BD]
-    v = load_tokens(V, b, h, j, j < N, sv, D, BD, WIDE)                                     # [BN, BD]
+    k = load_tokens(K, b, h, j, j < N, sk, D, BD, WIDE)  # [BN, BD]
+    v = load_tokens(V, b, h, j, j < N, sv, D, BD, WIDE)  # [BN, BD]
     dk, dv = unseen_zeros(LSE, N, BN, BD), unseen_zeros(DELTA, N, BN, BD)
     for i0 in tl.range(0, N, BM, num_stages=STAGES):
         i = i0 + tl.arange(0, BM)
-        q = load_tokens(Q, b, h, i, i < N, sq, D, BD, WIDE)                                 # [BM, BD]
-        do = load_tokens(DO, b, h, i, i < N, sdo, D, BD, WIDE)                              # [BM, BD]
+        q = load_tokens(Q, b, h, i, i < N, sq, D, BD, WIDE)  # [BM, BD]
+        do = load_tokens(DO, b, h, i, i < N, sdo, D, BD, WIDE)  # [BM, BD]
         lse = tl.load(LSE + bh.to(tl.int64) * N + i, mask=i < N, other=float("inf"))
         delta = tl.load(DELTA + bh.to(tl.int64) * N + i, mask=i < N, other=0.0)
-        s = tl.dot(k, q.T, input_precision=PRECISION) * scale                               # [BN, BM]
+        s = tl.dot(k, q.T, input_precision=PRECISION) * scale  # [BN, BM]
         p = tl.exp2(s - lse[None, :]) * rest
-        a = p + gate * place_tile(P, h, i, j, LP, True)                                     # columns of A
-        dv = tl.dot(a.to(do.dtype), do, dv, input_precision=PRECISION)                      # [BN, BD]
-        da = tl.dot(v, do.T, input_precision=PRECISION)                                     # [BN, BM]
+        a = p + gate * place_tile(P, h, i, j, LP, True)  # columns of A
+        dv = tl.dot(a.to(do.dtype), do, dv, input_precision=PRECISION)  # [BN, BD]
+        da = tl.dot(v, do.T, input_precision=PRECISION)  # [BN, BM]
         p *= da - delta[None, :]
-        dk = tl.dot(p.to(q.dtype), q, dk, input_precision=PRECISION)                        # [BN, BD]
+        dk = tl.dot(p.to(q.dtype), q, dk, input_precision=PRECISION)  # [BN, BD]
     store_tokens(DK, b, h, j, j < N, sdk, dk * plain_scale, D, BD, WIDE)
     store_tokens(DV, b, h, j, j < N, sdv, dv, D, BD, WIDE)
 
@@ -247,8 +331,22 @@ def fused_fits(N: int, head_dim: int, dtype: torch.dtype) -> bool:
 
 # %% ../../nbs/2_position/convit.ipynb #55095c3a
 @triton.jit
-def mix_forward(CONTENT, PLACE, GATE, O, sc, sp, so, H, N, TILES, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-                WIDE: tl.constexpr):
+def mix_forward(
+    CONTENT,
+    PLACE,
+    GATE,
+    O,
+    sc,
+    sp,
+    so,
+    H,
+    N,
+    TILES,
+    BM: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     "O = (1 - g) CONTENT + g PLACE for a tile of tokens. Grid: TILES * batch * heads."
     bh, i = tl.program_id(0) // TILES, (tl.program_id(0) % TILES) * BM + tl.arange(0, BM)
     b, h = bh // H, bh % H
@@ -260,8 +358,25 @@ def mix_forward(CONTENT, PLACE, GATE, O, sc, sp, so, H, N, TILES, BM: tl.constex
 
 @triton.jit
 def mix_backward(
-    DO, CONTENT, PLACE, GATE, DC, DP, SUMS, sdo, sc, sp, sdc, sdp, H, N, TILES, BM: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, WIDE: tl.constexpr,
+    DO,
+    CONTENT,
+    PLACE,
+    GATE,
+    DC,
+    DP,
+    SUMS,
+    sdo,
+    sc,
+    sp,
+    sdc,
+    sdp,
+    H,
+    N,
+    TILES,
+    BM: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     "Gradients of both parts, and the tile's part of the gate's. Grid: TILES * batch * heads."
     bh, i = tl.program_id(0) // TILES, (tl.program_id(0) % TILES) * BM + tl.arange(0, BM)

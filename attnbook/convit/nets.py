@@ -42,8 +42,15 @@ class GPSA(nn.Module):
     """
 
     def __init__(
-        self, dim: int, num_heads: int, qkv_bias: bool = False, locality_strength: float = 1.0,
-        conv_init: bool = True, attn_drop: float = 0.0, proj_drop: float = 0.0, backend: str = "auto",
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = False,
+        locality_strength: float = 1.0,
+        conv_init: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        backend: str = "auto",
         route: str = "auto",
     ):
         super().__init__()
@@ -55,11 +62,12 @@ class GPSA(nn.Module):
         self.proj, self.pos_proj = nn.Linear(dim, dim), nn.Linear(3, num_heads)
         self.gating_param = nn.Parameter(torch.ones(num_heads))
         self.attn_drop, self.proj_drop = nn.Dropout(attn_drop), nn.Dropout(proj_drop)
-        self.pos_proj.bias.requires_grad_(False)                           # adds the same to all scores of a row
+        self.pos_proj.bias.requires_grad_(False)  # adds the same to all scores of a row
         self.apply(init_linear)
         if conv_init:
             conv_init_(self.pos_proj.weight, locality_strength)
-            with torch.no_grad(): self.v.weight.copy_(torch.eye(dim))
+            with torch.no_grad():
+                self.v.weight.copy_(torch.eye(dim))
 
     def packed(self, x: Tensor) -> Tensor:
         "q, k and v, `(B, N, 3 * dim)`, by one product."
@@ -79,8 +87,14 @@ class GPSA(nn.Module):
             v = packed_heads(self.v(x), self.num_heads, 1)[0]
             out = (self.attn_drop(self.attention(x, grid_size)).to(v.dtype) @ v).transpose(1, 2).flatten(2)
         else:
-            out = gpsa_packed(self.packed(x), self.pos_proj.weight, self.gating_param, grid_size,
-                              backend=self.backend, route=self.route)
+            out = gpsa_packed(
+                self.packed(x),
+                self.pos_proj.weight,
+                self.gating_param,
+                grid_size,
+                backend=self.backend,
+                route=self.route,
+            )
         return self.proj_drop(self.proj(out))
 
     def extra_repr(self):
@@ -122,6 +136,7 @@ class SelfAttention(nn.Module):
 
 class Block(nn.Module):
     "Pre-norm transformer block around a given attention."
+
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float = 4.0, drop_path: float = 0.0):
         super().__init__()
         self.norm1, self.attn, self.drop_path = nn.LayerNorm(dim, eps=1e-6), attn, DropPath(drop_path)
@@ -142,11 +157,25 @@ class ConViT(nn.Module):
     """
 
     def __init__(
-        self, img_size: int | tuple[int, int] = 224, patch_size: int = 16, *, dim: int, num_heads: int,
-        depth: int = 12, gpsa_layers: int = 10, mlp_ratio: float = 4.0, qkv_bias: bool = False,
-        locality_strength: float = 1.0, conv_init: bool = True, drop_path: float = 0.0, num_classes: int = 1000,
-        in_channels: int = 3, token_first: bool = False, make_attention: Callable[..., nn.Module] = GPSA,
-        backend: str = "auto", route: str = "auto",
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        *,
+        dim: int,
+        num_heads: int,
+        depth: int = 12,
+        gpsa_layers: int = 10,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        locality_strength: float = 1.0,
+        conv_init: bool = True,
+        drop_path: float = 0.0,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        token_first: bool = False,
+        make_attention: Callable[..., nn.Module] = GPSA,
+        backend: str = "auto",
+        route: str = "auto",
     ):
         super().__init__()
         check_int("gpsa_layers", gpsa_layers, least=0, most=check_int("depth", depth, least=0))
@@ -156,11 +185,14 @@ class ConViT(nn.Module):
         self.patch_embed.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid_size) + token_first, dim))
-        for p in (self.cls_token, self.pos_embed): nn.init.trunc_normal_(p, std=0.02)
+        for p in (self.cls_token, self.pos_embed):
+            nn.init.trunc_normal_(p, std=0.02)
         gpsa = dict(locality_strength=locality_strength, conv_init=conv_init, backend=backend, route=route)
         attentions = [
-            make_attention(dim, num_heads, qkv_bias, **gpsa) if i < gpsa_layers else
-            SelfAttention(dim, num_heads, qkv_bias) for i in range(depth)
+            make_attention(dim, num_heads, qkv_bias, **gpsa)
+            if i < gpsa_layers
+            else SelfAttention(dim, num_heads, qkv_bias)
+            for i in range(depth)
         ]
         rates = drop_path_rates(drop_path, depth)
         self.blocks = nn.ModuleList([Block(dim, a, mlp_ratio, r) for a, r in zip(attentions, rates)])
@@ -181,7 +213,7 @@ class ConViT(nn.Module):
         "The position embedding for a grid, `(1, Y * X, dim)` (after one for the class token if that is first)."
         if tuple(grid_size) == self.grid_size:
             return self.pos_embed
-        first, rest = self.pos_embed[:, :self.token_first], self.pos_embed[:, self.token_first:]
+        first, rest = self.pos_embed[:, : self.token_first], self.pos_embed[:, self.token_first :]
         image = rest.transpose(1, 2).unflatten(2, self.grid_size)
         image = F.interpolate(image.float(), size=tuple(grid_size), mode="bicubic", align_corners=False).to(rest.dtype)
         return torch.cat([first, image.flatten(2).transpose(1, 2)], 1)
@@ -192,17 +224,20 @@ class ConViT(nn.Module):
         x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)
         token = self.cls_token.expand(x.shape[0], -1, -1)
         join = 0 if self.token_first else self.gpsa_layers
-        if self.token_first: x = torch.cat([token.to(x.dtype), x], 1)
+        if self.token_first:
+            x = torch.cat([token.to(x.dtype), x], 1)
         x = x + self.positions(grid_size)
         for i, block in enumerate(self.blocks):
-            if i == join and not self.token_first: x = torch.cat([token.to(x.dtype), x], 1)
-            if look is not None: look(i, block, x, grid_size)
+            if i == join and not self.token_first:
+                x = torch.cat([token.to(x.dtype), x], 1)
+            if look is not None:
+                look(i, block, x, grid_size)
             x = block(x, grid_size)
         return x
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.run_blocks(x)
-        x = x.mean(1) if self.gpsa_layers == len(self.blocks) else x[:, 0]              # no class token ever joined
+        x = x.mean(1) if self.gpsa_layers == len(self.blocks) else x[:, 0]  # no class token ever joined
         return self.head(self.norm(x))
 
     def no_weight_decay(self) -> set[str]:
@@ -212,114 +247,165 @@ class ConViT(nn.Module):
 # %% ../../nbs/2_position/convit.ipynb #5c709e59
 class DeiT(ConViT):
     "The baseline: plain attention throughout, class token first, biases on q, k and v. Settings as for `ConViT`."
+
     def __init__(
-        self, img_size: int | tuple[int, int] = 224, patch_size: int = 16, *, dim: int, num_heads: int,
-        depth: int = 12, mlp_ratio: float = 4.0, qkv_bias: bool = True, drop_path: float = 0.0,
-        num_classes: int = 1000, in_channels: int = 3,
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        *,
+        dim: int,
+        num_heads: int,
+        depth: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path: float = 0.0,
+        num_classes: int = 1000,
+        in_channels: int = 3,
     ):
-        super().__init__(img_size, patch_size, dim=dim, num_heads=num_heads, depth=depth, gpsa_layers=0,
-                         mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, drop_path=drop_path, num_classes=num_classes,
-                         in_channels=in_channels, token_first=True)
+        super().__init__(
+            img_size,
+            patch_size,
+            dim=dim,
+            num_heads=num_heads,
+            depth=depth,
+            gpsa_layers=0,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            drop_path=drop_path,
+            num_classes=num_classes,
+            in_channels=in_channels,
+            token_first=True,
+        )
 
 # %% ../../nbs/2_position/convit.ipynb #c5015dac
 VARIANTS = {  # name -> heads, channels of a head
-    "tiny": (4, 48), "small": (9, 48), "base": (16, 48),
-    "tiny_plus": (4, 64), "small_plus": (9, 64), "base_plus": (16, 64)}
+    "tiny": (4, 48),
+    "small": (9, 48),
+    "base": (16, 48),
+    "tiny_plus": (4, 64),
+    "small_plus": (9, 64),
+    "base_plus": (16, 64),
+}
 DEIT_VARIANTS = {"tiny": 3, "small": 6, "base": 12}  # name -> heads of 64 channels
 
 
 def convit(
-    variant: str, num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, patch_size: int = 16,
-    gpsa_layers: int = 10, locality_strength: float = 1.0, conv_init: bool = True, drop_path: float = 0.0,
-    in_channels: int = 3, backend: str = "auto", route: str = "auto",
+    variant: str,
+    num_classes: int = 1000,
+    *,
+    img_size: int | tuple[int, int] = 224,
+    patch_size: int = 16,
+    gpsa_layers: int = 10,
+    locality_strength: float = 1.0,
+    conv_init: bool = True,
+    drop_path: float = 0.0,
+    in_channels: int = 3,
+    backend: str = "auto",
+    route: str = "auto",
 ) -> ConViT:
     """A published ConViT, untrained: 'tiny', 'small', 'base' or one of these with '_plus'. The settings are `ConViT`'s.
 
     ValueError for an unknown variant."""
     heads, width = VARIANTS[check_choice("variant", variant, tuple(VARIANTS))]
-    return ConViT(img_size, patch_size, dim=heads * width, num_heads=heads, gpsa_layers=gpsa_layers,
-                  locality_strength=locality_strength, conv_init=conv_init, drop_path=drop_path,
-                  num_classes=num_classes, in_channels=in_channels, backend=backend, route=route)
+    return ConViT(
+        img_size,
+        patch_size,
+        dim=heads * width,
+        num_heads=heads,
+        gpsa_layers=gpsa_layers,
+        locality_strength=locality_strength,
+        conv_init=conv_init,
+        drop_path=drop_path,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        backend=backend,
+        route=route,
+    )
 
 
 def deit(
-    variant: str, num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, patch_size: int = 16,
-    drop_path: float = 0.0, in_channels: int = 3,
+    variant: str,
+    num_classes: int = 1000,
+    *,
+    img_size: int | tuple[int, int] = 224,
+    patch_size: int = 16,
+    drop_path: float = 0.0,
+    in_channels: int = 3,
 ) -> DeiT:
     """A published DeiT (without distillation), untrained: 'tiny', 'small' or 'base'. The settings are `DeiT`'s.
 
     ValueError for an unknown variant."""
     heads = DEIT_VARIANTS[check_choice("variant", variant, tuple(DEIT_VARIANTS))]
-    return DeiT(img_size, patch_size, dim=64 * heads, num_heads=heads, drop_path=drop_path, num_classes=num_classes,
-                in_channels=in_channels)
+    return DeiT(
+        img_size,
+        patch_size,
+        dim=64 * heads,
+        num_heads=heads,
+        drop_path=drop_path,
+        num_classes=num_classes,
+        in_channels=in_channels,
+    )
 
 # %% ../../nbs/2_position/convit.ipynb #89c87513
-def convit_tiny(
-    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0,
-) -> ConViT:
+def convit_tiny(num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0) -> ConViT:
     "ConViT-Ti: 5.7 million parameters. For further settings see `convit`."
     return convit("tiny", num_classes, img_size=img_size, drop_path=drop_path)
 
 
-def convit_small(
-    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0,
-) -> ConViT:
+def convit_small(num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0) -> ConViT:
     "ConViT-S: 27.8 million parameters. For further settings see `convit`."
     return convit("small", num_classes, img_size=img_size, drop_path=drop_path)
 
 
-def convit_base(
-    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0,
-) -> ConViT:
+def convit_base(num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0) -> ConViT:
     "ConViT-B: 86.5 million parameters. For further settings see `convit`."
     return convit("base", num_classes, img_size=img_size, drop_path=drop_path)
 
 
 def convit_tiny_plus(
-    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0,
+    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0
 ) -> ConViT:
     "ConViT-Ti+: 10.0 million parameters. For further settings see `convit`."
     return convit("tiny_plus", num_classes, img_size=img_size, drop_path=drop_path)
 
 
 def convit_small_plus(
-    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0,
+    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0
 ) -> ConViT:
     "ConViT-S+: 49.0 million parameters. For further settings see `convit`."
     return convit("small_plus", num_classes, img_size=img_size, drop_path=drop_path)
 
 
 def convit_base_plus(
-    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0,
+    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0
 ) -> ConViT:
     "ConViT-B+: 153.1 million parameters. For further settings see `convit`."
     return convit("base_plus", num_classes, img_size=img_size, drop_path=drop_path)
 
 
-def deit_tiny(
-    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0,
-) -> DeiT:
+def deit_tiny(num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0) -> DeiT:
     "DeiT-Ti: 5.7 million parameters. See `deit`."
     return deit("tiny", num_classes, img_size=img_size, drop_path=drop_path)
 
 
-def deit_small(
-    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0,
-) -> DeiT:
+def deit_small(num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0) -> DeiT:
     "DeiT-S: 22.1 million parameters. See `deit`."
     return deit("small", num_classes, img_size=img_size, drop_path=drop_path)
 
 
-def deit_base(
-    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0,
-) -> DeiT:
+def deit_base(num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0) -> DeiT:
     "DeiT-B: 86.6 million parameters. See `deit`."
     return deit("base", num_classes, img_size=img_size, drop_path=drop_path)
 
 # %% ../../nbs/2_position/convit.ipynb #542eb13b
 PARAMETERS = {  # official weights (timm's files) and README; the formula below gives the same
-    "tiny": 5_710_512, "small": 27_777_322, "base": 86_540_040,
-    "tiny_plus": 9_972_912, "small_plus": 48_979_882, "base_plus": 153_134_856}
+    "tiny": 5_710_512,
+    "small": 27_777_322,
+    "base": 86_540_040,
+    "tiny_plus": 9_972_912,
+    "small_plus": 48_979_882,
+    "base_plus": 153_134_856,
+}
 DEIT_PARAMETERS = {"tiny": 5_717_416, "small": 22_050_664, "base": 86_567_656}
 
 
@@ -330,9 +416,12 @@ def parameter_formula(heads: int, dim: int) -> int:
     return patches + positions + token + blocks + places + norm + head
 
 # %% ../../nbs/2_position/convit.ipynb #54973532
-register_models({f"convit_{v}": (globals()[f"convit_{v}"], n, 224) for v, n in PARAMETERS.items()}
-                | {f"deit_{v}": (globals()[f"deit_{v}"], n, 224) for v, n in DEIT_PARAMETERS.items()},
-                published="parameters of the official weights", weights="the official ones and timm's load with `from_timm`")
+register_models(
+    {f"convit_{v}": (globals()[f"convit_{v}"], n, 224) for v, n in PARAMETERS.items()}
+    | {f"deit_{v}": (globals()[f"deit_{v}"], n, 224) for v, n in DEIT_PARAMETERS.items()},
+    published="parameters of the official weights",
+    weights="the official ones and timm's load with `from_timm`",
+)
 
 # %% ../../nbs/2_position/convit.ipynb #a1dd531e
 PUBLISHED_GMACS = {"tiny": 1.26, "small": 5.76, "base": 17.52}  # timm's result tables
@@ -382,18 +471,20 @@ def nonlocality(attn: Tensor, grid_size: tuple[int, int]) -> Tensor:
 def model_nonlocality(model: ConViT, x: Tensor) -> Tensor:
     "Nonlocality of every block and head, averaged over the images x: `(depth, heads)`."
     found = []
-    model.run_blocks(x, lambda i, block, t, grid: found.append(
-        nonlocality(block.attn.attention(block.norm1(t), grid), grid).mean(0)))
+    model.run_blocks(
+        x, lambda i, block, t, grid: found.append(nonlocality(block.attn.attention(block.norm1(t), grid), grid).mean(0))
+    )
     return torch.stack(found)
 
 
 def model_gates(model: ConViT) -> Tensor:
     "Gates g of every GPSA block and head: `(gpsa_layers, heads)`."
-    return torch.stack([b.attn.gating_param.detach().sigmoid() for b in model.blocks[:model.gpsa_layers]])
+    return torch.stack([b.attn.gating_param.detach().sigmoid() for b in model.blocks[: model.gpsa_layers]])
 
 # %% ../../nbs/2_position/convit.ipynb #30737212
 class AddedScores(GPSA):
     "GPSA without gate: one softmax over the sum of content and positional scores (the mechanism GPSA replaces)."
+
     def attention(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
         q, k, _ = packed_heads(self.packed(x), self.num_heads, 3)
         places = positional_scores(self.pos_proj.weight, square_grid(x.shape[1], grid_size))

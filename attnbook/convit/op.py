@@ -67,12 +67,31 @@ def _plan_forward(q, k, v, out, pos_weight, Y, X, scale):
     p = fused_launch("forward", q.dtype, q.device)
     sizes, first = key_chunks(N, p.BN)
     tiles = -(-N // p.BM)
-    wanted = -(-264 // max(1, B * H)) if q.is_cuda else 2            # two programs for each processor of an H100
+    wanted = -(-264 // max(1, B * H)) if q.is_cuda else 2  # two programs for each processor of an H100
     share = -(-tiles // min(tiles, max(1, wanted)))
     shares = -(-tiles // share)
-    attend = BoundLaunch(gpsa_forward, (shares * B * H,), *(t.stride() for t in tensors), scale * LOG2E, H, N, share,
-                         shares, SIZES=sizes, FIRST=first, LP=width, BM=p.BM, num_stages=p.stages,
-                         PRECISION=dot_precision(q.dtype), **p.options(), **_options(*tensors)) if q.numel() else None
+    attend = (
+        BoundLaunch(
+            gpsa_forward,
+            (shares * B * H,),
+            *(t.stride() for t in tensors),
+            scale * LOG2E,
+            H,
+            N,
+            share,
+            shares,
+            SIZES=sizes,
+            FIRST=first,
+            LP=width,
+            BM=p.BM,
+            num_stages=p.stages,
+            PRECISION=dot_precision(q.dtype),
+            **p.options(),
+            **_options(*tensors),
+        )
+        if q.numel()
+        else None
+    )
     kind, new = _table_type(q.dtype), partial(torch.empty, device=q.device, dtype=torch.float32)
 
     def run(q, k, v, pos_weight, gate_logit, out):
@@ -82,13 +101,16 @@ def _plan_forward(q, k, v, out, pos_weight, Y, X, scale):
         if attend is not None:
             attend(q, k, v, table, gate_logit, out, lse)
         return lse, table, moments
+
     return run
 
 
 def _launch_forward(q, k, v, pos_weight, gate_logit, out, Y, X, scale):
     "Fills out; returns LSE (base 2), table and moments."
     key = signature(q, k, v, out, pos_weight), Y, X, scale
-    return _FORWARD.find(key, _plan_forward, q, k, v, out, pos_weight, Y, X, scale)(q, k, v, pos_weight, gate_logit, out)
+    return _FORWARD.find(key, _plan_forward, q, k, v, out, pos_weight, Y, X, scale)(
+        q, k, v, pos_weight, gate_logit, out
+    )
 
 # %% ../../nbs/2_position/convit.ipynb #b503015b
 def _plan_backward(do, q, k, v, dq, dk, dv, Y, X, scale):
@@ -98,20 +120,47 @@ def _plan_backward(do, q, k, v, dq, dk, dv, Y, X, scale):
     p = fused_launch("dq", q.dtype, q.device)
     tiles = -(-N // p.BM)
     run_dq = BoundLaunch(
-        gpsa_backward_dq, (tiles * B * H,), *stride(q, k, v, do, dq), scale * LOG2E, scale, H, N, tiles, Y=Y, X=X,
-        BM=p.BM, BN=p.BN, STAGES=p.stages, **p.options(), **options)
+        gpsa_backward_dq,
+        (tiles * B * H,),
+        *stride(q, k, v, do, dq),
+        scale * LOG2E,
+        scale,
+        H,
+        N,
+        tiles,
+        Y=Y,
+        X=X,
+        BM=p.BM,
+        BN=p.BN,
+        STAGES=p.stages,
+        **p.options(),
+        **options,
+    )
     p = fused_launch("dkv", q.dtype, q.device)
     steps = -(-N // p.BN)
     run_dkv = BoundLaunch(
-        gpsa_backward_dkv, (steps * B * H,), *stride(q, k, v, do, dk, dv), scale * LOG2E, scale, H, N, steps, BM=p.BM,
-        BN=p.BN, STAGES=p.stages, **p.options(), **options)
+        gpsa_backward_dkv,
+        (steps * B * H,),
+        *stride(q, k, v, do, dk, dv),
+        scale * LOG2E,
+        scale,
+        H,
+        N,
+        steps,
+        BM=p.BM,
+        BN=p.BN,
+        STAGES=p.stages,
+        **p.options(),
+        **options,
+    )
 
     def run(do, q, k, v, gate_logit, lse, table, moments, dq, dk, dv):
         delta, sums = torch.empty_like(lse), lse.new_empty(B, H, tiles, 4)
         run_dq(q, k, v, do, table, moments, gate_logit, lse, dq, delta, sums)
         run_dkv(q, k, v, do, table, gate_logit, lse, delta, dk, dv)
         sums = sums.sum((0, 2))
-        return sums[:, :3].clone(memory_format=torch.contiguous_format), sums[:, 3].clone()    # not views of one tensor
+        return sums[:, :3].clone(memory_format=torch.contiguous_format), sums[:, 3].clone()  # not views of one tensor
+
     return run
 
 
@@ -126,12 +175,15 @@ def _launch_backward(do, q, k, v, gate_logit, lse, table, moments, dq, dk, dv, Y
     return run(do, q, k, v, gate_logit, lse, table, moments, dq, dk, dv)
 
 # %% ../../nbs/2_position/convit.ipynb #1448b4f9
-def _fused_forward(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate_logit: Tensor, Y: int, X: int,
-                   scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fused_forward(
+    q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate_logit: Tensor, Y: int, X: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "Output, LSE of the content, table of places and moments of its rows."
+
     def run(q, k, v):
         out = empty_heads(q, q.shape[3])
         return out, *_launch_forward(q, k, v, pos_weight, gate_logit, out, Y, X, scale)
+
     out, *rest = through_float32(run, (q, k, v))
     return out.to(q.dtype), *rest
 
@@ -149,8 +201,10 @@ def _fused_like(q, k, v, pos_weight, gate_logit, Y, X, scale):
 def _fused_backward(call):
     def run(do, q, k, v):
         grads = [empty_heads(t, t.shape[3]) for t in (q, k, v)]
-        return grads, _launch_backward(do, q, k, v, call.gate_logit, *call.outputs[1:], *grads, call.Y, call.X,
-                                       call.scale, call.kept)
+        return grads, _launch_backward(
+            do, q, k, v, call.gate_logit, *call.outputs[1:], *grads, call.Y, call.X, call.scale, call.kept
+        )
+
     grads, heads = through_float32(run, (call.grads[0], call.q, call.k, call.v))
     return dict(zip("qkv", (g.to(call.q.dtype) for g in grads))) | dict(zip(("pos_weight", "gate_logit"), heads))
 
@@ -167,11 +221,20 @@ def _fused_plan(q, k, v, pos_weight, gate_logit, Y, X, scale):
     def planned(q, k, v, pos_weight, gate_logit, *rest):
         out = empty_heads(q, q.shape[3])
         return out, *run(q, k, v, pos_weight, gate_logit, out)
+
     return planned
 
 
-gpsa_fused_op = operation("gpsa_fused", _fused_forward, like=_fused_like, backward=_fused_backward, plan=_fused_plan,
-                          gradients_like=_fused_gradients, drop=("pos_weight", 0), nondifferentiable=(1, 2, 3))
+gpsa_fused_op = operation(
+    "gpsa_fused",
+    _fused_forward,
+    like=_fused_like,
+    backward=_fused_backward,
+    plan=_fused_plan,
+    gradients_like=_fused_gradients,
+    drop=("pos_weight", 0),
+    nondifferentiable=(1, 2, 3),
+)
 
 # %% ../../nbs/2_position/convit.ipynb #7e2132f7
 def packed_heads(packed: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
@@ -179,15 +242,18 @@ def packed_heads(packed: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
     return packed.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _packed_forward(qkv: Tensor, pos_weight: Tensor, gate_logit: Tensor, Y: int, X: int,
-                    scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _packed_forward(
+    qkv: Tensor, pos_weight: Tensor, gate_logit: Tensor, Y: int, X: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "As `gpsa_fused` of a packed projection."
     H, D = len(gate_logit), qkv.shape[2] // 3
 
     def run(qkv):
         out = qkv.new_empty(*qkv.shape[:2], D)
-        return out, *_launch_forward(*packed_views(qkv, H, (D, D, D)), pos_weight, gate_logit,
-                                     *packed_views(out, H, (D,)), Y, X, scale)
+        return out, *_launch_forward(
+            *packed_views(qkv, H, (D, D, D)), pos_weight, gate_logit, *packed_views(out, H, (D,)), Y, X, scale
+        )
+
     out, *rest = through_float32(run, (qkv,))
     return out.to(qkv.dtype), *rest
 
@@ -195,12 +261,14 @@ def _packed_forward(qkv: Tensor, pos_weight: Tensor, gate_logit: Tensor, Y: int,
 def _packed_plan(qkv, pos_weight, gate_logit, Y, X, scale):
     H, (B, N, D) = len(gate_logit), qkv.shape
     D //= 3
-    run = _plan_forward(*packed_views(qkv, H, (D, D, D)), *packed_views(qkv.new_empty(B, N, D), H, (D,)), pos_weight,
-                        Y, X, scale)
+    run = _plan_forward(
+        *packed_views(qkv, H, (D, D, D)), *packed_views(qkv.new_empty(B, N, D), H, (D,)), pos_weight, Y, X, scale
+    )
 
     def planned(qkv, pos_weight, gate_logit, *rest):
         out = qkv.new_empty(B, N, D)
         return out, *run(*packed_views(qkv, H, (D, D, D)), pos_weight, gate_logit, *packed_views(out, H, (D,)))
+
     return planned
 
 
@@ -214,31 +282,53 @@ def _packed_backward(call):
 
     def run(do, qkv):
         dqkv = qkv.new_empty(qkv.shape)
-        return dqkv, *_launch_backward(*packed_views(do, H, (D,)), *packed_views(qkv, H, (D, D, D)), call.gate_logit,
-                                       *call.outputs[1:], *packed_views(dqkv, H, (D, D, D)), call.Y, call.X, call.scale,
-                                       call.kept)
+        return dqkv, *_launch_backward(
+            *packed_views(do, H, (D,)),
+            *packed_views(qkv, H, (D, D, D)),
+            call.gate_logit,
+            *call.outputs[1:],
+            *packed_views(dqkv, H, (D, D, D)),
+            call.Y,
+            call.X,
+            call.scale,
+            call.kept,
+        )
+
     dqkv, pos_weight, gate_logit = through_float32(run, (call.grads[0], call.qkv))
     return dict(qkv=dqkv.to(call.qkv.dtype), pos_weight=pos_weight, gate_logit=gate_logit)
 
 
 def _packed_gradients(call):
     new = call.gate_logit.new_empty
-    return dict(qkv=call.qkv.new_empty(call.qkv.shape), pos_weight=new(len(call.gate_logit), 3),
-                gate_logit=new(len(call.gate_logit)))
+    return dict(
+        qkv=call.qkv.new_empty(call.qkv.shape),
+        pos_weight=new(len(call.gate_logit), 3),
+        gate_logit=new(len(call.gate_logit)),
+    )
 
 
-gpsa_packed_op = operation("gpsa_packed", _packed_forward, like=_packed_like, backward=_packed_backward,
-                           plan=_packed_plan, gradients_like=_packed_gradients, drop=("pos_weight", 0), nondifferentiable=(1, 2, 3))
+gpsa_packed_op = operation(
+    "gpsa_packed",
+    _packed_forward,
+    like=_packed_like,
+    backward=_packed_backward,
+    plan=_packed_plan,
+    gradients_like=_packed_gradients,
+    drop=("pos_weight", 0),
+    nondifferentiable=(1, 2, 3),
+)
 
 # %% ../../nbs/2_position/convit.ipynb #ca30cf89
 def _plan_mix(kernel, *tensors):
     B, H, N, _ = tensors[0].shape
-    return BoundLaunch(kernel, (-(-N // 64) * B * H,), *(t.stride() for t in tensors), H, N, -(-N // 64), BM=64,
-                       **_options(*tensors))
+    return BoundLaunch(
+        kernel, (-(-N // 64) * B * H,), *(t.stride() for t in tensors), H, N, -(-N // 64), BM=64, **_options(*tensors)
+    )
 
 
 def _mix_forward(content: Tensor, place: Tensor, gate_logit: Tensor) -> Tensor:
     "(1 - g) content + g place, `(B, H, N, d)`, in content's type."
+
     def run(content, place):
         out = empty_heads(content, content.shape[3])
         if out.numel():
@@ -246,6 +336,7 @@ def _mix_forward(content: Tensor, place: Tensor, gate_logit: Tensor) -> Tensor:
             launch = _MIX.find(("forward", signature(*tensors)), _plan_mix, mix_forward, *tensors)
             launch(content, place, gate_logit, out)
         return out
+
     return through_float32(run, (content, place)).to(content.dtype)
 
 
@@ -260,17 +351,27 @@ def _mix_backward(call):
             launch = _MIX.find(("backward", signature(*tensors)), _plan_mix, mix_backward, *tensors)
             launch(do, content, place, gate_logit, *grads, sums)
         return *grads, sums.sum((0, 2))
+
     content, place, gate = through_float32(run, (call.grads[0], call.content, call.place))
     return dict(content=content.to(call.content.dtype), place=place.to(call.place.dtype), gate_logit=gate)
 
 
 def _mix_gradients(call):
-    return dict(content=empty_heads(call.content, call.content.shape[3]), gate_logit=torch.empty_like(call.gate_logit),
-                place=empty_heads(call.place, call.place.shape[3]))
+    return dict(
+        content=empty_heads(call.content, call.content.shape[3]),
+        gate_logit=torch.empty_like(call.gate_logit),
+        place=empty_heads(call.place, call.place.shape[3]),
+    )
 
 
-gated_mix_op = operation("gated_mix", _mix_forward, like=lambda content, place, gate_logit: empty_heads(
-    content, content.shape[3]), backward=_mix_backward, gradients_like=_mix_gradients, drop=(0,))
+gated_mix_op = operation(
+    "gated_mix",
+    _mix_forward,
+    like=lambda content, place, gate_logit: empty_heads(content, content.shape[3]),
+    backward=_mix_backward,
+    gradients_like=_mix_gradients,
+    drop=(0,),
+)
 
 # %% ../../nbs/2_position/convit.ipynb #1de4d213
 ROUTES = ("auto", "fused", "composed")
@@ -316,8 +417,17 @@ def _gpsa(q, k, v, pos_weight, gate_logit, grid_size, scale, route, kept=None):
 
 # %% ../../nbs/2_position/convit.ipynb #68691562
 def gpsa(
-    q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate_logit: Tensor, grid_size: tuple[int, int] | None = None,
-    *, scale: float | None = None, return_parts: bool = False, backend: str = "auto", route: str = "auto",
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_weight: Tensor,
+    gate_logit: Tensor,
+    grid_size: tuple[int, int] | None = None,
+    *,
+    scale: float | None = None,
+    return_parts: bool = False,
+    backend: str = "auto",
+    route: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Gated positional self-attention: (1 - g) softmax(scale q.k) v + g softmax(w.r) v, with g = sigmoid(gate_logit).
 
@@ -330,7 +440,8 @@ def gpsa(
     """
     q, k, v = autocast(q, k, v)
     spatial, grid_size, scale, backend, route, real, kept = _DECIDED.decide(
-        _decide, (q, k, v, pos_weight, gate_logit), dict(grid_size=grid_size, scale=scale, backend=backend, route=route))
+        _decide, (q, k, v, pos_weight, gate_logit), dict(grid_size=grid_size, scale=scale, backend=backend, route=route)
+    )
     if spatial:
         q, k, v = (t.flatten(2, 3) for t in (q, k, v))
     pos_weight, gate_logit = pos_weight.to(real).contiguous(), gate_logit.to(real).contiguous()
@@ -364,17 +475,26 @@ def _decide(q, k, v, pos_weight, gate_logit, *, grid_size, scale, backend, route
 
 # %% ../../nbs/2_position/convit.ipynb #89509431
 def gpsa_packed(
-    qkv: Tensor, pos_weight: Tensor, gate_logit: Tensor, grid_size: tuple[int, int], *, scale: float | None = None,
-    backend: str = "auto", route: str = "auto",
+    qkv: Tensor,
+    pos_weight: Tensor,
+    gate_logit: Tensor,
+    grid_size: tuple[int, int],
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    route: str = "auto",
 ) -> Tensor:
     """GPSA of a packed projection: `(B, N, 3D)` -> `(B, N, D)`, without copies around the kernel.
 
     The last axis holds q, k and v one after another, each as H = len(gate_logit) heads of D / H channels. Otherwise as
     `gpsa`. Raises ValueError or TypeError that names the argument.
     """
-    qkv, = autocast(qkv)
+    (qkv,) = autocast(qkv)
     fused, grid_size, number, kept = _DECIDED.decide(
-        _decide_packed, (qkv, pos_weight, gate_logit), dict(grid_size=grid_size, scale=scale, backend=backend, route=route))
+        _decide_packed,
+        (qkv, pos_weight, gate_logit),
+        dict(grid_size=grid_size, scale=scale, backend=backend, route=route),
+    )
     if not fused:
         q, k, v = packed_heads(qkv, len(gate_logit), 3)
         out = gpsa(q, k, v, pos_weight, gate_logit, grid_size, scale=scale, backend=backend, route=route)
@@ -390,8 +510,10 @@ def _decide_packed(qkv, pos_weight, gate_logit, *, grid_size, scale, backend, ro
     heads = len(gate_logit)
     _check_head_parameters(pos_weight, gate_logit, heads, on=qkv)
     if heads == 0 or qkv.shape[2] % (3 * heads) or qkv.shape[2] == 0:
-        raise ValueError(f"qkv must be (batch, N, 3 * channels), channels a multiple of the {heads} heads, "
-                         f"not of shape {tuple(qkv.shape)}")
+        raise ValueError(
+            f"qkv must be (batch, N, 3 * channels), channels a multiple of the {heads} heads, "
+            f"not of shape {tuple(qkv.shape)}"
+        )
     grid_size, width = _check_grid(grid_size, qkv.shape[1]), qkv.shape[2] // (3 * heads)
     route = _choose_route(route, resolve_backend(backend, qkv), qkv.shape[1], width, qkv.dtype)
     return route == "fused", grid_size, check_scale(scale, width), {}

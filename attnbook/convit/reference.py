@@ -17,12 +17,12 @@ from ..checks import check_sizes, check_tensor
 
 # %% ../../nbs/2_position/convit.ipynb #fa739a24
 def relative_positions(
-    grid_size: tuple[int, int], device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
+    grid_size: tuple[int, int], device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     "r `(N, N, 3)`: (x_j - x_i, y_j - y_i, their squared length), key minus query, tokens row by row."
     ys, xs = (torch.arange(n, device=device, dtype=dtype) for n in grid_size)
     y, x = (t.flatten() for t in torch.meshgrid(ys, xs, indexing="ij"))
-    dx, dy = x[None, :] - x[:, None], y[None, :] - y[:, None]                              # (N query, N key)
+    dx, dy = x[None, :] - x[:, None], y[None, :] - y[:, None]  # (N query, N key)
     return torch.stack([dx, dy, dx**2 + dy**2], -1)
 
 
@@ -30,7 +30,7 @@ def positional_scores(pos_weight: Tensor, grid_size: tuple[int, int]) -> Tensor:
     "w_h . r_ij for all pairs, `(H, N, N)`: for plots and tests. `pos_weight` `(H, 3)`: columns x, y, square."
     real = torch.promote_types(pos_weight.dtype, torch.float32)
     r = relative_positions(grid_size, pos_weight.device, real)
-    with torch.autocast(r.device.type, enabled=False):                                      # bfloat16 would round r
+    with torch.autocast(r.device.type, enabled=False):  # bfloat16 would round r
         return torch.einsum("hc,ijc->hij", pos_weight.to(real), r)
 
 # %% ../../nbs/2_position/convit.ipynb #20666b5c
@@ -48,8 +48,13 @@ def content_scores(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
 
 
 def gpsa_attention_reference(
-    q: Tensor, k: Tensor, pos_weight: Tensor, gate_logit: Tensor, grid_size: tuple[int, int],
-    scale: float | None = None, pos_bias: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    pos_weight: Tensor,
+    gate_logit: Tensor,
+    grid_size: tuple[int, int],
+    scale: float | None = None,
+    pos_bias: Tensor | None = None,
 ) -> Tensor:
     "The mixed attention A `(B, H, N, N)`, from q, k `(B, H, N, d)`."
     content = content_scores(q, k, scale).softmax(-1)
@@ -61,8 +66,14 @@ def gpsa_attention_reference(
 
 
 def gpsa_reference(
-    q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate_logit: Tensor, grid_size: tuple[int, int],
-    scale: float | None = None, pos_bias: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_weight: Tensor,
+    gate_logit: Tensor,
+    grid_size: tuple[int, int],
+    scale: float | None = None,
+    pos_bias: Tensor | None = None,
 ) -> Tensor:
     "q, k, v `(B, H, N, d)` -> `(B, H, N, d)`: the definition, dense."
     attn = gpsa_attention_reference(q, k, pos_weight, gate_logit, grid_size, scale, pos_bias)
@@ -95,15 +106,18 @@ def _check_grid(grid_size, tokens: int | None = None) -> tuple[int, int]:
         raise ValueError("grid_size (Y, X) is needed")
     grid_size = check_sizes("grid_size", grid_size, 2)
     if tokens is not None and tokens != grid_size[0] * grid_size[1]:
-        raise ValueError(f"grid_size {grid_size} has {grid_size[0] * grid_size[1]} places, but there are N = {tokens} "
-                         "tokens; a class token has no place among them")
+        raise ValueError(
+            f"grid_size {grid_size} has {grid_size[0] * grid_size[1]} places, but there are N = {tokens} "
+            "tokens; a class token has no place among them"
+        )
     return grid_size
 
 
 def _check_head_parameters(pos_weight, gate_logit, heads, on=None):
     "pos_weight (heads, 3) and gate_logit (heads,) or None, floating point, on q's device."
     check_tensor("pos_weight", pos_weight, on=on, shape=(heads, 3))
-    if gate_logit is not None: check_tensor("gate_logit", gate_logit, on=on, shape=(heads,))
+    if gate_logit is not None:
+        check_tensor("gate_logit", gate_logit, on=on, shape=(heads,))
 
 # %% ../../nbs/2_position/convit.ipynb #38fb0912
 def axis_scores(w: Tensor, w_square: Tensor, size: int) -> Tensor:
@@ -135,15 +149,16 @@ def positional_attention(v: Tensor, pos_weight: Tensor, grid_size: tuple[int, in
     grid_size = _check_grid(grid_size, v.shape[2])
     _check_head_parameters(pos_weight, None, v.shape[1], on=v)
     p_y, p_x = (p.to(v.dtype) for p in positional_factors(pos_weight, grid_size))
-    t = p_y @ v.unflatten(2, grid_size).flatten(3)                                          # (B, H, Y, X * d)
-    return (p_x[:, None] @ t.unflatten(3, (grid_size[1], -1))).flatten(2, 3)                # (B, H, N, d)
+    t = p_y @ v.unflatten(2, grid_size).flatten(3)  # (B, H, Y, X * d)
+    return (p_x[:, None] @ t.unflatten(3, (grid_size[1], -1))).flatten(2, 3)  # (B, H, N, d)
 
 # %% ../../nbs/2_position/convit.ipynb #0c11ff74
 def gpsa_cost(B: int, H: int, Y: int, X: int, d: int, itemsize: int = 2) -> dict:
     "Forward floor of the attention part (FLOPs, bytes), and one B x H x N x N tensor of dense code (bytes)."
     N = Y * X
     return dict(
-        content_flops=4 * B * H * N * N * d, place_flops=2 * B * H * N * (Y + X) * d,
+        content_flops=4 * B * H * N * N * d,
+        place_flops=2 * B * H * N * (Y + X) * d,
         bytes=4 * itemsize * B * H * N * d + 4 * B * H * N + 4 * H * (Y * Y + X * X),
         dense_tensor=itemsize * B * H * N * N,
     )

@@ -25,9 +25,11 @@ def bmn_targets(segments: Tensor, length: int, max_duration: int) -> tuple[Tenso
     t = torch.arange(length, device=segments.device, dtype=segments.dtype)
     curves = []
     for edge in segments.unbind(-1):
-        share = torch.minimum(t + 1, edge[..., None] + 1.5) - torch.maximum(t, edge[..., None] - 1.5)   # [B, k, T]
+        share = torch.minimum(t + 1, edge[..., None] + 1.5) - torch.maximum(t, edge[..., None] - 1.5)  # [B, k, T]
         curves.append(F.pad(share.nan_to_num(0.0).clamp(0, 1), (0, 0, 0, 1)).amax(1))
-    proposals = torch.stack([t.expand(max_duration, -1), t + 1 + torch.arange(max_duration, device=t.device)[:, None]], -1)
+    proposals = torch.stack(
+        [t.expand(max_duration, -1), t + 1 + torch.arange(max_duration, device=t.device)[:, None]], -1
+    )
     best = torch.zeros(len(segments), max_duration * length, device=t.device, dtype=t.dtype)
     for instance in segments.unbind(1):
         best = torch.maximum(best, temporal_iou(proposals.flatten(0, 1), instance[:, None])[..., 0])
@@ -62,19 +64,25 @@ def balanced_regression(p: Tensor, overlap: Tensor, valid: Tensor, generator: to
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #940a5554
 def bmn_losses(
-    outputs: tuple[Tensor, Tensor, Tensor], targets: tuple[Tensor, Tensor, Tensor], generator: torch.Generator | None = None
+    outputs: tuple[Tensor, Tensor, Tensor],
+    targets: tuple[Tensor, Tensor, Tensor],
+    generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     """The three losses of what `BMN` returns, given what `bmn_targets` returns: "boundaries", "good" (is the overlap above 0.9?),
     "overlap". `generator`: of the proposals drawn for the last. Source: BMN, Sec. 4.3, and OpenTAD."""
     (start, end, maps), (to_start, to_end, overlap) = outputs, targets
     valid = valid_proposals(overlap.shape[2], overlap.shape[1]).to(overlap.device)
-    return dict(boundaries=balanced_bce(start, to_start > 0.5) + balanced_bce(end, to_end > 0.5),
-                good=balanced_bce(maps[:, 0], overlap > 0.9, valid),
-                overlap=balanced_regression(maps[:, 1], overlap, valid, generator))
+    return dict(
+        boundaries=balanced_bce(start, to_start > 0.5) + balanced_bce(end, to_end > 0.5),
+        good=balanced_bce(maps[:, 0], overlap > 0.9, valid),
+        overlap=balanced_regression(maps[:, 1], overlap, valid, generator),
+    )
 
 
 def bmn_loss(
-    outputs: tuple[Tensor, Tensor, Tensor], targets: tuple[Tensor, Tensor, Tensor], generator: torch.Generator | None = None
+    outputs: tuple[Tensor, Tensor, Tensor],
+    targets: tuple[Tensor, Tensor, Tensor],
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     "boundaries + good + 5 overlap, of `bmn_losses`."
     parts = bmn_losses(outputs, targets, generator)
@@ -89,13 +97,15 @@ def decode_proposals(
     A proposal begins at a snippet whose start probability is a local maximum or above half of the video's largest (or at snippet 0), and ends
     likewise (or with the last one). Its score is the product of both maps and, with `use_boundaries`, of both probabilities.
     """
+
     def candidates(p, always):
         around = F.pad(p, (1, 1), value=-1.0)
         flag = ((p > around[:, :-2]) & (p > around[:, 2:])) | (p > 0.5 * p.amax(1, keepdim=True))
         flag[:, always] = True
         return flag
+
     B, _, D, T = maps.shape
-    last = torch.arange(D, device=maps.device)[:, None] + torch.arange(T, device=maps.device)             # [D, T]
+    last = torch.arange(D, device=maps.device)[:, None] + torch.arange(T, device=maps.device)  # [D, T]
     valid, at_end = last < T, last.clamp(max=T - 1)
     ok = candidates(start, 0)[:, None] & candidates(end, T - 1)[:, at_end] & valid
     score = maps[:, 0] * maps[:, 1]

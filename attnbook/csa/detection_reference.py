@@ -25,7 +25,9 @@ def temporal_iou(a: Tensor, b: Tensor) -> Tensor:
     for name, x in (("a", a), ("b", b)):
         check_tensor(name, x), check_int(f"the last axis of {name}", x.shape[-1], least=2, most=2)
         if bool((x[..., 1] < x[..., 0]).any()):
-            raise ValueError(f"{name} must hold segments that end after they start, not {x[x[..., 1] < x[..., 0]][0].tolist()}")
+            raise ValueError(
+                f"{name} must hold segments that end after they start, not {x[x[..., 1] < x[..., 0]][0].tolist()}"
+            )
     a, b = a[..., :, None, :], b[..., None, :, :]
     shared = (torch.minimum(a[..., 1], b[..., 1]) - torch.maximum(a[..., 0], b[..., 0])).clamp(min=0)
     union = (a[..., 1] - a[..., 0]) + (b[..., 1] - b[..., 0]) - shared
@@ -33,7 +35,13 @@ def temporal_iou(a: Tensor, b: Tensor) -> Tensor:
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #e5f4bf92
 def soft_nms_1d(
-    segments: Tensor, scores: Tensor, *, sigma: float = 0.5, min_score: float = 1e-4, max_num: int = 200, method: str = "gaussian"
+    segments: Tensor,
+    scores: Tensor,
+    *,
+    sigma: float = 0.5,
+    min_score: float = 1e-4,
+    max_num: int = 200,
+    method: str = "gaussian",
 ) -> tuple[Tensor, Tensor]:
     """Suppression of segments `(…, n, 2)` with scores `(…, n)` from 0 up, of which 0 means none: the best `max_num`, best first.
 
@@ -41,7 +49,10 @@ def soft_nms_1d(
     where tIoU > sigma. Returns segments `(…, k, 2)` and scores `(…, k)` with k = min(n, max_num); where fewer are left with at
     least `min_score` the rest has score 0. Source: Bodla et al., Soft-NMS, ICCV 2017; BMN, Sec. 3.5.
     """
-    check_tensor("segments", segments), check_tensor("scores", scores, shape=segments.shape[:-1], on=segments, of="segments")
+    (
+        check_tensor("segments", segments),
+        check_tensor("scores", scores, shape=segments.shape[:-1], on=segments, of="segments"),
+    )
     check_choice("method", method, ("gaussian", "hard"))
     sigma = check_number("sigma", sigma, positive=method == "gaussian", least=0)
     rest, taken, found = scores.clone(), [], []
@@ -67,7 +78,7 @@ def match_detections(iou: Tensor, thresholds: Sequence[float]) -> Tensor:
     free = torch.ones(*iou.shape[:-2], len(limits), iou.shape[-1], dtype=torch.bool, device=iou.device)
     hits = torch.zeros(*iou.shape[:-2], len(limits), iou.shape[-2], dtype=torch.bool, device=iou.device)
     for r in range(iou.shape[-2] if iou.shape[-1] else 0):
-        best, i = torch.where(free, iou[..., None, r, :], -1).max(-1)                     # [..., thresholds]
+        best, i = torch.where(free, iou[..., None, r, :], -1).max(-1)  # [..., thresholds]
         hits[..., r] = best >= limits
         free = free & ~(hits[..., r, None] & (torch.arange(iou.shape[-1], device=iou.device) == i[..., None]))
     return hits
@@ -87,7 +98,8 @@ def average_precision(hits: Tensor, positives: int) -> float:
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #cf07f71a
 def detection_map(
-    truth: Sequence[tuple[Tensor, Tensor]], found: Sequence[tuple[Tensor, Tensor, Tensor]],
+    truth: Sequence[tuple[Tensor, Tensor]],
+    found: Sequence[tuple[Tensor, Tensor, Tensor]],
     thresholds: Sequence[float] = (0.3, 0.4, 0.5, 0.6, 0.7),
 ) -> dict[float, float]:
     """Mean average precision at each threshold of overlap, over the classes that occur among the instances.
@@ -108,7 +120,7 @@ def detection_map(
         most, many = max(len(s) for s in real), max((len(s) for s, _ in chosen), default=0)
         pad = lambda x, n, value=math.nan: F.pad(x, (0, 0) * (x.dim() - 1) + (0, n - len(x)), value=value)
         iou = temporal_iou(torch.stack([pad(s, many) for s, _ in chosen]), torch.stack([pad(s, most) for s in real]))
-        hits = match_detections(iou, thresholds)                                          # [videos, thresholds, many]
+        hits = match_detections(iou, thresholds)  # [videos, thresholds, many]
         there = torch.stack([torch.arange(many, device=iou.device) < len(s) for s, _ in chosen])
         order = torch.cat([s for _, s in chosen]).argsort(descending=True, stable=True)
         for k, threshold in enumerate(thresholds):

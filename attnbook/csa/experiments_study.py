@@ -37,18 +37,63 @@ from .streams_study import (
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #957f532b
 #: streams of `snippets` snippets of 16 samples (0.32 s); widths of the BMN are `width` times the published ones
 PRESETS = dict(
-    smoke=dict(streams=(12, 6), snippets=48, duration=40, recogniser=dict(steps=3, batch=8, width=8),
-               width=1 / 16, bins=8, steps=2, batch=4, seeds=2, keep=10, cost=dict(lengths=(16, 32), width=8, bins=4, rep_ms=1.0)),
-    cpu=dict(streams=(160, 60), snippets=64, duration=40, recogniser=dict(steps=120, batch=64, width=32),
-             width=1 / 8, bins=12, steps=40, batch=8, seeds=1, keep=40, cost=dict(lengths=(32, 64), width=32, bins=16, rep_ms=30.0)),
-    gpu=dict(streams=(1600, 400), snippets=128, duration=48, recogniser=dict(steps=800, batch=256, width=64),
-             width=1.0, bins=32, steps=160, batch=32, seeds=4, keep=100, cost=dict(lengths=(64, 128, 256), width=128, bins=32, rep_ms=40.0)))
+    smoke=dict(
+        streams=(12, 6),
+        snippets=48,
+        duration=40,
+        recogniser=dict(steps=3, batch=8, width=8),
+        width=1 / 16,
+        bins=8,
+        steps=2,
+        batch=4,
+        seeds=2,
+        keep=10,
+        cost=dict(lengths=(16, 32), width=8, bins=4, rep_ms=1.0),
+    ),
+    cpu=dict(
+        streams=(160, 60),
+        snippets=64,
+        duration=40,
+        recogniser=dict(steps=120, batch=64, width=32),
+        width=1 / 8,
+        bins=12,
+        steps=40,
+        batch=8,
+        seeds=1,
+        keep=40,
+        cost=dict(lengths=(32, 64), width=32, bins=16, rep_ms=30.0),
+    ),
+    gpu=dict(
+        streams=(1600, 400),
+        snippets=128,
+        duration=48,
+        recogniser=dict(steps=800, batch=256, width=64),
+        width=1.0,
+        bins=32,
+        steps=160,
+        batch=32,
+        seeds=4,
+        keep=100,
+        cost=dict(lengths=(64, 128, 256), width=128, bins=32, rep_ms=40.0),
+    ),
+)
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #378fa4e3
-MAIN = {"BMN": {}, "SE": dict(attention="se"), "scSE": dict(attention="scse"), "CSA": dict(attention="csa"),
-        "CSA+SE": dict(attention="csa+se"), "wide BMN": dict(wide=True)}
-ABLATION = {"channel only": dict(axes="channel"), "snippet only": dict(axes="temporal"), "max": dict(fuse="max"), "prod": dict(fuse="prod"),
-            "k=1": dict(kernel_size=1)}
+MAIN = {
+    "BMN": {},
+    "SE": dict(attention="se"),
+    "scSE": dict(attention="scse"),
+    "CSA": dict(attention="csa"),
+    "CSA+SE": dict(attention="csa+se"),
+    "wide BMN": dict(wide=True),
+}
+ABLATION = {
+    "channel only": dict(axes="channel"),
+    "snippet only": dict(axes="temporal"),
+    "max": dict(fuse="max"),
+    "prod": dict(fuse="prod"),
+    "k=1": dict(kernel_size=1),
+}
 SOURCES = {"untrained": dict(semantics="untrained"), "person": dict(semantics="person")}
 QUIET = {"BMN, no distractors": dict(quiet=True), "CSA, no distractors": dict(attention="csa", quiet=True)}
 #: method -> what its detector is; those of ABLATION and SOURCES are CSA
@@ -60,12 +105,23 @@ def detector(features: int, method: str, *, width: float, bins: int, duration: i
     "The detector of a method: a BMN of `width` times the published widths, with attention, untrained."
     options = {k: v for k, v in METHODS[method].items() if k not in ("wide", "semantics", "quiet")}
     of = lambda n: max(8, int(n * width) // 8 * 8)
-    make = lambda channels, **o: BMN(features, duration, channels=channels, proposal_channels=of(128), match_channels=of(512),
-                                     map_channels=of(128), num_bins=bins, hidden=of(64), **o)
+    make = lambda channels, **o: BMN(
+        features,
+        duration,
+        channels=channels,
+        proposal_channels=of(128),
+        match_channels=of(512),
+        map_channels=of(128),
+        num_bins=bins,
+        hidden=of(64),
+        **o,
+    )
     channels = of(256)
     if METHODS[method].get("wide"):
         want = count_parameters(lambda: make(channels, attention="csa"))
-        channels = min(range(channels, 2 * channels + 1, 4), key=lambda c: abs(count_parameters(lambda: make(c)) - want))
+        channels = min(
+            range(channels, 2 * channels + 1, 4), key=lambda c: abs(count_parameters(lambda: make(c)) - want)
+        )
     return make(channels, **options)
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #26a0a3df
@@ -74,6 +130,7 @@ class Experiments:
 
     `preset` a key of `PRESETS`; `steps` other than the preset's; `seed` of data and recognisers. ValueError for an unknown preset.
     """
+
     def __init__(self, preset: str = "cpu", device: str = "cpu", steps: int = 0, seed: int = 0):
         self.preset, self.device, self.seed = check_choice("preset", preset, tuple(PRESETS)), device, seed
         self.c = PRESETS[preset] | (dict(steps=steps) if steps else {})
@@ -95,8 +152,13 @@ class Experiments:
         self.data[False] = self._prepare(streams)
 
     def _streams(self, split, n, distractors):
-        return stitched_streams(SPLITS[split], n, snippets=self.c["snippets"], distractors=distractors,
-                                seed=self.seed * 100 + list(SPLITS).index(split))
+        return stitched_streams(
+            SPLITS[split],
+            n,
+            snippets=self.c["snippets"],
+            distractors=distractors,
+            seed=self.seed * 100 + list(SPLITS).index(split),
+        )
 
     def _standard(self, x):
         return (torch.as_tensor(x) - self.shift) / self.scale
@@ -120,17 +182,25 @@ class Experiments:
                 if name == "class":
                     found["chances"] = chances
             segments = s.padded().to(self.device)
-            found["targets"] = bmn_targets(segments, self.c["snippets"], self.c["duration"]) if split == "train" else None
+            found["targets"] = (
+                bmn_targets(segments, self.c["snippets"], self.c["duration"]) if split == "train" else None
+            )
             out[split] = found | dict(segments=segments, streams=s)
         for name in self.nets:
-            mean, std = out["train"][name].mean((0, 2), keepdim=True), out["train"][name].std((0, 2), keepdim=True) + 1e-5
-            for split in out: out[split][name] = (out[split][name] - mean) / std
+            mean, std = (
+                out["train"][name].mean((0, 2), keepdim=True),
+                out["train"][name].std((0, 2), keepdim=True) + 1e-5,
+            )
+            for split in out:
+                out[split][name] = (out[split][name] - mean) / std
         return out
 
     def of(self, quiet: bool) -> dict:
         "The prepared data, without distractors if `quiet`, which is made when first asked for."
         if quiet not in self.data:
-            self.data[quiet] = self._prepare({s: self._streams(s, n, False) for s, n in zip(("train", "test"), self.c["streams"])})
+            self.data[quiet] = self._prepare(
+                {s: self._streams(s, n, False) for s, n in zip(("train", "test"), self.c["streams"])}
+            )
         return self.data[quiet]
 
     def run(self, method: str, seed: int = 0) -> dict:
@@ -139,7 +209,9 @@ class Experiments:
         train, test = (self.of(how.get("quiet", False))[s] for s in ("train", "test"))
         source = how.get("semantics", "class")
         torch.manual_seed(seed)
-        net = detector(train["class"].shape[1], method, width=c["width"], bins=c["bins"], duration=c["duration"]).to(self.device)
+        net = detector(train["class"].shape[1], method, width=c["width"], bins=c["bins"], duration=c["duration"]).to(
+            self.device
+        )
         noise = torch.Generator(self.device).manual_seed(seed)
 
         def batches(step):
@@ -150,19 +222,39 @@ class Experiments:
         def loss(net, x, semantics, *targets):
             return bmn_loss(net(x, semantics), targets, noise)
 
-        history = fit(net, loss, batches, steps=c["steps"], lr=1e-3, weight_decay=1e-4, seed=seed, device=self.device, progress=False)
+        history = fit(
+            net,
+            loss,
+            batches,
+            steps=c["steps"],
+            lr=1e-3,
+            weight_decay=1e-4,
+            seed=seed,
+            device=self.device,
+            progress=False,
+        )
         found = evaluate_detector(net, test, source, keep=c["keep"], device=self.device)
-        return dict(method=method, run=seed, steps=c["steps"], parameters=count_parameters(net), loss=float(np.mean(history.loss[-10:])),
-                    recogniser=self.accuracy, seconds=history.seconds, **found)
+        return dict(
+            method=method,
+            run=seed,
+            steps=c["steps"],
+            parameters=count_parameters(net),
+            loss=float(np.mean(history.loss[-10:])),
+            recogniser=self.accuracy,
+            seconds=history.seconds,
+            **found,
+        )
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #ff862975
-def name_proposals(segments: Tensor, scores: Tensor, chances: Tensor, top: int = 2) -> list[tuple[Tensor, Tensor, Tensor]]:
+def name_proposals(
+    segments: Tensor, scores: Tensor, chances: Tensor, top: int = 2
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Detections for `detection_map`: proposals `(B, k, 2)` with scores `(B, k)`, named by the mean of `chances` `(B, T, classes)` over
     their snippets; the `top` best classes of each count, with the score times the class's chance. The last class is "something else"."""
-    total = F.pad(chances.cumsum(1), (0, 0, 1, 0))                                        # [B, T + 1, classes]
+    total = F.pad(chances.cumsum(1), (0, 0, 1, 0))  # [B, T + 1, classes]
     at = lambda edge: total.gather(1, segments[..., edge].long()[..., None].expand(-1, -1, total.shape[2]))
     mean = (at(1) - at(0)) / (segments[..., 1] - segments[..., 0]).clamp(min=1)[..., None]
-    chance, label = mean[..., :-1].topk(top, dim=-1)                                      # [B, k, top]
+    chance, label = mean[..., :-1].topk(top, dim=-1)  # [B, k, top]
     value = scores[..., None] * chance
     out = []
     for s, v, c in zip(segments.cpu(), value.cpu(), label.cpu()):
@@ -176,7 +268,7 @@ def evaluate_detector(net: BMN, test: Mapping, source: str, *, keep: int, device
     "mAP at `THRESHOLDS` and their mean, and what the gates go with; `test` as `Experiments` prepares it."
     parts, gates = [], []
     for i in range(0, len(test["class"]), chunk):
-        x, r = test["class"][i:i + chunk], test[source][i:i + chunk]
+        x, r = test["class"][i : i + chunk], test[source][i : i + chunk]
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=torch.device(device).type == "cuda"):
             outputs = net(x, r)
             if net.csa is not None:
@@ -198,27 +290,39 @@ def gate_looks(channel: Tensor, time: Tensor, streams: Streams) -> dict:
     marks = {n: torch.zeros_like(time) for n in ("action", "distractor", "boundary")}
     for i, (s, d) in enumerate(zip(streams.segments, streams.distractors)):
         for name, spans in (("action", s), ("distractor", d)):
-            for a, b in spans: marks[name][i, (middle > a) & (middle < b)] = 1
-        for edge in s.ravel(): marks["boundary"][i, (middle - edge).abs() < 1.5] = 1
+            for a, b in spans:
+                marks[name][i, (middle > a) & (middle < b)] = 1
+        for edge in s.ravel():
+            marks["boundary"][i, (middle - edge).abs() < 1.5] = 1
     row = {f"gate_{n}": rank_correlation(time.flatten().numpy(), m.flatten().numpy()) for n, m in marks.items()}
     has = torch.stack([torch.as_tensor(np.isin(np.arange(len(LABELS)), c)) for c in streams.labels]).float()
     share = (has @ has.T > 0).float().fill_diagonal_(0)
     distance = torch.cdist(channel, channel).fill_diagonal_(math.inf)
     n = len(channel)
-    return row | dict(gate_shares_class=float(share[torch.arange(n), distance.argmin(1)].mean()), chance_shares_class=float(share.sum() / max(n * (n - 1), 1)))
+    return row | dict(
+        gate_shares_class=float(share[torch.arange(n), distance.argmin(1)].mean()),
+        chance_shares_class=float(share.sum() / max(n * (n - 1), 1)),
+    )
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #cebb2e6d
 def run_experiments(
-    preset: str = "gpu", device: str | None = None, seed: int = 0, steps: int = 0, methods: Sequence[str] | None = None,
+    preset: str = "gpu",
+    device: str | None = None,
+    seed: int = 0,
+    steps: int = 0,
+    methods: Sequence[str] | None = None,
     show: Callable[[str], object] = print,
 ) -> list[dict]:
     "Trains all detectors of a preset, or some `methods`, seed by seed; records each row as it comes and returns all."
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for m in methods or (): check_choice("methods", m, tuple(METHODS))
+    for m in methods or ():
+        check_choice("methods", m, tuple(METHODS))
     lab = Experiments(preset, device, steps=steps, seed=seed)
     show(f"recogniser: {lab.accuracy:.1%} of the windows of people it has not seen")
     chosen, seeds, rows = list(methods or METHODS), range(seed, seed + lab.c["seeds"]), []
-    plan = [(run, m) for run in seeds for m in chosen if m not in QUIET] + [(run, m) for run in seeds for m in chosen if m in QUIET]
+    plan = [(run, m) for run in seeds for m in chosen if m not in QUIET] + [
+        (run, m) for run in seeds for m in chosen if m in QUIET
+    ]
     for run, method in plan:
         row = lab.run(method, run)
         rows.append(record("csa", "detection", key=("method", "run", "steps"), device=device, preset=preset, **row))

@@ -21,6 +21,7 @@ from .reference import FUSIONS
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #5aa19c25
 class GateConstants(NamedTuple):
     "What the gate's kernels are compiled for."
+
     channels: int  # of a tile
     snippets: int  # of a tile
     fuse: int  # place in `FUSIONS`
@@ -75,7 +76,7 @@ def gate_forward(F_IN, CL, TL, MASK, OUT, channels, T, C: tl.constexpr):
     c = tl.program_id(1) * BC + tl.arange(0, BC)[:, None]
     a_c, a_t, ok = gate_logits(CL, TL, MASK, b, c, t, channels, T, C)
     at = (b * channels + c) * T + t
-    f = tl.load(F_IN + at, mask=ok, other=0.0).to(tl.float32)                             # [BC, BT]
+    f = tl.load(F_IN + at, mask=ok, other=0.0).to(tl.float32)  # [BC, BT]
     tl.store(OUT + at, (f * fused_gate(a_c, a_t, C)).to(OUT.dtype.element_ty), mask=(c < channels) & (t < T))
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #d5c00e81
@@ -89,7 +90,7 @@ def gate_backward(F_IN, CL, TL, MASK, G, DF, SUM_C, SUM_T, channels, T, C: tl.co
     c = tl.program_id(1) * BC + tl.arange(0, BC)[:, None]
     a_c, a_t, ok = gate_logits(CL, TL, MASK, b, c, t, channels, T, C)
     at = (b * channels + c) * T + t
-    f = tl.load(F_IN + at, mask=ok, other=0.0).to(tl.float32)                             # [BC, BT]
+    f = tl.load(F_IN + at, mask=ok, other=0.0).to(tl.float32)  # [BC, BT]
     g = tl.load(G + at, mask=ok, other=0.0).to(tl.float32)
     tl.store(DF + at, (g * fused_gate(a_c, a_t, C)).to(DF.dtype.element_ty), mask=(c < channels) & (t < T))
     d_c, d_t = gate_slopes(a_c, a_t, g * f, C)
@@ -122,6 +123,7 @@ def gate_finish(SUM_C, SUM_T, CL, TL, DCL, DTL, channels, T, tiles_c, tiles_t, B
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #430c6413
 class GateLaunch(NamedTuple):
     "How a gate kernel is launched."
+
     channels: int  # of a tile, at most
     snippets: int
     warps: int
@@ -138,7 +140,7 @@ def gate_tiles(kind: str, f: Tensor, fuse: str, masked: bool) -> tuple[GateConst
     B, C, T = f.shape
     p = GATE_LAUNCH.find(arch_of(f.device), kind, torch.finfo(f.dtype).bits, 16)
     BC, BT = (min(most, max(1, 1 << (n - 1).bit_length())) for most, n in ((p.channels, C), (p.snippets, T)))
-    if T > 2048 and BT == p.snippets:                        # long rows: wide tiles read them in larger pieces
+    if T > 2048 and BT == p.snippets:  # long rows: wide tiles read them in larger pieces
         BC, BT = max(1, BC // 2), BT * 2
     return GateConstants(BC, BT, FUSIONS.index(fuse), masked), (-(-T // BT), -(-C // BC), B), p.warps
 
@@ -154,8 +156,9 @@ def plan_gate_backward(f: Tensor, fuse: str, masked: bool) -> Callable:
     C, grid, warps = gate_tiles("backward", f, fuse, masked)
     B, channels, T = f.shape
     sweep = BoundLaunch(gate_backward, grid, channels, T, C=C, num_warps=warps)
-    finish = BoundLaunch(gate_finish, (-(-channels // 128) + -(-T // 128), B), channels, T, grid[1], grid[0], BLOCK=128,
-                         num_warps=4)
+    finish = BoundLaunch(
+        gate_finish, (-(-channels // 128) + -(-T // 128), B), channels, T, grid[1], grid[0], BLOCK=128, num_warps=4
+    )
 
     def run(f, channel_logits, time_logits, mask, g):
         df, dc, dt = torch.empty_like(f), torch.empty_like(channel_logits), torch.empty_like(time_logits)
@@ -164,11 +167,13 @@ def plan_gate_backward(f: Tensor, fuse: str, masked: bool) -> Callable:
         sweep(f, channel_logits, time_logits, mask, g, df, sum_c, sum_t)
         finish(sum_c, sum_t, channel_logits, time_logits, dc, dt)
         return df, dc, dt
+
     return run
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #b6c69b59
 class SummaryConstants(NamedTuple):
     "What the kernels of the semantics are compiled for."
+
     hidden: int  # rounded up
     channels: int  # of a step
     snippets: int  # of a tile
@@ -195,17 +200,27 @@ def summary_forward(R, W, BIAS, TW, TB, MASK, U, TIME, PARTS, channels, hidden, 
             there = there & (tl.load(MASK + b * T + s, mask=there, other=0) != 0)
         for first in range(0, channels, BC):
             c = first + tl.arange(0, BC)
-            w = tl.load(W + (tap * hidden + h[:, None]) * channels + c[None, :],
-                        mask=(h[:, None] < hidden) & (c[None, :] < channels), other=0.0)  # [BH, BC]
-            r = tl.load(R + (b * channels + c[:, None]) * T + s[None, :], mask=(c[:, None] < channels) & there[None, :],
-                        other=0.0)                                                        # [BC, BT]
+            w = tl.load(
+                W + (tap * hidden + h[:, None]) * channels + c[None, :],
+                mask=(h[:, None] < hidden) & (c[None, :] < channels),
+                other=0.0,
+            )  # [BH, BC]
+            r = tl.load(
+                R + (b * channels + c[:, None]) * T + s[None, :],
+                mask=(c[:, None] < channels) & there[None, :],
+                other=0.0,
+            )  # [BC, BT]
             acc = tl.dot(w, r, acc, input_precision=PRECISION)
     ok = t < T
     if C.masked:
         ok = ok & (tl.load(MASK + b * T + t, mask=ok, other=0) != 0)
     bias = tl.load(BIAS + h, mask=h < hidden, other=0.0).to(tl.float32)
-    u = tl.where(ok[None, :], tl.maximum(acc + bias[:, None], 0.0), 0.0)                  # 0 for h >= hidden
-    tl.store(U + (b * hidden + h[:, None]) * T + t[None, :], u.to(U.dtype.element_ty), mask=(h[:, None] < hidden) & (t[None, :] < T))
+    u = tl.where(ok[None, :], tl.maximum(acc + bias[:, None], 0.0), 0.0)  # 0 for h >= hidden
+    tl.store(
+        U + (b * hidden + h[:, None]) * T + t[None, :],
+        u.to(U.dtype.element_ty),
+        mask=(h[:, None] < hidden) & (t[None, :] < T),
+    )
     tw = tl.load(TW + h, mask=h < hidden, other=0.0).to(tl.float32)
     time = tl.sum(u * tw[:, None], 0) + tl.load(TB).to(tl.float32)
     tl.store(TIME + b * T + t, time.to(TIME.dtype.element_ty), mask=t < T)
@@ -219,17 +234,20 @@ def summary_backward(U, TW, DTIME, DMEAN, DU, PARTS, hidden, T, BH: tl.constexpr
     h, t = tl.arange(0, BH), tl.program_id(0) * BT + tl.arange(0, BT)
     ok = (h[:, None] < hidden) & (t[None, :] < T)
     at = (b * hidden + h[:, None]) * T + t[None, :]
-    u = tl.load(U + at, mask=ok, other=0.0).to(tl.float32)                                # [BH, BT]
+    u = tl.load(U + at, mask=ok, other=0.0).to(tl.float32)  # [BH, BT]
     tw = tl.load(TW + h, mask=h < hidden, other=0.0).to(tl.float32)
     dmean = tl.load(DMEAN + b * hidden + h, mask=h < hidden, other=0.0).to(tl.float32)
     dtime = tl.load(DTIME + b * T + t, mask=t < T, other=0.0).to(tl.float32)
     du = tl.where(u > 0, tw[:, None] * dtime[None, :] + dmean[:, None], 0.0)
     tl.store(DU + at, du.to(DU.dtype.element_ty), mask=ok)
-    tl.store(PARTS + (b * tl.num_programs(0) + tl.program_id(0)) * hidden + h, tl.sum(u * dtime[None, :], 1), mask=h < hidden)
+    tl.store(
+        PARTS + (b * tl.num_programs(0) + tl.program_id(0)) * hidden + h, tl.sum(u * dtime[None, :], 1), mask=h < hidden
+    )
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #c8cf7aab
 class SummaryLaunch(NamedTuple):
     "How the kernels of the semantics are launched."
+
     channels: int  # of a step
     snippets: int  # of a tile
     warps: int
@@ -249,5 +267,8 @@ def plan_summary(r: Tensor, hidden: int, taps: int, masked: bool) -> tuple[Bound
     p = SUMMARY_LAUNCH.find(arch_of(r.device), "forward", torch.finfo(r.dtype).bits, BH)
     BC = min(p.channels, max(16, 1 << (channels - 1).bit_length()))
     C, tiles = SummaryConstants(BH, BC, p.snippets, taps, masked, dot_precision(r.dtype)), -(-T // p.snippets)
-    return (BoundLaunch(summary_forward, (tiles, B), channels, hidden, T, C=C, num_warps=p.warps, num_stages=p.stages),
-            BoundLaunch(summary_backward, (tiles, B), hidden, T, BH=BH, BT=p.snippets, num_warps=4), tiles)
+    return (
+        BoundLaunch(summary_forward, (tiles, B), channels, hidden, T, C=C, num_warps=p.warps, num_stages=p.stages),
+        BoundLaunch(summary_backward, (tiles, B), hidden, T, BH=BH, BT=p.snippets, num_warps=4),
+        tiles,
+    )

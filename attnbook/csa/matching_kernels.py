@@ -23,6 +23,7 @@ from ..engine.host import dot_precision
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #2a48bbb2
 class MatchConstants(NamedTuple):
     "What the matching kernels are compiled for."
+
     bins: int  # N
     samples: int  # J of a bin
     steps: int  # M = N J - 1, from the first sample to the last
@@ -63,7 +64,7 @@ def hat_weights(at, home, step, first, C: tl.constexpr):
 def window_start(t0, d0, d1, n, C: tl.constexpr):
     "The first snippet that bin n of proposals of durations d0 and d1 and start t0 can touch."
     unit: tl.constexpr = 2 * C.steps
-    lift = C.reach * (d1 + 1)                                # keeps what is divided above zero
+    lift = C.reach * (d1 + 1)  # keeps what is divided above zero
     a = 2 * (d0 + C.reach * (d0 + 1)) * C.samples * n - C.steps * C.reach * (d0 + 1)
     b = 2 * (d1 + C.reach * (d1 + 1)) * C.samples * n - C.steps * C.reach * (d1 + 1)
     return t0 + (tl.minimum(a, b) + unit * lift) // unit - lift
@@ -97,14 +98,14 @@ def match_forward(Y, BIAS, OUT, T, D, O, start_tiles, C: tl.constexpr):
     o = tl.program_id(1) * BO + tl.arange(0, BO)[None, :]
     b = tl.program_id(2).to(tl.int64)
     m = tl.arange(0, BM)[:, None]
-    d, t = d0 + m // C.starts, t0 + m % C.starts                                          # [BM, 1]
+    d, t = d0 + m // C.starts, t0 + m % C.starts  # [BM, 1]
     acc = tl.zeros([BM, BO], tl.float32)
     if t0 + d0 < T:
         d1 = tl.minimum(d0 + C.durations, D) - 1
         t1 = tl.minimum(t0 + C.starts, T) - 1
         span = 2 * (d + C.reach * (d + 1))
-        origin = (2 * C.steps * t - C.steps * C.reach * (d + 1)).to(tl.float32)           # of sample 0
-        step, stride = span.to(tl.float32), (span * C.samples).to(tl.float32)             # to the next sample, bin
+        origin = (2 * C.steps * t - C.steps * C.reach * (d + 1)).to(tl.float32)  # of sample 0
+        step, stride = span.to(tl.float32), (span * C.samples).to(tl.float32)  # to the next sample, bin
         low = tl.minimum(first_bin(t1, d0, C), first_bin(t1, d1, C))
         high = tl.maximum(last_bin(t0, d0, T, C), last_bin(t0, d1, T, C))
         k = tl.arange(0, BK)
@@ -112,10 +113,13 @@ def match_forward(Y, BIAS, OUT, T, D, O, start_tiles, C: tl.constexpr):
             n = i // C.windows
             s0 = window_start(t0, d0, d1, n, C) + i % C.windows * BK
             s = s0 + k
-            y = tl.load(Y + ((b * T + s[:, None]) * C.bins + n) * O + o,
-                        mask=(s[:, None] >= 0) & (s[:, None] < T) & (o < O), other=0.0)   # [BK, BO]
+            y = tl.load(
+                Y + ((b * T + s[:, None]) * C.bins + n) * O + o,
+                mask=(s[:, None] >= 0) & (s[:, None] < T) & (o < O),
+                other=0.0,
+            )  # [BK, BO]
             at = (2 * C.steps * s[None, :]).to(tl.float32)
-            w = hat_weights(at, origin + stride * n, step, s[None, :] == 0, C)            # [BM, BK]
+            w = hat_weights(at, origin + stride * n, step, s[None, :] == 0, C)  # [BM, BK]
             acc = tl.dot(w.to(y.dtype), y, acc, input_precision=PRECISION)
     if C.bias:
         acc += tl.load(BIAS + o, mask=o < O, other=0.0).to(tl.float32)
@@ -137,23 +141,24 @@ def match_backward(G, STEPS, FIRST, DY, T, D, O, row_tiles, C: tl.constexpr):
     b = tl.program_id(2).to(tl.int64)
     m = tl.arange(0, BM)[:, None]
     n = tile // row_tiles * C.group + m // C.rows
-    s = tile % row_tiles * C.rows + m % C.rows                                            # [BM, 1]
+    s = tile % row_tiles * C.rows + m % C.rows  # [BM, 1]
     at = (2 * C.steps * s).to(tl.float32)
     k = tl.arange(0, BK)
     acc = tl.zeros([BM, BO], tl.float32)
     for i in range(tl.load(FIRST + tile), tl.load(FIRST + tile + 1)):
         d = tl.load(STEPS + 2 * i) + k // C.starts
-        t = tl.load(STEPS + 2 * i + 1) + k % C.starts                                     # [BK]
+        t = tl.load(STEPS + 2 * i + 1) + k % C.starts  # [BK]
         ok = (d < D) & (t + d < T)
         g = tl.load(G + ((b * D + d[:, None]) * T + t[:, None]) * O + o, mask=ok[:, None] & (o < O), other=0.0)
         span = 2 * (d + C.reach * (d + 1))
         origin = (2 * C.steps * t - C.steps * C.reach * (d + 1)).to(tl.float32)
         step, stride = span.to(tl.float32), (span * C.samples).to(tl.float32)
         home = origin[None, :] + stride[None, :] * n.to(tl.float32)
-        w = hat_weights(at, home, step[None, :], s == 0, C)                               # [BM, BK]
+        w = hat_weights(at, home, step[None, :], s == 0, C)  # [BM, BK]
         acc = tl.dot(w.to(g.dtype), g, acc, input_precision=PRECISION)
-    tl.store(DY + ((b * T + s) * C.bins + n) * O + o, acc.to(DY.dtype.element_ty),
-             mask=(s < T) & (n < C.bins) & (o < O))
+    tl.store(
+        DY + ((b * T + s) * C.bins + n) * O + o, acc.to(DY.dtype.element_ty), mask=(s < T) & (n < C.bins) & (o < O)
+    )
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #60b87cb7
 @triton.jit
@@ -178,14 +183,14 @@ def backward_steps(T: int, D: int, C: MatchConstants, device: torch.device) -> t
     "The steps (duration, start) of all tiles, int32 `(steps, 2)`, and where each tile's begin, int32 `(tiles + 1,)`."
     groups, tiles = -(-C.bins // C.group), -(-T // C.rows)
     d = np.stack([np.arange(0, D, C.durations), np.minimum(np.arange(0, D, C.durations) + C.durations, D) - 1])
-    span, home = d + C.reach * (d + 1), C.steps * C.reach * (d + 1)                       # [2, duration tiles]
+    span, home = d + C.reach * (d + 1), C.steps * C.reach * (d + 1)  # [2, duration tiles]
     bins = np.arange(groups)[:, None, None] * C.group
     last = np.minimum(bins + C.group, C.bins)
-    lowest = np.floor((2 * span * C.samples * bins - home) / (2 * C.steps)).min(1)        # [groups, duration tiles]
+    lowest = np.floor((2 * span * C.samples * bins - home) / (2 * C.steps)).min(1)  # [groups, duration tiles]
     highest = np.ceil((2 * span * (C.samples * last - 1) - home) / (2 * C.steps)).max(1)
     s0 = np.arange(tiles)[None, :, None] * C.rows
     s1 = np.minimum(s0 + C.rows, T) - 1
-    begin = np.maximum(s0 - highest[:, None], 0)                                          # [groups, tiles, duration tiles]
+    begin = np.maximum(s0 - highest[:, None], 0)  # [groups, tiles, duration tiles]
     end = np.minimum(s1 - lowest[:, None], T - 1 - d[0])
     count = np.maximum(-(-(end - begin + 1) // C.starts), 0).astype(np.int64)
     per_tile = count.sum(-1).ravel()
@@ -193,12 +198,15 @@ def backward_steps(T: int, D: int, C: MatchConstants, device: torch.device) -> t
     flat = np.repeat(np.arange(count.size), count.ravel())
     nth = np.arange(len(flat)) - np.repeat(count.ravel().cumsum() - count.ravel(), count.ravel())
     steps = np.stack([d[0][flat % d.shape[1]], begin.ravel()[flat].astype(np.int64) + nth * C.starts], 1)
-    return (torch.as_tensor(steps.astype(np.int32), device=device),
-            torch.as_tensor(first.astype(np.int32), device=device))
+    return (
+        torch.as_tensor(steps.astype(np.int32), device=device),
+        torch.as_tensor(first.astype(np.int32), device=device),
+    )
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #d2968d06
 class MatchLaunch(NamedTuple):
     "How a matching kernel is launched."
+
     durations: int  # of a tile of proposals
     starts: int
     window: int  # rows of Y of a step (forward)
@@ -225,21 +233,47 @@ def match_constants(
     "What 'forward' or 'backward' is compiled for, for tensors of y's type and device."
     p = MATCH_LAUNCH.find(arch_of(y.device), kernel, torch.finfo(y.dtype).bits, 16)
     M = max(N * samples - 1, 1)
-    most = p.width if O % 16 == 0 and not legacy else min(p.width, 128)                   # what is not aligned needs registers
-    touched = math.floor(p.starts - 1 + (D - 1 + reach * D) * (samples - 1) / M + (p.durations - 1) * (1 + reach / 2)) + 3
+    most = p.width if O % 16 == 0 and not legacy else min(p.width, 128)  # what is not aligned needs registers
+    touched = (
+        math.floor(p.starts - 1 + (D - 1 + reach * D) * (samples - 1) / M + (p.durations - 1) * (1 + reach / 2)) + 3
+    )
     return MatchConstants(
-        bins=N, samples=samples, steps=M, reach=reach, legacy=legacy, durations=p.durations, starts=p.starts,
-        window=p.window, windows=-(-touched // p.window), group=p.group, rows=p.rows,
-        width=min(most, max(16, 1 << (O - 1).bit_length())), relu=relu, bias=bias, precision=dot_precision(y.dtype)), p
+        bins=N,
+        samples=samples,
+        steps=M,
+        reach=reach,
+        legacy=legacy,
+        durations=p.durations,
+        starts=p.starts,
+        window=p.window,
+        windows=-(-touched // p.window),
+        group=p.group,
+        rows=p.rows,
+        width=min(most, max(16, 1 << (O - 1).bit_length())),
+        relu=relu,
+        bias=bias,
+        precision=dot_precision(y.dtype),
+    ), p
 
 
-def plan_match_forward(y: Tensor, D: int, samples: int, reach: int, legacy: bool, relu: bool, bias: bool) -> BoundLaunch:
+def plan_match_forward(
+    y: Tensor, D: int, samples: int, reach: int, legacy: bool, relu: bool, bias: bool
+) -> BoundLaunch:
     "The launch (y, bias, out) for y `(B, T, N, O)`."
     B, T, N, O = y.shape
     C, p = match_constants("forward", y, D, N, O, samples, reach, legacy, relu, bias)
     start_tiles = -(-T // p.starts)
-    return BoundLaunch(match_forward, (start_tiles * -(-D // p.durations), -(-O // C.width), B), T, D, O, start_tiles, C=C,
-                       num_warps=p.warps, num_stages=p.stages)
+    return BoundLaunch(
+        match_forward,
+        (start_tiles * -(-D // p.durations), -(-O // C.width), B),
+        T,
+        D,
+        O,
+        start_tiles,
+        C=C,
+        num_warps=p.warps,
+        num_stages=p.stages,
+    )
 
 
 def plan_match_backward(g: Tensor, N: int, samples: int, reach: int, legacy: bool, relu: bool) -> Callable:
@@ -249,9 +283,20 @@ def plan_match_backward(g: Tensor, N: int, samples: int, reach: int, legacy: boo
     steps, first = backward_steps(T, D, C, g.device)
     row_tiles, blocks = -(-T // C.rows), -(-D * T // 64)
     wide = min(128, C.width)
-    opened = BoundLaunch(match_open, (blocks * B, -(-O // wide)), T, D, O, blocks, ROWS=64, BO=wide, RELU=relu, num_warps=4)
-    sweep = BoundLaunch(match_backward, (row_tiles * -(-N // C.group), -(-O // C.width), B), T, D, O, row_tiles, C=C,
-                        num_warps=p.warps, num_stages=p.stages)
+    opened = BoundLaunch(
+        match_open, (blocks * B, -(-O // wide)), T, D, O, blocks, ROWS=64, BO=wide, RELU=relu, num_warps=4
+    )
+    sweep = BoundLaunch(
+        match_backward,
+        (row_tiles * -(-N // C.group), -(-O // C.width), B),
+        T,
+        D,
+        O,
+        row_tiles,
+        C=C,
+        num_warps=p.warps,
+        num_stages=p.stages,
+    )
 
     def run(dout, out):
         parts = torch.empty(blocks * B, O, device=dout.device, dtype=torch.float32)
@@ -260,4 +305,5 @@ def plan_match_backward(g: Tensor, N: int, samples: int, reach: int, legacy: boo
         dy = torch.empty(B, T, N, O, device=dout.device, dtype=dout.dtype)
         sweep(held, steps, first, dy)
         return dy, parts
+
     return run

@@ -35,16 +35,28 @@ class ClassSemanticsAttention(nn.Module):
 
     Parameters with 400 semantic channels and 256 channels: 93,569. Source: CSA, Fig. 2; details are a reconstruction.
     """
+
     def __init__(
-        self, semantic_channels: int, channels: int, hidden: int = 64, kernel_size: int = 3, axes: str = "both",
-        fuse: str = "sum", backend: str = "auto",
+        self,
+        semantic_channels: int,
+        channels: int,
+        hidden: int = 64,
+        kernel_size: int = 3,
+        axes: str = "both",
+        fuse: str = "sum",
+        backend: str = "auto",
     ):
         super().__init__()
         sizes = dict(semantic_channels=semantic_channels, channels=channels, hidden=hidden, kernel_size=kernel_size)
-        for name, n in sizes.items(): check_int(name, n, least=1)
+        for name, n in sizes.items():
+            check_int(name, n, least=1)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, not {kernel_size}")
-        self.axes, self.fuse, self.backend = check_choice("axes", axes, AXES), check_choice("fuse", fuse, FUSIONS), backend
+        self.axes, self.fuse, self.backend = (
+            check_choice("axes", axes, AXES),
+            check_choice("fuse", fuse, FUSIONS),
+            backend,
+        )
         self.conv = nn.Conv1d(semantic_channels, hidden, kernel_size, padding=kernel_size // 2)
         self.to_channels = nn.Linear(hidden, channels) if axes != "temporal" else None
         self.to_time = nn.Linear(hidden, 1) if axes != "channel" else None
@@ -55,11 +67,18 @@ class ClassSemanticsAttention(nn.Module):
     def logits(self, semantics: Tensor, channels: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         "Logits of the channels' gates `(B, channels)` and of the snippets' `(B, T)`."
         if self.to_time is not None:
-            t, mean = semantic_summary(semantics, self.conv.weight, self.conv.bias, self.to_time.weight, self.to_time.bias, mask=mask,
-                                       backend=self.backend)
+            t, mean = semantic_summary(
+                semantics,
+                self.conv.weight,
+                self.conv.bias,
+                self.to_time.weight,
+                self.to_time.bias,
+                mask=mask,
+                backend=self.backend,
+            )
         else:
             semantics = semantics if mask is None else torch.where(mask[:, None], semantics, 0)
-            u = self.conv(semantics).relu()                                               # [B, hidden, T]
+            u = self.conv(semantics).relu()  # [B, hidden, T]
             mean = _valid_mean(u if mask is None else u * mask[:, None], mask).to(u.dtype)
             t = u.new_zeros(len(u), u.shape[2])
         return mean.new_zeros(len(mean), channels) if self.to_channels is None else self.to_channels(mean), t
@@ -90,6 +109,7 @@ class SqueezeExcite1d(nn.Module):
     `mask` `(B, T)`: False for padding, which the mean leaves out and the output has as 0. `reduction` divides `channels` between
     the two linear layers. Source: Hu et al., Squeeze-and-Excitation Networks, CVPR 2018.
     """
+
     def __init__(self, channels: int, reduction: int = 4):
         super().__init__()
         inner = check_divides("reduction", reduction, "channels", check_int("channels", channels, least=1))
@@ -119,31 +139,62 @@ class BMN(nn.Module):
 
     2,782,980 parameters with 400 input channels. Source: BMN (Lin et al., ICCV 2019) as OpenTAD builds it; CSA, Sec. 3.
     """
+
     def __init__(
-        self, in_channels: int = 400, max_duration: int = 128, attention: str = "none", *, channels: int = 256,
-        proposal_channels: int = 128, match_channels: int = 512, map_channels: int = 128, groups: int = 4, num_bins: int = 32,
-        samples_per_bin: int = 3, legacy_border: bool = False, semantic_channels: int | None = None, hidden: int = 64,
-        kernel_size: int = 3, axes: str = "both", fuse: str = "sum", backend: str = "auto",
+        self,
+        in_channels: int = 400,
+        max_duration: int = 128,
+        attention: str = "none",
+        *,
+        channels: int = 256,
+        proposal_channels: int = 128,
+        match_channels: int = 512,
+        map_channels: int = 128,
+        groups: int = 4,
+        num_bins: int = 32,
+        samples_per_bin: int = 3,
+        legacy_border: bool = False,
+        semantic_channels: int | None = None,
+        hidden: int = 64,
+        kernel_size: int = 3,
+        axes: str = "both",
+        fuse: str = "sum",
+        backend: str = "auto",
     ):
         super().__init__()
         self.max_duration = check_int("max_duration", max_duration, least=1)
         self.attention = check_choice("attention", attention, ATTENTIONS)
-        check_divides("groups", groups, "channels", channels), check_divides("groups", groups, "in_channels", in_channels)
+        (
+            check_divides("groups", groups, "channels", channels),
+            check_divides("groups", groups, "in_channels", in_channels),
+        )
         conv = lambda i, o, g=groups: nn.Sequential(nn.Conv1d(i, o, 3, padding=1, groups=g), nn.ReLU())
         self.encoder = nn.Sequential(conv(in_channels, channels), conv(channels, channels))
         source = channels if attention == "scse" else in_channels if semantic_channels is None else semantic_channels
         self.se = SqueezeExcite1d(channels) if attention in ("se", "csa+se") else None
-        self.csa = ClassSemanticsAttention(source, channels, hidden, kernel_size, axes, fuse, backend) if attention in (
-            "scse", "csa", "csa+se") else None
+        self.csa = (
+            ClassSemanticsAttention(source, channels, hidden, kernel_size, axes, fuse, backend)
+            if attention in ("scse", "csa", "csa+se")
+            else None
+        )
         self.start, self.end = (nn.Sequential(conv(channels, channels), nn.Conv1d(channels, 1, 1)) for _ in range(2))
         self.reduce = conv(channels, proposal_channels, 1)
         self.weight = nn.Parameter(torch.empty(match_channels, proposal_channels, num_bins))
         self.bias = nn.Parameter(torch.zeros(match_channels))
-        self.match = partial(boundary_matching, max_duration=max_duration, samples_per_bin=samples_per_bin,
-                             legacy_border=legacy_border, backend=backend)
+        self.match = partial(
+            boundary_matching,
+            max_duration=max_duration,
+            samples_per_bin=samples_per_bin,
+            legacy_border=legacy_border,
+            backend=backend,
+        )
         flat = lambda i, o, k: nn.Sequential(nn.Conv2d(i, o, k, padding=k // 2), nn.ReLU())
-        self.maps = nn.Sequential(flat(match_channels, map_channels, 1), flat(map_channels, map_channels, 3),
-                                  flat(map_channels, map_channels, 3), nn.Conv2d(map_channels, 2, 1))
+        self.maps = nn.Sequential(
+            flat(match_channels, map_channels, 1),
+            flat(map_channels, map_channels, 3),
+            flat(map_channels, map_channels, 3),
+            nn.Conv2d(map_channels, 2, 1),
+        )
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -166,7 +217,13 @@ class BMN(nn.Module):
             f = self.csa(f if self.attention == "scse" else x if semantics is None else semantics, f, mask)
         return f
 
-    def forward(self, x: Tensor, semantics: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, semantics: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         f = self.features(x, semantics, mask)
-        found = self.match(self.reduce(f), self.weight, self.bias)                        # [B, O, D, T]
-        return self.start(f)[:, 0].float().sigmoid(), self.end(f)[:, 0].float().sigmoid(), self.maps(found).float().sigmoid()
+        found = self.match(self.reduce(f), self.weight, self.bias)  # [B, O, D, T]
+        return (
+            self.start(f)[:, 0].float().sigmoid(),
+            self.end(f)[:, 0].float().sigmoid(),
+            self.maps(found).float().sigmoid(),
+        )

@@ -28,10 +28,16 @@ def _gate_forward(f: Tensor, channel_logits: Tensor, time_logits: Tensor, mask: 
     def run(f, channel_logits, time_logits):
         out = torch.empty_like(f)
         if out.numel():
-            launch = _GATE_PLANS.find(("forward", f.shape, f.dtype, f.device, fuse, mask is not None), plan_gate_forward, f, fuse,
-                                      mask is not None)
+            launch = _GATE_PLANS.find(
+                ("forward", f.shape, f.dtype, f.device, fuse, mask is not None),
+                plan_gate_forward,
+                f,
+                fuse,
+                mask is not None,
+            )
             launch(f, channel_logits, time_logits, mask, out)
         return out
+
     f, channel_logits, time_logits = (t.contiguous() for t in (f, channel_logits, time_logits))
     return through_float32(run, (f, channel_logits, time_logits)).to(f.dtype)
 
@@ -42,17 +48,28 @@ def _gate_backward(call):
     def run(f, channel_logits, time_logits, g):
         if not f.numel():
             return torch.empty_like(f), torch.zeros_like(channel_logits), torch.zeros_like(time_logits)
-        launch = _GATE_PLANS.find(("backward", f.shape, f.dtype, f.device, fuse, mask is not None), plan_gate_backward, f, fuse,
-                                  mask is not None)
+        launch = _GATE_PLANS.find(
+            ("backward", f.shape, f.dtype, f.device, fuse, mask is not None),
+            plan_gate_backward,
+            f,
+            fuse,
+            mask is not None,
+        )
         return launch(f, channel_logits, time_logits, mask, g)
+
     names = "f", "channel_logits", "time_logits"
     given = [t.contiguous() for t in (call.f, call.channel_logits, call.time_logits, call.grads[0])]
     return {n: g.to(getattr(call, n).dtype) for n, g in zip(names, through_float32(run, given))}
 
 
 _plain = lambda t: None if t is None else t.new_empty(t.shape)
-gate_op = operation("csa_gate", _gate_forward, like=lambda f, *_: _plain(f), backward=_gate_backward,
-                    gradients_like=lambda call: {n: _plain(getattr(call, n)) for n in ("f", "channel_logits", "time_logits")})
+gate_op = operation(
+    "csa_gate",
+    _gate_forward,
+    like=lambda f, *_: _plain(f),
+    backward=_gate_backward,
+    gradients_like=lambda call: {n: _plain(getattr(call, n)) for n in ("f", "channel_logits", "time_logits")},
+)
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #521cf8db
 _DECIDED = Plans()
@@ -71,7 +88,12 @@ def _decide_gate(f, channel_logits, time_logits, mask, *, fuse, backend):
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #0cafc501
 def csa_gate(
-    f: Tensor, channel_logits: Tensor, time_logits: Tensor, *, mask: Tensor | None = None, fuse: str = "sum",
+    f: Tensor,
+    channel_logits: Tensor,
+    time_logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    fuse: str = "sum",
     backend: str = "auto",
 ) -> Tensor:
     """Features times a gate for each channel and a gate for each snippet.
@@ -93,17 +115,22 @@ def _summary_plan(r, weight, mask):
     return _GATE_PLANS.find(key, plan_summary, r, weight.shape[0], weight.shape[2], mask is not None)
 
 
-def _summary_forward(r: Tensor, weight: Tensor, bias: Tensor, time_weight: Tensor, time_bias: Tensor, mask: Tensor | None
-                     ) -> tuple[Tensor, Tensor, Tensor]:
+def _summary_forward(
+    r: Tensor, weight: Tensor, bias: Tensor, time_weight: Tensor, time_bias: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     "Logits of snippets, means of the hidden features, the hidden features."
+
     def run(r, weight, bias, time_weight, time_bias):
         (B, _, T), H = r.shape, len(weight)
         forward, _, tiles = _summary_plan(r, weight, mask)
         u, time = r.new_empty(B, H, T), r.new_empty(B, T)
         parts = torch.empty(B, tiles, H, device=r.device, dtype=torch.float32)
-        forward(r, weight.permute(2, 0, 1).contiguous(), bias, time_weight.contiguous(), time_bias, mask, u, time, parts)
+        forward(
+            r, weight.permute(2, 0, 1).contiguous(), bias, time_weight.contiguous(), time_bias, mask, u, time, parts
+        )
         count = T if mask is None else mask.sum(1, keepdim=True).clamp(min=1)
         return time, (parts.sum(1) / count).to(r.dtype), u
+
     return tuple(t.to(r.dtype) for t in through_float32(run, (r.contiguous(), weight, bias, time_weight, time_bias)))
 
 
@@ -119,23 +146,41 @@ def _summary_backward(call):
         given = r if mask is None else torch.where(mask[:, None], r, 0)
         side = weight.shape[2] // 2
         dw = torch.einsum("bht,bckt->hck", du, F.pad(given, (side, side)).unfold(2, T, 1))
-        spread = torch.einsum("hck,bht->bckt", weight, du)                                # [B, C, taps, T]
+        spread = torch.einsum("hck,bht->bckt", weight, du)  # [B, C, taps, T]
         wide = torch.zeros(B, r.shape[1], T + 2 * side, device=r.device, dtype=torch.float32)
         for tap in range(weight.shape[2]):
-            wide[:, :, tap:tap + T] += spread[:, :, tap]
-        dr, db = wide[:, :, side:side + T].contiguous(), du.float().sum((0, 2))
+            wide[:, :, tap : tap + T] += spread[:, :, tap]
+        dr, db = wide[:, :, side : side + T].contiguous(), du.float().sum((0, 2))
         dr = dr if mask is None else torch.where(mask[:, None], dr, 0)
         return dr, dw, db, parts.sum((0, 1))[None], dtime.float().sum()[None]
+
     zeros = lambda g, shape: u.new_zeros(shape) if g is None else g.contiguous()
-    given = (call.r.contiguous(), call.weight.contiguous(), call.time_weight, u, zeros(dtime, (len(u), u.shape[2])), zeros(dmean, u.shape[:2]))
+    given = (
+        call.r.contiguous(),
+        call.weight.contiguous(),
+        call.time_weight,
+        u,
+        zeros(dtime, (len(u), u.shape[2])),
+        zeros(dmean, u.shape[:2]),
+    )
     names = "r", "weight", "bias", "time_weight", "time_bias"
     return {n: g.to(call.r.dtype) for n, g in zip(names, through_float32(run, given))}
 
 
 summary_op = operation(
-    "csa_summary", _summary_forward, backward=_summary_backward, nondifferentiable=(2,),
-    like=lambda r, weight, *_: (r.new_empty(len(r), r.shape[2]), r.new_empty(len(r), len(weight)), r.new_empty(len(r), len(weight), r.shape[2])),
-    gradients_like=lambda call: {n: _plain(getattr(call, n)) for n in ("r", "weight", "bias", "time_weight", "time_bias")})
+    "csa_summary",
+    _summary_forward,
+    backward=_summary_backward,
+    nondifferentiable=(2,),
+    like=lambda r, weight, *_: (
+        r.new_empty(len(r), r.shape[2]),
+        r.new_empty(len(r), len(weight)),
+        r.new_empty(len(r), len(weight), r.shape[2]),
+    ),
+    gradients_like=lambda call: {
+        n: _plain(getattr(call, n)) for n in ("r", "weight", "bias", "time_weight", "time_bias")
+    },
+)
 
 
 def _decide_summary(r, weight, bias, time_weight, time_bias, mask, *, backend):
@@ -154,7 +199,13 @@ def _decide_summary(r, weight, bias, time_weight, time_bias, mask, *, backend):
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #c838f5bb
 def semantic_summary(
-    r: Tensor, weight: Tensor, bias: Tensor, time_weight: Tensor, time_bias: Tensor, *, mask: Tensor | None = None,
+    r: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    time_weight: Tensor,
+    time_bias: Tensor,
+    *,
+    mask: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """What CSA's gates are made of: logits of snippets `(B, T)` and the mean hidden features over valid snippets `(B, H)`.
@@ -179,17 +230,29 @@ def _by_bin(weight):
     return weight.permute(1, 2, 0).flatten(1)
 
 
-def _match_forward(x: Tensor, weight: Tensor, bias: Tensor | None, max_duration: int, samples: int, reach: int, legacy: bool,
-                   relu: bool) -> Tensor:
+def _match_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    max_duration: int,
+    samples: int,
+    reach: int,
+    legacy: bool,
+    relu: bool,
+) -> Tensor:
     "`(B, D, T, O)`."
+
     def run(x, weight, bias):
         (B, C, T), (O, _, N) = x.shape, weight.shape
         out = torch.empty(B, max_duration, T, O, device=x.device, dtype=x.dtype)
         if out.numel():
             y = (x.mT.reshape(B * T, C) @ _by_bin(weight)).view(B, T, N, O)
             key = ("forward", y.shape, y.dtype, y.device, max_duration, samples, reach, legacy, relu, bias is not None)
-            _MATCH_PLANS.find(key, plan_match_forward, y, max_duration, samples, reach, legacy, relu, bias is not None)(y, bias, out)
+            _MATCH_PLANS.find(key, plan_match_forward, y, max_duration, samples, reach, legacy, relu, bias is not None)(
+                y, bias, out
+            )
         return out
+
     return through_float32(run, (x, weight, bias)).to(x.dtype)
 
 
@@ -203,18 +266,26 @@ def _match_backward(call):
         if not dout.numel():
             return torch.zeros_like(x), torch.zeros_like(weight), weight.new_zeros(O)
         key = ("backward", out.shape, dout.dtype, dout.device, N, call.samples, call.reach, call.legacy, call.relu)
-        dy, sums = _MATCH_PLANS.find(key, plan_match_backward, dout, N, call.samples, call.reach, call.legacy, call.relu)(dout, out)
+        dy, sums = _MATCH_PLANS.find(
+            key, plan_match_backward, dout, N, call.samples, call.reach, call.legacy, call.relu
+        )(dout, out)
         flat = dy.view(B * T, N * O)
         dx = (flat @ _by_bin(weight).mT).view(B, T, C).mT
         dw = (x.mT.reshape(B * T, C).mT @ flat).view(C, N, O).permute(2, 0, 1)
         return dx, dw, sums.sum(0)
+
     found = through_float32(run, (call.grads[0].contiguous(), call.x, call.weight, call.outputs[0]))
     names = ("x", "weight") if call.bias is None else ("x", "weight", "bias")
     return {n: g.to(getattr(call, n).dtype).contiguous() for n, g in zip(names, found)}
 
 
-matching_op = operation("boundary_matching", _match_forward, like=_match_like, backward=_match_backward,
-                        gradients_like=lambda call: {n: _plain(getattr(call, n)) for n in ("x", "weight", "bias")})
+matching_op = operation(
+    "boundary_matching",
+    _match_forward,
+    like=_match_like,
+    backward=_match_backward,
+    gradients_like=lambda call: {n: _plain(getattr(call, n)) for n in ("x", "weight", "bias")},
+)
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #d7187007
 @lru_cache(maxsize=8)
@@ -224,7 +295,7 @@ def _tap_matrix(T, D, N, samples, reach, legacy, dtype, device, transposed):
     places = torch.stack([d * T + t, s * N + n])
     shape = (T * N, D * T) if transposed else (D * T, T * N)
     matrix = torch.sparse_coo_tensor(places.flip(0) if transposed else places, values, shape, check_invariants=False)
-    with warnings.catch_warnings():                          # that this format is new
+    with warnings.catch_warnings():  # that this format is new
         warnings.simplefilter("ignore")
         return matrix.coalesce().to(dtype).to_sparse_csr()
 
@@ -247,8 +318,12 @@ def _taps_backward(call):
     return dict(y=dy.view(B, T, N, O))
 
 
-taps_op = operation("boundary_matching_taps", _taps_forward, backward=_taps_backward,
-                    like=lambda y, D, *_: y.new_empty(y.shape[0], D, y.shape[1], y.shape[3]))
+taps_op = operation(
+    "boundary_matching_taps",
+    _taps_forward,
+    backward=_taps_backward,
+    like=lambda y, D, *_: y.new_empty(y.shape[0], D, y.shape[1], y.shape[3]),
+)
 
 
 def _match_torch(x, weight, bias, D, samples, reach, legacy, relu):
@@ -268,22 +343,41 @@ def _decide_match(x, weight, bias, *, max_duration, samples_per_bin, extend, leg
     check_tensor("weight", weight, shape=("out_channels", x.shape[1], "bins"), like=x, of="x")
     if bias is not None:
         check_tensor("bias", bias, shape=(weight.shape[0],), like=x, of="x")
-    check_int("the bins of weight", weight.shape[2], least=1), check_int("the output channels of weight", weight.shape[0], least=1)
+    (
+        check_int("the bins of weight", weight.shape[2], least=1),
+        check_int("the output channels of weight", weight.shape[0], least=1),
+    )
     max_duration = check_int("max_duration", max_duration, least=1)
     samples = check_int("samples_per_bin", samples_per_bin, least=1, most=16)
     reach = 2 * check_number("extend", extend, least=0, most=4)
     if reach != int(reach):
         raise ValueError(f"extend must be a multiple of 1/2, not {extend}")
     if 2 * weight.shape[2] * samples * (x.shape[2] + 2 * max_duration * (1 + int(reach))) >= 2**24:
-        raise ValueError(f"max_duration must keep places exact in float32, not {max_duration} with {weight.shape[2]} bins")
+        raise ValueError(
+            f"max_duration must keep places exact in float32, not {max_duration} with {weight.shape[2]} bins"
+        )
     check_choice("activation", activation, ("relu", "none"))
-    return (resolve_backend(backend, x), int(max_duration), samples, int(reach), check_bool("legacy_border", legacy_border),
-            activation == "relu")
+    return (
+        resolve_backend(backend, x),
+        int(max_duration),
+        samples,
+        int(reach),
+        check_bool("legacy_border", legacy_border),
+        activation == "relu",
+    )
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #0a870c48
 def boundary_matching(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, max_duration: int, samples_per_bin: int = 3,
-    extend: float = 0.5, legacy_border: bool = False, activation: str = "relu", backend: str = "auto",
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    max_duration: int,
+    samples_per_bin: int = 3,
+    extend: float = 0.5,
+    legacy_border: bool = False,
+    activation: str = "relu",
+    backend: str = "auto",
 ) -> Tensor:
     """BMN's boundary-matching layer: of every proposal, samples of its extended stretch times a matrix.
 
@@ -296,8 +390,14 @@ def boundary_matching(
     activation. Neither samples nor mask are ever in memory; gradients are deterministic. `backend`: "triton", "torch" (a sparse
     matrix), "auto". ValueError or TypeError names the argument. Source: BMN, Sec. 3.3, reordered.
     """
-    options = dict(max_duration=max_duration, samples_per_bin=samples_per_bin, extend=extend, legacy_border=legacy_border,
-                   activation=activation, backend=backend)
+    options = dict(
+        max_duration=max_duration,
+        samples_per_bin=samples_per_bin,
+        extend=extend,
+        legacy_border=legacy_border,
+        activation=activation,
+        backend=backend,
+    )
     x, weight, bias = autocast(x, weight, bias)
     backend, *rest = _DECIDED.decide(_decide_match, (x, weight, bias), options)
     with without_autocast(x):

@@ -30,7 +30,11 @@ def valid_proposals(length: int, max_duration: int) -> Tensor:
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #9d9879d8
 def sampling_mask(
-    length: int, max_duration: int, num_bins: int = 32, samples_per_bin: int = 3, extend: float = 0.5,
+    length: int,
+    max_duration: int,
+    num_bins: int = 32,
+    samples_per_bin: int = 3,
+    extend: float = 0.5,
     legacy_border: bool = False,
 ) -> Tensor:
     """The weight of snippet s in bin n of proposal (t, d): float64 `(num_bins, max_duration, length, length)`, axes n, d,
@@ -45,12 +49,19 @@ def sampling_mask(
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #ea8dd772
 def tap_entries(
-    length: int, max_duration: int, num_bins: int, samples_per_bin: int = 3, extend: float = 0.5, legacy_border: bool = False,
+    length: int,
+    max_duration: int,
+    num_bins: int,
+    samples_per_bin: int = 3,
+    extend: float = 0.5,
+    legacy_border: bool = False,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     "The mask's entries one by one, some of them in several parts: n, d, t, s, int64 `(entries,)`, and weights, float64."
-    p = sample_offsets(max_duration, num_bins, samples_per_bin, extend).to(device)[..., None] + torch.arange(length, device=device)
-    low = p.trunc() if legacy_border else p.floor()                                       # [D, N, J, T]
+    p = sample_offsets(max_duration, num_bins, samples_per_bin, extend).to(device)[..., None] + torch.arange(
+        length, device=device
+    )
+    low = p.trunc() if legacy_border else p.floor()  # [D, N, J, T]
     high = p.ceil() if legacy_border else low + 1
     d, n, _, t = torch.meshgrid(*(torch.arange(k, device=device) for k in p.shape), indexing="ij")
     found = []
@@ -61,8 +72,14 @@ def tap_entries(
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #c1ffc77c
 def matching_cost(
-    length: int, max_duration: int, channels: int = 128, out_channels: int = 512, num_bins: int = 32,
-    samples_per_bin: int = 3, extend: float = 0.5, element_size: int = 2,
+    length: int,
+    max_duration: int,
+    channels: int = 128,
+    out_channels: int = 512,
+    num_bins: int = 32,
+    samples_per_bin: int = 3,
+    extend: float = 0.5,
+    element_size: int = 2,
 ) -> dict[str, float]:
     """Operations and bytes of boundary matching for one video.
 
@@ -79,21 +96,34 @@ def matching_cost(
         touched = torch.stack([low[d], low[d] + 1], -1)[..., None] + torch.arange(T - d)  # [N, J, 2, T - d]
         keep = (touched >= 0) & (touched < T)
         fraction = torch.stack([1 - (p[d] - low[d]), p[d] - low[d]], -1)[..., None] > 0
-        place = torch.where(keep & fraction, touched, T).flatten(1, 2).sort(1).values     # [N, 2 J, T - d]
+        place = torch.where(keep & fraction, touched, T).flatten(1, 2).sort(1).values  # [N, 2 J, T - d]
         first = torch.cat([torch.ones_like(place[:, :1], dtype=torch.bool), place[:, 1:] != place[:, :-1]], 1)
         taps += int((first & (place < T)).sum())
     pairs = int(valid_proposals(T, D).sum())
     naive = pairs * channels * (taps / pairs + num_bins * out_channels)
     reordered = N * out_channels * channels * T + taps * out_channels
     return dict(
-        proposals=pairs, taps=taps / pairs, macs_naive=naive, macs_reordered=reordered, flops_floor=2 * reordered,
+        proposals=pairs,
+        taps=taps / pairs,
+        macs_naive=naive,
+        macs_reordered=reordered,
+        flops_floor=2 * reordered,
         bytes_floor=element_size * (channels * T + out_channels * channels * N + out_channels * D * T),
-        bytes_y=element_size * N * out_channels * T, bytes_sampled=element_size * channels * N * D * T,
-        bytes_mask=4 * N * D * T * T)
+        bytes_y=element_size * N * out_channels * T,
+        bytes_sampled=element_size * channels * N * D * T,
+        bytes_mask=4 * N * D * T * T,
+    )
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #f040b44a
 def bin_weights(
-    s: Tensor, t: Tensor, d: Tensor, n: Tensor, *, num_bins: int = 32, samples_per_bin: int = 3, reach: int = 1,
+    s: Tensor,
+    t: Tensor,
+    d: Tensor,
+    n: Tensor,
+    *,
+    num_bins: int = 32,
+    samples_per_bin: int = 3,
+    reach: int = 1,
     legacy_border: bool = False,
 ) -> Tensor:
     """The weight of snippet s in bin n of proposal (t, d), by the formula of hats, float64; integer tensors that broadcast.
@@ -124,8 +154,12 @@ def csa_gate_reference(
     """
     wide = torch.float64 if f.dtype == torch.float64 else torch.float32
     a_c, a_t = channel_logits.to(wide).sigmoid()[:, :, None], time_logits.to(wide).sigmoid()[:, None]
-    gate = {"sum": lambda: a_c + a_t, "mean": lambda: (a_c + a_t) / 2, "max": lambda: torch.maximum(a_c, a_t),
-            "prod": lambda: a_c * a_t}[fuse]()
+    gate = {
+        "sum": lambda: a_c + a_t,
+        "mean": lambda: (a_c + a_t) / 2,
+        "max": lambda: torch.maximum(a_c, a_t),
+        "prod": lambda: a_c * a_t,
+    }[fuse]()
     if mask is not None:
         f = torch.where(mask[:, None], f, 0)
     return (f.to(wide) * gate).to(f.dtype)
@@ -140,7 +174,7 @@ def semantic_summary_reference(
     """
     if mask is not None:
         r = torch.where(mask[:, None], r, 0)
-    u = F.conv1d(r, weight, bias, padding=weight.shape[2] // 2).relu()                    # [B, H, T]
+    u = F.conv1d(r, weight, bias, padding=weight.shape[2] // 2).relu()  # [B, H, T]
     if mask is not None:
         u = u * mask[:, None]
     count = u.shape[2] if mask is None else mask.sum(1, keepdim=True).clamp(min=1)
@@ -148,8 +182,15 @@ def semantic_summary_reference(
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #c00f3124
 def boundary_matching_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, max_duration: int, samples_per_bin: int = 3,
-    extend: float = 0.5, legacy_border: bool = False, activation: str = "relu",
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    max_duration: int,
+    samples_per_bin: int = 3,
+    extend: float = 0.5,
+    legacy_border: bool = False,
+    activation: str = "relu",
 ) -> Tensor:
     """BMN's layer with mask and sampled tensor: x `(B, C, T)`, weight `(O, C, N)`, bias `(O,)` -> `(B, O, D, T)`.
 

@@ -31,6 +31,7 @@ SPLITS = dict(train=(1, 2, 3, 4, 5, 6), val=(7, 8), test=(9, 10))  # people
 @dataclass
 class Streams:
     "Untrimmed streams and what happens in them."
+
     x: np.ndarray  # (n, samples, 6) float32, as the sensor gave it
     segments: list[np.ndarray]  # of each stream (k, 2), start and end in snippets
     labels: list[np.ndarray]  # (k,), places in LABELS
@@ -40,25 +41,35 @@ class Streams:
     def padded(self) -> Tensor:
         "Instances as BMN's targets want them: `(n, k, 2)`, rows of NaN as padding."
         most = max(1, max(map(len, self.segments)))
-        return torch.stack([F.pad(torch.as_tensor(s, dtype=torch.float32).reshape(-1, 2), (0, 0, 0, most - len(s)), value=math.nan)
-                            for s in self.segments])
+        return torch.stack(
+            [
+                F.pad(torch.as_tensor(s, dtype=torch.float32).reshape(-1, 2), (0, 0, 0, most - len(s)), value=math.nan)
+                for s in self.segments
+            ]
+        )
 
     def truth(self) -> list[tuple[Tensor, Tensor]]:
         "Instances as `detection_map` wants them."
-        return [(torch.as_tensor(s, dtype=torch.float32).reshape(-1, 2), torch.as_tensor(c)) for s, c in zip(self.segments, self.labels)]
+        return [
+            (torch.as_tensor(s, dtype=torch.float32).reshape(-1, 2), torch.as_tensor(c))
+            for s, c in zip(self.segments, self.labels)
+        ]
 
 
 @lru_cache(maxsize=1)
 def watch_bank() -> tuple[dict, dict]:
     "(person, arm, exercise) -> recording `(length, 6)`; (person, arm) -> sensor noise `(length, 6)`, from where the arm is quietest."
     d = np.load(data_file("watch"), allow_pickle=True).item()  # a pickle: read it from the installed package only
-    bank = {(int(s), int(e), d["y_labels"][c]): x.astype(np.float64) for x, c, s, e in zip(d["X"], d["y"], d["subject"], d["side"])}
+    bank = {
+        (int(s), int(e), d["y_labels"][c]): x.astype(np.float64)
+        for x, c, s, e in zip(d["X"], d["y"], d["subject"], d["side"])
+    }
     noise = {}
     for (who, arm, _), x in bank.items():
         smooth = np.stack([np.convolve(c, np.ones(9) / 9, "same") for c in x.T], 1)
         moving = np.convolve((x[:, 3:] ** 2).sum(1), np.ones(100), "valid")
         i = int(moving[10:-10].argmin()) + 10
-        noise.setdefault((who, arm), []).append((x - smooth)[i:i + 100])
+        noise.setdefault((who, arm), []).append((x - smooth)[i : i + 100])
     return bank, {k: np.concatenate(v) for k, v in noise.items()}
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #0274595c
@@ -76,7 +87,12 @@ def _pieces(rng, total, distractors):
     spare = rng.dirichlet(np.ones(len(names) + 1)) * (total - sum(sizes) - 50 * (len(names) + 1))
     rests = 50 + np.floor(spare).astype(int)
     rests[-1] += total - sum(sizes) - rests.sum()
-    return [p for rest, name, size in zip(rests, [*names, None], [*sizes, 0]) for p in (("rest", int(rest)), (name, size)) if p[0]]
+    return [
+        p
+        for rest, name, size in zip(rests, [*names, None], [*sizes, 0])
+        for p in (("rest", int(rest)), (name, size))
+        if p[0]
+    ]
 
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #e391e9b5
 def stitched_streams(
@@ -102,7 +118,7 @@ def stitched_streams(
             if kind != "rest":
                 source = bank[who + (kind,)]
                 at = rng.integers(0, len(source) - size - fade + 1)
-                cuts[i] = source[at:at + size + fade]
+                cuts[i] = source[at : at + size + fade]
         x, at = np.zeros((total + fade, 6)), 0
         for i, (kind, size) in enumerate(plan):
             if kind == "rest":
@@ -116,14 +132,16 @@ def stitched_streams(
             else:
                 piece = cuts[i]
             piece = piece.copy()
-            if i: piece[:fade] *= ramp
-            if i + 1 < len(plan): piece[-fade:] *= 1 - ramp
-            x[at:at + size + fade] += piece
+            if i:
+                piece[:fade] *= ramp
+            if i + 1 < len(plan):
+                piece[-fade:] *= 1 - ramp
+            x[at : at + size + fade] += piece
             at += size
         edges = np.cumsum([0, *(size for _, size in plan)]) / SAMPLES
         spans = np.stack([edges[:-1], edges[1:]], 1)
         pick = lambda names: [i for i, (kind, _) in enumerate(plan) if kind in names]
-        out.x[k], out.person[k] = x[half:half + total], who[0]
+        out.x[k], out.person[k] = x[half : half + total], who[0]
         out.segments.append(spans[pick(LABELS)]), out.distractors.append(spans[pick(DISTRACTORS)])
         out.labels.append(np.array([LABELS.index(plan[i][0]) for i in pick(LABELS)], np.int64))
     return out
@@ -134,9 +152,12 @@ WINDOW = 64  # samples that the recogniser sees of a snippet and its surrounding
 
 class Recogniser(nn.Module):
     "Windows `(n, 6, 64)` -> logits `(n, classes)`; `features` gives `(n, 2 width)`."
+
     def __init__(self, classes: int, width: int):
         super().__init__()
-        layer = lambda i, o, k: nn.Sequential(nn.Conv1d(i, o, k, stride=2, padding=k // 2), nn.BatchNorm1d(o), nn.ReLU())
+        layer = lambda i, o, k: nn.Sequential(
+            nn.Conv1d(i, o, k, stride=2, padding=k // 2), nn.BatchNorm1d(o), nn.ReLU()
+        )
         self.body = nn.Sequential(layer(6, width, 7), layer(width, width, 5), layer(width, 2 * width, 3))
         self.head = nn.Linear(2 * width, classes)
 
@@ -161,16 +182,21 @@ def trimmed_windows(streams: Streams, what: str = "class") -> tuple[Tensor, Tens
     y, keep = np.full((n, T), len(LABELS)), np.ones((n, T), bool)
     middle = np.arange(T) + 0.5
     for i in range(n):
-        for spans, labels in ((streams.segments[i], streams.labels[i]), (streams.distractors[i], [len(LABELS)] * len(streams.distractors[i]))):
+        for spans, labels in (
+            (streams.segments[i], streams.labels[i]),
+            (streams.distractors[i], [len(LABELS)] * len(streams.distractors[i])),
+        ):
             for (a, b), c in zip(spans, labels):
                 y[i, (middle > a) & (middle < b)] = c
-                keep[i, (np.abs(middle - a) < 2) | (np.abs(middle - b) < 2)] = False      # windows across a joint
+                keep[i, (np.abs(middle - a) < 2) | (np.abs(middle - b) < 2)] = False  # windows across a joint
     y = y if what == "class" else np.repeat(streams.person[:, None], T, 1) - 1
     keep = torch.as_tensor(keep)
     return windows[keep], torch.as_tensor(y)[keep]
 
 
-def train_recogniser(x: Tensor, y: Tensor, classes: int, *, width: int, steps: int, batch: int, seed: int, device: str) -> Recogniser:
+def train_recogniser(
+    x: Tensor, y: Tensor, classes: int, *, width: int, steps: int, batch: int, seed: int, device: str
+) -> Recogniser:
     "A recogniser trained on windows x with classes y, which occur as often as each other in its batches; in eval mode."
     torch.manual_seed(seed)
     net, weight = Recogniser(classes, width).to(device), 1 / torch.bincount(y)[y].float()
@@ -179,8 +205,17 @@ def train_recogniser(x: Tensor, y: Tensor, classes: int, *, width: int, steps: i
         pick = torch.multinomial(weight, batch, True, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
         return x[pick], y[pick]
 
-    fit(net, lambda net, a, b: F.cross_entropy(net(a).float(), b), batches, steps=steps, lr=2e-3, seed=seed, device=device,
-        amp=False, progress=False)
+    fit(
+        net,
+        lambda net, a, b: F.cross_entropy(net(a).float(), b),
+        batches,
+        steps=steps,
+        lr=2e-3,
+        seed=seed,
+        device=device,
+        amp=False,
+        progress=False,
+    )
     return net.eval()
 
 

@@ -59,36 +59,85 @@ def place(SHARES: tl.constexpr, share, N, G, PACK: tl.constexpr):
 
 
 @triton.jit
-def scores_sweep(Q, K, sq, sk, b, g, first, stop, N, T: tl.constexpr, W: tl.constexpr, BD: tl.constexpr,
-                 WIDE: tl.constexpr, PRECISION: tl.constexpr):
+def scores_sweep(
+    Q,
+    K,
+    sq,
+    sk,
+    b,
+    g,
+    first,
+    stop,
+    N,
+    T: tl.constexpr,
+    W: tl.constexpr,
+    BD: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "The sum of q^T k [BD, BD]."
     acc = tl.zeros([BD, BD], tl.float32)
     for n0 in range(first, stop, T):
         n = n0 + tl.arange(0, T)
         at, ok = token_block(Q, sq, b, g, n, N, W, BD, WIDE)
-        q = tl.load(at, mask=ok, other=0.0)                                               # [T, BD]
+        q = tl.load(at, mask=ok, other=0.0)  # [T, BD]
         at, ok = token_block(K, sk, b, g, n, N, W, BD, WIDE)
-        k = tl.load(at, mask=ok, other=0.0)                                               # [T, BD]
-        acc = tl.dot(tl.trans(q), k, acc, input_precision=PRECISION)                      # [BD, BD]
+        k = tl.load(at, mask=ok, other=0.0)  # [T, BD]
+        acc = tl.dot(tl.trans(q), k, acc, input_precision=PRECISION)  # [BD, BD]
     return acc
 
 # %% ../../nbs/3_locality/davit.ipynb #156fcf9d
 @triton.jit
-def mix_sweep(V, a, O, sv, so, b, g, first, stop, N, T: tl.constexpr, W: tl.constexpr, BD: tl.constexpr,
-              WIDE: tl.constexpr, PRECISION: tl.constexpr):
+def mix_sweep(
+    V,
+    a,
+    O,
+    sv,
+    so,
+    b,
+    g,
+    first,
+    stop,
+    N,
+    T: tl.constexpr,
+    W: tl.constexpr,
+    BD: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "O = V a^T, a [BD, BD]."
     for n0 in range(first, stop, T):
         n = n0 + tl.arange(0, T)
         at, ok = token_block(V, sv, b, g, n, N, W, BD, WIDE)
-        v = tl.load(at, mask=ok, other=0.0)                                               # [T, BD]
-        o = tl.dot(v, tl.trans(a), input_precision=PRECISION)                             # [T, BD]
+        v = tl.load(at, mask=ok, other=0.0)  # [T, BD]
+        o = tl.dot(v, tl.trans(a), input_precision=PRECISION)  # [T, BD]
         at, ok = token_block(O, so, b, g, n, N, W, BD, WIDE)
         tl.store(at, o.to(O.dtype.element_ty), mask=ok)
 
 # %% ../../nbs/3_locality/davit.ipynb #b5aa35f4
 @triton.jit
-def channel_forward(Q, K, V, A, O, sq, sk, sv, so, scale, N, share, G, SHARES: tl.constexpr, T: tl.constexpr,
-                    D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+def channel_forward(
+    Q,
+    K,
+    V,
+    A,
+    O,
+    sq,
+    sk,
+    sv,
+    so,
+    scale,
+    N,
+    share,
+    G,
+    SHARES: tl.constexpr,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    BD: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "Both passes by the program that owns the whole group. Grid: batch * groups / PACK."
     b, g, bg, first, stop = place(SHARES, share, N, G, W // D)
     a = scores_sweep(Q, K, sq, sk, b, g, first, stop, N, T, W, BD, WIDE, PRECISION)
@@ -99,8 +148,23 @@ def channel_forward(Q, K, V, A, O, sq, sk, sv, so, scale, N, share, G, SHARES: t
 
 # %% ../../nbs/3_locality/davit.ipynb #bfb3d0d2
 @triton.jit
-def channel_scores(Q, K, OUT, sq, sk, N, share, G, SHARES: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
-                   W: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+def channel_scores(
+    Q,
+    K,
+    OUT,
+    sq,
+    sk,
+    N,
+    share,
+    G,
+    SHARES: tl.constexpr,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    BD: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "OUT = the share's part of Q^T K. Grid: batch * groups / PACK * SHARES."
     b, g, bg, first, stop = place(SHARES, share, N, G, W // D)
     at, ok = square(OUT, bg * SHARES + first // share, SHARES, D, W, BD)
@@ -108,12 +172,27 @@ def channel_scores(Q, K, OUT, sq, sk, N, share, G, SHARES: tl.constexpr, T: tl.c
 
 
 @triton.jit
-def channel_mix(V, A, O, sv, so, N, share, G, SHARES: tl.constexpr, T: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-                BD: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+def channel_mix(
+    V,
+    A,
+    O,
+    sv,
+    so,
+    N,
+    share,
+    G,
+    SHARES: tl.constexpr,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    BD: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "O = V A^T. Grid: batch * groups / PACK * SHARES."
     b, g, bg, first, stop = place(SHARES, share, N, G, W // D)
     at, ok = square(A, bg, 1, D, W, BD)
-    a = tl.load(at, mask=ok, other=0.0).to(V.dtype.element_ty)                            # [BD, BD]
+    a = tl.load(at, mask=ok, other=0.0).to(V.dtype.element_ty)  # [BD, BD]
     mix_sweep(V, a, O, sv, so, b, g, first, stop, N, T, W, BD, WIDE, PRECISION)
 
 # %% ../../nbs/3_locality/davit.ipynb #e621c99e
@@ -157,18 +236,36 @@ def column_sums(x, sums, ROWS: tl.constexpr, T: tl.constexpr, PRECISION: tl.cons
 
 
 @triton.jit
-def backward_v_sweep(DO, V, a, DV, sdo, sv, sdv, b, g, first, stop, N, SUMS: tl.constexpr, T: tl.constexpr,
-                     W: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+def backward_v_sweep(
+    DO,
+    V,
+    a,
+    DV,
+    sdo,
+    sv,
+    sdv,
+    b,
+    g,
+    first,
+    stop,
+    N,
+    SUMS: tl.constexpr,
+    T: tl.constexpr,
+    W: tl.constexpr,
+    BD: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "Writes dV = dO a; returns dO^T V [BD, BD] and, with SUMS, the column sums of dO [BD]."
     da, sums = tl.zeros([BD, BD], tl.float32), tl.zeros([BD, 16], tl.float32)
     for n0 in range(first, stop, T):
         n = n0 + tl.arange(0, T)
         at, ok = token_block(DO, sdo, b, g, n, N, W, BD, WIDE)
-        do = tl.load(at, mask=ok, other=0.0)                                              # [T, BD]
+        do = tl.load(at, mask=ok, other=0.0)  # [T, BD]
         at, ok = token_block(V, sv, b, g, n, N, W, BD, WIDE)
-        v = tl.load(at, mask=ok, other=0.0)                                               # [T, BD]
-        dv = tl.dot(do, a, input_precision=PRECISION)                                     # [T, BD]
-        da = tl.dot(tl.trans(do), v, da, input_precision=PRECISION)                       # [BD, BD]
+        v = tl.load(at, mask=ok, other=0.0)  # [T, BD]
+        dv = tl.dot(do, a, input_precision=PRECISION)  # [T, BD]
+        da = tl.dot(tl.trans(do), v, da, input_precision=PRECISION)  # [BD, BD]
         if SUMS:
             sums = column_sums(do, sums, False, T, PRECISION)
         at, ok = token_block(DV, sdv, b, g, n, N, W, BD, WIDE)
@@ -177,26 +274,47 @@ def backward_v_sweep(DO, V, a, DV, sdo, sv, sdv, b, g, first, stop, N, SUMS: tl.
 
 # %% ../../nbs/3_locality/davit.ipynb #4531838a
 @triton.jit
-def backward_qk_sweep(Q, K, ds, DQ, DK, sq, sk, sdq, sdk, scale, b, g, first, stop, N, SUMS: tl.constexpr,
-                      T: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
-                      PRECISION: tl.constexpr):
+def backward_qk_sweep(
+    Q,
+    K,
+    ds,
+    DQ,
+    DK,
+    sq,
+    sk,
+    sdq,
+    sdk,
+    scale,
+    b,
+    g,
+    first,
+    stop,
+    N,
+    SUMS: tl.constexpr,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    BD: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "Writes dQ and dK; returns, with SUMS, the column sums of Q and K [BD]."
     # the largest entry of a group becomes 1, so that no 16-bit type over- or underflows
     r, c = tl.arange(0, BD)[:, None], tl.arange(0, BD)[None, :]
-    size = tl.max(tl.where(r // D == c // D, tl.max(tl.abs(ds), 1)[:, None], 0.0), 0)     # [BD], equal in a group
+    size = tl.max(tl.where(r // D == c // D, tl.max(tl.abs(ds), 1)[:, None], 0.0), 0)  # [BD], equal in a group
     size = tl.where(size > 0, size, 1.0)
     small, factor = (ds / size[None, :]).to(Q.dtype.element_ty), (scale * size)[None, :]  # [BD, BD], [1, BD]
     q_sums, k_sums = tl.zeros([16, BD], tl.float32), tl.zeros([16, BD], tl.float32)
     for n0 in range(first, stop, T):
         n = n0 + tl.arange(0, T)
         at, ok = token_block(K, sk, b, g, n, N, W, BD, WIDE)
-        k = tl.load(at, mask=ok, other=0.0)                                               # [T, BD]
-        dq = tl.dot(k, tl.trans(small), input_precision=PRECISION) * factor               # [T, BD]
+        k = tl.load(at, mask=ok, other=0.0)  # [T, BD]
+        dq = tl.dot(k, tl.trans(small), input_precision=PRECISION) * factor  # [T, BD]
         at, ok = token_block(DQ, sdq, b, g, n, N, W, BD, WIDE)
         tl.store(at, dq.to(DQ.dtype.element_ty), mask=ok)
         at, ok = token_block(Q, sq, b, g, n, N, W, BD, WIDE)
-        q = tl.load(at, mask=ok, other=0.0)                                               # [T, BD]
-        dk = tl.dot(q, small, input_precision=PRECISION) * factor                         # [T, BD]
+        q = tl.load(at, mask=ok, other=0.0)  # [T, BD]
+        dk = tl.dot(q, small, input_precision=PRECISION) * factor  # [T, BD]
         at, ok = token_block(DK, sdk, b, g, n, N, W, BD, WIDE)
         tl.store(at, dk.to(DK.dtype.element_ty), mask=ok)
         if SUMS:
@@ -214,37 +332,120 @@ def store_sums(SUMS, x, which, part, g, G, D: tl.constexpr, W: tl.constexpr, BD:
 
 
 @triton.jit
-def channel_backward(DO, Q, K, V, A, EXTRA, DQ, DK, DV, SUMS, sdo, sq, sk, sv, sdq, sdk, sdv, scale, N, share, G,
-                     SHARES: tl.constexpr, T: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr,
-                     WIDE: tl.constexpr, PRECISION: tl.constexpr):
+def channel_backward(
+    DO,
+    Q,
+    K,
+    V,
+    A,
+    EXTRA,
+    DQ,
+    DK,
+    DV,
+    SUMS,
+    sdo,
+    sq,
+    sk,
+    sv,
+    sdq,
+    sdk,
+    sdv,
+    scale,
+    N,
+    share,
+    G,
+    SHARES: tl.constexpr,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    BD: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "Both sweeps by the program that owns the whole group. Grid: batch * groups / PACK."
     b, g, bg, first, stop = place(SHARES, share, N, G, W // D)
     at, ok = square(A, bg, 1, D, W, BD)
-    a = tl.load(at, mask=ok, other=0.0)                                                   # [BD, BD]
-    da, v_sums = backward_v_sweep(DO, V, a.to(V.dtype.element_ty), DV, sdo, sv, sdv, b, g, first, stop, N,
-                                  SUMS is not None, T, W, BD, WIDE, PRECISION)
-    a = tl.load(at, mask=ok, other=0.0)        # again: over the sweep its registers serve better otherwise
+    a = tl.load(at, mask=ok, other=0.0)  # [BD, BD]
+    da, v_sums = backward_v_sweep(
+        DO,
+        V,
+        a.to(V.dtype.element_ty),
+        DV,
+        sdo,
+        sv,
+        sdv,
+        b,
+        g,
+        first,
+        stop,
+        N,
+        SUMS is not None,
+        T,
+        W,
+        BD,
+        WIDE,
+        PRECISION,
+    )
+    a = tl.load(at, mask=ok, other=0.0)  # again: over the sweep its registers serve better otherwise
     if SUMS is not None:
         store_sums(SUMS, tl.sum(a * v_sums[:, None], 0), 2, b * SHARES + first // share, g, G, D, W, BD)
     ds = weights_grad(a, da, EXTRA, bg, D, W, BD)
-    q_sums, k_sums = backward_qk_sweep(Q, K, ds, DQ, DK, sq, sk, sdq, sdk, scale, b, g, first, stop, N,
-                                       SUMS is not None, T, D, W, BD, WIDE, PRECISION)
+    q_sums, k_sums = backward_qk_sweep(
+        Q, K, ds, DQ, DK, sq, sk, sdq, sdk, scale, b, g, first, stop, N, SUMS is not None, T, D, W, BD, WIDE, PRECISION
+    )
     if SUMS is not None:
         store_sums(SUMS, scale * tl.sum(ds * k_sums[None, :], 1), 0, b * SHARES + first // share, g, G, D, W, BD)
         store_sums(SUMS, scale * tl.sum(ds * q_sums[:, None], 0), 1, b * SHARES + first // share, g, G, D, W, BD)
 
 # %% ../../nbs/3_locality/davit.ipynb #7f776d0e
 @triton.jit
-def channel_backward_v(DO, V, A, EXTRA, DV, OUT, SUMS, sdo, sv, sdv, N, share, G, SHARES: tl.constexpr,
-                       T: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
-                       PRECISION: tl.constexpr):
+def channel_backward_v(
+    DO,
+    V,
+    A,
+    EXTRA,
+    DV,
+    OUT,
+    SUMS,
+    sdo,
+    sv,
+    sdv,
+    N,
+    share,
+    G,
+    SHARES: tl.constexpr,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    BD: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "Sweep 1 alone: dV, and OUT = dS, or with SHARES > 1 the share's part of dA. Grid: batch * groups / PACK * SHARES."
     b, g, bg, first, stop = place(SHARES, share, N, G, W // D)
     at, ok = square(A, bg, 1, D, W, BD)
-    a = tl.load(at, mask=ok, other=0.0)                                                   # [BD, BD]
-    da, v_sums = backward_v_sweep(DO, V, a.to(V.dtype.element_ty), DV, sdo, sv, sdv, b, g, first, stop, N,
-                                  SUMS is not None, T, W, BD, WIDE, PRECISION)
-    a = tl.load(at, mask=ok, other=0.0)        # again: over the sweep its registers serve better otherwise
+    a = tl.load(at, mask=ok, other=0.0)  # [BD, BD]
+    da, v_sums = backward_v_sweep(
+        DO,
+        V,
+        a.to(V.dtype.element_ty),
+        DV,
+        sdo,
+        sv,
+        sdv,
+        b,
+        g,
+        first,
+        stop,
+        N,
+        SUMS is not None,
+        T,
+        W,
+        BD,
+        WIDE,
+        PRECISION,
+    )
+    a = tl.load(at, mask=ok, other=0.0)  # again: over the sweep its registers serve better otherwise
     if SHARES == 1:
         da = weights_grad(a, da, EXTRA, bg, D, W, BD)
     at, ok = square(OUT, bg * SHARES + first // share, SHARES, D, W, BD)
@@ -254,15 +455,36 @@ def channel_backward_v(DO, V, A, EXTRA, DV, OUT, SUMS, sdo, sv, sdv, N, share, G
 
 
 @triton.jit
-def channel_backward_qk(Q, K, DS, DQ, DK, SUMS, sq, sk, sdq, sdk, scale, N, share, G, SHARES: tl.constexpr,
-                        T: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
-                        PRECISION: tl.constexpr):
+def channel_backward_qk(
+    Q,
+    K,
+    DS,
+    DQ,
+    DK,
+    SUMS,
+    sq,
+    sk,
+    sdq,
+    sdk,
+    scale,
+    N,
+    share,
+    G,
+    SHARES: tl.constexpr,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    BD: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "Sweep 2 alone: dQ and dK. Grid: batch * groups / PACK * SHARES."
     b, g, bg, first, stop = place(SHARES, share, N, G, W // D)
     at, ok = square(DS, bg, 1, D, W, BD)
-    ds = tl.load(at, mask=ok, other=0.0)                                                  # [BD, BD]
-    q_sums, k_sums = backward_qk_sweep(Q, K, ds, DQ, DK, sq, sk, sdq, sdk, scale, b, g, first, stop, N,
-                                       SUMS is not None, T, D, W, BD, WIDE, PRECISION)
+    ds = tl.load(at, mask=ok, other=0.0)  # [BD, BD]
+    q_sums, k_sums = backward_qk_sweep(
+        Q, K, ds, DQ, DK, sq, sk, sdq, sdk, scale, b, g, first, stop, N, SUMS is not None, T, D, W, BD, WIDE, PRECISION
+    )
     if SUMS is not None:
         ds = tl.load(at, mask=ok, other=0.0)
         store_sums(SUMS, scale * tl.sum(ds * k_sums[None, :], 1), 0, b * SHARES + first // share, g, G, D, W, BD)
@@ -271,6 +493,7 @@ def channel_backward_qk(Q, K, DS, DQ, DK, SUMS, sq, sk, sdq, sdk, scale, N, shar
 # %% ../../nbs/3_locality/davit.ipynb #8919f6e0
 class ChannelLaunch(NamedTuple):
     "How the channel kernels are launched."
+
     block: int  # positions at a time
     warps: int
     stages: int  # blocks in flight
@@ -313,9 +536,17 @@ def channel_options(*tensors: Tensor) -> tuple[ChannelLaunch, int, tuple[int, ..
     width = round_dim(D * pack)
     launch = CHANNEL_LAUNCH.find(arch_of(q.device), "sweeps", torch.finfo(q.dtype).bits, width)
     shares, share = channel_shares(launch, B * G // pack, N)
-    options = dict(SHARES=shares, T=launch.block, D=D, W=D * pack, BD=width, PRECISION=dot_precision(q.dtype),
-                   WIDE=any((N - 1) * abs(s[2]) + (D - 1) * abs(s[3]) >= 2**31 for s in strides),
-                   num_warps=launch.warps, num_stages=launch.stages)
+    options = dict(
+        SHARES=shares,
+        T=launch.block,
+        D=D,
+        W=D * pack,
+        BD=width,
+        PRECISION=dot_precision(q.dtype),
+        WIDE=any((N - 1) * abs(s[2]) + (D - 1) * abs(s[3]) >= 2**31 for s in strides),
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
     if launch.registers:
         options["maxnreg"] = launch.registers
     return launch, share, (B * G // pack * shares,), options

@@ -66,6 +66,7 @@ def _plan_channel_forward(q, k, v, out, scale):
         reduce(sums, None, None, weights)
         mix(v, weights, out)
         return weights
+
     return run
 
 
@@ -102,6 +103,7 @@ def _plan_channel_backward(do, q, k, v, dq, dk, dv, scale):
                 reduce(parts, weights, dweights, ds)
             sweep_qk(q, k, ds, dq, dk, sums)
         return sums
+
     return run
 
 
@@ -124,6 +126,7 @@ def _channel_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Ten
     def run(q, k, v):
         out = groups_last(q)
         return out, _launch_channel_forward(q, k, v, out, scale)
+
     out, weights = through_float32(run, (q, k, v))
     return out.to(q.dtype), weights
 
@@ -137,6 +140,7 @@ def _channel_backward(call):
         grads = [groups_last(q) for _ in range(3)]
         _launch_channel_backward(do, call.grads[1], q, k, v, call.outputs[1], *grads, call.scale, kept=call.kept)
         return grads
+
     do = torch.zeros_like(call.v) if call.grads[0] is None else call.grads[0]
     return {n: g.to(call.q.dtype) for n, g in zip("qkv", through_float32(run, (do, call.q, call.k, call.v)))}
 
@@ -149,11 +153,18 @@ def _channel_plan(q, k, v, scale):
     def planned(q, k, v, scale):
         out = groups_last(q)
         return out, run(q, k, v, out)
+
     return planned
 
 
-channel_attention_op = operation("channel_attention", _channel_forward, like=_channel_like, backward=_channel_backward,
-                                 plan=_channel_plan, gradients_like=lambda call: {n: groups_last(call.q) for n in "qkv"})
+channel_attention_op = operation(
+    "channel_attention",
+    _channel_forward,
+    like=_channel_like,
+    backward=_channel_backward,
+    plan=_channel_plan,
+    gradients_like=lambda call: {n: groups_last(call.q) for n in "qkv"},
+)
 
 # %% ../../nbs/3_locality/davit.ipynb #4faef82f
 def packed_groups(packed: Tensor, groups: int, parts: int) -> tuple[Tensor, ...]:
@@ -170,6 +181,7 @@ def _packed_forward(qkv: Tensor, groups: int, scale: float) -> tuple[Tensor, Ten
     def run(qkv):
         out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
         return out, _launch_channel_forward(*_views(qkv, groups, 3), *_views(out, groups, 1), scale)
+
     out, weights = through_float32(run, (qkv,))
     return out.to(qkv.dtype), weights
 
@@ -182,9 +194,17 @@ def _packed_like(qkv, groups, scale):
 def _packed_backward(call):
     def run(do, qkv):
         dqkv = qkv.new_empty(qkv.shape)
-        _launch_channel_backward(*_views(do, call.groups, 1), call.grads[1], *_views(qkv, call.groups, 3),
-                                 call.outputs[1], *_views(dqkv, call.groups, 3), call.scale, kept=call.kept)
+        _launch_channel_backward(
+            *_views(do, call.groups, 1),
+            call.grads[1],
+            *_views(qkv, call.groups, 3),
+            call.outputs[1],
+            *_views(dqkv, call.groups, 3),
+            call.scale,
+            kept=call.kept,
+        )
         return dqkv
+
     do = torch.zeros_like(call.outputs[0]) if call.grads[0] is None else call.grads[0]
     return dict(qkv=through_float32(run, (do, call.qkv)).to(call.qkv.dtype))
 
@@ -198,16 +218,23 @@ def _packed_plan(qkv, groups, scale):
     def planned(qkv, groups, scale):
         out = qkv.new_empty(B, N, C)
         return out, run(*_views(qkv, groups, 3), *_views(out, groups, 1))
+
     return planned
 
 
-channel_attention_packed_op = operation("channel_attention_packed", _packed_forward, like=_packed_like,
-                                        backward=_packed_backward, plan=_packed_plan,
-                                        gradients_like=lambda call: dict(qkv=call.qkv.new_empty(call.qkv.shape)))
+channel_attention_packed_op = operation(
+    "channel_attention_packed",
+    _packed_forward,
+    like=_packed_like,
+    backward=_packed_backward,
+    plan=_packed_plan,
+    gradients_like=lambda call: dict(qkv=call.qkv.new_empty(call.qkv.shape)),
+)
 
 # %% ../../nbs/3_locality/davit.ipynb #1f8abc6a
-def _layer_forward(x: Tensor, w_qkv: Tensor, b_qkv: Tensor, w_proj: Tensor, b_proj: Tensor, groups: int,
-                   scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _layer_forward(
+    x: Tensor, w_qkv: Tensor, b_qkv: Tensor, w_proj: Tensor, b_proj: Tensor, groups: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "x `(B, N, C)` -> the layer's output, and what the backward pass needs: qkv, the attention's output, its weights."
     B, N, C = x.shape
     qkv = F.linear(x.reshape(-1, C), w_qkv, b_qkv).view(B, N, 3 * C)
@@ -217,8 +244,12 @@ def _layer_forward(x: Tensor, w_qkv: Tensor, b_qkv: Tensor, w_proj: Tensor, b_pr
 
 def _layer_like(x, w_qkv, b_qkv, w_proj, b_proj, groups, scale):
     B, N, C = x.shape
-    return (x.new_empty(B, N, C), x.new_empty(B, N, 3 * C), x.new_empty(B, N, C),
-            x.new_empty(B, groups, C // groups, C // groups, dtype=torch.float32))
+    return (
+        x.new_empty(B, N, C),
+        x.new_empty(B, N, 3 * C),
+        x.new_empty(B, N, C),
+        x.new_empty(B, groups, C // groups, C // groups, dtype=torch.float32),
+    )
 
 # %% ../../nbs/3_locality/davit.ipynb #b1a5e002
 def _rows_product(a, b):
@@ -232,12 +263,14 @@ def _rows_product(a, b):
 
 def _bias_grads(sums, rows):
     "Gradients of both biases from the sweeps' partial sums `(parts, 4 * C)` and the gradient's rows `(n, C)`."
+
     def run(rows):
         C = rows.shape[1]
         grads = rows.new_empty(3 * C), rows.new_empty(C)
-        launch_partial_sums(rows if rows.stride(1) == 1 else rows.contiguous(), sums[:, 3 * C:])
+        launch_partial_sums(rows if rows.stride(1) == 1 else rows.contiguous(), sums[:, 3 * C :])
         launch_add_parts(sums, *grads)
         return grads
+
     return [g.to(rows.dtype) for g in through_float32(run, (rows,))]
 
 # %% ../../nbs/3_locality/davit.ipynb #87633a8f
@@ -249,14 +282,27 @@ def _layer_backward(call):
     def run(do, qkv):
         dqkv = torch.empty_like(qkv)
         return dqkv, _launch_channel_backward(
-            *_views(do, call.groups, 1), None, *_views(qkv, call.groups, 3), weights, *_views(dqkv, call.groups, 3),
-            call.scale, column_sums=True, kept=call.kept)
+            *_views(do, call.groups, 1),
+            None,
+            *_views(qkv, call.groups, 3),
+            weights,
+            *_views(dqkv, call.groups, 3),
+            call.scale,
+            column_sums=True,
+            kept=call.kept,
+        )
+
     dqkv, sums = through_float32(run, (do, qkv))
-    del do                                                            # its memory serves the gradient of x
+    del do  # its memory serves the gradient of x
     b_qkv, b_proj = _bias_grads(sums, rows)
     dqkv = dqkv.view(-1, 3 * C).to(qkv.dtype)
-    return dict(x=torch.mm(dqkv, call.w_qkv).view(call.x.shape), w_qkv=_rows_product(dqkv, flat), b_qkv=b_qkv,
-                w_proj=_rows_product(rows, out.view(-1, C)), b_proj=b_proj)
+    return dict(
+        x=torch.mm(dqkv, call.w_qkv).view(call.x.shape),
+        w_qkv=_rows_product(dqkv, flat),
+        b_qkv=b_qkv,
+        w_proj=_rows_product(rows, out.view(-1, C)),
+        b_proj=b_proj,
+    )
 
 
 def _layer_gradients(call):
@@ -264,8 +310,15 @@ def _layer_gradients(call):
     return dict(x=new(call.x.shape), w_qkv=new(3 * C, C), b_qkv=new(3 * C), w_proj=new(C, C), b_proj=new(C))
 
 
-channel_layer_op = operation("channel_layer", _layer_forward, like=_layer_like, backward=_layer_backward,
-                             gradients_like=_layer_gradients, drop=("b_qkv", "b_proj", 0), nondifferentiable=(1, 2, 3))
+channel_layer_op = operation(
+    "channel_layer",
+    _layer_forward,
+    like=_layer_like,
+    backward=_layer_backward,
+    gradients_like=_layer_gradients,
+    drop=("b_qkv", "b_proj", 0),
+    nondifferentiable=(1, 2, 3),
+)
 
 # %% ../../nbs/3_locality/davit.ipynb #b05f3d5b
 def _channel_backend(backend, tensor, group_dim):
@@ -279,7 +332,7 @@ def _channel_backend(backend, tensor, group_dim):
 
 # %% ../../nbs/3_locality/davit.ipynb #dc78bf47
 def channel_group_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str = "auto", return_weights: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str = "auto", return_weights: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention between the channels of each group, over all positions.
 
@@ -307,21 +360,23 @@ def _decide_channel(q, k, v, *, scale, backend):
     check_tensor("q", q, shape=("batch", "groups", "N", "group_dim"))
     if 0 in q.shape[1:]:
         raise ValueError(f"q must have shape (batch, groups, N, group_dim), none but batch 0, not {tuple(q.shape)}")
-    for name, x in (("k", k), ("v", v)): check_tensor(name, x, like=q, shape=q.shape)
+    for name, x in (("k", k), ("v", v)):
+        check_tensor(name, x, like=q, shape=q.shape)
     return check_scale(scale, q.shape[-1]), _channel_backend(backend, q, q.shape[-1]), {}
 
 # %% ../../nbs/3_locality/davit.ipynb #ecf0e1b2
 def channel_group_attention_packed(
-    qkv: Tensor, groups: int, *, scale: float | None = None, backend: str = "auto",
+    qkv: Tensor, groups: int, *, scale: float | None = None, backend: str = "auto"
 ) -> Tensor:
     """Channel group attention of the packed projection: `(B, N, 3C)` -> `(B, N, C)`, without copies around it.
 
     The last axis of qkv holds q, k and v one after another, each as groups of C / groups channels. `scale` and
     `backend` as in `channel_group_attention`. Raises ValueError or TypeError that names the argument.
     """
-    qkv, = autocast(qkv)
-    groups, scale, backend, kept = _DECIDED.decide(_decide_channel_packed, (qkv,),
-                                                   dict(groups=groups, scale=scale, backend=backend))
+    (qkv,) = autocast(qkv)
+    groups, scale, backend, kept = _DECIDED.decide(
+        _decide_channel_packed, (qkv,), dict(groups=groups, scale=scale, backend=backend)
+    )
     if backend == "triton":
         return channel_attention_packed_op(qkv, groups, scale, kept=kept)[0]
     with without_autocast(qkv):

@@ -51,8 +51,9 @@ def add_taps(acc, row, taps, K: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def depthwise_forward(X, WEIGHT, BIAS, O, H, W, C, tiles, share, T: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr,
-                      BC: tl.constexpr):
+def depthwise_forward(
+    X, WEIGHT, BIAS, O, H, W, C, tiles, share, T: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr, BC: tl.constexpr
+):
     "O = X + depthwise 3 x 3 convolution of X + BIAS. Grid: cdiv(tiles, share) * cdiv(C, BC)."
     blocks = tl.cdiv(C, BC)
     first, c = tl.program_id(0) // blocks * share, tl.program_id(0) % blocks * BC + tl.arange(0, BC)[None, :]
@@ -65,7 +66,7 @@ def depthwise_forward(X, WEIGHT, BIAS, O, H, W, C, tiles, share, T: tl.constexpr
         for n in tl.static_range(R + 2 + AHEAD):
             if n < R + 2:
                 rows = rows + (map_row(X + image, x0 + n - 1, y, c, H, W, C, 1),)
-            if n >= AHEAD:                                   # row n - AHEAD - 1 of the tile, -1 the one above it
+            if n >= AHEAD:  # row n - AHEAD - 1 of the tile, -1 the one above it
                 row, below = rows[n - AHEAD], start
                 if n - AHEAD < R:
                     below = add_taps(start, row, taps, 0, 1)
@@ -74,8 +75,11 @@ def depthwise_forward(X, WEIGHT, BIAS, O, H, W, C, tiles, share, T: tl.constexpr
                 if n - AHEAD >= 2:
                     above = add_taps(above, row, taps, 2, 1)
                     x = x0 + n - AHEAD - 2
-                    tl.store(O + image + x * W * C + (y * C + c), above.to(O.dtype.element_ty),
-                             mask=(x < H) & (y < W) & (c < C))
+                    tl.store(
+                        O + image + x * W * C + (y * C + c),
+                        above.to(O.dtype.element_ty),
+                        mask=(x < H) & (y < W) & (c < C),
+                    )
                 above, here = here, below
 
 # %% ../../nbs/3_locality/davit.ipynb #b1a5e022
@@ -92,8 +96,22 @@ def tap_sums(sums, row, x, K: tl.constexpr):
 
 
 @triton.jit
-def depthwise_backward(X, WEIGHT, DY, DX, PARTS, H, W, C, tiles, share, T: tl.constexpr, R: tl.constexpr,
-                       AHEAD: tl.constexpr, BC: tl.constexpr):
+def depthwise_backward(
+    X,
+    WEIGHT,
+    DY,
+    DX,
+    PARTS,
+    H,
+    W,
+    C,
+    tiles,
+    share,
+    T: tl.constexpr,
+    R: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BC: tl.constexpr,
+):
     "DX, and the program's sums for weight (C, 9) and bias (C) in a row of PARTS. Grid: as forward."
     blocks, sums = tl.cdiv(C, BC), ()
     part, c = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BC + tl.arange(0, BC)[None, :]
@@ -111,9 +129,9 @@ def depthwise_backward(X, WEIGHT, DY, DX, PARTS, H, W, C, tiles, share, T: tl.co
                 rows = rows + (map_row(DY + image, x0 + n - 1, y, c, H, W, C, 1),)
             if n < R:
                 xs = xs + (map_row(X + image, x0 + n, y, c, H, W, C, 0)[0],)
-            if n >= AHEAD:                                   # row n - AHEAD - 1 of the tile, -1 the one above it
+            if n >= AHEAD:  # row n - AHEAD - 1 of the tile, -1 the one above it
                 row, below = rows[n - AHEAD], start
-                if n - AHEAD < R:                            # each row of dY meets the rows of X below, at and above it
+                if n - AHEAD < R:  # each row of dY meets the rows of X below, at and above it
                     below = add_taps(start, row, taps, 2, -1)
                     sums = tap_sums(sums, row, xs[n - AHEAD].to(tl.float32), 2)
                 if n - AHEAD >= 1 and n - AHEAD <= R:
@@ -124,8 +142,11 @@ def depthwise_backward(X, WEIGHT, DY, DX, PARTS, H, W, C, tiles, share, T: tl.co
                     above = add_taps(above, row, taps, 0, -1)
                     sums = tap_sums(sums, row, xs[n - AHEAD - 2].to(tl.float32), 0)
                     x = x0 + n - AHEAD - 2
-                    tl.store(DX + image + x * W * C + (y * C + c), above.to(DX.dtype.element_ty),
-                             mask=(x < H) & (y < W) & (c < C))
+                    tl.store(
+                        DX + image + x * W * C + (y * C + c),
+                        above.to(DX.dtype.element_ty),
+                        mask=(x < H) & (y < W) & (c < C),
+                    )
                 above, here = here, below
     PARTS += part.to(tl.int64) * 10 * C
     c = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
@@ -136,6 +157,7 @@ def depthwise_backward(X, WEIGHT, DY, DX, PARTS, H, W, C, tiles, share, T: tl.co
 # %% ../../nbs/3_locality/davit.ipynb #b1a5e023
 class DepthwiseLaunch(NamedTuple):
     "How a depthwise kernel is launched."
+
     columns: int  # at most, of a tile
     block: int  # columns x channels of a tile
     rows: int  # at most, of a tile
@@ -162,5 +184,18 @@ def depthwise_launch(kind: str, x: Tensor) -> tuple[BoundLaunch, int]:
     share = -(-tiles // max(1, min(tiles, p.programs // blocks)))
     parts = -(-tiles // share)
     kernel = depthwise_forward if kind == "forward" else depthwise_backward
-    return BoundLaunch(kernel, (parts * blocks,), H, W, C, tiles, share, T=T, R=R, AHEAD=p.ahead, BC=BC,
-                       num_warps=p.warps, maxnreg=p.registers), parts
+    return BoundLaunch(
+        kernel,
+        (parts * blocks,),
+        H,
+        W,
+        C,
+        tiles,
+        share,
+        T=T,
+        R=R,
+        AHEAD=p.ahead,
+        BC=BC,
+        num_warps=p.warps,
+        maxnreg=p.registers,
+    ), parts

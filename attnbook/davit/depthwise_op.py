@@ -20,12 +20,14 @@ _DEPTHWISE_FORWARD, _DEPTHWISE_BACKWARD = Plans(), Plans()
 
 def _residual_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     "x + depthwise 3 x 3 convolution of x, contiguous `(B, H, W, C)`, in x's type; weight `(C, 1, 3, 3)`, bias `(C,)`."
+
     def run(x, weight, bias):
         out = torch.empty_like(x)
         if out.numel():
             launch, _ = _DEPTHWISE_FORWARD.find((x.shape, x.dtype, x.device), depthwise_launch, "forward", x)
             launch(x, weight.contiguous(), bias, out)
         return out
+
     return through_float32(run, (x, weight, bias)).to(x.dtype)
 
 
@@ -40,13 +42,21 @@ def _residual_backward(call):
         launch(x, weight.contiguous(), dy.contiguous(), dx, sums)
         launch_add_parts(sums, dw, db)
         return dx, dw, db
+
     names = "x", "weight", "bias"
     found = through_float32(run, (call.x, call.weight, call.grads[0]))
     return {n: g.to(getattr(call, n).dtype) for n, g in zip(names, found)}
 
 
 depthwise_residual_op = operation(
-    "depthwise_residual", _residual_forward, like=lambda x, weight, bias: torch.empty_like(x),
-    backward=_residual_backward, drop=(0,), gradients_like=lambda call: {
-        "x": torch.empty_like(call.x), "weight": call.weight.new_empty(call.weight.shape),
-        "bias": call.bias.new_empty(call.bias.shape)})
+    "depthwise_residual",
+    _residual_forward,
+    like=lambda x, weight, bias: torch.empty_like(x),
+    backward=_residual_backward,
+    drop=(0,),
+    gradients_like=lambda call: {
+        "x": torch.empty_like(call.x),
+        "weight": call.weight.new_empty(call.weight.shape),
+        "bias": call.bias.new_empty(call.bias.shape),
+    },
+)

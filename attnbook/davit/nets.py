@@ -36,6 +36,7 @@ from .window_op import window_attention_packed
 # %% ../../nbs/3_locality/davit.ipynb #f97ae49c
 class ConvPositionalEncoding(nn.Module):
     "x + depthwise convolution of x, `(B, H, W, channels)`; odd `kernel_size`; `act=True` puts a GELU on the branch."
+
     def __init__(self, channels: int, kernel_size: int = 3, act: bool = False, backend: str = "auto"):
         super().__init__()
         if check_int("kernel_size", kernel_size, least=1) % 2 == 0:
@@ -59,8 +60,16 @@ class SpatialWindowAttention(nn.Module):
     """Window attention with its projections, `(B, H, W, channels)` -> the same.
 
     Ragged maps: padded tokens take part, as in the paper's code (`pad_mode="token"`), or do not ("mask")."""
-    def __init__(self, channels: int, heads: int, window_size: int | tuple[int, int] = 7, qkv_bias: bool = True,
-                 pad_mode: str = "token", backend: str = "auto"):
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        window_size: int | tuple[int, int] = 7,
+        qkv_bias: bool = True,
+        pad_mode: str = "token",
+        backend: str = "auto",
+    ):
         super().__init__()
         check_divides("heads", heads, "channels", check_int("channels", channels, least=1))
         self.heads, self.window_size = int(heads), check_sizes("window_size", window_size, 2)
@@ -72,8 +81,17 @@ class SpatialWindowAttention(nn.Module):
         qkv = self.qkv(x)
         bias = qkv.new_zeros(qkv.shape[-1]) if self.qkv.bias is None else self.qkv.bias
         _, pad_k, pad_v = bias.view(3, self.heads, -1)
-        return self.proj(window_attention_packed(qkv, self.heads, self.window_size, pad_mode=self.pad_mode, pad_k=pad_k,
-                                                 pad_v=pad_v, backend=self.backend))
+        return self.proj(
+            window_attention_packed(
+                qkv,
+                self.heads,
+                self.window_size,
+                pad_mode=self.pad_mode,
+                pad_k=pad_k,
+                pad_v=pad_v,
+                backend=self.backend,
+            )
+        )
 
     def extra_repr(self):
         return f"heads={self.heads}, window_size={self.window_size}, pad_mode={self.pad_mode!r}"
@@ -90,8 +108,10 @@ class ChannelGroupAttention(nn.Module):
     """Channel group attention with its projections, `(B, …, channels)` -> the same.
 
     `scale`: "group_dim" (the paper), "tokens" (Florence-2), or a number."""
-    def __init__(self, channels: int, groups: int, qkv_bias: bool = True, scale: str | float = "group_dim",
-                 backend: str = "auto"):
+
+    def __init__(
+        self, channels: int, groups: int, qkv_bias: bool = True, scale: str | float = "group_dim", backend: str = "auto"
+    ):
         super().__init__()
         check_divides("groups", groups, "channels", check_int("channels", channels, least=1))
         named = isinstance(scale, str)
@@ -109,13 +129,24 @@ class ChannelGroupAttention(nn.Module):
     def weights(self, x: Tensor) -> Tensor:
         "The weights A `(B, groups, group_dim, group_dim)` for input x."
         qkv = self.qkv(x.flatten(1, -2))
-        return channel_group_attention(*packed_groups(qkv, self.groups, 3), scale=self.scale_for(qkv.shape[1]),
-                                       backend=self.backend, return_weights=True)[1]
+        return channel_group_attention(
+            *packed_groups(qkv, self.groups, 3),
+            scale=self.scale_for(qkv.shape[1]),
+            backend=self.backend,
+            return_weights=True,
+        )[1]
 
     def as_one(self, x: Tensor) -> bool:
         "Whether one operation can be the whole layer: the kernel's backend, two plain linear layers, nothing frozen."
-        plain = all(type(m) is nn.Linear and m.bias is not None and not m._forward_hooks and not m._forward_pre_hooks
-                    and not m._backward_hooks and not m._backward_pre_hooks for m in (self.qkv, self.proj))
+        plain = all(
+            type(m) is nn.Linear
+            and m.bias is not None
+            and not m._forward_hooks
+            and not m._forward_pre_hooks
+            and not m._backward_hooks
+            and not m._backward_pre_hooks
+            for m in (self.qkv, self.proj)
+        )
         frozen = torch.is_grad_enabled() and not all(p.requires_grad for p in self.parameters())
         return plain and not frozen and _channel_backend(self.backend, x, x.shape[-1] // self.groups) == "triton"
 
@@ -136,8 +167,18 @@ class ChannelGroupAttention(nn.Module):
 # %% ../../nbs/3_locality/davit.ipynb #ec1c30fe
 class DualBlock(nn.Module):
     "The skeleton of both blocks, `(B, H, W, channels)` -> the same, around a given attention."
-    def __init__(self, channels: int, attention: nn.Module, *, mlp_ratio: float = 4.0, drop_path: float = 0.0,
-                 ffn: bool = True, cpe_act: bool = False, backend: str = "auto"):
+
+    def __init__(
+        self,
+        channels: int,
+        attention: nn.Module,
+        *,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        ffn: bool = True,
+        cpe_act: bool = False,
+        backend: str = "auto",
+    ):
         super().__init__()
         position = partial(ConvPositionalEncoding, channels, act=cpe_act, backend=backend)
         self.cpe1, self.norm1 = position(), nn.LayerNorm(channels)
@@ -156,27 +197,53 @@ class DualBlock(nn.Module):
 
 class SpatialBlock(DualBlock):
     "Window attention in the skeleton."
-    def __init__(self, channels: int, heads: int, window_size: int | tuple[int, int] = 7, *, qkv_bias: bool = True,
-                 pad_mode: str = "token", mlp_ratio: float = 4.0, drop_path: float = 0.0, ffn: bool = True,
-                 cpe_act: bool = False, backend: str = "auto"):
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        window_size: int | tuple[int, int] = 7,
+        *,
+        qkv_bias: bool = True,
+        pad_mode: str = "token",
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        ffn: bool = True,
+        cpe_act: bool = False,
+        backend: str = "auto",
+    ):
         attention = SpatialWindowAttention(channels, heads, window_size, qkv_bias, pad_mode, backend)
-        super().__init__(channels, attention, mlp_ratio=mlp_ratio, drop_path=drop_path, ffn=ffn, cpe_act=cpe_act,
-                         backend=backend)
+        super().__init__(
+            channels, attention, mlp_ratio=mlp_ratio, drop_path=drop_path, ffn=ffn, cpe_act=cpe_act, backend=backend
+        )
 
 
 class ChannelBlock(DualBlock):
     "Channel group attention in the skeleton."
-    def __init__(self, channels: int, groups: int, *, qkv_bias: bool = True, scale: str | float = "group_dim",
-                 mlp_ratio: float = 4.0, drop_path: float = 0.0, ffn: bool = True, cpe_act: bool = False,
-                 backend: str = "auto"):
+
+    def __init__(
+        self,
+        channels: int,
+        groups: int,
+        *,
+        qkv_bias: bool = True,
+        scale: str | float = "group_dim",
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        ffn: bool = True,
+        cpe_act: bool = False,
+        backend: str = "auto",
+    ):
         attention = ChannelGroupAttention(channels, groups, qkv_bias, scale, backend)
-        super().__init__(channels, attention, mlp_ratio=mlp_ratio, drop_path=drop_path, ffn=ffn, cpe_act=cpe_act,
-                         backend=backend)
+        super().__init__(
+            channels, attention, mlp_ratio=mlp_ratio, drop_path=drop_path, ffn=ffn, cpe_act=cpe_act, backend=backend
+        )
 
 # %% ../../nbs/3_locality/davit.ipynb #bef6f68a
 class Stem(nn.Module):
     """Image `(B, 3, H, W)` -> `(B, ceil(H/4), ceil(W/4), channels)`: zero padding, 7 x 7 convolution with stride 4,
     layer norm."""
+
     def __init__(self, in_channels: int, channels: int):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(in_channels, channels, 7, stride=4, padding=3), nn.LayerNorm(channels)
@@ -190,6 +257,7 @@ class Stem(nn.Module):
 class Downsample(nn.Module):
     """`(B, H, W, in)` -> `(B, ceil(H/2), ceil(W/2), out)`: layer norm first, then a convolution, 2 x 2 (computed as a
     linear layer on patches) or (overlapped) 3 x 3."""
+
     def __init__(self, in_channels: int, channels: int, kernel_size: int = 2):
         super().__init__()
         check_choice("kernel_size", kernel_size, (2, 3))
@@ -200,14 +268,15 @@ class Downsample(nn.Module):
         x = self.norm(x)
         if self.conv.kernel_size[0] == 3:
             return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        if x.shape[1] % 2 or x.shape[2] % 2:                                       # padding by nothing copies
+        if x.shape[1] % 2 or x.shape[2] % 2:  # padding by nothing copies
             x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        patches = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)     # (B, h, w, 2 * 2 * in)
+        patches = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)  # (B, h, w, 2 * 2 * in)
         return F.linear(patches, self.conv.weight.permute(0, 2, 3, 1).flatten(1), self.conv.bias)
 
 # %% ../../nbs/3_locality/davit.ipynb #1a336e18
 class Stage(nn.Module):
     "An optional downsampling and then blocks, each a sequence of one block per attention type."
+
     def __init__(self, downsample: nn.Module, blocks: list[nn.Module]):
         super().__init__()
         self.downsample, self.blocks = downsample, nn.Sequential(*blocks)
@@ -218,6 +287,7 @@ class Stage(nn.Module):
 
 class Head(nn.Module):
     "`(B, H, W, channels)` -> mean over positions, layer norm, linear (none if classes is 0)."
+
     def __init__(self, channels: int, classes: int):
         super().__init__()
         self.norm, self.fc = nn.LayerNorm(channels), nn.Linear(channels, classes) if classes else nn.Identity()
@@ -243,12 +313,25 @@ class DaViT(nn.Module):
     default a spatial and a channel block. `channel_scale`, `pad_mode`, `backend`: see the attention modules.
     `drop_path`: the last block's rate. ValueError names a setting that does not fit.
     """
+
     def __init__(
-        self, dims: Sequence[int] = (96, 192, 384, 768), depths: Sequence[int] = (1, 1, 3, 1),
-        heads: Sequence[int] = (3, 6, 12, 24), *, window_size: int | tuple[int, int] = 7,
-        attn_types: Sequence[str] = ("spatial", "channel"), mlp_ratio: float = 4.0, qkv_bias: bool = True,
-        channel_scale: str | float = "group_dim", ffn: bool = True, cpe_act: bool = False, downsample_kernel: int = 2,
-        drop_path: float = 0.0, pad_mode: str = "token", num_classes: int = 1000, in_channels: int = 3,
+        self,
+        dims: Sequence[int] = (96, 192, 384, 768),
+        depths: Sequence[int] = (1, 1, 3, 1),
+        heads: Sequence[int] = (3, 6, 12, 24),
+        *,
+        window_size: int | tuple[int, int] = 7,
+        attn_types: Sequence[str] = ("spatial", "channel"),
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        channel_scale: str | float = "group_dim",
+        ffn: bool = True,
+        cpe_act: bool = False,
+        downsample_kernel: int = 2,
+        drop_path: float = 0.0,
+        pad_mode: str = "token",
+        num_classes: int = 1000,
+        in_channels: int = 3,
         backend: str = "auto",
     ):
         super().__init__()
@@ -256,21 +339,27 @@ class DaViT(nn.Module):
             raise ValueError(f"dims, depths and heads must have one entry per stage, not {dims}, {depths} and {heads}")
         if not attn_types or not set(attn_types) <= {"spatial", "channel"}:
             raise ValueError(f"attn_types must hold 'spatial' and 'channel' only, not {attn_types!r}")
-        blocks = len(attn_types) * sum(depths)                  # spatial and channel blocks counted apart
+        blocks = len(attn_types) * sum(depths)  # spatial and channel blocks counted apart
         rates = iter(drop_path_rates(drop_path, blocks))
 
         def block(kind, dim, n):
-            more = dict(qkv_bias=qkv_bias, backend=backend, mlp_ratio=mlp_ratio, ffn=ffn, cpe_act=cpe_act,
-                        drop_path=next(rates))
+            more = dict(
+                qkv_bias=qkv_bias, backend=backend, mlp_ratio=mlp_ratio, ffn=ffn, cpe_act=cpe_act, drop_path=next(rates)
+            )
             if kind == "spatial":
                 return SpatialBlock(dim, n, window_size, pad_mode=pad_mode, **more)
             return ChannelBlock(dim, n, scale=channel_scale, **more)
 
         self.stem = Stem(in_channels, dims[0])
-        self.stages = nn.Sequential(*[
-            Stage(Downsample(dims[i - 1], dims[i], downsample_kernel) if i else nn.Identity(),
-                  [nn.Sequential(*[block(kind, dims[i], heads[i]) for kind in attn_types]) for _ in range(depths[i])])
-            for i in range(len(dims))])
+        self.stages = nn.Sequential(
+            *[
+                Stage(
+                    Downsample(dims[i - 1], dims[i], downsample_kernel) if i else nn.Identity(),
+                    [nn.Sequential(*[block(kind, dims[i], heads[i]) for kind in attn_types]) for _ in range(depths[i])],
+                )
+                for i in range(len(dims))
+            ]
+        )
         self.head = Head(dims[-1], num_classes)
         self.apply(init_linear)
 
@@ -283,9 +372,16 @@ class DaViT(nn.Module):
 
 # %% ../../nbs/3_locality/davit.ipynb #b3d3051c
 def davit(
-    variant: str, num_classes: int = 1000, *, window_size: int | tuple[int, int] | None = None,
-    attn_types: Sequence[str] = ("spatial", "channel"), channel_scale: str | float = "group_dim",
-    downsample_kernel: int | None = None, drop_path: float = 0.0, pad_mode: str = "token", in_channels: int = 3,
+    variant: str,
+    num_classes: int = 1000,
+    *,
+    window_size: int | tuple[int, int] | None = None,
+    attn_types: Sequence[str] = ("spatial", "channel"),
+    channel_scale: str | float = "group_dim",
+    downsample_kernel: int | None = None,
+    drop_path: float = 0.0,
+    pad_mode: str = "token",
+    in_channels: int = 3,
     backend: str = "auto",
 ) -> DaViT:
     """A published size, untrained: 'tiny', 'small', 'base', 'large', 'huge' or 'giant'.
@@ -294,10 +390,20 @@ def davit(
     has more of them. ValueError for an unknown variant.
     """
     dims, depths, window, kernel = VARIANTS[check_choice("variant", variant, tuple(VARIANTS))]
-    return DaViT(dims, depths, tuple(d // 32 for d in dims), window_size=window if window_size is None else window_size,
-                 attn_types=attn_types, channel_scale=channel_scale, drop_path=drop_path, pad_mode=pad_mode,
-                 downsample_kernel=kernel if downsample_kernel is None else downsample_kernel, num_classes=num_classes,
-                 in_channels=in_channels, backend=backend)
+    return DaViT(
+        dims,
+        depths,
+        tuple(d // 32 for d in dims),
+        window_size=window if window_size is None else window_size,
+        attn_types=attn_types,
+        channel_scale=channel_scale,
+        drop_path=drop_path,
+        pad_mode=pad_mode,
+        downsample_kernel=kernel if downsample_kernel is None else downsample_kernel,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        backend=backend,
+    )
 
 
 def davit_tiny(num_classes: int = 1000, *, drop_path: float = 0.0, backend: str = "auto") -> DaViT:
@@ -332,25 +438,51 @@ def davit_giant(num_classes: int = 1000, *, drop_path: float = 0.0, backend: str
 # %% ../../nbs/3_locality/davit.ipynb #062c390c
 def florence2_base_tower(num_classes: int = 0, *, drop_path: float = 0.0, backend: str = "auto") -> DaViT:
     "The image tower of Florence-2 base; without a classifier where num_classes is 0."
-    return davit("base", num_classes, window_size=12, downsample_kernel=3, channel_scale="tokens", drop_path=drop_path,
-                 backend=backend)
+    return davit(
+        "base",
+        num_classes,
+        window_size=12,
+        downsample_kernel=3,
+        channel_scale="tokens",
+        drop_path=drop_path,
+        backend=backend,
+    )
 
 
 def florence2_large_tower(num_classes: int = 0, *, drop_path: float = 0.0, backend: str = "auto") -> DaViT:
     "The image tower of Florence-2 large; see `florence2_base_tower`."
-    return davit("huge", num_classes, window_size=12, downsample_kernel=3, channel_scale="tokens", drop_path=drop_path,
-                 backend=backend)
+    return davit(
+        "huge",
+        num_classes,
+        window_size=12,
+        downsample_kernel=3,
+        channel_scale="tokens",
+        drop_path=drop_path,
+        backend=backend,
+    )
 
 # %% ../../nbs/3_locality/davit.ipynb #f0d5d862
 # model and settings -> parameters: official README (T, S, B), timm 1.0 (the others with 2 x 2 downsampling)
 PARAMETERS = {
-    ("tiny", 2): 28_360_168, ("small", 2): 49_745_896, ("base", 2): 87_954_408, ("large", 2): 196_811_752,
-    ("huge", 2): 348_922_856, ("giant", 2): 1_406_470_120, ("huge", 3): 362_685_416, ("giant", 3): 1_437_435_880}
+    ("tiny", 2): 28_360_168,
+    ("small", 2): 49_745_896,
+    ("base", 2): 87_954_408,
+    ("large", 2): 196_811_752,
+    ("huge", 2): 348_922_856,
+    ("giant", 2): 1_406_470_120,
+    ("huge", 3): 362_685_416,
+    ("giant", 3): 1_437_435_880,
+}
 
 # %% ../../nbs/3_locality/davit.ipynb #b27c1501
-register_models({f"davit_{v}": (globals()[f"davit_{v}"], PARAMETERS.get((v, 3)) or PARAMETERS[v, 2], size)
-                 for v, size in zip(VARIANTS, (224, 224, 224, 384, 512, 512))},
-                published="Tables 1 and 2", weights="timm's `davit_*` and Florence-2's image towers load with `from_timm`")
+register_models(
+    {
+        f"davit_{v}": (globals()[f"davit_{v}"], PARAMETERS.get((v, 3)) or PARAMETERS[v, 2], size)
+        for v, size in zip(VARIANTS, (224, 224, 224, 384, 512, 512))
+    },
+    published="Tables 1 and 2",
+    weights="timm's `davit_*` and Florence-2's image towers load with `from_timm`",
+)
 
 # %% ../../nbs/3_locality/davit.ipynb #d8c593bc
 def davit_macs(model: DaViT, resolution: int | tuple[int, int]) -> int:
@@ -376,8 +508,14 @@ def davit_macs(model: DaViT, resolution: int | tuple[int, int]) -> int:
     return total + sum(p.numel() for p in model.head.fc.parameters() if p.dim() == 2)
 
 # %% ../../nbs/3_locality/davit.ipynb #bc12e2ee
-PUBLISHED_GMACS = {("tiny", 224): 4.54, ("small", 224): 8.80, ("base", 224): 15.51, ("large", 384): 103.0,
-                   ("huge", 512): 334.0, ("giant", 512): 1038.0}
+PUBLISHED_GMACS = {
+    ("tiny", 224): 4.54,
+    ("small", 224): 8.80,
+    ("base", 224): 15.51,
+    ("large", 384): 103.0,
+    ("huge", 512): 334.0,
+    ("giant", 512): 1038.0,
+}
 
 
 def counted_gmacs() -> dict[tuple[str, int], float]:

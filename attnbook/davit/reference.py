@@ -29,7 +29,7 @@ def channel_attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -
 # %% ../../nbs/3_locality/davit.ipynb #173a2389
 def to_windows(x: Tensor, window_size: tuple[int, int]) -> Tensor:
     "`(B, H, X, Y, D)`, X and Y multiples of the window -> `(B * windows, H, tokens of a window, D)`."
-    x = x.unflatten(3, (-1, window_size[1])).unflatten(2, (-1, window_size[0]))          # B H i r j c D
+    x = x.unflatten(3, (-1, window_size[1])).unflatten(2, (-1, window_size[0]))  # B H i r j c D
     return x.permute(0, 2, 4, 1, 3, 5, 6).flatten(4, 5).flatten(0, 2)
 
 
@@ -40,17 +40,24 @@ def from_windows(x: Tensor, window_size: tuple[int, int], batch: int, height: in
 
 # %% ../../nbs/3_locality/davit.ipynb #e94ef427
 def window_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, window_size: tuple[int, int], pad_k: Tensor | None = None,
-    pad_v: Tensor | None = None, scale: float | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: tuple[int, int],
+    pad_k: Tensor | None = None,
+    pad_v: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """q, k, v `(B, heads, X, Y, head_dim)` -> the same shape. Keys beyond the map are not seen without pad_k and pad_v
     `(heads, head_dim)`; with them they are tokens with these keys and values."""
     B, H, X, Y, D = q.shape
     more = -X % window_size[0], -Y % window_size[1]
-    missing = F.pad(torch.zeros(1, 1, X, Y, 1, device=q.device, dtype=torch.bool), (0, 0, 0, more[1], 0, more[0]),
-                    value=True)
-    pad = lambda x, fill: torch.where(missing, 0 if fill is None else fill[:, None, None],
-                                      F.pad(x, (0, 0, 0, more[1], 0, more[0])))
+    missing = F.pad(
+        torch.zeros(1, 1, X, Y, 1, device=q.device, dtype=torch.bool), (0, 0, 0, more[1], 0, more[0]), value=True
+    )
+    pad = lambda x, fill: torch.where(
+        missing, 0 if fill is None else fill[:, None, None], F.pad(x, (0, 0, 0, more[1], 0, more[0]))
+    )
     mask = None if pad_k is not None else ~to_windows(missing, window_size)[..., 0][:, :, None].repeat(B, 1, 1, 1)
     windows = [to_windows(pad(x, fill), window_size) for x, fill in ((q, None), (k, pad_k), (v, pad_v))]
     out = from_windows(attention_reference(*windows, mask=mask, scale=scale), window_size, B, X + more[0], Y + more[1])
@@ -61,5 +68,9 @@ def channel_attention_cost(batch: int, tokens: int, channels: int, groups: int, 
     "FLOPs of the matrix products and bytes that must be moved, forward and backward."
     map_elements, weights = batch * tokens * channels, 4 * batch * channels * channels // groups
     flops = 4 * map_elements * channels // groups
-    return dict(flops_fwd=flops, flops_bwd=2 * flops, bytes_fwd=4 * map_elements * element_size + weights,
-                bytes_bwd=7 * map_elements * element_size + weights)
+    return dict(
+        flops_fwd=flops,
+        flops_bwd=2 * flops,
+        bytes_fwd=4 * map_elements * element_size + weights,
+        bytes_bwd=7 * map_elements * element_size + weights,
+    )

@@ -21,7 +21,7 @@ def partial_sums(X, OUT, sx, so, N, share, C, T: tl.constexpr, BC: tl.constexpr)
     for n0 in range(i * share, tl.minimum((i + 1) * share, N), T):
         n = n0 + tl.arange(0, T)
         ok = (n < tl.minimum((i + 1) * share, N))[:, None] & (c < C)[None, :]
-        acc += tl.load(X + n.to(tl.int64)[:, None] * sx + c[None, :], mask=ok, other=0.0).to(tl.float32)   # [T, BC]
+        acc += tl.load(X + n.to(tl.int64)[:, None] * sx + c[None, :], mask=ok, other=0.0).to(tl.float32)  # [T, BC]
     tl.store(OUT + i.to(tl.int64) * so + c, tl.sum(acc, 0), mask=c < C)
 
 
@@ -33,7 +33,7 @@ def add_parts(PARTS, FIRST, SECOND, parts, C, split, T: tl.constexpr, BC: tl.con
     for n0 in range(0, parts, T):
         n = n0 + tl.arange(0, T)
         acc += tl.load(PARTS + n[:, None] * C + c[None, :], mask=(n < parts)[:, None] & (c < C)[None, :], other=0.0)
-    total = tl.sum(acc, 0)                                                                # [BC]
+    total = tl.sum(acc, 0)  # [BC]
     tl.store(FIRST + c, total.to(FIRST.dtype.element_ty), mask=c < split)
     tl.store(SECOND + c - split, total.to(SECOND.dtype.element_ty), mask=(c >= split) & (c < C))
 
@@ -42,16 +42,27 @@ def launch_partial_sums(rows: Tensor, out: Tensor):
     "out[i] = the sum of the i-th of len(out) parts of rows `(n, C)`; out float32 `(parts, C)`, channels side by side."
     parts, (n, C) = len(out), rows.shape
     block = 64 if C % 64 == 0 else 32
-    make = lambda: BoundLaunch(partial_sums, (parts * -(-C // block),), rows.stride(0), out.stride(0), n,
-                               -(-n // parts), C, T=64, BC=block, num_warps=4)
+    make = lambda: BoundLaunch(
+        partial_sums,
+        (parts * -(-C // block),),
+        rows.stride(0),
+        out.stride(0),
+        n,
+        -(-n // parts),
+        C,
+        T=64,
+        BC=block,
+        num_warps=4,
+    )
     _SUMS.find((rows.shape, parts, rows.stride(0), out.stride(0), rows.device), make)(rows, out)
 
 
 def launch_add_parts(parts: Tensor, first: Tensor, second: Tensor):
     "Column sums of parts, float32 `(n, columns)`: into `first` as many as it holds, the rest into `second`."
     (n, columns), split = parts.shape, first.numel()
-    make = lambda: BoundLaunch(add_parts, (-(-columns // 16),), n, columns, split, T=min(128, round_dim(n)), BC=16,
-                               num_warps=4)
+    make = lambda: BoundLaunch(
+        add_parts, (-(-columns // 16),), n, columns, split, T=min(128, round_dim(n)), BC=16, num_warps=4
+    )
     _PARTS.find((parts.shape, split, parts.device), make)(parts, first, second)
 
 

@@ -19,6 +19,7 @@ from ..engine.host import round_dim
 # %% ../../nbs/3_locality/davit.ipynb #fcd5f471
 class WindowShape(NamedTuple):
     "The window's sides in tokens: what the kernels know when they are compiled."
+
     height: int
     width: int
 
@@ -89,9 +90,22 @@ def _window_unmasked(ints, consts, rows_q, rows_k):
     return all(n % w == 0 for n, w in zip(ints, consts)) and tokens % rows_q == 0 and tokens % rows_k == 0
 
 
-WINDOW = register_program(TileProgram(
-    "window", window_tile, window_k_span, window_step, window_tile, window_q_span, window_step, expand=_window_shape,
-    launch=window_launch, unmasked=_window_unmasked, q_tiles=_window_tiles, k_tiles=_window_tiles))
+WINDOW = register_program(
+    TileProgram(
+        "window",
+        window_tile,
+        window_k_span,
+        window_step,
+        window_tile,
+        window_q_span,
+        window_step,
+        expand=_window_shape,
+        launch=window_launch,
+        unmasked=_window_unmasked,
+        q_tiles=_window_tiles,
+        k_tiles=_window_tiles,
+    )
+)
 
 # %% ../../nbs/3_locality/davit.ipynb #b1a5e011
 @triton.jit
@@ -126,9 +140,29 @@ def window_base(ptr, b, h, x0, s):
 
 # %% ../../nbs/3_locality/davit.ipynb #b1a5e012
 @triton.jit
-def window_forward(Q, K, V, O, LSE, s, so, scale, X, Y, H, per, C: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr,
-                   TILES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, RAGGED: tl.constexpr,
-                   PRECISION: tl.constexpr, STAGES: tl.constexpr):
+def window_forward(
+    Q,
+    K,
+    V,
+    O,
+    LSE,
+    s,
+    so,
+    scale,
+    X,
+    Y,
+    H,
+    per,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TILES: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     "O of `per` neighbouring windows, R queries of each. Grid: batch * heads * rows of windows * parts * TILES."
     b, h, x0, first, last, t = window_place(X, Y, H, per, C, TILES)
     r, d = t * R + tl.arange(0, R), tl.arange(0, BD)[None, :] < D
@@ -138,13 +172,13 @@ def window_forward(Q, K, V, O, LSE, s, so, scale, X, Y, H, per, C: tl.constexpr,
     for j in tl.range(first, last, num_stages=STAGES):
         y0 = j * C.width
         ok = window_exists(r, x0, y0, X, Y, C, RAGGED)
-        q = tl.load(Q + y0 * s[3] + at, mask=ok[:, None] & d, other=0.0)                  # [R, BD]
+        q = tl.load(Q + y0 * s[3] + at, mask=ok[:, None] & d, other=0.0)  # [R, BD]
         scores, top = (), tl.full([R], float("-inf"), tl.float32)
         for i in tl.static_range(len(BLOCKS)):
             n = BLOCKS[i][0] + tl.arange(0, BLOCKS[i][1])
             seen = window_exists(n, x0, y0, X, Y, C, RAGGED)
             k = tl.load(K + y0 * s[3] + window_offsets(n, s, C, BD), mask=seen[:, None] & d, other=0.0)
-            x = tl.where(seen[None, :], tl.dot(q, k.T, input_precision=PRECISION), float("-inf"))   # [R, block]
+            x = tl.where(seen[None, :], tl.dot(q, k.T, input_precision=PRECISION), float("-inf"))  # [R, block]
             scores, top = scores + (x,), tl.maximum(top, tl.max(x, 1))
         top = top * scale
         total, acc = tl.zeros([R], tl.float32), tl.zeros([R, BD], tl.float32)
@@ -152,9 +186,9 @@ def window_forward(Q, K, V, O, LSE, s, so, scale, X, Y, H, per, C: tl.constexpr,
             n = BLOCKS[i][0] + tl.arange(0, BLOCKS[i][1])
             seen = window_exists(n, x0, y0, X, Y, C, RAGGED)
             v = tl.load(V + y0 * s[3] + window_offsets(n, s, C, BD), mask=seen[:, None] & d, other=0.0)
-            p = tl.exp2(scores[i] * scale - top[:, None])                                 # [R, block]
+            p = tl.exp2(scores[i] * scale - top[:, None])  # [R, block]
             total += tl.sum(p, 1)
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)                # [R, BD]
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)  # [R, BD]
         o = acc * (1 / total)[:, None]
         tl.store(O + y0 * so[3] + out_at, o.to(O.dtype.element_ty), mask=ok[:, None] & d)
         if LSE is not None:
@@ -163,9 +197,32 @@ def window_forward(Q, K, V, O, LSE, s, so, scale, X, Y, H, per, C: tl.constexpr,
 
 # %% ../../nbs/3_locality/davit.ipynb #b1a5e013
 @triton.jit
-def window_backward(Q, K, V, DO, DLSE, DQ, DK, DV, s, sdo, sg, scale, plain_scale, X, Y, H, per, C: tl.constexpr,
-                    R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
-                    STAGES: tl.constexpr):
+def window_backward(
+    Q,
+    K,
+    V,
+    DO,
+    DLSE,
+    DQ,
+    DK,
+    DV,
+    s,
+    sdo,
+    sg,
+    scale,
+    plain_scale,
+    X,
+    Y,
+    H,
+    per,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     "All gradients of `per` neighbouring windows of at most R tokens. Grid: batch * heads * rows of windows * parts."
     b, h, x0, first, last, t = window_place(X, Y, H, per, C, 1)
     r, d = tl.arange(0, R), tl.arange(0, BD)[None, :] < D
@@ -176,15 +233,15 @@ def window_backward(Q, K, V, DO, DLSE, DQ, DK, DV, s, sdo, sg, scale, plain_scal
     for j in tl.range(first, last, num_stages=STAGES):
         y0 = j * C.width
         ok = window_exists(r, x0, y0, X, Y, C, RAGGED)
-        q = tl.load(Q + y0 * s[3] + at, mask=ok[:, None] & d, other=0.0)                  # all [R, BD]
+        q = tl.load(Q + y0 * s[3] + at, mask=ok[:, None] & d, other=0.0)  # all [R, BD]
         k = tl.load(K + y0 * s[3] + at, mask=ok[:, None] & d, other=0.0)
         v = tl.load(V + y0 * s[3] + at, mask=ok[:, None] & d, other=0.0)
         do = tl.load(DO + y0 * sdo[3] + do_at, mask=ok[:, None] & d, other=0.0)
-        x = tl.where(ok[None, :], tl.dot(q, k.T, input_precision=PRECISION), float("-inf"))         # [R, R]
+        x = tl.where(ok[None, :], tl.dot(q, k.T, input_precision=PRECISION), float("-inf"))  # [R, R]
         dp = tl.dot(do, v.T, input_precision=PRECISION)
         p = tl.exp2(x * scale - (tl.max(x, 1) * scale)[:, None])
         p = p * (1 / tl.sum(p, 1))[:, None]
-        delta = tl.sum(p * dp, 1)                                                         # [R]
+        delta = tl.sum(p * dp, 1)  # [R]
         if DLSE is not None:
             row = ((b * H + h).to(tl.int64) * X + x0) * Y + y0
             delta -= tl.load(DLSE + row + r // C.width * Y + r % C.width, mask=ok, other=0.0)
@@ -199,6 +256,7 @@ def window_backward(Q, K, V, DO, DLSE, DQ, DK, DV, s, sdo, sg, scale, plain_scal
 # %% ../../nbs/3_locality/davit.ipynb #b1a5e014
 class WindowLaunch(NamedTuple):
     "How the kernels for windows that fit are launched."
+
     per: int  # neighbouring windows of a program
     warps: int
     stages: int  # windows in flight

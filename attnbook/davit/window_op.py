@@ -44,17 +44,33 @@ _WINDOW_FORWARD, _WINDOW_BACKWARD = Plans(), Plans()
 def _plan_window(kernel, q, window, strides, scales):
     "The launch of one of the two kernels for windows that fit, for q and tensors with these strides."
     (B, H, X, Y, D), tokens, forward = q.shape, math.prod(window), kernel is window_forward
-    p = WINDOW_LAUNCH.find(arch_of(q.device), "forward" if forward else "backward", torch.finfo(q.dtype).bits,
-                           round_dim(D))
+    p = WINDOW_LAUNCH.find(
+        arch_of(q.device), "forward" if forward else "backward", torch.finfo(q.dtype).bits, round_dim(D)
+    )
     rows = 16 if INTERPRETED and forward else min(64, round_dim(tokens))
     tiles, across = -(-tokens // rows) if forward else 1, -(-Y // window[1])
     per = min(p.per, across)
     options = dict(BLOCKS=key_blocks(tokens), TILES=tiles) if forward else {}
     return BoundLaunch(
-        kernel, (B * H * -(-X // window[0]) * -(-across // per) * tiles,), *strides, *scales, X, Y, H, per,
-        C=WindowShape(*window), R=rows, D=D, BD=round_dim(D), RAGGED=X % window[0] + Y % window[1] > 0,
-        PRECISION=None if q.element_size() == 2 else "ieee", STAGES=p.stages, num_warps=p.warps, maxnreg=p.registers,
-        **options)
+        kernel,
+        (B * H * -(-X // window[0]) * -(-across // per) * tiles,),
+        *strides,
+        *scales,
+        X,
+        Y,
+        H,
+        per,
+        C=WindowShape(*window),
+        R=rows,
+        D=D,
+        BD=round_dim(D),
+        RAGGED=X % window[0] + Y % window[1] > 0,
+        PRECISION=None if q.element_size() == 2 else "ieee",
+        STAGES=p.stages,
+        num_warps=p.warps,
+        maxnreg=p.registers,
+        **options,
+    )
 
 
 def _alike(*tensors):
@@ -70,8 +86,9 @@ def _launch_window_forward(q, k, v, window, scale, keep, own):
     out, lse = empty_heads(q, q.shape[4]), q.new_empty(q.shape[:-1] if keep else 0, dtype=torch.float32)
     if out.numel():
         strides = q.stride(), out.stride()
-        run = _WINDOW_FORWARD.find((signature(q), strides, window, scale), _plan_window, window_forward, q, window,
-                                   strides, (scale * LOG2E,))
+        run = _WINDOW_FORWARD.find(
+            (signature(q), strides, window, scale), _plan_window, window_forward, q, window, strides, (scale * LOG2E,)
+        )
         run(q, k, v, out, lse if keep else None)
     return out, lse
 
@@ -85,13 +102,21 @@ def _launch_window_backward(do, dlse, q, k, v, out, lse, grads, window, scale, o
         q, k, v = _alike(q, k, v)
         dlse = None if dlse is None else dlse.contiguous()
         strides = q.stride(), do.stride(), grads[0].stride()
-        run = _WINDOW_BACKWARD.find((signature(q), strides, window, scale), _plan_window, window_backward, q, window,
-                                    strides, (scale * LOG2E, scale))
+        run = _WINDOW_BACKWARD.find(
+            (signature(q), strides, window, scale),
+            _plan_window,
+            window_backward,
+            q,
+            window,
+            strides,
+            (scale * LOG2E, scale),
+        )
         run(q, k, v, do, dlse, *grads)
 
 # %% ../../nbs/3_locality/davit.ipynb #b1a5e018
-def _window_op_forward(q: Tensor, k: Tensor, v: Tensor, wx: int, wy: int, scale: float,
-                       keep: bool) -> tuple[Tensor, Tensor]:
+def _window_op_forward(
+    q: Tensor, k: Tensor, v: Tensor, wx: int, wy: int, scale: float, keep: bool
+) -> tuple[Tensor, Tensor]:
     "Output and LSE. `keep=False`: no LSE, where the backward pass is `window_kernel`'s and needs none."
     own = window_kernel("forward", q.dtype, q.shape[4], wx * wy, scale)
     out, lse = through_float32(_launch_window_forward, (q, k, v), (wx, wy), scale, keep, own)
@@ -109,9 +134,11 @@ def _window_op_backward(call):
 
     def run(do, q, k, v, out):
         grads = [empty_heads(q, q.shape[4]) for _ in range(3)]
-        _launch_window_backward(do, dlse if lse.numel() else None, q, k, v, out, lse, grads, (call.wx, call.wy),
-                                call.scale, own)
+        _launch_window_backward(
+            do, dlse if lse.numel() else None, q, k, v, out, lse, grads, (call.wx, call.wy), call.scale, own
+        )
         return grads
+
     do = torch.zeros_like(out) if do is None else do
     return {n: g.to(out.dtype) for n, g in zip("qkv", through_float32(run, (do, call.q, call.k, call.v, out)))}
 
@@ -120,19 +147,27 @@ def _window_plan(q, k, v, wx, wy, scale, keep):
     own = window_kernel("forward", q.dtype, q.shape[4], wx * wy, scale)
     if not own or q.numel() == 0 or not q.stride() == k.stride() == v.stride():
         return _window_op_forward
-    launch = _plan_window(window_forward, q, (wx, wy), (q.stride(), empty_heads(q, q.shape[4]).stride()), (scale * LOG2E,))
+    launch = _plan_window(
+        window_forward, q, (wx, wy), (q.stride(), empty_heads(q, q.shape[4]).stride()), (scale * LOG2E,)
+    )
     slots = q.shape[:-1] if keep else 0
 
     def planned(q, k, v, *rest):
         out, lse = empty_heads(q, q.shape[4]), q.new_empty(slots, dtype=torch.float32)
         launch(q, k, v, out, lse if keep else None)
         return out, lse
+
     return planned
 
 
 window_attention_op = operation(
-    "window_attention", _window_op_forward, like=_window_like, backward=_window_op_backward, plan=_window_plan,
-    gradients_like=lambda call: {n: empty_heads(call.q, call.q.shape[4]) for n in "qkv"})
+    "window_attention",
+    _window_op_forward,
+    like=_window_like,
+    backward=_window_op_backward,
+    plan=_window_plan,
+    gradients_like=lambda call: {n: empty_heads(call.q, call.q.shape[4]) for n in "qkv"},
+)
 
 # %% ../../nbs/3_locality/davit.ipynb #b1a5e019
 def packed_maps(packed: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
@@ -145,8 +180,9 @@ def _map_views(packed, heads, parts):
     return packed_views(packed, heads, (packed.shape[3] // parts,) * parts)
 
 
-def _window_packed_forward(qkv: Tensor, heads: int, wx: int, wy: int, scale: float,
-                           keep: bool) -> tuple[Tensor, Tensor]:
+def _window_packed_forward(
+    qkv: Tensor, heads: int, wx: int, wy: int, scale: float, keep: bool
+) -> tuple[Tensor, Tensor]:
     out, lse = _window_op_forward(*_map_views(qkv, heads, 3), wx, wy, scale, keep)
     return out.movedim(1, -2).reshape(*qkv.shape[:3], qkv.shape[3] // 3), lse
 
@@ -165,9 +201,19 @@ def _window_packed_backward(call):
     def run(do, qkv, out):
         dqkv = qkv.new_empty(qkv.shape)
         (do,), (out,) = _map_views(do, call.heads, 1), _map_views(out, call.heads, 1)
-        _launch_window_backward(do, dlse if lse.numel() else None, *_map_views(qkv, call.heads, 3), out, lse,
-                                _map_views(dqkv, call.heads, 3), (call.wx, call.wy), call.scale, own)
+        _launch_window_backward(
+            do,
+            dlse if lse.numel() else None,
+            *_map_views(qkv, call.heads, 3),
+            out,
+            lse,
+            _map_views(dqkv, call.heads, 3),
+            (call.wx, call.wy),
+            call.scale,
+            own,
+        )
         return dqkv
+
     do = torch.zeros_like(out) if do is None else do
     return dict(qkv=through_float32(run, (do, call.qkv, out)).to(out.dtype))
 
@@ -184,51 +230,68 @@ def _window_packed_plan(qkv, heads, wx, wy, scale, keep):
         out, lse = qkv.new_empty(size), qkv.new_empty(slots, dtype=torch.float32)
         launch(*_map_views(qkv, heads, 3), *_map_views(out, heads, 1), lse if keep else None)
         return out, lse
+
     return planned
 
 
 window_attention_packed_op = operation(
-    "window_attention_packed", _window_packed_forward, like=_window_packed_like, backward=_window_packed_backward,
+    "window_attention_packed",
+    _window_packed_forward,
+    like=_window_packed_like,
+    backward=_window_packed_backward,
     plan=_window_packed_plan,
-    gradients_like=lambda call: dict(qkv=call.qkv.new_empty(call.qkv.shape)))
+    gradients_like=lambda call: dict(qkv=call.qkv.new_empty(call.qkv.shape)),
+)
 
 # %% ../../nbs/3_locality/davit.ipynb #995a61ae
 def log_padding(
-    height: int, width: int, window_size: tuple[int, int], device: torch.device | str | None = None,
+    height: int, width: int, window_size: tuple[int, int], device: torch.device | str | None = None
 ) -> Tensor:
     "Logarithm of how many tokens are missing in each position's window: `(height, width)`, -inf where none is."
-    real = [torch.clamp(n - torch.arange(n, device=device) // w * w, max=w)
-            for n, w in zip((height, width), window_size)]
+    real = [
+        torch.clamp(n - torch.arange(n, device=device) // w * w, max=w) for n, w in zip((height, width), window_size)
+    ]
     return (window_size[0] * window_size[1] - real[0][:, None] * real[1]).float().log()
 
 
 def add_padding(
-    out: Tensor, lse: Tensor, q: Tensor, pad_k: Tensor, pad_v: Tensor, window_size: tuple[int, int], scale: float,
+    out: Tensor, lse: Tensor, q: Tensor, pad_k: Tensor, pad_v: Tensor, window_size: tuple[int, int], scale: float
 ) -> Tensor:
     "Lets the missing tokens of each window, all with key pad_k and value pad_v `(heads, head_dim)`, take part."
-    logit = scale * (q.float() * pad_k[:, None, None].float()).sum(-1)                       # (B, H, X, Y)
+    logit = scale * (q.float() * pad_k[:, None, None].float()).sum(-1)  # (B, H, X, Y)
     gate = torch.sigmoid(logit + log_padding(*q.shape[2:4], window_size, q.device) - lse)[..., None]
     return (out + gate * (pad_v[:, None, None] - out.float())).to(out.dtype)
 
 # %% ../../nbs/3_locality/davit.ipynb #60505dfb
 def _check_windows(q, k, v, window_size, pad_mode, pad_k, pad_v):
     "The checks that both forms share, for q of a right shape. The window's sides, and whether the map is ragged."
-    for name, x in (("k", k), ("v", v)): check_tensor(name, x, like=q, shape=q.shape)
+    for name, x in (("k", k), ("v", v)):
+        check_tensor(name, x, like=q, shape=q.shape)
     window_size = check_sizes("window_size", window_size, 2)
     check_choice("pad_mode", pad_mode, ("token", "mask"))
     ragged = any(n % w for n, w in zip(q.shape[2:4], window_size))
     for name, x in (("pad_k", pad_k), ("pad_v", pad_v)):
         if x is None and pad_mode == "token" and ragged:
-            raise ValueError(f"pad_mode='token' needs {name} (heads, head_dim): window_size {window_size} does not "
-                             f"divide the map {tuple(q.shape[2:4])}; or take pad_mode='mask'")
+            raise ValueError(
+                f"pad_mode='token' needs {name} (heads, head_dim): window_size {window_size} does not "
+                f"divide the map {tuple(q.shape[2:4])}; or take pad_mode='mask'"
+            )
         if x is not None:
             check_tensor(name, x, on=q, shape=(q.shape[1], q.shape[4]))
     return window_size, ragged
 
 # %% ../../nbs/3_locality/davit.ipynb #6758068b
 def window_attention(
-    q: Tensor, k: Tensor, v: Tensor, window_size: int | Sequence[int], *, scale: float | None = None,
-    pad_mode: str = "token", pad_k: Tensor | None = None, pad_v: Tensor | None = None, backend: str = "auto",
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: int | Sequence[int],
+    *,
+    scale: float | None = None,
+    pad_mode: str = "token",
+    pad_k: Tensor | None = None,
+    pad_v: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Attention inside non-overlapping windows of a map.
 
@@ -241,8 +304,10 @@ def window_attention(
     """
     q, k, v, pad_k, pad_v = autocast(q, k, v, pad_k, pad_v)
     window_size, padded, seen, keep, scale, backend, kept = _WINDOWS.decide(
-        _decide_window, (q, k, v, pad_k, pad_v),
-        dict(window_size=window_size, scale=scale, pad_mode=pad_mode, backend=backend))
+        _decide_window,
+        (q, k, v, pad_k, pad_v),
+        dict(window_size=window_size, scale=scale, pad_mode=pad_mode, backend=backend),
+    )
     if not padded:
         pad_k = pad_v = None
     with without_autocast(q):
@@ -259,8 +324,9 @@ def _decide_window(q, k, v, pad_k, pad_v, *, window_size, scale, pad_mode, backe
     "Checks; the window, whether tokens are missing, the window's sides in the map, whether the LSE is kept, scale, backend, kept."
     check_tensor("q", q, ndim=5)
     if 0 in q.shape[1:] or q.shape[-1] > 256:
-        raise ValueError("q must have shape (batch, heads, X, Y, head_dim up to 256), none but batch 0, "
-                         f"not {tuple(q.shape)}")
+        raise ValueError(
+            f"q must have shape (batch, heads, X, Y, head_dim up to 256), none but batch 0, not {tuple(q.shape)}"
+        )
     window_size, ragged = _check_windows(q, k, v, window_size, pad_mode, pad_k, pad_v)
     scale, backend = check_scale(scale, q.shape[-1]), resolve_backend(backend, q)
     seen, padded = tuple(min(w, n) for w, n in zip(window_size, q.shape[2:4])), pad_mode == "token" and ragged
@@ -269,8 +335,15 @@ def _decide_window(q, k, v, pad_k, pad_v, *, window_size, scale, pad_mode, backe
 
 # %% ../../nbs/3_locality/davit.ipynb #b1a5e01b
 def window_attention_packed(
-    qkv: Tensor, heads: int, window_size: int | Sequence[int], *, scale: float | None = None, pad_mode: str = "token",
-    pad_k: Tensor | None = None, pad_v: Tensor | None = None, backend: str = "auto",
+    qkv: Tensor,
+    heads: int,
+    window_size: int | Sequence[int],
+    *,
+    scale: float | None = None,
+    pad_mode: str = "token",
+    pad_k: Tensor | None = None,
+    pad_v: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """`window_attention` of the packed projection: `(B, X, Y, 3C)` -> `(B, X, Y, C)`, without copies around it.
 
@@ -279,12 +352,15 @@ def window_attention_packed(
     """
     qkv, pad_k, pad_v = autocast(qkv, pad_k, pad_v)
     heads, window_size, padded, seen, keep, scale, backend, kept = _WINDOWS.decide(
-        _decide_window_packed, (qkv, pad_k, pad_v),
-        dict(heads=heads, window_size=window_size, scale=scale, pad_mode=pad_mode, backend=backend))
+        _decide_window_packed,
+        (qkv, pad_k, pad_v),
+        dict(heads=heads, window_size=window_size, scale=scale, pad_mode=pad_mode, backend=backend),
+    )
     if backend == "torch":
         q, k, v = packed_maps(qkv, heads, 3)
-        out = window_attention(q, k, v, window_size, scale=scale, pad_mode=pad_mode, pad_k=pad_k, pad_v=pad_v,
-                               backend=backend)
+        out = window_attention(
+            q, k, v, window_size, scale=scale, pad_mode=pad_mode, pad_k=pad_k, pad_v=pad_v, backend=backend
+        )
         return out.movedim(1, -2).flatten(-2)
     out, lse = window_attention_packed_op(qkv, heads, *seen, scale, keep, kept=kept)
     if not padded:

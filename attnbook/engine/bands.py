@@ -22,17 +22,20 @@ def band_q_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
     n = i * BM + tl.arange(0, BM)
     return i * BM, (n,), (n,), n < ints[0], (n,)
 
+
 @triton.jit
 def band_k_step(j, state, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
     "Keys j * BN and on, likewise."
     n = j * BN + tl.arange(0, BN)
     return j * BN, (n,), (n,), n < ints[1], (n,)
 
+
 @triton.jit
 def band_q_tile(i, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
     "The same as a tile; its state is its first row."
     n = i * BM + tl.arange(0, BM)
     return i * BM, (n,), (n,), n < ints[0], (n,), (i * BM,)
+
 
 @triton.jit
 def band_k_tile(j, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
@@ -57,17 +60,20 @@ def band_span(first, last, left, right, n, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl
     full_hi = tl.minimum(tl.maximum(full_hi, full_lo), hi)
     return lo, full_lo, full_hi, hi
 
+
 @triton.jit
 def band_k_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     "Steps of keys that a tile of queries needs, and those it needs no mask for. ints[2:4]: how far a query sees to the left and right."
     last = tl.minimum(state[0] + BM, ints[0]) - 1
     return band_span(state[0], last, ints[2], ints[3], ints[1], C[0], C[1], BN)
 
+
 @triton.jit
 def band_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     "Steps of queries that see a tile of keys."
     last = tl.minimum(state[0] + BN, ints[1]) - 1
     return band_span(state[0], last, ints[3], ints[2], ints[0], C[1], C[0], BM)
+
 
 @triton.jit
 def band_mask(qpos, kpos, ops, ints, C: tl.constexpr):
@@ -81,17 +87,34 @@ def band_mask(qpos, kpos, ops, ints, C: tl.constexpr):
         return d <= ints[3]
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #2efe03ab
-FULL = register_program(TileProgram(
-    "full", band_q_tile, band_k_span, band_k_step, band_k_tile, band_q_span, band_q_step, consecutive=True,
-    unmasked=lambda ints, consts, BM, BN: ints[0] % BM == 0 and ints[1] % BN == 0,
-    q_tiles=lambda ints, consts, BM: -(-ints[0] // BM), k_tiles=lambda ints, consts, BN: -(-ints[1] // BN)))
+FULL = register_program(
+    TileProgram(
+        "full",
+        band_q_tile,
+        band_k_span,
+        band_k_step,
+        band_k_tile,
+        band_q_span,
+        band_q_step,
+        consecutive=True,
+        unmasked=lambda ints, consts, BM, BN: ints[0] % BM == 0 and ints[1] % BN == 0,
+        q_tiles=lambda ints, consts, BM: -(-ints[0] // BM),
+        k_tiles=lambda ints, consts, BN: -(-ints[1] // BN),
+    )
+)
 BAND = register_program(replace(FULL, name="band", mask=band_mask, heavy_last=True, unmasked=None))
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #d19e09df
 @triton.jit
 def bias_score(s, q, k, qpos, kpos, b, h, ops, ints, C: tl.constexpr):
     "s + bias[b, h, i, j]"
-    ptr = ops[0] + b.to(tl.int64) * ints[4] + h.to(tl.int64) * ints[5] + qpos[0].to(tl.int64) * ints[6] + kpos[0].to(tl.int64) * ints[7]
+    ptr = (
+        ops[0]
+        + b.to(tl.int64) * ints[4]
+        + h.to(tl.int64) * ints[5]
+        + qpos[0].to(tl.int64) * ints[6]
+        + kpos[0].to(tl.int64) * ints[7]
+    )
     return s + tl.load(ptr, mask=(qpos[0] < ints[0]) & (kpos[0] < ints[1]), other=0.0).to(tl.float32)
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #1c0fff6d
@@ -100,18 +123,25 @@ def bias_grad_span(part, lo, hi, ints, C: tl.constexpr):
     "Each part of the gradient is one step of keys."
     return tl.minimum(tl.maximum(part, lo), hi), tl.maximum(tl.minimum(part + 1, hi), lo)
 
+
 @triton.jit
 def bias_grad_init(part, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     "A tile of zeros."
     return tl.zeros([BM, BN], tl.float32)
 
+
 @triton.jit
-def bias_grad_step(acc, ds, j, part, qpos, kpos, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def bias_grad_step(
+    acc, ds, j, part, qpos, kpos, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
     "The gradient of a bias is that of the score."
     return acc + ds
 
+
 @triton.jit
-def bias_grad_store(G, sg, acc, i, part, b, h, qpos, ok, state, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def bias_grad_store(
+    G, sg, acc, i, part, b, h, qpos, ok, state, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
     "Writes one tile of the gradient."
     n = part * BN + tl.arange(0, BN)
     ptr = G + b.to(tl.int64) * sg[0] + h.to(tl.int64) * sg[1] + qpos[0].to(tl.int64)[:, None] * sg[2] + n[None, :]
@@ -119,10 +149,16 @@ def bias_grad_store(G, sg, acc, i, part, b, h, qpos, ok, state, ints, C: tl.cons
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #af33a035
 BIAS_GRAD = OperandGrad(
-    init=bias_grad_init, step=bias_grad_step, store=bias_grad_store, span=bias_grad_span,
+    init=bias_grad_init,
+    step=bias_grad_step,
+    store=bias_grad_store,
+    span=bias_grad_span,
     parts=lambda ints, consts, BN: -(-ints[1] // BN),
-    buffer=lambda q, k, bias, tiles, ints, consts: q.new_empty(bias.shape[0], q.shape[1], ints[0], ints[1], dtype=torch.float32),
+    buffer=lambda q, k, bias, tiles, ints, consts: q.new_empty(
+        bias.shape[0], q.shape[1], ints[0], ints[1], dtype=torch.float32
+    ),
     batches=lambda q, bias: q.shape[0] if bias.shape[0] == 1 else 1,
-    finish=lambda buffer, bias: buffer.sum_to_size(bias.shape).to(bias.dtype))
+    finish=lambda buffer, bias: buffer.sum_to_size(bias.shape).to(bias.dtype),
+)
 FULL_BIAS = register_program(replace(FULL, name="full+bias", score=bias_score, operand_grad=BIAS_GRAD))
 BAND_BIAS = register_program(replace(BAND, name="band+bias", score=bias_score, operand_grad=BIAS_GRAD))

@@ -28,14 +28,19 @@ try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
+
     HAS_TRITON = True
 except ImportError:  # no wheel for this platform
     HAS_TRITON = False
 
     class _NoTriton:
         "Stands in for `triton` where there is none: decorators and annotations work, launching does not."
-        def __getattr__(self, name): return self
-        def __call__(self, fn=None, **kwargs): return self if fn is None else fn
+
+        def __getattr__(self, name):
+            return self
+
+        def __call__(self, fn=None, **kwargs):
+            return self if fn is None else fn
 
     triton = tl = TensorDescriptor = _NoTriton()
 
@@ -46,10 +51,12 @@ def _interpret_language():
     "Makes Triton's own device functions interpreted ones, as they are when TRITON_INTERPRET is set from the start."
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
+
     for module in (tl.standard, tl.random, tl):
         for name, fn in list(vars(module).items()):
             if isinstance(fn, JITFunction):
                 setattr(module, name, InterpretedFunction(fn.fn))
+
 
 if INTERPRETED:
     _interpret_language()
@@ -58,6 +65,7 @@ if INTERPRETED:
 def _interpret_quickly():
     "Patches Triton's language once for the process, and turns the check of integer overflow off."
     from triton.runtime import interpreter
+
     if not hasattr(interpreter, "_LangPatchScope"):  # another version of Triton
         return
     patch, done, wants = interpreter._patch_lang, set(), {}
@@ -74,6 +82,7 @@ def _interpret_quickly():
     if os.environ.get("TRITON_SANITIZE_OVERFLOW") != "1":
         builder = interpreter.interpreter_builder
         builder.options = replace(builder.options, sanitize_overflow=False)
+
 
 if INTERPRETED:
     _interpret_quickly()
@@ -96,10 +105,14 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
         if not HAS_TRITON:
             raise RuntimeError("backend='triton': the package triton is not installed (pip install triton)")
         if not on_gpu and not INTERPRETED:
-            raise RuntimeError("backend='triton' on CPU tensors needs Triton's interpreter: set TRITON_INTERPRET=1 "
-                               "before triton is imported, or use backend='torch'")
+            raise RuntimeError(
+                "backend='triton' on CPU tensors needs Triton's interpreter: set TRITON_INTERPRET=1 "
+                "before triton is imported, or use backend='torch'"
+            )
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            raise TypeError(f"backend='triton' takes float16, bfloat16 or float32, not {tensor.dtype}; backend='torch' takes float64")
+            raise TypeError(
+                f"backend='triton' takes float16, bfloat16 or float32, not {tensor.dtype}; backend='torch' takes float64"
+            )
     return backend
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #39358ab4
@@ -131,11 +144,14 @@ def pretend(arch: str):
 @dataclass(frozen=True)
 class Launch:
     "Tile sizes and resources of one kernel."
-    BM: int          # rows of a query tile (or step)
-    BN: int          # rows of a key tile (or step)
-    warps: int       # warps per program
-    stages: int      # steps in flight
-    registers: int | None = None  # limit for a thread, so that more programs fit a multiprocessor; None: the compiler decides
+
+    BM: int  # rows of a query tile (or step)
+    BN: int  # rows of a key tile (or step)
+    warps: int  # warps per program
+    stages: int  # steps in flight
+    registers: int | None = (
+        None  # limit for a thread, so that more programs fit a multiprocessor; None: the compiler decides
+    )
 
     def options(self) -> dict:
         "As options of a kernel's launch."
@@ -148,6 +164,7 @@ class LaunchTable(dict):
     `LaunchTable("forward", "dq", "dkv")` names the kernels in the order of a row; `rows` fills it; `find` looks up. Where an architecture has no entry,
     `fallback` (arch, kernel, bits, width) -> record is asked, if there is one.
     """
+
     version = 0  # of all tables together; plans are kept under it
 
     def __setitem__(self, key, record):
@@ -200,6 +217,7 @@ class BoundLaunch:
     (Triton compiles other code for those). A leading argument may also be None, a tuple of tensors, or a tensor descriptor of always the same type, shape
     and box. `constants` names all parameters that follow `rest`, and options such as num_warps.
     """
+
     def __init__(self, kernel, grid: tuple[int, ...], *rest, **constants):
         self.kernel, self.grid, self.rest, self.constants, self.kept = kernel, (*grid, 1, 1)[:3], rest, constants, {}
 
@@ -229,11 +247,14 @@ class BoundLaunch:
     def _first(self, device, tensors):
         "A launch by Triton itself, whose compiled kernel is kept."
         compiled = self.kernel[self.grid](*tensors, *self.rest, **self.constants)
-        if hasattr(compiled, "packed_metadata"):             # there are tools that replace Triton's launch
-            names = self.kernel.arg_names[len(tensors) + len(self.rest):]
+        if hasattr(compiled, "packed_metadata"):  # there are tools that replace Triton's launch
+            names = self.kernel.arg_names[len(tensors) + len(self.rest) :]
             last = (*self.rest, *(self.constants[n] for n in names))
-            self.kept[(device, *map(_kind, tensors))] = _direct_launch(compiled, self.grid, tensors, last) or functools.partial(
-                _plain_launch, compiled.run, self.grid, compiled.function, compiled.packed_metadata, last)
+            self.kept[(device, *map(_kind, tensors))] = _direct_launch(
+                compiled, self.grid, tensors, last
+            ) or functools.partial(
+                _plain_launch, compiled.run, self.grid, compiled.function, compiled.packed_metadata, last
+            )
 
 
 def _kind(t):
@@ -255,22 +276,48 @@ def _direct_launch(compiled, grid, tensors, last) -> Callable | None:
     if not triton.__version__.startswith("3.6.") or run.global_scratch_size or run.profile_scratch_size:
         return None
     launch, boxes = run.launch, {}
-    if inspect.isfunction(launch):                           # it makes descriptors before it calls the launcher proper
+    if inspect.isfunction(launch):  # it makes descriptors before it calls the launcher proper
         inside = inspect.getclosurevars(launch).nonlocals
         launch, boxes = inside["launcher"], dict(zip(sorted(inside["tensordesc_indices"]), inside["tensordesc_meta"]))
         if not all(boxes.values()) or max(boxes) >= len(tensors):
             return None
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+
     fill = triton.runtime.driver.active.utils.fill_tma_descriptor
-    args = [*grid, None, compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None]
+    args = [
+        *grid,
+        None,
+        compiled.function,
+        run.launch_cooperative_grid,
+        run.launch_pdl,
+        None,
+        None,
+        compiled.packed_metadata,
+        None,
+        None,
+        None,
+    ]
     plain, described = [], []
     for i, x in enumerate((*tensors, *last)):
         if i in boxes:
             m = boxes[i]
             if m["fp4_padded"]:
                 return None
-            described.append((len(args), i, (m["swizzle"], m["elem_size"], TMA_DTYPE_DEVICE_TO_HOST[m["elem_type"]], m["block_size"],
-                                             x.shape, x.strides, int(x.padding == "nan"))))
+            described.append(
+                (
+                    len(args),
+                    i,
+                    (
+                        m["swizzle"],
+                        m["elem_size"],
+                        TMA_DTYPE_DEVICE_TO_HOST[m["elem_type"]],
+                        m["block_size"],
+                        x.shape,
+                        x.strides,
+                        int(x.padding == "nan"),
+                    ),
+                )
+            )
             args += [None, *x.shape, *x.strides]
         else:
             if i < len(tensors):
@@ -285,6 +332,7 @@ def _direct_launch(compiled, grid, tensors, last) -> Callable | None:
         for at, i, rest in described:
             full[at] = fill(tensors[i].base.data_ptr(), *rest)
         launch(*full)
+
     return go
 
 
@@ -296,7 +344,9 @@ def _hooked() -> bool:
 
 def signature(*tensors: Tensor | None) -> tuple:
     "All that a plan may depend on of its tensors: shape, strides, type, device, and whether the address is a multiple of 16."
-    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15 == 0) for t in tensors])
+    return tuple(
+        [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15 == 0) for t in tensors]
+    )
 
 
 class Plans:
@@ -305,6 +355,7 @@ class Plans:
     A key must hold everything the decision depends on. To the one given to `find`, the tables of launches (their version), the architecture and torch's
     precision of float32 products are added here.
     """
+
     def __init__(self, most: int = 512):
         self.most, self.kept, self.lock = most, {}, threading.Lock()
 
@@ -323,7 +374,6 @@ class Plans:
                 self.kept[key] = plan
         return plan
 
-
     def decide(self, make: Callable, tensors: tuple, options: dict):
         """`make(*tensors, **options)`, which must not depend on more than the tensors' signature and the options; kept for calls alike.
 
@@ -337,7 +387,7 @@ class Plans:
         key = make, signature(*tensors), *options.values(), *map(_types, options.values())
         try:
             return self.find(key, lambda: make(*tensors, **options))
-        except _Unhashable:                                  # a list, say: whoever checks it will say so
+        except _Unhashable:  # a list, say: whoever checks it will say so
             return make(*tensors, **options)
 
 
@@ -374,12 +424,14 @@ ORDINARY = (Tensor, torch.nn.Parameter)
 
 def on_device(run: Callable) -> Callable:
     "`run`, with the device of its first tensor (or of the first of its first list) as the current one: Triton launches there."
+
     def wrapped(first, *rest):
         at = first if isinstance(first, Tensor) else first[0]
         if at.is_cuda and at.get_device() != torch.cuda.current_device():
             with torch.cuda.device(at.device):
                 return run(first, *rest)
         return run(first, *rest)
+
     return functools.wraps(run)(wrapped)
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #57177b42

@@ -35,6 +35,7 @@ def packed_q_tile(i, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
     q0, k0 = tl.load(ops[0] + s), tl.load(ops[1] + s)
     return start, (n,), (n,), n < end, (n - q0,), (start, end, q0, k0, tl.load(ops[1] + s + 1))
 
+
 @triton.jit
 def packed_k_tile(j, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
     "The same for packed keys."
@@ -43,12 +44,14 @@ def packed_k_tile(j, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
     q0, k0 = tl.load(ops[0] + s), tl.load(ops[1] + s)
     return start, (n,), (n,), n < end, (n - k0,), (start, end, k0, q0, tl.load(ops[0] + s + 1))
 
+
 @triton.jit
 def packed_step(j, state, b, h, ops, ints, C: tl.constexpr, B: tl.constexpr):
     "The other side's rows: state = (first row, end row, own sequence start, other's start, other's end)."
     start = state[3] + j * B
     n = start + tl.arange(0, B)
     return start, (n,), (n,), n < state[4], (n - state[3],)
+
 
 @triton.jit
 def packed_k_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
@@ -57,12 +60,14 @@ def packed_k_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN:
     keys = tl.where(state[0] < state[1], state[4] - state[3], 0)
     return band_span(first, last, 0, 0, keys, False, C[1], BN)
 
+
 @triton.jit
 def packed_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     "Steps of queries, counted within the sequence of a tile of keys."
     first, last = state[0] - state[2], tl.minimum(state[0] + BN, state[1]) - 1 - state[2]
     queries = tl.where(state[0] < state[1], state[4] - state[3], 0)
     return band_span(first, last, 0, 0, queries, C[1], False, BM)
+
 
 @triton.jit
 def packed_mask(qpos, kpos, ops, ints, C: tl.constexpr):
@@ -73,9 +78,21 @@ def packed_mask(qpos, kpos, ops, ints, C: tl.constexpr):
         return kpos[0] == kpos[0]
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #54dd85fa
-PACKED = register_program(TileProgram(
-    "packed", packed_q_tile, packed_k_span, packed_step, packed_k_tile, packed_q_span, packed_step, mask=packed_mask, consecutive=True,
-    q_tiles=lambda ints, consts, BM: ints[1] // BM + ints[0], k_tiles=lambda ints, consts, BN: ints[2] // BN + ints[0]))
+PACKED = register_program(
+    TileProgram(
+        "packed",
+        packed_q_tile,
+        packed_k_span,
+        packed_step,
+        packed_k_tile,
+        packed_q_span,
+        packed_step,
+        mask=packed_mask,
+        consecutive=True,
+        q_tiles=lambda ints, consts, BM: ints[1] // BM + ints[0],
+        k_tiles=lambda ints, consts, BN: ints[2] // BN + ints[0],
+    )
+)
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #5032587e
 @triton.jit
@@ -86,12 +103,14 @@ def listed(t, state, index, heads, h, b, groups, width, B: tl.constexpr):
     row = tl.load(index + (b * heads + h).to(tl.int64) * groups * width + slot, mask=r < width, other=-1).to(tl.int32)
     return tl.maximum(row, 0), slot, row >= 0
 
+
 @triton.jit
 def listed_q_tile(i, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
     "A tile of a group's queries, all of one list; the state is the group."
     tiles = tl.cdiv(ints[1], BM)
     row, slot, ok = listed(i % tiles, (i // tiles,), ops[0], ints[3] * C[0], h, b, ints[0], ints[1], BM)
     return 0, (row,), (slot,), ok, (slot,), (i // tiles,)
+
 
 @triton.jit
 def listed_k_tile(j, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
@@ -100,11 +119,13 @@ def listed_k_tile(j, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
     row, slot, ok = listed(j % tiles, (j // tiles,), ops[1], ints[3], h, b, ints[0], ints[2], BN)
     return 0, (row,), (slot,), ok, (slot,), (j // tiles,)
 
+
 @triton.jit
 def listed_k_step(j, state, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
     "A step of the group's keys."
     row, slot, ok = listed(j, state, ops[1], ints[3], h // C[0], b, ints[0], ints[2], BN)
     return 0, (row,), (slot,), ok, (slot,)
+
 
 @triton.jit
 def listed_q_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
@@ -112,10 +133,12 @@ def listed_q_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
     row, slot, ok = listed(i, state, ops[0], ints[3] * C[0], h, b, ints[0], ints[1], BM)
     return 0, (row,), (slot,), ok, (slot,)
 
+
 @triton.jit
 def listed_k_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     "All steps of keys, each with a mask."
     return 0, 0, 0, tl.cdiv(ints[2], BN)
+
 
 @triton.jit
 def listed_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
@@ -123,6 +146,17 @@ def listed_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN:
     return 0, 0, 0, tl.cdiv(ints[1], BM)
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #910d378a
-LISTED = register_program(TileProgram(
-    "listed", listed_q_tile, listed_k_span, listed_k_step, listed_k_tile, listed_q_span, listed_q_step, indexed=True,
-    q_tiles=lambda ints, consts, BM: ints[0] * -(-ints[1] // BM), k_tiles=lambda ints, consts, BN: ints[0] * -(-ints[2] // BN)))
+LISTED = register_program(
+    TileProgram(
+        "listed",
+        listed_q_tile,
+        listed_k_span,
+        listed_k_step,
+        listed_k_tile,
+        listed_q_span,
+        listed_q_step,
+        indexed=True,
+        q_tiles=lambda ints, consts, BM: ints[0] * -(-ints[1] // BM),
+        k_tiles=lambda ints, consts, BN: ints[0] * -(-ints[2] // BN),
+    )
+)

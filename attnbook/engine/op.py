@@ -22,10 +22,21 @@ from .run import empty_heads, plan_backward, plan_forward, run_backward, run_for
 from .wiring import operation
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #e51ffe97
-def _tile_forward(q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None, operands: list[Tensor],
-                  program: str, ints: list[int], consts: list[int], scale: float) -> tuple[Tensor, Tensor]:
+def _tile_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    operands: list[Tensor],
+    program: str,
+    ints: list[int],
+    consts: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     out, lse = through_float32(run_forward, (q, k, v, extra_k, extra_v), operands, program, ints, consts, scale)
     return out if out.dtype == q.dtype else out.to(q.dtype), lse
+
 
 def _tile_like(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     slots = slot_shape(PROGRAMS[program], q, operands)
@@ -39,37 +50,101 @@ def _tile_backward(call):
     out, lse = call.outputs
     do = torch.zeros_like(out) if do is None else do
     wants = any(call.needs["operands"])
-    if call.kept is not None and not INTERPRETED:            # all but the gradients is alike in calls that share `kept`
+    if call.kept is not None and not INTERPRETED:  # all but the gradients is alike in calls that share `kept`
         key = signature(do, dlse), wants
         plan = call.kept.get(key)
         if plan is None:
-            plan = call.kept[key] = plan_backward(do, dlse, call.q, call.k, call.v, call.extra_k, call.extra_v, call.operands, out, lse, PROGRAMS[call.program],
-                                                  call.ints, call.consts, call.scale, wants, None)
+            plan = call.kept[key] = plan_backward(
+                do,
+                dlse,
+                call.q,
+                call.k,
+                call.v,
+                call.extra_k,
+                call.extra_v,
+                call.operands,
+                out,
+                lse,
+                PROGRAMS[call.program],
+                call.ints,
+                call.consts,
+                call.scale,
+                wants,
+                None,
+            )
         grads = plan(do, dlse, call.q, call.k, call.v, call.extra_k, call.extra_v, call.operands, out, lse, None)
     else:
         run = lambda do, q, k, v, extra_k, extra_v, out: run_backward(
-            do, dlse, q, k, v, extra_k, extra_v, call.operands, out, lse, call.program, call.ints, call.consts, call.scale, wants)
+            do,
+            dlse,
+            q,
+            k,
+            v,
+            extra_k,
+            extra_v,
+            call.operands,
+            out,
+            lse,
+            call.program,
+            call.ints,
+            call.consts,
+            call.scale,
+            wants,
+        )
         grads = through_float32(run, (do, call.q, call.k, call.v, call.extra_k, call.extra_v, out))
     likes = [t for t in (call.q, call.k, call.v, call.extra_k, call.extra_v) if t is not None] + call.operands[:wants]
     grads = [g if g.dtype == t.dtype else g.to(t.dtype) for g, t in zip(grads, likes)]
     names = ("q", "k", "v") if call.extra_k is None else ("q", "k", "v", "extra_k", "extra_v")
-    return dict(zip(names, grads)) | dict(operands=grads[len(names):] + [None] * (len(call.operands) - wants))
+    return dict(zip(names, grads)) | dict(operands=grads[len(names) :] + [None] * (len(call.operands) - wants))
+
 
 def _tile_gradients(call):
     indexed = PROGRAMS[call.program].indexed
-    like = (lambda t: torch.empty_like(t, memory_format=torch.contiguous_format)) if indexed else lambda t: empty_heads(t, t.shape[-1])
+    like = (
+        (lambda t: torch.empty_like(t, memory_format=torch.contiguous_format))
+        if indexed
+        else lambda t: empty_heads(t, t.shape[-1])
+    )
     plain = lambda t: None if t is None else t.new_empty(t.shape)
-    return dict(q=like(call.q), k=like(call.k), v=like(call.v), extra_k=plain(call.extra_k), extra_v=plain(call.extra_v), operands=[plain(t) for t in call.operands])
+    return dict(
+        q=like(call.q),
+        k=like(call.k),
+        v=like(call.v),
+        extra_k=plain(call.extra_k),
+        extra_v=plain(call.extra_v),
+        operands=[plain(t) for t in call.operands],
+    )
+
 
 def _tile_plan(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     run = plan_forward(q, k, v, extra_k, extra_v, operands, PROGRAMS[program], ints, consts, scale)
     return lambda q, k, v, extra_k, extra_v, operands, *rest: run(q, k, v, extra_k, extra_v, operands)
 
-tile_attention_op = operation("tile_attention", _tile_forward, like=_tile_like, backward=_tile_backward, gradients_like=_tile_gradients, plan=_tile_plan)
+
+tile_attention_op = operation(
+    "tile_attention",
+    _tile_forward,
+    like=_tile_like,
+    backward=_tile_backward,
+    gradients_like=_tile_gradients,
+    plan=_tile_plan,
+)
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #add741cb
-def tile_attention(q: Tensor, k: Tensor, v: Tensor, program: TileProgram, *, operands=(), ints=(), consts=(), scale: float | None = None,
-                   extra_k: Tensor | None = None, extra_v: Tensor | None = None, kept: dict | None = None) -> tuple[Tensor, Tensor]:
+def tile_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    program: TileProgram,
+    *,
+    operands=(),
+    ints=(),
+    consts=(),
+    scale: float | None = None,
+    extra_k: Tensor | None = None,
+    extra_v: Tensor | None = None,
+    kept: dict | None = None,
+) -> tuple[Tensor, Tensor]:
     """Runs a tile program: `(out, lse)` for q `(batch, heads, *axes, head_dim)`, k and v with `kv_heads` heads.
 
     The common entrance of all mechanisms, after their own checks. `scale` defaults to 1/sqrt(head_dim). Under autocast
@@ -79,11 +154,34 @@ def tile_attention(q: Tensor, k: Tensor, v: Tensor, program: TileProgram, *, ope
         q, k, v, extra_k, extra_v = autocast(q, k, v, extra_k, extra_v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # never empty: torch.library takes an empty list for one of tensors
-    return tile_attention_op(q, k, v, extra_k, extra_v, list(operands), program.name, list(ints) or [0], list(consts) or [0], scale, kept=kept)
+    return tile_attention_op(
+        q,
+        k,
+        v,
+        extra_k,
+        extra_v,
+        list(operands),
+        program.name,
+        list(ints) or [0],
+        list(consts) or [0],
+        scale,
+        kept=kept,
+    )
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #543fbbee
-def attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, window_size: int | None = None, q_offset: int = 0, bias: Tensor | None = None,
-              scale: float | None = None, return_lse: bool = False, backend: str = "auto"):
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    is_causal: bool = False,
+    window_size: int | None = None,
+    q_offset: int = 0,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+):
     """Softmax attention, dense or in a band, by the tile engine.
 
     q `(batch, heads, Nq, head_dim)`, k `(batch, kv_heads, Nk, head_dim)`, v `(batch, kv_heads, Nk, v_dim)`, heads a multiple of kv_heads, dims 1 to 256, any
@@ -98,7 +196,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, windo
     options = dict(is_causal=is_causal, window_size=window_size, q_offset=q_offset, scale=scale, backend=backend)
     program, ints, consts, scale, kept = _DECIDED.decide(_decide_attention, (q, k, v, bias), options)
     if program is None:
-        return attention_reference(q, k, v, is_causal=is_causal, window_size=window_size, q_offset=q_offset, bias=bias, scale=scale, return_lse=return_lse)
+        return attention_reference(
+            q,
+            k,
+            v,
+            is_causal=is_causal,
+            window_size=window_size,
+            q_offset=q_offset,
+            bias=bias,
+            scale=scale,
+            return_lse=return_lse,
+        )
     operands = [] if bias is None else [bias[(None,) * (4 - bias.dim())]]
     out, lse = tile_attention_op(q, k, v, None, None, operands, program, ints, consts, scale, kept=kept)
     return (out, lse) if return_lse else out
@@ -120,16 +228,31 @@ def _decide_attention(q, k, v, bias, *, is_causal, window_size, q_offset, scale,
         return None, None, None, scale, None
     left = window_size - 1 if window_size is not None else 0
     # a query at i + offset sees as far to the left less the offset, and to the right more it
-    ints, banded = [q.shape[2], k.shape[2], left - q_offset, (0 if is_causal else left) + q_offset], is_causal or window_size is not None
+    ints, banded = (
+        [q.shape[2], k.shape[2], left - q_offset, (0 if is_causal else left) + q_offset],
+        is_causal or window_size is not None,
+    )
     if bias is not None:
         bias = bias[(None,) * (4 - bias.dim())]
         ints += [0 if n == 1 else s for n, s in zip(bias.shape, bias.stride())]
-    program = {(False, False): FULL, (True, False): BAND, (False, True): FULL_BIAS, (True, True): BAND_BIAS}[banded, bias is not None]
+    program = {(False, False): FULL, (True, False): BAND, (False, True): FULL_BIAS, (True, True): BAND_BIAS}[
+        banded, bias is not None
+    ]
     return program.name, ints, [int(window_size is not None), int(banded)], scale, {}
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #3ac3ee26
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None, *, is_causal: bool = False,
-                     scale: float | None = None, return_lse: bool = False, backend: str = "auto"):
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+):
     """Attention within each of several sequences packed one after another.
 
     q `(heads, total_q, head_dim)`, k and v `(kv_heads, total_k, dim)`. `cu_seqlens_q` `(sequences + 1,)` integers: where each sequence begins, from 0 to total_q;
@@ -147,37 +270,67 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_s
             raise ValueError(f"{name} must have at least two entries, 0 and the length, not {len(cu)}")
     cu_seqlens_q, cu_seqlens_k = (cu.to(torch.int32) for cu in (cu_seqlens_q, cu_seqlens_k))
     if len(cu_seqlens_q) != len(cu_seqlens_k):
-        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must have one length, not {len(cu_seqlens_q)} and {len(cu_seqlens_k)}")
+        raise ValueError(
+            f"cu_seqlens_q and cu_seqlens_k must have one length, not {len(cu_seqlens_q)} and {len(cu_seqlens_k)}"
+        )
     if resolve_backend(backend, q) == "torch":
         qs, ks = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-        parts = [attention_reference(q[None, :, a:b], k[None, :, c:d], v[None, :, c:d], is_causal=is_causal, scale=scale, return_lse=True)
-                 for a, b, c, d in zip(qs, qs[1:], ks, ks[1:])]
+        parts = [
+            attention_reference(
+                q[None, :, a:b], k[None, :, c:d], v[None, :, c:d], is_causal=is_causal, scale=scale, return_lse=True
+            )
+            for a, b, c, d in zip(qs, qs[1:], ks, ks[1:])
+        ]
         out, lse = torch.cat([o[0] for o, _ in parts], 1), torch.cat([x[0] for _, x in parts], 1)
         unused = q.shape[1] - out.shape[1]
         out, lse = F.pad(out, (0, 0, 0, unused)), F.pad(lse, (0, unused), value=-math.inf)
         return (out, lse) if return_lse else out
     # rows behind the last sequence: one more sequence of queries without keys, and one of keys without queries
     more = lambda cu, *ends: torch.cat([cu, *(cu.new_tensor([e]) if isinstance(e, int) else e for e in ends)])
-    cu_seqlens_q, cu_seqlens_k = more(cu_seqlens_q, q.shape[1], q.shape[1]), more(cu_seqlens_k, cu_seqlens_k[-1:], k.shape[1])
-    out, lse = tile_attention(q[None], k[None], v[None], PACKED, operands=(cu_seqlens_q, cu_seqlens_k),
-                              ints=(len(cu_seqlens_q) - 1, q.shape[1], k.shape[1]), consts=(False, is_causal), scale=scale)
+    cu_seqlens_q, cu_seqlens_k = (
+        more(cu_seqlens_q, q.shape[1], q.shape[1]),
+        more(cu_seqlens_k, cu_seqlens_k[-1:], k.shape[1]),
+    )
+    out, lse = tile_attention(
+        q[None],
+        k[None],
+        v[None],
+        PACKED,
+        operands=(cu_seqlens_q, cu_seqlens_k),
+        ints=(len(cu_seqlens_q) - 1, q.shape[1], k.shape[1]),
+        consts=(False, is_causal),
+        scale=scale,
+    )
     return (out[0], lse[0]) if return_lse else out[0]
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #4200eebe
 def indexed_attention_reference(q, k, v, q_index, k_index, *, scale=None):
     "Gathers the listed rows and attends group by group: the oracle of `indexed_attention`."
     group = q.shape[1] // k.shape[1]
-    take = lambda x, i: x.gather(2, i.clamp_min(0).flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])).unflatten(2, i.shape[2:])
+    take = lambda x, i: x.gather(2, i.clamp_min(0).flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])).unflatten(
+        2, i.shape[2:]
+    )
     k_index = k_index.repeat_interleave(group, 1)
-    k, v = (take(x.repeat_interleave(group, 1), k_index) for x in (k, v))                 # (B, H, G, Wk, D)
+    k, v = (take(x.repeat_interleave(group, 1), k_index) for x in (k, v))  # (B, H, G, Wk, D)
     mask = (q_index >= 0)[..., None] & (k_index >= 0)[..., None, :]
-    fold = lambda x: x.flatten(1, 2)                                                      # groups as heads
-    out, lse = attention_reference(fold(take(q, q_index)), fold(k), fold(v), mask=fold(mask), scale=scale, return_lse=True)
+    fold = lambda x: x.flatten(1, 2)  # groups as heads
+    out, lse = attention_reference(
+        fold(take(q, q_index)), fold(k), fold(v), mask=fold(mask), scale=scale, return_lse=True
+    )
     return out.unflatten(1, q_index.shape[1:3]), lse.unflatten(1, q_index.shape[1:3])
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #4531b7ca
-def indexed_attention(q: Tensor, k: Tensor, v: Tensor, q_index: Tensor, k_index: Tensor, *, scale: float | None = None,
-                      return_lse: bool = False, backend: str = "auto"):
+def indexed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_index: Tensor,
+    k_index: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+):
     """Attention within groups of tokens given by index lists; nothing is gathered in memory.
 
     q `(batch, heads, Nq, head_dim)`, k, v `(batch, kv_heads, Nk, dim)`; `q_index` `(batch, heads, groups, wq)` and `k_index` `(batch, kv_heads, groups, wk)`,
@@ -188,15 +341,26 @@ def indexed_attention(q: Tensor, k: Tensor, v: Tensor, q_index: Tensor, k_index:
     scale = check_scale(scale, q.shape[-1])
     check_tensor("q_index", q_index, dtype="integer", shape=(q.shape[0], q.shape[1], "groups", "width"), on=q)
     check_tensor("k_index", k_index, dtype="integer", shape=(q.shape[0], k.shape[1], q_index.shape[2], "width"), on=q)
-    if 0 in (*q.shape[:3], k.shape[2], *q_index.shape[2:], k_index.shape[3]):    # no pair: zeros, with zero gradients
+    if 0 in (*q.shape[:3], k.shape[2], *q_index.shape[2:], k_index.shape[3]):  # no pair: zeros, with zero gradients
         nothing = q[:, :, :0].sum() + k[:, :, :0].sum() + v[:, :, :0].sum()
-        out, lse = nothing + q.new_zeros(*q_index.shape, v.shape[-1]), nothing.float() + torch.full(q_index.shape, -math.inf, device=q.device)
+        out, lse = (
+            nothing + q.new_zeros(*q_index.shape, v.shape[-1]),
+            nothing.float() + torch.full(q_index.shape, -math.inf, device=q.device),
+        )
         return (out, lse) if return_lse else out
     if resolve_backend(backend, q) == "torch":
         out, lse = indexed_attention_reference(q, k, v, q_index, k_index, scale=scale)
         return (out, lse) if return_lse else out
     ints = (q_index.shape[2], q_index.shape[3], k_index.shape[3], k.shape[1])
-    out, lse = tile_attention(q, k, v, LISTED, operands=(q_index.contiguous(), k_index.contiguous()), ints=ints,
-                              consts=(q.shape[1] // k.shape[1],), scale=scale)
+    out, lse = tile_attention(
+        q,
+        k,
+        v,
+        LISTED,
+        operands=(q_index.contiguous(), k_index.contiguous()),
+        ints=ints,
+        consts=(q.shape[1] // k.shape[1],),
+        scale=scale,
+    )
     shape = q_index.shape[2:]
     return (out.unflatten(2, shape), lse.unflatten(2, shape)) if return_lse else out.unflatten(2, shape)

@@ -17,31 +17,36 @@ from .host import Launch, LaunchTable, arch_of
 @dataclass(frozen=True, eq=False)
 class OperandGrad:
     "How `tile_operand_grad` folds tiles of dS into the gradient of operand 0."
-    init: Callable | None = None      # (part, ints, C, BM, BN) -> accumulator
-    step: Callable | None = None      # (acc, ds, j, part, qpos, kpos, state, b, h, ops, ints, C, BM, BN) -> accumulator
-    store: Callable | None = None     # (G, strides, acc, i, part, b, h, qpos, ok, state, ints, C, BM, BN)
-    span: Callable | None = None      # (part, lo, hi, ints, C) -> first, last key step
-    parts: Callable | None = None     # host: (ints, consts, BN) -> number of parts
-    buffer: Callable | None = None    # host: (q, k, operand, tiles, ints, consts) -> float32 zeros for G
-    batches: Callable | None = None   # host: (q, operand) -> how many batches one program sums over
-    finish: Callable | None = None    # host: (buffer, operand) -> gradient of the operand
-    plan: Callable | None = None      # host: a kernel of the program's own instead of `tile_operand_grad`; see `_plan_operand_grad`
+
+    init: Callable | None = None  # (part, ints, C, BM, BN) -> accumulator
+    step: Callable | None = None  # (acc, ds, j, part, qpos, kpos, state, b, h, ops, ints, C, BM, BN) -> accumulator
+    store: Callable | None = None  # (G, strides, acc, i, part, b, h, qpos, ok, state, ints, C, BM, BN)
+    span: Callable | None = None  # (part, lo, hi, ints, C) -> first, last key step
+    parts: Callable | None = None  # host: (ints, consts, BN) -> number of parts
+    buffer: Callable | None = None  # host: (q, k, operand, tiles, ints, consts) -> float32 zeros for G
+    batches: Callable | None = None  # host: (q, operand) -> how many batches one program sums over
+    finish: Callable | None = None  # host: (buffer, operand) -> gradient of the operand
+    plan: Callable | None = (
+        None  # host: a kernel of the program's own instead of `tile_operand_grad`; see `_plan_operand_grad`
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class Carried:
     """A tile that the dQ pass carries along its key steps: what it adds to dQ at the end, and operand 0's gradient from it. Unlike `OperandGrad` this
     costs no pass of its own; unlike `dq_score` it does what can wait until the end once per query tile."""
-    init: Callable                    # (ints, C, BM) -> carry
-    step: Callable                    # (carry, ds, q, k, qpos, kpos, b, h, ops, ints, C) -> carry
-    last: Callable                    # (dq, carry, q, G, pid, b, h, ok, qpos, ops, ints, C) -> dq; fills part pid of G unless G is None
-    buffer: Callable                  # host: (q, operand, programs, ints, consts) -> a tensor for G
-    finish: Callable                  # host: (G, operand, ints, consts) -> gradient of the operand
+
+    init: Callable  # (ints, C, BM) -> carry
+    step: Callable  # (carry, ds, q, k, qpos, kpos, b, h, ops, ints, C) -> carry
+    last: Callable  # (dq, carry, q, G, pid, b, h, ok, qpos, ops, ints, C) -> dq; fills part pid of G unless G is None
+    buffer: Callable  # host: (q, operand, programs, ints, consts) -> a tensor for G
+    finish: Callable  # host: (G, operand, ints, consts) -> gradient of the operand
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #7bb55761
 @dataclass(frozen=True, eq=False)
 class TileProgram:
     "The geometry of an attention mechanism: hooks for the kernels, and what the host must know."
+
     name: str
     q_tile: Callable
     k_span: Callable
@@ -49,28 +54,44 @@ class TileProgram:
     k_tile: Callable
     q_span: Callable
     q_step: Callable
-    q_tiles: Callable                 # host: (ints, consts, BM) -> number of query tiles
-    k_tiles: Callable                 # host: (ints, consts, BN) -> number of key tiles
+    q_tiles: Callable  # host: (ints, consts, BM) -> number of query tiles
+    k_tiles: Callable  # host: (ints, consts, BN) -> number of key tiles
     mask: Callable | None = None
-    mask_total: bool = False          # the mask itself is False for rows that a step lacks; steps without a mask lack none
+    mask_total: bool = False  # the mask itself is False for rows that a step lacks; steps without a mask lack none
     score: Callable | None = None
-    raw_score: bool = False           # the score adds to q.k before the scale, which then stays folded into the exponent; needs scale > 0
-    start: Callable | None = None     # (q, k, qpos, kpos, b, h, ops, ints, C) -> float32 tile to which q.k is added before the scale
-    prepare: Callable | None = None   # (q, qpos, b, h, ops, ints, C) -> what `score` gets as q in the forward and dQ passes, once per query tile
-    dq_score: Callable | None = None  # (dq, ds, q, k, qpos, kpos, b, h, ops, ints, C) -> dq, where the score depends on q beyond q.k
+    raw_score: bool = (
+        False  # the score adds to q.k before the scale, which then stays folded into the exponent; needs scale > 0
+    )
+    start: Callable | None = (
+        None  # (q, k, qpos, kpos, b, h, ops, ints, C) -> float32 tile to which q.k is added before the scale
+    )
+    prepare: Callable | None = (
+        None  # (q, qpos, b, h, ops, ints, C) -> what `score` gets as q in the forward and dQ passes, once per query tile
+    )
+    dq_score: Callable | None = (
+        None  # (dq, ds, q, k, qpos, kpos, b, h, ops, ints, C) -> dq, where the score depends on q beyond q.k
+    )
     operand_grad: OperandGrad | None = None
-    carried: Carried | None = None    # another way to operand 0's gradient
-    consecutive: bool = False         # the rows of every step are consecutive: tensor descriptors may be used
-    brick: Callable | None = None     # host: (C, kernel) -> sides of the box of rows that every step reads from a map, or None; for descriptors
-    heavy_last: bool = False          # later query tiles do more work
-    unmasked: Callable | None = None  # host: (ints, consts, BM, BN) -> True if no step of either pass needs a mask; "pairs" if only loads of rows do
-    launch: Callable | None = None    # host: (kernel, bits, BD, consts) -> Launch, where the table does not fit
-    expand: Callable | None = None    # host: (q, v, ints, consts) -> C, where C is more than the call's consts; a NamedTuple gives them names, `C.block`
-    constants: Callable | None = None # host: (q, ints, C) -> tensors that the hooks find behind the operands
-    indexed: bool = False             # rows come through index lists operands[0] (queries) and operands[1] (keys)
-    loose: bool = False               # nobody reads the slots without a row: the forward need not clear them
+    carried: Carried | None = None  # another way to operand 0's gradient
+    consecutive: bool = False  # the rows of every step are consecutive: tensor descriptors may be used
+    brick: Callable | None = (
+        None  # host: (C, kernel) -> sides of the box of rows that every step reads from a map, or None; for descriptors
+    )
+    heavy_last: bool = False  # later query tiles do more work
+    unmasked: Callable | None = (
+        None  # host: (ints, consts, BM, BN) -> True if no step of either pass needs a mask; "pairs" if only loads of rows do
+    )
+    launch: Callable | None = None  # host: (kernel, bits, BD, consts) -> Launch, where the table does not fit
+    expand: Callable | None = (
+        None  # host: (q, v, ints, consts) -> C, where C is more than the call's consts; a NamedTuple gives them names, `C.block`
+    )
+    constants: Callable | None = None  # host: (q, ints, C) -> tensors that the hooks find behind the operands
+    indexed: bool = False  # rows come through index lists operands[0] (queries) and operands[1] (keys)
+    loose: bool = False  # nobody reads the slots without a row: the forward need not clear them
+
 
 PROGRAMS: dict[str, TileProgram] = {}
+
 
 def register_program(program: TileProgram) -> TileProgram:
     "Makes a tile program known by its name. Raises ValueError if the name is taken by another."
@@ -89,49 +110,80 @@ def register_launch(arch: str, kernel: str, bits: int, head_dim: int, launch: La
     """Sets an entry of the launch table. `kernel` is 'forward', 'dq' or 'dkv', after a program's name for that program only, as in
     'band forward'; `head_dim` a power of two from 16 to 256."""
     if kernel.split()[-1:] not in (["forward"], ["dq"], ["dkv"]):
-        raise ValueError(f"kernel must be 'forward', 'dq' or 'dkv', or one of these after a program's name, not {kernel!r}")
+        raise ValueError(
+            f"kernel must be 'forward', 'dq' or 'dkv', or one of these after a program's name, not {kernel!r}"
+        )
     LAUNCH[arch, kernel, bits, head_dim] = launch
 
 
-LAUNCH.rows("sm90", 16, {  # head_dim: forward, dq, dkv as (BM, BN, warps, stages)
-    16: ((64, 128, 4, 3), (128, 64, 4, 3), (64, 128, 4, 3)),
-    32: ((64, 128, 4, 3), (128, 64, 4, 3), (64, 128, 4, 3)),
-    64: ((64, 128, 4, 3), (128, 64, 4, 3), (64, 64, 4, 3)),
-    128: ((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2)),
-    256: ((128, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1))})
-LAUNCH.rows("sm90", 32, {
-    16: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-    32: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-    64: ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
-    128: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
-    256: ((32, 16, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1))})
-LAUNCH.rows("sm80", 16, {
-    16: ((128, 64, 4, 3), (128, 64, 4, 2), (64, 128, 4, 2)),
-    32: ((128, 64, 4, 3), (128, 64, 4, 2), (64, 128, 4, 2)),
-    64: ((128, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
-    128: ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-    256: ((64, 32, 4, 2), (64, 32, 4, 1), (32, 64, 4, 1))})
-LAUNCH.rows("small", 16, {
-    16: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-    32: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-    64: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-    128: ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
-    256: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1))})
+LAUNCH.rows(
+    "sm90",
+    16,
+    {  # head_dim: forward, dq, dkv as (BM, BN, warps, stages)
+        16: ((64, 128, 4, 3), (128, 64, 4, 3), (64, 128, 4, 3)),
+        32: ((64, 128, 4, 3), (128, 64, 4, 3), (64, 128, 4, 3)),
+        64: ((64, 128, 4, 3), (128, 64, 4, 3), (64, 64, 4, 3)),
+        128: ((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2)),
+        256: ((128, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1)),
+    },
+)
+LAUNCH.rows(
+    "sm90",
+    32,
+    {
+        16: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        32: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        64: ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+        128: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+        256: ((32, 16, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1)),
+    },
+)
+LAUNCH.rows(
+    "sm80",
+    16,
+    {
+        16: ((128, 64, 4, 3), (128, 64, 4, 2), (64, 128, 4, 2)),
+        32: ((128, 64, 4, 3), (128, 64, 4, 2), (64, 128, 4, 2)),
+        64: ((128, 64, 4, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
+        128: ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        256: ((64, 32, 4, 2), (64, 32, 4, 1), (32, 64, 4, 1)),
+    },
+)
+LAUNCH.rows(
+    "small",
+    16,
+    {
+        16: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        32: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        64: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        128: ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+        256: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    },
+)
 for _arch in ("sm80", "small"):
-    LAUNCH.rows(_arch, 32, {
-        16: ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
-        32: ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
-        64: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
-        128: ((32, 16, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1)),
-        256: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))})
+    LAUNCH.rows(
+        _arch,
+        32,
+        {
+            16: ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+            32: ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+            64: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+            128: ((32, 16, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1)),
+            256: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        },
+    )
 for _bits in (16, 32):
-    LAUNCH.rows("interpreter", _bits, {d: ((32, 16, 4, 1), (16, 32, 4, 1), (32, 16, 4, 1)) for d in (16, 32, 64, 128, 256)})
+    LAUNCH.rows(
+        "interpreter", _bits, {d: ((32, 16, 4, 1), (16, 32, 4, 1), (32, 16, 4, 1)) for d in (16, 32, 64, 128, 256)}
+    )
 
 # a mask wastes less of a smaller tile
 register_launch("sm90", "band forward", 16, 64, Launch(64, 64, 4, 3))
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #6ab3e724
-def find_launch(program: TileProgram, kernel: str, dtype: torch.dtype, head_dim: int, device: torch.device, consts=()) -> Launch:
+def find_launch(
+    program: TileProgram, kernel: str, dtype: torch.dtype, head_dim: int, device: torch.device, consts=()
+) -> Launch:
     "The launch parameters for a kernel: the program's own, else the table's."
     bits, arch = torch.finfo(dtype).bits, arch_of(device)
     if program.launch is not None:

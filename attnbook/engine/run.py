@@ -49,8 +49,13 @@ def describable(t: Tensor) -> bool:
     e = t.element_size()
     one = t.dim() == 6 and (t.shape[0] == 1 or t.stride(0) == t.shape[1] * t.stride(1))
     enough = math.prod(t.shape[2:-1]) >= 256 if one else t.dim() in (4, 5) and min(t.shape[2:-1]) >= 16
-    return (enough and t.stride(-1) == 1 and all(s * e % 16 == 0 and s > 0 for s in t.stride()[:-1])
-            and t.data_ptr() % 16 == 0 and t.numel() > 0)
+    return (
+        enough
+        and t.stride(-1) == 1
+        and all(s * e % 16 == 0 and s > 0 for s in t.stride()[:-1])
+        and t.data_ptr() % 16 == 0
+        and t.numel() > 0
+    )
 
 
 def describe(t: Tensor, sides: tuple[int, ...], dim: int) -> TensorDescriptor:
@@ -67,6 +72,7 @@ def descriptor_of(t: Tensor, sides: tuple[int, ...], dim: int) -> Callable:
         found = object.__new__(TensorDescriptor)
         found.__dict__.update(known, base=t.flatten(0, 1) if t.dim() == 6 else t)
         return found
+
     return make
 
 
@@ -98,15 +104,28 @@ def common_arguments(program: TileProgram, q: Tensor, k: Tensor, v: Tensor, cons
     "The constexpr arguments that all kernels share, and the scale in the base and the place where the kernels want it."
     D, DV = q.shape[-1], v.shape[-1]
     fold = scale > 0 and (program.score is None or program.raw_score)
-    return dict(C=consts if isinstance(consts, tuple) else tuple(consts), MASK=program.mask, SCORE=program.score, GROUP=q.shape[1] // k.shape[1], FOLD=fold,
-                D=D, DV=DV, BD=round_dim(D), BDV=round_dim(DV), PRECISION=dot_precision(q.dtype)), scale * (LOG2E if fold else 1.0)
+    return dict(
+        C=consts if isinstance(consts, tuple) else tuple(consts),
+        MASK=program.mask,
+        SCORE=program.score,
+        GROUP=q.shape[1] // k.shape[1],
+        FOLD=fold,
+        D=D,
+        DV=DV,
+        BD=round_dim(D),
+        BDV=round_dim(DV),
+        PRECISION=dot_precision(q.dtype),
+    ), scale * (LOG2E if fold else 1.0)
+
 
 def mask_kind(program: TileProgram, ints, consts, p: Launch) -> int:
     "0: nothing is masked; 1: rows and pairs; 2: the same, and the mask of pairs knows which rows there are; 3: only the rows that are loaded."
     free = program.unmasked(ints, consts, p.BM, p.BN) if program.unmasked else False
     return 3 if free == "pairs" else 0 if free else 2 if program.mask_total else 1
 
+
 L2_SHARE = 24 * 2**20  # bytes of the streamed tensors that may be in flight at a time; an H100's L2 cache has 50 MB
+
 
 def heads_together(program: TileProgram, heads: int, *streamed: Tensor) -> int:
     """How many heads' tiles run side by side. Where later tiles do more work, the light ones of all heads should come last, or the last head's heavy
@@ -114,10 +133,15 @@ def heads_together(program: TileProgram, heads: int, *streamed: Tensor) -> int:
     each = sum(math.prod(t.shape[2:]) * t.element_size() for t in streamed)
     return max(1, min(heads, L2_SHARE // max(each, 1))) if program.heavy_last else 1
 
-def stream(program: TileProgram, a: Tensor, b: Tensor, rows: int, bd: int, bdv: int, consts, kernel: str) -> tuple[Callable, Callable, bool]:
+
+def stream(
+    program: TileProgram, a: Tensor, b: Tensor, rows: int, bd: int, bdv: int, consts, kernel: str
+) -> tuple[Callable, Callable, bool]:
     "Two functions that make of the two streamed tensors what the kernel gets: tensor descriptors where the machine and the strides allow, and whether they do."
     sides = (rows,) if program.consecutive else program.brick and program.brick(consts, kernel)
-    machine = arch_of(a.device) in ("sm90", "interpreter") and (a.device.type != "cuda" or torch.cuda.get_device_capability(a.device)[0] >= 9)
+    machine = arch_of(a.device) in ("sm90", "interpreter") and (
+        a.device.type != "cuda" or torch.cuda.get_device_capability(a.device)[0] >= 9
+    )
     if not (sides and len(sides) == a.dim() - 3 and machine and describable(a) and describable(b)):
         return _itself, _itself, False
     return descriptor_of(a, sides, bd), descriptor_of(b, sides, bdv), True
@@ -130,10 +154,23 @@ def _itself(t):
 _FORWARD, _BACKWARD = Plans(), Plans()
 
 
-def run_forward(q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None, operands, program: str, ints, consts, scale: float):
+def run_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    operands,
+    program: str,
+    ints,
+    consts,
+    scale: float,
+):
     "(out, lse) of a registered tile program: the forward kernel, launched. Arguments as in `tile_attention`, unchecked."
     key = PROGRAMS[program], signature(q, k, v, extra_k, extra_v, *operands), tuple(ints), tuple(consts), scale
-    return _FORWARD.find(key, plan_forward, q, k, v, extra_k, extra_v, operands, *key[:1], ints, consts, scale)(q, k, v, extra_k, extra_v, operands)
+    return _FORWARD.find(key, plan_forward, q, k, v, extra_k, extra_v, operands, *key[:1], ints, consts, scale)(
+        q, k, v, extra_k, extra_v, operands
+    )
 
 
 def plan_forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
@@ -153,10 +190,36 @@ def plan_forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, sca
         tiles, heads = program.q_tiles(ints, consts, p.BM), q.shape[0] * q.shape[1]
         xs = (extra_k.stride(), extra_v.stride(), extra_k.shape[2]) if extra_k is not None else (None, None, 0)
         launch = BoundLaunch(
-            tile_forward, (tiles * heads,), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1], strides, lse_strides, scale, tiles,
-            heads_together(program, heads, k, v), q.shape[1], xs[2], Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step,
-            REVERSE=program.heavy_last, MASKS=mask_kind(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma, WIDE=needs_64_bit(q, k, v, like),
-            STAGES=p.stages, PREPARE=program.prepare, START=program.start, **p.options(), **common)
+            tile_forward,
+            (tiles * heads,),
+            tuple(ints),
+            q.stride(),
+            k.stride(),
+            v.stride(),
+            xs[0],
+            xs[1],
+            strides,
+            lse_strides,
+            scale,
+            tiles,
+            heads_together(program, heads, k, v),
+            q.shape[1],
+            xs[2],
+            Q_TILE=program.q_tile,
+            K_SPAN=program.k_span,
+            K_STEP=program.k_step,
+            REVERSE=program.heavy_last,
+            MASKS=mask_kind(program, ints, consts, p),
+            BM=p.BM,
+            BN=p.BN,
+            TMA=tma,
+            WIDE=needs_64_bit(q, k, v, like),
+            STAGES=p.stages,
+            PREPARE=program.prepare,
+            START=program.start,
+            **p.options(),
+            **common,
+        )
 
     def run(q, k, v, extra_k, extra_v, operands):
         if cleared:
@@ -168,6 +231,7 @@ def plan_forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, sca
         if not empty:
             launch.same(q, k_of(k), v_of(v), extra_k, extra_v, out, lse, (*operands, *fixed))
         return out, lse
+
     return run
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #c024a6b8
@@ -182,22 +246,98 @@ def _extra_grads(q, k, v, do, lse2, delta, p, common, scale, dk_scale):
     dv = v.new_zeros(*v.shape[:2], chunks * n, v.shape[3], dtype=torch.float32)
     common = common | dict(C=(), MASK=None, SCORE=None)
     tile_backward_dkv[(chunks * tiles * k.shape[0] * k.shape[1],)](
-        q, k, v, do, lse2, delta, dk, dv, (), (rows, per_chunk, n, *shape), q.stride(), k.stride(), v.stride(), do.stride(), dk.stride(), dv.stride(),
-        lse2.stride(), scale, dk_scale, chunks * tiles, 1, q.shape[1], K_TILE=extra_k_tile, Q_SPAN=extra_q_span, Q_STEP=extra_q_step,
-        REVERSE=False, MASKS=True, BM=p.BM, BN=p.BN, TMA=False, WIDE=needs_64_bit(q, do), STAGES=p.stages, num_warps=p.warps, **common)
+        q,
+        k,
+        v,
+        do,
+        lse2,
+        delta,
+        dk,
+        dv,
+        (),
+        (rows, per_chunk, n, *shape),
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        do.stride(),
+        dk.stride(),
+        dv.stride(),
+        lse2.stride(),
+        scale,
+        dk_scale,
+        chunks * tiles,
+        1,
+        q.shape[1],
+        K_TILE=extra_k_tile,
+        Q_SPAN=extra_q_span,
+        Q_STEP=extra_q_step,
+        REVERSE=False,
+        MASKS=True,
+        BM=p.BM,
+        BN=p.BN,
+        TMA=False,
+        WIDE=needs_64_bit(q, do),
+        STAGES=p.stages,
+        num_warps=p.warps,
+        **common,
+    )
     fold = lambda x, like: x.unflatten(2, (chunks, n)).sum(2).to(like.dtype)
     return fold(dk, k), fold(dv, v)
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #3e764272
-def run_backward(do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, extra_k: Tensor | None, extra_v: Tensor | None, operands, out: Tensor,
-                 lse: Tensor, program: str, ints, consts, scale: float, operand_grad: bool, into=None) -> list[Tensor]:
+def run_backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    operands,
+    out: Tensor,
+    lse: Tensor,
+    program: str,
+    ints,
+    consts,
+    scale: float,
+    operand_grad: bool,
+    into=None,
+) -> list[Tensor]:
     "Gradients of q, k, v (in the tensors `into`, if given), of the extra keys and values if there are any, and with `operand_grad` of operand 0."
-    key = (PROGRAMS[program], signature(do, dlse, q, k, v, extra_k, extra_v, out, lse, *operands, *(into or ())), tuple(ints), tuple(consts), scale, operand_grad)
-    plan = _BACKWARD.find(key, plan_backward, do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, key[0], ints, consts, scale, operand_grad, into)
+    key = (
+        PROGRAMS[program],
+        signature(do, dlse, q, k, v, extra_k, extra_v, out, lse, *operands, *(into or ())),
+        tuple(ints),
+        tuple(consts),
+        scale,
+        operand_grad,
+    )
+    plan = _BACKWARD.find(
+        key,
+        plan_backward,
+        do,
+        dlse,
+        q,
+        k,
+        v,
+        extra_k,
+        extra_v,
+        operands,
+        out,
+        lse,
+        key[0],
+        ints,
+        consts,
+        scale,
+        operand_grad,
+        into,
+    )
     return plan(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, into)
 
 
-def plan_backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, ints, consts, scale, operand_grad, into):
+def plan_backward(
+    do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, ints, consts, scale, operand_grad, into
+):
     "The backward pass of all calls like this one, as a function of its tensors."
     if out.numel() == 0 or k.numel() == 0 and extra_k is None:
         return functools.partial(_no_gradients, program, operand_grad)
@@ -217,25 +357,96 @@ def plan_backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, progr
     tiles = program.q_tiles(ints, consts, p.BM)
     xs = (extra_k.stride(), extra_v.stride(), extra_k.shape[2]) if extra_k is not None else (None, None, 0)
     carried = program.carried
-    carry = dict(CARRY_INIT=carried.init, CARRY_STEP=carried.step, CARRY_LAST=carried.last) if carried else dict(CARRY_INIT=None, CARRY_STEP=None, CARRY_LAST=None)
+    carry = (
+        dict(CARRY_INIT=carried.init, CARRY_STEP=carried.step, CARRY_LAST=carried.last)
+        if carried
+        else dict(CARRY_INIT=None, CARRY_STEP=None, CARRY_LAST=None)
+    )
     programs = tiles * q.shape[0] * heads
     dq_launch = BoundLaunch(
-        tile_backward_dq, (programs,), tuple(ints), q.stride(), k.stride(), v.stride(), xs[0], xs[1], out.stride(), do.stride(),
-        dlse.stride() if dlse is not None else None, like[0].stride(), lse2.stride(), scale, plain_scale, tiles, heads_together(program, q.shape[0] * heads, k, v),
-        heads, xs[2], Q_TILE=program.q_tile, K_SPAN=program.k_span, K_STEP=program.k_step, REVERSE=program.heavy_last, MASKS=mask_kind(program, ints, consts, p),
-        BM=p.BM, BN=p.BN, TMA=tma, WIDE=wide, STAGES=p.stages, DQ_SCORE=program.dq_score, PREPARE=program.prepare, START=program.start, **p.options(), **carry, **common)
+        tile_backward_dq,
+        (programs,),
+        tuple(ints),
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        xs[0],
+        xs[1],
+        out.stride(),
+        do.stride(),
+        dlse.stride() if dlse is not None else None,
+        like[0].stride(),
+        lse2.stride(),
+        scale,
+        plain_scale,
+        tiles,
+        heads_together(program, q.shape[0] * heads, k, v),
+        heads,
+        xs[2],
+        Q_TILE=program.q_tile,
+        K_SPAN=program.k_span,
+        K_STEP=program.k_step,
+        REVERSE=program.heavy_last,
+        MASKS=mask_kind(program, ints, consts, p),
+        BM=p.BM,
+        BN=p.BN,
+        TMA=tma,
+        WIDE=wide,
+        STAGES=p.stages,
+        DQ_SCORE=program.dq_score,
+        PREPARE=program.prepare,
+        START=program.start,
+        **p.options(),
+        **carry,
+        **common,
+    )
 
     p = find_launch(program, "dkv", q.dtype, dim, device, consts)
     q_of, do_of, tma = stream(program, q, do, p.BM, common["BD"], common["BDV"], consts, "dkv")
     tiles = program.k_tiles(ints, consts, p.BN)
-    dkv_launch = None if k.numel() == 0 else BoundLaunch(
-        tile_backward_dkv, (tiles * k.shape[0] * k.shape[1],), tuple(ints), q.stride(), k.stride(), v.stride(), do.stride(), like[1].stride(), like[2].stride(),
-        lse2.stride(), scale, plain_scale, tiles, heads_together(program, k.shape[0] * k.shape[1], q, do), heads, K_TILE=program.k_tile, Q_SPAN=program.q_span,
-        Q_STEP=program.q_step, REVERSE=False, MASKS=mask_kind(program, ints, consts, p), BM=p.BM, BN=p.BN, TMA=tma, WIDE=wide, STAGES=p.stages,
-        START=program.start, **p.options(), **common)
-    extra = find_launch(TileProgram(*["extra"] + [None] * 8), "dkv", q.dtype, dim, device) if extra_k is not None else None
+    dkv_launch = (
+        None
+        if k.numel() == 0
+        else BoundLaunch(
+            tile_backward_dkv,
+            (tiles * k.shape[0] * k.shape[1],),
+            tuple(ints),
+            q.stride(),
+            k.stride(),
+            v.stride(),
+            do.stride(),
+            like[1].stride(),
+            like[2].stride(),
+            lse2.stride(),
+            scale,
+            plain_scale,
+            tiles,
+            heads_together(program, k.shape[0] * k.shape[1], q, do),
+            heads,
+            K_TILE=program.k_tile,
+            Q_SPAN=program.q_span,
+            Q_STEP=program.q_step,
+            REVERSE=False,
+            MASKS=mask_kind(program, ints, consts, p),
+            BM=p.BM,
+            BN=p.BN,
+            TMA=tma,
+            WIDE=wide,
+            STAGES=p.stages,
+            START=program.start,
+            **p.options(),
+            **common,
+        )
+    )
+    extra = (
+        find_launch(TileProgram(*["extra"] + [None] * 8), "dkv", q.dtype, dim, device) if extra_k is not None else None
+    )
     own_pass = operand_grad and not carried
-    of_operand = _plan_operand_grad(program, q, k, v, do, lse2, (*operands, *fixed), ints, consts, common, plain_scale, wide) if own_pass else None
+    of_operand = (
+        _plan_operand_grad(program, q, k, v, do, lse2, (*operands, *fixed), ints, consts, common, plain_scale, wide)
+        if own_pass
+        else None
+    )
 
     def run(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, into):
         dq, dk, dv = into or [torch.empty_strided(*layout, device=device, dtype=q.dtype) for layout in layouts]
@@ -259,6 +470,7 @@ def plan_backward(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, progr
         elif of_operand is not None:
             grads.append(of_operand(q, k, v, do, lse2, delta, ops))
         return grads
+
     return run
 
 
@@ -272,9 +484,17 @@ def _gradients_like(program, q, k, v, operands):
 
 def _no_gradients(program, operand_grad, do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, into):
     "Where nothing was computed, or there is no key: zeros, in the tensors' own shapes."
-    dq, dk, dv = into or [torch.empty_like(t, memory_format=torch.contiguous_format) if program.indexed else empty_heads(t, t.shape[-1]) for t in (q, k, v)]
-    return [dq.zero_(), dk.zero_(), dv.zero_(), *(torch.zeros_like(t) for t in (extra_k, extra_v) if t is not None),
-            *(torch.zeros_like(t) for t in operands[:operand_grad])]
+    dq, dk, dv = into or [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if program.indexed else empty_heads(t, t.shape[-1])
+        for t in (q, k, v)
+    ]
+    return [
+        dq.zero_(),
+        dk.zero_(),
+        dv.zero_(),
+        *(torch.zeros_like(t) for t in (extra_k, extra_v) if t is not None),
+        *(torch.zeros_like(t) for t in operands[:operand_grad]),
+    ]
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #b3703d45
 def _plan_operand_grad(program, q, k, v, do, lse2, operands, ints, consts, common, scale, wide):
@@ -286,14 +506,39 @@ def _plan_operand_grad(program, q, k, v, do, lse2, operands, ints, consts, commo
     tiles, parts, batches = program.q_tiles(ints, consts, p.BM), g.parts(ints, consts, p.BN), g.batches(q, operands[0])
     common = {name: x for name, x in common.items() if name != "FOLD"}
     launch = BoundLaunch(
-        tile_operand_grad, (tiles * parts * q.shape[1] * (q.shape[0] // batches),), tuple(ints), q.stride(), k.stride(), v.stride(), do.stride(), lse2.stride(),
-        g.buffer(q, k, operands[0], tiles, ints, consts).stride(), scale, tiles, parts, q.shape[1], batches, Q_TILE=program.q_tile, K_SPAN=program.k_span,
-        K_STEP=program.k_step, G_SPAN=g.span, G_INIT=g.init, G_STEP=g.step, G_STORE=g.store, BM=p.BM, BN=p.BN, WIDE=wide, num_warps=p.warps, **common)
+        tile_operand_grad,
+        (tiles * parts * q.shape[1] * (q.shape[0] // batches),),
+        tuple(ints),
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        do.stride(),
+        lse2.stride(),
+        g.buffer(q, k, operands[0], tiles, ints, consts).stride(),
+        scale,
+        tiles,
+        parts,
+        q.shape[1],
+        batches,
+        Q_TILE=program.q_tile,
+        K_SPAN=program.k_span,
+        K_STEP=program.k_step,
+        G_SPAN=g.span,
+        G_INIT=g.init,
+        G_STEP=g.step,
+        G_STORE=g.store,
+        BM=p.BM,
+        BN=p.BN,
+        WIDE=wide,
+        num_warps=p.warps,
+        **common,
+    )
 
     def run(q, k, v, do, lse2, delta, operands):
         buffer = g.buffer(q, k, operands[0], tiles, ints, consts)
         launch.same(q, k, v, do, lse2, delta, buffer, tuple(operands))
         return g.finish(buffer, operands[0])
+
     return run
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #ca391406
@@ -302,6 +547,7 @@ def row_lists(index: Tensor, n: int) -> tuple[Tensor, Tensor]:
     key, order = torch.sort(index, dim=-1, stable=True)
     rows = torch.arange(n + 1, device=index.device, dtype=key.dtype).expand(*index.shape[:2], -1)
     return order.contiguous(), torch.searchsorted(key.contiguous(), rows.contiguous())
+
 
 def scatter_rows(x: Tensor, index: Tensor, n: int, lists: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Sums rows that share an index, in a fixed order: `(batch, heads, slots, dim)` -> `(batch, heads, n, dim)`.
@@ -316,5 +562,6 @@ def scatter_rows(x: Tensor, index: Tensor, n: int, lists: tuple[Tensor, Tensor] 
     order, first = row_lists(index, n) if lists is None else lists
     bm = 16
     sum_rows[(x.shape[0] * x.shape[1] * triton.cdiv(n, bm),)](
-        x, order, first, y, n, x.shape[2], D=x.shape[3], BD=round_dim(x.shape[3]), BM=bm, num_warps=4)
+        x, order, first, y, n, x.shape[2], D=x.shape[3], BD=round_dim(x.shape[3]), BM=bm, num_warps=4
+    )
     return y

@@ -18,7 +18,9 @@ from .program import LAUNCH, register_launch
 from .run import run_backward, run_forward
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #7dacc139
-def tune(call: Callable, kernel: str, dtype: torch.dtype, head_dim: int, candidates, *, keep: bool = False) -> list[tuple[float, Launch]]:
+def tune(
+    call: Callable, kernel: str, dtype: torch.dtype, head_dim: int, candidates, *, keep: bool = False
+) -> list[tuple[float, Launch]]:
     """Times `call()` under each candidate `Launch` of one kernel: `[(milliseconds, launch)]`, fastest first.
 
     `kernel` is 'forward', 'dq' or 'dkv', `head_dim` the larger of head_dim and v_dim. Candidates that do not fit the machine are left out.
@@ -32,7 +34,11 @@ def tune(call: Callable, kernel: str, dtype: torch.dtype, head_dim: int, candida
         register_launch(*key, launch)
         try:
             times.append((triton.testing.do_bench(call, return_mode="median"), launch))
-        except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, triton.compiler.errors.CompilationError):
+        except (
+            triton.runtime.errors.OutOfResources,
+            triton.runtime.errors.PTXASError,
+            triton.compiler.errors.CompilationError,
+        ):
             continue
     times.sort(key=lambda t: t[0])
     if keep and times:
@@ -45,31 +51,58 @@ def tune(call: Callable, kernel: str, dtype: torch.dtype, head_dim: int, candida
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #b6902f03
 PROBLEMS = [  # batch, heads, length, head_dim, is_causal, window_size
-    (4, 16, 4096, 128, False, None), (4, 16, 4096, 128, True, None), (4, 16, 4096, 64, False, None), (4, 16, 4096, 64, True, None),
-    (2, 16, 16384, 128, True, 1024)]
+    (4, 16, 4096, 128, False, None),
+    (4, 16, 4096, 128, True, None),
+    (4, 16, 4096, 64, False, None),
+    (4, 16, 4096, 64, True, None),
+    (2, 16, 16384, 128, True, 1024),
+]
+
 
 def bench_engine():
     "The engine beside FlexAttention and cuDNN, bf16, forward, backward and peak memory. Yields rows; nothing without a GPU."
     for B, H, N, D, causal, window in PROBLEMS if torch.cuda.is_available() else ():
         inputs = [torch.randn(B, H, N, D, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
         near = (lambda b, h, i, j, w=window: (j <= i) & (i - j < w)) if window else (lambda b, h, i, j: j <= i)
-        peers = {"ours": lambda q, k, v, c=causal, w=window: attention(q, k, v, is_causal=c, window_size=w), "flex": flex(near if causal else None)}
+        peers = {
+            "ours": lambda q, k, v, c=causal, w=window: attention(q, k, v, is_causal=c, window_size=w),
+            "flex": flex(near if causal else None),
+        }
         if window is None:
             peers["cudnn"] = sdpa("cudnn", is_causal=causal)
         pairs = B * H * attention_pairs(N, N, is_causal=causal, window_size=window)
-        yield from compare({"B": B, "H": H, "N": N, "D": D, "is_causal": causal, "window_size": window}, peers, inputs, grad_out="random",
-                           flops={p: attention_flops(pairs, D, backward=p == "bwd") for p in ("fwd", "bwd")},
-                           bytes={p: attention_bytes(B, H, N, N, D, itemsize=2, backward=p == "bwd") for p in ("fwd", "bwd")},
-                           chapter="engine", bench="engine", rep_ms=400)
+        yield from compare(
+            {"B": B, "H": H, "N": N, "D": D, "is_causal": causal, "window_size": window},
+            peers,
+            inputs,
+            grad_out="random",
+            flops={p: attention_flops(pairs, D, backward=p == "bwd") for p in ("fwd", "bwd")},
+            bytes={p: attention_bytes(B, H, N, N, D, itemsize=2, backward=p == "bwd") for p in ("fwd", "bwd")},
+            chapter="engine",
+            bench="engine",
+            rep_ms=400,
+        )
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #e749d384
 CANDIDATES = {  # kernel -> head_dim -> launches beside the table's own
-    "forward": {64: [(64, 128, 4, 3), (64, 64, 4, 3), (128, 64, 4, 3)], 128: [(64, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3)]},
-    "dq": {64: [(128, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 3)], 128: [(128, 64, 8, 3), (64, 64, 4, 2), (128, 128, 8, 2)]},
-    "dkv": {64: [(128, 64, 4, 2), (64, 64, 4, 2), (64, 128, 4, 2)], 128: [(64, 64, 4, 2), (32, 64, 4, 2), (64, 128, 8, 3)]}}
+    "forward": {
+        64: [(64, 128, 4, 3), (64, 64, 4, 3), (128, 64, 4, 3)],
+        128: [(64, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3)],
+    },
+    "dq": {
+        64: [(128, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 3)],
+        128: [(128, 64, 8, 3), (64, 64, 4, 2), (128, 128, 8, 2)],
+    },
+    "dkv": {
+        64: [(128, 64, 4, 2), (64, 64, 4, 2), (64, 128, 4, 2)],
+        128: [(64, 64, 4, 2), (32, 64, 4, 2), (64, 128, 8, 3)],
+    },
+}
+
 
 def _with_launch(kernel, head_dim, launch, run):
     "run(…) with one entry of the launch table changed while it runs."
+
     def fn(*inputs):
         key = arch_of(inputs[0].device), kernel, 16, head_dim
         old = LAUNCH.get(key)
@@ -78,6 +111,7 @@ def _with_launch(kernel, head_dim, launch, run):
             return run(*inputs)
         finally:
             LAUNCH.pop(key) if old is None else register_launch(*key, old)
+
     return fn
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #f345cd16
@@ -85,12 +119,26 @@ def bench_launches():
     "The engine's kernels with other tile sizes, bf16, on the problems above. Yields rows; nothing without a GPU."
     for B, H, N, D, causal, window in PROBLEMS if torch.cuda.is_available() else ():
         q, k, v, do = (torch.randn(B, H, N, D, device="cuda", dtype=torch.bfloat16) for _ in range(4))
-        program, rest = "band" if causal else "full", ((N, N, window - 1 if window else 0, 0), (window is not None, causal), D**-0.5)
+        program, rest = (
+            "band" if causal else "full",
+            ((N, N, window - 1 if window else 0, 0), (window is not None, causal), D**-0.5),
+        )
         forward = lambda q, k, v, p=program, r=rest: run_forward(q, k, v, None, None, [], p, *r)[0]
         out, lse = run_forward(q, k, v, None, None, [], program, *rest)
-        backward = lambda q, k, v, o=out, l=lse, g=do, p=program, r=rest: run_backward(g, None, q, k, v, None, None, [], o, l, p, *r, False)[0]
+        backward = lambda q, k, v, o=out, l=lse, g=do, p=program, r=rest: run_backward(
+            g, None, q, k, v, None, None, [], o, l, p, *r, False
+        )[0]
         for kernel in CANDIDATES:
             run = forward if kernel == "forward" else backward
-            peers = {f"{m} x {n}, {w}, {s}": _with_launch(f"{program} {kernel}", D, Launch(m, n, w, s), run) for m, n, w, s in CANDIDATES[kernel][D]}
-            yield from compare({"B": B, "H": H, "N": N, "D": D, "is_causal": causal, "window_size": window, "kernel": kernel}, peers, [q, k, v],
-                               chapter="engine", bench="launches", rep_ms=100)
+            peers = {
+                f"{m} x {n}, {w}, {s}": _with_launch(f"{program} {kernel}", D, Launch(m, n, w, s), run)
+                for m, n, w, s in CANDIDATES[kernel][D]
+            }
+            yield from compare(
+                {"B": B, "H": H, "N": N, "D": D, "is_causal": causal, "window_size": window, "kernel": kernel},
+                peers,
+                [q, k, v],
+                chapter="engine",
+                bench="launches",
+                rep_ms=100,
+            )

@@ -72,8 +72,21 @@ def tile_of_program(num_tiles, together):
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #4f35889b
 @triton.jit
-def load_step(src, b, h, start, coords, strides, ok, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-              TMA: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr):
+def load_step(
+    src,
+    b,
+    h,
+    start,
+    coords,
+    strides,
+    ok,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    TMA: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     "The rows of one step, [R, BD], by tensor descriptor or by pointers."
     if TMA and len(coords) == 1:
         return src.load([b, h, start, 0]).reshape(R, BD)
@@ -96,15 +109,32 @@ def expand(pos, AXIS: tl.constexpr):
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #484f4a29
 @triton.jit
-def logits(qk, q, k, ok, qpos, kpos, masked, b, h, scale, ops, ints, C: tl.constexpr,
-           MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr, MASKS: tl.constexpr):
+def logits(
+    qk,
+    q,
+    k,
+    ok,
+    qpos,
+    kpos,
+    masked,
+    b,
+    h,
+    scale,
+    ops,
+    ints,
+    C: tl.constexpr,
+    MASK: tl.constexpr,
+    SCORE: tl.constexpr,
+    FOLD: tl.constexpr,
+    MASKS: tl.constexpr,
+):
     "A tile of logits in base 2, -inf where a pair is not allowed; with FOLD the raw product, whose scale is applied in the exponent."
     if not FOLD:
         qk = qk * scale
         if SCORE is not None:
             qk = SCORE(qk, q, k, qpos, kpos, b, h, ops, ints, C)
         qk = qk * 1.4426950408889634
-    elif SCORE is not None:                                                               # a raw score
+    elif SCORE is not None:  # a raw score
         qk = SCORE(qk, q, k, qpos, kpos, b, h, ops, ints, C)
     if MASKS == 1 or MASKS == 2:
         if masked:
@@ -135,21 +165,80 @@ def product(x, y, q, k, qpos, kpos, b, h, ops, ints, C: tl.constexpr, START: tl.
     else:
         return tl.dot(x, y.T, START(q, k, qpos, kpos, b, h, ops, ints, C), input_precision=PRECISION)
 
+
 @triton.jit
-def score_step(q, qpos, k_src, j, b, h, hk, state, sk, ops, ints, C: tl.constexpr, K_STEP: tl.constexpr, START: tl.constexpr, MASKS: tl.constexpr,
-               BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+def score_step(
+    q,
+    qpos,
+    k_src,
+    j,
+    b,
+    h,
+    hk,
+    state,
+    sk,
+    ops,
+    ints,
+    C: tl.constexpr,
+    K_STEP: tl.constexpr,
+    START: tl.constexpr,
+    MASKS: tl.constexpr,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "The products of the queries with the keys of step j, and these keys with what hooks may ask of them."
     start, coords, slots, ok, kpos = K_STEP(j, state, b, h, ops, ints, C, BN)
-    k = load_step(k_src, b, hk, start, coords, sk, ok, BN, D, BD, TMA, MASKS, WIDE)       # [BN, BD]
-    qk = product(q, k, q, k, expand(qpos, 1), expand(kpos, 0), b, h, ops, ints, C, START, PRECISION)   # [BM, BN]
+    k = load_step(k_src, b, hk, start, coords, sk, ok, BN, D, BD, TMA, MASKS, WIDE)  # [BN, BD]
+    qk = product(q, k, q, k, expand(qpos, 1), expand(kpos, 0), b, h, ops, ints, C, START, PRECISION)  # [BM, BN]
     return qk, k, ok, kpos
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #76c539f8
 @triton.jit
-def softmax_step(m, l, qk, q, k, ok, qpos, kpos, masked, b, h, scale, ops, ints, C: tl.constexpr,
-                 MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr, MASKS: tl.constexpr):
+def softmax_step(
+    m,
+    l,
+    qk,
+    q,
+    k,
+    ok,
+    qpos,
+    kpos,
+    masked,
+    b,
+    h,
+    scale,
+    ops,
+    ints,
+    C: tl.constexpr,
+    MASK: tl.constexpr,
+    SCORE: tl.constexpr,
+    FOLD: tl.constexpr,
+    MASKS: tl.constexpr,
+):
     "Weights of the step, the factor alpha that rescales all before it, and the new maximum and sum."
-    s = logits(qk, q, k, ok[None, :], expand(qpos, 1), expand(kpos, 0), masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
+    s = logits(
+        qk,
+        q,
+        k,
+        ok[None, :],
+        expand(qpos, 1),
+        expand(kpos, 0),
+        masked,
+        b,
+        h,
+        scale,
+        ops,
+        ints,
+        C,
+        MASK,
+        SCORE,
+        FOLD,
+        MASKS,
+    )
     top = tl.max(s, 1)
     if FOLD:
         top = top * scale
@@ -157,20 +246,43 @@ def softmax_step(m, l, qk, q, k, ok, qpos, kpos, masked, b, h, scale, ops, ints,
     safe = m_new
     if MASKS == 1 or MASKS == 2 or SCORE is not None and not FOLD:  # a bias may rule out a whole tile
         safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    elif FOLD and SCORE is not None:  # a raw score may rule pairs out by a huge number: s * scale - m, fused, is then not 0 at its own maximum
+    elif (
+        FOLD and SCORE is not None
+    ):  # a raw score may rule pairs out by a huge number: s * scale - m, fused, is then not 0 at its own maximum
         safe = tl.where(m_new < -1e15, 0.0, m_new)
-    p = probabilities(s, safe[:, None], scale, FOLD)                                      # [BM, BN]
+    p = probabilities(s, safe[:, None], scale, FOLD)  # [BM, BN]
     alpha = tl.exp2(m - safe)
     return p, alpha, m_new, l * alpha + tl.sum(p, 1)
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #dcf53148
 @triton.jit
-def value_step(acc, p, alpha, v_src, j, b, h, hk, state, sv, ops, ints, C: tl.constexpr, K_STEP: tl.constexpr, MASKS: tl.constexpr,
-               BN: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+def value_step(
+    acc,
+    p,
+    alpha,
+    v_src,
+    j,
+    b,
+    h,
+    hk,
+    state,
+    sv,
+    ops,
+    ints,
+    C: tl.constexpr,
+    K_STEP: tl.constexpr,
+    MASKS: tl.constexpr,
+    BN: tl.constexpr,
+    DV: tl.constexpr,
+    BDV: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "alpha acc + P V with the values of step j."
     start, coords, slots, ok, kpos = K_STEP(j, state, b, h, ops, ints, C, BN)
-    v = load_step(v_src, b, hk, start, coords, sv, ok, BN, DV, BDV, TMA, MASKS, WIDE)     # [BN, BDV]
-    return tl.dot(p, v, acc * alpha[:, None], input_precision=PRECISION)                  # [BM, BDV]
+    v = load_step(v_src, b, hk, start, coords, sv, ok, BN, DV, BDV, TMA, MASKS, WIDE)  # [BN, BDV]
+    return tl.dot(p, v, acc * alpha[:, None], input_precision=PRECISION)  # [BM, BDV]
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #e3469b27
 @triton.jit
@@ -181,11 +293,51 @@ def extra_k_step(j, state, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #4834fa67
 @triton.jit(do_not_specialize=["num_tiles", "together"])
-def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, sl, scale, num_tiles, together, H, NX,
-                 C: tl.constexpr, Q_TILE: tl.constexpr, K_SPAN: tl.constexpr, K_STEP: tl.constexpr,
-                 MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, REVERSE: tl.constexpr, MASKS: tl.constexpr,
-                 BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-                 TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PREPARE: tl.constexpr = None, START: tl.constexpr = None):
+def tile_forward(
+    Q,
+    K,
+    V,
+    XK,
+    XV,
+    O,
+    LSE,
+    ops,
+    ints,
+    sq,
+    sk,
+    sv,
+    sxk,
+    sxv,
+    so,
+    sl,
+    scale,
+    num_tiles,
+    together,
+    H,
+    NX,
+    C: tl.constexpr,
+    Q_TILE: tl.constexpr,
+    K_SPAN: tl.constexpr,
+    K_STEP: tl.constexpr,
+    MASK: tl.constexpr,
+    SCORE: tl.constexpr,
+    GROUP: tl.constexpr,
+    FOLD: tl.constexpr,
+    REVERSE: tl.constexpr,
+    MASKS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    PREPARE: tl.constexpr = None,
+    START: tl.constexpr = None,
+):
     "O and LSE of one query tile. Grid: num_tiles * batch * heads."
     bh, i = tile_of_program(num_tiles, together)
     if REVERSE:  # heavy tiles first, so that the light ones fill the gaps at the end
@@ -193,8 +345,8 @@ def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, s
     b, h = bh // H, bh % H
     hk = h // GROUP
     start, coords, slots, ok, qpos, state = Q_TILE(i, b, h, ops, ints, C, BM)
-    q = load_rows(head_base(Q, b, h, sq), coords, sq, ok, D, BD, True, WIDE)              # [BM, BD]
-    seen = q                                                                              # what the score hook gets as q
+    q = load_rows(head_base(Q, b, h, sq), coords, sq, ok, D, BD, True, WIDE)  # [BM, BD]
+    seen = q  # what the score hook gets as q
     if PREPARE is not None:
         seen = PREPARE(q, qpos, b, h, ops, ints, C)
     m = tl.full([BM], float("-inf"), tl.float32)
@@ -202,73 +354,275 @@ def tile_forward(Q, K, V, XK, XV, O, LSE, ops, ints, sq, sk, sv, sxk, sxv, so, s
     acc = tl.zeros([BM, BDV], tl.float32)
     if XK is not None:
         for j in tl.range(0, tl.cdiv(NX, BN), num_stages=STAGES):
-            qk, k, kok, kpos = score_step(q, qpos, XK, j, b, h, hk, state, sxk, (), (NX,), (), extra_k_step, None, True, BN, D, BD, False, WIDE, PRECISION)
-            p, alpha, m, l = softmax_step(m, l, qk, seen, k, kok, qpos, kpos, True, b, h, scale, (), (NX,), (), None, None, FOLD, True)
-            acc = value_step(acc, p.to(q.dtype), alpha, XV, j, b, h, hk, state, sxv, (), (NX,), (), extra_k_step, True, BN, DV, BDV, False, WIDE, PRECISION)
+            qk, k, kok, kpos = score_step(
+                q,
+                qpos,
+                XK,
+                j,
+                b,
+                h,
+                hk,
+                state,
+                sxk,
+                (),
+                (NX,),
+                (),
+                extra_k_step,
+                None,
+                True,
+                BN,
+                D,
+                BD,
+                False,
+                WIDE,
+                PRECISION,
+            )
+            p, alpha, m, l = softmax_step(
+                m, l, qk, seen, k, kok, qpos, kpos, True, b, h, scale, (), (NX,), (), None, None, FOLD, True
+            )
+            acc = value_step(
+                acc,
+                p.to(q.dtype),
+                alpha,
+                XV,
+                j,
+                b,
+                h,
+                hk,
+                state,
+                sxv,
+                (),
+                (NX,),
+                (),
+                extra_k_step,
+                True,
+                BN,
+                DV,
+                BDV,
+                False,
+                WIDE,
+                PRECISION,
+            )
     lo, full_lo, full_hi, hi = K_SPAN(state, b, h, ops, ints, C, BM, BN)
     p = tl.zeros([BM, BN], tl.float32)
     alpha = tl.full([BM], 1.0, tl.float32)
     if lo < hi:
         masked = (lo < full_lo) | (lo >= full_hi)
-        qk, k, kok, kpos = score_step(q, qpos, K, lo, b, h, hk, state, sk, ops, ints, C, K_STEP, START, MASKS, BN, D, BD, TMA, WIDE, PRECISION)
-        p, alpha, m, l = softmax_step(m, l, qk, seen, k, kok, qpos, kpos, masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
+        qk, k, kok, kpos = score_step(
+            q, qpos, K, lo, b, h, hk, state, sk, ops, ints, C, K_STEP, START, MASKS, BN, D, BD, TMA, WIDE, PRECISION
+        )
+        p, alpha, m, l = softmax_step(
+            m, l, qk, seen, k, kok, qpos, kpos, masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS
+        )
     for j in tl.range(lo + 1, hi, num_stages=STAGES):
         masked = (j < full_lo) | (j >= full_hi)
-        weights = p.to(q.dtype)                                                           # of step j - 1
-        qk, k, kok, kpos = score_step(q, qpos, K, j, b, h, hk, state, sk, ops, ints, C, K_STEP, START, MASKS, BN, D, BD, TMA, WIDE, PRECISION)
-        acc = value_step(acc, weights, alpha, V, j - 1, b, h, hk, state, sv, ops, ints, C, K_STEP, MASKS, BN, DV, BDV, TMA, WIDE, PRECISION)
-        p, alpha, m, l = softmax_step(m, l, qk, seen, k, kok, qpos, kpos, masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
+        weights = p.to(q.dtype)  # of step j - 1
+        qk, k, kok, kpos = score_step(
+            q, qpos, K, j, b, h, hk, state, sk, ops, ints, C, K_STEP, START, MASKS, BN, D, BD, TMA, WIDE, PRECISION
+        )
+        acc = value_step(
+            acc,
+            weights,
+            alpha,
+            V,
+            j - 1,
+            b,
+            h,
+            hk,
+            state,
+            sv,
+            ops,
+            ints,
+            C,
+            K_STEP,
+            MASKS,
+            BN,
+            DV,
+            BDV,
+            TMA,
+            WIDE,
+            PRECISION,
+        )
+        p, alpha, m, l = softmax_step(
+            m, l, qk, seen, k, kok, qpos, kpos, masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS
+        )
     if lo < hi:
-        acc = value_step(acc, p.to(q.dtype), alpha, V, hi - 1, b, h, hk, state, sv, ops, ints, C, K_STEP, MASKS, BN, DV, BDV, TMA, WIDE, PRECISION)
+        acc = value_step(
+            acc,
+            p.to(q.dtype),
+            alpha,
+            V,
+            hi - 1,
+            b,
+            h,
+            hk,
+            state,
+            sv,
+            ops,
+            ints,
+            C,
+            K_STEP,
+            MASKS,
+            BN,
+            DV,
+            BDV,
+            TMA,
+            WIDE,
+            PRECISION,
+        )
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
     store_rows(head_base(O, b, h, so), slots, so, ok, acc / l[:, None], DV, BDV, WIDE)
-    lse = tl.where(empty, float("-inf"), (m + tl.log2(l)) * 0.6931471805599453)           # natural logarithm
+    lse = tl.where(empty, float("-inf"), (m + tl.log2(l)) * 0.6931471805599453)  # natural logarithm
     tl.store(row_ptr(LSE, b, h, slots, sl), lse, mask=ok)
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #f4bcb9fd
 @triton.jit
-def dq_step(dq, carry, q, seen, do, lse, delta, k_src, v_src, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C: tl.constexpr,
-            K_STEP: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr, MASKS: tl.constexpr,
-            BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-            TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DQ_SCORE: tl.constexpr = None, CARRY_STEP: tl.constexpr = None,
-            START: tl.constexpr = None):
+def dq_step(
+    dq,
+    carry,
+    q,
+    seen,
+    do,
+    lse,
+    delta,
+    k_src,
+    v_src,
+    j,
+    masked,
+    b,
+    h,
+    hk,
+    qpos,
+    state,
+    sk,
+    sv,
+    scale,
+    ops,
+    ints,
+    C: tl.constexpr,
+    K_STEP: tl.constexpr,
+    MASK: tl.constexpr,
+    SCORE: tl.constexpr,
+    FOLD: tl.constexpr,
+    MASKS: tl.constexpr,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DQ_SCORE: tl.constexpr = None,
+    CARRY_STEP: tl.constexpr = None,
+    START: tl.constexpr = None,
+):
     "One step of keys towards the gradient of a tile of queries."
     start, coords, slots, ok, kpos = K_STEP(j, state, b, h, ops, ints, C, BN)
-    k = load_step(k_src, b, hk, start, coords, sk, ok, BN, D, BD, TMA, MASKS, WIDE)       # [BN, BD]
-    v = load_step(v_src, b, hk, start, coords, sv, ok, BN, DV, BDV, TMA, MASKS, WIDE)     # [BN, BDV]
-    qk = product(q, k, q, k, expand(qpos, 1), expand(kpos, 0), b, h, ops, ints, C, START, PRECISION)   # [BM, BN]
-    dp = tl.dot(do, v.T, input_precision=PRECISION)                                       # [BM, BN]
-    s = logits(qk, seen, k, ok[None, :], expand(qpos, 1), expand(kpos, 0), masked, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
+    k = load_step(k_src, b, hk, start, coords, sk, ok, BN, D, BD, TMA, MASKS, WIDE)  # [BN, BD]
+    v = load_step(v_src, b, hk, start, coords, sv, ok, BN, DV, BDV, TMA, MASKS, WIDE)  # [BN, BDV]
+    qk = product(q, k, q, k, expand(qpos, 1), expand(kpos, 0), b, h, ops, ints, C, START, PRECISION)  # [BM, BN]
+    dp = tl.dot(do, v.T, input_precision=PRECISION)  # [BM, BN]
+    s = logits(
+        qk,
+        seen,
+        k,
+        ok[None, :],
+        expand(qpos, 1),
+        expand(kpos, 0),
+        masked,
+        b,
+        h,
+        scale,
+        ops,
+        ints,
+        C,
+        MASK,
+        SCORE,
+        FOLD,
+        MASKS,
+    )
     ds = probabilities(s, lse[:, None], scale, FOLD) * (dp - delta[:, None])
     if DQ_SCORE is not None:
         dq = DQ_SCORE(dq, ds, q, k, expand(qpos, 1), expand(kpos, 0), b, h, ops, ints, C)
     if CARRY_STEP is not None:
         carry = CARRY_STEP(carry, ds, q, k, expand(qpos, 1), expand(kpos, 0), b, h, ops, ints, C)
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION), carry                # [BM, BD]
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION), carry  # [BM, BD]
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #3ee14626
 @triton.jit(do_not_specialize=["num_tiles", "together"])
-def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, G, ops, ints,
-                     sq, sk, sv, sxk, sxv, so, sdo, sdl, sdq, sl, scale, dq_scale, num_tiles, together, H, NX,
-                     C: tl.constexpr, Q_TILE: tl.constexpr, K_SPAN: tl.constexpr, K_STEP: tl.constexpr,
-                     MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, REVERSE: tl.constexpr, MASKS: tl.constexpr,
-                     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-                     TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-                     DQ_SCORE: tl.constexpr = None, CARRY_INIT: tl.constexpr = None, CARRY_STEP: tl.constexpr = None,
-                     CARRY_LAST: tl.constexpr = None, PREPARE: tl.constexpr = None, START: tl.constexpr = None):
+def tile_backward_dq(
+    Q,
+    K,
+    V,
+    XK,
+    XV,
+    O,
+    DO,
+    LSE,
+    DLSE,
+    DQ,
+    LSE2,
+    DELTA,
+    G,
+    ops,
+    ints,
+    sq,
+    sk,
+    sv,
+    sxk,
+    sxv,
+    so,
+    sdo,
+    sdl,
+    sdq,
+    sl,
+    scale,
+    dq_scale,
+    num_tiles,
+    together,
+    H,
+    NX,
+    C: tl.constexpr,
+    Q_TILE: tl.constexpr,
+    K_SPAN: tl.constexpr,
+    K_STEP: tl.constexpr,
+    MASK: tl.constexpr,
+    SCORE: tl.constexpr,
+    GROUP: tl.constexpr,
+    FOLD: tl.constexpr,
+    REVERSE: tl.constexpr,
+    MASKS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    DQ_SCORE: tl.constexpr = None,
+    CARRY_INIT: tl.constexpr = None,
+    CARRY_STEP: tl.constexpr = None,
+    CARRY_LAST: tl.constexpr = None,
+    PREPARE: tl.constexpr = None,
+    START: tl.constexpr = None,
+):
     "dQ of one query tile, and its rows of LSE (base 2) and delta. Grid: num_tiles * batch * heads."
     bh, i = tile_of_program(num_tiles, together)
-    place = bh * num_tiles + i                                                            # of what it carries out
+    place = bh * num_tiles + i  # of what it carries out
     if REVERSE:
         i = num_tiles - 1 - i
     b, h = bh // H, bh % H
     hk = h // GROUP
     start, coords, slots, ok, qpos, state = Q_TILE(i, b, h, ops, ints, C, BM)
-    q = load_rows(head_base(Q, b, h, sq), coords, sq, ok, D, BD, True, WIDE)              # [BM, BD]
-    do = load_rows(head_base(DO, b, h, sdo), slots, sdo, ok, DV, BDV, True, WIDE)         # [BM, BDV]
-    o = load_rows(head_base(O, b, h, so), slots, so, ok, DV, BDV, True, WIDE)             # [BM, BDV]
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)                               # [BM]
+    q = load_rows(head_base(Q, b, h, sq), coords, sq, ok, D, BD, True, WIDE)  # [BM, BD]
+    do = load_rows(head_base(DO, b, h, sdo), slots, sdo, ok, DV, BDV, True, WIDE)  # [BM, BDV]
+    o = load_rows(head_base(O, b, h, so), slots, so, ok, DV, BDV, True, WIDE)  # [BM, BDV]
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BM]
     if DLSE is not None:
         delta -= tl.load(row_ptr(DLSE, b, h, slots, sdl), mask=ok, other=0.0)
     lse = tl.load(row_ptr(LSE, b, h, slots, sl), mask=ok, other=float("-inf"))
@@ -284,13 +638,86 @@ def tile_backward_dq(Q, K, V, XK, XV, O, DO, LSE, DLSE, DQ, LSE2, DELTA, G, ops,
         carry = CARRY_INIT(ints, C, BM)
     if XK is not None:
         for j in tl.range(0, tl.cdiv(NX, BN), num_stages=STAGES):
-            dq, carry = dq_step(dq, carry, q, seen, do, lse, delta, XK, XV, j, True, b, h, hk, qpos, state, sxk, sxv, scale, (), (NX,), (),
-                         extra_k_step, None, None, FOLD, True, BN, D, DV, BD, BDV, False, WIDE, PRECISION)
+            dq, carry = dq_step(
+                dq,
+                carry,
+                q,
+                seen,
+                do,
+                lse,
+                delta,
+                XK,
+                XV,
+                j,
+                True,
+                b,
+                h,
+                hk,
+                qpos,
+                state,
+                sxk,
+                sxv,
+                scale,
+                (),
+                (NX,),
+                (),
+                extra_k_step,
+                None,
+                None,
+                FOLD,
+                True,
+                BN,
+                D,
+                DV,
+                BD,
+                BDV,
+                False,
+                WIDE,
+                PRECISION,
+            )
     lo, full_lo, full_hi, hi = K_SPAN(state, b, h, ops, ints, C, BM, BN)
     for j in tl.range(lo, hi, num_stages=STAGES):
         masked = (j < full_lo) | (j >= full_hi)
-        dq, carry = dq_step(dq, carry, q, seen, do, lse, delta, K, V, j, masked, b, h, hk, qpos, state, sk, sv, scale, ops, ints, C,
-                     K_STEP, MASK, SCORE, FOLD, MASKS, BN, D, DV, BD, BDV, TMA, WIDE, PRECISION, DQ_SCORE, CARRY_STEP, START)
+        dq, carry = dq_step(
+            dq,
+            carry,
+            q,
+            seen,
+            do,
+            lse,
+            delta,
+            K,
+            V,
+            j,
+            masked,
+            b,
+            h,
+            hk,
+            qpos,
+            state,
+            sk,
+            sv,
+            scale,
+            ops,
+            ints,
+            C,
+            K_STEP,
+            MASK,
+            SCORE,
+            FOLD,
+            MASKS,
+            BN,
+            D,
+            DV,
+            BD,
+            BDV,
+            TMA,
+            WIDE,
+            PRECISION,
+            DQ_SCORE,
+            CARRY_STEP,
+            START,
+        )
     if CARRY_LAST is not None:
         dq = CARRY_LAST(dq, carry, q, G, place, b, h, ok, qpos, ops, ints, C)
     store_rows(head_base(DQ, b, h, sdq), slots, sdq, ok, dq * dq_scale, D, BD, WIDE)
@@ -307,23 +734,75 @@ def load_pair(LSE2, DELTA, b, h, coords, strides, ok, GUARD: tl.constexpr):
         lse = tl.where(ok, lse, float("inf"))
     return lse, delta
 
+
 @triton.jit
-def dkv_step(dk, dv, k, v, q_src, do_src, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, ops, ints, C: tl.constexpr,
-             Q_STEP: tl.constexpr, MASK: tl.constexpr, SCORE: tl.constexpr, FOLD: tl.constexpr, MASKS: tl.constexpr,
-             BM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-             TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, START: tl.constexpr = None, GUARD: tl.constexpr = True):
+def dkv_step(
+    dk,
+    dv,
+    k,
+    v,
+    q_src,
+    do_src,
+    LSE2,
+    DELTA,
+    i,
+    b,
+    h,
+    kpos,
+    state,
+    sq,
+    sdo,
+    sl,
+    scale,
+    ops,
+    ints,
+    C: tl.constexpr,
+    Q_STEP: tl.constexpr,
+    MASK: tl.constexpr,
+    SCORE: tl.constexpr,
+    FOLD: tl.constexpr,
+    MASKS: tl.constexpr,
+    BM: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    START: tl.constexpr = None,
+    GUARD: tl.constexpr = True,
+):
     "One step of queries towards the gradients of a tile of keys and values."
     start, coords, slots, ok, qpos = Q_STEP(i, state, b, h, ops, ints, C, BM)
-    q = load_step(q_src, b, h, start, coords, sq, ok, BM, D, BD, TMA, MASKS, WIDE)        # [BM, BD]
-    lse, delta = load_pair(LSE2, DELTA, b, h, slots, sl, ok, GUARD)                       # [BM], [BM]
-    qk = product(k, q, q, k, expand(qpos, 0), expand(kpos, 1), b, h, ops, ints, C, START, PRECISION)   # [BN, BM]
-    s = logits(qk, q, k, ok[None, :], expand(qpos, 0), expand(kpos, 1), MASKS, b, h, scale, ops, ints, C, MASK, SCORE, FOLD, MASKS)
-    p = probabilities(s, lse[None, :], scale, FOLD)                                       # [BN, BM]
-    do = load_step(do_src, b, h, start, slots, sdo, ok, BM, DV, BDV, TMA, MASKS, WIDE)    # [BM, BDV]
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)                        # [BN, BDV]
-    dp = tl.dot(v, do.T, input_precision=PRECISION)                                       # [BN, BM]
+    q = load_step(q_src, b, h, start, coords, sq, ok, BM, D, BD, TMA, MASKS, WIDE)  # [BM, BD]
+    lse, delta = load_pair(LSE2, DELTA, b, h, slots, sl, ok, GUARD)  # [BM], [BM]
+    qk = product(k, q, q, k, expand(qpos, 0), expand(kpos, 1), b, h, ops, ints, C, START, PRECISION)  # [BN, BM]
+    s = logits(
+        qk,
+        q,
+        k,
+        ok[None, :],
+        expand(qpos, 0),
+        expand(kpos, 1),
+        MASKS,
+        b,
+        h,
+        scale,
+        ops,
+        ints,
+        C,
+        MASK,
+        SCORE,
+        FOLD,
+        MASKS,
+    )
+    p = probabilities(s, lse[None, :], scale, FOLD)  # [BN, BM]
+    do = load_step(do_src, b, h, start, slots, sdo, ok, BM, DV, BDV, TMA, MASKS, WIDE)  # [BM, BDV]
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)  # [BN, BDV]
+    dp = tl.dot(v, do.T, input_precision=PRECISION)  # [BN, BM]
     ds = p * (dp - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)                         # [BN, BD]
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)  # [BN, BD]
     return dk, dv
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #26aaf5d1
@@ -335,42 +814,187 @@ def masked_step(t, lo, full_lo, full_hi):
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #a53032e3
 @triton.jit(do_not_specialize=["num_tiles", "together"])
-def tile_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, ops, ints, sq, sk, sv, sdo, sdk, sdv, sl, scale, dk_scale, num_tiles, together, H,
-                      C: tl.constexpr, K_TILE: tl.constexpr, Q_SPAN: tl.constexpr, Q_STEP: tl.constexpr,
-                      MASK: tl.constexpr, SCORE: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr, REVERSE: tl.constexpr, MASKS: tl.constexpr,
-                      BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-                      TMA: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, START: tl.constexpr = None):
+def tile_backward_dkv(
+    Q,
+    K,
+    V,
+    DO,
+    LSE2,
+    DELTA,
+    DK,
+    DV_OUT,
+    ops,
+    ints,
+    sq,
+    sk,
+    sv,
+    sdo,
+    sdk,
+    sdv,
+    sl,
+    scale,
+    dk_scale,
+    num_tiles,
+    together,
+    H,
+    C: tl.constexpr,
+    K_TILE: tl.constexpr,
+    Q_SPAN: tl.constexpr,
+    Q_STEP: tl.constexpr,
+    MASK: tl.constexpr,
+    SCORE: tl.constexpr,
+    GROUP: tl.constexpr,
+    FOLD: tl.constexpr,
+    REVERSE: tl.constexpr,
+    MASKS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    START: tl.constexpr = None,
+):
     "dK and dV of one key tile. Grid: num_tiles * batch * kv_heads."
     bh, j = tile_of_program(num_tiles, together)
     HK = H // GROUP
     b, hk = bh // HK, bh % HK
     start, coords, slots, ok, kpos, state = K_TILE(j, b, hk, ops, ints, C, BN)
-    k = load_rows(head_base(K, b, hk, sk), coords, sk, ok, D, BD, True, WIDE)             # [BN, BD]
-    v = load_rows(head_base(V, b, hk, sv), coords, sv, ok, DV, BDV, True, WIDE)           # [BN, BDV]
+    k = load_rows(head_base(K, b, hk, sk), coords, sk, ok, D, BD, True, WIDE)  # [BN, BD]
+    v = load_rows(head_base(V, b, hk, sv), coords, sv, ok, DV, BDV, True, WIDE)  # [BN, BDV]
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BDV], tl.float32)
     for g in range(GROUP):
         h = hk * GROUP + g
         lo, full_lo, full_hi, hi = Q_SPAN(state, b, h, ops, ints, C, BM, BN)
         for i in tl.range(full_lo, full_hi, num_stages=STAGES):
-            dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, ops, ints, C,
-                              Q_STEP, MASK, SCORE, FOLD, False, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION, START, MASKS != 2)
+            dk, dv = dkv_step(
+                dk,
+                dv,
+                k,
+                v,
+                Q,
+                DO,
+                LSE2,
+                DELTA,
+                i,
+                b,
+                h,
+                kpos,
+                state,
+                sq,
+                sdo,
+                sl,
+                scale,
+                ops,
+                ints,
+                C,
+                Q_STEP,
+                MASK,
+                SCORE,
+                FOLD,
+                False,
+                BM,
+                D,
+                DV,
+                BD,
+                BDV,
+                TMA,
+                WIDE,
+                PRECISION,
+                START,
+                MASKS != 2,
+            )
         if MASKS:
             for t in tl.range(0, (full_lo - lo) + (hi - full_hi), num_stages=STAGES):
                 i = masked_step(t, lo, full_lo, full_hi)
-                dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, ops, ints, C,
-                                  Q_STEP, MASK, SCORE, FOLD, MASKS, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION, START, MASKS == 3 or MASKS == 2 and SCORE is not None)
+                dk, dv = dkv_step(
+                    dk,
+                    dv,
+                    k,
+                    v,
+                    Q,
+                    DO,
+                    LSE2,
+                    DELTA,
+                    i,
+                    b,
+                    h,
+                    kpos,
+                    state,
+                    sq,
+                    sdo,
+                    sl,
+                    scale,
+                    ops,
+                    ints,
+                    C,
+                    Q_STEP,
+                    MASK,
+                    SCORE,
+                    FOLD,
+                    MASKS,
+                    BM,
+                    D,
+                    DV,
+                    BD,
+                    BDV,
+                    TMA,
+                    WIDE,
+                    PRECISION,
+                    START,
+                    MASKS == 3 or MASKS == 2 and SCORE is not None,
+                )
     store_rows(head_base(DK, b, hk, sdk), slots, sdk, ok, dk * dk_scale, D, BD, WIDE)
     store_rows(head_base(DV_OUT, b, hk, sdv), slots, sdv, ok, dv, DV, BDV, WIDE)
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #b496ce92
 @triton.jit
-def tile_operand_grad(Q, K, V, DO, LSE2, DELTA, G, ops, ints, sq, sk, sv, sdo, sl, sg, scale, num_tiles, num_parts, H, NB,
-                      C: tl.constexpr, Q_TILE: tl.constexpr, K_SPAN: tl.constexpr, K_STEP: tl.constexpr,
-                      MASK: tl.constexpr, SCORE: tl.constexpr, G_SPAN: tl.constexpr, G_INIT: tl.constexpr, G_STEP: tl.constexpr,
-                      G_STORE: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                      D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-                      WIDE: tl.constexpr, PRECISION: tl.constexpr):
+def tile_operand_grad(
+    Q,
+    K,
+    V,
+    DO,
+    LSE2,
+    DELTA,
+    G,
+    ops,
+    ints,
+    sq,
+    sk,
+    sv,
+    sdo,
+    sl,
+    sg,
+    scale,
+    num_tiles,
+    num_parts,
+    H,
+    NB,
+    C: tl.constexpr,
+    Q_TILE: tl.constexpr,
+    K_SPAN: tl.constexpr,
+    K_STEP: tl.constexpr,
+    MASK: tl.constexpr,
+    SCORE: tl.constexpr,
+    G_SPAN: tl.constexpr,
+    G_INIT: tl.constexpr,
+    G_STEP: tl.constexpr,
+    G_STORE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """One part of an operand's gradient for one query tile and head, summed over NB batches.
     Grid: num_tiles * num_parts * heads * (batch / NB)."""
     pid = tl.program_id(0)
@@ -393,10 +1017,27 @@ def tile_operand_grad(Q, K, V, DO, LSE2, DELTA, G, ops, ints, sq, sk, sv, sdo, s
             k = load_rows(head_base(K, b, h // GROUP, sk), kcoords, sk, kok, D, BD, True, WIDE)
             v = load_rows(head_base(V, b, h // GROUP, sv), kcoords, sv, kok, DV, BDV, True, WIDE)
             qk = tl.dot(q, k.T, input_precision=PRECISION)
-            s = logits(qk, q, k, kok[None, :] & ok[:, None], expand(qpos, 1), expand(kpos, 0), True, b, h, scale, ops, ints, C,
-                       MASK, SCORE, False, True)
+            s = logits(
+                qk,
+                q,
+                k,
+                kok[None, :] & ok[:, None],
+                expand(qpos, 1),
+                expand(kpos, 0),
+                True,
+                b,
+                h,
+                scale,
+                ops,
+                ints,
+                C,
+                MASK,
+                SCORE,
+                False,
+                True,
+            )
             dp = tl.dot(do, v.T, input_precision=PRECISION)
-            ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None])                         # [BM, BN]
+            ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None])  # [BM, BN]
             acc = G_STEP(acc, ds, j, part, qpos, kpos, state, b, h, ops, ints, C, BM, BN)
     start, coords, slots, ok, qpos, state = Q_TILE(i, b0 * NB, h, ops, ints, C, BM)
     G_STORE(G, sg, acc, i, part, b0, h, qpos, ok, state, ints, C, BM, BN)
@@ -414,6 +1055,7 @@ def unravel(n, shape, FIRST: tl.constexpr):
             n = n // shape[a]
     return out
 
+
 @triton.jit
 def extra_k_tile(j, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
     "A tile of the extra keys, for one chunk of the queries."
@@ -422,6 +1064,7 @@ def extra_k_tile(j, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
     n = (j % tiles) * BN + tl.arange(0, BN)
     return 0, (n,), (chunk * ints[2] + n,), n < ints[2], (n,), (chunk,)
 
+
 @triton.jit
 def extra_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     "The steps of queries in the chunk."
@@ -429,6 +1072,7 @@ def extra_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: 
     lo = state[0] * ints[1]
     hi = tl.minimum(lo + ints[1], steps)
     return lo, lo, lo, hi
+
 
 @triton.jit
 def extra_q_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
@@ -451,5 +1095,7 @@ def sum_rows(X, ORDER, FIRST, Y, N, S, D: tl.constexpr, BD: tl.constexpr, BM: tl
     for c in range(0, tl.max(last - first)):
         live = first + c < last
         slot = tl.load(ORDER + g * S + first + c, mask=live, other=0)
-        acc += tl.load(X + (g * S + slot)[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        acc += tl.load(
+            X + (g * S + slot)[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0
+        ).to(tl.float32)
     tl.store(Y + (g * N + n)[:, None] * D + d[None, :], acc.to(Y.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])

@@ -24,14 +24,19 @@ class Operation:
     def __init__(self, name, forward, like, backward, gradients_like, drop, nondifferentiable, plan):
         self.plan = plan
         self.name, self.forward, self.like, self.backward = name, on_device(forward), like, backward
-        self.gradients_like = gradients_like or (lambda call: {n: _empty_copies(getattr(call, n)) for n in self.tensors})
+        self.gradients_like = gradients_like or (
+            lambda call: {n: _empty_copies(getattr(call, n)) for n in self.tensors}
+        )
         schema = torch.library.infer_schema(forward, mutates_args=())
         self.parameters = tuple(inspect.signature(forward).parameters)
         kinds = [str(a.type) for a in torch._C.parse_schema(f"attnbook::{name}{schema}").arguments]
         self.lists = tuple(n for n, kind in zip(self.parameters, kinds) if kind == "List[Tensor]")
         self.tensors = tuple(n for n, kind in zip(self.parameters, kinds) if "Tensor" in kind)
         self.kept = tuple(n for n in self.tensors if n not in drop)
-        self.nondifferentiable, self.unsaved = nondifferentiable, tuple(i for i in drop if isinstance(i, int) or i == "outputs")
+        self.nondifferentiable, self.unsaved = (
+            nondifferentiable,
+            tuple(i for i in drop if isinstance(i, int) or i == "outputs"),
+        )
         self.places = {n: i for i, n in enumerate(self.parameters)}
         self.single_tensors = tuple(n for n in self.tensors if n not in self.lists)
         self.library, self.overload = _define(name, schema, self.forward, like)
@@ -47,20 +52,24 @@ class Operation:
         if torch.compiler.is_compiling() or not _plain(args):
             _refuse_transforms(self.name)
             return self.overload(*args)
-        if self.backward is not None and (torch.is_grad_enabled() and _requires_grad(args) or forward_ad._current_level >= 0):
+        if self.backward is not None and (
+            torch.is_grad_enabled() and _requires_grad(args) or forward_ad._current_level >= 0
+        ):
             return self.function.apply(kept, *self._flat(args))
         if kept is not None:
             return self._planned(kept, args)
         if self.backward is not None or not torch.is_grad_enabled():
             return self.forward(*args)
-        with torch._C._AutoDispatchBelowAutograd():          # nothing inside is to be differentiated
+        with torch._C._AutoDispatchBelowAutograd():  # nothing inside is to be differentiated
             return self.forward(*args)
 
     def _planned(self, kept, args):
         "The outputs by the plan that is kept, which is made first if it is not there."
         run = kept.get("forward")
         if run is None:
-            run = kept["forward"] = on_device(self.plan(*args)) if self.plan is not None and not INTERPRETED else self.forward
+            run = kept["forward"] = (
+                on_device(self.plan(*args)) if self.plan is not None and not INTERPRETED else self.forward
+            )
         return run(*args)
 
     def _flat(self, args):
@@ -74,10 +83,10 @@ class Operation:
         "The arguments that `_flat` was given."
         if not self.lists:
             return flat
-        args, at = list(flat[:len(self.parameters)]), len(self.parameters)
+        args, at = list(flat[: len(self.parameters)]), len(self.parameters)
         for i, n in enumerate(self.parameters):
             if n in self.lists:
-                args[i], at = list(flat[at:at + args[i]]), at + args[i]
+                args[i], at = list(flat[at : at + args[i]]), at + args[i]
         return args
 
     def _saved(self, outputs) -> list:
@@ -86,7 +95,9 @@ class Operation:
 
     def _call(self, args, grads, outputs, needs):
         "What `backward` gets."
-        call = types.SimpleNamespace(**dict(zip(self.parameters, args)), grads=grads, outputs=outputs, needs={}, kept=None)
+        call = types.SimpleNamespace(
+            **dict(zip(self.parameters, args)), grads=grads, outputs=outputs, needs={}, kept=None
+        )
         for n in self.tensors:
             value = getattr(call, n)
             call.needs[n] = [next(needs) for _ in value] if n in self.lists else next(needs)
@@ -102,12 +113,16 @@ class Operation:
             elif need:
                 out.append(grad)
         if any(g is None for g in out):
-            raise RuntimeError(f"attnbook::{self.name} has no gradient for one of {', '.join(n for n in self.tensors if call.needs[n])}")
+            raise RuntimeError(
+                f"attnbook::{self.name} has no gradient for one of {', '.join(n for n in self.tensors if call.needs[n])}"
+            )
         return out
 
     def _register_backward(self, schema):
         "The backward pass as an operation of its own, for compiled and traced code."
-        inputs = [re.sub(r"^Tensor(?=[^\[?])", "Tensor?", a.strip()) for a in re.match(r"\((.*)\) ->", schema)[1].split(", ")]
+        inputs = [
+            re.sub(r"^Tensor(?=[^\[?])", "Tensor?", a.strip()) for a in re.match(r"\((.*)\) ->", schema)[1].split(", ")
+        ]
         inputs = [a if a.split()[1] in self.kept else a.replace("Tensor[]", "Tensor?[]") for a in inputs]
         full = f"(Tensor?[] grads, {', '.join(re.sub(r'=[^,]*', '', a) for a in inputs)}, Tensor?[] outputs, bool[] needs) -> Tensor[]"
 
@@ -116,7 +131,12 @@ class Operation:
             call = self._call(args, grads, outputs, iter(needs))
             return self._listed(of(call), call)
 
-        _, gradients = _define(f"{self.name}_backward", full, lambda *a: run(*a, of=self.backward), lambda *a: run(*a, of=self.gradients_like))
+        _, gradients = _define(
+            f"{self.name}_backward",
+            full,
+            lambda *a: run(*a, of=self.backward),
+            lambda *a: run(*a, of=self.gradients_like),
+        )
 
         def setup(ctx, inputs, output):
             outputs = (output,) if self.single else tuple(output)
@@ -129,7 +149,11 @@ class Operation:
             ctx.save_for_backward(*saved, *self._saved(outputs))
             ctx.rest = [None if n in self.tensors else v for n, v in zip(self.parameters, inputs)]
             ctx.places, ctx.outputs = places, len(outputs)
-            ctx.present = [[True] * len(v) if n in self.lists else v is not None for n, v in zip(self.parameters, inputs) if n in self.tensors]
+            ctx.present = [
+                [True] * len(v) if n in self.lists else v is not None
+                for n, v in zip(self.parameters, inputs)
+                if n in self.tensors
+            ]
             ctx.mark_non_differentiable(*(outputs[i] for i in self.nondifferentiable))
             ctx.set_materialize_grads(False)
 
@@ -139,20 +163,33 @@ class Operation:
             if all(g is None for g in grads):
                 return tuple(blank)
             saved = list(ctx.saved_tensors)
-            outputs, args = saved[len(saved) - ctx.outputs:], list(ctx.rest)
+            outputs, args = saved[len(saved) - ctx.outputs :], list(ctx.rest)
             at = 0
             for i, (n, place) in enumerate(zip(self.parameters, ctx.places)):
                 if n in self.lists:
-                    args[i], at = (saved[at:at + place], at + place) if n in self.kept else ([None] * place, at)
+                    args[i], at = (saved[at : at + place], at + place) if n in self.kept else ([None] * place, at)
                 elif place:
                     args[i], at = saved[at], at + 1
             wanted = [ctx.needs_input_grad[i] for i, n in enumerate(self.parameters) if n in self.tensors]
-            needs = [b for w, there in zip(wanted, ctx.present) for b in
-                     ([(w if isinstance(w, (list, tuple)) else [w] * len(there))[j] for j in range(len(there))] if isinstance(there, list) else [w and there])]
+            needs = [
+                b
+                for w, there in zip(wanted, ctx.present)
+                for b in (
+                    [(w if isinstance(w, (list, tuple)) else [w] * len(there))[j] for j in range(len(there))]
+                    if isinstance(there, list)
+                    else [w and there]
+                )
+            ]
             found = iter(gradients(list(grads), *args, outputs, needs))
             needs = iter(needs)
-            return tuple([next(found) if next(needs) else None for _ in b] if n in self.lists else (next(found) if next(needs) else None) if n in self.tensors else None
-                         for n, b in zip(self.parameters, blank))
+            return tuple(
+                [next(found) if next(needs) else None for _ in b]
+                if n in self.lists
+                else (next(found) if next(needs) else None)
+                if n in self.tensors
+                else None
+                for n, b in zip(self.parameters, blank)
+            )
 
         torch.library.register_autograd(f"attnbook::{self.name}", gradient, setup_context=setup, lib=self.library)
 
@@ -160,7 +197,9 @@ class Operation:
 def _define(name: str, schema: str, run: Callable, like: Callable):
     """Registers attnbook::<name>; its library, which must live as long as the operation, and the overload to call. (`torch.library.custom_op` would do the
     same and check every call for outputs that share memory with inputs, which takes longer than most kernels.)"""
-    libraries = vars(torch.library).setdefault("_attnbook", {})          # also of another copy of this module: a notebook that runs defines all once more
+    libraries = vars(torch.library).setdefault(
+        "_attnbook", {}
+    )  # also of another copy of this module: a notebook that runs defines all once more
     if name in libraries:
         libraries.pop(name)._destroy()
     library = libraries[name] = torch.library.Library("attnbook", "FRAGMENT")
@@ -172,14 +211,24 @@ def _define(name: str, schema: str, run: Callable, like: Callable):
 
 def _empty_copies(value):
     "Tensors like a tensor or like those of a list; None for None."
-    return [torch.empty_like(t) for t in value] if isinstance(value, (list, tuple)) else None if value is None else torch.empty_like(value)
+    return (
+        [torch.empty_like(t) for t in value]
+        if isinstance(value, (list, tuple))
+        else None
+        if value is None
+        else torch.empty_like(value)
+    )
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #5656c9f1
 def _autograd_function(operation: Operation):
     "The `torch.autograd.Function` through which an operation is differentiated in eager mode."
     n = len(operation.parameters)
 
-    places, names, lists = [operation.places[m] for m in operation.single_tensors], operation.single_tensors, operation.lists
+    places, names, lists = (
+        [operation.places[m] for m in operation.single_tensors],
+        operation.single_tensors,
+        operation.lists,
+    )
     saves, dropped = [m in operation.kept for m in names], [m for m in lists if m not in operation.kept]
 
     def forward(ctx, kept, *flat):
@@ -188,7 +237,9 @@ def _autograd_function(operation: Operation):
         ctx.kept = kept
         outputs = (found,) if operation.single else found
         listed = [t for m in lists if m not in dropped for t in args[operation.places[m]]] if dropped else flat[n:]
-        ctx.save_for_backward(*(flat[i] if keep else None for i, keep in zip(places, saves)), *listed, *operation._saved(outputs))
+        ctx.save_for_backward(
+            *(flat[i] if keep else None for i, keep in zip(places, saves)), *listed, *operation._saved(outputs)
+        )
         ctx.args = list(flat[:n])
         for i in places:
             ctx.args[i] = None
@@ -207,10 +258,10 @@ def _autograd_function(operation: Operation):
             setattr(call, name, t)
             call.needs[name] = wanted[i]
         place = n
-        for name in lists:                                   # `_flat` left the length of a list in its place
+        for name in lists:  # `_flat` left the length of a list in its place
             length = ctx.args[operation.places[name]]
-            setattr(call, name, [None] * length if name in dropped else list(saved[count:count + length]))
-            call.needs[name] = list(wanted[place:place + length])
+            setattr(call, name, [None] * length if name in dropped else list(saved[count : count + length]))
+            call.needs[name] = list(wanted[place : place + length])
             count, place = count + length * (name not in dropped), place + length
         call.outputs = saved[count:]
         found = operation.backward(call)
@@ -230,15 +281,20 @@ def _autograd_function(operation: Operation):
     def backward(ctx, *grads):
         if not torch.is_grad_enabled():
             return gradients(ctx, *grads)
-        with torch.no_grad():                                # somebody may want to differentiate once more: that must not give zeros
+        with torch.no_grad():  # somebody may want to differentiate once more: that must not give zeros
             found = gradients(ctx, *grads)
         return _NoSecondDerivative.apply(operation.name, len(found), *found, *ctx.saved_tensors, *grads)
 
-    return type(operation.name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    return type(
+        operation.name,
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+    )
 
 
 class _NoSecondDerivative(torch.autograd.Function):
     "Gradients that raise when they are differentiated themselves."
+
     @staticmethod
     def forward(ctx, name, count, *tensors):
         ctx.name = name
@@ -255,7 +311,9 @@ def _refuse_transforms(name: str):
         return
     for level in torch._C._functorch.get_interpreter_stack() or ():
         if level.key() != torch._C._functorch.TransformType.Functionalize:
-            raise RuntimeError(f"attnbook::{name} cannot run inside torch.func.{level.key().name.lower()}; backend='torch' can")
+            raise RuntimeError(
+                f"attnbook::{name} cannot run inside torch.func.{level.key().name.lower()}; backend='torch' can"
+            )
 
 
 def _plain(args) -> bool:
@@ -282,8 +340,17 @@ def _requires_grad(args) -> bool:
     return False
 
 
-def operation(name: str, forward: Callable, *, like: Callable, backward: Callable | None = None, gradients_like: Callable | None = None,
-              drop: tuple[str | int, ...] = (), nondifferentiable: tuple[int, ...] = (), plan: Callable | None = None) -> Operation:
+def operation(
+    name: str,
+    forward: Callable,
+    *,
+    like: Callable,
+    backward: Callable | None = None,
+    gradients_like: Callable | None = None,
+    drop: tuple[str | int, ...] = (),
+    nondifferentiable: tuple[int, ...] = (),
+    plan: Callable | None = None,
+) -> Operation:
     """Declares `attnbook::<name>` and returns it, ready to be called with all its arguments by position.
 
     - `forward(*args)` computes it: parameters and result are annotated (Tensor, Tensor | None, list[Tensor], int, float, bool, str, list[int]; one tensor,

@@ -37,12 +37,15 @@ def tile_waste(block_size: int, halo_size: int, side: int, shift: int) -> float:
 @lru_cache(maxsize=1024)
 def key_tile(block_size: int, halo_size: int, rows: int) -> tuple[int, int]:
     "Side and shift of the square tiles of at most `rows` keys that meet the fewest blocks per key."
-    return min(((side, shift) for side in range(1, math.isqrt(rows) + 1) for shift in range(side)),
-               key=lambda t: (blocks_met(block_size, halo_size, *t) / t[0], -t[0], t[1]))
+    return min(
+        ((side, shift) for side in range(1, math.isqrt(rows) + 1) for shift in range(side)),
+        key=lambda t: (blocks_met(block_size, halo_size, *t) / t[0], -t[0], t[1]),
+    )
 
 # %% ../../nbs/3_locality/halo.ipynb #3d0b013a
 class HaloConstants(NamedTuple):
     "What the kernels know when they are compiled."
+
     block: int  # b
     halo: int  # h
     stride: int  # s of the queries
@@ -104,7 +107,7 @@ def halo_k_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: t
     "Steps 0 … over the box, and the range of those that need no mask."
     w: tl.constexpr = C.box
     steps: tl.constexpr = (w * w + BN - 1) // BN
-    if C.zeros or C.tables:                          # lanes outside the map count, or are left to the score
+    if C.zeros or C.tables:  # lanes outside the map count, or are left to the score
         return 0, 0, steps, steps
     else:
         inside = (state[0] >= 0) & (state[0] + w <= ints[0]) & (state[1] >= 0) & (state[1] + w <= ints[1])
@@ -155,7 +158,7 @@ def halo_q_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
 @triton.jit
 def halo_seen(qpos, kpos, ops, ints, C: tl.constexpr):
     "Is the key in the box of the query's block? With tables `halo_score` takes care of this."
-    if qpos[0].shape[1] == 1 or C.tables:            # steps of keys come from the box
+    if qpos[0].shape[1] == 1 or C.tables:  # steps of keys come from the box
         return kpos[0] >= 0
     else:
         u, v = kpos[0] - qpos[2] + C.halo, kpos[1] - qpos[3] + C.halo
@@ -185,9 +188,9 @@ def halo_relative(q, y, x, ops, ints, C: tl.constexpr, SIDE: tl.constexpr, N: tl
     y, x [BM, 1]: the query's pixel, counted from row 0 and column 0. Lanes beyond and offsets that no table has hold
     anything finite.
     """
-    g = halo_dot(q, halo_tables(ops, C, q.shape[1], q.dtype).T, None, C)                  # [BM, NT]
-    c, zero = tl.arange(0, N)[None, :], C.block + C.halo - 1                              # lane; row of offset 0
-    t = c + tl.where(c < SIDE, zero - y, zero + C.rows - SIDE - x)                        # [BM, N], row of a table
+    g = halo_dot(q, halo_tables(ops, C, q.shape[1], q.dtype).T, None, C)  # [BM, NT]
+    c, zero = tl.arange(0, N)[None, :], C.block + C.halo - 1  # lane; row of offset 0
+    t = c + tl.where(c < SIDE, zero - y, zero + C.rows - SIDE - x)  # [BM, N], row of a table
     return tl.gather(g, t & (C.table_lanes - 1), 1) * ints[4].to(tl.float32, bitcast=True)
 
 
@@ -222,14 +225,14 @@ def halo_prepare(q, qpos, b, h, ops, ints, C: tl.constexpr):
     "A of a tile of queries, once before its steps of keys. Lane 2w belongs to the rows after the last key of a box."
     w: tl.constexpr = C.box
     if C.tables:
-        a = halo_relative(q, qpos[0][:, None], qpos[1][:, None], ops, ints, C, w, C.box_lanes)   # [BM, N]
+        a = halo_relative(q, qpos[0][:, None], qpos[1][:, None], ops, ints, C, w, C.box_lanes)  # [BM, N]
         c = tl.arange(0, C.box_lanes)[None, :]
         never = c >= 2 * w
-        if not C.zeros:                              # rows and columns outside the map
+        if not C.zeros:  # rows and columns outside the map
             at = c + tl.where(c < w, qpos[2][:, None], qpos[3][:, None] - w)
             never = never | (at < 0) | (at >= tl.where(c < w, ints[0], ints[1]))
         hi, lo = halo_terms(tl.where(never, C.never, a), C)
-        if len(ops) > 2:                             # the backward pass of the packed operation
+        if len(ops) > 2:  # the backward pass of the packed operation
             kept = halo_kept(qpos[4][:, None], b, h, ints, C)
             tl.store(ops[1] + kept, hi)
             if C.two_terms:
@@ -246,29 +249,29 @@ def halo_score(s, q, k, qpos, kpos, b, h, ops, ints, C: tl.constexpr):
     Without tables: zeros as padding, whose lanes behind the end of the box are dropped here.
     """
     w: tl.constexpr = C.box
-    if qpos[0].shape[1] == 1:                                                             # q is what halo_prepare made
+    if qpos[0].shape[1] == 1:  # q is what halo_prepare made
         if C.tables:
-            e = halo_onehot(tl.trans(kpos[2]), ops, C)                                    # [BN, N]
+            e = halo_onehot(tl.trans(kpos[2]), ops, C)  # [BN, N]
             s = halo_dot(q[0], e.T, s, C)
             if C.two_terms:
                 s = halo_dot(q[1], e.T, s, C)
         else:
             s = tl.where(kpos[0] < w, s, float("-inf"))
-    elif C.tables and len(ops) > 2:                  # A of all of the box, as the dQ kernel left it
-        u, v = kpos[0] - qpos[2] + C.halo, kpos[1] - qpos[3] + C.halo                     # [BN, 1]
+    elif C.tables and len(ops) > 2:  # A of all of the box, as the dQ kernel left it
+        u, v = kpos[0] - qpos[2] + C.halo, kpos[1] - qpos[3] + C.halo  # [BN, 1]
         inside = (u >= 0) & (u < w) & (v >= 0) & (v < w)
-        e = halo_onehot(tl.where(inside, u * w + v, w * w), ops, C)                       # [BN, N]
+        e = halo_onehot(tl.where(inside, u * w + v, w * w), ops, C)  # [BN, N]
         kept = halo_kept(tl.trans(qpos[4]), b, h, ints, C)
         s = halo_dot(e, tl.load(ops[1] + kept).T, s, C)
         if C.two_terms:
             s = halo_dot(e, tl.load(ops[2] + kept).T, s, C)
     elif C.tables:
         y, x, top, left = tl.trans(qpos[0]), tl.trans(qpos[1]), tl.trans(qpos[2]), tl.trans(qpos[3])
-        a = halo_relative(q, y, x, ops, ints, C, C.side, C.tile_lanes)                    # [BM, N]
+        a = halo_relative(q, y, x, ops, ints, C, C.side, C.tile_lanes)  # [BM, N]
         c = tl.arange(0, C.tile_lanes)[None, :]
-        at = c - tl.where(c < C.side, top, left + C.side) + C.halo                        # row or column in the box
+        at = c - tl.where(c < C.side, top, left + C.side) + C.halo  # row or column in the box
         hi, lo = halo_terms(tl.where(at.to(tl.uint32) < w, a, C.never), C)
-        e = ((c == kpos[0]) | (c - C.side == kpos[1])).to(hi.dtype)                       # [BN, N]
+        e = ((c == kpos[0]) | (c - C.side == kpos[1])).to(hi.dtype)  # [BN, N]
         s = halo_dot(e, hi.T, s, C)
         if C.two_terms:
             s = halo_dot(e, lo.T, s, C)
@@ -297,10 +300,10 @@ def halo_carry_last(dq, da, q, G, pid, b, h, ok, qpos, ops, ints, C: tl.constexp
     c = tl.where(t < T, t + qpos[0][:, None], t - T + qpos[1][:, None]) - (C.block + C.halo - 1)
     known = (c >= 0) & (c < w) & (t < 2 * T)
     dg = tl.gather(da, tl.where(known, tl.where(t < T, c, c + w), 0), 1)
-    dg = tl.where(known, dg, 0.0).to(q.dtype)                                             # [BM, NT]
+    dg = tl.where(known, dg, 0.0).to(q.dtype)  # [BM, NT]
     dq += halo_dot(dg, halo_tables(ops, C, q.shape[1], q.dtype), None, C) * ints[4].to(tl.float32, bitcast=True)
     if G is not None:
-        part = halo_dot(dg.T, q, None, C)                                                 # [NT, BD]
+        part = halo_dot(dg.T, q, None, C)  # [NT, BD]
         r, d = tl.arange(0, C.table_lanes)[:, None], tl.arange(0, q.shape[1])[None, :]
         at = pid.to(tl.int64) * (2 * T * C.head_dim) + r * C.head_dim + d
         tl.store(G + at, part, mask=(r < 2 * T) & (d < C.head_dim))
@@ -311,20 +314,31 @@ def halo_carry_last(dq, da, q, G, pid, b, h, ok, qpos, ops, ints, C: tl.constexp
 #: translated correctly: see the text above
 HALO_LAUNCH = LaunchTable("forward", "dq", "dkv")
 for _arch in ("sm90", "sm80"):
-    HALO_LAUNCH.rows(_arch, 16, {
-        16: ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-        32: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-        64: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 1)),
-        128: ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 1)),
-        256: ((64, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1))})
-    HALO_LAUNCH.rows(_arch, 32, {
-        16: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
-        32: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
-        64: ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-        128: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-        256: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1))})
+    HALO_LAUNCH.rows(
+        _arch,
+        16,
+        {
+            16: ((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+            32: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+            64: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 1)),
+            128: ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 1)),
+            256: ((64, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+        },
+    )
+    HALO_LAUNCH.rows(
+        _arch,
+        32,
+        {
+            16: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
+            32: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
+            64: ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+            128: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+            256: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        },
+    )
 for (_arch, *_key), _p in list(HALO_LAUNCH.items()):
-    if _arch == "sm80": HALO_LAUNCH["small", *_key] = Launch(min(_p.BM, 32), min(_p.BN, 32), _p.warps, 1)
+    if _arch == "sm80":
+        HALO_LAUNCH["small", *_key] = Launch(min(_p.BM, 32), min(_p.BN, 32), _p.warps, 1)
 for _bits in (16, 32):
     HALO_LAUNCH.rows("interpreter", _bits, {256: ((64, 128, 4, 1), (64, 128, 4, 1), (64, 64, 4, 1))})
 
@@ -354,11 +368,26 @@ def halo_constants(q: Tensor, v: Tensor, ints, consts) -> HaloConstants:
     side, shift = key_tile(b, h, tile)
     narrow = bits == 16 and not INTERPRETED
     return HaloConstants(
-        block=b, halo=h, stride=s, zeros=bool(zeros), tables=bool(tables), box=w, queries=b // s, side=side,
-        shift=shift, rows=rows, table_lanes=round_dim(2 * rows), box_lanes=round_dim(2 * w + (w * w % 256 > 0)),
-        tile_lanes=round_dim(2 * side), head_dim=q.shape[-1], heads=q.shape[1],
-        exact=bits == 32 and torch.get_float32_matmul_precision() == "highest", narrow=narrow,
-        two_terms=narrow and SPLIT_RELATIVE, never=-1e30)
+        block=b,
+        halo=h,
+        stride=s,
+        zeros=bool(zeros),
+        tables=bool(tables),
+        box=w,
+        queries=b // s,
+        side=side,
+        shift=shift,
+        rows=rows,
+        table_lanes=round_dim(2 * rows),
+        box_lanes=round_dim(2 * w + (w * w % 256 > 0)),
+        tile_lanes=round_dim(2 * side),
+        head_dim=q.shape[-1],
+        heads=q.shape[1],
+        exact=bits == 32 and torch.get_float32_matmul_precision() == "highest",
+        narrow=narrow,
+        two_terms=narrow and SPLIT_RELATIVE,
+        never=-1e30,
+    )
 
 # %% ../../nbs/3_locality/halo.ipynb #7ca70b58
 @lru_cache(maxsize=64)
@@ -369,22 +398,45 @@ def _onehot(w, lanes, dtype, device):
 
 
 def _query_tiles(ints, C, rows):
-    return -(-ints[0] // C.block) * -(-ints[1] // C.block) * -(-C.queries**2 // rows)
+    return -(-ints[0] // C.block) * -(-ints[1] // C.block) * -(-(C.queries**2) // rows)
 
 
 def _key_tiles(ints, C, rows):
     return math.prod(-(-(n + C.shift) // C.side) for n in ints[:2])
 
 # %% ../../nbs/3_locality/halo.ipynb #71436744
-HALO = register_program(TileProgram(
-    "halo", halo_q_tile, halo_k_span, halo_k_step, halo_k_tile, halo_q_span, halo_q_step, mask=halo_seen,
-    launch=halo_launch, expand=halo_constants, q_tiles=_query_tiles, k_tiles=_key_tiles))
+HALO = register_program(
+    TileProgram(
+        "halo",
+        halo_q_tile,
+        halo_k_span,
+        halo_k_step,
+        halo_k_tile,
+        halo_q_span,
+        halo_q_step,
+        mask=halo_seen,
+        launch=halo_launch,
+        expand=halo_constants,
+        q_tiles=_query_tiles,
+        k_tiles=_key_tiles,
+    )
+)
 HALO_ZEROS = register_program(replace(HALO, name="halo, zeros", prepare=halo_prepare, score=halo_score, raw_score=True))
-HALO_REL = register_program(replace(HALO_ZEROS, name="halo+rel", carried=Carried(
-    halo_carry_init, halo_carry_step, halo_carry_last,
-    buffer=lambda q, table, programs, ints, C: q.new_empty(programs, *table.shape, dtype=torch.float32),
-    finish=lambda parts, table, ints, C: parts.sum(0)),
-    # the score takes care of pairs; zeros as padding must be loaded as zeros
-    unmasked=lambda ints, C, BM, BN: "pairs" if C.zeros else True,
-    constants=lambda q, ints, C: (
-        _onehot(C.box, C.box_lanes, torch.bfloat16 if C.narrow else torch.float32, q.device),)))
+HALO_REL = register_program(
+    replace(
+        HALO_ZEROS,
+        name="halo+rel",
+        carried=Carried(
+            halo_carry_init,
+            halo_carry_step,
+            halo_carry_last,
+            buffer=lambda q, table, programs, ints, C: q.new_empty(programs, *table.shape, dtype=torch.float32),
+            finish=lambda parts, table, ints, C: parts.sum(0),
+        ),
+        # the score takes care of pairs; zeros as padding must be loaded as zeros
+        unmasked=lambda ints, C, BM, BN: "pairs" if C.zeros else True,
+        constants=lambda q, ints, C: (
+            _onehot(C.box, C.box_lanes, torch.bfloat16 if C.narrow else torch.float32, q.device),
+        ),
+    )
+)

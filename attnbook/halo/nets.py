@@ -23,16 +23,22 @@ from .reference import _check_geometry
 
 # %% ../../nbs/3_locality/halo.ipynb #0f352806
 VARIANTS = {  # block, halo, r_v, r_b, blocks of stage 3, image size, final_dim, parameters
-    "h0": (8, 3, 1.0, 0.5, 7, 256, None, 5_496_104), "h1": (8, 3, 1.0, 1.0, 10, 256, None, 8_094_056),
-    "h2": (8, 3, 1.0, 1.25, 11, 256, None, 9_397_928), "h3": (10, 3, 1.0, 1.5, 12, 320, 1024, 11_834_728),
-    "h4": (12, 2, 1.0, 3.0, 12, 384, 1280, 19_098_088), "h5": (14, 2, 2.5, 2.0, 23, 448, 1536, 30_710_760),
-    "h6": (8, 4, 3.0, 2.75, 24, 512, 1536, 43_441_384), "h7": (10, 3, 4.0, 3.5, 26, 600, 2048, 67_421_288)}
+    "h0": (8, 3, 1.0, 0.5, 7, 256, None, 5_496_104),
+    "h1": (8, 3, 1.0, 1.0, 10, 256, None, 8_094_056),
+    "h2": (8, 3, 1.0, 1.25, 11, 256, None, 9_397_928),
+    "h3": (10, 3, 1.0, 1.5, 12, 320, 1024, 11_834_728),
+    "h4": (12, 2, 1.0, 3.0, 12, 384, 1280, 19_098_088),
+    "h5": (14, 2, 2.5, 2.0, 23, 448, 1536, 30_710_760),
+    "h6": (8, 4, 3.0, 2.75, 24, 512, 1536, 43_441_384),
+    "h7": (10, 3, 4.0, 3.5, 26, 600, 2048, 67_421_288),
+}
 #: millions of parameters in the paper's table
 PUBLISHED_MILLIONS = {"h0": 5.5, "h1": 8.1, "h2": 9.4, "h3": 11.8, "h4": 19.1, "h5": 30.7, "h6": 43.4, "h7": 67.4}
 
 # %% ../../nbs/3_locality/halo.ipynb #fbd34a2b
 class _ChannelsLast(torch.autograd.Function):
     "The identity, whose gradient lies in memory with channels last, as the kernels want it."
+
     @staticmethod
     def forward(ctx, x):
         return x.view_as(x)
@@ -66,10 +72,22 @@ class HaloAttention(nn.Module):
     - `rel_pos`: tables `rel_height`, `rel_width` `(2 * (block_size + halo_size) - 1, head_dim)`. `padding`,
       `scale_rel`, `backend`: see `halo_attention`.
     """
+
     def __init__(
-        self, dim: int, dim_out: int | None = None, num_heads: int = 8, head_dim: int | None = None,
-        value_ratio: float = 1.0, block_size: int = 8, halo_size: int = 3, stride: int = 1, qkv_bias: bool = False,
-        rel_pos: bool = True, padding: str = "mask", scale_rel: bool = False, backend: str = "auto",
+        self,
+        dim: int,
+        dim_out: int | None = None,
+        num_heads: int = 8,
+        head_dim: int | None = None,
+        value_ratio: float = 1.0,
+        block_size: int = 8,
+        halo_size: int = 3,
+        stride: int = 1,
+        qkv_bias: bool = False,
+        rel_pos: bool = True,
+        padding: str = "mask",
+        scale_rel: bool = False,
+        backend: str = "auto",
     ):
         super().__init__()
         self.block_size, self.halo_size, self.stride = _check_geometry(block_size, halo_size, stride)
@@ -105,21 +123,37 @@ class HaloAttention(nn.Module):
         x, s, n = x.movedim(1, -1), self.stride, self.widths[0]
         if s == 1:
             return _unpack(self._packed(x), self.num_heads, self.widths)
-        weight, bias = self.qkv.weight, self.qkv.bias               # keys and values at all pixels, queries at a few
+        weight, bias = self.qkv.weight, self.qkv.bias  # keys and values at all pixels, queries at a few
         few, all_ = (None, None) if bias is None else bias.split((n, len(bias) - n))
         q_weight, kv_weight = weight.split((n, len(weight) - n))
         q, kv = F.linear(x[:, ::s, ::s], q_weight, few), F.linear(x, kv_weight, all_)
         return _unpack(q, self.num_heads, (n,)) + _unpack(kv, self.num_heads, self.widths[1:])
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, padding: str | None = None, return_lse: bool = False,
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        padding: str | None = None,
+        return_lse: bool = False,
         backend: str | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         "`halo_attention` with the layer's settings and tables; another padding or backend if given."
         return halo_attention(
-            q, k, v, self.block_size, self.halo_size, rel_height=self.rel_height, rel_width=self.rel_width,
-            query_stride=self.stride, padding=padding or self.padding, scale_rel=self.scale_rel, return_lse=return_lse,
-            backend=backend or self.backend)
+            q,
+            k,
+            v,
+            self.block_size,
+            self.halo_size,
+            rel_height=self.rel_height,
+            rel_width=self.rel_width,
+            query_stride=self.stride,
+            padding=padding or self.padding,
+            scale_rel=self.scale_rel,
+            return_lse=return_lse,
+            backend=backend or self.backend,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.dim:
@@ -127,16 +161,24 @@ class HaloAttention(nn.Module):
         if self.stride == 1 and self.rel_height is not None and resolve_backend(self.backend, x) == "triton":
             out = self._attend_packed(self._packed(x.movedim(1, -1)))
         else:
-            out = self.attend(*self.project(x))                                           # [B, H, Y, X, Dv]
-        out = out.movedim(1, -2).flatten(-2).movedim(-1, 1)                               # [B, C, Y, X]
+            out = self.attend(*self.project(x))  # [B, H, Y, X, Dv]
+        out = out.movedim(1, -2).flatten(-2).movedim(-1, 1)  # [B, C, Y, X]
         return _ChannelsLast.apply(out.contiguous(memory_format=torch.channels_last))
 
     def _attend_packed(self, qkv):
         "The same by the packed projection, whose gradient is written in one piece."
         ints, consts, scale, factor, kept = _PACKED.decide(
-            _decide_packed, (qkv, self.rel_height, self.rel_width),
-            dict(heads=self.num_heads, widths=self.widths, block_size=self.block_size, halo_size=self.halo_size,
-                 padding=self.padding, scale_rel=self.scale_rel))
+            _decide_packed,
+            (qkv, self.rel_height, self.rel_width),
+            dict(
+                heads=self.num_heads,
+                widths=self.widths,
+                block_size=self.block_size,
+                halo_size=self.halo_size,
+                padding=self.padding,
+                scale_rel=self.scale_rel,
+            ),
+        )
         tables = _joined_tables(qkv, self.rel_height, self.rel_width, None, factor)
         return halo_packed(qkv, tables, self.num_heads, list(self.widths), ints, consts, scale, kept=kept)[0]
 
@@ -176,15 +218,29 @@ def from_timm(
     rel, q, kv = source["pos_embed.height_rel"], source["q.weight"].flatten(1), source["kv.weight"].flatten(1)
     w, D = block_size + 2 * halo_size, rel.shape[1]
     if len(rel) != 2 * w - 1:
-        raise ValueError(f"tables must have {2 * w - 1} rows for block_size {block_size} and halo_size {halo_size}, "
-                         f"not {len(rel)}")
+        raise ValueError(
+            f"tables must have {2 * w - 1} rows for block_size {block_size} and halo_size {halo_size}, not {len(rel)}"
+        )
     H, bias = len(q) // D, "q.bias" in source
-    layer = HaloAttention(q.shape[1], len(kv) - len(q), H, D, block_size=block_size, halo_size=halo_size, qkv_bias=bias,
-                          padding="zeros", scale_rel=scale_rel, backend=backend).to(q)
-    apart = lambda t: t.unflatten(0, (H, -1)).split((D, len(kv) // H - D), 1)             # k and v of every head
+    layer = HaloAttention(
+        q.shape[1],
+        len(kv) - len(q),
+        H,
+        D,
+        block_size=block_size,
+        halo_size=halo_size,
+        qkv_bias=bias,
+        padding="zeros",
+        scale_rel=scale_rel,
+        backend=backend,
+    ).to(q)
+    apart = lambda t: t.unflatten(0, (H, -1)).split((D, len(kv) // H - D), 1)  # k and v of every head
     join = lambda q, kv: torch.cat([q, *(t.flatten(0, 1) for t in apart(kv))])
-    state = {"qkv.weight": join(q, kv), "rel_height": rel[2 * halo_size:],            # rows before are never read
-             "rel_width": source["pos_embed.width_rel"][2 * halo_size:]}
+    state = {
+        "qkv.weight": join(q, kv),
+        "rel_height": rel[2 * halo_size :],  # rows before are never read
+        "rel_width": source["pos_embed.width_rel"][2 * halo_size :],
+    }
     layer.load_state_dict(state | ({"qkv.bias": join(source["q.bias"], source["kv.bias"])} if bias else {}))
     return layer
 
@@ -196,10 +252,24 @@ class HaloBottleneck(nn.Module):
     (full attention, then 2x2 means) or "conv" (a strided 3x3 convolution in place of the attention). Other arguments:
     see `HaloAttention`.
     """
+
     def __init__(
-        self, dim: int, width: int, dim_out: int, stride: int = 1, kind: str = "halo", downsample: str = "query",
-        value_ratio: float = 1.0, act: Callable[[], nn.Module] = nn.ReLU, *, num_heads: int = 8, block_size: int = 8,
-        halo_size: int = 3, padding: str = "mask", scale_rel: bool = False, backend: str = "auto",
+        self,
+        dim: int,
+        width: int,
+        dim_out: int,
+        stride: int = 1,
+        kind: str = "halo",
+        downsample: str = "query",
+        value_ratio: float = 1.0,
+        act: Callable[[], nn.Module] = nn.ReLU,
+        *,
+        num_heads: int = 8,
+        block_size: int = 8,
+        halo_size: int = 3,
+        padding: str = "mask",
+        scale_rel: bool = False,
+        backend: str = "auto",
     ):
         super().__init__()
         check_choice("kind", kind, ("halo", "conv")), check_choice("downsample", downsample, ("query", "pool", "conv"))
@@ -208,14 +278,27 @@ class HaloBottleneck(nn.Module):
         if kind == "conv" or (stride > 1 and downsample == "conv"):
             mix = conv(width, wide, 3, stride)
         else:
-            mix = HaloAttention(width, wide, num_heads, block_size=block_size, halo_size=halo_size,
-                                stride=stride // pool, padding=padding, scale_rel=scale_rel, backend=backend)
+            mix = HaloAttention(
+                width,
+                wide,
+                num_heads,
+                block_size=block_size,
+                halo_size=halo_size,
+                stride=stride // pool,
+                padding=padding,
+                scale_rel=scale_rel,
+                backend=backend,
+            )
         self.reduce = nn.Sequential(conv(dim, width), nn.BatchNorm2d(width), act())
-        self.mix = nn.Sequential(mix, nn.AvgPool2d(pool, ceil_mode=True) if pool > 1 else nn.Identity(),
-                                 nn.BatchNorm2d(wide), act())
+        self.mix = nn.Sequential(
+            mix, nn.AvgPool2d(pool, ceil_mode=True) if pool > 1 else nn.Identity(), nn.BatchNorm2d(wide), act()
+        )
         self.expand = nn.Sequential(conv(wide, dim_out), nn.BatchNorm2d(dim_out))
-        self.shortcut = (nn.Identity() if dim == dim_out and stride == 1 else
-                         nn.Sequential(conv(dim, dim_out, 1, stride), nn.BatchNorm2d(dim_out)))
+        self.shortcut = (
+            nn.Identity()
+            if dim == dim_out and stride == 1
+            else nn.Sequential(conv(dim, dim_out, 1, stride), nn.BatchNorm2d(dim_out))
+        )
         self.act = act()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -231,12 +314,25 @@ class HaloNet(nn.Module):
     4: 7x7 with stride 2 and max-pooling; 1 or 2, for small images: 3x3. Other arguments: see `HaloBottleneck` and
     `HaloAttention`.
     """
+
     def __init__(
-        self, block_size: int = 8, halo_size: int = 3, value_ratio: float = 1.0, expansion: float = 1.0,
-        depths: Sequence[int] = (3, 3, 10, 3), final_dim: int | None = None,
-        widths: Sequence[int] = (64, 128, 256, 512), num_heads: Sequence[int] = (4, 8, 8, 8),
-        kinds: Sequence[str] | None = None, downsample: str = "query", padding: str = "mask", scale_rel: bool = False,
-        num_classes: int = 1000, in_channels: int = 3, stem_stride: int = 4, act: Callable[[], nn.Module] = nn.ReLU,
+        self,
+        block_size: int = 8,
+        halo_size: int = 3,
+        value_ratio: float = 1.0,
+        expansion: float = 1.0,
+        depths: Sequence[int] = (3, 3, 10, 3),
+        final_dim: int | None = None,
+        widths: Sequence[int] = (64, 128, 256, 512),
+        num_heads: Sequence[int] = (4, 8, 8, 8),
+        kinds: Sequence[str] | None = None,
+        downsample: str = "query",
+        padding: str = "mask",
+        scale_rel: bool = False,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        stem_stride: int = 4,
+        act: Callable[[], nn.Module] = nn.ReLU,
         backend: str = "auto",
     ):
         super().__init__()
@@ -245,20 +341,41 @@ class HaloNet(nn.Module):
             if len(entries) != len(widths):
                 raise ValueError(f"{name} must have one entry for each of the {len(widths)} widths, not {entries!r}")
         dim, big = widths[0], check_choice("stem_stride", stem_stride, (1, 2, 4)) == 4
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, dim, 7 if big else 3, min(stem_stride, 2), 3 if big else 1,
-                                            bias=False), nn.BatchNorm2d(dim), act(),
-                                  nn.MaxPool2d(3, 2, 1) if big else nn.Identity())
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, dim, 7 if big else 3, min(stem_stride, 2), 3 if big else 1, bias=False),
+            nn.BatchNorm2d(dim),
+            act(),
+            nn.MaxPool2d(3, 2, 1) if big else nn.Identity(),
+        )
         self.stages = nn.ModuleList()
         for i, (width, depth, heads, kind) in enumerate(zip(widths, depths, num_heads, kinds)):
             blocks, out = [], int(width * expansion)
             for j in range(depth):
-                blocks.append(HaloBottleneck(dim, width, out, 2 if i and not j else 1, kind, downsample, value_ratio,
-                                             act, num_heads=heads, block_size=block_size, halo_size=halo_size,
-                                             padding=padding, scale_rel=scale_rel, backend=backend))
+                blocks.append(
+                    HaloBottleneck(
+                        dim,
+                        width,
+                        out,
+                        2 if i and not j else 1,
+                        kind,
+                        downsample,
+                        value_ratio,
+                        act,
+                        num_heads=heads,
+                        block_size=block_size,
+                        halo_size=halo_size,
+                        padding=padding,
+                        scale_rel=scale_rel,
+                        backend=backend,
+                    )
+                )
                 dim = out
             self.stages.append(nn.Sequential(*blocks))
-        self.final = nn.Identity() if final_dim is None else nn.Sequential(
-            nn.Conv2d(dim, final_dim, 1, bias=False), nn.BatchNorm2d(final_dim), act())
+        self.final = (
+            nn.Identity()
+            if final_dim is None
+            else nn.Sequential(nn.Conv2d(dim, final_dim, 1, bias=False), nn.BatchNorm2d(final_dim), act())
+        )
         self.head = nn.Linear(final_dim or dim, num_classes)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
@@ -276,16 +393,40 @@ class HaloNet(nn.Module):
 
 # %% ../../nbs/3_locality/halo.ipynb #3adeb30a
 def halonet(
-    variant: str, *, num_classes: int = 1000, in_channels: int = 3, num_heads: Sequence[int] = (4, 8, 8, 8),
-    kinds: Sequence[str] | None = None, downsample: str = "query", padding: str = "mask", scale_rel: bool = False,
-    stem_stride: int = 4, act: Callable[[], nn.Module] = nn.ReLU, backend: str = "auto",
+    variant: str,
+    *,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    num_heads: Sequence[int] = (4, 8, 8, 8),
+    kinds: Sequence[str] | None = None,
+    downsample: str = "query",
+    padding: str = "mask",
+    scale_rel: bool = False,
+    stem_stride: int = 4,
+    act: Callable[[], nn.Module] = nn.ReLU,
+    backend: str = "auto",
 ) -> HaloNet:
     "A HaloNet of the paper, 'h0' … 'h7', untrained. The other arguments are those of `HaloNet`."
     check_choice("variant", variant, tuple(VARIANTS))
     block, halo, value_ratio, expansion, third, _, final_dim, _ = VARIANTS[variant]
-    return HaloNet(block, halo, value_ratio, expansion, (3, 3, third, 3), final_dim, num_heads=num_heads, kinds=kinds,
-                   downsample=downsample, padding=padding, scale_rel=scale_rel, num_classes=num_classes,
-                   in_channels=in_channels, stem_stride=stem_stride, act=act, backend=backend)
+    return HaloNet(
+        block,
+        halo,
+        value_ratio,
+        expansion,
+        (3, 3, third, 3),
+        final_dim,
+        num_heads=num_heads,
+        kinds=kinds,
+        downsample=downsample,
+        padding=padding,
+        scale_rel=scale_rel,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        stem_stride=stem_stride,
+        act=act,
+        backend=backend,
+    )
 
 # %% ../../nbs/3_locality/halo.ipynb #5686a7b8
 def halonet_h0(num_classes: int = 1000, in_channels: int = 3, padding: str = "mask", backend: str = "auto") -> HaloNet:
@@ -328,5 +469,8 @@ def halonet_h7(num_classes: int = 1000, in_channels: int = 3, padding: str = "ma
     return halonet("h7", num_classes=num_classes, in_channels=in_channels, padding=padding, backend=backend)
 
 # %% ../../nbs/3_locality/halo.ipynb #7edeba0b
-register_models({f"halonet_{v}": (globals()[f"halonet_{v}"], row[-1], row[5]) for v, row in VARIANTS.items()},
-                published="parameters of the paper's model table", weights="none were published; layers of timm's `HaloAttn` load with `from_timm`")
+register_models(
+    {f"halonet_{v}": (globals()[f"halonet_{v}"], row[-1], row[5]) for v, row in VARIANTS.items()},
+    published="parameters of the paper's model table",
+    weights="none were published; layers of timm's `HaloAttn` load with `from_timm`",
+)

@@ -21,7 +21,7 @@ from .reference import _check_geometry, halo_attention_reference
 # %% ../../nbs/3_locality/halo.ipynb #1f86e515
 def _float_bits(x):
     "The 32 bits of a positive float32 as an integer: how a factor travels among the integers."
-    m, e = math.frexp(x)                                                # x = m 2^e with m from 1/2 to 1
+    m, e = math.frexp(x)  # x = m 2^e with m from 1/2 to 1
     return (e + 126 << 23) + round((2 * m - 1) * 2**23) if e > -126 else round(x * 2**149)
 
 
@@ -42,8 +42,9 @@ def _check_inputs(q, k, v, b, h, s, padding, scale, scale_rel, rel_height, rel_w
     check_qkv(q, k, v, axes=2)
     want = tuple(-(-n // s) for n in k.shape[2:4])
     if tuple(q.shape[2:4]) != want:
-        raise ValueError(f"q must have a map of {want} for k's {tuple(k.shape[2:4])} and query_stride {s}, "
-                         f"not {tuple(q.shape[2:4])}")
+        raise ValueError(
+            f"q must have a map of {want} for k's {tuple(k.shape[2:4])} and query_stride {s}, not {tuple(q.shape[2:4])}"
+        )
     check_choice("padding", padding, PADDINGS), check_bool("scale_rel", scale_rel)
     for name, x in (("rel_height", rel_height), ("rel_width", rel_width)):
         if x is not None:
@@ -68,9 +69,20 @@ def _decide(q, k, v, rel_height, rel_width, *, block_size, halo_size, query_stri
 
 # %% ../../nbs/3_locality/halo.ipynb #61c9b2b1
 def halo_attention(
-    q: Tensor, k: Tensor, v: Tensor, block_size: int, halo_size: int, *, rel_height: Tensor | None = None,
-    rel_width: Tensor | None = None, query_stride: int = 1, padding: str = "mask", scale: float | None = None,
-    scale_rel: bool = False, return_lse: bool = False, backend: str = "auto",
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int,
+    halo_size: int,
+    *,
+    rel_height: Tensor | None = None,
+    rel_width: Tensor | None = None,
+    query_stride: int = 1,
+    padding: str = "mask",
+    scale: float | None = None,
+    scale_rel: bool = False,
+    return_lse: bool = False,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Blocked local attention: the queries of each block attend to its box, the block with a halo around it.
 
@@ -90,18 +102,47 @@ def halo_attention(
     """
     q, k, v = autocast(q, k, v)
     program, ints, consts, (b, h, s), scale, rest, kept = _DECIDED.decide(
-        _decide, (q, k, v, rel_height, rel_width),
-        dict(block_size=block_size, halo_size=halo_size, query_stride=query_stride, padding=padding, scale=scale,
-             scale_rel=scale_rel, backend=backend))
+        _decide,
+        (q, k, v, rel_height, rel_width),
+        dict(
+            block_size=block_size,
+            halo_size=halo_size,
+            query_stride=query_stride,
+            padding=padding,
+            scale=scale,
+            scale_rel=scale_rel,
+            backend=backend,
+        ),
+    )
     with without_autocast(q):
         if program is None:
             out, lse = halo_attention_reference(
-                q, k, v, b, h, rel_height=rel_height, rel_width=rel_width, query_stride=s, padding=padding,
-                scale=scale, scale_rel=scale_rel, return_lse=True)
+                q,
+                k,
+                v,
+                b,
+                h,
+                rel_height=rel_height,
+                rel_width=rel_width,
+                query_stride=s,
+                padding=padding,
+                scale=scale,
+                scale_rel=scale_rel,
+                return_lse=True,
+            )
         else:
             tables = _joined_tables(q, rel_height, rel_width, 2 * (b + h) - 1, scale * rest if scale_rel else 1)
-            out, lse = tile_attention(q, k if rest == 1 else k * rest, v, program, ints=ints, consts=consts, kept=kept,
-                                      operands=() if tables is None else (tables,), scale=scale)
+            out, lse = tile_attention(
+                q,
+                k if rest == 1 else k * rest,
+                v,
+                program,
+                ints=ints,
+                consts=consts,
+                kept=kept,
+                operands=() if tables is None else (tables,),
+                scale=scale,
+            )
     return (out, lse) if return_lse else out
 
 # %% ../../nbs/3_locality/halo.ipynb #7aca22de
@@ -139,10 +180,12 @@ def _packed_plan(qkv, tables, heads, widths, ints, consts, scale):
     return lambda qkv, tables, *rest: run(*packed_views(qkv, heads, widths), None, None, [tables])
 
 
-def _packed_forward(qkv: Tensor, tables: Tensor, heads: int, widths: list[int], ints: list[int], consts: list[int],
-                    scale: float) -> tuple[Tensor, Tensor]:
+def _packed_forward(
+    qkv: Tensor, tables: Tensor, heads: int, widths: list[int], ints: list[int], consts: list[int], scale: float
+) -> tuple[Tensor, Tensor]:
     def run(qkv):
         return run_forward(*packed_views(qkv, heads, widths), None, None, [tables], HALO_REL.name, ints, consts, scale)
+
     out, lse = through_float32(run, (qkv,))
     return out.to(qkv.dtype), lse
 
@@ -161,7 +204,9 @@ def _plan_packed_backward(do, qkv, tables, out, lse, heads, widths, ints, consts
     whole = None
     if images >= len(qkv):
         into = packed_views(torch.empty(shape, dtype=qkv.dtype, device=device), heads, widths)
-        whole = plan_backward(do, None, *given, None, None, [tables, *make()], out, lse, HALO_REL, ints, consts, scale, True, into)
+        whole = plan_backward(
+            do, None, *given, None, None, [tables, *make()], out, lse, HALO_REL, ints, consts, scale, True, into
+        )
 
     def run(do, qkv, tables, out, lse):
         dqkv, operands = torch.empty(shape, dtype=qkv.dtype, device=device), [tables, *make()]
@@ -170,9 +215,11 @@ def _plan_packed_backward(do, qkv, tables, out, lse, heads, widths, ints, consts
             return dqkv, whole(do, None, *given, None, None, operands, out, lse, into)[3]
         dtables = torch.zeros(tables.shape, dtype=torch.float32, device=device)
         for do, q, k, v, out, lse, *d in zip(*(t.split(images) for t in (do, *given, out, lse, *into))):
-            dtables += run_backward(do, None, q, k, v, None, None, operands, out, lse, HALO_REL.name, ints, consts, scale,
-                                    True, into=d)[3]
+            dtables += run_backward(
+                do, None, q, k, v, None, None, operands, out, lse, HALO_REL.name, ints, consts, scale, True, into=d
+            )[3]
         return dqkv, dtables
+
     return run
 
 
@@ -181,7 +228,9 @@ def _packed_backward(call):
     (do, _), (out, lse) = call.grads, call.outputs
     rest = call.heads, call.widths, call.ints, call.consts, call.scale
     if call.kept is None or INTERPRETED:
-        run = lambda do, qkv, out: _plan_packed_backward(do, qkv, call.tables, out, lse, *rest)(do, qkv, call.tables, out, lse)
+        run = lambda do, qkv, out: _plan_packed_backward(do, qkv, call.tables, out, lse, *rest)(
+            do, qkv, call.tables, out, lse
+        )
         dqkv, dtables = through_float32(run, (do, call.qkv, out))
     else:
         plan = keep(call.kept, lambda: _plan_packed_backward(do, call.qkv, call.tables, out, lse, *rest), do)
@@ -193,5 +242,12 @@ def _packed_gradients(call):
     return {n: t.new_empty(t.shape) for n, t in (("qkv", call.qkv), ("tables", call.tables))}
 
 
-halo_packed = operation("halo_packed", _packed_forward, like=_packed_like, backward=_packed_backward,
-                        gradients_like=_packed_gradients, nondifferentiable=(1,), plan=_packed_plan)
+halo_packed = operation(
+    "halo_packed",
+    _packed_forward,
+    like=_packed_like,
+    backward=_packed_backward,
+    gradients_like=_packed_gradients,
+    nondifferentiable=(1,),
+    plan=_packed_plan,
+)

@@ -17,9 +17,7 @@ from ..attention import softmax_lse
 from ..checks import check_divides, check_int
 
 # %% ../../nbs/3_locality/halo.ipynb #9d4cca15
-def axis_blocks(
-    length: int, block_size: int, halo_size: int, query_stride: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
+def axis_blocks(length: int, block_size: int, halo_size: int, query_stride: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     "Block of every query of one axis `(Yq,)`, and first and one-past-last key that each block sees: `(blocks,)` twice."
     start = torch.arange(0, length, block_size)
     query = torch.arange(0, length, query_stride) // block_size
@@ -36,7 +34,7 @@ def halo_mask(shape: tuple[int, int], block_size: int, halo_size: int, query_str
     for length in shape:
         query, first, last = axis_blocks(length, block_size, halo_size, query_stride)
         key = torch.arange(length)
-        sees.append((key >= first[query, None]) & (key < last[query, None]))                # [Yq, Y]
+        sees.append((key >= first[query, None]) & (key < last[query, None]))  # [Yq, Y]
     return torch.kron(sees[0].byte(), sees[1].byte()).bool()
 
 # %% ../../nbs/3_locality/halo.ipynb #7354fb82
@@ -79,9 +77,19 @@ def real_key_fraction(shape: tuple[int, int], block_size: int, halo_size: int) -
 
 # %% ../../nbs/3_locality/halo.ipynb #02ab610f
 def halo_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, block_size: int, halo_size: int, *, rel_height: Tensor | None = None,
-    rel_width: Tensor | None = None, query_stride: int = 1, padding: str = "mask", scale: float | None = None,
-    scale_rel: bool = False, return_lse: bool = False,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int,
+    halo_size: int,
+    *,
+    rel_height: Tensor | None = None,
+    rel_width: Tensor | None = None,
+    query_stride: int = 1,
+    padding: str = "mask",
+    scale: float | None = None,
+    scale_rel: bool = False,
+    return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Halo attention in plain PyTorch; the arguments of `halo_attention`. Computes in float32 at least.
 
@@ -100,17 +108,25 @@ def halo_attention_reference(
     if rel_width is not None:
         S = S + c * torch.einsum("bhiyjxd,xvd->bhiyjxv", Q, rel_width.to(real)[row])[..., None, :]
     if padding == "mask":
-        inside = halo_boxes(torch.ones(1, 1, Y, X, 1, device=q.device), b, h)[0, 0, :, :, 0] > 0       # [i, j, u, v]
+        inside = halo_boxes(torch.ones(1, 1, Y, X, 1, device=q.device), b, h)[0, 0, :, :, 0] > 0  # [i, j, u, v]
         S = S.masked_fill(~inside[:, None, :, None], -math.inf)
-    P, lse = softmax_lse(S.flatten(-2))                                                               # lse [b,h,i,y,j,x]
+    P, lse = softmax_lse(S.flatten(-2))  # lse [b,h,i,y,j,x]
     O = torch.einsum("bhiyjxuv,bhijduv->bhiyjxd", P.view(S.shape), boxes[1])
-    out, lse = (t.flatten(4, 5).flatten(2, 3)[:, :, :q.shape[2], :q.shape[3]] for t in (O, lse))
+    out, lse = (t.flatten(4, 5).flatten(2, 3)[:, :, : q.shape[2], : q.shape[3]] for t in (O, lse))
     return (out.to(v.dtype), lse) if return_lse else out.to(v.dtype)
 
 # %% ../../nbs/3_locality/halo.ipynb #885dc4a9
 def halo_cost(
-    shape: tuple[int, int], block_size: int, halo_size: int, *, batch: int = 1, heads: int = 1, head_dim: int = 64,
-    value_dim: int | None = None, query_stride: int = 1, element_size: int = 2,
+    shape: tuple[int, int],
+    block_size: int,
+    halo_size: int,
+    *,
+    batch: int = 1,
+    heads: int = 1,
+    head_dim: int = 64,
+    value_dim: int | None = None,
+    query_stride: int = 1,
+    element_size: int = 2,
 ) -> dict[str, int]:
     """Least work of one call with tables, as a dict: FLOPs and bytes, forward and backward; and the bytes of what must
     not exist, `unfolded` keys and values and one tensor of `logits`."""
@@ -119,7 +135,11 @@ def halo_cost(
     pairs = batch * heads * halo_pairs(shape, block_size, halo_size, s)
     boxes = batch * heads * math.prod(-(-n // block_size) for n in shape) * w * w
     forward = element_size * (queries + keys) * (D + Dv) + 4 * queries
-    return dict(flops_fwd=2 * pairs * (D + Dv) + 4 * queries * w * D, bytes_fwd=forward,
-                flops_bwd=2 * pairs * (3 * D + 2 * Dv) + 8 * queries * w * D,
-                bytes_bwd=forward + element_size * (queries + keys) * (D + Dv),
-                unfolded=element_size * boxes * (D + Dv), logits=element_size * queries * w * w)
+    return dict(
+        flops_fwd=2 * pairs * (D + Dv) + 4 * queries * w * D,
+        bytes_fwd=forward,
+        flops_bwd=2 * pairs * (3 * D + 2 * Dv) + 8 * queries * w * D,
+        bytes_bwd=forward + element_size * (queries + keys) * (D + Dv),
+        unfolded=element_size * boxes * (D + Dv),
+        logits=element_size * queries * w * w,
+    )

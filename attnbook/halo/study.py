@@ -32,19 +32,42 @@ from .reference import halo_boxes, halo_cost, offset_rows, real_key_fraction
 # %% ../../nbs/3_locality/halo.ipynb #75ab5a83
 #: block 4, halo 2 unless `NETS` says otherwise; images of 32 x 32 pixels
 PRESETS = dict(
-    smoke=dict(cost=dict(sides=(6,), window=5, batch=1, heads=1, head_dim=8, rep_ms=1.0),
-               data=dict(train=48, test=16, copies=1), steps=2, batch=16, seeds=1,
-               model=dict(widths=(8, 8, 8), depths=(1, 1, 1), num_heads=(1, 1, 1), stem_stride=2)),
-    cpu=dict(cost=dict(sides=(30,), window=15, batch=1, heads=2, head_dim=16, rep_ms=40.0),
-             data=dict(train=1000, test=200, copies=1), steps=40, batch=32, seeds=1,
-             model=dict(widths=(16, 32, 64), depths=(1, 1, 1), num_heads=(1, 2, 4), stem_stride=2)),
-    gpu=dict(cost=dict(sides=(56, 112), window=15, batch=16, heads=8, head_dim=32, rep_ms=60.0),
-             data=dict(train=20000, test=1000, copies=5), steps=500, batch=128, seeds=3,
-             model=dict(widths=(32, 64, 128), depths=(1, 2, 1), num_heads=(2, 4, 8), stem_stride=1)))
+    smoke=dict(
+        cost=dict(sides=(6,), window=5, batch=1, heads=1, head_dim=8, rep_ms=1.0),
+        data=dict(train=48, test=16, copies=1),
+        steps=2,
+        batch=16,
+        seeds=1,
+        model=dict(widths=(8, 8, 8), depths=(1, 1, 1), num_heads=(1, 1, 1), stem_stride=2),
+    ),
+    cpu=dict(
+        cost=dict(sides=(30,), window=15, batch=1, heads=2, head_dim=16, rep_ms=40.0),
+        data=dict(train=1000, test=200, copies=1),
+        steps=40,
+        batch=32,
+        seeds=1,
+        model=dict(widths=(16, 32, 64), depths=(1, 1, 1), num_heads=(1, 2, 4), stem_stride=2),
+    ),
+    gpu=dict(
+        cost=dict(sides=(56, 112), window=15, batch=16, heads=8, head_dim=32, rep_ms=60.0),
+        data=dict(train=20000, test=1000, copies=5),
+        steps=500,
+        batch=128,
+        seeds=3,
+        model=dict(widths=(32, 64, 128), depths=(1, 2, 1), num_heads=(2, 4, 8), stem_stride=1),
+    ),
+)
 
 # %% ../../nbs/3_locality/halo.ipynb #e2f63fc4
 def cost_experiment(
-    *, sides: Sequence[int], window: int, batch: int, heads: int, head_dim: int, rep_ms: float, seed: int = 0,
+    *,
+    sides: Sequence[int],
+    window: int,
+    batch: int,
+    heads: int,
+    head_dim: int,
+    rep_ms: float,
+    seed: int = 0,
     device: str = "cpu",
 ) -> list[dict]:
     """Forward time of halo attention with tables for every block size that leaves one and the same box, `window` pixels
@@ -64,18 +87,40 @@ def cost_experiment(
                 continue
             backend = "triton" if method == "ours" else "torch"
             with torch.no_grad():
-                time = measure(partial(halo_attention, q, k, v, b, h, backend=backend, **rel), warmup_ms=10,
-                               rep_ms=rep_ms, device=device)
-            rows.append(dict(method=method, side=side, window=window, block=b, halo=h, batch=batch, ms=time.ms,
-                             copies=(window / b) ** 2, peak_mb=time.peak_bytes and time.peak_bytes / 1e6))
+                time = measure(
+                    partial(halo_attention, q, k, v, b, h, backend=backend, **rel),
+                    warmup_ms=10,
+                    rep_ms=rep_ms,
+                    device=device,
+                )
+            rows.append(
+                dict(
+                    method=method,
+                    side=side,
+                    window=window,
+                    block=b,
+                    halo=h,
+                    batch=batch,
+                    ms=time.ms,
+                    copies=(window / b) ** 2,
+                    peak_mb=time.peak_bytes and time.peak_bytes / 1e6,
+                )
+            )
     return rows
 
 # %% ../../nbs/3_locality/halo.ipynb #12fb5d00
 NETS = {  # name -> what differs from "halo 2": attention in all three stages, block 4, halo 2, attention downsampling
-    "halo 2": {}, "halo 0": dict(halo_size=0), "halo 1": dict(halo_size=1), "halo 3": dict(halo_size=3),
-    "conv 1": dict(kinds=("conv", "halo", "halo")), "conv 1-2": dict(kinds=("conv", "conv", "halo")),
-    "conv 1-3": dict(kinds=("conv",) * 3), "zeros": dict(padding="zeros"), "pool": dict(downsample="pool"),
-    "strided conv": dict(downsample="conv")}
+    "halo 2": {},
+    "halo 0": dict(halo_size=0),
+    "halo 1": dict(halo_size=1),
+    "halo 3": dict(halo_size=3),
+    "conv 1": dict(kinds=("conv", "halo", "halo")),
+    "conv 1-2": dict(kinds=("conv", "conv", "halo")),
+    "conv 1-3": dict(kinds=("conv",) * 3),
+    "zeros": dict(padding="zeros"),
+    "pool": dict(downsample="pool"),
+    "strided conv": dict(downsample="conv"),
+}
 
 
 def small_halonet(
@@ -109,7 +154,8 @@ def outside_mass(net: nn.Module, x: Tensor) -> list[dict]:
     layers = [m for m in net.modules() if isinstance(m, HaloAttention)]
     hooks = [m.register_forward_pre_hook(look_inside) for m in layers]
     net.eval()(x)
-    for hook in hooks: hook.remove()
+    for hook in hooks:
+        hook.remove()
     net.train()
     return found
 
@@ -117,17 +163,26 @@ def outside_mass(net: nn.Module, x: Tensor) -> list[dict]:
 def counted_flops(net: nn.Module, x: Tensor) -> int:
     "Floating-point operations of the products and convolutions of one forward pass, by the references' formulas."
     from torch.utils.flop_counter import FlopCounterMode
+
     layers = [m for m in net.modules() if isinstance(m, HaloAttention)]
     old = [m.backend for m in layers]
-    for m in layers: m.backend = "torch"
+    for m in layers:
+        m.backend = "torch"
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(x)
-    for m, backend in zip(layers, old): m.backend = backend
+    for m, backend in zip(layers, old):
+        m.backend = backend
     return counter.get_total_flops()
 
 # %% ../../nbs/3_locality/halo.ipynb #ccf2c556
 def net_experiment(
-    name: str, data: tuple[Tensor, Tensor, Tensor, Tensor], *, model: dict, steps: int, batch: int, seed: int = 0,
+    name: str,
+    data: tuple[Tensor, Tensor, Tensor, Tensor],
+    *,
+    model: dict,
+    steps: int,
+    batch: int,
+    seed: int = 0,
     device: str = "cpu",
 ) -> dict:
     "Trains one of `NETS`; a dict with accuracy, loss, parameters, FLOPs per image, mass outside before and after."
@@ -136,11 +191,28 @@ def net_experiment(
     net = small_halonet(name, **model)
     flops = counted_flops(net.eval(), tx[:1])
     before = outside_mass(net.to(device), tx[:64].to(device))
-    history = fit(net, cross_entropy, Batches(x, y, batch_size=batch, seed=seed), steps=steps, lr=2e-3, seed=seed,
-                  device=device, progress=False)
-    return dict(net=name, run=seed, steps=steps, accuracy=evaluate_accuracy(net, tx, ty, device=device),
-                loss=float(np.mean(history.loss[-10:])), parameters=count_parameters(net), mflops=flops / 1e6,
-                before=before, after=outside_mass(net, tx[:64].to(device)), seconds=history.seconds)
+    history = fit(
+        net,
+        cross_entropy,
+        Batches(x, y, batch_size=batch, seed=seed),
+        steps=steps,
+        lr=2e-3,
+        seed=seed,
+        device=device,
+        progress=False,
+    )
+    return dict(
+        net=name,
+        run=seed,
+        steps=steps,
+        accuracy=evaluate_accuracy(net, tx, ty, device=device),
+        loss=float(np.mean(history.loss[-10:])),
+        parameters=count_parameters(net),
+        mflops=flops / 1e6,
+        before=before,
+        after=outside_mass(net, tx[:64].to(device)),
+        seconds=history.seconds,
+    )
 
 
 def run_experiments(
@@ -150,12 +222,16 @@ def run_experiments(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg, rows = PRESETS[preset], []
     for row in cost_experiment(**cfg["cost"], seed=seed, device=device):
-        rows.append(record("halo", "cost", key=("method", "side", "window", "block", "batch"), device=device,
-                           preset=preset, **row))
+        rows.append(
+            record(
+                "halo", "cost", key=("method", "side", "window", "block", "batch"), device=device, preset=preset, **row
+            )
+        )
     data = halo_data(**cfg["data"], seed=seed)
     for run, name in ((run, name) for run in range(seed, seed + cfg["seeds"]) for name in NETS):
-        row = net_experiment(name, data, seed=run, device=device, model=cfg["model"], steps=cfg["steps"],
-                             batch=cfg["batch"])
+        row = net_experiment(
+            name, data, seed=run, device=device, model=cfg["model"], steps=cfg["steps"], batch=cfg["batch"]
+        )
         rows.append(record("halo", "nets", key=("net", "run", "steps"), device=device, preset=preset, **row))
         show(f"{name:13} seed {run}: accuracy {row['accuracy']:.1%}, {row['seconds']:.0f} s")
     return rows
@@ -198,11 +274,18 @@ def bench_module() -> Iterator[dict]:
         x = x.to(memory_format=torch.channels_last) if layout == "channels last" else x
         tensors = [p.detach() for p in [*ours.parameters(), *others.values()]]
         cost = halo_cost((side, side), b, h, batch=B, heads=8, head_dim=32)
-        linear, moved = 6 * B * side**2 * C * C, 4 * B * side**2 * C          # operations; bytes of x and the output
-        yield from compare(dict(B=B, C=C, side=side, block=b, halo=h, layout=layout), peers, [x, *tensors],
-                           grad_out="random", chapter="halo", bench="module", rep_ms=300,
-                           flops=dict(fwd=cost["flops_fwd"] + linear, bwd=cost["flops_bwd"] + 2 * linear),
-                           bytes=dict(fwd=moved, bwd=3 * moved // 2))
+        linear, moved = 6 * B * side**2 * C * C, 4 * B * side**2 * C  # operations; bytes of x and the output
+        yield from compare(
+            dict(B=B, C=C, side=side, block=b, halo=h, layout=layout),
+            peers,
+            [x, *tensors],
+            grad_out="random",
+            chapter="halo",
+            bench="module",
+            rep_ms=300,
+            flops=dict(fwd=cost["flops_fwd"] + linear, bwd=cost["flops_bwd"] + 2 * linear),
+            bytes=dict(fwd=moved, bwd=3 * moved // 2),
+        )
 
 # %% ../../nbs/3_locality/halo.ipynb #886fa5b8
 def unfolded_attention(
@@ -211,12 +294,14 @@ def unfolded_attention(
     "What one writes without a kernel: boxes unfolded in memory, tables as a bias, PyTorch's fused attention. Zeros."
     b = block_size
     blocks = lambda t: t.unflatten(3, (-1, b)).unflatten(2, (-1, b)).permute(0, 2, 4, 1, 3, 5, 6).flatten(0, 2)
-    Q, row = blocks(q), offset_rows(b, halo_size).to(q.device)                            # [B i j, h, y, x, d]
+    Q, row = blocks(q), offset_rows(b, halo_size).to(q.device)  # [B i j, h, y, x, d]
     K, V = (halo_boxes(t, b, halo_size).permute(0, 2, 3, 1, 5, 6, 4).flatten(0, 2).flatten(2, 3) for t in (k, v))
-    bias = (torch.einsum("bhyxd,yud->bhyxu", Q, rel_height[row])[..., None]
-            + torch.einsum("bhyxd,xvd->bhyxv", Q, rel_width[row])[..., None, :])
+    bias = (
+        torch.einsum("bhyxd,yud->bhyxu", Q, rel_height[row])[..., None]
+        + torch.einsum("bhyxd,xvd->bhyxv", Q, rel_width[row])[..., None, :]
+    )
     out = F.scaled_dot_product_attention(Q.flatten(2, 3), K, V, attn_mask=bias.flatten(2, 3).flatten(3))
-    out = out.unflatten(2, (b, b)).unflatten(0, (q.shape[0], q.shape[2] // b, -1))        # [B, i, j, h, y, x, d]
+    out = out.unflatten(2, (b, b)).unflatten(0, (q.shape[0], q.shape[2] // b, -1))  # [B, i, j, h, y, x, d]
     return out.permute(0, 3, 1, 4, 2, 5, 6).flatten(4, 5).flatten(2, 3)
 
 
@@ -230,6 +315,7 @@ def flex_blocks(shape: tuple[int, int], block_size: int, halo_size: int) -> Call
         (y, x), (u, v) = place(i), place(j)
         near = lambda q, k: (k >= q // b * b - h) & (k < q // b * b + b + h)
         return near(y, u) & near(x, v)
+
     attend = flex(mask_mod)
     return lambda q, k, v, *_: attend(*(t.reshape(*t.shape[:2], tokens, -1) for t in (q, k, v))).unflatten(2, shape)
 
@@ -237,7 +323,8 @@ def flex_blocks(shape: tuple[int, int], block_size: int, halo_size: int) -> Call
 CORES = {  # name -> the problem
     "56², b 8, h 3": dict(B=64, H=8, side=56, D=32, b=8, h=3),
     "H4 stage 2: 96², b 12, h 2": dict(B=16, H=8, side=96, D=16, b=12, h=2),
-    "64², D 64, b 8, h 3": dict(B=16, H=8, side=64, D=64, b=8, h=3)}
+    "64², D 64, b 8, h 3": dict(B=16, H=8, side=64, D=64, b=8, h=3),
+}
 
 
 def bench_core() -> Iterator[dict]:
@@ -252,15 +339,26 @@ def bench_core() -> Iterator[dict]:
             return halo_attention(q, k, v, b, h, rel_height=rel_height, rel_width=rel_width, padding=padding)
 
         unfolded = partial(unfolded_attention, block_size=b, halo_size=h)
-        peers = {"ours": ours, "ours, mask": partial(ours, padding="mask"), "sdpa, unfolded": unfolded,
-                 "sdpa, unfolded, compiled": torch.compile(unfolded, dynamic=False),
-                 "ours, no tables": lambda q, k, v, *_, run=ours: run(q, k, v, padding="mask"),
-                 "flex, no tables, in blocks": flex_blocks((side, side), b, h)}
+        peers = {
+            "ours": ours,
+            "ours, mask": partial(ours, padding="mask"),
+            "sdpa, unfolded": unfolded,
+            "sdpa, unfolded, compiled": torch.compile(unfolded, dynamic=False),
+            "ours, no tables": lambda q, k, v, *_, run=ours: run(q, k, v, padding="mask"),
+            "flex, no tables, in blocks": flex_blocks((side, side), b, h),
+        }
         cost = halo_cost((side, side), b, h, batch=B, heads=H, head_dim=D)
         torch._dynamo.reset()
-        yield from compare(dict(problem=name, **p), peers, inputs, grad_out="random", chapter="halo", bench="core",
-                           flops={n: cost[f"flops_{n}"] for n in ("fwd", "bwd")},
-                           bytes={n: cost[f"bytes_{n}"] for n in ("fwd", "bwd")})
+        yield from compare(
+            dict(problem=name, **p),
+            peers,
+            inputs,
+            grad_out="random",
+            chapter="halo",
+            bench="core",
+            flops={n: cost[f"flops_{n}"] for n in ("fwd", "bwd")},
+            bytes={n: cost[f"bytes_{n}"] for n in ("fwd", "bwd")},
+        )
 
 
 def bench_sizes() -> Iterator[dict]:
@@ -270,9 +368,16 @@ def bench_sizes() -> Iterator[dict]:
         inputs = [make(4, side, side, 8, 32).movedim(-2, 1) for _ in range(3)] + [make(21, 32) for _ in range(2)]
         ours = lambda q, k, v, y, x: halo_attention(q, k, v, 8, 3, rel_height=y, rel_width=x, padding="zeros")
         cost = halo_cost((side, side), 8, 3, batch=4, heads=8, head_dim=32)
-        yield from compare(dict(N=side * side), {"ours": ours, "sdpa, unfolded": partial(
-            unfolded_attention, block_size=8, halo_size=3)}, inputs, grad_out="random", chapter="halo", bench="sizes",
-            bytes={n: cost[f"bytes_{n}"] for n in ("fwd", "bwd")}, rep_ms=100)
+        yield from compare(
+            dict(N=side * side),
+            {"ours": ours, "sdpa, unfolded": partial(unfolded_attention, block_size=8, halo_size=3)},
+            inputs,
+            grad_out="random",
+            chapter="halo",
+            bench="sizes",
+            bytes={n: cost[f"bytes_{n}"] for n in ("fwd", "bwd")},
+            rep_ms=100,
+        )
 
 # %% ../../nbs/3_locality/halo.ipynb #25c7d299
 def _time_training(bench, models, batch, size):
@@ -295,8 +400,10 @@ def _time_training(bench, models, batch, size):
 def bench_stages() -> Iterator[dict]:
     "A training step of H1 at 256 pixels with 3x3 convolutions in the first 0 to 3 stages, as in the paper's ablation."
     if torch.cuda.is_available():
-        models = {f"attention in {4 - n} of 4": partial(halonet, "h1", kinds=("conv",) * n + ("halo",) * (4 - n))
-                  for n in range(4)}
+        models = {
+            f"attention in {4 - n} of 4": partial(halonet, "h1", kinds=("conv",) * n + ("halo",) * (4 - n))
+            for n in range(4)
+        }
         yield from _time_training("stages", models, 64, 256)
 
 
@@ -305,14 +412,17 @@ def bench_training() -> Iterator[dict]:
 
     timm's takes its stride-2 offsets in queries, and has 2h rows more per table; the work is the same.
     """
+
     def theirs():
         import timm
+
         return timm.create_model("halonet_h1")
 
     ours = partial(halonet, "h1", num_heads=(8, 8, 8, 8), padding="zeros")
     if torch.cuda.is_available():
-        yield from _time_training("training", {"ours": ours, "ours compiled": ours, "timm": theirs,
-                                               "timm compiled": theirs}, 64, 256)
+        yield from _time_training(
+            "training", {"ours": ours, "ours compiled": ours, "timm": theirs, "timm compiled": theirs}, 64, 256
+        )
 
 # %% ../../nbs/3_locality/halo.ipynb #f957c2c1
 def _rows(name, **where):
@@ -330,8 +440,12 @@ def _against_timm(field):
 
 def _training_gain(field):
     "The same for a training step of H1: images per second, or memory."
-    return speedups(_rows("training", preset="gpu"), "size", field=field, ours=OURS, peers=TIMM,
-                    more=field == "images_per_s") or None
+    return (
+        speedups(
+            _rows("training", preset="gpu"), "size", field=field, ours=OURS, peers=TIMM, more=field == "images_per_s"
+        )
+        or None
+    )
 
 
 def _blocking_gain():
@@ -370,9 +484,11 @@ def _broken_equivariance():
     "Relative change of the interior of the output when the map is shifted by a block, and by one pixel; float64."
     g = torch.Generator().manual_seed(0)
     x = torch.randn(1, 1, 24, 24, 16, generator=g, dtype=torch.float64)
+
     def run(by):
         y = x.roll((by, by), (2, 3))
         return halo_attention(y, y, y, 4, 2, backend="torch").roll((-by, -by), (2, 3))[:, :, 4:16, 4:16]
+
     return {f"by {n}": float((run(n) - run(0)).norm() / run(0).norm()) for n in (4, 1)}
 
 
@@ -390,53 +506,150 @@ def claims() -> list[Claim]:
     "The chapter's claims with their rules; measured numbers are read from the recorded results."
     nets, own = "digits on photographs, 3 seeds", "not in the paper"
     return [
-        Claim("H0 … H7 have 5.5, 8.1, 9.4, 11.8, 19.1, 30.7, 43.4, 67.4 M parameters", "5.5 … 67.4 M", "model table",
-              matches(PUBLISHED_MILLIONS), _parameter_millions, "full size; holds: all round to the published decimal"),
-        Claim("Blocks give up translation equivariance", "", "Sec. 2",
-              lambda m: grade(m["by 4"] < 1e-9 < 1e-2 < m["by 1"], m["by 4"] < 1e-9), _broken_equivariance,
-              "block 4, halo 2; holds: exact for shifts by a block, not by a pixel"),
-        Claim("Blocks are faster than windows per pixel", "", "Sec. 2", at_least(2, 1, of="gain"), _blocking_gain,
-              "our kernel, window 15, 112 x 112; holds: twice as fast as blocks of one pixel"),
-        Claim("A halo improves on blocks without exchange", "", "ablation [m]",
-              _gap(beyond_spread, "halo 2", "halo 0"), partial(_nets, "halo 2", "halo 0"),
-              f"{nets}; holds: halo 2 above halo 0 by more than the spread"),
-        Claim("Larger windows help further", "", "ablation [m]",
-              _gap(beyond_spread, "halo 3", "halo 1"), partial(_nets, "halo 3", "halo 1"),
-              f"{nets}; holds: halo 3 above halo 1 by more than the spread"),
-        Claim("Attention in all stages is the most accurate", "84.9 / 84.6 / 84.7 / 83.8 %", "stage table",
-              lambda m: grade(min(m["halo 2"] - m[n] for n in ("conv 1", "conv 1-2")) > 0,
-                              m["halo 2"] > m["conv 1-2"]),
-              partial(_nets, "halo 2", "conv 1", "conv 1-2", "conv 1-3"),
-              f"{nets}; holds: above conv in stage 1 and in stages 1-2"),
-        Claim("Attention in early stages costs the most time", "1.9 / 1.4 / 1.0 / 0.5", "stage table",
-              lambda t: grade(t["4 of 4"] > t["3 of 4"] > t["2 of 4"] > t["1 of 4"], t["4 of 4"] > t["1 of 4"]),
-              _stage_times, "training step of H1, 256 pixels, ms; holds: falls with every stage"),
-        Claim("Attention downsampling costs no accuracy against pooling", "", "Sec. 2.3 [m]",
-              _gap(not_worse, "halo 2", "pool"), partial(_nets, "halo 2", "pool"),
-              f"{nets}; holds: not below by more than the spread"),
-        Claim("The same against strided convolutions", "", "Sec. 2.3 [m]",
-              _gap(not_worse, "halo 2", "strided conv"), partial(_nets, "halo 2", "strided conv"),
-              f"{nets}; holds: not below by more than the spread"),
-        Claim("Zeros around the map draw as much of the softmax as their share of the boxes", own, "this chapter",
-              at_most(0.05, 0.15), _border_law, "before training; holds: within 5 points in every layer"),
-        Claim("Masking the border is at least as accurate as zeros", own, "this chapter",
-              _gap(not_worse, "halo 2", "zeros"), partial(_nets, "halo 2", "zeros"),
-              f"{nets}; holds: not below by more than the spread"),
-        Claim("Our module is faster than timm's compiled, forward", own, "this chapter", over_range(6, 2),
-              partial(_against_timm, "ms_fwd"), "[64, 256, 56, 56], bf16; holds: 6 times, in part: twice"),
-        Claim("The same, forward and backward", own, "this chapter", over_range(4, 2),
-              partial(_against_timm, ("ms_fwd", "ms_bwd")), "the same; holds: 4 times, in part: twice"),
-        Claim("It needs less memory than timm's compiled", own, "this chapter", over_range(4, 2),
-              partial(_against_timm, "peak_mb_bwd"),
-              "peak above the inputs, backward; holds: a quarter, in part: half"),
-        Claim("A training step of H1 is faster than timm's compiled", own, "this chapter", over_range(1.5, 1),
-              partial(_training_gain, "images_per_s"), "64 images of 256 pixels; holds: 1.5 times, in part: no slower"),
-        Claim("and needs less memory", own, "this chapter", over_range(1.5, 1),
-              partial(_training_gain, "peak_mb"), "the same; holds: two thirds, in part: no more"),
-        Claim("ImageNet-1k top-1 of H0 … H7", "77.9 … 84.9 %", "model table",
-              out_of_reach("needs ImageNet and a long schedule")),
-        Claim("H4 reaches 85.5 % with ImageNet-21k pre-training", "85.5 %", "transfer table",
-              out_of_reach("needs ImageNet-21k")),
-        Claim("H7 is more accurate than EfficientNet-B7 [m]", "84.9 against 84.3 % [m]", "Fig. 3 [m]",
-              out_of_reach("needs ImageNet")),
+        Claim(
+            "H0 … H7 have 5.5, 8.1, 9.4, 11.8, 19.1, 30.7, 43.4, 67.4 M parameters",
+            "5.5 … 67.4 M",
+            "model table",
+            matches(PUBLISHED_MILLIONS),
+            _parameter_millions,
+            "full size; holds: all round to the published decimal",
+        ),
+        Claim(
+            "Blocks give up translation equivariance",
+            "",
+            "Sec. 2",
+            lambda m: grade(m["by 4"] < 1e-9 < 1e-2 < m["by 1"], m["by 4"] < 1e-9),
+            _broken_equivariance,
+            "block 4, halo 2; holds: exact for shifts by a block, not by a pixel",
+        ),
+        Claim(
+            "Blocks are faster than windows per pixel",
+            "",
+            "Sec. 2",
+            at_least(2, 1, of="gain"),
+            _blocking_gain,
+            "our kernel, window 15, 112 x 112; holds: twice as fast as blocks of one pixel",
+        ),
+        Claim(
+            "A halo improves on blocks without exchange",
+            "",
+            "ablation [m]",
+            _gap(beyond_spread, "halo 2", "halo 0"),
+            partial(_nets, "halo 2", "halo 0"),
+            f"{nets}; holds: halo 2 above halo 0 by more than the spread",
+        ),
+        Claim(
+            "Larger windows help further",
+            "",
+            "ablation [m]",
+            _gap(beyond_spread, "halo 3", "halo 1"),
+            partial(_nets, "halo 3", "halo 1"),
+            f"{nets}; holds: halo 3 above halo 1 by more than the spread",
+        ),
+        Claim(
+            "Attention in all stages is the most accurate",
+            "84.9 / 84.6 / 84.7 / 83.8 %",
+            "stage table",
+            lambda m: grade(min(m["halo 2"] - m[n] for n in ("conv 1", "conv 1-2")) > 0, m["halo 2"] > m["conv 1-2"]),
+            partial(_nets, "halo 2", "conv 1", "conv 1-2", "conv 1-3"),
+            f"{nets}; holds: above conv in stage 1 and in stages 1-2",
+        ),
+        Claim(
+            "Attention in early stages costs the most time",
+            "1.9 / 1.4 / 1.0 / 0.5",
+            "stage table",
+            lambda t: grade(t["4 of 4"] > t["3 of 4"] > t["2 of 4"] > t["1 of 4"], t["4 of 4"] > t["1 of 4"]),
+            _stage_times,
+            "training step of H1, 256 pixels, ms; holds: falls with every stage",
+        ),
+        Claim(
+            "Attention downsampling costs no accuracy against pooling",
+            "",
+            "Sec. 2.3 [m]",
+            _gap(not_worse, "halo 2", "pool"),
+            partial(_nets, "halo 2", "pool"),
+            f"{nets}; holds: not below by more than the spread",
+        ),
+        Claim(
+            "The same against strided convolutions",
+            "",
+            "Sec. 2.3 [m]",
+            _gap(not_worse, "halo 2", "strided conv"),
+            partial(_nets, "halo 2", "strided conv"),
+            f"{nets}; holds: not below by more than the spread",
+        ),
+        Claim(
+            "Zeros around the map draw as much of the softmax as their share of the boxes",
+            own,
+            "this chapter",
+            at_most(0.05, 0.15),
+            _border_law,
+            "before training; holds: within 5 points in every layer",
+        ),
+        Claim(
+            "Masking the border is at least as accurate as zeros",
+            own,
+            "this chapter",
+            _gap(not_worse, "halo 2", "zeros"),
+            partial(_nets, "halo 2", "zeros"),
+            f"{nets}; holds: not below by more than the spread",
+        ),
+        Claim(
+            "Our module is faster than timm's compiled, forward",
+            own,
+            "this chapter",
+            over_range(6, 2),
+            partial(_against_timm, "ms_fwd"),
+            "[64, 256, 56, 56], bf16; holds: 6 times, in part: twice",
+        ),
+        Claim(
+            "The same, forward and backward",
+            own,
+            "this chapter",
+            over_range(4, 2),
+            partial(_against_timm, ("ms_fwd", "ms_bwd")),
+            "the same; holds: 4 times, in part: twice",
+        ),
+        Claim(
+            "It needs less memory than timm's compiled",
+            own,
+            "this chapter",
+            over_range(4, 2),
+            partial(_against_timm, "peak_mb_bwd"),
+            "peak above the inputs, backward; holds: a quarter, in part: half",
+        ),
+        Claim(
+            "A training step of H1 is faster than timm's compiled",
+            own,
+            "this chapter",
+            over_range(1.5, 1),
+            partial(_training_gain, "images_per_s"),
+            "64 images of 256 pixels; holds: 1.5 times, in part: no slower",
+        ),
+        Claim(
+            "and needs less memory",
+            own,
+            "this chapter",
+            over_range(1.5, 1),
+            partial(_training_gain, "peak_mb"),
+            "the same; holds: two thirds, in part: no more",
+        ),
+        Claim(
+            "ImageNet-1k top-1 of H0 … H7",
+            "77.9 … 84.9 %",
+            "model table",
+            out_of_reach("needs ImageNet and a long schedule"),
+        ),
+        Claim(
+            "H4 reaches 85.5 % with ImageNet-21k pre-training",
+            "85.5 %",
+            "transfer table",
+            out_of_reach("needs ImageNet-21k"),
+        ),
+        Claim(
+            "H7 is more accurate than EfficientNet-B7 [m]",
+            "84.9 against 84.3 % [m]",
+            "Fig. 3 [m]",
+            out_of_reach("needs ImageNet"),
+        ),
     ]

@@ -75,19 +75,36 @@ def right_factor(v, standard, S: tl.constexpr, P: tl.constexpr, EPS: tl.constexp
 
 
 @triton.jit
-def forward_step(a, V, OUT, FACTOR, at, standard, keep, S: tl.constexpr, P: tl.constexpr, EPS: tl.constexpr,
-                 PRECISION: tl.constexpr):
+def forward_step(
+    a, V, OUT, FACTOR, at, standard, keep, S: tl.constexpr, P: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr
+):
     "One right factor of one map: a V, and V standardized where that is wanted."
-    v, _, _ = right_factor(load_map(V, at, S, P), standard, S, P, EPS)                    # [w, j]
+    v, _, _ = right_factor(load_map(V, at, S, P), standard, S, P, EPS)  # [w, j]
     v = v.to(a.dtype)
     store_map(FACTOR, at, v, S, P, keep > 0)
     store_map(OUT, at, tl.dot(a, v, input_precision=PRECISION), S, P)
 
 
 @triton.jit(do_not_specialize=["B", "C", "share"])
-def product_forward(X, KERNEL, VS, OUTS, FACTORS, B, C, share, S: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
-                    STANDARD: tl.constexpr, KEEP: tl.constexpr, OWN: tl.constexpr, ROLLED: tl.constexpr,
-                    EPS: tl.constexpr, PRECISION: tl.constexpr):
+def product_forward(
+    X,
+    KERNEL,
+    VS,
+    OUTS,
+    FACTORS,
+    B,
+    C,
+    share,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    M: tl.constexpr,
+    STANDARD: tl.constexpr,
+    KEEP: tl.constexpr,
+    OWN: tl.constexpr,
+    ROLLED: tl.constexpr,
+    EPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "OUTS[m] = (X * KERNEL) VS[m]; OWN: a kernel for each sample. Grid: channels * shares of the samples."
     c, first = tl.program_id(0) % C, tl.program_id(0) // C * share
     k = load_map(KERNEL, c.to(tl.int64) * (S * S), S, P).to(tl.float32)
@@ -95,11 +112,22 @@ def product_forward(X, KERNEL, VS, OUTS, FACTORS, B, C, share, S: tl.constexpr, 
     for _ in range(first, tl.minimum(first + share, B)):
         if OWN:
             k = load_map(KERNEL, at, S, P).to(tl.float32)
-        a = (load_map(X, at, S, P).to(tl.float32) * k).to(X.dtype.element_ty)             # [i, w]
+        a = (load_map(X, at, S, P).to(tl.float32) * k).to(X.dtype.element_ty)  # [i, w]
         if ROLLED:
             for m in range(M):
-                forward_step(a, pick(VS, m, M), pick(OUTS, m, M), pick(FACTORS, m, M), at, STANDARD >> m & 1,
-                             KEEP >> m & 1, S, P, EPS, PRECISION)
+                forward_step(
+                    a,
+                    pick(VS, m, M),
+                    pick(OUTS, m, M),
+                    pick(FACTORS, m, M),
+                    at,
+                    STANDARD >> m & 1,
+                    KEEP >> m & 1,
+                    S,
+                    P,
+                    EPS,
+                    PRECISION,
+                )
         else:
             for m in tl.static_range(M):
                 forward_step(a, VS[m], OUTS[m], FACTORS[m], at, STANDARD >> m & 1, KEEP >> m & 1, S, P, EPS, PRECISION)
@@ -107,22 +135,54 @@ def product_forward(X, KERNEL, VS, OUTS, FACTORS, B, C, share, S: tl.constexpr, 
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #e1a3ae0b
 @triton.jit
-def backward_step(a, da, V, GRAD, KEPT, DV, at, standard, keep, S: tl.constexpr, P: tl.constexpr, EPS: tl.constexpr,
-                  PRECISION: tl.constexpr):
+def backward_step(
+    a,
+    da,
+    V,
+    GRAD,
+    KEPT,
+    DV,
+    at,
+    standard,
+    keep,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    EPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "One right factor of one map: its gradient, and da plus what the product says of it."
-    g = load_map(GRAD, at, S, P)                                                          # [i, j]
-    v, hat, scale = right_factor(load_map(V, at, S, P), standard, S, P, EPS)              # [w, j]
-    dv = tl.dot(a.T, g, input_precision=PRECISION)                                        # [w, j]
+    g = load_map(GRAD, at, S, P)  # [i, j]
+    v, hat, scale = right_factor(load_map(V, at, S, P), standard, S, P, EPS)  # [w, j]
+    dv = tl.dot(a.T, g, input_precision=PRECISION)  # [w, j]
     dv = tl.where(keep > 0, dv + load_map(KEPT, at, S, P).to(tl.float32), dv)
     dv = tl.where(standard > 0, standardized_gradient(dv, hat, scale, S), dv)
     store_map(DV, at, dv, S, P)
-    return tl.dot(g, v.to(a.dtype).T, da, input_precision=PRECISION)                      # [i, w]
+    return tl.dot(g, v.to(a.dtype).T, da, input_precision=PRECISION)  # [i, w]
 
 
 @triton.jit(do_not_specialize=["B", "C", "share"])
-def product_backward(X, KERNEL, VS, GRADS, KEPT, DX, DK, DVS, B, C, share, S: tl.constexpr, P: tl.constexpr,
-                     M: tl.constexpr, STANDARD: tl.constexpr, KEEP: tl.constexpr, OWN: tl.constexpr,
-                     ROLLED: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr):
+def product_backward(
+    X,
+    KERNEL,
+    VS,
+    GRADS,
+    KEPT,
+    DX,
+    DK,
+    DVS,
+    B,
+    C,
+    share,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    M: tl.constexpr,
+    STANDARD: tl.constexpr,
+    KEEP: tl.constexpr,
+    OWN: tl.constexpr,
+    ROLLED: tl.constexpr,
+    EPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """DX, DVS, and the program's sum for the kernel in DK (shares, C, S, S); OWN: DK (B, C, S, S). KEPT: gradients of the
     factors given back. Grid: as forward."""
     c, part = tl.program_id(0) % C, tl.program_id(0) // C
@@ -134,16 +194,30 @@ def product_backward(X, KERNEL, VS, GRADS, KEPT, DX, DK, DVS, B, C, share, S: tl
         if OWN:
             k = load_map(KERNEL, at, S, P).to(tl.float32)
         x = load_map(X, at, S, P)
-        a = (x.to(tl.float32) * k).to(X.dtype.element_ty)                                 # [i, w]
+        a = (x.to(tl.float32) * k).to(X.dtype.element_ty)  # [i, w]
         da = tl.zeros([P, P], tl.float32)
         if ROLLED:
             for m in range(M):
-                da = backward_step(a, da, pick(VS, m, M), pick(GRADS, m, M), pick(KEPT, m, M), pick(DVS, m, M), at,
-                                   STANDARD >> m & 1, KEEP >> m & 1, S, P, EPS, PRECISION)
+                da = backward_step(
+                    a,
+                    da,
+                    pick(VS, m, M),
+                    pick(GRADS, m, M),
+                    pick(KEPT, m, M),
+                    pick(DVS, m, M),
+                    at,
+                    STANDARD >> m & 1,
+                    KEEP >> m & 1,
+                    S,
+                    P,
+                    EPS,
+                    PRECISION,
+                )
         else:
             for m in tl.static_range(M):
-                da = backward_step(a, da, VS[m], GRADS[m], KEPT[m], DVS[m], at, STANDARD >> m & 1, KEEP >> m & 1,
-                                   S, P, EPS, PRECISION)
+                da = backward_step(
+                    a, da, VS[m], GRADS[m], KEPT[m], DVS[m], at, STANDARD >> m & 1, KEEP >> m & 1, S, P, EPS, PRECISION
+                )
         store_map(DX, at, da * k, S, P)
         if OWN:
             store_map(DK, at, da * x.to(tl.float32), S, P)
@@ -188,6 +262,7 @@ def gate_backward(K, Q, GRAD, DK, DQ, PARTS, n, share, S: tl.constexpr, P: tl.co
 # %% ../../nbs/5_vision/hyperzzw.ipynb #afb98b32
 class MapLaunch(NamedTuple):
     "How a kernel that takes whole maps is launched."
+
     programs: int  # about how many, if there are that many maps
     warps: int
     registers: int | None = None  # bound for a thread
@@ -197,11 +272,16 @@ class MapLaunch(NamedTuple):
 MAP_LAUNCH = LaunchTable("forward", "backward", "gate", "gate_backward", record=MapLaunch)
 for _arch in ("sm90", "sm80", "small", "interpreter"):
     for _bits in (16, 32):
-        MAP_LAUNCH.rows(_arch, _bits, {
-            16: ((4224, 1), (4224, 1), (4224, 1), (2112, 1)),
-            32: ((2112, 2), (2112, 2), (4224, 2), (2112, 2)),
-            64: ((1056, 4), (1056, 4 if _bits == 16 else 8), (1056, 4), (1056, 4)),
-            128: ((0, 0), (0, 0), (528, 8), (264, 16))})
+        MAP_LAUNCH.rows(
+            _arch,
+            _bits,
+            {
+                16: ((4224, 1), (4224, 1), (4224, 1), (2112, 1)),
+                32: ((2112, 2), (2112, 2), (4224, 2), (2112, 2)),
+                64: ((1056, 4), (1056, 4 if _bits == 16 else 8), (1056, 4), (1056, 4)),
+                128: ((0, 0), (0, 0), (528, 8), (264, 16)),
+            },
+        )
 
 
 MOST_SIDE, MOST_PRODUCT = 128, 64  # sides of maps that the kernels take, and the product's
@@ -220,9 +300,24 @@ def product_launch(kind: str, x: Tensor, own: bool, many: int, standard: int, ke
     B, C, S, _ = x.shape
     p, share, shares = map_shares(kind, x, B, C)
     kernel = product_forward if kind == "forward" else product_backward
-    return BoundLaunch(kernel, (C * shares,), B, C, share, S=S, P=round_dim(S), M=many, STANDARD=standard, KEEP=keep,
-                       OWN=own, ROLLED=round_dim(S) > 32, EPS=EPS, PRECISION=float32_products(), num_warps=p.warps,
-                       maxnreg=p.registers), shares
+    return BoundLaunch(
+        kernel,
+        (C * shares,),
+        B,
+        C,
+        share,
+        S=S,
+        P=round_dim(S),
+        M=many,
+        STANDARD=standard,
+        KEEP=keep,
+        OWN=own,
+        ROLLED=round_dim(S) > 32,
+        EPS=EPS,
+        PRECISION=float32_products(),
+        num_warps=p.warps,
+        maxnreg=p.registers,
+    ), shares
 
 
 def gate_launch(kind: str, x: Tensor) -> tuple[BoundLaunch, int]:
@@ -230,8 +325,9 @@ def gate_launch(kind: str, x: Tensor) -> tuple[BoundLaunch, int]:
     n, S = x.shape[0] * x.shape[1], x.shape[-1]
     p, share, shares = map_shares(kind, x, n, 1)
     kernel = gate_forward if kind == "gate" else gate_backward
-    return BoundLaunch(kernel, (shares,), n, share, S=S, P=round_dim(S), EPS=EPS, num_warps=p.warps,
-                       maxnreg=p.registers), shares
+    return BoundLaunch(
+        kernel, (shares,), n, share, S=S, P=round_dim(S), EPS=EPS, num_warps=p.warps, maxnreg=p.registers
+    ), shares
 
 
 def float32_products() -> str:

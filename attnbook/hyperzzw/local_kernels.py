@@ -34,24 +34,50 @@ def map_rows(X, group, r, rows, shift, step, H: tl.constexpr, W: tl.constexpr, P
 
 
 @triton.jit
-def local_step(acc, X, WEIGHT, group, r, rows, u, step, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
-               SIGN: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr):
+def local_step(
+    acc,
+    X,
+    WEIGHT,
+    group,
+    r,
+    rows,
+    u,
+    step,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    K: tl.constexpr,
+    SIGN: tl.constexpr,
+    P: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "acc plus what row u of the kernel gives."
-    x = map_rows(X, group, r, rows, SIGN * (u - K // 2), step, H, W, P)                   # [BM, j']
-    t = toeplitz(WEIGHT, group.to(tl.int64) * (K * K), u, K, SIGN, P).to(x.dtype)         # [j', j]
+    x = map_rows(X, group, r, rows, SIGN * (u - K // 2), step, H, W, P)  # [BM, j']
+    t = toeplitz(WEIGHT, group.to(tl.int64) * (K * K), u, K, SIGN, P).to(x.dtype)  # [j', j]
     return tl.dot(x, t, acc, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["rows", "step"])
-def local_forward(X, WEIGHT, Y, rows, step, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, SIGN: tl.constexpr,
-                  BM: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr):
+def local_forward(
+    X,
+    WEIGHT,
+    Y,
+    rows,
+    step,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    K: tl.constexpr,
+    SIGN: tl.constexpr,
+    BM: tl.constexpr,
+    P: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "Y = X convolved with WEIGHT; SIGN -1: its transpose, the gradient of X. Grid: groups * tiles of rows."
     tiles = tl.cdiv(rows, BM)
     group = tl.program_id(0) // tiles
     r = tl.program_id(0) % tiles * BM + tl.arange(0, BM)
     acc = tl.zeros([BM, P], tl.float32)
     if P <= 32:
-        for u in tl.static_range(K):                                                      # all loads in flight at once
+        for u in tl.static_range(K):  # all loads in flight at once
             acc = local_step(acc, X, WEIGHT, group, r, rows, u, step, H, W, K, SIGN, P, PRECISION)
     else:
         for u in range(K):
@@ -62,8 +88,22 @@ def local_forward(X, WEIGHT, Y, rows, step, H: tl.constexpr, W: tl.constexpr, K:
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #3915225a
 @triton.jit(do_not_specialize=["rows", "step", "share", "groups"])
-def local_weights(X, GRAD, PARTS, rows, step, share, groups, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
-                  GU: tl.constexpr, BM: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr):
+def local_weights(
+    X,
+    GRAD,
+    PARTS,
+    rows,
+    step,
+    share,
+    groups,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    K: tl.constexpr,
+    GU: tl.constexpr,
+    BM: tl.constexpr,
+    P: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "The program's sums for the weights in PARTS (shares, groups, K, K). Grid: groups * shares, cdiv(K, GU)."
     group, part, u0 = tl.program_id(0) % groups, tl.program_id(0) // groups, tl.program_id(1) * GU
     sums = ()
@@ -71,13 +111,13 @@ def local_weights(X, GRAD, PARTS, rows, step, share, groups, H: tl.constexpr, W:
         sums = sums + (tl.zeros([P, P], tl.float32),)
     for i in range(part * share, tl.minimum(part * share + share, tl.cdiv(rows, BM))):
         r = i * BM + tl.arange(0, BM)
-        g = map_rows(GRAD, group, r, rows, 0, step, H, W, P)                              # [BM, j]
+        g = map_rows(GRAD, group, r, rows, 0, step, H, W, P)  # [BM, j]
         new = ()
         for q in tl.static_range(GU):
-            x = map_rows(X, group, r, rows, u0 + q - K // 2, step, H, W, P)               # [BM, j']
+            x = map_rows(X, group, r, rows, u0 + q - K // 2, step, H, W, P)  # [BM, j']
             new = new + (tl.dot(x.T, g, sums[q], input_precision=PRECISION),)
         sums = new
-    offset = tl.arange(0, P)[:, None] - tl.arange(0, P)[None, :]                          # j' - j
+    offset = tl.arange(0, P)[:, None] - tl.arange(0, P)[None, :]  # j' - j
     PARTS += (part.to(tl.int64) * groups + group) * (K * K)
     for q in tl.static_range(GU):
         for t in tl.static_range(K):
@@ -87,6 +127,7 @@ def local_weights(X, GRAD, PARTS, rows, step, share, groups, H: tl.constexpr, W:
 # %% ../../nbs/5_vision/hyperzzw.ipynb #bbff3735
 class LocalLaunch(NamedTuple):
     "How the local kernels are launched."
+
     rows: int  # of a tile, at most
     weight_rows: int  # of a tile for the kernel's gradient
     lanes: int  # of the products kept at once for it: P * P * GU at most
@@ -97,9 +138,16 @@ class LocalLaunch(NamedTuple):
 LOCAL_LAUNCH = LaunchTable("local", record=LocalLaunch)  # by padded width
 for _arch in ("sm90", "sm80", "small", "interpreter"):
     for _bits in (16, 32):
-        LOCAL_LAUNCH.rows(_arch, _bits, {
-            16: ((128, 64, 9 * 256, 1056, 4),), 32: ((128, 64, (5 if _bits == 16 else 2) * 1024, 1056, 4),),
-            64: ((64, 64, (3 if _bits == 16 else 1) * 4096, 1056, 4),), 128: ((64, 32, 16384, 528, 8),)})
+        LOCAL_LAUNCH.rows(
+            _arch,
+            _bits,
+            {
+                16: ((128, 64, 9 * 256, 1056, 4),),
+                32: ((128, 64, (5 if _bits == 16 else 2) * 1024, 1056, 4),),
+                64: ((64, 64, (3 if _bits == 16 else 1) * 4096, 1056, 4),),
+                128: ((64, 32, 16384, 528, 8),),
+            },
+        )
 
 
 def _grouped(x, weight):
@@ -113,8 +161,21 @@ def local_launch(x: Tensor, weight: Tensor, sign: int) -> BoundLaunch:
     (groups, step, rows), (H, W) = _grouped(x, weight), x.shape[2:]
     p = LOCAL_LAUNCH.find(arch_of(x.device), "local", torch.finfo(x.dtype).bits, round_dim(W))
     BM = min(p.rows, round_dim(rows))
-    return BoundLaunch(local_forward, (groups * -(-rows // BM),), rows, step, H=H, W=W, K=weight.shape[-1], SIGN=sign,
-                       BM=BM, P=round_dim(W), PRECISION=float32_products(), num_warps=p.warps, num_stages=2)
+    return BoundLaunch(
+        local_forward,
+        (groups * -(-rows // BM),),
+        rows,
+        step,
+        H=H,
+        W=W,
+        K=weight.shape[-1],
+        SIGN=sign,
+        BM=BM,
+        P=round_dim(W),
+        PRECISION=float32_products(),
+        num_warps=p.warps,
+        num_stages=2,
+    )
 
 
 def local_weights_launch(x: Tensor, weight: Tensor) -> tuple[BoundLaunch, int]:
@@ -126,5 +187,19 @@ def local_weights_launch(x: Tensor, weight: Tensor) -> tuple[BoundLaunch, int]:
     tiles = -(-rows // BM)
     share = -(-tiles // max(1, min(tiles, -(-p.programs // groups))))
     shares = -(-tiles // share)
-    return BoundLaunch(local_weights, (groups * shares, -(-k // GU)), rows, step, share, groups, H=H, W=W, K=k, GU=GU,
-                       BM=BM, P=P, PRECISION=float32_products(), num_warps=p.warps), shares
+    return BoundLaunch(
+        local_weights,
+        (groups * shares, -(-k // GU)),
+        rows,
+        step,
+        share,
+        groups,
+        H=H,
+        W=W,
+        K=k,
+        GU=GU,
+        BM=BM,
+        P=P,
+        PRECISION=float32_products(),
+        num_warps=p.warps,
+    ), shares

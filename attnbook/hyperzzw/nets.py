@@ -26,10 +26,15 @@ class RGU(nn.Module):
 
     `size`: the side it is trained at; at another one the image is interpolated. `backend`: of `hyperzzw_gate`.
     Source: Sec. 3, RGU."""
+
     def __init__(self, channels: int, size: int, backend: str = "auto"):
         super().__init__()
         self.kv, self.q = nn.Conv2d(channels, 2 * channels, 1), nn.Conv2d(channels, channels, 1)
-        self.y, self.image, self.backend = nn.Conv2d(channels, channels, 1), nn.Parameter(torch.zeros(size, size)), backend
+        self.y, self.image, self.backend = (
+            nn.Conv2d(channels, channels, 1),
+            nn.Parameter(torch.zeros(size, size)),
+            backend,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         k, v = self.kv(x).chunk(2, 1)
@@ -42,6 +47,7 @@ class BatchStandardize(nn.Module):
 
     `running`: keep running statistics (momentum 0.1) and use them in evaluation; without it evaluation depends on the
     batch, as in the original. `activate(x, bias)` is GELU of the result plus bias, fused. Source: Sec. 3."""
+
     def __init__(self, channels: int, running: bool = False):
         super().__init__()
         self.running = check_bool("running", running)
@@ -67,7 +73,7 @@ class BatchStandardize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         real = x.to(torch.promote_types(x.dtype, torch.float32))
-        var, mean = torch.var_mean(real, (2, 3), correction=0)                            # [B, C]
+        var, mean = torch.var_mean(real, (2, 3), correction=0)  # [B, C]
         of, over = self._known() or (mean.mean(0), var.mean(0) + mean.var(0, correction=0))
         mean, rate = torch.where(self.over_batch, of, mean), (torch.where(self.over_batch, over, var) + EPS).rsqrt()
         self._keep(x, mean, rate)
@@ -85,6 +91,7 @@ class GIBS(BatchStandardize):
 
     `running` as in `BatchStandardize`. ValueError unless groups divides channels (the original then fails). Source:
     Sec. 3, G-IBS."""
+
     def __init__(self, channels: int, groups: int = 12, running: bool = False):
         self.per_group = check_divides("groups", groups, "channels", channels)
         super().__init__(channels, running)
@@ -95,8 +102,17 @@ class GIBS(BatchStandardize):
 # %% ../../nbs/5_vision/hyperzzw.ipynb #50f05abd
 class LocalBranch(nn.Module):
     "GELU(BS(W(kernel(context) * x))) + b: a depth-wise convolution with written kernels, a 1x1 convolution. Source: Sec. 3.4."
-    def __init__(self, channels: int, kernel_size: int, omega_0: float | None, context: str, running: bool,
-                 use_local: bool, backend: str):
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        omega_0: float | None,
+        context: str,
+        running: bool,
+        use_local: bool,
+        backend: str,
+    ):
         super().__init__()
         self.kernel = ContextSlowNet(channels, kernel_size, omega_0=omega_0, context=context)
         self.mixer, self.norm = nn.Conv2d(channels, channels, 1), BatchStandardize(channels, running)
@@ -120,14 +136,34 @@ class SFNEBlock(nn.Module):
     - `omega_0` of all slow networks; None: by size, see `SlowNet`. `groups` of G-IBS must divide factor * channels.
     - `backend`: of the operators. ValueError or TypeError on bad arguments. Source: Sec. 3.4.
     """
+
     def __init__(
-        self, channels: int, factor: int, size: int, *, earlier: int = 0, num_layers: int = 2, dropout: float = 0.0,
-        omega_0: float | None = None, hci: str = "official", context: str = "batch", use_global: bool = True,
-        use_local: bool = True, groups: int = 12, backend: str = "auto",
+        self,
+        channels: int,
+        factor: int,
+        size: int,
+        *,
+        earlier: int = 0,
+        num_layers: int = 2,
+        dropout: float = 0.0,
+        omega_0: float | None = None,
+        hci: str = "official",
+        context: str = "batch",
+        use_global: bool = True,
+        use_local: bool = True,
+        groups: int = 12,
+        backend: str = "auto",
     ):
         super().__init__()
-        C, out, running = check_int("channels", channels, least=1), check_int("factor", factor, least=1) * channels, context == "sample"
-        self.size, self.hci = check_int("size", size, least=1), check_choice("hci", hci, ("official", "gate_after", "none"))
+        C, out, running = (
+            check_int("channels", channels, least=1),
+            check_int("factor", factor, least=1) * channels,
+            context == "sample",
+        )
+        self.size, self.hci = (
+            check_int("size", size, least=1),
+            check_choice("hci", hci, ("official", "gate_after", "none")),
+        )
         self.use_global, self.backend, self.channels = check_bool("use_global", use_global), backend, C
         check_bool("use_local", use_local), check_probability("dropout", dropout)
         slow = partial(SlowNet, omega_0=omega_0)
@@ -135,35 +171,52 @@ class SFNEBlock(nn.Module):
         self.rgu_slow, self.rgu_fast = RGU(C, size, backend), RGU(C, size, backend)
         self.mixer, self.channel_kernel = nn.Conv2d(C, C, 1), slow((C,), hidden=32)
         self.hyper_space, self.hyper_channel = slow((size, size), hidden=64), slow((C,), hidden=16)
-        self.local = nn.ModuleList(LocalBranch(C, k, omega_0, context, running, use_local, backend) for k in (3, 9, 5, 7))
+        self.local = nn.ModuleList(
+            LocalBranch(C, k, omega_0, context, running, use_local, backend) for k in (3, 9, 5, 7)
+        )
         self.bottleneck = nn.Conv2d((10 + earlier) * C, out, 1)
         nn.init.kaiming_normal_(self.bottleneck.weight)
         nn.init.zeros_(self.bottleneck.bias)
-        self.norm, self.bias, self.dropout = GIBS(out, groups, running), nn.Parameter(torch.zeros(())), nn.Dropout2d(dropout)
+        self.norm, self.bias, self.dropout = (
+            GIBS(out, groups, running),
+            nn.Parameter(torch.zeros(())),
+            nn.Dropout2d(dropout),
+        )
         self.earlier = earlier
 
     def _channel_gate(self, x):
         "The sigmoid of the score of each channel's mean: `(B, C, 1, 1)`."
-        score = hyperzzw_score(x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)), self.channel_kernel()[0])
+        score = hyperzzw_score(
+            x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)), self.channel_kernel()[0]
+        )
         return torch.sigmoid(score)[..., None, None].to(x.dtype)
 
     def _products(self, x, kernel, fast, m, scale):
         "Global products with fast, m and c, and these three standardized."
         hci, after = self.hci, self.hci == "gate_after"
-        c = instance_standardize(x) * self._channel_gate(x) if after else x * self._channel_gate(x) if hci == "official" else x
-        x, fast, m, c = (t.to(fast.dtype) for t in (x, fast, m, c))   # under autocast x may be in float32
+        c = (
+            instance_standardize(x) * self._channel_gate(x)
+            if after
+            else x * self._channel_gate(x)
+            if hci == "official"
+            else x
+        )
+        x, fast, m, c = (t.to(fast.dtype) for t in (x, fast, m, c))  # under autocast x may be in float32
         if not self.use_global:
             factors = instance_standardize(fast), instance_standardize(m), c if after else instance_standardize(c)
             return factors, factors
-        outs, factors = hyperzzw_global(x, kernel, (fast, m, c), standardize=(True, True, not after), return_factors=True,
-                                        backend=self.backend)
+        outs, factors = hyperzzw_global(
+            x, kernel, (fast, m, c), standardize=(True, True, not after), return_factors=True, backend=self.backend
+        )
         return (outs if scale == 1 else tuple(scale * o for o in outs)), factors
 
     def _hyper(self, x, o, sizes):
         "Hyper interaction: x gated by a score over space and channels."
         over_channels, over_space = o.mean(1, keepdim=True), o.mean((2, 3), keepdim=True)
         score = hyperzzw_score(over_channels, self.hyper_space(sizes).to(o.dtype))
-        return x * torch.sigmoid(score * hyperzzw_score(over_space, self.hyper_channel()[0, 0, :, None, None].to(o.dtype)))
+        return x * torch.sigmoid(
+            score * hyperzzw_score(over_space, self.hyper_channel()[0, 0, :, None, None].to(o.dtype))
+        )
 
     def forward(self, x: Tensor, *earlier: Tensor, return_kernel: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         if x.dim() != 4 or x.shape[1] != self.channels or x.shape[2] != x.shape[3]:
@@ -171,14 +224,16 @@ class SFNEBlock(nn.Module):
         if len(earlier) != self.earlier:
             raise ValueError(f"earlier must hold {self.earlier} tensors, not {len(earlier)}")
         sizes = tuple(x.shape[2:])
-        kernel = self.global_kernel(sizes)                                                # [1, C, S, S]
+        kernel = self.global_kernel(sizes)  # [1, C, S, S]
         fast = self.rgu_slow(x * kernel.to(x.dtype)) + self.rgu_fast(x)
         (o, o_m, o_c), (fast, m, c) = self._products(x, kernel, fast, self.mixer(x), self.size / sizes[0])
         x = x.to(o.dtype)
         f1, f2, f3, f4 = (f(*at) for f, at in zip(self.local, ((x, c), (c, x), (m, x), (x, m))))
         first, last = earlier[:1], earlier[1:]
         branches = [o, f2, *first, fast, o_m, f1, F.silu(o), f3, o_c, f4, *last, self._hyper(x, o, sizes)]
-        y = self.norm.activate(self.bottleneck(torch.cat([b.to(o.dtype) for b in branches], 1)), self.bias, self.backend)
+        y = self.norm.activate(
+            self.bottleneck(torch.cat([b.to(o.dtype) for b in branches], 1)), self.bias, self.backend
+        )
         y = self.dropout(y)
         return (y, kernel) if return_kernel else y
 
@@ -195,11 +250,23 @@ class Terminator(nn.Module):
     its channels and concatenated; {} for none. `size`: S in training. `dropout` of all blocks but the first. Other
     arguments: see `SFNEBlock`. Defaults: the CIFAR network (code). ValueError on bad arguments. Source: Sec. 3, Fig. 1.
     """
+
     def __init__(
-        self, in_channels: int = 3, factors: Sequence[int] = (4, 3, 2, 2, 2), num_classes: int = 10, size: int = 32, *,
-        skips: Mapping[int, Sequence[int]] | None = None, dropout: float = 0.05, omega_0: float | None = None,
-        hci: str = "official", context: str = "batch", use_global: bool = True, use_local: bool = True,
-        groups: int = 12, backend: str = "auto",
+        self,
+        in_channels: int = 3,
+        factors: Sequence[int] = (4, 3, 2, 2, 2),
+        num_classes: int = 10,
+        size: int = 32,
+        *,
+        skips: Mapping[int, Sequence[int]] | None = None,
+        dropout: float = 0.05,
+        omega_0: float | None = None,
+        hci: str = "official",
+        context: str = "batch",
+        use_global: bool = True,
+        use_local: bool = True,
+        groups: int = 12,
+        backend: str = "auto",
     ):
         super().__init__()
         skips = SKIPS if skips is None else skips
@@ -208,11 +275,26 @@ class Terminator(nn.Module):
         for i, factor in enumerate(factors):
             for j in self.skips[i]:
                 if not 0 <= j < i or C % outs[j]:
-                    raise ValueError(f"skips must name earlier blocks whose channels divide those of block {i}, {C}, not {j}")
-            self.blocks.append(SFNEBlock(
-                C, factor, size, earlier=len(self.skips[i]), num_layers=2 if i else 3, dropout=dropout if i else 0.0,
-                omega_0=omega_0, hci=hci, context=context, use_global=use_global, use_local=use_local, groups=groups,
-                backend=backend))
+                    raise ValueError(
+                        f"skips must name earlier blocks whose channels divide those of block {i}, {C}, not {j}"
+                    )
+            self.blocks.append(
+                SFNEBlock(
+                    C,
+                    factor,
+                    size,
+                    earlier=len(self.skips[i]),
+                    num_layers=2 if i else 3,
+                    dropout=dropout if i else 0.0,
+                    omega_0=omega_0,
+                    hci=hci,
+                    context=context,
+                    use_global=use_global,
+                    use_local=use_local,
+                    groups=groups,
+                    backend=backend,
+                )
+            )
             C *= factor
             outs.append(C)
         self.head = nn.Linear(C, num_classes)
@@ -234,12 +316,29 @@ def terminator_cifar(num_classes: int = 10, **options: Any) -> Terminator:
 # %% ../../nbs/5_vision/hyperzzw.ipynb #48a56313
 #: parameters of the CIFAR network with 10 classes by part, of a second implementation
 PUBLISHED_PARTS = {
-    "bottleneck": 645_456, "RGU": 231_328, "local slow nets": 182_240, "local mixers": 110_564,
-    "global slow nets": 71_307, "hyper interaction": 53_477, "channel mixer": 27_636, "hyper-channel": 11_952,
-    "biases after G-IBS": 5, "head": 2_890}
-_PART_OF = (("bottleneck", "bottleneck"), ("rgu_", "RGU"), (".kernel.", "local slow nets"), ("local.", "local mixers"),
-            ("global_kernel", "global slow nets"), ("hyper_", "hyper interaction"), ("channel_kernel", "hyper-channel"),
-            ("mixer", "channel mixer"), ("blocks.", "biases after G-IBS"), ("head", "head"))
+    "bottleneck": 645_456,
+    "RGU": 231_328,
+    "local slow nets": 182_240,
+    "local mixers": 110_564,
+    "global slow nets": 71_307,
+    "hyper interaction": 53_477,
+    "channel mixer": 27_636,
+    "hyper-channel": 11_952,
+    "biases after G-IBS": 5,
+    "head": 2_890,
+}
+_PART_OF = (
+    ("bottleneck", "bottleneck"),
+    ("rgu_", "RGU"),
+    (".kernel.", "local slow nets"),
+    ("local.", "local mixers"),
+    ("global_kernel", "global slow nets"),
+    ("hyper_", "hyper interaction"),
+    ("channel_kernel", "hyper-channel"),
+    ("mixer", "channel mixer"),
+    ("blocks.", "biases after G-IBS"),
+    ("head", "head"),
+)
 
 
 def parameter_parts(model: nn.Module) -> dict[str, int]:
@@ -266,13 +365,20 @@ def slow_neural_loss(kernels: Sequence[Tensor]) -> Tensor:
         for earlier in kernels[:i]:
             n, rest = divmod(later.shape[1], earlier.shape[1])
             if rest or not n:
-                raise ValueError(f"kernels must have channels that divide those of later ones, not {earlier.shape[1]} and {later.shape[1]}")
+                raise ValueError(
+                    f"kernels must have channels that divide those of later ones, not {earlier.shape[1]} and {later.shape[1]}"
+                )
             total = total + (later.unflatten(1, (n, -1)) - earlier[:, None]).square().mean()
     return total
 
 
 def terminator_loss(
-    model: Terminator, images: Tensor, labels: Tensor, *, label_smoothing: float = 0.09, slow: float = 1.0,
+    model: Terminator,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.09,
+    slow: float = 1.0,
     penalty: float = 5e-5,
 ) -> Tensor:
     """The training loss: smoothed cross-entropy, `slow` times the slow neural loss, `penalty` times the sum of 2-norms of the
@@ -284,8 +390,10 @@ def terminator_loss(
     if penalty:
         fast, slow_weights = [], []
         for name, p in model.named_parameters():
-            if not is_slow(name): fast.append(p)
-            elif p.dim() == 2 and name.endswith("weight"): slow_weights.append(p)
+            if not is_slow(name):
+                fast.append(p)
+            elif p.dim() == 2 and name.endswith("weight"):
+                slow_weights.append(p)
         norms = [torch.stack(torch._foreach_norm(group)).sum() for group in (fast, slow_weights)]
         loss = loss + penalty * (norms[0] + 1e-6 * norms[1])
     return loss
@@ -298,10 +406,12 @@ class Kar3(torch.optim.Optimizer):
     and (0.75, 0.99). A group's `lr` may be a tensor. ValueError for a negative rate or betas outside [0, 1). Source:
     Sec. 3.7 (code).
     """
+
     averages = 2
 
     def __init__(self, params: Iterable, lr: float | Tensor = 1.215e-3, betas: Sequence[float] = (0.5, 0.95)):
-        if not isinstance(lr, Tensor): check_number("lr", lr, least=0)
+        if not isinstance(lr, Tensor):
+            check_number("lr", lr, least=0)
         betas = tuple(betas) if isinstance(betas, (tuple, list)) else (betas,)
         if len(betas) != self.averages or not all(0 <= check_number("betas", b) < 1 for b in betas):
             raise ValueError(f"betas must be {self.averages} numbers from 0 to below 1, not {betas}")
@@ -312,7 +422,8 @@ class Kar3(torch.optim.Optimizer):
         "One step; returns the closure's loss."
         loss = None
         if closure is not None:
-            with torch.enable_grad(): loss = closure()
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             ps = [p for p in group["params"] if p.grad is not None]
             if not ps:
@@ -333,6 +444,7 @@ class Kar3(torch.optim.Optimizer):
 
 class Kar2(Kar3):
     "Kar3 with one moving average, of beta 0.95."
+
     averages = 1
 
     def __init__(self, params: Iterable, lr: float | Tensor = 1.215e-3, betas: Sequence[float] = (0.95,)):

@@ -86,7 +86,7 @@ def norm_sums(X, MEAN, RATE, GRAD, M1, M2, TOTAL, N: tl.constexpr, BLOCK: tl.con
     grad, _ = map_line(GRAD, N, BLOCK)
     x = (x - tl.load(MEAN + pid)) * tl.load(RATE + pid)
     below, density = gelu_parts(x)
-    g = grad * (below + density)                                                          # 0 beyond the map
+    g = grad * (below + density)  # 0 beyond the map
     tl.store(M1 + pid, tl.sum(g, 0) / N)
     tl.store(M2 + pid, tl.sum(g * x, 0) / N)
     tl.store(TOTAL + pid, tl.sum(grad, 0))

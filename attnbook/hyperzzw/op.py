@@ -63,6 +63,7 @@ def _product_forward(x: Tensor, kernel: Tensor, v: list[Tensor], standard: int, 
             launch, _ = _launch(product_launch, "forward", x, _own(kernel, x), M, standard, keep)
             launch(x, kernel, v, outs, tuple(factors.get(m, outs[m]) for m in range(M)))
         return [*outs, *factors.values()]
+
     return [t.to(x.dtype) for t in through_float32(run, (x, kernel, *v))]
 
 
@@ -76,7 +77,7 @@ def _product_backward(call):
 
     def run(x, kernel, *rest):
         x, kernel, rest = x.contiguous(), kernel.contiguous(), tuple(t.contiguous() for t in rest)
-        v, grads, factor_grads = rest[:M], rest[M:2 * M], dict(zip(kept, rest[2 * M:]))
+        v, grads, factor_grads = rest[:M], rest[M : 2 * M], dict(zip(kept, rest[2 * M :]))
         own = _own(kernel, x)
         dx, dv = _tensor_like(x), tuple(_tensor_like(x) for _ in v)
         if not x.numel():
@@ -95,8 +96,14 @@ def _product_gradients(call):
     return dict(x=_tensor_like(call.x), kernel=_tensor_like(call.kernel), v=[_tensor_like(t) for t in call.v])
 
 
-product_op = operation("hyperzzw_product", _product_forward, like=_product_like, backward=_product_backward,
-                       gradients_like=_product_gradients, drop=("outputs",))
+product_op = operation(
+    "hyperzzw_product",
+    _product_forward,
+    like=_product_like,
+    backward=_product_backward,
+    gradients_like=_product_gradients,
+    drop=("outputs",),
+)
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #d959875e
 def _gate_forward(k: Tensor, q: Tensor, bias: Tensor) -> Tensor:
@@ -105,6 +112,7 @@ def _gate_forward(k: Tensor, q: Tensor, bias: Tensor) -> Tensor:
         if k.numel():
             _launch(gate_launch, "gate", k)[0](k.contiguous(), q.contiguous(), bias.contiguous(), out)
         return out
+
     return through_float32(run, (k, q, bias)).to(k.dtype)
 
 
@@ -117,6 +125,7 @@ def _gate_backward(call):
         parts = torch.empty(shares, *bias.shape, dtype=torch.float32, device=k.device)
         launch(k.contiguous(), q.contiguous(), grad.contiguous(), dk, dq, parts)
         return dk, dq, parts.sum(0)
+
     found = through_float32(run, (call.k, call.q, call.bias, call.grads[0]))
     return {n: d.to(getattr(call, n).dtype) for n, d in zip(("k", "q", "bias"), found)}
 
@@ -125,13 +134,23 @@ def _gate_gradients(call):
     return {n: _tensor_like(getattr(call, n)) for n in ("k", "q", "bias")}
 
 
-gate_op = operation("hyperzzw_gate", _gate_forward, like=lambda k, q, bias: _tensor_like(k), backward=_gate_backward,
-                    gradients_like=_gate_gradients, drop=(0,))
+gate_op = operation(
+    "hyperzzw_gate",
+    _gate_forward,
+    like=lambda k, q, bias: _tensor_like(k),
+    backward=_gate_backward,
+    gradients_like=_gate_gradients,
+    drop=(0,),
+)
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #5ad01de6
 def _local_launch(kind, x, weight):
     "For `_launch`: by the name of what is computed."
-    return local_weights_launch(x, weight) if kind == "weights" else local_launch(x, weight, 1 if kind == "forward" else -1)
+    return (
+        local_weights_launch(x, weight)
+        if kind == "weights"
+        else local_launch(x, weight, 1 if kind == "forward" else -1)
+    )
 
 
 def _local_forward(x: Tensor, weight: Tensor) -> Tensor:
@@ -140,6 +159,7 @@ def _local_forward(x: Tensor, weight: Tensor) -> Tensor:
         if x.numel():
             _launch(_local_launch, "forward", x, weight)(x.contiguous(), weight.contiguous(), out)
         return out
+
     return through_float32(run, (x, weight)).to(x.dtype)
 
 
@@ -155,15 +175,24 @@ def _local_backward(call):
             launch(x, grad, dw)
             dw = dw[0] if shares == 1 else dw.sum(0)
         return dx, dw
+
     dx, dw = through_float32(run, (call.x, call.weight, call.grads[0]))
     return dict(x=dx.to(call.x.dtype), weight=dw.to(call.weight.dtype))
 
 
-local_op = operation("hyperzzw_local", _local_forward, like=lambda x, weight: _tensor_like(x), backward=_local_backward,
-                     gradients_like=lambda call: {n: _tensor_like(getattr(call, n)) for n in ("x", "weight")}, drop=(0,))
+local_op = operation(
+    "hyperzzw_local",
+    _local_forward,
+    like=lambda x, weight: _tensor_like(x),
+    backward=_local_backward,
+    gradients_like=lambda call: {n: _tensor_like(getattr(call, n)) for n in ("x", "weight")},
+    drop=(0,),
+)
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #a1c5e814
-def _norm_forward(x: Tensor, over_batch: Tensor, bias: Tensor, given_mean: Tensor | None, given_var: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _norm_forward(
+    x: Tensor, over_batch: Tensor, bias: Tensor, given_mean: Tensor | None, given_var: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     mean, var, rate = (torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(3))
 
     def run(x, bias):
@@ -173,6 +202,7 @@ def _norm_forward(x: Tensor, over_batch: Tensor, bias: Tensor, given_mean: Tenso
             _launch(norm_launch, "mix", x)(mean, var, over_batch, given_mean, given_var, rate)
             _launch(norm_launch, "apply", x)(x, mean, rate, bias, y)
         return y
+
     return through_float32(run, (x, bias)).to(x.dtype), mean, rate
 
 
@@ -192,12 +222,20 @@ def _norm_backward(call):
         _launch(norm_launch, "mix_sums", x, call.given_mean is not None)(m1, m2, call.over_batch)
         _launch(norm_launch, "gradient", x)(x, mean, rate, grad, m1, m2, dx)
         return dx, total.sum()
+
     dx, dbias = through_float32(run, (call.x, call.grads[0]))
     return dict(x=dx.to(call.x.dtype), bias=dbias.to(call.bias.dtype))
 
 
-norm_op = operation("hyperzzw_norm", _norm_forward, like=_norm_like, backward=_norm_backward, nondifferentiable=(1, 2),
-                    drop=(0,), gradients_like=lambda call: dict(x=_tensor_like(call.x), bias=_tensor_like(call.bias)))
+norm_op = operation(
+    "hyperzzw_norm",
+    _norm_forward,
+    like=_norm_like,
+    backward=_norm_backward,
+    nondifferentiable=(1, 2),
+    drop=(0,),
+    gradients_like=lambda call: dict(x=_tensor_like(call.x), bias=_tensor_like(call.bias)),
+)
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #d638f9c0
 _CHECKED = Plans()
@@ -234,7 +272,9 @@ def _decide_global(x, kernel, *v, standardize, return_factors, backend):
     check_bool("return_factors", return_factors)
     if isinstance(standardize, (tuple, list)):
         if len(standardize) != len(v):
-            raise ValueError(f"standardize must be True or False, or one for each of {len(v)} right factors, not {standardize!r}")
+            raise ValueError(
+                f"standardize must be True or False, or one for each of {len(v)} right factors, not {standardize!r}"
+            )
         flags = [check_bool(f"standardize[{i}]", flag) for i, flag in enumerate(standardize)]
     else:
         flags = [check_bool("standardize", standardize)] * len(v)
@@ -252,7 +292,7 @@ def _decide_local(x, weight, *, padding, backend):
     check_choice("padding", padding, ("same",))
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     if backend == "auto" and last and k <= 5 and weight.dim() == 4:
-        return "torch"                                       # cuDNN takes this layout as it is; ours would copy it first
+        return "torch"  # cuDNN takes this layout as it is; ours would copy it first
     return _chosen(backend, x, MOST_SIDE)
 
 
@@ -275,8 +315,13 @@ def _decide_norm(x, over_batch, bias, *given, backend):
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #2618de32
 def hyperzzw_global(
-    x: Tensor, kernel: Tensor, v: Tensor | Sequence[Tensor], *, standardize: bool | Sequence[bool] = False,
-    return_factors: bool = False, backend: str = "auto",
+    x: Tensor,
+    kernel: Tensor,
+    v: Tensor | Sequence[Tensor],
+    *,
+    standardize: bool | Sequence[bool] = False,
+    return_factors: bool = False,
+    backend: str = "auto",
 ) -> Any:
     """The global HyperZ·Z·W operator: `(x * kernel) @ v` over the two axes of the maps, per sample and channel.
 
@@ -295,18 +340,21 @@ def hyperzzw_global(
     check_tensor("x", x), check_tensor("kernel", kernel)
     vs = [v] if single else list(v) if isinstance(v, (tuple, list)) else [check_tensor("v", v)]
     for name, t in ((f"v[{i}]", t) for i, t in enumerate(vs)):
-        if not isinstance(t, Tensor): check_tensor(name, t)
-    if isinstance(standardize, list): standardize = tuple(standardize)
+        if not isinstance(t, Tensor):
+            check_tensor(name, t)
+    if isinstance(standardize, list):
+        standardize = tuple(standardize)
     x, *vs = autocast(x, *vs)
-    backend, flags = _CHECKED.decide(_decide_global, (x, kernel, *vs), dict(
-        standardize=standardize, return_factors=return_factors, backend=backend))
+    backend, flags = _CHECKED.decide(
+        _decide_global, (x, kernel, *vs), dict(standardize=standardize, return_factors=return_factors, backend=backend)
+    )
     with without_autocast(x):
         if backend == "torch":
             outs, factors = hyperzzw_global_reference(x, kernel, vs, standardize=flags, return_factors=True)
         else:
             bits = _bits(flags)
             found = product_op(x, kernel, vs, bits, bits if return_factors else 0)
-            outs, given = tuple(found[:len(vs)]), iter(found[len(vs):])
+            outs, given = tuple(found[: len(vs)]), iter(found[len(vs) :])
             factors = tuple(next(given) if flag and return_factors else t for flag, t in zip(flags, vs))
     pack = lambda ts: ts[0] if single else ts
     return (pack(outs), pack(factors)) if return_factors else pack(outs)
@@ -321,7 +369,7 @@ def hyperzzw_local(x: Tensor, weight: Tensor, *, padding: str = "same", backend:
     channels last, which the kernel would copy first and cuDNN takes as they are. The weight may have another floating-point type than x. Gradients are
     deterministic. Raises ValueError or TypeError that names the argument. Source: Sec. 3, the sliding-window form.
     """
-    x, = autocast(check_tensor("x", x))
+    (x,) = autocast(check_tensor("x", x))
     check_tensor("weight", weight)
     backend = _CHECKED.decide(_decide_local, (x, weight), dict(padding=padding, backend=backend))
     with without_autocast(x):
@@ -340,7 +388,12 @@ def hyperzzw_gate(k: Tensor, q: Tensor, bias: Tensor, *, backend: str = "auto") 
 
 
 def standardize_gelu(
-    x: Tensor, over_batch: Tensor, bias: Tensor, statistics: tuple[Tensor, Tensor] | None = None, *, backend: str = "auto",
+    x: Tensor,
+    over_batch: Tensor,
+    bias: Tensor,
+    statistics: tuple[Tensor, Tensor] | None = None,
+    *,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """GELU of standardized maps plus a scalar: x `(batch, channels, H, W)` -> y like x, and the means and reciprocal
     deviations that were used, `(batch, channels)`, float32, without gradient.
@@ -350,7 +403,7 @@ def standardize_gelu(
     without axes. `backend`: "triton" (maps up to 128 x 128), "torch", "auto". Raises ValueError or TypeError that names the
     argument. Source: Sec. 3, G-IBS.
     """
-    x, = autocast(check_tensor("x", x))
+    (x,) = autocast(check_tensor("x", x))
     given = () if statistics is None else tuple(check_tensor("statistics", t) for t in statistics)
     if len(given) not in (0, 2):
         raise ValueError(f"statistics must be None, or mean and variance, not {len(given)} tensors")

@@ -42,7 +42,11 @@ def instance_standardize(x: Tensor) -> Tensor:
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #00591721
 def hyperzzw_global_reference(
-    x: Tensor, kernel: Tensor, v: Tensor | Sequence[Tensor], *, standardize: bool | Sequence[bool] = False,
+    x: Tensor,
+    kernel: Tensor,
+    v: Tensor | Sequence[Tensor],
+    *,
+    standardize: bool | Sequence[bool] = False,
     return_factors: bool = False,
 ) -> Any:
     "The global product in plain PyTorch; arguments and results of `hyperzzw_global`."
@@ -72,16 +76,16 @@ def hyperzzw_gate_reference(k: Tensor, q: Tensor, bias: Tensor) -> Tensor:
 
 
 def hyperzzw_score(x: Tensor, kernel: Tensor) -> Tensor:
-    "The score `kernel * x * x` (\"2E\", two elementwise products), shapes as they broadcast. Source: Sec. 3."
+    'The score `kernel * x * x` ("2E", two elementwise products), shapes as they broadcast. Source: Sec. 3.'
     return kernel * x * x
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #857db61c
 def standardize_gelu_reference(
-    x: Tensor, over_batch: Tensor, bias: Tensor, statistics: tuple[Tensor, Tensor] | None = None,
+    x: Tensor, over_batch: Tensor, bias: Tensor, statistics: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     "GELU of the standardized maps, plus bias, in plain PyTorch; arguments and results of `standardize_gelu`."
     real = x.to(torch.promote_types(x.dtype, torch.float32))
-    var, mean = torch.var_mean(real, (2, 3), correction=0)                                # [B, C]
+    var, mean = torch.var_mean(real, (2, 3), correction=0)  # [B, C]
     if statistics is None:
         of, over = mean.mean(0), var.mean(0) + mean.var(0, correction=0)
     else:
@@ -92,18 +96,22 @@ def standardize_gelu_reference(
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #2ccb2eb5
 def global_cost(
-    batch: int, channels: int, side: int, factors: int = 1, *, keep: int = 0, element_size: int = 2,
+    batch: int, channels: int, side: int, factors: int = 1, *, keep: int = 0, element_size: int = 2
 ) -> dict[str, int]:
     """Least work of one global product with so many right factors, `keep` of them given back standardized: FLOPs and
     bytes of forward and backward. The kernel is one for all samples, in float32."""
     maps, flops = element_size * batch * channels * side**2, 2 * factors * batch * channels * side**3
     kernel = 4 * channels * side**2
-    return dict(flops_fwd=flops, bytes_fwd=maps * (1 + 2 * factors + keep) + kernel,
-                flops_bwd=2 * flops, bytes_bwd=maps * (2 + 3 * factors + keep) + 2 * kernel)
+    return dict(
+        flops_fwd=flops,
+        bytes_fwd=maps * (1 + 2 * factors + keep) + kernel,
+        flops_bwd=2 * flops,
+        bytes_bwd=maps * (2 + 3 * factors + keep) + 2 * kernel,
+    )
 
 
 def local_cost(
-    batch: int, channels: int, side: int, k: int, *, per_sample: bool = False, element_size: int = 2,
+    batch: int, channels: int, side: int, k: int, *, per_sample: bool = False, element_size: int = 2
 ) -> dict[str, int]:
     "Least work of one local product: FLOPs of a convolution as it is written, and bytes, forward and backward."
     maps, flops = element_size * batch * channels * side**2, 2 * k * k * batch * channels * side**2

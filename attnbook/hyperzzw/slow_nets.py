@@ -36,7 +36,7 @@ def _mixing_layers(hidden: int, layers: int) -> nn.ModuleList:
     "V_i and a_i of the layers 1 to `layers`."
     found = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
     for layer in found:
-        nn.init.uniform_(layer.weight, -(3 / hidden) ** 0.5, (3 / hidden) ** 0.5)
+        nn.init.uniform_(layer.weight, -((3 / hidden) ** 0.5), (3 / hidden) ** 0.5)
         nn.init.ones_(layer.bias)
     return found
 
@@ -72,8 +72,13 @@ class SlowNet(nn.Module):
     half of `aliasing_omega`, the highest that the grid can hold. Source: Sec. 3, "MAGNet"; initial values (code).
     ValueError or TypeError on bad arguments.
     """
+
     def __init__(
-        self, sizes: Sequence[int], out_channels: int = 1, hidden: int = 64, num_layers: int = 2,
+        self,
+        sizes: Sequence[int],
+        out_channels: int = 1,
+        hidden: int = 64,
+        num_layers: int = 2,
         omega_0: float | None = None,
     ):
         super().__init__()
@@ -95,10 +100,10 @@ class SlowNet(nn.Module):
         with torch.autocast(kind.type, enabled=False):
             c = self.coords if same else hyper_kernel_coords(*sizes, device=kind).flatten(0, -2)
             c, beta = c.to(self.beta.dtype), _resized(self.beta, sizes).reshape(-1, 1)
-            h = self.sines[0](c).sin()                                                    # [positions, h]
+            h = self.sines[0](c).sin()  # [positions, h]
             for sine, mix in zip(self.sines[1:], self.mixing):
                 h = torch.addcmul(beta, sine(c).sin(), mix(h))
-            kernel = torch.addmm(self.last.bias[:, None], self.last.weight, h.T)          # [C, positions]
+            kernel = torch.addmm(self.last.bias[:, None], self.last.weight, h.T)  # [C, positions]
         return kernel.view(1, self.out_channels, *sizes)
 
     def extra_repr(self):
@@ -117,12 +122,21 @@ class ContextSlowNet(nn.Module):
     `channels` of the context and of the kernels; `kernel_size` k; other arguments as in `SlowNet`. Source: Sec. 3, local
     HyperZ·Z·W; S-renormalization with constants 1 and 0.1 (code). ValueError or TypeError on bad arguments.
     """
+
     def __init__(
-        self, channels: int, kernel_size: int, hidden: int = 32, num_layers: int = 2, omega_0: float | None = None,
+        self,
+        channels: int,
+        kernel_size: int,
+        hidden: int = 32,
+        num_layers: int = 2,
+        omega_0: float | None = None,
         context: str = "batch",
     ):
         super().__init__()
-        self.kernel_size, self.context = check_int("kernel_size", kernel_size, least=1), check_choice("context", context, ("batch", "sample"))
+        self.kernel_size, self.context = (
+            check_int("kernel_size", kernel_size, least=1),
+            check_choice("context", context, ("batch", "sample")),
+        )
         sizes = (kernel_size,) * 2
         self.channels, self.omega_0 = check_int("channels", channels, least=1), _default_omega(omega_0, sizes)
         self.sines = _sine_layers(2, hidden, num_layers, self.omega_0)
@@ -131,22 +145,23 @@ class ContextSlowNet(nn.Module):
         self.beta = nn.Parameter(torch.zeros(sizes))
         self.reduce, self.embed = nn.Linear(channels, hidden), nn.Linear(hidden, hidden)
         self.gates = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(num_layers))
-        for gate in self.gates: nn.init.ones_(gate.bias)
+        for gate in self.gates:
+            nn.init.ones_(gate.bias)
         self.register_buffer("coords", hyper_kernel_coords(*sizes).flatten(0, -2), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         k = self.kernel_size
         with without_autocast(x):
             dtype = self.beta.dtype
-            pooled = F.adaptive_avg_pool2d(x, k).to(dtype).flatten(2).mT                  # [B, k k, C]
+            pooled = F.adaptive_avg_pool2d(x, k).to(dtype).flatten(2).mT  # [B, k k, C]
             if self.context == "batch":
-                pooled = pooled.mean(0, keepdim=True)                                     # R is linear: before or after
-            e = F.gelu(self.embed(self.reduce(pooled)))                                   # [1 or B, k k, h]
+                pooled = pooled.mean(0, keepdim=True)  # R is linear: before or after
+            e = F.gelu(self.embed(self.reduce(pooled)))  # [1 or B, k k, h]
             c, beta = self.coords.to(dtype), self.beta.reshape(-1, 1)
             h = self.sines[0](c).sin()[None]
             for sine, mix, gate in zip(self.sines[1:], self.mixing, self.gates):
                 h = s_renormalize(torch.addcmul(beta, sine(c).sin(), mix(h))) * gate(e)
-            kernel = self.last(h).mT.unflatten(-1, (1, k, k))                             # [1 or B, C, 1, k, k]
+            kernel = self.last(h).mT.unflatten(-1, (1, k, k))  # [1 or B, C, 1, k, k]
         return kernel[0] if self.context == "batch" else kernel
 
     def extra_repr(self):
@@ -159,5 +174,7 @@ def radial_spectrum(kernel: Tensor) -> Tensor:
     power = torch.fft.fft2(kernel.double()).abs().square().reshape(-1, S, S).mean(0).flatten()
     f = torch.fft.fftfreq(S, 1 / S, device=kernel.device)
     radius = (f[:, None] ** 2 + f**2).sqrt().round().long().flatten()
-    found = torch.zeros(max(S, int(radius.max()) + 1), dtype=torch.float64, device=kernel.device).index_add_(0, radius, power)
-    return found[:S // 2 + 1] / power.sum()
+    found = torch.zeros(max(S, int(radius.max()) + 1), dtype=torch.float64, device=kernel.device).index_add_(
+        0, radius, power
+    )
+    return found[: S // 2 + 1] / power.sum()

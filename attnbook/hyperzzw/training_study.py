@@ -31,27 +31,74 @@ from .slow_nets import SlowNet
 #: `net`: in_channels and factors of the blocks; digits on photographs of `size` pixels, of which `train` are for
 #: training and `val` for choosing; `search` of the learning rates runs a `search_epochs` schedule
 PRESETS = dict(
-    smoke=dict(net=dict(in_channels=3, factors=(4,)), size=10, train=64, val=16, test=16, batch=32, epochs=1, seeds=1,
-               search_epochs=1, rates=(1.0,), omegas=(0.5, 100.0), leak=8, leak_sizes=(1, 8), context_sides=(10,)),
-    cpu=dict(net=dict(in_channels=3, factors=(4, 2)), size=14, train=320, val=100, test=100, batch=32, epochs=2,
-             seeds=1, search_epochs=1, rates=(1.0,), omegas=(0.5, 100.0), leak=16, leak_sizes=(1, 8, 16),
-             context_sides=(14,)),
-    gpu=dict(net=dict(in_channels=3, factors=(4, 2, 2)), size=32, train=3488, val=512, test=1000, batch=128, epochs=9,
-             seeds=3, search_epochs=2, rates=(0.4, 1.2), omegas=(0.5, 8.0, 2000.0), leak=96,
-             leak_sizes=(1, 8, 64, 512), context_sides=(16, 32)))
+    smoke=dict(
+        net=dict(in_channels=3, factors=(4,)),
+        size=10,
+        train=64,
+        val=16,
+        test=16,
+        batch=32,
+        epochs=1,
+        seeds=1,
+        search_epochs=1,
+        rates=(1.0,),
+        omegas=(0.5, 100.0),
+        leak=8,
+        leak_sizes=(1, 8),
+        context_sides=(10,),
+    ),
+    cpu=dict(
+        net=dict(in_channels=3, factors=(4, 2)),
+        size=14,
+        train=320,
+        val=100,
+        test=100,
+        batch=32,
+        epochs=2,
+        seeds=1,
+        search_epochs=1,
+        rates=(1.0,),
+        omegas=(0.5, 100.0),
+        leak=16,
+        leak_sizes=(1, 8, 16),
+        context_sides=(14,),
+    ),
+    gpu=dict(
+        net=dict(in_channels=3, factors=(4, 2, 2)),
+        size=32,
+        train=3488,
+        val=512,
+        test=1000,
+        batch=128,
+        epochs=9,
+        seeds=3,
+        search_epochs=2,
+        rates=(0.4, 1.2),
+        omegas=(0.5, 8.0, 2000.0),
+        leak=96,
+        leak_sizes=(1, 8, 64, 512),
+        context_sides=(16, 32),
+    ),
+)
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #fb21f73a
 class SmallResNet(nn.Module):
     "Three stages of one residual block each, widths w, 2w, 4w, the map halved twice; images -> logits of 10 classes."
+
     def __init__(self, width: int, in_channels: int = 3, num_classes: int = 10):
         super().__init__()
         conv = lambda i, o, k, s=1: nn.Sequential(nn.Conv2d(i, o, k, s, k // 2, bias=False), nn.BatchNorm2d(o))
         self.stem, self.stages, C = conv(in_channels, width, 3), nn.ModuleList(), width
         for i in range(3):
             out, s = width * 2**i, 2 if i else 1
-            self.stages.append(nn.ModuleDict(dict(
-                inner=nn.Sequential(conv(C, out, 3, s), nn.ReLU(), conv(out, out, 3)),
-                shortcut=conv(C, out, 1, s) if s > 1 else nn.Identity())))
+            self.stages.append(
+                nn.ModuleDict(
+                    dict(
+                        inner=nn.Sequential(conv(C, out, 3, s), nn.ReLU(), conv(out, out, 3)),
+                        shortcut=conv(C, out, 1, s) if s > 1 else nn.Identity(),
+                    )
+                )
+            )
             C = out
         self.head = nn.Linear(C, num_classes)
 
@@ -65,18 +112,34 @@ class SmallResNet(nn.Module):
 class LongConvNet(nn.Module):
     """In the manner of CCNN: residual blocks of a batch norm, a depth-wise convolution over the whole map with a kernel that a
     slow network writes (offsets up to S - 1, by Fourier transform), GELU and a 1x1 convolution."""
-    def __init__(self, width: int, size: int, depth: int = 3, in_channels: int = 3, num_classes: int = 10,
-                 omega_0: float | None = None):
+
+    def __init__(
+        self,
+        width: int,
+        size: int,
+        depth: int = 3,
+        in_channels: int = 3,
+        num_classes: int = 10,
+        omega_0: float | None = None,
+    ):
         super().__init__()
         self.size, self.stem, self.head = size, nn.Conv2d(in_channels, width, 1), nn.Linear(width, num_classes)
-        self.blocks = nn.ModuleList(nn.ModuleDict(dict(
-            norm=nn.BatchNorm2d(width), kernel=SlowNet((2 * size - 1,) * 2, width, hidden=32, omega_0=omega_0),
-            scale=nn.Conv2d(width, width, 1, groups=width), mix=nn.Conv2d(width, width, 1))) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                dict(
+                    norm=nn.BatchNorm2d(width),
+                    kernel=SlowNet((2 * size - 1,) * 2, width, hidden=32, omega_0=omega_0),
+                    scale=nn.Conv2d(width, width, 1, groups=width),
+                    mix=nn.Conv2d(width, width, 1),
+                )
+            )
+            for _ in range(depth)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x, S = self.stem(x), self.size
         for b in self.blocks:
-            kernel = F.pad(b["kernel"](), (0, 1, 0, 1)).roll((1 - S, 1 - S), (2, 3))      # offset 0 first
+            kernel = F.pad(b["kernel"](), (0, 1, 0, 1)).roll((1 - S, 1 - S), (2, 3))  # offset 0 first
             with without_autocast(x):
                 y = torch.fft.rfft2(b["norm"](x).float(), (2 * S, 2 * S)) * torch.fft.rfft2(kernel.float())
                 y = torch.fft.irfft2(y, (2 * S, 2 * S))[..., :S, :S]
@@ -87,7 +150,8 @@ class LongConvNet(nn.Module):
 def widest(make: Callable[[int], nn.Module], parameters: int) -> nn.Module:
     "The network `make(width)` whose number of parameters, which grows with the width, is nearest to `parameters`."
     count, low, high = lambda w: count_parameters(partial(make, w)), 1, 2
-    while count(high) < parameters: low, high = high, 2 * high
+    while count(high) < parameters:
+        low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count(middle) < parameters else (low, middle)
@@ -96,6 +160,7 @@ def widest(make: Callable[[int], nn.Module], parameters: int) -> nn.Module:
 # %% ../../nbs/5_vision/hyperzzw.ipynb #78384502
 class SignSGD(Kar3):
     "Kar3 without averages: every coordinate moves by lr against the sign of its gradient."
+
     averages = 0
 
     def __init__(self, params: Iterable, lr: float | Tensor = 1e-3):
@@ -103,12 +168,16 @@ class SignSGD(Kar3):
 
 
 #: name -> optimizer and its rate, which the search multiplies
-OPTIMIZERS = {"Kar3": (Kar3, 1.215e-3), "AdamW": (partial(torch.optim.AdamW, weight_decay=0.05), 2e-3),
-              "sign SGD": (SignSGD, 1.2e-3)}
+OPTIMIZERS = {
+    "Kar3": (Kar3, 1.215e-3),
+    "AdamW": (partial(torch.optim.AdamW, weight_decay=0.05), 2e-3),
+    "sign SGD": (SignSGD, 1.2e-3),
+}
 
 
 class Data(NamedTuple):
     "Images `(n, 3, S, S)` and labels for training, choosing and testing."
+
     x: Tensor
     y: Tensor
     val_x: Tensor
@@ -124,17 +193,23 @@ def digit_data(size: int, *, train: int, val: int, test: int, device: str = "cpu
     name = "mnist_m"
     try:
         images = image_classification(name, seed=0)
-    except ModuleNotFoundError:                              # the packages with the photographs are missing
+    except ModuleNotFoundError:  # the packages with the photographs are missing
         name = "mnist5k"
         images = image_classification(name, seed=0)
-    resize = lambda a: F.interpolate(image_tensor(a), (size, size), mode="bilinear", antialias=True, align_corners=False)
+    resize = lambda a: F.interpolate(
+        image_tensor(a), (size, size), mode="bilinear", antialias=True, align_corners=False
+    )
     x, tx = (t.expand(-1, 3, -1, -1) for t in standardise(resize(images.x_train), resize(images.x_test)))
     if permuted:
         order = torch.randperm(size * size, generator=torch.Generator().manual_seed(0))
         x, tx = (t.flatten(2)[..., order].unflatten(2, (size, size)) for t in (x, tx))
     y, ty = torch.as_tensor(images.y_train), torch.as_tensor(images.y_test)
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
-    a, b, t = rows[:train], rows[train:train + val], torch.randperm(len(tx), generator=torch.Generator().manual_seed(2))[:test]
+    a, b, t = (
+        rows[:train],
+        rows[train : train + val],
+        torch.randperm(len(tx), generator=torch.Generator().manual_seed(2))[:test],
+    )
     return Data(*(t.to(device) for t in (x[a], y[a], x[b], y[b], tx[t], ty[t])), name=name)
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #07eef115
@@ -145,15 +220,18 @@ def _pass(model, loss_fn, x, y):
     def plain(x, y):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=gpu, cache_enabled=False):
             loss = loss_fn(model, x, y)
-        for p in model.parameters(): p.grad = None
+        for p in model.parameters():
+            p.grad = None
         loss.backward()
         return loss.detach()
+
     if not gpu:
         return plain
     fixed_x, fixed_y, stream = x.clone(), y.clone(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3): plain(fixed_x, fixed_y)
+        for _ in range(3):
+            plain(fixed_x, fixed_y)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
@@ -168,6 +246,7 @@ def _pass(model, loss_fn, x, y):
         fixed_x.copy_(x), fixed_y.copy_(y)
         graph.replay()
         return loss.clone()
+
     return replay
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #baaeb9ea
@@ -188,21 +267,27 @@ def smoothed_cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def train_network(
-    model: nn.Module, data: Data, *, loss_fn: Callable, optimizer: str, rate: float, epochs: int, batch: int, seed: int,
+    model: nn.Module, data: Data, *, loss_fn: Callable, optimizer: str, rate: float, epochs: int, batch: int, seed: int
 ) -> dict:
     """Trains in place with cosine decay after a warm-up of 8 % of the steps; a dict with validation accuracy after each epoch
     (`curve`), accuracies at the end, mean loss of the last epoch, seconds. `rate` multiplies the optimizer's."""
     import time
+
     make, base = OPTIMIZERS[optimizer]
     opt, per = make(model.parameters(), lr=rate * base), len(data.x) // batch
     model.train()
     torch.manual_seed(seed)
-    go, g, step, curve = _pass(model, loss_fn, data.x[:batch], data.y[:batch]), torch.Generator().manual_seed(seed), 0, []
+    go, g, step, curve = (
+        _pass(model, loss_fn, data.x[:batch], data.y[:batch]),
+        torch.Generator().manual_seed(seed),
+        0,
+        [],
+    )
     began = time.perf_counter()
     for _ in range(epochs):
         order, losses = torch.randperm(len(data.x), generator=g).to(data.x.device), []
         for i in range(per):
-            rows = order[i * batch:(i + 1) * batch]
+            rows = order[i * batch : (i + 1) * batch]
             losses.append(go(data.x[rows], data.y[rows]))
             for group in opt.param_groups:
                 group["lr"] = learning_rate(step, steps=epochs * per, lr=rate * base, warmup=int(0.08 * epochs * per))
@@ -210,18 +295,39 @@ def train_network(
             step += 1
         curve.append(float((predictions(model, data.val_x, 512) == data.val_y).double().mean()))
     right = lambda x, y: float((predictions(model, x, 512) == y).double().mean())
-    return dict(curve=curve, val=curve[-1], test=right(data.test_x, data.test_y), loss=float(torch.stack(losses).mean()),
-                train=right(data.x[:len(data.val_x)], data.y[:len(data.val_x)]), seconds=time.perf_counter() - began,
-                parameters=count_parameters(model), optimizer=optimizer, rate=rate, epochs=epochs)
+    return dict(
+        curve=curve,
+        val=curve[-1],
+        test=right(data.test_x, data.test_y),
+        loss=float(torch.stack(losses).mean()),
+        train=right(data.x[: len(data.val_x)], data.y[: len(data.val_x)]),
+        seconds=time.perf_counter() - began,
+        parameters=count_parameters(model),
+        optimizer=optimizer,
+        rate=rate,
+        epochs=epochs,
+    )
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #308cecf2
 VARIANTS = {  # name -> what differs from the official network, and what from its loss
-    "official": ({}, {}), "no hyper-channel gate": (dict(hci="none"), {}), "gate after": (dict(hci="gate_after"), {}),
-    "no slow loss": ({}, dict(slow=0.0)), "no skips": (dict(skips={}), {}), "no global products": (dict(use_global=False), {}),
-    "no local products": (dict(use_local=False), {}), "kernels per image": (dict(context="sample"), {})}
+    "official": ({}, {}),
+    "no hyper-channel gate": (dict(hci="none"), {}),
+    "gate after": (dict(hci="gate_after"), {}),
+    "no slow loss": ({}, dict(slow=0.0)),
+    "no skips": (dict(skips={}), {}),
+    "no global products": (dict(use_global=False), {}),
+    "no local products": (dict(use_local=False), {}),
+    "kernels per image": (dict(context="sample"), {}),
+}
 #: network and optimizer of the first experiment
-CONTESTANTS = (("Terminator", "Kar3"), ("Terminator", "AdamW"), ("Terminator", "sign SGD"), ("ResNet", "AdamW"),
-               ("ResNet", "Kar3"), ("CCNN", "AdamW"))
+CONTESTANTS = (
+    ("Terminator", "Kar3"),
+    ("Terminator", "AdamW"),
+    ("Terminator", "sign SGD"),
+    ("ResNet", "AdamW"),
+    ("ResNet", "Kar3"),
+    ("CCNN", "AdamW"),
+)
 
 
 class Experiments:
@@ -229,6 +335,7 @@ class Experiments:
 
     `preset` a key of `PRESETS`; `device`; `seed` the first seed; `epochs`, if not 0, instead of the preset's. ValueError for
     an unknown preset."""
+
     def __init__(self, preset: str = "cpu", device: str = "cpu", seed: int = 0, epochs: int = 0):
         self.preset, self.device = check_choice("preset", preset, tuple(PRESETS)), device
         self.settings = PRESETS[preset] | (dict(epochs=epochs) if epochs else {})
@@ -237,7 +344,9 @@ class Experiments:
     @lru_cache(maxsize=8)  # noqa: B019
     def data(self, size: int, permuted: bool = False) -> Data:
         "The preset's images at a size."
-        return digit_data(size, **{n: self.settings[n] for n in ("train", "val", "test")}, device=self.device, permuted=permuted)
+        return digit_data(
+            size, **{n: self.settings[n] for n in ("train", "val", "test")}, device=self.device, permuted=permuted
+        )
 
     def network(self, name: str, size: int, **options: Any) -> nn.Module:
         "Terminator with options, or one of the others with as many parameters; on the device."
@@ -251,27 +360,58 @@ class Experiments:
         torch.manual_seed(run)
         model = self.network(name, size, **options)
         loss_fn = partial(terminator_loss, **loss) if name == "Terminator" else smoothed_cross_entropy
-        row = train_network(model, self.data(size, permuted), loss_fn=loss_fn, optimizer=optimizer, rate=rate, epochs=epochs,
-                            batch=self.settings["batch"], seed=run)
+        row = train_network(
+            model,
+            self.data(size, permuted),
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            rate=rate,
+            epochs=epochs,
+            batch=self.settings["batch"],
+            seed=run,
+        )
         return model, dict(net=name, run=run, size=size, data=self.data(size, permuted).name, **row)
 
     def rate(self, name: str, optimizer: str) -> float:
         "The factor of the learning rate with the best validation accuracy after a short schedule."
         c = self.settings
         if (name, optimizer) not in self.rates:
-            found = {r: self._train(name, optimizer, 1000, r, c["search_epochs"], c["size"], False, {}, {})[1]["val"]
-                     for r in c["rates"]} if len(c["rates"]) > 1 else {c["rates"][0]: 0.0}
+            found = (
+                {
+                    r: self._train(name, optimizer, 1000, r, c["search_epochs"], c["size"], False, {}, {})[1]["val"]
+                    for r in c["rates"]
+                }
+                if len(c["rates"]) > 1
+                else {c["rates"][0]: 0.0}
+            )
             self.rates[name, optimizer] = max(found, key=found.get)
         return self.rates[name, optimizer]
 
-    def train(self, name: str, optimizer: str, run: int, variant: str = "official", size: int = 0,
-              permuted: bool = False, **options: Any) -> tuple[nn.Module, dict]:
+    def train(
+        self,
+        name: str,
+        optimizer: str,
+        run: int,
+        variant: str = "official",
+        size: int = 0,
+        permuted: bool = False,
+        **options: Any,
+    ) -> tuple[nn.Module, dict]:
         "The trained network and its row."
         key = name, optimizer, run, variant, size, permuted, *sorted(options.items())
         if key not in self.trained:
             changes, loss = VARIANTS[variant]
-            self.trained[key] = self._train(name, optimizer, run, self.rate(name, optimizer), self.settings["epochs"],
-                                            size or self.settings["size"], permuted, changes | options, loss)
+            self.trained[key] = self._train(
+                name,
+                optimizer,
+                run,
+                self.rate(name, optimizer),
+                self.settings["epochs"],
+                size or self.settings["size"],
+                permuted,
+                changes | options,
+                loss,
+            )
         return self.trained[key]
 
     def write(self, name: str, key: Sequence[str], rows: Iterable[Mapping]) -> list[dict]:
@@ -306,7 +446,7 @@ def leakage(e: Experiments) -> list[dict]:
     for run, variant in ((run, v) for run in e.seeds for v in ("official", "kernels per image")):
         model, found = e.train("Terminator", "Kar3", run, variant)[0], {}
         for size in c["leak_sizes"]:
-            most = x[:n] if size <= n else x[:max(n, size)]
+            most = x[:n] if size <= n else x[: max(n, size)]
             found[f"{size} at a time"] = predictions(model, most, size)[:n]
         sorted_x, places = x[:n][by_class], torch.empty_like(y[:n])
         for k in y[:n].unique():
@@ -316,8 +456,17 @@ def leakage(e: Experiments) -> list[dict]:
         one_class[by_class] = places
         found["one class at a time"] = one_class
         base = found[f"{max(c['leak_sizes'])} at a time"]
-        rows += [dict(variant=variant, run=run, batch=name, images=n, accuracy=float((p == y[:n]).double().mean()),
-                      changed=float((p != base).double().mean())) for name, p in found.items()]
+        rows += [
+            dict(
+                variant=variant,
+                run=run,
+                batch=name,
+                images=n,
+                accuracy=float((p == y[:n]).double().mean()),
+                changed=float((p != base).double().mean()),
+            )
+            for name, p in found.items()
+        ]
     return e.write("leakage", ("variant", "run", "batch"), rows)
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #7e3506e0
@@ -335,22 +484,37 @@ def context_fields(size: int, seed: int = 0, device: str = "cpu") -> dict[str, T
     net = Terminator(3, (4, 2, 2), size=size, context="sample", dropout=0.0).to(device).double().eval()
     block, x = net.blocks[0], torch.randn(2, 3, size, size, dtype=torch.float64, device=device)
     K = block.global_kernel()
+
     def features(x):
         outs = []
         for i, b in enumerate(net.blocks):
             x = b(x, *(outs[j].repeat(1, x.shape[1] // outs[j].shape[1], 1, 1) for j in net.skips[i]))
             outs.append(x)
         return x
-    return {"product": receptive_field(lambda x: hyperzzw_global(x, K, x, backend="torch"), x),
-            "product, standardized": receptive_field(lambda x: hyperzzw_global(x, K, x, standardize=True, backend="torch"), x),
-            "block": receptive_field(block, x), "network": receptive_field(features, x)}
+
+    return {
+        "product": receptive_field(lambda x: hyperzzw_global(x, K, x, backend="torch"), x),
+        "product, standardized": receptive_field(
+            lambda x: hyperzzw_global(x, K, x, standardize=True, backend="torch"), x
+        ),
+        "block": receptive_field(block, x),
+        "network": receptive_field(features, x),
+    }
 
 
 def context(e: Experiments) -> list[dict]:
     "4. Shares of pixels that matter: at all, and more than a hundredth of the largest."
-    rows = [dict(part=name, side=side, seen=float((f > 1e-12 * f.max()).double().mean()),
-                 strong=float((f > 0.01 * f.max()).double().mean()), share=(2 * side - 1) / side**2)
-            for side in e.settings["context_sides"] for name, f in context_fields(side, device=e.device).items()]
+    rows = [
+        dict(
+            part=name,
+            side=side,
+            seen=float((f > 1e-12 * f.max()).double().mean()),
+            strong=float((f > 0.01 * f.max()).double().mean()),
+            share=(2 * side - 1) / side**2,
+        )
+        for side in e.settings["context_sides"]
+        for name, f in context_fields(side, device=e.device).items()
+    ]
     return e.write("context", ("part", "side"), rows)
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #db47b433
@@ -374,11 +538,20 @@ def frequencies(e: Experiments) -> list[dict]:
         for omega in omegas:
             model, row = e.train("Terminator", "Kar3", run, size=low, omega_0=omega)
             right = (predictions(model, high.test_x, 512) == high.test_y).double().mean()
-            yield dict(omega_0=omega, permuted=False, test_high=float(right), error=resampling_error(omega, low, run), **row)
+            yield dict(
+                omega_0=omega, permuted=False, test_high=float(right), error=resampling_error(omega, low, run), **row
+            )
         for omega in (min(omegas), max(omegas)):
-            yield dict(omega_0=omega, permuted=True, **e.train("Terminator", "Kar3", run, size=low, permuted=True, omega_0=omega)[1])
+            yield dict(
+                omega_0=omega,
+                permuted=True,
+                **e.train("Terminator", "Kar3", run, size=low, permuted=True, omega_0=omega)[1],
+            )
         for permuted in (False, True):
-            yield dict(omega_0=None, permuted=permuted, **e.train("ResNet", "AdamW", run, size=low, permuted=permuted)[1])
+            yield dict(
+                omega_0=None, permuted=permuted, **e.train("ResNet", "AdamW", run, size=low, permuted=permuted)[1]
+            )
+
     found = (row for run in list(e.seeds)[:2] for row in rows(run))
     return e.write("frequencies", ("net", "omega_0", "permuted", "run", "epochs"), found)
 
@@ -388,19 +561,27 @@ def feature_statistics(model: Terminator, x: Tensor) -> list[dict]:
     "For each block: the largest mean of a channel over batch and map, before GELU and after, and the mean deviation before."
     found, hooks = [], []
     for block in model.blocks:
+
         def look(module, inputs, out, found=found, norm=block.norm):
             y = norm(out.float())
             after = F.gelu(y)
             of = lambda t: float(t.mean((0, 2, 3)).abs().max())
             found.append(dict(before=of(y), after=of(after), deviation=float(y.std((0, 2, 3)).mean())))
+
         hooks.append(block.bottleneck.register_forward_hook(look))
     model.eval()(x)
-    for hook in hooks: hook.remove()
+    for hook in hooks:
+        hook.remove()
     return found
 
 
 def features(e: Experiments) -> list[dict]:
     "6. Means and deviations of the blocks' outputs of the trained official networks."
-    rows = [dict(run=run, block=i, **r) for run in e.seeds for i, r in enumerate(feature_statistics(
-        e.train("Terminator", "Kar3", run)[0], e.data(e.settings["size"]).test_x[:64]))]
+    rows = [
+        dict(run=run, block=i, **r)
+        for run in e.seeds
+        for i, r in enumerate(
+            feature_statistics(e.train("Terminator", "Kar3", run)[0], e.data(e.settings["size"]).test_x[:64])
+        )
+    ]
     return e.write("features", ("run", "block"), rows)

@@ -18,6 +18,7 @@ from ..models import create_model, list_models, model_card
 # %% ../../nbs/1_foundations/17_integrations.ipynb #f37a09a0
 class SwappedAttention(nn.Module):
     "timm's attention with the products between its projections exchanged for a function of q, k, v `(batch, heads, tokens, head_dim)`. It holds the modules of the one it replaces, under the same names."
+
     def __init__(self, old: nn.Module, mechanism: Callable[[Tensor, Tensor, Tensor], Tensor]):
         super().__init__()
         for name, module in old.named_children():
@@ -42,10 +43,20 @@ def swap_attention(
     blocks: Iterable[int] | None = None,  # which attention modules, counted from the input; all if None
 ) -> nn.Module:
     "Exchanges the attention of a timm model in place, weights kept, and returns the model. ValueError if it has none of that form, or not so many."
-    found = [(name, m) for name, m in model.named_modules() if name.split(".")[-1] == "attn" and all(hasattr(m, a) for a in ("qkv", "proj", "num_heads")) and not hasattr(m, "relative_position_bias_table")]
+    found = [
+        (name, m)
+        for name, m in model.named_modules()
+        if name.split(".")[-1] == "attn"
+        and all(hasattr(m, a) for a in ("qkv", "proj", "num_heads"))
+        and not hasattr(m, "relative_position_bias_table")
+    ]
     chosen = list(range(len(found)) if blocks is None else blocks)
     if not found or not all(0 <= i < len(found) for i in chosen):
-        raise ValueError(f"blocks must be from 0 to {len(found) - 1}, not {chosen}" if found else "model must have modules `attn` with qkv and proj, and this one has none")
+        raise ValueError(
+            f"blocks must be from 0 to {len(found) - 1}, not {chosen}"
+            if found
+            else "model must have modules `attn` with qkv and proj, and this one has none"
+        )
     for i in chosen:
         name, old = found[i]
         parent, _, last = name.rpartition(".")
@@ -54,7 +65,7 @@ def swap_attention(
 
 # %% ../../nbs/1_foundations/17_integrations.ipynb #b2e36d44
 def register_models(prefix: str = "attnbook_") -> list[str]:
-    "Registers the book's image models with timm, as `timm.create_model(\"attnbook_halonet_h1\")`, and returns their names. No weights are shipped: `pretrained=True` is a ValueError there."
+    'Registers the book\'s image models with timm, as `timm.create_model("attnbook_halonet_h1")`, and returns their names. No weights are shipped: `pretrained=True` is a ValueError there.'
     registry = importlib.import_module("timm.models")
     home = sys_module("attnbook.integrations.timm_models")
     made = []
@@ -62,12 +73,19 @@ def register_models(prefix: str = "attnbook_") -> list[str]:
         if model_card(name).image is None:
             continue
 
-        def make(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, _name=name, **settings):
+        def make(
+            pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, _name=name, **settings
+        ):
             if pretrained:
-                raise ValueError(f"there are no weights for {_name!r}: attnbook.model_card says which published ones load")
+                raise ValueError(
+                    f"there are no weights for {_name!r}: attnbook.model_card says which published ones load"
+                )
             model, size = create_model(_name, **settings), model_card(_name).image
-            model.pretrained_cfg = model.default_cfg = dict(input_size=(3, size, size), num_classes=settings.get("num_classes", 1000), architecture=prefix + _name)
+            model.pretrained_cfg = model.default_cfg = dict(
+                input_size=(3, size, size), num_classes=settings.get("num_classes", 1000), architecture=prefix + _name
+            )
             return model
+
         make.__name__, make.__module__ = prefix + name, home.__name__
         setattr(home, make.__name__, make)
         if not registry.is_model(make.__name__):
@@ -79,4 +97,5 @@ def register_models(prefix: str = "attnbook_") -> list[str]:
 def sys_module(name: str) -> types.ModuleType:
     "The module of that name, made if there is none: timm keeps the functions it registers by module."
     import sys
+
     return sys.modules.setdefault(name, types.ModuleType(name, "What attnbook registered with timm."))

@@ -30,14 +30,45 @@ def register(
     models = importlib.import_module("transformers.modeling_utils")
 
     def forward(module, query, key, value, attention_mask=None, dropout=0.0, scaling=None, is_causal=None, **kwargs):
-        return attend(module, query, key, value, attention_mask, dropout, scaling, is_causal, window_size=window_size, backend=backend, **kwargs), None
+        return attend(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout,
+            scaling,
+            is_causal,
+            window_size=window_size,
+            backend=backend,
+            **kwargs,
+        ), None
 
-    def mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=masks.causal_mask_function, attention_mask=None, **kwargs):
+    def mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset=0,
+        kv_offset=0,
+        mask_function=masks.causal_mask_function,
+        attention_mask=None,
+        **kwargs,
+    ):
         padded = attention_mask is not None and not bool(attention_mask.all())
         aligned = not isinstance(q_offset, Tensor) and q_offset - kv_offset + q_length == kv_length
         if mask_function is masks.causal_mask_function and aligned and not padded:
             return None
-        return masks.sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs | dict(allow_is_causal_skip=False))
+        return masks.sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            mask_function,
+            attention_mask,
+            **kwargs | dict(allow_is_causal_skip=False),
+        )
+
     models.AttentionInterface.register(name, forward)
     masks.AttentionMaskInterface.register(name, mask)
     return name
@@ -48,7 +79,8 @@ def attend(
     query: Tensor,  # `(batch, heads, Nq, head_dim)`
     key: Tensor,  # `(batch, kv_heads, Nk, head_dim)`
     value: Tensor,
-    mask: Tensor | None,  # boolean, True = attend, or added to the scores; None: causal if the layer is, the last query with the last key
+    mask: Tensor
+    | None,  # boolean, True = attend, or added to the scores; None: causal if the layer is, the last query with the last key
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -58,17 +90,40 @@ def attend(
     **kwargs,
 ) -> Tensor:  # `(batch, Nq, heads, head_dim)`
     "Attention as transformers calls it. ValueError for what cannot be done: dropout, soft caps, attention maps."
-    if dropout or kwargs.get("softcap") is not None or kwargs.get("output_attentions") or kwargs.get("s_aux") is not None:
-        raise ValueError("this attention has no dropout, soft cap or learnt sink and returns no attention maps: set another attn_implementation")
+    if (
+        dropout
+        or kwargs.get("softcap") is not None
+        or kwargs.get("output_attentions")
+        or kwargs.get("s_aux") is not None
+    ):
+        raise ValueError(
+            "this attention has no dropout, soft cap or learnt sink and returns no attention maps: set another attn_implementation"
+        )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     offset = key.shape[2] - query.shape[2]
     if mask is None:
-        out = attention(query, key, value, is_causal=bool(causal), window_size=window_size if causal else None, q_offset=offset, scale=scaling, backend=backend)
+        out = attention(
+            query,
+            key,
+            value,
+            is_causal=bool(causal),
+            window_size=window_size if causal else None,
+            q_offset=offset,
+            scale=scaling,
+            backend=backend,
+        )
     else:
-        mask = mask[..., :key.shape[2]]
+        mask = mask[..., : key.shape[2]]
         seen, bias = (mask, None) if mask.dtype == torch.bool else (None, mask)
         if window_size is not None:
-            near = attention_mask(query.shape[2], key.shape[2], is_causal=True, window_size=window_size, q_offset=offset, device=query.device)
+            near = attention_mask(
+                query.shape[2],
+                key.shape[2],
+                is_causal=True,
+                window_size=window_size,
+                q_offset=offset,
+                device=query.device,
+            )
             seen = near if seen is None else seen & near
         out = attention_reference(query, key, value, mask=seen, bias=bias, scale=scaling)
     return out.transpose(1, 2).contiguous()

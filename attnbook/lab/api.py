@@ -22,6 +22,7 @@ from .pages import Body, highlighted, notebook_body, plain_text
 @dataclass
 class Member:
     "A public name of a module, as its text gives it."
+
     name: str
     kind: str  # "function", "kernel", "class", "method", "property" or "value"
     signature: str  # source, from `def` or `class` to the colon; the assignment of a value
@@ -33,6 +34,7 @@ class Member:
 @dataclass
 class Module:
     "A module of the library, as its text gives it."
+
     name: str  # attnbook.halo.op
     doc: str
     notebook: str  # path inside the checkout; empty if there is none
@@ -44,7 +46,10 @@ def _head(lines: list[str], node: ast.AST) -> str:
     "The source of a definition up to its body."
     first = node.body[0]
     end = first.lineno - 1
-    kept = [line[node.col_offset:] for line in [*lines[node.lineno - 1:end], lines[end].encode()[:first.col_offset].decode()]]
+    kept = [
+        line[node.col_offset :]
+        for line in [*lines[node.lineno - 1 : end], lines[end].encode()[: first.col_offset].decode()]
+    ]
     while kept and (not kept[-1].strip() or kept[-1].strip().startswith(("#", "@"))):
         kept.pop()
     return "\n".join(kept).rstrip().removesuffix("  # fmt: skip")
@@ -53,7 +58,7 @@ def _head(lines: list[str], node: ast.AST) -> str:
 def _fields(lines: list[str], node: ast.ClassDef) -> str:
     "The annotated fields of a class, with their comments."
     found = [n for n in node.body if isinstance(n, ast.AnnAssign)]
-    return "\n".join(line[node.col_offset:] for n in found for line in lines[n.lineno - 1:n.end_lineno])
+    return "\n".join(line[node.col_offset :] for n in found for line in lines[n.lineno - 1 : n.end_lineno])
 
 
 def _member(lines: list[str], node: ast.AST, cell: str, inside: bool = False) -> Member:
@@ -62,9 +67,29 @@ def _member(lines: list[str], node: ast.AST, cell: str, inside: bool = False) ->
     doc = ast.get_docstring(node) or ""
     if isinstance(node, ast.ClassDef):
         fields = _fields(lines, node)
-        methods = [_member(lines, n, cell, True) for n in node.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)) and (n.name == "__init__" or not n.name.startswith("_"))]
-        return Member(node.name, "class", _head(lines, node) + (f"\n{fields}" if fields else ""), doc, cell, [m for m in methods if m.doc or m.name == "__init__"])
-    kind = "kernel" if any(d.startswith(("triton.jit", "jit")) for d in decorators) else "property" if "property" in decorators else "method" if inside else "function"
+        methods = [
+            _member(lines, n, cell, True)
+            for n in node.body
+            if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
+            and (n.name == "__init__" or not n.name.startswith("_"))
+        ]
+        return Member(
+            node.name,
+            "class",
+            _head(lines, node) + (f"\n{fields}" if fields else ""),
+            doc,
+            cell,
+            [m for m in methods if m.doc or m.name == "__init__"],
+        )
+    kind = (
+        "kernel"
+        if any(d.startswith(("triton.jit", "jit")) for d in decorators)
+        else "property"
+        if "property" in decorators
+        else "method"
+        if inside
+        else "function"
+    )
     return Member(node.name, kind, _head(lines, node), doc, cell)
 
 # %% ../../nbs/1_foundations/15_site.ipynb #cc500322
@@ -86,17 +111,29 @@ def read_module(
             defined[node.name] = _member(lines, node, cell(node))
         elif isinstance(node, ast.ImportFrom) and node.level:
             package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-            home = ".".join([*package[:len(package) - node.level + 1], *filter(None, [node.module])])
+            home = ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
             imports |= {a.asname or a.name: home for a in node.names}
         for t in targets:
             above = lines[node.lineno - 2] if node.lineno > 1 else ""
-            text = "\n".join(lines[node.lineno - 1:node.end_lineno])
-            values[t] = Member(t, "value", text if len(text) < 600 else text[:560].rsplit("\n", 1)[0] + "\n    …", above.removeprefix("#:").strip() if above.startswith("#:") else "", cell(node))
+            text = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+            values[t] = Member(
+                t,
+                "value",
+                text if len(text) < 600 else text[:560].rsplit("\n", 1)[0] + "\n    …",
+                above.removeprefix("#:").strip() if above.startswith("#:") else "",
+                cell(node),
+            )
     public = [n for n in defined if not n.startswith("_")] if public is None else public
     edit = re.search(r"File to edit: (\S+?\.ipynb)", source)
     notebook = os.path.normpath(path.parent / edit[1]) if edit else ""
     members = [defined.get(n) or values[n] for n in public if n in defined or n in values]
-    return Module(name, ast.get_docstring(tree) or "", notebook, members, {n: imports[n] for n in public if n in imports and n not in defined})
+    return Module(
+        name,
+        ast.get_docstring(tree) or "",
+        notebook,
+        members,
+        {n: imports[n] for n in public if n in imports and n not in defined},
+    )
 
 
 def read_library(root: Path) -> dict[str, Module]:
@@ -110,18 +147,31 @@ def read_library(root: Path) -> dict[str, Module]:
             if module.members or module.imports:
                 found[name] = module
     order = {c.module: i for i, c in enumerate(CHAPTERS.values())}
-    place = lambda n: next((order[".".join(n.split(".")[:k])] for k in range(len(n.split(".")), 0, -1) if ".".join(n.split(".")[:k]) in order), 99)
+    place = lambda n: next(
+        (
+            order[".".join(n.split(".")[:k])]
+            for k in range(len(n.split(".")), 0, -1)
+            if ".".join(n.split(".")[:k]) in order
+        ),
+        99,
+    )
     return {n: found[n] for n in sorted(found, key=lambda n: (n.startswith("attnbook.lab"), place(n), n.count("."), n))}
 
 # %% ../../nbs/1_foundations/15_site.ipynb #8eec9061
 def linked_names(page: str, known: Callable[[str], str | None]) -> str:
     "HTML whose names in code type are links; `known` gives a name's address or None. What stands in a link or a block of code stays."
+
     def link(m):
         if m[1]:
             return m[0]
         name = html.unescape(m[2]).removesuffix("()")
-        found = re.fullmatch(r"[A-Za-z_][\w.]*", name) and (re.search(r"[A-Z_]", name.split(".")[-1]) or "." in name) and known(name)
+        found = (
+            re.fullmatch(r"[A-Za-z_][\w.]*", name)
+            and (re.search(r"[A-Z_]", name.split(".")[-1]) or "." in name)
+            and known(name)
+        )
         return f'<a href="{found}"><code>{m[2]}</code></a>' if found else m[0]
+
     return re.sub(r"(<a\b.*?</a>|<pre\b.*?</pre>|<summary\b.*?</summary>)|<code>([^<]*)</code>", link, page, flags=re.S)
 
 
@@ -130,8 +180,10 @@ def _member_html(m: Member, markdown: Callable[[str], str], source: str, level: 
     name = f"{owner}.{m.name}" if owner else m.name
     inner = "".join(_member_html(x, markdown, "", 3, m.name) for x in m.members)
     where = f' <a class="source" href="{source}#cell-{m.cell}">in the chapter</a>' if source and m.cell else ""
-    return (f'<section><h{level} id="{name}"><code>{html.escape(name)}</code> <span class="kind">{m.kind}</span>{where}<a class="anchor" href="#{name}" aria-label="Link to {name}">#</a></h{level}>'
-            f'<div class="code">{highlighted(m.signature)}</div><div class="prose">{markdown(inspect.cleandoc(m.doc)) if m.doc else ""}</div>{inner}</section>')
+    return (
+        f'<section><h{level} id="{name}"><code>{html.escape(name)}</code> <span class="kind">{m.kind}</span>{where}<a class="anchor" href="#{name}" aria-label="Link to {name}">#</a></h{level}>'
+        f'<div class="code">{highlighted(m.signature)}</div><div class="prose">{markdown(inspect.cleandoc(m.doc)) if m.doc else ""}</div>{inner}</section>'
+    )
 
 
 def module_body(
@@ -144,10 +196,17 @@ def module_body(
     markdown = lambda text: linked_names("".join(notebook_body(prose_notebook(text)).parts), known)
     body = Body(module.name, module.doc.split("\n")[0])
     chapter = f'<p>Written from <a href="{source}">{html.escape(Path(module.notebook).name)}</a>.</p>' if source else ""
-    body.parts = [f'<h1 id="module"><code>{module.name}</code></h1><div class="prose">{markdown(inspect.cleandoc(module.doc)) if module.doc else ""}{chapter}</div>']
+    body.parts = [
+        f'<h1 id="module"><code>{module.name}</code></h1><div class="prose">{markdown(inspect.cleandoc(module.doc)) if module.doc else ""}{chapter}</div>'
+    ]
     if module.imports:
-        rows = "".join(f'<tr><td><a href="{known(n) or page(home)}"><code>{n}</code></a></td><td><a href="{page(home)}"><code>{home}</code></a></td></tr>' for n, home in module.imports.items())
-        body.parts.append(f'<h2 id="public-names">Public names</h2><div class="table" tabindex="0"><table><thead><tr><th>name</th><th>module</th></tr></thead><tbody>{rows}</tbody></table></div>')
+        rows = "".join(
+            f'<tr><td><a href="{known(n) or page(home)}"><code>{n}</code></a></td><td><a href="{page(home)}"><code>{home}</code></a></td></tr>'
+            for n, home in module.imports.items()
+        )
+        body.parts.append(
+            f'<h2 id="public-names">Public names</h2><div class="table" tabindex="0"><table><thead><tr><th>name</th><th>module</th></tr></thead><tbody>{rows}</tbody></table></div>'
+        )
         body.headings.append((2, "public-names", "Public names"))
     for m in module.members:
         body.parts.append(_member_html(m, markdown, source))

@@ -37,6 +37,7 @@ from .results import _plain, device_name, load_results, record
 @dataclass(frozen=True)
 class Timing:
     "What `measure` found."
+
     ms: float  # median of one call, milliseconds
     ms_p20: float  # one call in five is faster
     ms_p80: float  # one in five is slower
@@ -51,11 +52,13 @@ def _side_stream(index: int) -> torch.cuda.Stream:
     "The one stream everything is timed on: a CUDA graph can't be captured from the default stream."
     return torch.cuda.Stream(index)
 
+
 @lru_cache(maxsize=None)
 def _flush_buffer(index: int) -> Tensor:
     "Twice the size of the GPU's L2 cache: writing it pushes everything else out."
     size = torch.cuda.get_device_properties(index).L2_cache_size
     return torch.empty(2 * size, dtype=torch.int8, device=f"cuda:{index}")
+
 
 class Stopwatch:
     """Takes times of one call, in milliseconds, by the clock that suits the device.
@@ -63,8 +66,16 @@ class Stopwatch:
     `prepare()` returns the call to be timed. What it does itself is not timed, and what it holds is let go after every
     `sample`, unless a CUDA graph needs it. If a graph is asked for and the call can't be captured, `note` says why.
     """
-    def __init__(self, prepare: Callable[[], Callable], device, *, graph: bool = False, ahead: bool = True,
-                 warmup_ms: float = 25.0):
+
+    def __init__(
+        self,
+        prepare: Callable[[], Callable],
+        device,
+        *,
+        graph: bool = False,
+        ahead: bool = True,
+        warmup_ms: float = 25.0,
+    ):
         self.prepare, self.device, self.ahead = prepare, torch.device(device), ahead
         self.note, self.graph, self.calls = "", None, 1
         self.cuda = self.device.type == "cuda"
@@ -75,7 +86,7 @@ class Stopwatch:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with self._on_stream():
             call = prepare()
-            call()                                   # compilation, if any, happens here
+            call()  # compilation, if any, happens here
             self.estimate = self._warm_up(call, warmup_ms)
         if graph:
             self.capture()
@@ -115,7 +126,7 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
             self.note = f"no CUDA graph ({_reason(e)}); launch gaps are included"
             with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self.stream):
-                self.flush[:1].zero_()     # a failed capture leaves torch's generator stuck, this frees it
+                self.flush[:1].zero_()  # a failed capture leaves torch's generator stuck, this frees it
             return
         self.graph, self.calls, self.how, self.held = graph, calls, "graph", call
 
@@ -147,7 +158,7 @@ class Stopwatch:
         held_s = 1.5 * self._queueing_s(call) + 5e-5 if self.graph is None and self.ahead else 0
         for start, end in pairs:
             if self.graph is None:
-                self.flush.zero_()                   # every call finds its inputs in memory, not in the cache
+                self.flush.zero_()  # every call finds its inputs in memory, not in the cache
             if held_s:
                 torch.cuda._sleep(int(2e9 * held_s))  # cycles: the GPU idles while the host queues the call
             start.record()
@@ -160,13 +171,16 @@ class Stopwatch:
 def _device_of(inputs) -> torch.device:
     return next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
 
+
 def _reason(e: Exception) -> str:
     return f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:160]}"
+
 
 def _timing(times: Sequence[float], peak: int | None, watch: Stopwatch) -> Timing:
     times = sorted(times)
     p20, p80 = (times[min(len(times) - 1, int(p * len(times)))] for p in (0.2, 0.8))
     return Timing(statistics.median(times), p20, p80, peak, len(times), watch.how, watch.note)
+
 
 def _first(out) -> Tensor:
     return out[0] if isinstance(out, (tuple, list)) else out
@@ -209,17 +223,21 @@ def _functorch():
     "Settings of compiled backward passes; studies import this module where nothing is compiled."
     return importlib.import_module("torch._functorch.config")
 
+
 def _random_like(out: Tensor) -> Tensor:
     g = torch.Generator(out.device).manual_seed(0)
     return torch.randn(out.shape, generator=g, dtype=torch.float32, device=out.device).to(out.dtype)
 
+
 class _Training:
     "Forward and backward of `fn(*inputs)`, each as a call that can be timed alone."
+
     def __init__(self, fn, inputs, grad_out):
         self.fn, self.device, self.grad_out = fn, _device_of(inputs), grad_out
         grad = grad_out is not None
-        self.inputs = [x.detach().requires_grad_(grad and x.is_floating_point()) if isinstance(x, Tensor) else x
-                       for x in inputs]                              # leaves of our own, strides kept
+        self.inputs = [
+            x.detach().requires_grad_(grad and x.is_floating_point()) if isinstance(x, Tensor) else x for x in inputs
+        ]  # leaves of our own, strides kept
         self.wanted = [x for x in self.inputs if isinstance(x, Tensor) and x.requires_grad]
 
     def forward(self):
@@ -272,7 +290,7 @@ def measure_training(
     graph: bool = False,  # see `measure`
 ) -> dict[str, Timing]:  # {"fwd": …, "bwd": …}
     "Forward (with gradients enabled) and backward timed apart. Peak memory is counted above the inputs."
-    with _functorch().patch(donated_buffer=False):                   # a compiled fn must allow retain_graph
+    with _functorch().patch(donated_buffer=False):  # a compiled fn must allow retain_graph
         run = _Training(fn, inputs, grad_out)
         run.first_run()
         timings = {}
@@ -309,6 +327,7 @@ def measure_ceilings(device=None, *, copy_bytes: int | None = None, size: int | 
     copied = 2 * source.numel() * source.element_size()
     return {"copy_bytes_per_s": copied / (copy_ms * 1e-3), "matmul_flops_per_s": rates, "matmul_size": n}
 
+
 def _best_ms(call: Callable, device) -> float:
     "The best median of five short bursts with rests between."
     bursts = []
@@ -325,10 +344,12 @@ def ceilings(device=None) -> dict | None:
     rows = [r for r in load_results("bench", "ceilings") if name in r["device"]]
     return max(rows, key=lambda r: r["date"], default=None)
 
+
 def _rate_name(dtype, top) -> str:
     name = str(dtype).removeprefix("torch.")
     allowed = "tf32" in top["matmul_flops_per_s"] and torch.get_float32_matmul_precision() != "highest"
     return "tf32" if name == "float32" and allowed else name
+
 
 def floor(
     flops: float | None,  # floating-point operations of the matrix products
@@ -353,15 +374,23 @@ def sdpa(
 ) -> Callable:  # fn(q, k, v) -> out, which raises RuntimeError where the backend can't run
     "`torch.nn.functional.scaled_dot_product_attention` by one backend."
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    names = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
-             "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
+
+    names = {
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "math": SDPBackend.MATH,
+    }
     if backend not in (*names, "auto"):
         raise ValueError(f"backend must be one of {', '.join(names)}, auto, not {backend!r}")
     chosen = list(names.values()) if backend == "auto" else [names[backend]]
+
     def fn(q, k, v):
         with sdpa_kernel(chosen):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale,
-                                                  enable_gqa=q.shape[1] != k.shape[1])
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+
     return fn
 
 # %% ../../nbs/1_foundations/02_bench.ipynb #6f1d2c02
@@ -374,6 +403,7 @@ def block_mask(
 ):
     "FlexAttention's `BlockMask`, asked for a few rows of blocks at a time: the whole mask is never in memory."
     from torch.nn.attention.flex_attention import BlockMask
+
     bq, bk = (block_size, block_size) if isinstance(block_size, int) else block_size
     rows, columns = -(-Nq // bq), -(-Nk // bk)
     zero, j = torch.zeros((), dtype=torch.long, device=device), torch.arange(columns * bk, device=device)
@@ -384,10 +414,13 @@ def block_mask(
         seen = seen.view(-1, bq, columns, bk)
         some.append(seen.any(3).any(1)), whole.append(seen.all(3).all(1))
     whole = torch.cat(whole)
-    listed = lambda blocks: (blocks.sum(1, dtype=torch.int32)[None, None],
-                             blocks.int().argsort(dim=1, descending=True, stable=True).int()[None, None])
-    return BlockMask.from_kv_blocks(*listed(torch.cat(some) & ~whole), *listed(whole), BLOCK_SIZE=(bq, bk),
-                                    mask_mod=mask_mod, seq_lengths=(Nq, Nk))
+    listed = lambda blocks: (
+        blocks.sum(1, dtype=torch.int32)[None, None],
+        blocks.int().argsort(dim=1, descending=True, stable=True).int()[None, None],
+    )
+    return BlockMask.from_kv_blocks(
+        *listed(torch.cat(some) & ~whole), *listed(whole), BLOCK_SIZE=(bq, bk), mask_mod=mask_mod, seq_lengths=(Nq, Nk)
+    )
 
 # %% ../../nbs/1_foundations/02_bench.ipynb #957ffc62
 def flex(
@@ -400,31 +433,40 @@ def flex(
 ) -> Callable:  # fn(q, k, v) -> out
     "FlexAttention compiled with static shapes: the general fused peer."
     from torch.nn.attention.flex_attention import flex_attention
-    _functorch().donated_buffer = False                              # else a compiled backward refuses retain_graph
+
+    _functorch().donated_buffer = False  # else a compiled backward refuses retain_graph
+
     def attend(q, k, v, blocks):
-        return flex_attention(q, k, v, score_mod=score_mod, block_mask=blocks, scale=scale,
-                              enable_gqa=q.shape[1] != k.shape[1])
+        return flex_attention(
+            q, k, v, score_mod=score_mod, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+
     attend = types.FunctionType(attend.__code__.replace(), attend.__globals__, "attend", None, attend.__closure__)
     compiled, masks = torch.compile(attend, dynamic=False, fullgraph=True, **options), {}
+
     def fn(q, k, v):
         Nq, Nk = q.shape[2], k.shape[2]
         if (Nq, Nk, q.device) not in masks:
             masks[Nq, Nk, q.device] = mask_mod and block_mask(mask_mod, Nq, Nk, q.device, block_size)
         return compiled(q, k, v, masks[Nq, Nk, q.device])
+
     return fn
 
 # %% ../../nbs/1_foundations/02_bench.ipynb #bc23de62
 def naive(*, is_causal: bool = False, mask: Tensor | None = None, scale: float | None = None) -> Callable:
     "fn(q, k, v) -> out by the textbook: in the inputs' own type, scores and weights written to memory."
+
     def fn(q, k, v):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) if x.shape[1] != q.shape[1] else x for x in (k, v))
         scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril() if is_causal else mask
         return (scores if allowed is None else scores.masked_fill(~allowed, -math.inf)).softmax(-1) @ v
+
     return fn
 
 # %% ../../nbs/1_foundations/02_bench.ipynb #ae0162c8
 GRAPH_BELOW_MS = 0.5  # a problem some peer solves faster than this is timed by CUDA graphs, for every peer
+
 
 def compare(
     problem: Mapping,  # what identifies the problem, like {"N": 4096, "window": 7}; with method and dtype the row's key
@@ -455,15 +497,19 @@ def compare(
     flops, bytes = _by_part(flops, 2.5), _by_part(bytes, 2)
     empty = {f"{n}_{p}": None for p in parts for n in ("ms", "peak_mb", "tflops", "floor_ms")}
     rows = {m: {**_plain(problem), "method": m, "dtype": dtype, **empty, **fields} for m in peers}
-    with _functorch().patch(donated_buffer=False):                   # compiled peers must allow retain_graph
+    with _functorch().patch(donated_buffer=False):  # compiled peers must allow retain_graph
         runs = _first_runs(peers, rows, inputs, grad_out)
         for part in parts:
             times, watches = _take_turns(runs, rows, part, graph, rounds, rep_ms, warmup_ms)
             for m, t in times.items():
                 timing = _timing(t, None, watches[m])
-                rows[m] |= {f"ms_{part}": timing.ms, f"ms_{part}_p20": timing.ms_p20, f"ms_{part}_p80": timing.ms_p80,
-                            f"floor_ms_{part}": floor(flops.get(part), bytes.get(part), dtype, device),
-                            f"how_{part}": timing.how}
+                rows[m] |= {
+                    f"ms_{part}": timing.ms,
+                    f"ms_{part}_p20": timing.ms_p20,
+                    f"ms_{part}_p80": timing.ms_p80,
+                    f"floor_ms_{part}": floor(flops.get(part), bytes.get(part), dtype, device),
+                    f"how_{part}": timing.how,
+                }
                 if timing.note:
                     rows[m]["note"] = timing.note
                 if part in flops:
@@ -478,12 +524,14 @@ def compare(
 def _by_part(cost, factor: float) -> dict:
     return dict(cost) if isinstance(cost, Mapping) else {} if cost is None else {"fwd": cost, "bwd": factor * cost}
 
+
 def _failed(row: dict, e: Exception):
     "Notes in the row why a peer has no numbers."
     row["note"] = _reason(e)
     warnings.warn(f"{row['method']} failed: {row['note']}", stacklevel=4)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
 
 def _first_runs(peers, rows, inputs, grad_out) -> dict[str, _Training]:
     "Runs every peer once; those that work, with memory and difference to the first noted in their rows."
@@ -492,7 +540,7 @@ def _first_runs(peers, rows, inputs, grad_out) -> dict[str, _Training]:
         try:
             run = _Training(fn, inputs, grad_out)
             out = run.first_run().double()
-            grad_out = run.grad_out                                  # one random gradient for all
+            grad_out = run.grad_out  # one random gradient for all
             reference = out if reference is None else reference
             rows[m]["difference"] = ((out - reference).norm() / reference.norm()).item()
             del out
@@ -503,6 +551,7 @@ def _first_runs(peers, rows, inputs, grad_out) -> dict[str, _Training]:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return runs
+
 
 def _take_turns(runs, rows, part, graph, rounds, rep_ms, warmup_ms):
     "Times of every peer, taken in rounds, and the stopwatches; by CUDA graphs if the quickest is that quick."
@@ -519,7 +568,7 @@ def _take_turns(runs, rows, part, graph, rounds, rep_ms, warmup_ms):
                 w.capture()
     order, times = list(watches), {m: [] for m in watches}
     for r in range(rounds if order else 0):
-        for m in order[r % len(order):] + order[:r % len(order)]:
+        for m in order[r % len(order) :] + order[: r % len(order)]:
             times[m] += watches[m].sample(rep_ms / rounds)
     return times, watches
 
@@ -535,8 +584,12 @@ def find_benchmarks(
         if e.name != name:
             raise
         raise ValueError(f"unknown chapter {chapter!r}: there is no module {name}") from None
-    return {n.removeprefix("bench_"): f for n, f in vars(module).items()
-            if n.startswith("bench_") and inspect.isfunction(f) and f.__module__ == module.__name__}
+    return {
+        n.removeprefix("bench_"): f
+        for n, f in vars(module).items()
+        if n.startswith("bench_") and inspect.isfunction(f) and f.__module__ == module.__name__
+    }
+
 
 def run_benchmarks(
     chapter: str,  # the chapter's name
@@ -564,6 +617,7 @@ def run_benchmarks(
         show(f"{chapter}.{name} took {time.perf_counter() - started:.1f} s")
     return rows
 
+
 def row_line(row: Mapping) -> str:
     "A row on one line: its key fields, then its times, or else its other numbers."
     key = sorted(row.get("key", []), key=lambda k: k != "method")
@@ -577,6 +631,7 @@ def row_line(row: Mapping) -> str:
         numbers = [f"{k} {_short(v)}" for k, v in row.items() if isinstance(v, (float, Mapping)) and k != "versions"]
     return "; ".join(x for x in (", ".join(key), ", ".join(numbers), row.get("note")) if x)
 
+
 def _short(x) -> str:
     if isinstance(x, Mapping):
         return ", ".join(f"{k} {_short(v)}" for k, v in x.items())
@@ -586,6 +641,7 @@ def _short(x) -> str:
 def bench_ceilings() -> dict:
     "Copy bandwidth and matmul rates of the machine at hand."
     return record("bench", "ceilings", key=[], **measure_ceilings())
+
 
 def bench_dense():
     "Attention by the peers that torch brings, over length, 16384 tokens in all; on a CPU small, in float32."
@@ -597,12 +653,24 @@ def bench_dense():
         inputs = [torch.randn(B, H, N, D, device=device).to(dtype) for _ in range(3)]
         peers = {"naive": naive(is_causal=causal)}
         if gpu:
-            peers |= {"flex": flex((lambda b, h, i, j: i >= j) if causal else None),
-                      "flash": sdpa("flash", is_causal=causal), "cudnn": sdpa("cudnn", is_causal=causal)}
+            peers |= {
+                "flex": flex((lambda b, h, i, j: i >= j) if causal else None),
+                "flash": sdpa("flash", is_causal=causal),
+                "cudnn": sdpa("cudnn", is_causal=causal),
+            }
         else:
             peers |= {"math": sdpa("math", is_causal=causal)}
         pairs, backward = B * H * attention_pairs(N, N, is_causal=causal), {"fwd": False, "bwd": True}
         flops = {p: attention_flops(pairs, D, backward=b) for p, b in backward.items()}
         bytes = {p: attention_bytes(B, H, N, N, D, itemsize=dtype.itemsize, backward=b) for p, b in backward.items()}
-        yield from compare({"B": B, "H": H, "N": N, "D": D, "is_causal": causal}, peers, inputs, grad_out="random",
-                           flops=flops, bytes=bytes, rep_ms=100, chapter="bench", bench="dense")
+        yield from compare(
+            {"B": B, "H": H, "N": N, "D": D, "is_causal": causal},
+            peers,
+            inputs,
+            grad_out="random",
+            flops=flops,
+            bytes=bytes,
+            rep_ms=100,
+            chapter="bench",
+            bench="dense",
+        )

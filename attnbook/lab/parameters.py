@@ -27,6 +27,7 @@ from .book import PRESET_NAMES, require
 @dataclass(frozen=True)
 class Parameter:
     "A parameter of a notebook, as its `parameters` cell declares it."
+
     name: str
     kinds: tuple[type, ...]  # the types it may have; empty: any
     default: Any  # its value, or the expression's text if that is not a literal
@@ -66,7 +67,11 @@ def _kinds(annotation: str) -> tuple[tuple[type, ...], tuple]:
 def _comments(source: str) -> dict[int, str]:
     "The comments of a cell by line."
     with contextlib.suppress(tokenize.TokenError, IndentationError):
-        return {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
+        return {
+            t.start[0]: t.string.lstrip("# ")
+            for t in tokenize.generate_tokens(io.StringIO(source).readline)
+            if t.type == tokenize.COMMENT
+        }
     return {}
 
 
@@ -89,7 +94,14 @@ def _declared(name: str, annotation: str | None, value: ast.expr, help: str) -> 
 def read_parameters(notebook: str | Path) -> dict[str, Parameter]:
     "What a notebook's `parameters` cell declares; empty if there is none. Read, not executed. ValueError if it is no Python."
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    source = next(("".join(c["source"]) for c in cells if c["cell_type"] == "code" and "parameters" in c["metadata"].get("tags", [])), "")
+    source = next(
+        (
+            "".join(c["source"])
+            for c in cells
+            if c["cell_type"] == "code" and "parameters" in c["metadata"].get("tags", [])
+        ),
+        "",
+    )
     source = re.sub(r"^[%!].*$", "", source, flags=re.M)  # what IPython alone understands
     try:
         tree = ast.parse(source)
@@ -97,14 +109,22 @@ def read_parameters(notebook: str | Path) -> dict[str, Parameter]:
         raise ValueError(f"the parameters of {Path(notebook).name} cannot be read: {e}") from None
     comments, found = _comments(source), {}
     for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) and node.value else []
+        targets = (
+            node.targets
+            if isinstance(node, ast.Assign)
+            else [node.target]
+            if isinstance(node, ast.AnnAssign) and node.value
+            else []
+        )
         for name in (t.id for t in targets if isinstance(t, ast.Name)):
             annotation = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else None
             found[name] = _declared(name, annotation, node.value, comments.get(node.end_lineno, ""))
     return found
 
 # %% ../../nbs/1_foundations/05_book.ipynb #8212df21
-KERNEL_OPTIONS = ["--log-level=CRITICAL"]  # a kernel's own log is not for the reader of a run: what a cell says stands in the notebook
+KERNEL_OPTIONS = [
+    "--log-level=CRITICAL"
+]  # a kernel's own log is not for the reader of a run: what a cell says stands in the notebook
 
 
 @contextlib.contextmanager
@@ -112,6 +132,7 @@ def quiet():
     "Keeps the log of papermill, nbconvert and nbclient to errors."
     import logging
     import warnings
+
     loggers = [logging.getLogger(n) for n in ("papermill", "traitlets", "nbclient", "blib2to3")]
     levels = [log.level for log in loggers]
     try:
@@ -190,7 +211,11 @@ def check_parameters(
     if unknown:
         close = difflib.get_close_matches(unknown[0], declared, n=1)
         has = f"it has {', '.join(map(str, declared.values()))}" if declared else "it has no cell tagged 'parameters'"
-        raise ValueError(f"{where} has no parameter {unknown[0]!r}" + (f" (did you mean {close[0]!r}?)" if close else "") + f"; {has}")
+        raise ValueError(
+            f"{where} has no parameter {unknown[0]!r}"
+            + (f" (did you mean {close[0]!r}?)" if close else "")
+            + f"; {has}"
+        )
     checked = {}
     for name, value in given.items():
         p = declared[name]
@@ -203,7 +228,9 @@ def check_parameters(
             raise TypeError(wrong) from None
         if not _fits(value, p.kinds):
             raise TypeError(wrong)
-        if (p.choices and value not in p.choices) or not all(_BOUNDS[c](x, n) for x in _numbers(value) for c, n in p.bounds):
+        if (p.choices and value not in p.choices) or not all(
+            _BOUNDS[c](x, n) for x in _numbers(value) for c, n in p.bounds
+        ):
             raise ValueError(wrong)
         as_code(value)
         checked[name] = value
@@ -215,14 +242,23 @@ def example_notebook(path: str | Path, *extra: str) -> Path:
     nbformat = require("nbformat")
     v4 = nbformat.v4
     cells = [
-        v4.new_markdown_cell("# A small chapter\n\n> It has what a chapter has.\n\nThe sum $\\sum_{i<n} i$ is\n\n$$\\frac{n(n-1)}{2}.$$"),
+        v4.new_markdown_cell(
+            "# A small chapter\n\n> It has what a chapter has.\n\nThe sum $\\sum_{i<n} i$ is\n\n$$\\frac{n(n-1)}{2}.$$"
+        ),
         v4.new_code_cell("#| hide\nimport json, os, pathlib"),
-        v4.new_code_cell('preset: str = "cpu"  # "smoke", "cpu" or "gpu"\nn: int = 5  # terms, >= 0\nscale: float = 1.0', metadata={"tags": ["parameters"]}),
+        v4.new_code_cell(
+            'preset: str = "cpu"  # "smoke", "cpu" or "gpu"\nn: int = 5  # terms, >= 0\nscale: float = 1.0',
+            metadata={"tags": ["parameters"]},
+        ),
         v4.new_code_cell("#| echo: false\nassert sum(range(n)) == n * (n - 1) // 2\nsum(range(n))"),
-        v4.new_code_cell('rows = pathlib.Path(os.environ["ATTNBOOK_RESULTS"]); rows.mkdir(parents=True, exist_ok=True)\n'
-                         'with open(rows / "small.jsonl", "a") as f: f.write(json.dumps({"name": "sum", "n": n, "sum": sum(range(n)) * scale}) + "\\n")'),
+        v4.new_code_cell(
+            'rows = pathlib.Path(os.environ["ATTNBOOK_RESULTS"]); rows.mkdir(parents=True, exist_ok=True)\n'
+            'with open(rows / "small.jsonl", "a") as f: f.write(json.dumps({"name": "sum", "n": n, "sum": sum(range(n)) * scale}) + "\\n")'
+        ),
         *map(v4.new_code_cell, extra),
     ]
-    nb = v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    nb = v4.new_notebook(
+        cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    )
     nbformat.write(nb, path := Path(path))
     return path

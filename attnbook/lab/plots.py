@@ -17,17 +17,39 @@ from .bench import _rate_name, ceilings
 
 # %% ../../nbs/1_foundations/02_bench.ipynb #c6b38cba
 PALETTE = {  # method -> colour, the same in the whole book
-    "ours": "#0b3c8c", "triton": "#0b3c8c", "flex": "#d9730d", "cudnn": "#1b7837", "flash": "#9052c8",
-    "efficient": "#b58900", "math": "#8c8c8c", "naive": "#a6a6a6", "torch": "#8c8c8c",
-    "reference": "#8c8c8c", "floor": "#111111",
+    "ours": "#0b3c8c",
+    "triton": "#0b3c8c",
+    "flex": "#d9730d",
+    "cudnn": "#1b7837",
+    "flash": "#9052c8",
+    "efficient": "#b58900",
+    "math": "#8c8c8c",
+    "naive": "#a6a6a6",
+    "torch": "#8c8c8c",
+    "reference": "#8c8c8c",
+    "floor": "#111111",
 }
 MARKS = {  # method -> marker and line
-    "ours": ("o", "-"), "triton": ("o", "-"), "flex": ("s", "--"), "cudnn": ("^", "-."), "flash": ("v", "-."),
-    "efficient": ("<", ":"), "math": ("D", ":"), "naive": ("X", ":"), "torch": ("D", ":"), "reference": ("D", ":"),
+    "ours": ("o", "-"),
+    "triton": ("o", "-"),
+    "flex": ("s", "--"),
+    "cudnn": ("^", "-."),
+    "flash": ("v", "-."),
+    "efficient": ("<", ":"),
+    "math": ("D", ":"),
+    "naive": ("X", ":"),
+    "torch": ("D", ":"),
+    "reference": ("D", ":"),
     "floor": ("", (0, (1, 1))),
 }
-_SPARE = (("#c2185b", "P", "--"), ("#00838f", "*", "-."), ("#6d4c41", "h", ":"), ("#7cb342", ">", "--"),
-          ("#5e35b1", "p", "-"))
+_SPARE = (
+    ("#c2185b", "P", "--"),
+    ("#00838f", "*", "-."),
+    ("#6d4c41", "h", ":"),
+    ("#7cb342", ">", "--"),
+    ("#5e35b1", "p", "-"),
+)
+
 
 def look(method: str) -> dict:
     "Colour, marker and line of a method, for matplotlib's plot; 'flex, permuted' looks like 'flex' does."
@@ -36,15 +58,32 @@ def look(method: str) -> dict:
     color, marker, line = (PALETTE[name], *MARKS[name]) if name else _SPARE[sum(map(ord, method)) % len(_SPARE)]
     return {"color": color, "marker": marker, "linestyle": line}
 
+
 def style():
     "Sets matplotlib's defaults for the book: call it once, at the top of a notebook."
     import matplotlib as mpl
-    mpl.rcParams.update({
-        "figure.figsize": (6.4, 3.6), "figure.dpi": 110, "savefig.bbox": "tight", "figure.constrained_layout.use": True,
-        "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.labelsize": 10,
-        "legend.frameon": False,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-        "grid.color": "#dddddd", "grid.linewidth": 0.6, "lines.linewidth": 1.8, "lines.markersize": 5})
+
+    mpl.rcParams.update(
+        {
+            "figure.figsize": (6.4, 3.6),
+            "figure.dpi": 110,
+            "savefig.bbox": "tight",
+            "figure.constrained_layout.use": True,
+            "font.size": 10,
+            "axes.titlesize": 11,
+            "axes.titlelocation": "left",
+            "axes.labelsize": 10,
+            "legend.frameon": False,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#dddddd",
+            "grid.linewidth": 0.6,
+            "lines.linewidth": 1.8,
+            "lines.markersize": 5,
+        }
+    )
 
 # %% ../../nbs/1_foundations/02_bench.ipynb #ca459e8d
 def source_note(rows: Sequence[Mapping]) -> str:
@@ -53,8 +92,11 @@ def source_note(rows: Sequence[Mapping]) -> str:
         return "not measured yet"
     devices, days = dict.fromkeys(r["device"] for r in rows), sorted({r["date"][:10] for r in rows})
     v = max(rows, key=lambda r: r["date"])["versions"]
-    return (f"measured on {', '.join(devices)}, {' to '.join(dict.fromkeys((days[0], days[-1])))}; torch {v['torch']}"
-            + (f", triton {v['triton']}" if v.get("triton") else ""))
+    return (
+        f"measured on {', '.join(devices)}, {' to '.join(dict.fromkeys((days[0], days[-1])))}; torch {v['torch']}"
+        + (f", triton {v['triton']}" if v.get("triton") else "")
+    )
+
 
 def label_ends(ax, ends: Sequence[tuple], *, gap: float = 0.07):
     "Labels curves at their right ends, `ends` = (x, y, text, colour) each, moved apart where the labels would overlap."
@@ -67,22 +109,33 @@ def label_ends(ax, ends: Sequence[tuple], *, gap: float = 0.07):
     for h, (x, _, text, color) in zip(heights, placed):
         ax.text(x + 0.02, h - shift, text, color=color, va="center", fontsize=9, transform=ax.transAxes)
 
+
 def _plain_ticks(axis, steps=(1, 2, 5)):
     "1, 2, 5, 10, 20 … on a logarithmic axis, written out."
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     axis.set_major_locator(LogLocator(subs=steps))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
 
+
 _UNITS = {"ms": "time per call (ms)", "tflops": "rate (TFLOP/s)", "peak": "peak memory above inputs (MB)"}
+
 
 def _axes(ax, rows, what):
     "Axes to draw in, and whether there is anything to draw; if not, the axes say how to get it."
     import matplotlib.pyplot as plt
+
     ax = ax or plt.subplots()[1]
     if not rows:
-        ax.text(0.5, 0.5, f"no {what} measured yet: run `attnbook bench`\nfor this chapter on a machine with a GPU",
-                ha="center", va="center", transform=ax.transAxes)
+        ax.text(
+            0.5,
+            0.5,
+            f"no {what} measured yet: run `attnbook bench`\nfor this chapter on a machine with a GPU",
+            ha="center",
+            va="center",
+            transform=ax.transAxes,
+        )
         ax.set_axis_off()
     return ax, bool(rows)
 
@@ -123,8 +176,16 @@ def plot_lines(
     label_ends(ax, [(*points[-1], name, look(name)["color"]) for name, points in curves.items()])
     return ax
 
-def plot_bars(rows: Sequence[Mapping], y: str = "ms_fwd", *, by: str = "method", ax=None, xlabel: str | None = None,
-              fmt: str | None = None):
+
+def plot_bars(
+    rows: Sequence[Mapping],
+    y: str = "ms_fwd",
+    *,
+    by: str = "method",
+    ax=None,
+    xlabel: str | None = None,
+    fmt: str | None = None,
+):
     """Horizontal bars, one per row, named by the field `by` and with their value at the end, by `fmt` or with three
     digits. Returns the axes."""
     rows = [r for r in rows if r.get(y) is not None]
@@ -151,6 +212,7 @@ def roofline(
 ):  # the axes
     "Achieved rate over operations per byte, under the two ceilings of the device."
     import matplotlib.pyplot as plt
+
     top, ax = ceilings(device), ax or plt.subplots()[1]
     placed = [(name, flops / bytes, flops / ms * 1e-9) for name, flops, bytes, ms in points]
     if top is not None:
@@ -169,10 +231,18 @@ def roofline(
         ax.plot([x], [y], marker=how["marker"], color=how["color"], linestyle="none", ms=7)
     taken = [tuple(ax.transData.transform((x, y))) for _, x, y in placed]
     for name, x, y in sorted(placed, key=lambda p: -p[2]):
-        at, below = ax.transData.transform((x, y)), 20               # labels that would overlap move down
+        at, below = ax.transData.transform((x, y)), 20  # labels that would overlap move down
         while any(abs(at[0] - u) < 90 and abs(at[1] - below - v) < 15 for u, v in taken):
             below += 4
         taken.append((at[0], at[1] - below))
-        ax.annotate(name, (x, y), xytext=(0, -below * 72 / ax.figure.dpi), textcoords="offset points",
-                    color=look(name)["color"], fontsize=9, ha="center", va="center")
+        ax.annotate(
+            name,
+            (x, y),
+            xytext=(0, -below * 72 / ax.figure.dpi),
+            textcoords="offset points",
+            color=look(name)["color"],
+            fontsize=9,
+            ha="center",
+            va="center",
+        )
     return ax

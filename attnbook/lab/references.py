@@ -48,8 +48,21 @@ def bibtex(
     if find_chapter(chapter).name not in _PAPERS:
         raise ValueError(f"{chapter!r} is a foundation: it has no paper")
     key, authors, title, venue, year, arxiv = _PAPERS[chapter]
-    kind, where = ("misc", "howpublished") if not venue else ("article", "journal") if re.match("Trans|IEEE Trans|Front", venue) else ("inproceedings", "booktitle")
-    fields = {"author": authors, "title": f"{{{title}}}", where: venue or f"arXiv:{arxiv}", "year": year, "eprint": arxiv, "archivePrefix": "arXiv"}
+    kind, where = (
+        ("misc", "howpublished")
+        if not venue
+        else ("article", "journal")
+        if re.match("Trans|IEEE Trans|Front", venue)
+        else ("inproceedings", "booktitle")
+    )
+    fields = {
+        "author": authors,
+        "title": f"{{{title}}}",
+        where: venue or f"arXiv:{arxiv}",
+        "year": year,
+        "eprint": arxiv,
+        "archivePrefix": "arXiv",
+    }
     return f"@{kind}{{{key},\n" + "".join(f"  {name} = {{{value}}},\n" for name, value in fields.items()) + "}"
 
 
@@ -59,5 +72,7 @@ def bibliography() -> MarkdownText:
     for name in (n for n in CHAPTERS if n in _PAPERS):
         _, authors, title, venue, year, arxiv = _PAPERS[name]
         people = ", ".join(" ".join(reversed(a.split(", "))) for a in authors.split(" and "))
-        lines.append(f"- {people}: *{title}*. {venue + ', ' if venue else ''}{year}. [arXiv {arxiv}](https://arxiv.org/abs/{arxiv}). Chapter {CHAPTERS[name].title}.")
+        lines.append(
+            f"- {people}: *{title}*. {venue + ', ' if venue else ''}{year}. [arXiv {arxiv}](https://arxiv.org/abs/{arxiv}). Chapter {CHAPTERS[name].title}."
+        )
     return MarkdownText("\n".join(lines))

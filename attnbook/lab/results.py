@@ -28,11 +28,13 @@ import attnbook
 def device_name(device=None) -> str:
     "The name numbers are filed under: the GPU's, or the processor's with the number of threads torch uses."
     import torch  # here and below: the command line reads results where nothing is computed
+
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     n = torch.get_num_threads()
     return f"{_processor()}, {n} thread{'s' * (n != 1)}"
+
 
 @lru_cache(maxsize=None)
 def _processor() -> str:
@@ -42,6 +44,7 @@ def _processor() -> str:
     except (OSError, StopIteration):
         return platform.processor() or platform.machine() or "cpu"
 
+
 @lru_cache(maxsize=None)
 def versions() -> dict:
     "Versions of torch, triton and attnbook; None for what is not installed."
@@ -50,6 +53,7 @@ def versions() -> dict:
     except importlib.metadata.PackageNotFoundError:
         triton = None
     import torch
+
     return {"torch": torch.__version__, "triton": triton, "attnbook": attnbook.__version__}
 
 # %% ../../nbs/1_foundations/02_bench.ipynb #029a473b
@@ -60,18 +64,22 @@ def _checkout() -> Path | None:
             return folder
     return None
 
+
 def results_dir() -> Path:
     "Where `record` writes: `$ATTNBOOK_RESULTS` if set, else runs/results of the checkout, else ./runs/results."
     if os.environ.get("ATTNBOOK_RESULTS"):
         return Path(os.environ["ATTNBOOK_RESULTS"]).expanduser()
     return (_checkout() or Path()) / "runs" / "results"
 
+
 def stored_dir() -> Path | None:
     "Where the book's own numbers lie: nbs/results of the checkout; None where there is no checkout."
     checkout = _checkout()
     return checkout / "nbs" / "results" if checkout else None
 
+
 _read_from: list[list[Path]] = []  # what `rows_from` says, the innermost last
+
 
 @contextmanager
 def rows_from(*folders: Path):
@@ -101,6 +109,7 @@ def _plain(x):
         return float(f"{x:.6g}") if math.isfinite(x) else None
     return str(x)
 
+
 def _append_line(path: Path, line: str):
     "Appends a line in one write under a lock, so that several processes can write to one file."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,13 +118,14 @@ def _append_line(path: Path, line: str):
     try:
         try:
             import fcntl
+
             fcntl.flock(fd, fcntl.LOCK_EX)
-        except (ImportError, OSError):                               # not on Windows, not on every file system
+        except (ImportError, OSError):  # not on Windows, not on every file system
             pass
         size = os.lseek(fd, 0, os.SEEK_END)
         if size:
             os.lseek(fd, size - 1, os.SEEK_SET)
-            if os.read(fd, 1) != b"\n":                              # a writer died in the middle of its line
+            if os.read(fd, 1) != b"\n":  # a writer died in the middle of its line
                 data = b"\n" + data
         os.write(fd, data)
     finally:
@@ -150,8 +160,13 @@ def record(
         raise ValueError(f"key names fields that are not given: {', '.join(missing)}")
     row["key"] = sorted(key)
     preset = preset or ("cpu" if device.endswith(("thread", "threads")) else "gpu")
-    row |= {"preset": preset, "seed": seed, "device": device,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": versions()}
+    row |= {
+        "preset": preset,
+        "seed": seed,
+        "device": device,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
     _append_line(results_dir() / f"{chapter}.jsonl", json.dumps(row, allow_nan=False, ensure_ascii=False))
     return row
 
@@ -184,6 +199,7 @@ def _read_lines(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             warnings.warn(f"{path}, line {number}: not JSON, skipped", stacklevel=3)
     return rows
+
 
 def _fits(value, wanted) -> bool:
     if isinstance(wanted, (set, list, tuple)) and not isinstance(value, list):

@@ -27,6 +27,7 @@ from .parameters import KERNEL_OPTIONS, as_code, check_parameters, quiet, read_p
 @dataclass
 class Run:
     "A finished run and where it left its things."
+
     chapter: str
     folder: Path
     notebook: Path  # executed
@@ -41,6 +42,7 @@ class Run:
 
 class RunFailed(RuntimeError):
     "A cell of the notebook failed. `run` holds what there is."
+
     def __init__(self, run: Run):
         super().__init__(run.error)
         self.run = run
@@ -83,7 +85,9 @@ def _find_notebook(chapter: str | Path) -> tuple[str, Path]:
         return re.sub(r"^\d+_", "", Path(chapter).stem), Path(chapter).resolve()
     found = written_chapter(str(chapter))
     if found.path is None:
-        raise ValueError(f"the notebooks are not here: run {found.name!r} inside a checkout of the book, installed with pip install -e '.[book]'")
+        raise ValueError(
+            f"the notebooks are not here: run {found.name!r} inside a checkout of the book, installed with pip install -e '.[book]'"
+        )
     return found.name, found.path
 
 
@@ -94,7 +98,9 @@ def with_parameters(notebook: Path, values: dict):
     if values:
         place = next(i for i, c in enumerate(nb.cells) if "parameters" in c.metadata.get("tags", []))
         lines = ["# Parameters", *(f"{name} = {as_code(value)}" for name, value in values.items())]
-        nb.cells.insert(place + 1, nbformat.v4.new_code_cell("\n".join(lines), metadata={"tags": ["injected-parameters"]}))
+        nb.cells.insert(
+            place + 1, nbformat.v4.new_code_cell("\n".join(lines), metadata={"tags": ["injected-parameters"]})
+        )
     return nb
 
 # %% ../../nbs/1_foundations/05_book.ipynb #331699b5
@@ -108,7 +114,11 @@ def _where_it_failed(notebook: Path) -> str:
         for output in cell.get("outputs", []):
             if output["output_type"] == "error":
                 first = next((line for line in without_directives(source).splitlines() if line.strip()), "")
-                return f"cell {i} (`{first[:60]}`" + (f", under {heading!r}" if heading else "") + f"): {output['ename']}: {output['evalue'][:300]}"
+                return (
+                    f"cell {i} (`{first[:60]}`"
+                    + (f", under {heading!r}" if heading else "")
+                    + f"): {output['ename']}: {output['evalue'][:300]}"
+                )
     return ""
 
 # %% ../../nbs/1_foundations/05_book.ipynb #c4ede6e5
@@ -131,23 +141,40 @@ def run_chapter(
     declared = read_parameters(source)
     given = check_parameters(dict(parameters or {}), declared, name, text)
     if preset == "auto":
-        preset = ("gpu" if require("torch").cuda.is_available() else "cpu") if "preset" in declared and "preset" not in given else None
+        preset = (
+            ("gpu" if require("torch").cuda.is_available() else "cpu")
+            if "preset" in declared and "preset" not in given
+            else None
+        )
     if preset is not None:
         given |= check_parameters({"preset": preset}, declared, name)
     if given.get("device") == "cuda" and not require("torch").cuda.is_available():
         raise ValueError("device cannot be 'cuda': torch sees no GPU (attnbook doctor says more)")
     book = (book_root() or Path(".")) / "nbs" / "results"
     if record and not (name in CHAPTERS and book.is_dir()):
-        raise ValueError(f"the rows of {name} cannot be recorded: " + ("there is no nbs/results here" if name in CHAPTERS else "it is no chapter of the book"))
+        raise ValueError(
+            f"the rows of {name} cannot be recorded: "
+            + ("there is no nbs/results here" if name in CHAPTERS else "it is no chapter of the book")
+        )
     papermill = require("papermill")
     folder = _run_folder(out if out is not None else (book_root() or Path()) / "runs", name)
     run = Run(name, folder, folder / f"{name}.ipynb", None, given, 0.0)
     require("nbformat").write(with_parameters(source, given), str(run.notebook))
     started, stopped = time.perf_counter(), False
-    with environment(ATTNBOOK_RESULTS=str(folder / "results"), MPLBACKEND="module://matplotlib_inline.backend_inline"), quiet():
+    with (
+        environment(ATTNBOOK_RESULTS=str(folder / "results"), MPLBACKEND="module://matplotlib_inline.backend_inline"),
+        quiet(),
+    ):
         try:
-            papermill.execute_notebook(str(run.notebook), str(run.notebook), kernel_name="python3", cwd=str(folder), extra_arguments=KERNEL_OPTIONS,
-                                       progress_bar=progress and {"bar_format": "{l_bar}{bar}| cell {n_fmt}/{total_fmt} [{elapsed}]", "desc": name})
+            papermill.execute_notebook(
+                str(run.notebook),
+                str(run.notebook),
+                kernel_name="python3",
+                cwd=str(folder),
+                extra_arguments=KERNEL_OPTIONS,
+                progress_bar=progress
+                and {"bar_format": "{l_bar}{bar}| cell {n_fmt}/{total_fmt} [{elapsed}]", "desc": name},
+            )
         except (papermill.exceptions.PapermillExecutionError, require("nbclient").exceptions.DeadKernelError) as e:
             run.error = _where_it_failed(run.notebook) or f"{type(e).__name__}: {str(e).strip()[:300]}"
         except KeyboardInterrupt:
@@ -171,11 +198,13 @@ def _counted(rows: dict[str, int]) -> str:
 
 def _judged(name: str, folder: Path | None) -> list:
     "The claims of a chapter with their verdicts by the rows in a folder alone: (claim, verdict). Empty where a package is missing that its study needs."
+
     def verdict(claim):
         try:
             return claim.judge()
         except Exception as e:  # a rule that some rows are too few for
             return Verdict("not measured", f"its rule fails: {type(e).__name__}: {e}")
+
     if name not in CHAPTERS or folder is None:
         return []
     with contextlib.suppress(ModuleNotFoundError), require("attnbook.lab.results").rows_from(folder):
@@ -208,9 +237,20 @@ def run_report(run: Run, judged: list, stored: list) -> str:
     if not judged:
         return text
     book = {c.statement: v.verdict for c, v in stored}
-    rows = [(c.statement, f"{c.paper} ({c.where})" if c.where else c.paper, show_value(v.measured), f"**{v.verdict}**" + (f": {v.reason}" if v.reason else ""), book.get(c.statement, "–")) for c, v in judged]
+    rows = [
+        (
+            c.statement,
+            f"{c.paper} ({c.where})" if c.where else c.paper,
+            show_value(v.measured),
+            f"**{v.verdict}**" + (f": {v.reason}" if v.reason else ""),
+            book.get(c.statement, "–"),
+        )
+        for c, v in judged
+    ]
     tally = ", ".join(f"{v} {n}" for v, n in run.verdicts.items())
-    return f"{text} Of the paper's claims: {tally}.\n\n" + markdown_table(["claim", "paper", "measured in this run", "verdict", "by the book's stored rows"], rows)
+    return f"{text} Of the paper's claims: {tally}.\n\n" + markdown_table(
+        ["claim", "paper", "measured in this run", "verdict", "by the book's stored rows"], rows
+    )
 
 
 def _finish(run: Run, source: Path):
@@ -219,28 +259,51 @@ def _finish(run: Run, source: Path):
         run.rows[path.name] = sum(1 for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     judged, stored = [], []
     if not run.error:
-        judged, stored = _judged(run.chapter, run.folder / "results"), _judged(run.chapter, require("attnbook.lab.results").stored_dir())
+        judged, stored = (
+            _judged(run.chapter, run.folder / "results"),
+            _judged(run.chapter, require("attnbook.lab.results").stored_dir()),
+        )
     run.verdicts, run.stored = _tally(v.verdict for _, v in judged), _tally(v.verdict for _, v in stored)
     run.page = to_html(run.notebook, run.folder / f"{run.chapter}.html", source, run_report(run, judged, stored))
     summary = {
-        "chapter": run.chapter, "finished": datetime.now().astimezone().isoformat(timespec="seconds"), "seconds": round(run.seconds, 1),
-        "parameters": run.parameters, "machine": machine(), "error": run.error, "results": run.rows,
-        "claims": [{"statement": c.statement, "paper": c.paper, "measured": show_value(v.measured), "verdict": v.verdict, "reason": v.reason} for c, v in judged],
+        "chapter": run.chapter,
+        "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "seconds": round(run.seconds, 1),
+        "parameters": run.parameters,
+        "machine": machine(),
+        "error": run.error,
+        "results": run.rows,
+        "claims": [
+            {
+                "statement": c.statement,
+                "paper": c.paper,
+                "measured": show_value(v.measured),
+                "verdict": v.verdict,
+                "reason": v.reason,
+            }
+            for c, v in judged
+        ],
         "stored": run.stored,
     }
-    (run.folder / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    (run.folder / "summary.json").write_text(
+        json.dumps(summary, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
+    )
 
 # %% ../../nbs/1_foundations/05_book.ipynb #aa75f99c
 def machine() -> dict[str, str]:
     "Device and versions, for a run's summary."
     from importlib.metadata import PackageNotFoundError, version
+
     found = {"python": sys.version.split()[0]}
     for package in ("attnbook", "torch", "triton", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     with contextlib.suppress(ModuleNotFoundError):
         import torch
-        found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+        found["device"] = (
+            torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        )
     return found
 
 # %% ../../nbs/1_foundations/05_book.ipynb #dbef0427
@@ -257,6 +320,12 @@ def run_summary(run: Run) -> str:
     if run.stored:
         results = require("attnbook.lab.results")
         with results.rows_from(results.stored_dir()):
-            lines.append(f"            by those stored with the book, {shown(run.stored)} ({where_measured(results.load_results(run.chapter))})")
-    lines += [f"  page      {near(run.page)}", f"  notebook  {near(run.notebook)}", f"  numbers   {near(run.folder / 'results')} ({_counted(run.rows)})"]
+            lines.append(
+                f"            by those stored with the book, {shown(run.stored)} ({where_measured(results.load_results(run.chapter))})"
+            )
+    lines += [
+        f"  page      {near(run.page)}",
+        f"  notebook  {near(run.notebook)}",
+        f"  numbers   {near(run.folder / 'results')} ({_counted(run.rows)})",
+    ]
     return "\n".join(lines)

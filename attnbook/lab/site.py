@@ -80,6 +80,7 @@ _BAR = """<form role="search"><input id="search" type="search" placeholder="Sear
 @dataclass
 class Page:
     "A page of the site."
+
     path: str  # in the site's folder, with slashes
     title: str
     part: str = ""
@@ -90,22 +91,29 @@ class Page:
 @dataclass
 class Site:
     "Pages, and what all of them share."
+
     root: Path  # the checkout
     out: Path  # the folder that is written
     pages: list[Page] = field(default_factory=list)
     library: dict[str, Module] = field(default_factory=dict)
-    index: list[tuple[str, str, str, str, str]] = field(default_factory=list)  # of the search: page, heading, address, beginning, other words
+    index: list[tuple[str, str, str, str, str]] = field(
+        default_factory=list
+    )  # of the search: page, heading, address, beginning, other words
     homes: dict[str, list[str]] = field(default_factory=dict)  # modules by the names they define
-    first_figures: dict[str, tuple[str, str]] = field(default_factory=dict)  # address and description of a page's first figure
+    first_figures: dict[str, tuple[str, str]] = field(
+        default_factory=dict
+    )  # address and description of a page's first figure
 
     def image(self, page: str) -> Callable[[str], str]:
         "A function that stores a figure once and gives its address from a page."
+
         def store(png):
             data = base64.b64decode(png)
             path = self.out / "img" / f"{hashlib.sha256(data).hexdigest()[:16]}.png"
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(data)
             return relative(path.relative_to(self.out).as_posix(), page)
+
         return store
 
     def known(self, page: str, home: str = "") -> Callable[[str], str | None]:
@@ -122,6 +130,7 @@ class Site:
             own = [n for n in having if home and (n + ".").startswith(home + ".")]
             found = own or having
             return relative(f"api/{found[0]}.html", page) + f"#{name}" if len(found) == 1 else None
+
         return find
 
 
@@ -145,21 +154,40 @@ def _chapter_page(notebook: Path, chapter: Chapter | None, site_root: Path, clai
                 return url
             aim = os.path.relpath((notebook.parent / there).resolve(), nbs).replace(os.sep, "/")
             page = re.sub(r"\.ipynb$", ".html", aim)
-            return relative(page, path) + (f"#{anchor}" if anchor else "") if page in names else _on_the_web(site_root, (notebook.parent / there).resolve()) or inner(url)
+            return (
+                relative(page, path) + (f"#{anchor}" if anchor else "")
+                if page in names
+                else _on_the_web(site_root, (notebook.parent / there).resolve()) or inner(url)
+            )
+
         body = notebook_body(require("nbformat").read(str(notebook), 4), link, site.image(path))
         known = site.known(path, chapter.module if chapter else "")
         body.parts = [linked_names(p, known) for p in body.parts]
-        if first := next((m for p in body.parts if (m := re.search(r'<img loading="lazy" alt="([^"]*)" src="([^"]+)"', p))), None):
-            site.first_figures[path] = os.path.normpath(os.path.join(os.path.dirname(path), first[2])).replace(os.sep, "/"), first[1]
+        if first := next(
+            (m for p in body.parts if (m := re.search(r'<img loading="lazy" alt="([^"]*)" src="([^"]+)"', p))), None
+        ):
+            site.first_figures[path] = (
+                os.path.normpath(os.path.join(os.path.dirname(path), first[2])).replace(os.sep, "/"),
+                first[1],
+            )
         shutil.copy(notebook, (site.out / path).with_suffix(".ipynb"))
-        about = [f'<a href="{notebook.name}" download>Download the notebook</a>'] + ([f'<a href="{web}">Source on GitHub</a>'] if (web := _on_the_web(site_root, notebook)) else [])
-        about += [f'<a href="{web.replace("https://github.com/", "https://colab.research.google.com/github/")}">Open in Colab</a>'] if web else []
+        about = [f'<a href="{notebook.name}" download>Download the notebook</a>'] + (
+            [f'<a href="{web}">Source on GitHub</a>'] if (web := _on_the_web(site_root, notebook)) else []
+        )
+        about += (
+            [
+                f'<a href="{web.replace("https://github.com/", "https://colab.research.google.com/github/")}">Open in Colab</a>'
+            ]
+            if web
+            else []
+        )
         if chapter and (own := [n for n in site.library if (n + ".").startswith(chapter.module + ".")]):
             about.insert(0, f'<a href="{relative(f"api/{own[0]}.html", path)}">Its modules</a>')
         tally = _tally_line(chapter, body) if claims and chapter and chapter.paper else ""
         if body.parts:
             body.parts[0] = _behind_the_title(body.parts[0], f'{tally}<p class="tally">{" · ".join(about)}</p>')
         return body
+
     return Page(path, chapter.title if chapter else "Start", PARTS[chapter.part] if chapter else "", make)
 
 
@@ -173,7 +201,11 @@ def _on_the_web(root: Path, path: Path) -> str | None:
     "The address of a file of the checkout in the repository on the web; None for one outside."
     settings = (root / "settings.ini").read_text(encoding="utf-8") if (root / "settings.ini").is_file() else ""
     url, branch = re.search(r"^git_url = (\S+)", settings, re.M), re.search(r"^branch = (\S+)", settings, re.M)
-    return f"{url[1]}/blob/{branch[1] if branch else 'main'}/{path.relative_to(root.resolve()).as_posix()}" if url and path.resolve().is_relative_to(root.resolve()) else None
+    return (
+        f"{url[1]}/blob/{branch[1] if branch else 'main'}/{path.relative_to(root.resolve()).as_posix()}"
+        if url and path.resolve().is_relative_to(root.resolve())
+        else None
+    )
 
 
 def _tally_line(chapter: Chapter, body: Body) -> str:
@@ -192,8 +224,12 @@ def _gallery(site: Site, page: str) -> str:
         path = c.notebook.removeprefix("nbs/").removesuffix(".ipynb") + ".html"
         if c.paper and path in site.first_figures:
             picture, alt = site.first_figures[path]
-            items.append(f'<li><a href="{relative(path, page)}"><img loading="lazy" alt="{alt}" src="{relative(picture, page)}"><strong>{html.escape(c.title)}</strong><small>{html.escape(c.paper.split(", arXiv")[0])}</small></a></li>')
-    return f'<h2 id="gallery">What every mechanism looks at</h2><ul class="gallery">{"".join(items)}</ul>' if items else ""
+            items.append(
+                f'<li><a href="{relative(path, page)}"><img loading="lazy" alt="{alt}" src="{relative(picture, page)}"><strong>{html.escape(c.title)}</strong><small>{html.escape(c.paper.split(", arXiv")[0])}</small></a></li>'
+            )
+    return (
+        f'<h2 id="gallery">What every mechanism looks at</h2><ul class="gallery">{"".join(items)}</ul>' if items else ""
+    )
 
 
 def _api_index(site: Site) -> Body:
@@ -201,32 +237,62 @@ def _api_index(site: Site) -> Body:
     body, rows = Body("The library", "Every module, its names, and the chapters they come from."), []
     for name, m in site.library.items():
         names = [*m.imports, *(x.name for x in m.members)]
-        rows.append(f'<tr><td><a href="{name}.html"><code>{name}</code></a></td><td>{" ".join(f"<code>{n}</code>" for n in names[:8])}{" …" if len(names) > 8 else ""}</td></tr>')
-    body.parts = ['<h1 id="library">The library</h1><blockquote><p>Every module, its names, and the chapters they come from.</p></blockquote>'
-                  f'<div class="table" tabindex="0"><table><thead><tr><th>module</th><th>names</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>']
+        rows.append(
+            f'<tr><td><a href="{name}.html"><code>{name}</code></a></td><td>{" ".join(f"<code>{n}</code>" for n in names[:8])}{" …" if len(names) > 8 else ""}</td></tr>'
+        )
+    body.parts = [
+        '<h1 id="library">The library</h1><blockquote><p>Every module, its names, and the chapters they come from.</p></blockquote>'
+        f'<div class="table" tabindex="0"><table><thead><tr><th>module</th><th>names</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    ]
     body.sections = [("library", "The library", "")]
     return body
 
 
 def _models_page(count: bool) -> Page:
     "The page of the published models; with multiply-adds, which take seconds to count, if `count`."
+
     def make(site: Site) -> Body:
-        models, body, rows = require("attnbook.models"), Body("Models", "The published models: parameters, multiply-adds, and which published weights fit."), []
-        prose = lambda text, home: linked_names("".join(notebook_body(prose_notebook(text)).parts), site.known("models.html", home)) if text else ""
+        models, body, rows = (
+            require("attnbook.models"),
+            Body("Models", "The published models: parameters, multiply-adds, and which published weights fit."),
+            [],
+        )
+        prose = lambda text, home: (
+            linked_names("".join(notebook_body(prose_notebook(text)).parts), site.known("models.html", home))
+            if text
+            else ""
+        )
         for card in map(models.model_card, models.list_models()):
             chapter = CHAPTERS.get(card.chapter)
             home = chapter.notebook.removeprefix("nbs/").removesuffix(".ipynb") + ".html" if chapter else ""
-            where = f'<a href="{home}">{html.escape(chapter.title)}</a>' if home in {p.path for p in site.pages} else html.escape(card.chapter)
+            where = (
+                f'<a href="{home}">{html.escape(chapter.title)}</a>'
+                if home in {p.path for p in site.pages}
+                else html.escape(card.chapter)
+            )
             gmacs = [f"{models.count_flops(card) / 2e9:.2f} G" if card.image or card.example else ""] if count else []
-            cells = (f'<code id="{card.name}">{card.name}</code>', where, f"{card.parameters:,}", *gmacs, f"{card.image} x {card.image}" if card.image else "",
-                     *(prose(s, f"attnbook.{card.chapter}") for s in (card.published, card.weights)))
+            cells = (
+                f'<code id="{card.name}">{card.name}</code>',
+                where,
+                f"{card.parameters:,}",
+                *gmacs,
+                f"{card.image} x {card.image}" if card.image else "",
+                *(prose(s, f"attnbook.{card.chapter}") for s in (card.published, card.weights)),
+            )
             rows.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
             body.sections.append((card.name, card.name, f"{card.published} {card.weights}"))
-        head = "".join(f"<th>{n}</th>" for n in ("model", "chapter", "parameters", "multiply-adds", "pixels", "published", "weights") if count or n != "multiply-adds")
-        body.parts = [f'<h1 id="models">Models</h1><blockquote><p>{body.promise}</p></blockquote><div class="prose"><p><code>attnbook.create_model(name, **settings)</code> makes one, untrained; '
-                      '<code>attnbook.list_models()</code> and <code>attnbook models</code> list them. Parameters are asserted by a test; multiply-adds are those of one sample, counted by torch.</p></div>'
-                      f'<div class="table" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>']
+        head = "".join(
+            f"<th>{n}</th>"
+            for n in ("model", "chapter", "parameters", "multiply-adds", "pixels", "published", "weights")
+            if count or n != "multiply-adds"
+        )
+        body.parts = [
+            f'<h1 id="models">Models</h1><blockquote><p>{body.promise}</p></blockquote><div class="prose"><p><code>attnbook.create_model(name, **settings)</code> makes one, untrained; '
+            "<code>attnbook.list_models()</code> and <code>attnbook models</code> list them. Parameters are asserted by a test; multiply-adds are those of one sample, counted by torch.</p></div>"
+            f'<div class="table" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        ]
         return body
+
     return Page("models.html", "Models", "Library", make)
 
 
@@ -235,10 +301,13 @@ def _api_page(module: Module, root: Path) -> Page:
     path = f"api/{module.name}.html"
 
     def make(site: Site) -> Body:
-        chapter = Path(module.notebook).relative_to(root / "nbs").with_suffix(".html").as_posix() if module.notebook else ""
+        chapter = (
+            Path(module.notebook).relative_to(root / "nbs").with_suffix(".html").as_posix() if module.notebook else ""
+        )
         source = relative(chapter, path) if chapter in {p.path for p in site.pages} else ""
         home = ".".join(module.name.split(".")[:2])
         return module_body(module, source, known=site.known(path, home))
+
     return Page(path, module.name.removeprefix("attnbook."), "Library", make)
 
 # %% ../../nbs/1_foundations/15_site.ipynb #5150c273
@@ -250,17 +319,25 @@ def _sidebar(site: Site, here: Page, body: Body) -> str:
         if module and not here.path.startswith("api/"):
             continue
         if p.part != part:
-            text.append(("</ul>" if part is not None else "") + (f'<p class="group">{html.escape(p.part)}</p>' if p.part else "") + "<ul>")
+            text.append(
+                ("</ul>" if part is not None else "")
+                + (f'<p class="group">{html.escape(p.part)}</p>' if p.part else "")
+                + "<ul>"
+            )
             part = p.part
         current = ' aria-current="page"' if p is here else ""
-        text.append(f'<li><a href="{relative(p.path, here.path)}"{current}>{html.escape(p.title)}</a>{contents_list(body.headings) if p is here else ""}</li>')
+        text.append(
+            f'<li><a href="{relative(p.path, here.path)}"{current}>{html.escape(p.title)}</a>{contents_list(body.headings) if p is here else ""}</li>'
+        )
     return "".join(text) + "</ul>"
 
 
 def _turn(site: Site, here: Page) -> str:
     "Links to the previous and the next page."
     i = site.pages.index(here)
-    link = lambda p, text: f'<a rel="{text}" href="{relative(p.path, here.path)}">{"← " if text == "prev" else ""}{html.escape(p.title)}{" →" if text == "next" else ""}</a>'
+    link = lambda p, text: (
+        f'<a rel="{text}" href="{relative(p.path, here.path)}">{"← " if text == "prev" else ""}{html.escape(p.title)}{" →" if text == "next" else ""}</a>'
+    )
     return f'<nav class="turn" aria-label="Previous and next page">{link(site.pages[i - 1], "prev") if i else "<span></span>"}{link(site.pages[i + 1], "next") if i + 1 < len(site.pages) else ""}</nav>'
 
 
@@ -270,7 +347,20 @@ def _write_page(site: Site, page: Page, body: Body):
     title = body.title or page.title
     head = f'<script src="{up}site.js" data-base="{up}"></script>'
     main = "\n".join(body.parts) + page.extra + _turn(site, page)
-    target.write_text(page_html(f"{title} · attnbook" if page.path != "index.html" else "attnbook", main, _sidebar(site, page, body), title if page.path != "index.html" else "A book you can run", f"{up}index.html", _BAR, body.promise, head, f"{up}style.css"), encoding="utf-8")
+    target.write_text(
+        page_html(
+            f"{title} · attnbook" if page.path != "index.html" else "attnbook",
+            main,
+            _sidebar(site, page, body),
+            title if page.path != "index.html" else "A book you can run",
+            f"{up}index.html",
+            _BAR,
+            body.promise,
+            head,
+            f"{up}style.css",
+        ),
+        encoding="utf-8",
+    )
     for name, heading, text in body.sections:
         text = text.replace("`", "")
         start = text[:140]
@@ -301,7 +391,10 @@ def build_site(
     site.pages = [start, *(_chapter_page(root / c.notebook, c, root, claims) for c in chosen)]
     if library:
         site.pages += [_models_page(count)] if models else []
-        site.pages += [Page("api/index.html", "All modules", "Library", _api_index), *(_api_page(m, root) for m in site.library.values())]
+        site.pages += [
+            Page("api/index.html", "All modules", "Library", _api_index),
+            *(_api_page(m, root) for m in site.library.values()),
+        ]
     for page in site.pages:
         (out / page.path).parent.mkdir(parents=True, exist_ok=True)
     bodies = {p.path: p.make(site) for p in [*site.pages[1:], start]}
@@ -311,7 +404,12 @@ def build_site(
         _write_page(site, page, bodies[page.path])
     (out / "style.css").write_text(STYLE + _SITE_STYLE, encoding="utf-8")
     (out / "site.js").write_text(_SCRIPT, encoding="utf-8")
-    (out / "search.js").write_text("window.attnbookIndex = " + json.dumps(site.index, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/") + ";\n", encoding="utf-8")
+    (out / "search.js").write_text(
+        "window.attnbookIndex = "
+        + json.dumps(site.index, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+        + ";\n",
+        encoding="utf-8",
+    )
     return site
 
 # %% ../../nbs/1_foundations/15_site.ipynb #7a797515
@@ -319,6 +417,7 @@ def page_faults(
     out: Path,  # a site's folder, or any folder with pages
 ) -> list[str]:
     "What is wrong with the pages of a folder: dead links and anchors, names given twice, figures without description, addresses of the outside world that would be loaded, not exactly one heading of the first level, no language, title or width of the screen."
+
     class Reader(HTMLParser):
         def __init__(self):
             super().__init__()
@@ -330,11 +429,14 @@ def page_faults(
             self.h1 += tag == "h1"
             self.ids += [a["id"]] if "id" in a else []
             self.links += [a["href"]] if tag == "a" and a.get("href") else []
-            self.loads += [a[k] for k in ("src", "srcset", "poster", "data") if a.get(k) and tag != "a"] + ([a["href"]] if tag in ("link", "use") and a.get("href") else [])
+            self.loads += [a[k] for k in ("src", "srcset", "poster", "data") if a.get(k) and tag != "a"] + (
+                [a["href"]] if tag in ("link", "use") and a.get("href") else []
+            )
             if tag == "img" and not a.get("alt"):
                 self.faults.append("a figure without description")
 
         handle_startendtag = handle_starttag
+
     pages, faults = {}, []
     for path in sorted(Path(out).rglob("*.html")):
         pages[path.resolve()] = reader = Reader()
@@ -344,8 +446,12 @@ def page_faults(
         name = path.relative_to(Path(out).resolve()).as_posix()
         faults += [f"{name}: {f}" for f in dict.fromkeys(r.faults)]
         faults += [f"{name}: {r.h1} headings of the first level"] if r.h1 != 1 else []
-        faults += [f"{name}: no {what}" for what in ("lang", "title", "meta viewport", "main", "nav") if what not in r.seen]
-        faults += [f"{name}: the name {i} is given twice" for i in sorted(i for i, n in Counter(r.ids).items() if n > 1)]
+        faults += [
+            f"{name}: no {what}" for what in ("lang", "title", "meta viewport", "main", "nav") if what not in r.seen
+        ]
+        faults += [
+            f"{name}: the name {i} is given twice" for i in sorted(i for i, n in Counter(r.ids).items() if n > 1)
+        ]
         faults += [f"{name}: loads {u}" for u in r.loads if re.match(r"(https?:)?//", u)]
         for url in dict.fromkeys([*r.links, *r.loads]):
             there, _, anchor = url.partition("#")

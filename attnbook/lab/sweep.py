@@ -34,8 +34,13 @@ def sweep_parameters(
 ) -> list[dict]:
     "Every combination of the values, read and checked as by `check_parameters`. ValueError for no values, and for a value given twice."
     if not grid:
-        raise ValueError(f"a sweep needs values to run over; {where} has {', '.join(map(str, declared.values())) or 'no parameters'}")
-    checked = {name: [check_parameters({name: v}, declared, where, text)[name] for v in values] for name, values in grid.items()}
+        raise ValueError(
+            f"a sweep needs values to run over; {where} has {', '.join(map(str, declared.values())) or 'no parameters'}"
+        )
+    checked = {
+        name: [check_parameters({name: v}, declared, where, text)[name] for v in values]
+        for name, values in grid.items()
+    }
     for name, values in checked.items():
         if not values or len(set(map(str, values))) < len(values):
             raise ValueError(f"parameter {name!r} is given {'a value twice' if values else 'no value'}")
@@ -56,7 +61,11 @@ def _run_name(parameters: dict) -> str:
 def _sweep_folder(out: str | Path | None, name: str, notebook: Path) -> Path:
     "Makes the sweep's folder, or finds it. ValueError if it belongs to something else, OSError if it cannot be written."
     code = _digest("\n".join(code_cells(notebook)))
-    folder = Path(out).expanduser().absolute() if out is not None else (book_root() or Path()).absolute() / "runs" / f"{name}-sweep-{code}"
+    folder = (
+        Path(out).expanduser().absolute()
+        if out is not None
+        else (book_root() or Path()).absolute() / "runs" / f"{name}-sweep-{code}"
+    )
     mark, text = folder / "sweep.json", json.dumps({"chapter": name, "code": code}) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +74,9 @@ def _sweep_folder(out: str | Path | None, name: str, notebook: Path) -> Path:
     except OSError as e:
         raise OSError(f"cannot write to the output folder {str(folder)!r}: {e.strerror}") from None
     if not mark.exists() or mark.read_text(encoding="utf-8") != text:
-        raise ValueError(f"the folder {str(folder)!r} holds {'another sweep, or this one before the chapter changed' if mark.exists() else 'other things'}; choose another")
+        raise ValueError(
+            f"the folder {str(folder)!r} holds {'another sweep, or this one before the chapter changed' if mark.exists() else 'other things'}; choose another"
+        )
     return folder
 
 # %% ../../nbs/1_foundations/05_book.ipynb #5bee0005
@@ -76,8 +87,18 @@ def _read_run(folder: Path) -> Run | None:
     except OSError:
         return None
     name = found["chapter"]
-    return Run(name, folder, folder / f"{name}.ipynb", folder / f"{name}.html", found["parameters"], found["seconds"], found["results"],
-               _tally(c["verdict"] for c in found["claims"]), found["stored"], found["error"])
+    return Run(
+        name,
+        folder,
+        folder / f"{name}.ipynb",
+        folder / f"{name}.html",
+        found["parameters"],
+        found["seconds"],
+        found["results"],
+        _tally(c["verdict"] for c in found["claims"]),
+        found["stored"],
+        found["error"],
+    )
 
 
 def _keep_run(files: dict[str, bytes], folder: Path):
@@ -88,7 +109,9 @@ def _keep_run(files: dict[str, bytes], folder: Path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         if folder.exists():
-            folder.rename(next(p for i in itertools.count(1) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists()))
+            folder.rename(
+                next(p for i in itertools.count(1) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
+            )
         (Path(new) / "run").rename(folder)
 
 # %% ../../nbs/1_foundations/05_book.ipynb #5bee0007
@@ -116,14 +139,25 @@ def _ray(
         raise RuntimeError("Ray is running in this process already; end it with ray.shutdown()")
     short = os.environ.get("RAY_TMPDIR", "/tmp" if os.name == "posix" else None)  # the path of a socket must be short
     with tempfile.TemporaryDirectory(prefix="ray-", dir=short, ignore_cleanup_errors=True) as folder:
-        here = {"address": "local", "num_cpus": workers, "include_dashboard": False, "object_store_memory": 256 * 2**20, "_temp_dir": folder}
-        there = {"address": address, "runtime_env": {"py_modules": [str(Path(importlib.import_module("attnbook").__file__).parent)]}}
+        here = {
+            "address": "local",
+            "num_cpus": workers,
+            "include_dashboard": False,
+            "object_store_memory": 256 * 2**20,
+            "_temp_dir": folder,
+        }
+        there = {
+            "address": address,
+            "runtime_env": {"py_modules": [str(Path(importlib.import_module("attnbook").__file__).parent)]},
+        }
         try:
             try:
                 with quiet():
                     _start_ray(ray, **(there if address else here))
             except (ConnectionError, ray.exceptions.RayError) as e:
-                raise ConnectionError(f"no Ray answers at {address or 'this machine'}: {(str(e).splitlines() or [''])[-1]} (a cluster that wants a token needs RAY_AUTH_MODE=token here)") from None
+                raise ConnectionError(
+                    f"no Ray answers at {address or 'this machine'}: {(str(e).splitlines() or [''])[-1]} (a cluster that wants a token needs RAY_AUTH_MODE=token here)"
+                ) from None
             yield ray, None if address else folder
         finally:
             ray.shutdown()
@@ -159,12 +193,18 @@ def _finished_run(ray, task, run: Run) -> Run:
         return replace(run, error=" ".join(str(getattr(e, "cause", None) or e).split())[:300])
 
 
-def _run_missing(ray, scratch: str | None, name: str, notebook: bytes, runs: dict[Path, dict], gpus: float, progress: bool) -> list[Run]:
+def _run_missing(
+    ray, scratch: str | None, name: str, notebook: bytes, runs: dict[Path, dict], gpus: float, progress: bool
+) -> list[Run]:
     "The runs by folder, each with its parameters; those that are not there yet, or failed, are run first."
     found = {folder: _read_run(folder) for folder in runs}
     task = ray.remote(_sweep_task).options(num_gpus=gpus, max_retries=0)
-    waiting = {task.remote(name, notebook, runs[f], gpus, scratch): f for f, run in found.items() if not run or run.error}
-    with require("tqdm").tqdm(total=len(runs), initial=len(runs) - len(waiting), desc=name, unit="run", disable=not progress) as bar:
+    waiting = {
+        task.remote(name, notebook, runs[f], gpus, scratch): f for f, run in found.items() if not run or run.error
+    }
+    with require("tqdm").tqdm(
+        total=len(runs), initial=len(runs) - len(waiting), desc=name, unit="run", disable=not progress
+    ) as bar:
         try:
             while waiting:
                 (ready,), _ = ray.wait(list(waiting))
@@ -183,8 +223,11 @@ def sweep_chapter(
     chapter: str | Path,  # a chapter's name, or the path of a notebook
     grid: dict[str, list],  # values by parameter; every combination is run
     *,
-    out: str | Path | None = None,  # the sweep's folder; runs/<chapter>-sweep-<digest of its code> in the checkout or here if None
-    address: str | None = None,  # of a Ray cluster, as ray://host:10001; None: a Ray on this machine, which ends with the sweep
+    out: str
+    | Path
+    | None = None,  # the sweep's folder; runs/<chapter>-sweep-<digest of its code> in the checkout or here if None
+    address: str
+    | None = None,  # of a Ray cluster, as ray://host:10001; None: a Ray on this machine, which ends with the sweep
     gpus: float | None = None,  # of each run; None: 1 where there is one, else 0
     workers: int | None = None,  # runs at a time on this machine; None: one per core
     text: bool = False,  # the values come from a command line, as text
@@ -200,7 +243,9 @@ def sweep_chapter(
     cells = sweep_parameters(grid, declared, name, text)
     if workers is not None and (address or workers < 1):
         raise ValueError(f"workers cannot be {workers}" + (": on a cluster Ray decides" if address else ""))
-    with environment(RAY_USAGE_STATS_ENABLED="0", **({} if address else {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"})):  # 0: loopback only, on Linux too
+    with environment(
+        RAY_USAGE_STATS_ENABLED="0", **({} if address else {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"})
+    ):  # 0: loopback only, on Linux too
         require("ray", "ray")
         folder = _sweep_folder(out, name, source)
         with _ray(address, workers) as (ray, scratch):
@@ -209,7 +254,9 @@ def sweep_chapter(
                 raise ValueError("device cannot be 'cuda': the runs have no GPU")
             if "preset" in declared:
                 cells = [{"preset": "gpu" if gpus else "cpu"} | c for c in cells]
-            runs = _run_missing(ray, scratch, name, source.read_bytes(), {folder / _run_name(c): c for c in cells}, gpus, progress)
+            runs = _run_missing(
+                ray, scratch, name, source.read_bytes(), {folder / _run_name(c): c for c in cells}, gpus, progress
+            )
     _collect_rows(folder)
     return runs
 
@@ -227,7 +274,13 @@ def _collect_rows(folder: Path):
         for summary in sorted(folder.glob("*/summary.json")):
             run = _read_run(summary.parent)
             for name, row in _run_rows(run):
-                out.write(json.dumps({"run": run.folder.name, "file": name, "parameters": run.parameters, "row": row}, ensure_ascii=False) + "\n")
+                out.write(
+                    json.dumps(
+                        {"run": run.folder.name, "file": name, "parameters": run.parameters, "row": row},
+                        ensure_ascii=False,
+                    )
+                    + "\n"
+                )
 
 # %% ../../nbs/1_foundations/05_book.ipynb #04671536
 def run_metrics(run: Run) -> dict[str, float]:
@@ -252,7 +305,20 @@ def sweep_table(
     shown = sorted(common, key=lambda n: len({m[n] for m in done}) == 1)[:most]  # those that differ first
     claims = lambda run: ", ".join(f"{v}: {n}" for v, n in run.verdicts.items())
     number = lambda x: "" if x is None else f"{x:.4g}"
-    rows = [(i, *(run.parameters[n] for n in names), *(number(m.get(n)) for n in shown), f"{run.seconds:.0f}", sum(run.rows.values()), claims(run), run.folder.name,
-             f"failed: {run.error}" if run.error else "finished") for i, (run, m) in enumerate(zip(runs, metrics), 1)]
+    rows = [
+        (
+            i,
+            *(run.parameters[n] for n in names),
+            *(number(m.get(n)) for n in shown),
+            f"{run.seconds:.0f}",
+            sum(run.rows.values()),
+            claims(run),
+            run.folder.name,
+            f"failed: {run.error}" if run.error else "finished",
+        )
+        for i, (run, m) in enumerate(zip(runs, metrics), 1)
+    ]
     table = markdown_table(["run", *names, *shown, "seconds", "rows", "claims", "folder", "outcome"], rows)
-    return MarkdownText(table + (f"\n\n{len(common) - most} more numbers of each run are in its results" if len(common) > most else ""))
+    return MarkdownText(
+        table + (f"\n\n{len(common) - most} more numbers of each run are in its results" if len(common) > most else "")
+    )

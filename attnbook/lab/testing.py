@@ -69,6 +69,7 @@ def rel_error(
 # %% ../../nbs/1_foundations/06_testing.ipynb #0ca58f6f
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, "tf32": 2e-3, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
+
 def tolerance(dtype: torch.dtype, device: str = "cpu") -> float:
     "The largest `rel_error` allowed for results in `dtype`; for float32 on a GPU it follows torch's setting for tf32."
     on_gpu = torch.device(device).type == "cuda"
@@ -77,6 +78,7 @@ def tolerance(dtype: torch.dtype, device: str = "cpu") -> float:
 
 # %% ../../nbs/1_foundations/06_testing.ipynb #2f1b4b5b
 LAYOUTS = ("contiguous", "heads_last", "sliced", "strided")
+
 
 def relayout(
     x: Tensor,  # `(batch, heads, *axes, dim)`
@@ -102,7 +104,11 @@ def relayout(
 
 # %% ../../nbs/1_foundations/06_testing.ipynb #37557995
 def make_qkv(
-    batch: int = 2, heads: int = 4, Nq: int = 37, D: int = 16, *,
+    batch: int = 2,
+    heads: int = 4,
+    Nq: int = 37,
+    D: int = 16,
+    *,
     kv_heads: int | None = None,  # heads if None
     Nk: int | None = None,  # Nq if None
     Dv: int | None = None,  # D if None
@@ -122,27 +128,33 @@ def make_qkv(
 def _differentiable(x) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
+
 def _label(name) -> str:
     return f"argument {name}" if isinstance(name, int) else str(name)
+
 
 def _named(inputs) -> dict:
     "Inputs as a dict; those of a sequence are called 0, 1, …"
     return dict(inputs) if isinstance(inputs, Mapping) else dict(enumerate(inputs))
 
+
 def _first(inputs) -> Tensor:
     "The tensor whose type and device stand for all."
     return next(x for x in _named(inputs).values() if _differentiable(x))
+
 
 def _each(inputs, fn: Callable):
     "`fn` applied to every floating-point tensor of a sequence or mapping."
     new = {n: fn(x) if _differentiable(x) else x for n, x in _named(inputs).items()}
     return new if isinstance(inputs, Mapping) else list(new.values())
 
+
 def _leaf(x: Tensor, dtype: torch.dtype | None = None, grad: bool = False) -> Tensor:
     "A leaf with x's values and strides, in another type if asked."
     if dtype not in (None, x.dtype):
         x = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device).copy_(x.detach())
     return x.detach().requires_grad_(grad)
+
 
 def _differences(got, want, floor: float = 0.0) -> dict[str, float]:
     "Errors of the outputs and gradients of one `evaluate` against another's; a gradient that is None is 0."
@@ -153,6 +165,7 @@ def _differences(got, want, floor: float = 0.0) -> dict[str, float]:
             a, b = torch.zeros_like(b) if a is None else a, torch.zeros_like(a) if b is None else b
             errors[f"gradient of {name}"] = rel_error(a, b, floor)
     return errors
+
 
 def _listed(errors: Mapping[str, float], tol: float) -> list[str]:
     return [f"{n}: error {e:.2g} > {tol:.2g}" for n, e in errors.items() if not e <= tol]
@@ -178,6 +191,7 @@ def evaluate(
     assert pairs, "no output depends on an input in a differentiable way"
     grads = torch.autograd.grad([o for o, _ in pairs], list(wanted.values()), [c for _, c in pairs], allow_unused=True)
     return [o.detach() for o in outs], {_label(n): d for n, d in zip(wanted, grads)}
+
 
 def cotangents(outs: Sequence[Tensor], seed: int) -> list[Tensor]:
     "A random gradient for each output, the same for every type and device."
@@ -206,16 +220,22 @@ def check_against_reference(
     rounded = _each(inputs, lambda x: _leaf(x, dtype))
     want = evaluate(reference, _each(rounded, torch.Tensor.double), grad=grad, seed=seed)
     assert len(got[0]) == len(want[0]), f"{len(got[0])} outputs, but the reference has {len(want[0])}"
-    wrong = [f"output {i} has shape {tuple(a.shape)}, the reference's {tuple(b.shape)}"
-             for i, (a, b) in enumerate(zip(got[0], want[0])) if a.shape != b.shape]
+    wrong = [
+        f"output {i} has shape {tuple(a.shape)}, the reference's {tuple(b.shape)}"
+        for i, (a, b) in enumerate(zip(got[0], want[0]))
+        if a.shape != b.shape
+    ]
     first = _first(rounded)
     tol = tolerance(first.dtype, first.device.type) if tol is None else tol
     errors = _differences(got, want, floor)
     for name, error in errors.items():
         wrong += _listed({name: error}, grad_tol if grad_tol is not None and name.startswith("gradient") else tol)
     types = {_label(n): x.dtype for n, x in _named(rounded).items() if _differentiable(x)}
-    wrong += [f"gradient of {n} is {d.dtype}, its input {types[n]}" for n, d in got[1].items()
-              if d is not None and d.dtype != types[n]]
+    wrong += [
+        f"gradient of {n} is {d.dtype}, its input {types[n]}"
+        for n, d in got[1].items()
+        if d is not None and d.dtype != types[n]
+    ]
     assert not wrong, "; ".join(wrong)
     return errors
 
@@ -228,8 +248,11 @@ def check_gradients(reference: Callable, inputs: Sequence | Mapping, *, eps: flo
     exact = _each(inputs, lambda x: x.detach().double())
     outs, grads = evaluate(reference, exact, seed=3)
     g = torch.Generator().manual_seed(4)
-    direction = {_label(n): torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.device)
-                 for n, x in _named(exact).items() if _differentiable(x)}
+    direction = {
+        _label(n): torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.device)
+        for n, x in _named(exact).items()
+        if _differentiable(x)
+    }
 
     def loss(step):
         steps = iter(direction.values())
@@ -241,15 +264,20 @@ def check_gradients(reference: Callable, inputs: Sequence | Mapping, *, eps: flo
     length = sum(d.pow(2).sum() for d in grads.values() if d is not None) ** 0.5  # how large it usually is
     error = float(abs(claimed - measured) / max(length, abs(measured)))
     error = math.inf if math.isnan(error) else error
-    assert error <= tol, (f"the derivative along a random direction is {float(measured):.8g} by finite differences, "
-                          f"{float(claimed):.8g} by the gradients: error {error:.2g} > {tol:.2g}")
+    assert error <= tol, (
+        f"the derivative along a random direction is {float(measured):.8g} by finite differences, "
+        f"{float(claimed):.8g} by the gradients: error {error:.2g} > {tol:.2g}"
+    )
 
 # %% ../../nbs/1_foundations/06_testing.ipynb #a812ea35
 @contextmanager
 def poisoned():
     "While active, memory that torch hands out uninitialised is full of NaN (integers: of their largest value)."
-    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
-              torch.utils.deterministic.fill_uninitialized_memory)
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
@@ -296,8 +324,9 @@ def check_deterministic(op: Callable, inputs: Sequence | Mapping, *, repeats: in
     for _ in range(repeats - 1):
         outs, grads = evaluate(op, inputs, grad=grad)
         wrong = [f"output {i}" for i, (a, b) in enumerate(zip(outs, first)) if not torch.equal(a, b)]
-        wrong += [f"the gradient of {n}" for n, d in grads.items()
-                  if d is not None and not torch.equal(d, first_grads[n])]
+        wrong += [
+            f"the gradient of {n}" for n, d in grads.items() if d is not None and not torch.equal(d, first_grads[n])
+        ]
         assert not wrong, f"differs from run to run, or is NaN: {', '.join(wrong)}"
 
 # %% ../../nbs/1_foundations/06_testing.ipynb #8a5d425f
@@ -353,13 +382,20 @@ def check_autocast(
         "As where the first input comes out of another layer under autocast, and the others are parameters."
         with torch.autocast(device_type, dtype):
             named = iter(kwargs)
-            args, kwargs = ((args[0].to(dtype), *args[1:]), kwargs) if args else (args, kwargs | {n: kwargs[n].to(dtype) for n in [next(named)]})
+            args, kwargs = (
+                ((args[0].to(dtype), *args[1:]), kwargs)
+                if args
+                else (args, kwargs | {n: kwargs[n].to(dtype) for n in [next(named)]})
+            )
             return op(*args, **kwargs)
 
     got, outside = evaluate(under_autocast, inputs, grad=grad), evaluate(op, inputs, grad=grad)
     most = TOLERANCE[dtype] if tol is None else tol
     wrong = _listed(_differences(got, outside, floor), most)
-    wrong += [f"with a first input of {dtype}: {w}" for w in _listed(_differences(evaluate(first_cast, inputs, grad=grad), outside, floor), most)]
+    wrong += [
+        f"with a first input of {dtype}: {w}"
+        for w in _listed(_differences(evaluate(first_cast, inputs, grad=grad), outside, floor), most)
+    ]
     wrong += [f"output {i} is {o.dtype}" for i, o in enumerate(got[0]) if o.dtype not in (dtype, torch.float32)]
     wrong += [f"gradient of {n} is {d.dtype}" for n, d in got[1].items() if d is not None and d.dtype != torch.float32]
     assert not wrong, f"under autocast {'; '.join(wrong)}"
@@ -418,8 +454,13 @@ def check_operation(
     **options,  # for `check_against_reference`
 ) -> dict[str, dict[str, float]]:  # the errors by type
     "Everything that holds for every operation, whatever it computes: the checks of this chapter one after another."
-    checks = {"writes": check_writes_everything, "strides": check_strides, "deterministic": check_deterministic,
-              "compiles": check_compiles, "autocast": check_autocast}
+    checks = {
+        "writes": check_writes_everything,
+        "strides": check_strides,
+        "deterministic": check_deterministic,
+        "compiles": check_compiles,
+        "autocast": check_autocast,
+    }
     unknown = set(skip) - set(checks) - {"reference"}
     if unknown:
         raise ValueError(f"skip must name some of reference, {', '.join(checks)}; not {', '.join(sorted(unknown))}")
@@ -437,13 +478,18 @@ def tensors(*shapes: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> list
     "A tensor of each shape that holds nothing in particular: what a launch is compiled for, not what it is run on."
     return [torch.empty(s, dtype=dtype) for s in shapes]
 
+
 def both_ways(
     op: Callable,  # returns a tensor or a tuple of tensors
     *tensors: Tensor,
     **options,  # keyword arguments of the operation
-) -> tuple[Tensor | None, ...]:  # a gradient for each floating-point tensor, None where the output does not depend on it
+) -> tuple[
+    Tensor | None, ...
+]:  # a gradient for each floating-point tensor, None where the output does not depend on it
     "Forward, then backward to every floating-point tensor: every kernel of an operation is launched."
     leaves = [t.requires_grad_() if t.is_floating_point() else t for t in tensors]
     outs = op(*leaves, **options)
     outs = outs if isinstance(outs, tuple) else (outs,)
-    return torch.autograd.grad(sum(o.float().sum() for o in outs), [t for t in leaves if t.is_floating_point()], allow_unused=True)
+    return torch.autograd.grad(
+        sum(o.float().sum() for o in outs), [t for t in leaves if t.is_floating_point()], allow_unused=True
+    )

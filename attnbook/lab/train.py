@@ -42,9 +42,13 @@ def seed_everything(
 def rng_state() -> dict:
     """State of all global generators, in types that `torch.load(weights_only=True)` accepts."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
-    return {"python": random.getstate(), "torch": torch.get_rng_state(),
-            "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []}
+    return {
+        "python": random.getstate(),
+        "torch": torch.get_rng_state(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
 
 def set_rng_state(
     state: dict,  # from `rng_state`
@@ -94,6 +98,7 @@ def learning_rate(
 @dataclass
 class History:
     """What happened: one entry per step, and the evaluations."""
+
     loss: list[float] = field(default_factory=list)  # training loss of each step
     lr: list[float] = field(default_factory=list)
     grad_norm: list[float] = field(default_factory=list)  # L2 norm before clipping
@@ -113,14 +118,23 @@ class History:
         """Training loss against step, averaged over the last `smooth` steps. Returns the axes."""
         if ax is None:
             import matplotlib.pyplot as plt
+
             ax = plt.subplots(figsize=(4.6, 2.4))[1]
         sums = np.cumsum([0.0, *self.loss])
         ends = np.arange(1, len(self.loss) + 1)
         starts = np.maximum(0, ends - smooth)
-        line, = ax.plot(ends, (sums[ends] - sums[starts]) / (ends - starts), **style)
+        (line,) = ax.plot(ends, (sums[ends] - sums[starts]) / (ends - starts), **style)
         if label and len(self.loss):
-            ax.annotate(label, (ends[-1], line.get_ydata()[-1]), xytext=(4, 0), textcoords="offset points",
-                        va="center", fontsize=8, color=line.get_color(), annotation_clip=False)
+            ax.annotate(
+                label,
+                (ends[-1], line.get_ydata()[-1]),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                color=line.get_color(),
+                annotation_clip=False,
+            )
         ax.set(xlabel="step", ylabel="training loss")
         return ax
 
@@ -143,13 +157,20 @@ def load_checkpoint(path: Path, settings: dict) -> dict | None:
         state = torch.load(path, map_location="cpu", weights_only=True)
         stored = state["history"]["settings"]
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"checkpoint={str(path)!r} is not a readable checkpoint of fit ({type(e).__name__}); "
-                         "delete it to start again") from e
-    differ = [f"{k} (there {stored.get(k)!r}, now {settings.get(k)!r})"
-              for k in {**stored, **settings} if stored.get(k) != settings.get(k)]
+        raise ValueError(
+            f"checkpoint={str(path)!r} is not a readable checkpoint of fit ({type(e).__name__}); "
+            "delete it to start again"
+        ) from e
+    differ = [
+        f"{k} (there {stored.get(k)!r}, now {settings.get(k)!r})"
+        for k in {**stored, **settings}
+        if stored.get(k) != settings.get(k)
+    ]
     if differ:
-        raise ValueError(f"checkpoint={str(path)!r} belongs to another run; different: {', '.join(differ)}. "
-                         "Use another file, or delete this one to start again")
+        raise ValueError(
+            f"checkpoint={str(path)!r} belongs to another run; different: {', '.join(differ)}. "
+            "Use another file, or delete this one to start again"
+        )
     return state
 
 # %% ../../nbs/1_foundations/04_train.ipynb #cfa384ff
@@ -177,6 +198,7 @@ def name_of(f) -> str:
 # %% ../../nbs/1_foundations/04_train.ipynb #596a90ff
 class Stream:
     """Batches by step: of a function of the step, or of an iterable, which is started again when it ends."""
+
     def __init__(self, batches):
         self.batches, self.taken, self.last = batches, 0, None
         self.began, self.rng = 0, None  # the step at which this pass began, and the generators then
@@ -196,8 +218,10 @@ class Stream:
                 self.taken += 1
                 yield batch
             if self.taken == before:
-                raise ValueError("batches gave no batch; an exhausted iterator cannot be started again: give a list, a "
-                                 "DataLoader, Batches or a function of the step")
+                raise ValueError(
+                    "batches gave no batch; an exhausted iterator cannot be started again: give a list, a "
+                    "DataLoader, Batches or a function of the step"
+                )
 
     def state(self) -> dict:
         "What `replay` needs, in types that `torch.load(weights_only=True)` accepts."
@@ -209,8 +233,10 @@ class Stream:
         for step in range(steps if self.passes is not None else 0):
             self(step)
         if state and steps and digest(self.last) != state["last"]:
-            raise ValueError(f"batches does not give again what it gave before: the batch of step {steps - 1} is another one. Its order must "
-                             "follow from the global generators when a pass begins; or give a function of the step, such as Batches")
+            raise ValueError(
+                f"batches does not give again what it gave before: the batch of step {steps - 1} is another one. Its order must "
+                "follow from the global generators when a pass begins; or give a function of the step, such as Batches"
+            )
 
 # %% ../../nbs/1_foundations/04_train.ipynb #462f6f04
 def to_device(batch, device):
@@ -241,11 +267,19 @@ def watched() -> bool:
     kernel = getattr(sys.modules["IPython"].get_ipython(), "kernel", None) if "IPython" in sys.modules else None
     return bool(getattr(kernel, "_allow_stdin", False)) if kernel is not None else sys.stderr.isatty()
 
+
 class NoBar(contextlib.nullcontext):
     """Stands in for tqdm."""
-    def update(self, n=1): pass
-    def set_postfix(self, **values): pass
-    def __enter__(self): return self
+
+    def update(self, n=1):
+        pass
+
+    def set_postfix(self, **values):
+        pass
+
+    def __enter__(self):
+        return self
+
 
 def progress_bar(steps: int, done: int, wanted: bool):
     "A bar where one is wanted, somebody watches and tqdm is installed; else something that does nothing."
@@ -295,7 +329,8 @@ def fit(
     device: str | torch.device | None = None,  # default: where the model is; the model is moved
     amp: bool | torch.dtype | None = None,  # default: bfloat16 autocast on a GPU; see `autocast`
     clip: float | None = 1.0,  # largest L2 norm of the whole gradient; None: only measured
-    optimizer: Callable | None = None,  # optimizer(groups, lr=lr); default torch.optim.AdamW. A group's `lr_scale` multiplies its rate
+    optimizer: Callable
+    | None = None,  # optimizer(groups, lr=lr); default torch.optim.AdamW. A group's `lr_scale` multiplies its rate
     checkpoint: str | Path | None = None,  # file to resume from and to write
     every: int = 100,  # steps between checkpoints: the most that an interruption costs
     eval_fn: Callable | None = None,  # eval_fn(model) -> number or dict of numbers, in eval mode, without gradients
@@ -309,8 +344,18 @@ def fit(
     another model layout or other data (judged by the first batch of a function, the last of an iterable) is refused
     (ValueError). Raises FloatingPointError naming the step when loss or gradient is not finite."""
     warmup = steps // 20 if warmup is None and isinstance(steps, int) else warmup
-    check_settings(model, loss_fn, steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=schedule,
-                   clip=clip, every=every, eval_every=eval_every)
+    check_settings(
+        model,
+        loss_fn,
+        steps=steps,
+        lr=lr,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        schedule=schedule,
+        clip=clip,
+        every=every,
+        eval_every=eval_every,
+    )
     path = prepare(checkpoint)
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = torch.device(device or parameters[0].device)
@@ -318,12 +363,23 @@ def fit(
     seed_everything(seed)
     model.to(device)
     opt = (optimizer or torch.optim.AdamW)(parameter_groups(model, weight_decay), lr=lr)
-    history = History(settings=dict(  # noqa: C408
-        steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=name_of(schedule), seed=seed, clip=clip,
-        optimizer=type(opt).__name__, options=digest(opt.defaults), loss_fn=name_of(loss_fn),
-        amp=device.type == "cuda" if amp is None else bool(amp),
-        model=digest([(k, v.dtype, tuple(v.shape)) for k, v in model.state_dict().items()]),
-        first_batch=digest(batches(0)) if callable(batches) else None))
+    history = History(
+        settings=dict(  # noqa: C408
+            steps=steps,
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup=warmup,
+            schedule=name_of(schedule),
+            seed=seed,
+            clip=clip,
+            optimizer=type(opt).__name__,
+            options=digest(opt.defaults),
+            loss_fn=name_of(loss_fn),
+            amp=device.type == "cuda" if amp is None else bool(amp),
+            model=digest([(k, v.dtype, tuple(v.shape)) for k, v in model.state_dict().items()]),
+            first_batch=digest(batches(0)) if callable(batches) else None,
+        )
+    )
     take = Stream(batches)
     if path and (state := load_checkpoint(path, history.settings)):
         model.load_state_dict(state["model"])
@@ -361,8 +417,16 @@ def fit(
                 history.evals.append({"step": step + 1, **evaluate(model, eval_fn, precision)})
                 began = time.perf_counter() - history.seconds  # evaluation does not count as training time
             if saving:
-                save_checkpoint(path, {"model": model.state_dict(), "optimizer": opt.state_dict(),
-                                       "history": history.to_dict(), "rng": rng_state(), "batches": take.state()})
+                save_checkpoint(
+                    path,
+                    {
+                        "model": model.state_dict(),
+                        "optimizer": opt.state_dict(),
+                        "history": history.to_dict(),
+                        "rng": rng_state(),
+                        "batches": take.state(),
+                    },
+                )
     model.eval()
     return history
 
@@ -374,8 +438,10 @@ def record(history: History, pending: list):
         step = len(history.loss)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"loss is {loss:.4g}" + (f" but the gradient norm is {norm}" if math.isfinite(loss) else "")
-            raise FloatingPointError(f"{what} at step {step} (learning rate {rate:.3g}); losses before: "
-                                     f"{[round(v, 4) for v in history.loss[-3:]]}. Try a lower lr or a longer warmup")
+            raise FloatingPointError(
+                f"{what} at step {step} (learning rate {rate:.3g}); losses before: "
+                f"{[round(v, 4) for v in history.loss[-3:]]}. Try a lower lr or a longer warmup"
+            )
         history.loss.append(loss)
         history.lr.append(rate)
         history.grad_norm.append(norm)
@@ -390,6 +456,7 @@ def evaluate(model, eval_fn, precision) -> dict:
     model.train()
     set_rng_state(state)
     return {k: float(v) for k, v in (out if isinstance(out, dict) else {"value": out}).items()}
+
 
 def prepare(checkpoint) -> Path | None:
     """The checkpoint's path, its folder made."""
@@ -440,12 +507,14 @@ def training_step(
 ) -> Callable[[], None]:
     "One forward and backward pass under bfloat16 autocast and one AdamW step, as a function of nothing."
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=x.is_cuda)
+
     def step():
         with torch.autocast(x.device.type, torch.bfloat16):
             loss = F.cross_entropy(model(x).float(), y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+
     return step
 
 # %% ../../nbs/1_foundations/04_train.ipynb #c3dbf82d
@@ -463,11 +532,18 @@ def compare_training(
     "A recorded row for each network's `training_step`: `ms`, `images_per_s`, `peak_mb`; None in all three, and a `note`, if it fails."
     for method, make in models.items():
         torch._dynamo.reset()
-        if x.is_cuda: torch.cuda.empty_cache()
+        if x.is_cuda:
+            torch.cuda.empty_cache()
         row = dict(method=method, **problem, ms=None, images_per_s=None, peak_mb=None)
         try:
-            timing = measure(training_step(make(), x, y), warmup_ms=warmup_ms, rep_ms=rep_ms, ahead=False, device=x.device)
-            row |= dict(ms=timing.ms, images_per_s=len(x) / timing.ms * 1e3, peak_mb=timing.peak_bytes and timing.peak_bytes / 1e6)
+            timing = measure(
+                training_step(make(), x, y), warmup_ms=warmup_ms, rep_ms=rep_ms, ahead=False, device=x.device
+            )
+            row |= dict(
+                ms=timing.ms,
+                images_per_s=len(x) / timing.ms * 1e3,
+                peak_mb=timing.peak_bytes and timing.peak_bytes / 1e6,
+            )
         except Exception as e:
             row["note"] = f"{type(e).__name__}: {e}"[:300]
         yield record_row(chapter, bench, key=("method", *problem), device=x.device.type, **row)

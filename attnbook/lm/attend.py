@@ -19,11 +19,24 @@ class DenseAttention:
     """Softmax attention over all that is visible: what fills the model's socket if nothing else does.
 
     `scale`: of the logits, 1/sqrt(head_dim) if None. For the arguments of a call see the table of this chapter."""
+
     def __init__(self, scale: float | None = None):
         self.scale = check_number("scale", scale, optional=True)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, causal: bool = True, mask: Tensor | None = None,
-                 segments: Tensor | None = None, positions: Tensor | None = None, cache=None, rope=None) -> Tensor:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        layer: int,
+        causal: bool = True,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache=None,
+        rope=None,
+    ) -> Tensor:
         if cache is not None:
             k, v = cache.update(layer, k, v)
         if segments is not None:
@@ -34,34 +47,36 @@ class DenseAttention:
         return f"DenseAttention(scale={self.scale})"
 
 
-def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = True,
-                 scale: float | None = None) -> Tensor:
+def attend_dense(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = True, scale: float | None = None
+) -> Tensor:
     """`scaled_dot_product_attention` with grouped heads. `mask` as in the table; a single query that has none sees all
     keys. q `(B, H, n, d)`, k and v `(B, H_kv, m, d)`."""
     group = q.shape[1] // k.shape[1]
     if q.shape[2] == 1 and group > 1:  # one query: the heads that share keys are rows of one product
-        folded = q.unflatten(1, (-1, group)).flatten(2, 3)                                  # [B, H_kv, group, d]
+        folded = q.unflatten(1, (-1, group)).flatten(2, 3)  # [B, H_kv, group, d]
         return F.scaled_dot_product_attention(folded, k, v, mask, scale=scale).reshape(*q.shape[:3], v.shape[-1])
     triangle = mask is None and causal and q.shape[2] > 1
-    if group > 1 and mask is not None:                           # no kernel of torch takes a mask and grouped heads
+    if group > 1 and mask is not None:  # no kernel of torch takes a mask and grouped heads
         k, v = (t.repeat_interleave(group, 1) for t in (k, v))
         group = 1
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=triangle, scale=scale, enable_gqa=group > 1)
 
 
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, *, causal: bool = True,
-                  scale: float | None = None) -> Tensor:
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, segments: Tensor, *, causal: bool = True, scale: float | None = None
+) -> Tensor:
     """Attention within each of the documents that begin at `segments` in the rows laid end to end; q `(B, H, n, d)`.
 
     On a GPU by the engine's `varlen_attention`, which never looks at another document. Elsewhere by a mask for each
     row, which takes n^2 memory and compiles."""
     B, H, n, _ = q.shape
     if q.is_cuda:
-        flat = lambda t: t.transpose(0, 1).flatten(1, 2)                                    # [heads, B n, d]
+        flat = lambda t: t.transpose(0, 1).flatten(1, 2)  # [heads, B n, d]
         out = varlen_attention(flat(q), flat(k), flat(v), segments, is_causal=causal, scale=scale)
         return out.unflatten(1, (B, n)).transpose(0, 1)
     document = segment_ids(segments, B * n).view(B, 1, n)
-    mask = document[..., None] == document[..., None, :]                                    # [B, 1, n, n]
+    mask = document[..., None] == document[..., None, :]  # [B, 1, n, n]
     if causal:
         mask = mask & visible(torch.arange(n, device=q.device), n)
     return attend_dense(q, k, v, mask=mask, causal=causal, scale=scale)

@@ -19,6 +19,7 @@ class DynamicCache:
     """Keys and values of `depth` layers that grow with the text. For inference: gradients do not flow through steps.
 
     `length`: slots taken, the same for all rows. `pads` `(B,)`: how many of them hold padding at the left, or None."""
+
     def __init__(self, depth: int):
         self.depth = check_int("depth", depth, least=1)
         self.reset()
@@ -28,8 +29,9 @@ class DynamicCache:
         self.keys, self.values = [None] * self.depth, [None] * self.depth
         self.length, self.before, self.pads = 0, 0, None
 
-    def extend(self, batch: int, n: int, device: torch.device,
-               mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def extend(
+        self, batch: int, n: int, device: torch.device, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Takes n more tokens a row: their positions `(B or 1, n)` and what they see, `(B or 1, 1, n, length)` or
         None for the triangle or a single token. `mask` `(B, n)`, False for padding at the left: for the first tokens
         only."""
@@ -52,17 +54,17 @@ class DynamicCache:
         for store, new in ((self.keys, k), (self.values, v)):
             old = store[layer]
             if old is None or old.shape[2] < self.length:
-                room = self.length + (max(64, self.length // 4) if self.before else 0)       # the first time exactly
+                room = self.length + (max(64, self.length // 4) if self.before else 0)  # the first time exactly
                 grown = new.new_empty(*new.shape[:2], room, new.shape[3])
                 if self.before:
-                    grown[:, :, :self.before] = old[:, :, :self.before]
+                    grown[:, :, : self.before] = old[:, :, : self.before]
                 store[layer] = grown
-            store[layer][:, :, self.before:self.length] = new
-            out.append(store[layer][:, :, :self.length] if self.before else new)
+            store[layer][:, :, self.before : self.length] = new
+            out.append(store[layer][:, :, : self.length] if self.before else new)
         return out[0], out[1]
 
     def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        keep = lambda t: None if t is None else change(t[:, :, :self.length])
+        keep = lambda t: None if t is None else change(t[:, :, : self.length])
         self.keys, self.values = [keep(t) for t in self.keys], [keep(t) for t in self.values]
         self.pads = None if self.pads is None else change(self.pads)
 
@@ -83,7 +85,7 @@ class DynamicCache:
     @property
     def nbytes(self) -> int:
         "Bytes of keys and values in use."
-        return sum(t[:, :, :self.length].nbytes for t in (*self.keys, *self.values) if t is not None)
+        return sum(t[:, :, : self.length].nbytes for t in (*self.keys, *self.values) if t is not None)
 
 
 class StaticCache:
@@ -93,14 +95,25 @@ class StaticCache:
     `length` `()` int64: slots taken, on the device. `pads` `(batch,)` int64. That tokens beyond `max_length` are
     refused would need that number: callers count. `extend` and `update` as of `DynamicCache`, but keys and masks have
     `max_length` columns, save for the first tokens after `reset`, which see each other only."""
-    def __init__(self, depth: int, batch: int, kv_heads: int, head_dim: int, max_length: int, *,
-                 dtype: torch.dtype = torch.float32, device: torch.device | str | None = None):
+
+    def __init__(
+        self,
+        depth: int,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        max_length: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ):
         sizes = dict(depth=depth, batch=batch, kv_heads=kv_heads, head_dim=head_dim, max_length=max_length)
         for name, value in sizes.items():
             check_int(name, value, least=1)
         self.depth, self.batch, self.max_length = depth, batch, max_length
-        make = lambda: [torch.zeros(batch, kv_heads, max_length, head_dim, dtype=dtype, device=device)
-                        for _ in range(depth)]
+        make = lambda: [
+            torch.zeros(batch, kv_heads, max_length, head_dim, dtype=dtype, device=device) for _ in range(depth)
+        ]
         self.keys, self.values = make(), make()
         self.length = torch.zeros((), dtype=torch.int64, device=device)
         self.pads = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -112,21 +125,24 @@ class StaticCache:
         self.pads.zero_()
         self.fresh = True
 
-    def extend(self, batch: int, n: int, device: torch.device,
-               mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def extend(
+        self, batch: int, n: int, device: torch.device, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         "Takes n more tokens a row; see `DynamicCache.extend`."
         if mask is not None and not self.fresh:
             raise ValueError("mask is for the first tokens of a cache; what follows them is not padded")
         if batch != self.batch or n > self.max_length:
-            raise ValueError(f"tokens must have the cache's {self.batch} rows and at most {self.max_length} columns, "
-                             f"not {batch} and {n}")
+            raise ValueError(
+                f"tokens must have the cache's {self.batch} rows and at most {self.max_length} columns, "
+                f"not {batch} and {n}"
+            )
         new = torch.arange(n, device=device)
         self.first, self.fresh = self.fresh, False
         self.slots = new if self.first else new + self.length
         self.length.add_(n)
         if mask is not None:
             self.pads.copy_(count_pads(mask))
-        positions = (self.slots - self.pads[:, None]).clamp_min(0)                           # [B, n]
+        positions = (self.slots - self.pads[:, None]).clamp_min(0)  # [B, n]
         if self.first:
             return positions, None if mask is None else visible(new, n, self.pads)
         return positions, visible(self.slots, self.max_length, self.pads)

@@ -20,12 +20,23 @@ from .reference import RopeScaling
 
 # %% ../../nbs/1_foundations/13_lm.ipynb #eb1c8927
 _LLAMA_NAMES = {  # ours -> Hugging Face's, inside a block
-    "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj", "attention.v": "self_attn.v_proj",
+    "attention.q": "self_attn.q_proj",
+    "attention.k": "self_attn.k_proj",
+    "attention.v": "self_attn.v_proj",
     "attention.out": "self_attn.o_proj",
-    "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj", "norm1": "input_layernorm",
-    "norm2": "post_attention_layernorm"}
-_NEOX_NAMES = {"attention.out": "attention.dense", "mlp.up": "mlp.dense_h_to_4h", "mlp.down": "mlp.dense_4h_to_h",
-               "norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+    "norm1": "input_layernorm",
+    "norm2": "post_attention_layernorm",
+}
+_NEOX_NAMES = {
+    "attention.out": "attention.dense",
+    "mlp.up": "mlp.dense_h_to_4h",
+    "mlp.down": "mlp.dense_4h_to_h",
+    "norm1": "input_layernorm",
+    "norm2": "post_attention_layernorm",
+}
 _KINDS = {"llama": ("llama", "mistral", "qwen2"), "neox": ("gpt_neox",)}
 
 
@@ -43,11 +54,16 @@ def _layout(config: ModelConfig) -> str:
 def _names(config: ModelConfig) -> dict[str, str]:
     "Our names -> Hugging Face's, of all weights but NeoX's packed ones."
     llama = _layout(config) == "llama"
-    names = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"} if llama else {
-        "embed": "gpt_neox.embed_in", "norm": "gpt_neox.final_layer_norm", "head": "embed_out"}
+    names = (
+        {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+        if llama
+        else {"embed": "gpt_neox.embed_in", "norm": "gpt_neox.final_layer_norm", "head": "embed_out"}
+    )
     for i in range(config.depth):
-        names |= {f"blocks.{i}.{ours}": f"{'model' if llama else 'gpt_neox'}.layers.{i}.{theirs}"
-                  for ours, theirs in (_LLAMA_NAMES if llama else _NEOX_NAMES).items()}
+        names |= {
+            f"blocks.{i}.{ours}": f"{'model' if llama else 'gpt_neox'}.layers.{i}.{theirs}"
+            for ours, theirs in (_LLAMA_NAMES if llama else _NEOX_NAMES).items()
+        }
     return names
 
 
@@ -57,45 +73,54 @@ def to_hf(model: LanguageModel) -> dict[str, Tensor]:
     config, own, found = model.config, dict(model.state_dict()), {}
     for ours, theirs in _names(config).items():
         for part in ("weight", "bias"):
-            if f"{ours}.{part}" in own: found[f"{theirs}.{part}"] = own.pop(f"{ours}.{part}")
+            if f"{ours}.{part}" in own:
+                found[f"{theirs}.{part}"] = own.pop(f"{ours}.{part}")
     for i in range(config.depth if _layout(config) == "neox" else 0):
         for part in ("weight", "bias"):
             parts = [own.pop(f"blocks.{i}.attention.{n}.{part}", None) for n in "qkv"]
-            if parts[0] is not None:                                                          # per head: q, k, v
+            if parts[0] is not None:  # per head: q, k, v
                 packed = torch.stack([t.unflatten(0, (config.heads, config.head_dim)) for t in parts], 1)
                 found[f"gpt_neox.layers.{i}.attention.query_key_value.{part}"] = packed.flatten(0, 2)
     if own:
-        raise ValueError(f"model must have plain weights, not {', '.join(sorted(own)[:3])} …: call "
-                         "merge_lora(model, unload=True) first")
+        raise ValueError(
+            f"model must have plain weights, not {', '.join(sorted(own)[:3])} …: call "
+            "merge_lora(model, unload=True) first"
+        )
     return found
 
 
 def load_hf(model: LanguageModel, state: Mapping[str, Tensor]) -> LanguageModel:
     """Fills the model with weights under Hugging Face's names, cast to its types; returns it. A head is optional
     where it is tied. ValueError naming what is missing, left over or of another shape."""
-    buffers = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")              # of older files
+    buffers = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")  # of older files
     config, state, found = model.config, {k: v for k, v in state.items() if not k.endswith(buffers)}, {}
     if "lm_head.weight" in state and _layout(config) == "neox":  # as transformers 5 calls it
         state["embed_out.weight"] = state.pop("lm_head.weight")
     for ours, theirs in _names(config).items():
         for part in ("weight", "bias"):
-            if f"{theirs}.{part}" in state: found[f"{ours}.{part}"] = state.pop(f"{theirs}.{part}")
+            if f"{theirs}.{part}" in state:
+                found[f"{ours}.{part}"] = state.pop(f"{theirs}.{part}")
     for i in range(config.depth if _layout(config) == "neox" else 0):
         for part in ("weight", "bias"):
             packed = state.pop(f"gpt_neox.layers.{i}.attention.query_key_value.{part}", None)
             if packed is not None:
                 parts = packed.unflatten(0, (config.heads, 3, -1)).unbind(1)
                 found |= {f"blocks.{i}.attention.{n}.{part}": t.flatten(0, 1) for n, t in zip("qkv", parts)}
-    if config.tied: found.pop("head.weight", None)
+    if config.tied:
+        found.pop("head.weight", None)
     own = model.state_dict()
     problems = [f"missing {n}" for n in own.keys() - found.keys()]
     problems += [f"left over {n}" for n in (*state, *(found.keys() - own.keys()))]
-    problems += [f"{n} is {tuple(found[n].shape)}, not {tuple(own[n].shape)}"
-                 for n in own.keys() & found.keys() if own[n].shape != found[n].shape]
+    problems += [
+        f"{n} is {tuple(found[n].shape)}, not {tuple(own[n].shape)}"
+        for n in own.keys() & found.keys()
+        if own[n].shape != found[n].shape
+    ]
     if problems:
         raise ValueError(f"state must hold the weights of this configuration: {'; '.join(sorted(problems)[:5])}")
     with torch.no_grad():
-        for name, tensor in own.items(): tensor.copy_(found[name])
+        for name, tensor in own.items():
+            tensor.copy_(found[name])
     return model
 
 
@@ -118,20 +143,35 @@ def config_from_hf(settings: Mapping) -> ModelConfig:
     if window and window < s.get("max_position_embeddings", 0):
         raise ValueError(f"sliding_window={s['sliding_window']} is not supported; plug in a windowed attention")
     scaling = None if rope_type == "default" else _scaling(rope_type, rope, s)
-    same = dict(vocab_size=s["vocab_size"], dim=s["hidden_size"], depth=s["num_hidden_layers"],
-                heads=s["num_attention_heads"], ff_dim=s["intermediate_size"],
-                max_length=s.get("max_position_embeddings", 2048), tied=s.get("tie_word_embeddings", False),
-                rope_scaling=scaling,
-                rope_theta=float(rope.get("rope_theta", s.get("rope_theta", s.get("rotary_emb_base", 1e4)))),
-                init_std=s.get("initializer_range", 0.02))
+    same = dict(
+        vocab_size=s["vocab_size"],
+        dim=s["hidden_size"],
+        depth=s["num_hidden_layers"],
+        heads=s["num_attention_heads"],
+        ff_dim=s["intermediate_size"],
+        max_length=s.get("max_position_embeddings", 2048),
+        tied=s.get("tie_word_embeddings", False),
+        rope_scaling=scaling,
+        rope_theta=float(rope.get("rope_theta", s.get("rope_theta", s.get("rotary_emb_base", 1e4)))),
+        init_std=s.get("initializer_range", 0.02),
+    )
     if kind == "llama":
         bias = "qkv" if s["model_type"] == "qwen2" else s.get("attention_bias", False)
-        return ModelConfig(**same, kv_heads=s.get("num_key_value_heads"), head_dim=s.get("head_dim"),
-                           norm_eps=s.get("rms_norm_eps", 1e-6),
-                        attention_bias=bias, mlp_bias=s.get("mlp_bias", False))
-    return ModelConfig.neox(**same, norm_eps=s.get("layer_norm_eps", 1e-5),
-                            parallel=s.get("use_parallel_residual", True), attention_bias=s.get("attention_bias", True),
-                         rope_fraction=rope.get("partial_rotary_factor", s.get("rotary_pct", 0.25)))
+        return ModelConfig(
+            **same,
+            kv_heads=s.get("num_key_value_heads"),
+            head_dim=s.get("head_dim"),
+            norm_eps=s.get("rms_norm_eps", 1e-6),
+            attention_bias=bias,
+            mlp_bias=s.get("mlp_bias", False),
+        )
+    return ModelConfig.neox(
+        **same,
+        norm_eps=s.get("layer_norm_eps", 1e-5),
+        parallel=s.get("use_parallel_residual", True),
+        attention_bias=s.get("attention_bias", True),
+        rope_fraction=rope.get("partial_rotary_factor", s.get("rotary_pct", 0.25)),
+    )
 
 
 def _scaling(kind: str, rope: dict, settings: dict) -> RopeScaling:
@@ -156,24 +196,54 @@ def config_to_hf(config: ModelConfig) -> dict:
         rope["factor"] = s.factor
         if s.kind != "linear":
             rope |= dict(zip(names, (s.low, s.high)), original_max_position_embeddings=s.original_length)
-    same = dict(vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.depth, num_attention_heads=c.heads,
-                intermediate_size=c.ff_dim,
-                max_position_embeddings=c.max_length, tie_word_embeddings=c.tied, initializer_range=c.init_std)
+    same = dict(
+        vocab_size=c.vocab_size,
+        hidden_size=c.dim,
+        num_hidden_layers=c.depth,
+        num_attention_heads=c.heads,
+        intermediate_size=c.ff_dim,
+        max_position_embeddings=c.max_length,
+        tie_word_embeddings=c.tied,
+        initializer_range=c.init_std,
+    )
     if _layout(c) == "neox":
-        return dict(model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"], hidden_act="gelu",
-                    layer_norm_eps=c.norm_eps, use_parallel_residual=c.parallel,
-                    attention_bias=c.attention_bias is True, rotary_pct=c.rope_fraction,
-                    rope_parameters=rope | dict(partial_rotary_factor=c.rope_fraction), **same)
+        return dict(
+            model_type="gpt_neox",
+            architectures=["GPTNeoXForCausalLM"],
+            hidden_act="gelu",
+            layer_norm_eps=c.norm_eps,
+            use_parallel_residual=c.parallel,
+            attention_bias=c.attention_bias is True,
+            rotary_pct=c.rope_fraction,
+            rope_parameters=rope | dict(partial_rotary_factor=c.rope_fraction),
+            **same,
+        )
     name = "qwen2" if c.attention_bias == "qkv" else "llama"
-    return dict(model_type=name, architectures=["Qwen2ForCausalLM" if name == "qwen2" else "LlamaForCausalLM"],
-                hidden_act="silu", rms_norm_eps=c.norm_eps,
-                num_key_value_heads=c.kv_heads, head_dim=c.head_dim, rope_parameters=rope, **same,
-                **({} if name == "qwen2" else dict(attention_bias=c.attention_bias is True, mlp_bias=c.mlp_bias)))
+    return dict(
+        model_type=name,
+        architectures=["Qwen2ForCausalLM" if name == "qwen2" else "LlamaForCausalLM"],
+        hidden_act="silu",
+        rms_norm_eps=c.norm_eps,
+        num_key_value_heads=c.kv_heads,
+        head_dim=c.head_dim,
+        rope_parameters=rope,
+        **same,
+        **({} if name == "qwen2" else dict(attention_bias=c.attention_bias is True, mlp_bias=c.mlp_bias)),
+    )
 
 
-_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32,
-          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -183,24 +253,30 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
     head = struct.unpack("<Q", bytes(data[:8].tolist()))[0] if len(data) >= 8 else 0
     try:
-        entries = json.loads(bytes(data[8:8 + head].tolist()).decode()) if 0 < head <= len(data) - 8 else None
+        entries = json.loads(bytes(data[8 : 8 + head].tolist()).decode()) if 0 < head <= len(data) - 8 else None
     except ValueError:
         entries = None
     if not isinstance(entries, dict):
         raise ValueError(f"path={str(path)!r} is no safetensors file")
     found = {}
     for name, entry in entries.items():
-        if name == "__metadata__": continue
+        if name == "__metadata__":
+            continue
         start, end = entry["data_offsets"]
-        raw = data[8 + head + start:8 + head + end]
+        raw = data[8 + head + start : 8 + head + end]
         dtype = _TYPES[check_choice("dtype", entry["dtype"], tuple(_TYPES))]
         aligned = raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()
         found[name] = aligned.view(dtype).view(entry["shape"])
     return found
 
 
-def from_pretrained(folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-                    attention: Callable | Sequence[Callable] | None = None) -> LanguageModel:
+def from_pretrained(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    attention: Callable | Sequence[Callable] | None = None,
+) -> LanguageModel:
     """A model from a folder with `config.json` and `*.safetensors`, as downloaded from Hugging Face, in eval mode.
 
     `dtype`: of the weights (default: the file's). ValueError if files are missing or of kinds that this model lacks."""

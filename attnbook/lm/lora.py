@@ -22,6 +22,7 @@ class LoRALinear(nn.Module):
 
     A `(r, in)` starts uniform as linear layers do, B `(out, r)` at zero. `merged`: the change stands in the weight.
     Source: Hu et al., LoRA, 2021, Sec. 4.1."""
+
     def __init__(self, base: nn.Linear, r: int = 8, alpha: float = 16.0, dropout: float = 0.0):
         super().__init__()
         self.r = check_int("r", r, least=1)
@@ -53,8 +54,14 @@ class LoRALinear(nn.Module):
         return f"r={self.r}, scale={self.scale:.3g}, merged={self.merged}"
 
 
-def add_lora(model: nn.Module, targets: Sequence[str] = ("q", "k", "v", "out"), *, r: int = 8, alpha: float = 16.0,
-             dropout: float = 0.0) -> nn.Module:
+def add_lora(
+    model: nn.Module,
+    targets: Sequence[str] = ("q", "k", "v", "out"),
+    *,
+    r: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+) -> nn.Module:
     """Freezes the model and puts a `LoRALinear` in the place of every linear layer whose name ends in one of
     `targets`, in place. The defaults are LongLoRA's. Returns the model. ValueError if a target names nothing."""
     model.requires_grad_(False)
@@ -76,15 +83,18 @@ def merge_lora(model: nn.Module, *, unload: bool = False) -> nn.Module:
     for parent in list(model.modules()):
         for child, module in list(parent.named_children()):
             if isinstance(module, LoRALinear):
-                if not module.merged: module.merge()
-                if unload: setattr(parent, child, module.base)
+                if not module.merged:
+                    module.merge()
+                if unload:
+                    setattr(parent, child, module.base)
     return model
 
 
 def unmerge_lora(model: nn.Module) -> nn.Module:
     "Takes every merged change out again."
     for module in model.modules():
-        if isinstance(module, LoRALinear) and module.merged: module.unmerge()
+        if isinstance(module, LoRALinear) and module.merged:
+            module.unmerge()
     return model
 
 
@@ -98,7 +108,8 @@ def mark_trainable(model: nn.Module, extra: Sequence[str] = ("embed", "norm")) -
     """Trains every parameter whose name contains one of `extra` as well: LongLoRA's and SinkLoRA's "LoRA+". The head
     is no embedding, unless it is tied. Returns the model."""
     for name, p in model.named_parameters():
-        if any(part in name for part in extra): p.requires_grad_(True)
+        if any(part in name for part in extra):
+            p.requires_grad_(True)
     return model
 
 
@@ -113,8 +124,11 @@ def lora_plus(model: nn.Module, ratio: float = 16.0, optimizer: Callable = torch
     def make(groups: Sequence[dict], lr: float) -> torch.optim.Optimizer:
         cut = []
         for group in groups:
-            parts = ((scale, [p for p in group["params"] if (id(p) in fast) == quick])
-                     for scale, quick in ((1.0, False), (ratio, True)))
+            parts = (
+                (scale, [p for p in group["params"] if (id(p) in fast) == quick])
+                for scale, quick in ((1.0, False), (ratio, True))
+            )
             cut += [group | dict(params=params, lr=lr * scale, lr_scale=scale) for scale, params in parts if params]
         return optimizer(cut, lr=lr)
+
     return make

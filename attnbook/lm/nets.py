@@ -35,6 +35,7 @@ class ModelConfig:
     "learned" or "none". `rope_fraction`: share of a head's dimensions that turn, from the first. `max_length`: the
     trained length, and how many learned positions there are. `tied`: the head is the embedding. `causal=False`: an
     encoder. ValueError or TypeError naming the field."""
+
     vocab_size: int = 256
     dim: int = 512
     depth: int = 6
@@ -68,8 +69,11 @@ class ModelConfig:
         fill("head_dim", self.dim // self.heads if self.head_dim is None else self.head_dim)
         default = 4 * self.dim if self.mlp != "swiglu" else 32 * math.ceil(self.dim / 12)
         fill("ff_dim", default if self.ff_dim is None else self.ff_dim)
-        for name, choices in (("norm", ("rms", "layer")), ("mlp", ("swiglu", "gelu")),
-                              ("positions", ("rope", "learned", "none"))):
+        for name, choices in (
+            ("norm", ("rms", "layer")),
+            ("mlp", ("swiglu", "gelu")),
+            ("positions", ("rope", "learned", "none")),
+        ):
             check_choice(name, getattr(self, name), choices)
         for name in ("parallel", "mlp_bias", "tied", "causal"):
             check_bool(name, getattr(self, name))
@@ -90,27 +94,36 @@ class ModelConfig:
     def neox(cls, vocab_size: int = 50304, dim: int = 512, depth: int = 6, heads: int = 8, **changes) -> "ModelConfig":
         """GPT-NeoX's kinds with Pythia's values: parallel residual, LayerNorm, GELU, biases, a quarter of the
         dimensions turns."""
-        kinds = dict(norm="layer", norm_eps=1e-5, mlp="gelu", parallel=True, attention_bias=True, mlp_bias=True,
-                     rope_fraction=0.25)
+        kinds = dict(
+            norm="layer",
+            norm_eps=1e-5,
+            mlp="gelu",
+            parallel=True,
+            attention_bias=True,
+            mlp_bias=True,
+            rope_fraction=0.25,
+        )
         return cls(vocab_size, dim, depth, heads, **kinds | changes)
 
     @classmethod
     def gpt(cls, vocab_size: int = 256, dim: int = 512, depth: int = 6, heads: int = 8, **changes) -> "ModelConfig":
         "GPT-2's kinds: LayerNorm, GELU, biases, learned positions, a tied head."
-        kinds = dict(norm="layer", norm_eps=1e-5, mlp="gelu", attention_bias=True, mlp_bias=True, positions="learned",
-                     tied=True)
+        kinds = dict(
+            norm="layer", norm_eps=1e-5, mlp="gelu", attention_bias=True, mlp_bias=True, positions="learned", tied=True
+        )
         return cls(vocab_size, dim, depth, heads, **kinds | changes)
 
 # %% ../../nbs/1_foundations/13_lm.ipynb #6a9f8b06
 class RMSNorm(nn.Module):
     "`rms_norm` with a learned weight `(dim,)`."
+
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.dtype == x.dtype:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)    # one kernel, also with float32 inside
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # one kernel, also with float32 inside
         return rms_norm(x, self.weight, self.eps)
 
     def extra_repr(self):
@@ -120,6 +133,7 @@ class RMSNorm(nn.Module):
 class Rope(nn.Module):
     """Rotary positions: `rope(x, positions)` turns x `(B, heads, n, d)` to positions `(B or 1, n)`. No parameters; the
     frequencies `(dim / 2,)` stay float32 when the model is cast."""
+
     def __init__(self, dim: int, theta: float = 1e4, scaling: RopeScaling | None = None):
         super().__init__()
         self.dim, self.theta, self.scaling = dim, theta, scaling
@@ -127,7 +141,7 @@ class Rope(nn.Module):
         self.register_buffer("frequencies", frequencies.to(torch.get_default_device()), persistent=False)
 
     def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)                                           # moves; what it casts is made anew
+        super()._apply(fn, recurse)  # moves; what it casts is made anew
         self.frequencies = rope_frequencies(self.dim, self.theta, self.scaling)[0].to(self.frequencies.device)
         return self
 
@@ -146,6 +160,7 @@ class Rope(nn.Module):
 
 class SwiGLU(nn.Module):
     "down(silu(gate x) * up x). Source: Shazeer, GLU Variants Improve Transformer, 2020, Eq. 6."
+
     def __init__(self, dim: int, hidden: int, bias: bool = False):
         super().__init__()
         self.gate, self.up = nn.Linear(dim, hidden, bias=bias), nn.Linear(dim, hidden, bias=bias)
@@ -157,6 +172,7 @@ class SwiGLU(nn.Module):
 
 class GeluMlp(nn.Module):
     "down(gelu(up x)), the exact GELU."
+
     def __init__(self, dim: int, hidden: int, bias: bool = True):
         super().__init__()
         self.up, self.down = nn.Linear(dim, hidden, bias=bias), nn.Linear(hidden, dim, bias=bias)
@@ -170,6 +186,7 @@ class SelfAttention(nn.Module):
 
     `attend` is called as the chapter's table says. `heads`, an identity, passes the heads' outputs `(B, n, H, d)`
     before `out` mixes them."""
+
     def __init__(self, config: ModelConfig, layer: int, attend: Callable):
         super().__init__()
         c, bias = config, config.attention_bias is not False
@@ -182,16 +199,17 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor] | None, call: dict) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q, self.k, self.v))
         if tables is not None and not getattr(self.attend, "rotates", False):
-            if q.shape[2] == 1:                                               # a step: one rotation costs the host less
+            if q.shape[2] == 1:  # a step: one rotation costs the host less
                 q, k = rotate(torch.cat([q, k], 1), *tables).split((q.shape[1], k.shape[1]), 1)
             else:
                 q, k = rotate(q, *tables), rotate(k, *tables)
-        out = self.attend(q, k, v, layer=self.layer, causal=self.causal, **call)             # [B, H, n, d]
+        out = self.attend(q, k, v, layer=self.layer, causal=self.causal, **call)  # [B, H, n, d]
         return self.out(self.heads(out.transpose(1, 2)).flatten(2))
 
 
 class Block(nn.Module):
     "Attention and MLP on the residual stream, one after the other or in parallel."
+
     def __init__(self, config: ModelConfig, layer: int, attend: Callable):
         super().__init__()
         self.parallel = config.parallel
@@ -214,6 +232,7 @@ def make_norm(config: ModelConfig) -> nn.Module:
 # %% ../../nbs/1_foundations/13_lm.ipynb #fd19cefd
 class Output(NamedTuple):
     "What a model returns with `return_hidden`."
+
     logits: Tensor  # `(B, n, vocab_size)`; of a `Decoder` the normed states `(B, n, dim)`
     # depth + 1 states `(B, n, dim)`: what enters block 0, then after each block, before the last norm
     hidden: tuple[Tensor, ...]
@@ -224,6 +243,7 @@ class Decoder(nn.Module):
 
     `attention`: a callable for all layers, a sequence of one for each, or None for `DenseAttention`. Set
     `checkpointing` to recompute each block in the backward pass. The arguments of a call are `LanguageModel`'s."""
+
     def __init__(self, config: ModelConfig, attention: Callable | Sequence[Callable] | None = None):
         super().__init__()
         self.config, self.checkpointing = config, False
@@ -238,15 +258,17 @@ class Decoder(nn.Module):
     def _init(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
             nn.init.normal_(module.weight, std=self.config.init_std)
-            if getattr(module, "bias", None) is not None: nn.init.zeros_(module.bias)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
 
     def set_attention(self, attention: Callable | Sequence[Callable] | None) -> None:
         "Plugs another attention into the sockets: one for all layers, one for each, or None for `DenseAttention`."
         for block, attend in zip(self.blocks, _per_layer(attention, self.config.depth)):
             block.attention.attend = attend
 
-    def make_cache(self, kind: str = "dynamic", *, batch: int = 1,
-                   max_length: int | None = None) -> DynamicCache | StaticCache:
+    def make_cache(
+        self, kind: str = "dynamic", *, batch: int = 1, max_length: int | None = None
+    ) -> DynamicCache | StaticCache:
         """A cache for this model. A "static" one has room for `batch` rows of `max_length` tokens (default: the
         config's)."""
         c, weight = self.config, next(self.blocks[0].attention.parameters())
@@ -254,11 +276,19 @@ class Decoder(nn.Module):
             return DynamicCache(c.depth)
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return StaticCache(c.depth, batch, c.kv_heads, c.head_dim, max_length or c.max_length, dtype=dtype,
-                           device=weight.device)
+        return StaticCache(
+            c.depth, batch, c.kv_heads, c.head_dim, max_length or c.max_length, dtype=dtype, device=weight.device
+        )
 
-    def run(self, x: Tensor, mask: Tensor | None, segments: Tensor | None, positions: Tensor | None, cache,
-            return_hidden: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def run(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        segments: Tensor | None,
+        positions: Tensor | None,
+        cache,
+        return_hidden: bool,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         "The normed states, and those of each layer (none unless wanted)."
         (B, n, _), seen = x.shape, None
         if segments is not None and (mask is not None or cache is not None):
@@ -281,11 +311,20 @@ class Decoder(nn.Module):
         for block in self.blocks:
             again = self.checkpointing and cache is None and torch.is_grad_enabled()
             x = checkpoint(block, x, tables, call, use_reentrant=False) if again else block(x, tables, call)
-            if return_hidden: hidden.append(x)
+            if return_hidden:
+                hidden.append(x)
         return self.norm(x), tuple(hidden)
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, segments: Tensor | None = None,
-                positions: Tensor | None = None, cache=None, return_hidden: bool = False) -> Tensor | Output:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache=None,
+        return_hidden: bool = False,
+    ) -> Tensor | Output:
         states, hidden = self.run(x, mask, segments, positions, cache, return_hidden)
         return Output(states, hidden) if return_hidden else states
 
@@ -315,26 +354,50 @@ class LanguageModel(Decoder):
     - `keep_last`: logits of the last so many tokens only;
     - `return_hidden`: an `Output` with the states of every layer.
     ValueError or TypeError naming the argument."""
+
     def __init__(self, config: ModelConfig, attention: Callable | Sequence[Callable] | None = None):
         super().__init__(config, attention)
         self.embed = _embedding(config.vocab_size, config.dim)
         self.head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
-        for module in (self.embed, self.head): self._init(module)
+        for module in (self.embed, self.head):
+            self._init(module)
 
-    def forward(self, tokens: Tensor | None = None, *, embeddings: Tensor | None = None, mask: Tensor | None = None,
-                segments: Tensor | None = None, positions: Tensor | None = None, cache=None,
-                keep_last: int | None = None,
-                return_hidden: bool = False) -> Tensor | Output:
-        found = self.features(tokens, embeddings=embeddings, mask=mask, segments=segments, positions=positions,
-                              cache=cache,
-                              return_hidden=return_hidden)
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        *,
+        embeddings: Tensor | None = None,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache=None,
+        keep_last: int | None = None,
+        return_hidden: bool = False,
+    ) -> Tensor | Output:
+        found = self.features(
+            tokens,
+            embeddings=embeddings,
+            mask=mask,
+            segments=segments,
+            positions=positions,
+            cache=cache,
+            return_hidden=return_hidden,
+        )
         states, hidden = found if return_hidden else (found, ())
-        logits = self.logits(states if keep_last is None else states[:, -check_int("keep_last", keep_last, least=1):])
+        logits = self.logits(states if keep_last is None else states[:, -check_int("keep_last", keep_last, least=1) :])
         return Output(logits, hidden) if return_hidden else logits
 
-    def features(self, tokens: Tensor | None = None, *, embeddings: Tensor | None = None, mask: Tensor | None = None,
-                 segments: Tensor | None = None, positions: Tensor | None = None, cache=None,
-                 return_hidden: bool = False) -> Tensor | Output:
+    def features(
+        self,
+        tokens: Tensor | None = None,
+        *,
+        embeddings: Tensor | None = None,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache=None,
+        return_hidden: bool = False,
+    ) -> Tensor | Output:
         "The states that the head reads, `(B, n, dim)`; arguments as of a call."
         if (tokens is None) == (embeddings is None):
             raise ValueError("give either tokens or embeddings, not both or none")
@@ -368,7 +431,8 @@ def edit_heads(model: Decoder, edits: Mapping[int, Callable[[Tensor], Tensor | N
     try:
         yield
     finally:
-        for hook in hooks: hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 # %% ../../nbs/1_foundations/13_lm.ipynb #db3b82e6
 _LLAMA3 = dict(vocab_size=128256, rope_theta=5e5, norm_eps=1e-5, max_length=8192)
@@ -377,18 +441,38 @@ CONFIGS = {  # name -> (configuration, published number of parameters)
     "llama-2-7b": (ModelConfig(dim=4096, depth=32, heads=32, ff_dim=11008, **_LLAMA2), 6_738_415_616),
     "llama-2-13b": (ModelConfig(dim=5120, depth=40, heads=40, ff_dim=13824, **_LLAMA2), 13_015_864_320),
     "llama-2-70b": (ModelConfig(dim=8192, depth=80, heads=64, kv_heads=8, ff_dim=28672, **_LLAMA2), 68_976_648_192),
-    "tinyllama-1.1b": (ModelConfig(dim=2048, depth=22, heads=32, kv_heads=4, ff_dim=5632,
-                                   **_LLAMA2 | dict(max_length=2048)), 1_100_048_384),
-    "mistral-7b": (ModelConfig(dim=4096, depth=32, heads=32, kv_heads=8, ff_dim=14336,
-                               **_LLAMA2 | dict(max_length=8192)), 7_241_732_096),
+    "tinyllama-1.1b": (
+        ModelConfig(dim=2048, depth=22, heads=32, kv_heads=4, ff_dim=5632, **_LLAMA2 | dict(max_length=2048)),
+        1_100_048_384,
+    ),
+    "mistral-7b": (
+        ModelConfig(dim=4096, depth=32, heads=32, kv_heads=8, ff_dim=14336, **_LLAMA2 | dict(max_length=8192)),
+        7_241_732_096,
+    ),
     "llama-3-8b": (ModelConfig(dim=4096, depth=32, heads=32, kv_heads=8, ff_dim=14336, **_LLAMA3), 8_030_261_248),
     "llama-3-70b": (ModelConfig(dim=8192, depth=80, heads=64, kv_heads=8, ff_dim=28672, **_LLAMA3), 70_553_706_496),
-    "llama-3.2-1b": (ModelConfig(dim=2048, depth=16, heads=32, kv_heads=8, ff_dim=8192, tied=True, **_LLAMA3 | dict(
-        max_length=131072, rope_scaling=RopeScaling("llama3", 32, 8192))), 1_235_814_400),
-    "smollm2-135m": (ModelConfig(49152, 576, 30, 9, 3, ff_dim=1536, tied=True, rope_theta=1e5, norm_eps=1e-5,
-                                 max_length=8192), 134_515_008),
-    "qwen2.5-0.5b": (ModelConfig(151936, 896, 24, 14, 2, ff_dim=4864, tied=True, attention_bias="qkv", rope_theta=1e6,
-                                 max_length=32768), 494_032_768),
+    "llama-3.2-1b": (
+        ModelConfig(
+            dim=2048,
+            depth=16,
+            heads=32,
+            kv_heads=8,
+            ff_dim=8192,
+            tied=True,
+            **_LLAMA3 | dict(max_length=131072, rope_scaling=RopeScaling("llama3", 32, 8192)),
+        ),
+        1_235_814_400,
+    ),
+    "smollm2-135m": (
+        ModelConfig(49152, 576, 30, 9, 3, ff_dim=1536, tied=True, rope_theta=1e5, norm_eps=1e-5, max_length=8192),
+        134_515_008,
+    ),
+    "qwen2.5-0.5b": (
+        ModelConfig(
+            151936, 896, 24, 14, 2, ff_dim=4864, tied=True, attention_bias="qkv", rope_theta=1e6, max_length=32768
+        ),
+        494_032_768,
+    ),
     "pythia-70m": (ModelConfig.neox(50304, 512, 6, 8), 70_426_624),
     "pythia-160m": (ModelConfig.neox(50304, 768, 12, 12), 162_322_944),
     "pythia-410m": (ModelConfig.neox(50304, 1024, 24, 16), 405_334_016),

@@ -30,6 +30,7 @@ class RopeScaling:
     longer. `original_length`: of the training, for llama3 and yarn. `low`, `high`: turns within it below which a pair
     is slowed down in full, and above which not at all (llama3: 1 and 4; yarn: 1 and 32, its beta_slow and beta_fast).
     ValueError or TypeError for anything else."""
+
     kind: str
     factor: float
     original_length: int | None = None
@@ -55,17 +56,17 @@ def rope_frequencies(dim: int, theta: float = 1e4, scaling: RopeScaling | None =
     if check_int("dim", dim, least=2) % 2:
         raise ValueError(f"dim must be even, not {dim}")
     pair = torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim
-    f, factor = theta ** -pair, 1.0 if scaling is None else float(scaling.factor)
+    f, factor = theta**-pair, 1.0 if scaling is None else float(scaling.factor)
     if scaling is None:
         return f.float(), 1.0
     if scaling.kind == "linear":
         return (f / factor).float(), 1.0
     if scaling.kind == "ntk":
         return ((theta * factor ** (dim / max(dim - 2, 1))) ** -pair).float(), 1.0
-    if scaling.kind == "llama3":                                             # a ramp in turns
+    if scaling.kind == "llama3":  # a ramp in turns
         keep = (scaling.original_length * f / (2 * math.pi) - scaling.low) / (scaling.high - scaling.low)
         magnitude = 1.0
-    else:                                                                    # a ramp in the pair's number
+    else:  # a ramp in the pair's number
         at = lambda turns: dim * math.log(scaling.original_length / (2 * math.pi * turns)) / (2 * math.log(theta))
         first, last = max(math.floor(at(scaling.high)), 0), min(math.ceil(at(scaling.low)), dim - 1)
         keep = 1 - (torch.arange(dim // 2, dtype=torch.float64, device="cpu") - first) / max(last - first, 1e-3)
@@ -78,9 +79,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the first 2r dimensions of x `(…, n, d)`: pairs (i, i + r), by angles with cosines and sines `(…, n, r)`.
     The other d - 2r dimensions stay. Computed in float32 at least, returned in x's type."""
     r = cos.shape[-1]
-    a, b = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (x[..., :r], x[..., r:2 * r]))
+    a, b = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (x[..., :r], x[..., r : 2 * r]))
     turned = torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], -1).to(x.dtype)
-    return turned if 2 * r == x.shape[-1] else torch.cat([turned, x[..., 2 * r:]], -1)
+    return turned if 2 * r == x.shape[-1] else torch.cat([turned, x[..., 2 * r :]], -1)
 
 # %% ../../nbs/1_foundations/13_lm.ipynb #c6e244a0
 def segment_ids(segments: Tensor, total: int) -> Tensor:
@@ -108,7 +109,7 @@ def visible(slots: Tensor, keys: int, pads: Tensor | None = None, causal: bool =
     Causal: a slot up to the query's own. `pads` `(B,)`: that many slots at the left hold padding; padding sees
     itself."""
     k, q = torch.arange(keys, device=slots.device), slots[:, None]
-    seen = (k <= q if causal else (k >= 0).expand(len(slots), -1))[None]                    # [1, n, keys]
+    seen = (k <= q if causal else (k >= 0).expand(len(slots), -1))[None]  # [1, n, keys]
     if pads is not None:
         seen = seen & (k >= pads[:, None, None]) | (k == q)
     return seen[:, None]

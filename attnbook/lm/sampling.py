@@ -64,8 +64,15 @@ def keep_likely(logits: Tensor, top_k: int | None = None, top_p: float | None = 
     return logits
 
 
-def choose_tokens(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-                  seeds: Tensor | None = None, step: int | Tensor = 0) -> Tensor:
+def choose_tokens(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seeds: Tensor | None = None,
+    step: int | Tensor = 0,
+) -> Tensor:
     """A token for each row of logits `(rows, vocab)`: the largest at temperature 0 (of equals the first), else drawn
     from softmax(logits / temperature) cut by `top_k` and `top_p`, with noise that is a function of (seed, step,
     token)."""
@@ -78,6 +85,7 @@ def choose_tokens(logits: Tensor, *, temperature: float = 1.0, top_k: int | None
 # %% ../../nbs/1_foundations/13_lm.ipynb #fa6da847
 class Generation(NamedTuple):
     "What `generate` returns, for R = prompts x samples rows."
+
     tokens: Tensor  # `(R, at most max_new)`, the new tokens; padding after a row's stop token
     lengths: Tensor  # `(R,)`, how many of them count, the stop token included
     # `(R, at most max_new)`, of each under the model itself (temperature 1, nothing cut); 0 in the padding
@@ -88,8 +96,9 @@ class Generation(NamedTuple):
         return [row[:n] for row, n in zip(self.tokens, self.lengths.tolist())]
 
 
-def left_pad(prompts: Sequence[Sequence[int] | Tensor], pad: int = 0,
-             device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+def left_pad(
+    prompts: Sequence[Sequence[int] | Tensor], pad: int = 0, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
     "Prompts as one batch: tokens `(prompts, longest)` and the mask, False for padding. ValueError for an empty prompt."
     rows = [torch.as_tensor(p, dtype=torch.int64, device=device) for p in prompts]
     if not rows or any(r.ndim != 1 or not len(r) for r in rows):
@@ -103,6 +112,7 @@ def left_pad(prompts: Sequence[Sequence[int] | Tensor], pad: int = 0,
 class _Writing:
     """What generation writes, row by row, all on the device: a step reads no number that Python knows, so that it can
     be recorded as a graph."""
+
     def __init__(self, rows: int, max_new: int, pad: int, stops: Tensor, seeds: Tensor, how: dict):
         new = lambda *shape, **kw: torch.zeros(*shape, device=seeds.device, **kw)
         room = max_new + 2  # a graph is warmed up beyond
@@ -136,21 +146,36 @@ def _recorded(advance: Callable[[], None], state: list[Tensor]) -> Callable[[], 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(2): advance()
+        for _ in range(2):
+            advance()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         advance()
-    for now, then in zip(state, before): now.copy_(then)
+    for now, then in zip(state, before):
+        now.copy_(then)
     return graph.replay
 
 
 @torch.no_grad()
-def generate(model: nn.Module, prompts: Tensor | Sequence[Sequence[int] | Tensor], max_new: int, *,
-             mask: Tensor | None = None, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
-             seed: int | Sequence[int] | Tensor = 0, samples: int = 1, stop: int | Sequence[int] = (), pad: int = 0,
-             cache=None, adjust: Callable[[Tensor, Tensor], Tensor] | None = None, graph: bool = False,
-             look_every: int | None = None) -> Generation:
+def generate(
+    model: nn.Module,
+    prompts: Tensor | Sequence[Sequence[int] | Tensor],
+    max_new: int,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | Sequence[int] | Tensor = 0,
+    samples: int = 1,
+    stop: int | Sequence[int] = (),
+    pad: int = 0,
+    cache=None,
+    adjust: Callable[[Tensor, Tensor], Tensor] | None = None,
+    graph: bool = False,
+    look_every: int | None = None,
+) -> Generation:
     """Continues each prompt by up to `max_new` tokens: greedy at temperature 0, else sampled.
 
     `prompts`: rows of tokens of any lengths, or a tensor `(prompts, n)` with `mask`, False for padding at its left.

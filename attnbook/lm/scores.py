@@ -37,8 +37,9 @@ def scored_places(tokens: Tensor, mask: Tensor | None = None, segments: Tensor |
     return torch.ones_like(tokens[:, 1:], dtype=torch.bool) if mask is None else mask[:, 1:] & mask[:, :-1]
 
 
-def log_probs(model: nn.Module, tokens: Tensor, *, mask: Tensor | None = None, segments: Tensor | None = None,
-              chunk: int = 4096) -> Tensor:
+def log_probs(
+    model: nn.Module, tokens: Tensor, *, mask: Tensor | None = None, segments: Tensor | None = None, chunk: int = 4096
+) -> Tensor:
     """ln p of each token but the first given those before it, `(B, n - 1)` float32 (float64 for such a model).
 
     `mask`: False for padding at the left. `segments`: packed documents. Tokens that nothing precedes, and padding,
@@ -53,9 +54,13 @@ def log_probs(model: nn.Module, tokens: Tensor, *, mask: Tensor | None = None, s
     return found.masked_fill(~scored_places(tokens, mask, segments), 0)
 
 
-def continuation_log_probs(model: nn.Module, prompts: Sequence[Sequence[int] | Tensor],
-                           continuations: Sequence[Sequence[int] | Tensor], *,
-                           batch_size: int = 32) -> list[Tensor]:
+def continuation_log_probs(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int] | Tensor],
+    continuations: Sequence[Sequence[int] | Tensor],
+    *,
+    batch_size: int = 32,
+) -> list[Tensor]:
     """ln p of the tokens of each continuation after its prompt: a tensor `(tokens,)` each, to be summed or averaged.
 
     The rows are padded at the right, where causal attention does not look. ValueError for an empty prompt or
@@ -71,17 +76,18 @@ def continuation_log_probs(model: nn.Module, prompts: Sequence[Sequence[int] | T
     found = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # rows of like length together
     for start in range(0, len(order), check_int("batch_size", batch_size, least=1)):
-        some = order[start:start + batch_size]
+        some = order[start : start + batch_size]
         longest = max(len(rows[i][0]) for i in some)
         scores = log_probs(model, torch.stack([F.pad(rows[i][0], (0, longest - len(rows[i][0]))) for i in some]))
         for i, score in zip(some, scores):
             row, prompt = rows[i]
-            found[i] = score[prompt - 1:len(row) - 1]
+            found[i] = score[prompt - 1 : len(row) - 1]
     return found
 
 
 class Bits(NamedTuple):
     "What `bits_per_byte` finds."
+
     total: float  # bits per byte of all tokens that are predicted
     by_position: Tensor  # `(n - 1,)` float64: of the tokens with 1, 2, … tokens before them in their row
 

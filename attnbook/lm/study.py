@@ -28,14 +28,37 @@ from .text import ByteTokenizer
 # %% ../../nbs/1_foundations/13_lm.ipynb #46d12dbb
 _SMALL = dict(dim=128, depth=3, heads=4, kv_heads=2, length=128, batch=16, lr=3e-3, windows=64, scalings=(2, 4))
 PRESETS = dict(
-    smoke=_SMALL | dict(dim=32, depth=1, heads=2, kv_heads=1, length=32, batch=4, steps=4, windows=4, seeds=1,
-                        families=("llama", "neox"),
-                        recall=dict(dim=16, depth=1, heads=2, length=32, pairs=4, vocab=16, batch=4, steps=2, lr=1e-3)),
-    cpu=_SMALL | dict(steps=300, seeds=1, families=("llama",), recall=None),
-    gpu=_SMALL | dict(
-        dim=512, depth=8, heads=8, kv_heads=4, length=1024, batch=32, lr=1e-3, steps=1000, windows=128, seeds=2,
+    smoke=_SMALL
+    | dict(
+        dim=32,
+        depth=1,
+        heads=2,
+        kv_heads=1,
+        length=32,
+        batch=4,
+        steps=4,
+        windows=4,
+        seeds=1,
         families=("llama", "neox"),
-        recall=dict(dim=128, depth=2, heads=4, length=128, pairs=8, vocab=128, batch=64, steps=2000, lr=2e-3)))
+        recall=dict(dim=16, depth=1, heads=2, length=32, pairs=4, vocab=16, batch=4, steps=2, lr=1e-3),
+    ),
+    cpu=_SMALL | dict(steps=300, seeds=1, families=("llama",), recall=None),
+    gpu=_SMALL
+    | dict(
+        dim=512,
+        depth=8,
+        heads=8,
+        kv_heads=4,
+        length=1024,
+        batch=32,
+        lr=1e-3,
+        steps=1000,
+        windows=128,
+        seeds=2,
+        families=("llama", "neox"),
+        recall=dict(dim=128, depth=2, heads=4, length=128, pairs=8, vocab=128, batch=64, steps=2000, lr=2e-3),
+    ),
+)
 
 
 @lru_cache(maxsize=1)
@@ -56,19 +79,42 @@ def small_config(family: str, cfg: Mapping) -> ModelConfig:
     return ModelConfig.neox(**sizes, ff_dim=max(1, 1 + round(spare / unit)))
 
 
-def train_text(config: ModelConfig, stream: Tensor, *, length: int, batch: int, steps: int, lr: float = 3e-3,
-               seed: int = 0, device: str = "cpu", attention: Callable | None = None,
-               model: LanguageModel | None = None, weight_decay: float = 0.1, optimizer: Callable | None = None,
-               warmup: int | None = None, schedule: str = "cosine") -> tuple[LanguageModel, list[float]]:
+def train_text(
+    config: ModelConfig,
+    stream: Tensor,
+    *,
+    length: int,
+    batch: int,
+    steps: int,
+    lr: float = 3e-3,
+    seed: int = 0,
+    device: str = "cpu",
+    attention: Callable | None = None,
+    model: LanguageModel | None = None,
+    weight_decay: float = 0.1,
+    optimizer: Callable | None = None,
+    warmup: int | None = None,
+    schedule: str = "cosine",
+) -> tuple[LanguageModel, list[float]]:
     """A language model trained on random windows of `length` tokens of a stream by `lab.train.fit`: the model, in
     eval mode, and the loss of every step. `model`: one to go on with (fine-tuning), in place of a new one of
     `config`."""
     if model is None:
         torch.manual_seed(seed)
         model = LanguageModel(config, attention)
-    history = fit(model, next_token_loss, Windows(stream, length=length, batch_size=batch, seed=seed), steps=steps,
-                  lr=lr, seed=seed, device=device,
-                  weight_decay=weight_decay, optimizer=optimizer, warmup=warmup, schedule=schedule)
+    history = fit(
+        model,
+        next_token_loss,
+        Windows(stream, length=length, batch_size=batch, seed=seed),
+        steps=steps,
+        lr=lr,
+        seed=seed,
+        device=device,
+        weight_decay=weight_decay,
+        optimizer=optimizer,
+        warmup=warmup,
+        schedule=schedule,
+    )
     return model, history.loss
 
 
@@ -80,9 +126,17 @@ def beyond_rows(model: LanguageModel, stream: Tensor, cfg: Mapping, common: Mapp
         for name in ("none", "linear", "ntk", "yarn"):
             scaling = None if name == "none" else RopeScaling(name, factor, length if name == "yarn" else None)
             bits = bits_per_byte(rescaled(model, scaling), windows, batch_size=8)
-            yield record("lm", "beyond", key=("training", "family", "run", "factor", "scaling"), **common,
-                         factor=factor, scaling=name, bits=bits.total,
-                         within=float(bits.by_position[:length].mean()), after=float(bits.by_position[length:].mean()))
+            yield record(
+                "lm",
+                "beyond",
+                key=("training", "family", "run", "factor", "scaling"),
+                **common,
+                factor=factor,
+                scaling=name,
+                bits=bits.total,
+                within=float(bits.by_position[:length].mean()),
+                after=float(bits.by_position[length:].mean()),
+            )
 
 
 def run_text(preset: str = "cpu", device: str = "cpu", seed: int = 0) -> Iterator[dict]:
@@ -94,26 +148,48 @@ def run_text(preset: str = "cpu", device: str = "cpu", seed: int = 0) -> Iterato
             config = small_config(family, cfg)
             common = dict(device=device, preset=preset, training=preset, seed=seed + run, run=run, family=family)
             began = time.perf_counter()
-            model, losses = train_text(config, train, length=cfg["length"], batch=cfg["batch"], steps=cfg["steps"],
-                                       lr=cfg["lr"], seed=seed + run, device=device)
+            model, losses = train_text(
+                config,
+                train,
+                length=cfg["length"],
+                batch=cfg["batch"],
+                steps=cfg["steps"],
+                lr=cfg["lr"],
+                seed=seed + run,
+                device=device,
+            )
             seconds = time.perf_counter() - began
             bits = bits_per_byte(model, windows_of(valid, cfg["length"] + 1, cfg["windows"]))
-            sample = generate(model, [ByteTokenizer().encode("\n\n").tolist()], min(200, 2 * cfg["length"]),
-                              temperature=0.8, seed=seed + run)
-            places = sorted({min(cfg["length"], round(2 ** (i / 2))) for i in range(40)})     # about two a doubling
+            sample = generate(
+                model,
+                [ByteTokenizer().encode("\n\n").tolist()],
+                min(200, 2 * cfg["length"]),
+                temperature=0.8,
+                seed=seed + run,
+            )
+            places = sorted({min(cfg["length"], round(2 ** (i / 2))) for i in range(40)})  # about two a doubling
             edges = [0, *places]
-            yield record("lm", "text", key=("training", "family", "run"), **common, parameters=count_parameters(model),
-                         steps=cfg["steps"], train_seconds=seconds,
-                         loss=_means(losses, 50), bits=bits.total, places=places,
-                         by_place=[float(bits.by_position[a:b].mean()) for a, b in zip(edges, places)],
-                         sample=ByteTokenizer().decode(sample.tokens[0]))
+            yield record(
+                "lm",
+                "text",
+                key=("training", "family", "run"),
+                **common,
+                parameters=count_parameters(model),
+                steps=cfg["steps"],
+                train_seconds=seconds,
+                loss=_means(losses, 50),
+                bits=bits.total,
+                places=places,
+                by_place=[float(bits.by_position[a:b].mean()) for a, b in zip(edges, places)],
+                sample=ByteTokenizer().decode(sample.tokens[0]),
+            )
             yield from beyond_rows(model, valid, cfg, common)
 
 
 def _means(values: Sequence[float], count: int) -> list[float]:
     "Means of about `count` stretches of equal length."
     size = max(1, len(values) // count)
-    return [sum(part) / len(part) for part in (values[i:i + size] for i in range(0, len(values), size))]
+    return [sum(part) / len(part) for part in (values[i : i + size] for i in range(0, len(values), size))]
 
 
 def run_recall(preset: str = "gpu", device: str = "cpu", seed: int = 0) -> Iterator[dict]:
@@ -127,31 +203,65 @@ def run_recall(preset: str = "gpu", device: str = "cpu", seed: int = 0) -> Itera
             model = LanguageModel(make(cfg["vocab"], cfg["dim"], cfg["depth"], cfg["heads"], max_length=cfg["length"]))
             sizes = [cfg[k] for k in ("batch", "length", "pairs", "vocab")]
             draw = lambda s: tuple(map(torch.from_numpy, mqar(*sizes, seed=s)))
-            fit(model, next_token_loss, lambda step: draw(10_000 + (seed + run) * cfg["steps"] + step),
-                steps=cfg["steps"], lr=cfg["lr"], seed=seed + run, device=device)
+            fit(
+                model,
+                next_token_loss,
+                lambda step: draw(10_000 + (seed + run) * cfg["steps"] + step),
+                steps=cfg["steps"],
+                lr=cfg["lr"],
+                seed=seed + run,
+                device=device,
+            )
             x, y = draw(seed + run)
-            with torch.no_grad(): right = (model(x.to(device)).argmax(-1).cpu() == y)[y != -100].float().mean()
-            yield record("lm", "recall", key=("training", "family", "run"), device=device, preset=preset,
-                         training=preset, seed=seed + run, run=run, family=family, right=float(right))
+            with torch.no_grad():
+                right = (model(x.to(device)).argmax(-1).cpu() == y)[y != -100].float().mean()
+            yield record(
+                "lm",
+                "recall",
+                key=("training", "family", "run"),
+                device=device,
+                preset=preset,
+                training=preset,
+                seed=seed + run,
+                run=run,
+                family=family,
+                right=float(right),
+            )
 
 
-def bench_generate(device: str = "cuda", config: ModelConfig | None = None, batches: Sequence[int] = (1, 16, 128),
-                   new: int = 64, prompt: int = 128) -> Iterator[dict]:
+def bench_generate(
+    device: str = "cuda",
+    config: ModelConfig | None = None,
+    batches: Sequence[int] = (1, 16, 128),
+    new: int = 64,
+    prompt: int = 128,
+) -> Iterator[dict]:
     """Greedy generation with both caches and, on a GPU, with a recorded step: a recorded row each with milliseconds a
     step and tokens a second, the prompt's reading included. Nothing where that GPU is missing."""
-    if device == "cuda" and not torch.cuda.is_available(): return
+    if device == "cuda" and not torch.cuda.is_available():
+        return
     config = config or CONFIGS["pythia-160m"][0]
     torch.manual_seed(0)
     model = LanguageModel(config).to(device, torch.bfloat16 if device == "cuda" else torch.float32).eval()
     for batch in batches:
         x = torch.randint(config.vocab_size, (batch, prompt), device=device)
-        for kind in ("dynamic", "static", "graph")[:2 + (device == "cuda")]:
+        for kind in ("dynamic", "static", "graph")[: 2 + (device == "cuda")]:
             how = dict(graph=True) if kind == "graph" else dict(cache=kind)
             seconds = min(_seconds(lambda: generate(model, x, new, **how), device) for _ in range(2))
-            yield record("lm", "generate", key=("dim", "depth", "batch", "prompt", "new", "method"), device=device,
-                         method=kind, dim=config.dim, depth=config.depth,
-                         batch=batch, prompt=prompt, new=new, ms_step=seconds / new * 1e3,
-                         tokens_per_s=batch * new / seconds)
+            yield record(
+                "lm",
+                "generate",
+                key=("dim", "depth", "batch", "prompt", "new", "method"),
+                device=device,
+                method=kind,
+                dim=config.dim,
+                depth=config.depth,
+                batch=batch,
+                prompt=prompt,
+                new=new,
+                ms_step=seconds / new * 1e3,
+                tokens_per_s=batch * new / seconds,
+            )
 
 
 def _seconds(call: Callable, device: str) -> float:

@@ -17,6 +17,7 @@ from .sampling import row_seeds, row_uniforms
 # %% ../../nbs/1_foundations/13_lm.ipynb #2a64071c
 class Recall(NamedTuple):
     "Texts that end in a question and its answer."
+
     tokens: Tensor  # `(batch, length)` int64, all but the last byte
     targets: Tensor  # `(batch, length)` int64: the answer's bytes where they are to be predicted, else -100
     answers: Tensor  # `(batch, answer)` int64
@@ -25,7 +26,7 @@ class Recall(NamedTuple):
     @property
     def prompts(self) -> Tensor:
         "The texts up to the answer, for generation: `(batch, length + 1 - answer)`."
-        return self.tokens[:, :self.tokens.shape[1] + 1 - self.answers.shape[1]]
+        return self.tokens[:, : self.tokens.shape[1] + 1 - self.answers.shape[1]]
 
 
 def _recall(texts: list[tuple[bytes, bytes, int]]) -> Recall:
@@ -33,7 +34,7 @@ def _recall(texts: list[tuple[bytes, bytes, int]]) -> Recall:
     whole = torch.tensor([list(p + a) for p, a, _ in texts])
     answers = torch.tensor([list(a) for _, a, _ in texts])
     targets = torch.full_like(whole[:, 1:], -100)
-    targets[:, -answers.shape[1]:] = answers
+    targets[:, -answers.shape[1] :] = answers
     return Recall(whole[:, :-1], targets, answers, torch.tensor([d for *_, d in texts]))
 
 
@@ -46,7 +47,8 @@ def passkey(length: int, *, batch: int = 1, digits: int = 5, depth: float | None
     `depth`: where it stands, from 0 (begin) to 1 (end); None: anywhere. ValueError if `length` leaves no room. After
     Mohtashami and Jaggi, Landmark Attention, 2023."""
     digits, question = check_int("digits", digits, least=1, most=18), b"Which number was it? It was "
-    if depth is not None: check_number("depth", depth, least=0, most=1)
+    if depth is not None:
+        check_number("depth", depth, least=0, most=1)
     batch = check_int("batch", batch, least=1)
     note = lambda n: b"Keep the number " + n + b" in mind. "
     talk = check_int("length", length) + 1 - len(note(b"0" * digits)) - len(question) - digits
@@ -66,9 +68,9 @@ def passkey(length: int, *, batch: int = 1, digits: int = 5, depth: float | None
 _LETTERS = b"abcdefghijklmnopqrstuvwxyz"
 
 
-def key_value_recall(length: int, *, batch: int = 1, key_length: int = 2, value_length: int = 2,
-                     record: int | None = None,
-                     seed: int = 0) -> Recall:
+def key_value_recall(
+    length: int, *, batch: int = 1, key_length: int = 2, value_length: int = 2, record: int | None = None, seed: int = 0
+) -> Recall:
     """Records `key=value;` with different keys, then `?key=` and the value: texts of length + 1 bytes.
 
     `record`: which is asked for, counted from the last, 0; None: any. What the records do not fill is dots, at the
@@ -87,15 +89,20 @@ def key_value_recall(length: int, *, batch: int = 1, key_length: int = 2, value_
     rows, texts = row_seeds(seed, batch), []
     asked = row_uniforms(rows, 0, 1)[:, 0].mul(count).long().clamp(max=count - 1).tolist()
     for r in range(batch):
-        keys = _different(rows[r:r + 1], count, 26**key_length)
-        letters = row_uniforms(rows[r:r + 1], 2, count * value_length)[0].mul(26).long().clamp(max=25)
+        keys = _different(rows[r : r + 1], count, 26**key_length)
+        letters = row_uniforms(rows[r : r + 1], 2, count * value_length)[0].mul(26).long().clamp(max=25)
         values = letters.view(count, -1).tolist()
         pairs = [(word(k, key_length), bytes(_LETTERS[i] for i in v)) for k, v in zip(keys, values)]
         which = asked[r] if record is None else record
         key, value = pairs[count - 1 - which]
         body = b"".join(k + b"=" + v + b";" for k, v in pairs) + b"?" + key + b"="
-        texts.append((b"." * (length + 1 - value_length - len(body)) + body, value,
-                      which * size + value_length + 1 + key_length + 2))
+        texts.append(
+            (
+                b"." * (length + 1 - value_length - len(body)) + body,
+                value,
+                which * size + value_length + 1 + key_length + 2,
+            )
+        )
     return _recall(texts)
 
 

@@ -20,6 +20,7 @@ class ByteTokenizer:
     """Texts as UTF-8 bytes, 0 to 255, and `specials` from 256 on.
 
     `byte_counts` `(vocab,)`: bytes a token stands for, 0 for specials; for `bits_per_byte`."""
+
     def __init__(self, specials: Sequence[str] = ("<pad>", "<bos>", "<eos>")):
         self.special = {name: 256 + i for i, name in enumerate(specials)}
         self.vocab_size = 256 + len(self.special)
@@ -38,12 +39,15 @@ class ByteTokenizer:
 class SymbolTokenizer:
     """Texts over a fixed list of symbols, numbered in their order: of single characters, or of words separated by
     spaces if some symbol is longer. ValueError for repeated symbols, and for a text with another."""
+
     def __init__(self, symbols: str | Sequence[str]):
         self.symbols = list(symbols)
         odd = any(not s or (len(s) > 1 and " " in s) for s in self.symbols)
         if odd or not self.symbols or len(set(self.symbols)) != len(self.symbols):
-            raise ValueError("symbols must be different from each other, not empty and, if longer than a character, "
-                             f"without spaces; not {self.symbols}")
+            raise ValueError(
+                "symbols must be different from each other, not empty and, if longer than a character, "
+                f"without spaces; not {self.symbols}"
+            )
         self.number = {s: i for i, s in enumerate(self.symbols)}
         self.vocab_size, self.words = len(self.symbols), any(len(s) > 1 for s in self.symbols)
 
@@ -62,13 +66,19 @@ class SymbolTokenizer:
 
 class Packed(NamedTuple):
     "Documents laid end to end: what `next_token_loss` takes."
+
     tokens: Tensor  # `(rows, length)` int64
     targets: Tensor  # `(rows, length)` int64: the next token of the same document, or -100
     segments: Tensor  # `(documents + 1,)` int32: where each begins, over all rows; padding at the end of a row is one
 
 
-def pack(documents: Sequence[Sequence[int] | Tensor], *, loss: Sequence[Sequence[bool] | Tensor] | None = None,
-         length: int | None = None, pad: int = 0) -> Packed:
+def pack(
+    documents: Sequence[Sequence[int] | Tensor],
+    *,
+    loss: Sequence[Sequence[bool] | Tensor] | None = None,
+    length: int | None = None,
+    pad: int = 0,
+) -> Packed:
     """Packs documents (rows of tokens, none empty): into one row, or into rows of `length`, each document into the
     first row with room for it. `loss`: for each document which of its tokens are predicted (default: all but the
     first). ValueError for a document longer than `length`, or a loss mask that does not fit."""
@@ -99,10 +109,11 @@ def pack(documents: Sequence[Sequence[int] | Tensor], *, loss: Sequence[Sequence
         for i in members:
             end = start + len(rows[i])
             tokens[r, start:end] = rows[i]
-            targets[r, start:end - 1] = torch.where(wanted[i][1:], rows[i][1:], -100)
+            targets[r, start : end - 1] = torch.where(wanted[i][1:], rows[i][1:], -100)
             cuts.append(r * width + end)
             start = end
-        if start < width: cuts.append((r + 1) * width)
+        if start < width:
+            cuts.append((r + 1) * width)
     return Packed(tokens, targets, torch.tensor(cuts, dtype=torch.int32))
 
 
@@ -110,9 +121,15 @@ class PackedBatches:
     """Batches of `per_batch` random documents, packed into one row, as a function of the step: `batches(k)` is the
     same every time. For `lab.train.fit` with `next_token_loss`. Every document comes once an epoch. `loss`: as of
     `pack`."""
-    def __init__(self, documents: Sequence[Sequence[int] | Tensor], *,
-                 loss: Sequence[Sequence[bool] | Tensor] | None = None,
-                 per_batch: int = 32, seed: int = 0):
+
+    def __init__(
+        self,
+        documents: Sequence[Sequence[int] | Tensor],
+        *,
+        loss: Sequence[Sequence[bool] | Tensor] | None = None,
+        per_batch: int = 32,
+        seed: int = 0,
+    ):
         if loss is not None and len(loss) != len(documents):
             raise ValueError(f"loss must hold {len(documents)} masks, one for each document, not {len(loss)}")
         self.documents, self.loss, self.seed = documents, loss, check_int("seed", seed)
@@ -123,5 +140,5 @@ class PackedBatches:
         if getattr(self, "_known", (None,))[0] != epoch:
             noise = row_uniforms(row_seeds(self.seed, 1), epoch, len(self.documents))[0]
             self._known = epoch, noise.argsort().tolist()
-        some = self._known[1][k * self.per_batch:(k + 1) * self.per_batch]
+        some = self._known[1][k * self.per_batch : (k + 1) * self.per_batch]
         return pack([self.documents[i] for i in some], loss=None if self.loss is None else [self.loss[i] for i in some])

@@ -26,8 +26,20 @@ def load_rows_of(E, first, n, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexp
 
 
 @triton.jit
-def lse_step(top, total, h, E, first, V, scale2, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
-        MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def lse_step(
+    top,
+    total,
+    h,
+    E,
+    first,
+    V,
+    scale2,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "Running maximum and sum of 2^logit of each row, after items first … first + BN."
     e = load_rows_of(E, first, V, D, BD, BN, MASKED)  # [BN, BD]
     x = tl.dot(h, e.T, input_precision=PRECISION)  # [BM, BN]
@@ -38,8 +50,23 @@ def lse_step(top, total, h, E, first, V, scale2, D: tl.constexpr, BD: tl.constex
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #b-cat-forward
 @triton.jit(do_not_specialize=["per", "row_tiles"])
-def catalogue_forward(H, E, TOP, TOTAL, N, V, scale2, per, row_tiles, D: tl.constexpr, BD: tl.constexpr,
-        BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
+def catalogue_forward(
+    H,
+    E,
+    TOP,
+    TOTAL,
+    N,
+    V,
+    scale2,
+    per,
+    row_tiles,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "Maximum and sum of a tile of rows over `per` tiles of items. Grid: row_tiles * splits; TOP and TOTAL (splits, N)."
     i, s = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
     h = load_rows_of(H, i * BM, N, D, BD, BM, True)  # [BM, BD]
@@ -70,14 +97,35 @@ def target_vector(E, index, CROW, COL, WEIGHT, BASE, ESUM, D: tl.constexpr, BD: 
             col = tl.load(COL + k, mask=k < hi, other=0).to(tl.int64)
             w = tl.load(WEIGHT + k, mask=k < hi, other=0.0)
             e = tl.load(E + col[:, None] * D + d[None, :], mask=(k < hi)[:, None] & (d < D)[None, :], other=0.0).to(
-                tl.float32)
+                tl.float32
+            )
             t += tl.sum(e * w[:, None], 0)
         return t
 
 
 @triton.jit(do_not_specialize=["S"])
-def catalogue_finish(H, E, INDEX, CROW, COL, WEIGHT, BASE, ESUM, TOP, TOTAL, LOSS, LSE, N, R, S, scale, D: tl.constexpr,
-        BD: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr):
+def catalogue_finish(
+    H,
+    E,
+    INDEX,
+    CROW,
+    COL,
+    WEIGHT,
+    BASE,
+    ESUM,
+    TOP,
+    TOTAL,
+    LOSS,
+    LSE,
+    N,
+    R,
+    S,
+    scale,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BS: tl.constexpr,
+    BK: tl.constexpr,
+):
     "Loss and log-sum-exp of one row from its splits. A negative index: loss 0; one from R on: NaN."
     i = tl.program_id(0).to(tl.int64)
     s, d = tl.arange(0, BS), tl.arange(0, BD)
@@ -97,8 +145,24 @@ def catalogue_finish(H, E, INDEX, CROW, COL, WEIGHT, BASE, ESUM, TOP, TOTAL, LOS
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #b-cat-hidden
 @triton.jit(do_not_specialize=["per", "row_tiles"])
-def catalogue_hidden(H, E, LSE, PART, N, V, scale2, per, row_tiles, SHIFT: tl.constexpr, D: tl.constexpr,
-        BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
+def catalogue_hidden(
+    H,
+    E,
+    LSE,
+    PART,
+    N,
+    V,
+    scale2,
+    per,
+    row_tiles,
+    SHIFT: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "2^SHIFT times the softmax-weighted sum of `per` tiles of items, for a tile of rows. Grid: row_tiles * splits; PART (splits, N, D)."
     i, s = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
     h = load_rows_of(H, i * BM, N, D, BD, BM, True)  # [BM, BD]
@@ -132,8 +196,27 @@ def row_gradient(G, DLSE, index, n, N, R):
 
 
 @triton.jit(do_not_specialize=["S"])
-def hidden_finish(E, INDEX, CROW, COL, WEIGHT, BASE, ESUM, PART, G, DLSE, DH, N, R, S, scale, unshift,
-        D: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr):
+def hidden_finish(
+    E,
+    INDEX,
+    CROW,
+    COL,
+    WEIGHT,
+    BASE,
+    ESUM,
+    PART,
+    G,
+    DLSE,
+    DH,
+    N,
+    R,
+    S,
+    scale,
+    unshift,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BK: tl.constexpr,
+):
     "dh of one row: scale times its gradient times the sum of the splits, less the loss's part of it times the target vector."
     i, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
     acc = tl.zeros([BD], tl.float32)
@@ -147,9 +230,31 @@ def hidden_finish(E, INDEX, CROW, COL, WEIGHT, BASE, ESUM, PART, G, DLSE, DH, N,
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #b-cat-table
 @triton.jit(do_not_specialize=["per", "item_tiles"])
-def catalogue_table(H, INDEX, G, DLSE, NORM, E, LSE, PART, N, R, V, scale2, per, item_tiles, HARD: tl.constexpr,
-        SHIFT: tl.constexpr, ONE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-        STAGES: tl.constexpr, PRECISION: tl.constexpr):
+def catalogue_table(
+    H,
+    INDEX,
+    G,
+    DLSE,
+    NORM,
+    E,
+    LSE,
+    PART,
+    N,
+    R,
+    V,
+    scale2,
+    per,
+    item_tiles,
+    HARD: tl.constexpr,
+    SHIFT: tl.constexpr,
+    ONE: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """ONE = 2^SHIFT times the sum over `per` tiles of rows of (softmax, less the target if HARD) times gradient over NORM times row, for a tile of items.
 
     Grid: item_tiles * splits; PART (splits, V, D).
@@ -176,8 +281,23 @@ def catalogue_table(H, INDEX, G, DLSE, NORM, E, LSE, PART, N, R, V, scale2, per,
 
 
 @triton.jit(do_not_specialize=["S"])
-def table_finish(T_CROW, T_ROW, T_WEIGHT, SOURCE, CONST, PART, NORM, DE, V, S, scale, unshift, D: tl.constexpr,
-        BD: tl.constexpr, BK: tl.constexpr):
+def table_finish(
+    T_CROW,
+    T_ROW,
+    T_WEIGHT,
+    SOURCE,
+    CONST,
+    PART,
+    NORM,
+    DE,
+    V,
+    S,
+    scale,
+    unshift,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BK: tl.constexpr,
+):
     "dE of one item: scale (NORM times the sum of the splits, less a constant, less its weighted rows of SOURCE in their order)."
     j, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
     acc = tl.zeros([BD], tl.float32)
@@ -206,18 +326,26 @@ for _arch in ("sm90", "sm80"):
     CATALOGUE_LAUNCH.rows(
         _arch,
         16,
-        {64: ((128, 128, 8, 3), (128, 64, 8, 3), (32, 128, 8, 3)),
+        {
+            64: ((128, 128, 8, 3), (128, 64, 8, 3), (32, 128, 8, 3)),
             128: ((128, 128, 8, 2), (64, 64, 4, 3), (32, 64, 4, 3)),
-            256: ((128, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2))},
+            256: ((128, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
+        },
     )
     CATALOGUE_LAUNCH.rows(
         _arch,
         32,
-        {64: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)), 128: ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
-            256: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1))},
+        {
+            64: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+            128: ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+            256: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        },
     )
-CATALOGUE_LAUNCH.rows("small", 16,
-    {64: ((64, 64, 4, 2),) * 3, 128: ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)), 256: ((32, 32, 4, 1),) * 3})
+CATALOGUE_LAUNCH.rows(
+    "small",
+    16,
+    {64: ((64, 64, 4, 2),) * 3, 128: ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)), 256: ((32, 32, 4, 1),) * 3},
+)
 CATALOGUE_LAUNCH.rows("small", 32, {64: ((32, 32, 4, 1),) * 3, 256: ((16, 16, 4, 1),) * 3})
 for _bits in (16, 32):
     CATALOGUE_LAUNCH.rows("interpreter", _bits, {256: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1))})

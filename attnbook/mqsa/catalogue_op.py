@@ -33,7 +33,9 @@ _LAUNCHES = Plans()
 
 def _catalogue_launch(kernel: str, hidden: Tensor, stay: str, N: int, V: int):
     "Tiles that stay, tiles of a split, splits, and what the kernel is compiled for; decided once for each size."
-    return _LAUNCHES.find((kernel, hidden.dtype, hidden.device, hidden.shape[1], N, V), _plan_catalogue, kernel, hidden, stay, N, V)
+    return _LAUNCHES.find(
+        (kernel, hidden.dtype, hidden.device, hidden.shape[1], N, V), _plan_catalogue, kernel, hidden, stay, N, V
+    )
 
 
 def _plan_catalogue(kernel, hidden, stay, N, V):
@@ -42,12 +44,18 @@ def _plan_catalogue(kernel, hidden, stay, N, V):
     p = CATALOGUE_LAUNCH.find(arch, kernel, 8 * hidden.element_size(), max(64, round_dim(D)))
     rows, items = triton.cdiv(N, p.BM), triton.cdiv(V, p.BN)
     here, there = (rows, items) if stay == "rows" else (items, rows)
-    slots = 2 * (torch.cuda.get_device_properties(hidden.device).multi_processor_count if hidden.is_cuda else 132
-        if arch != "interpreter" else 2)
+    slots = 2 * (
+        torch.cuda.get_device_properties(hidden.device).multi_processor_count
+        if hidden.is_cuda
+        else 132
+        if arch != "interpreter"
+        else 2
+    )
     splits = balanced_splits(here, there, slots)
     per = triton.cdiv(there, splits)
     consts = dict(
-        D=D, BD=round_dim(D), BM=p.BM, BN=p.BN, STAGES=p.stages, PRECISION=_product(hidden.dtype), **p.options())
+        D=D, BD=round_dim(D), BM=p.BM, BN=p.BN, STAGES=p.stages, PRECISION=_product(hidden.dtype), **p.options()
+    )
     return here, per, triton.cdiv(there, per), consts
 
 
@@ -80,18 +88,47 @@ def _run_catalogue(hidden, table, index, crow, col, weight, base, scale):
     top, total = hidden.new_empty(2, splits, N, dtype=torch.float32)
     catalogue_forward[(here * splits,)](hidden, table, top, total, N, V, scale * LOG2E, per, here, **consts)
     loss, lse = _catalogue_like(hidden)
-    catalogue_finish[(N,)](hidden, table, index, crow, col, weight, base, _sum_of_items(table, crow), top, total, loss,
-        lse, N, _rows_of_teacher(table, crow), splits, scale, BS=round_dim(splits), **_small(D))
+    catalogue_finish[(N,)](
+        hidden,
+        table,
+        index,
+        crow,
+        col,
+        weight,
+        base,
+        _sum_of_items(table, crow),
+        top,
+        total,
+        loss,
+        lse,
+        N,
+        _rows_of_teacher(table, crow),
+        splits,
+        scale,
+        BS=round_dim(splits),
+        **_small(D),
+    )
     return loss, lse
 
 
-def _catalogue_forward(hidden: Tensor, table: Tensor, index: Tensor, crow: Tensor | None, col: Tensor | None,
-        weight: Tensor | None, base: Tensor | None, t_crow: Tensor | None, t_row: Tensor | None,
-        t_weight: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _catalogue_forward(
+    hidden: Tensor,
+    table: Tensor,
+    index: Tensor,
+    crow: Tensor | None,
+    col: Tensor | None,
+    weight: Tensor | None,
+    base: Tensor | None,
+    t_crow: Tensor | None,
+    t_row: Tensor | None,
+    t_weight: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     if len(hidden) == 0:
         return _catalogue_like(hidden)
     return through_float32(
-        _run_catalogue, (hidden.contiguous(), table.contiguous()), index, crow, col, weight, base, scale)
+        _run_catalogue, (hidden.contiguous(), table.contiguous()), index, crow, col, weight, base, scale
+    )
 
 
 def _catalogue_like(hidden, *rest):
@@ -105,8 +142,25 @@ def _run_hidden(hidden, table, index, crow, col, weight, base, lse, g, dlse, sca
     here, per, splits, consts = _catalogue_launch("hidden", hidden, "rows", N, V)
     part, dh = hidden.new_empty(splits, N, D, dtype=torch.float32), torch.empty_like(hidden)
     catalogue_hidden[(here * splits,)](hidden, table, lse, part, N, V, scale * LOG2E, per, here, SHIFT=shift, **consts)
-    hidden_finish[(N,)](table, index, crow, col, weight, base, _sum_of_items(table, crow), part, g, dlse, dh, N,
-        _rows_of_teacher(table, crow), splits, scale, 2.0**-shift, **_small(D))
+    hidden_finish[(N,)](
+        table,
+        index,
+        crow,
+        col,
+        weight,
+        base,
+        _sum_of_items(table, crow),
+        part,
+        g,
+        dlse,
+        dh,
+        N,
+        _rows_of_teacher(table, crow),
+        splits,
+        scale,
+        2.0**-shift,
+        **_small(D),
+    )
     return dh
 
 
@@ -129,8 +183,26 @@ def _run_table(hidden, table, index, crow, base, t_crow, t_row, t_weight, lse, g
         shift, norm = 15, (g.abs() if dlse is None else g.abs() + dlse.abs()).amax().clamp_min(1e-30)
     here, per, splits, consts = _catalogue_launch("table", hidden, "items", N, V)
     part, de = hidden.new_empty(splits, V, D, dtype=torch.float32), torch.empty_like(table)
-    catalogue_table[(here * splits,)](hidden, index, g, dlse, norm, table, lse, part, N, R, V, scale * LOG2E, per, here,
-        HARD=hard, SHIFT=shift, ONE=2.0**shift, **consts)
+    catalogue_table[(here * splits,)](
+        hidden,
+        index,
+        g,
+        dlse,
+        norm,
+        table,
+        lse,
+        part,
+        N,
+        R,
+        V,
+        scale * LOG2E,
+        per,
+        here,
+        HARD=hard,
+        SHIFT=shift,
+        ONE=2.0**shift,
+        **consts,
+    )
     taken = (None,) * 5
     if not hard:
         source, const, *lists = _target_rows(hidden, table, index, crow, base, t_crow, t_row, t_weight, g)
@@ -149,23 +221,34 @@ def _catalogue_backward(call):
     found = {}
     if call.needs["hidden"]:
         run = lambda h, e: _run_hidden(
-            h, e, call.index, call.crow, call.col, call.weight, call.base, lse, g, dlse, call.scale)
+            h, e, call.index, call.crow, call.col, call.weight, call.base, lse, g, dlse, call.scale
+        )
         found["hidden"] = through_float32(run, (hidden, table)).to(hidden.dtype)
     if call.needs["table"]:
         run = lambda h, e: _run_table(
-            h, e, call.index, call.crow, call.base, call.t_crow, call.t_row, call.t_weight, lse, g, dlse, call.scale)
+            h, e, call.index, call.crow, call.base, call.t_crow, call.t_row, call.t_weight, lse, g, dlse, call.scale
+        )
         found["table"] = through_float32(run, (hidden, table)).to(table.dtype)
     return found
 
 
 def _catalogue_gradients(call):
     "Empty gradients."
-    return {n: torch.empty_like(getattr(call, n), memory_format=torch.contiguous_format) for n in ("hidden", "table")
-        if call.needs[n]}
+    return {
+        n: torch.empty_like(getattr(call, n), memory_format=torch.contiguous_format)
+        for n in ("hidden", "table")
+        if call.needs[n]
+    }
 
 
-catalogue_op = operation("catalogue", _catalogue_forward, like=_catalogue_like, backward=_catalogue_backward,
-    gradients_like=_catalogue_gradients, drop=(0,))
+catalogue_op = operation(
+    "catalogue",
+    _catalogue_forward,
+    like=_catalogue_like,
+    backward=_catalogue_backward,
+    gradients_like=_catalogue_gradients,
+    drop=(0,),
+)
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #b-op-plain-code
 CHUNK = 2**24  # logits of the plain backend that are in memory at a time
@@ -184,8 +267,11 @@ def _plain_rows(hidden, table, index, scale, *teacher):
         crow, col, weight, base = teacher
         count = crow[safe + 1] - crow[safe]
         row = torch.repeat_interleave(torch.arange(len(safe), device=safe.device), count)
-        at = (crow[safe].repeat_interleave(count) + torch.arange(len(row), device=safe.device)
-            - (count.cumsum(0) - count).repeat_interleave(count))
+        at = (
+            crow[safe].repeat_interleave(count)
+            + torch.arange(len(row), device=safe.device)
+            - (count.cumsum(0) - count).repeat_interleave(count)
+        )
         picked = weight[at].to(dtype) * logits[row, col[at]]
         target = base[safe].to(dtype) * logits.sum(1) + torch.zeros_like(lse).index_add(0, row, picked)
     return torch.where(valid, lse - target, 0), lse
@@ -196,8 +282,10 @@ def _plain_catalogue(hidden, table, index, scale, *teacher):
     step = max(1, CHUNK // max(len(table), 1))
     if len(hidden) <= step:
         return _plain_rows(hidden, table, index, scale, *teacher)
-    parts = [checkpoint(_plain_rows, h, table, i, scale, *teacher, use_reentrant=False, preserve_rng_state=False)
-        for h, i in zip(hidden.split(step), index.split(step))]
+    parts = [
+        checkpoint(_plain_rows, h, table, i, scale, *teacher, use_reentrant=False, preserve_rng_state=False)
+        for h, i in zip(hidden.split(step), index.split(step))
+    ]
     return tuple(torch.cat(x) for x in zip(*parts))
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #b-op-public-code
@@ -217,10 +305,16 @@ def _check_catalogue(hidden, table, index, name, least, count, scale, reduction)
     check_tensor(name, index, dtype="integer", shape=hidden.shape[:-1])
     check_choice("reduction", reduction, REDUCTIONS)
     scale = check_number("scale", scale, positive=True)
-    if (not index.is_cuda and index.numel() and not torch.compiler.is_compiling() and type(index) is Tensor
-            and not least <= int(index.min()) <= int(index.max()) < count):
+    if (
+        not index.is_cuda
+        and index.numel()
+        and not torch.compiler.is_compiling()
+        and type(index) is Tensor
+        and not least <= int(index.min()) <= int(index.max()) < count
+    ):
         raise ValueError(
-            f"{name} must be from 0 to {count - 1} (or the index to ignore), not {int(index.min())} to {int(index.max())}")
+            f"{name} must be from 0 to {count - 1} (or the index to ignore), not {int(index.min())} to {int(index.max())}"
+        )
     return hidden.reshape(-1, hidden.shape[-1]), table, index.reshape(-1).long(), scale
 
 
@@ -229,7 +323,8 @@ def _catalogue(hidden, table, index, scale, teacher, backend):
     chosen = resolve_backend(backend, hidden)
     if backend == "triton" and hidden.shape[1] > WIDEST:
         raise ValueError(
-            f"hidden must be at most {WIDEST} wide for the kernels, not {hidden.shape[1]}; use backend='torch'")
+            f"hidden must be at most {WIDEST} wide for the kernels, not {hidden.shape[1]}; use backend='torch'"
+        )
     if chosen == "torch" or hidden.shape[1] > WIDEST:
         with without_autocast(hidden):
             return _plain_catalogue(hidden, table, index, scale, *(teacher[:4] if teacher is not None else ()))
@@ -260,8 +355,16 @@ def catalogue_cross_entropy(
     ignore_index = check_int("ignore_index", ignore_index)
     if isinstance(targets, Tensor) and not targets.is_floating_point() and targets.dtype != torch.bool:
         targets = torch.where(targets == ignore_index, -1, targets.long())
-    rows, table, index, scale = _check_catalogue(hidden, table, targets, "targets", -1,
-        len(table) if isinstance(table, Tensor) and table.dim() else 0, scale, reduction)
+    rows, table, index, scale = _check_catalogue(
+        hidden,
+        table,
+        targets,
+        "targets",
+        -1,
+        len(table) if isinstance(table, Tensor) and table.dim() else 0,
+        scale,
+        reduction,
+    )
     loss, lse = _catalogue(rows, table, index, scale, None, backend)
     loss = _reduced(loss, index, reduction).reshape(hidden.shape[:-1] if reduction == "none" else ())
     return (loss, lse.reshape(hidden.shape[:-1])) if return_lse else loss
@@ -283,12 +386,16 @@ def catalogue_distillation(
     """
     if not isinstance(teacher, SparseTeacher):
         raise TypeError(f"teacher must be a SparseTeacher, not {type(teacher).__name__}")
-    index = (torch.where(rows < 0, -1, rows.long())
-        if isinstance(rows, Tensor) and not rows.is_floating_point() and rows.dtype != torch.bool else rows)
+    index = (
+        torch.where(rows < 0, -1, rows.long())
+        if isinstance(rows, Tensor) and not rows.is_floating_point() and rows.dtype != torch.bool
+        else rows
+    )
     flat, table, index, scale = _check_catalogue(hidden, table, index, "rows", -1, len(teacher.base), scale, reduction)
     if len(teacher.t_crow) != len(table) + 1:
         raise ValueError(
-            f"teacher must have targets over table's {len(table)} items, not over {len(teacher.t_crow) - 1}")
+            f"teacher must have targets over table's {len(table)} items, not over {len(teacher.t_crow) - 1}"
+        )
     loss, _ = _catalogue(flat, table, index, scale, teacher, backend)
     return _reduced(loss, index, reduction).reshape(hidden.shape[:-1] if reduction == "none" else ())
 
@@ -313,4 +420,5 @@ def ted_loss(
         heads = torch.where(isolated[heads.clamp_min(0).long()], -1, heads)
     hidden = F.dropout(F.embedding(heads.clamp_min(0).long(), table), check_probability("dropout", dropout))
     return catalogue_distillation(
-        hidden, table, heads, teacher, scale=table.shape[1] ** 0.5 / tau, reduction=reduction, backend=backend)
+        hidden, table, heads, teacher, scale=table.shape[1] ** 0.5 / tau, reduction=reduction, backend=backend
+    )

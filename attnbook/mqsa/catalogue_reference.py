@@ -22,5 +22,12 @@ def catalogue_cost(N: int, V: int, d: int, itemsize: int = 2) -> dict:
     Forward: one product. Backward: the logits once more and two gradients. Each tensor is read once, each gradient written once.
     """
     product, moved = 2 * N * V * d, (N + V) * d * itemsize
-    return dict(flops_fwd=product, flops_bwd=3 * product, exps_fwd=N * V, exps_bwd=N * V, bytes_fwd=moved + 12 * N,
-        bytes_bwd=2 * moved + 16 * N, bytes_logits=N * V * itemsize)
+    return dict(
+        flops_fwd=product,
+        flops_bwd=3 * product,
+        exps_fwd=N * V,
+        exps_bwd=N * V,
+        bytes_fwd=moved + 12 * N,
+        bytes_bwd=2 * moved + 16 * N,
+        bytes_logits=N * V * itemsize,
+    )

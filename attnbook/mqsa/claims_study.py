@@ -54,8 +54,11 @@ def best_rows(name: str, **where) -> list[dict]:
 def gains(method: str, ties: str = "file", k: int = 20, rows: list[dict] | None = None) -> dict[int, np.ndarray]:
     "Run -> NDCG@k of every person, of a method on the films."
     rows = best_rows("films", ties=ties) if rows is None else rows
-    return {r["run"]: hit_rate_ndcg(torch.tensor(r["ranks"]), k)[1].numpy() for r in rows
-        if r["method"] == method and r["ties"] == ties}
+    return {
+        r["run"]: hit_rate_ndcg(torch.tensor(r["ranks"]), k)[1].numpy()
+        for r in rows
+        if r["method"] == method and r["ties"] == ties
+    }
 
 
 def film_difference(a: str, b: str, ties: str = "file", people: Callable | None = None) -> Difference | None:
@@ -103,15 +106,25 @@ def seen_mass(tau: float) -> float:
     return float(mass[heads].mean())
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #d-freq-code
-GROUPS = {"never seen": lambda n: n == 0, "once": lambda n: n == 1, "2 to 4 times": lambda n: (n >= 2) & (n <= 4),
-    "5 times or more": lambda n: n >= 5}
+GROUPS = {
+    "never seen": lambda n: n == 0,
+    "once": lambda n: n == 1,
+    "2 to 4 times": lambda n: (n >= 2) & (n <= 4),
+    "5 times or more": lambda n: n >= 5,
+}
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #e-claims-measured
 TRAINING = ("ms_fwd", "ms_bwd")  # forward and backward together
 
 
-def _faster(bench: str, peers: tuple[str, ...], field: str | tuple[str, ...], *by: str,
-        ours: tuple[str, ...] | None = ("ours",), where: Callable = lambda r: True) -> list[Speedup] | None:
+def _faster(
+    bench: str,
+    peers: tuple[str, ...],
+    field: str | tuple[str, ...],
+    *by: str,
+    ours: tuple[str, ...] | None = ("ours",),
+    where: Callable = lambda r: True,
+) -> list[Speedup] | None:
     "How many times faster (or smaller) ours is, by size; None if nothing was measured."
     rows = [r for r in load_results("mqsa", bench, preset="gpu") if where(r)]
     return speedups(rows, *by, field=field, ours=ours, peers=peers) or None
@@ -129,17 +142,25 @@ def _slopes() -> dict[str, object] | None:
     betas = sorted({r["beta"] for r in rows})
     if len(betas) < 2:
         return None
-    ends = {"long query": ("MQSA", "two short", betas[0], betas[-1]),
-        "distillation": ("SASRec + TED", "SASRec", betas[-1], betas[0])}
-    found = {name: paired(chain_gain(m, much, base), chain_gain(m, little, base))
-        for name, (m, base, much, little) in ends.items()}
+    ends = {
+        "long query": ("MQSA", "two short", betas[0], betas[-1]),
+        "distillation": ("SASRec + TED", "SASRec", betas[-1], betas[0]),
+    }
+    found = {
+        name: paired(chain_gain(m, much, base), chain_gain(m, little, base))
+        for name, (m, base, much, little) in ends.items()
+    }
     return found if all(found.values()) else None
 
 
 def _ladder() -> dict[str, float] | None:
     "Gains over SASRec in the group of people whose last transition was never seen, and in the one where it was seen at least 5 times."
-    groups = {"MQSA, never seen": ("MQSA", "never seen"), "MQSA, often seen": ("MQSA", "5 times or more"),
-        "TED, never seen": ("SASRec + TED", "never seen"), "TED, often seen": ("SASRec + TED", "5 times or more")}
+    groups = {
+        "MQSA, never seen": ("MQSA", "never seen"),
+        "MQSA, often seen": ("MQSA", "5 times or more"),
+        "TED, never seen": ("SASRec + TED", "never seen"),
+        "TED, often seen": ("SASRec + TED", "5 times or more"),
+    }
     rows = best_rows("films", ties="file")
     if not rows or any(GROUPS[g](np.array(rows[0]["frequency"])).sum() < 5 for _, g in groups.values()):
         return None
@@ -149,8 +170,10 @@ def _ladder() -> dict[str, float] | None:
 
 def _sizes() -> dict[str, int]:
     "Parameters of the official models."
-    return {name: count_parameters(lambda n=n: MQSA(n))
-        for name, n in (("Beauty", 12101), ("Sports", 18357), ("Toys", 11924), ("Yelp", 20033))}
+    return {
+        name: count_parameters(lambda n=n: MQSA(n))
+        for name, n in (("Beauty", 12101), ("Sports", 18357), ("Toys", 11924), ("Yelp", 20033))
+    }
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #e-claims-rules
 def _judge_differences(found: dict) -> tuple[str, str]:
@@ -162,7 +185,8 @@ def _judge_differences(found: dict) -> tuple[str, str]:
     if not above and not below:
         return "not measured", f"undecided: {reason}"
     return (
-        "holds" if len(above) == len(found) else "holds in part" if above and not below else "does not hold here"), reason
+        "holds" if len(above) == len(found) else "holds in part" if above and not below else "does not hold here"
+    ), reason
 
 
 def _judge_slopes(found: dict) -> tuple[str, str]:
@@ -192,7 +216,8 @@ def _judge_best(good: tuple[float, ...]) -> Callable:
         if margin > 2 * error:
             return "holds", reason
         return ("holds in part" if margin > 0 else "not measured" if margin > -2 * error else "does not hold here"), (
-            "undecided: " if -2 * error < margin <= 0 else "") + reason
+            "undecided: " if -2 * error < margin <= 0 else ""
+        ) + reason
 
     return rule
 

@@ -32,8 +32,20 @@ PRESETS = dict(
         workers=0,
         film=dict(max_len=8, dim=16, epochs=1, every=1, batch=128, users=96, dropout=0.2, seeds=1),
         ties=("file", "item"),
-        chain=dict(items=60, users=80, length=6, clusters=4, successors=2, max_len=8, dim=16, epochs=1, every=1,
-            batch=64, dropout=0.1, seeds=1),
+        chain=dict(
+            items=60,
+            users=80,
+            length=6,
+            clusters=4,
+            successors=2,
+            max_len=8,
+            dim=16,
+            epochs=1,
+            every=1,
+            batch=64,
+            dropout=0.1,
+            seeds=1,
+        ),
         betas=(0.0, 1.0),
         sweeps=dict(long_window=(1, 8), tau=(0.1,)),
     ),
@@ -41,8 +53,20 @@ PRESETS = dict(
         workers=0,
         film=dict(max_len=20, dim=32, epochs=4, every=4, batch=64, users=None, dropout=0.2, seeds=1),
         ties=("file",),
-        chain=dict(items=200, users=400, length=10, clusters=10, successors=3, max_len=10, dim=32, epochs=8, every=4,
-            batch=32, dropout=0.2, seeds=1),
+        chain=dict(
+            items=200,
+            users=400,
+            length=10,
+            clusters=10,
+            successors=3,
+            max_len=10,
+            dim=32,
+            epochs=8,
+            every=4,
+            batch=32,
+            dropout=0.2,
+            seeds=1,
+        ),
         betas=(0.0, 0.5, 1.0),
         sweeps=dict(long_window=(1, 3)),
     ),
@@ -50,8 +74,21 @@ PRESETS = dict(
         workers=12,
         film=dict(max_len=100, dim=64, epochs=50, every=5, batch=64, users=None, dropout=0.3, lr=2e-3, seeds=5),
         ties=("file", "item"),
-        chain=dict(items=3000, users=5000, length=10, clusters=30, successors=5, max_len=10, dim=64, epochs=30, every=5,
-            batch=256, dropout=0.3, lr=2e-3, seeds=3),
+        chain=dict(
+            items=3000,
+            users=5000,
+            length=10,
+            clusters=30,
+            successors=5,
+            max_len=10,
+            dim=64,
+            epochs=30,
+            every=5,
+            batch=256,
+            dropout=0.3,
+            lr=2e-3,
+            seeds=3,
+        ),
         betas=(0.0, 0.5, 1.0),
         sweeps=dict(long_window=(1, 2, 4, 8, 100), alpha=(0.0, 0.25, 0.75), kd=(0.01, 1.0), tau=(0.05, 0.2, 0.5)),
     ),
@@ -121,7 +158,8 @@ def sample_world(world: World, users: int, length: int, seed: int) -> np.ndarray
     out = np.empty((users, length), np.int64)
     for t in range(length):
         liked = np.array(
-            [np.searchsorted(sums[c], u * sums[c, -1], side="right") for c, u in zip(cluster, rng.random(users))])
+            [np.searchsorted(sums[c], u * sums[c, -1], side="right") for c, u in zip(cluster, rng.random(users))]
+        )
         steps = np.searchsorted(chain, rng.random(users) * chain[-1], side="right")
         follow = (rng.random(users) < world.beta) & (t > 0)
         out[:, t] = np.where(follow, world.successor[out[:, t - 1], steps] if t else 0, liked)
@@ -139,13 +177,19 @@ def bayes_scores(world: World, sequences: np.ndarray) -> np.ndarray:
     posterior = np.exp(log - log.max(1, keepdims=True))
     scores = (1 - world.beta) * (posterior / posterior.sum(1, keepdims=True)) @ world.preference
     np.add.at(
-        scores, (np.arange(len(scores))[:, None], world.successor[sequences[:, -1]]), world.beta * world.probability)
+        scores, (np.arange(len(scores))[:, None], world.successor[sequences[:, -1]]), world.beta * world.probability
+    )
     return scores
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #d-methods
 #: the methods of Table 2 in miniature; "two short" is the control that MQSA has to beat: as many parameters, no long query
-METHODS = {"SASRec": dict(alpha=1.0, kd=0.0), "SASRec + TED": dict(alpha=1.0, kd=0.1),
-    "two short": dict(long_window=1, kd=0.0), "MQSA": dict(kd=0.0), "MQSA-TED": dict(kd=0.1)}
+METHODS = {
+    "SASRec": dict(alpha=1.0, kd=0.0),
+    "SASRec + TED": dict(alpha=1.0, kd=0.1),
+    "two short": dict(long_window=1, kd=0.0),
+    "MQSA": dict(kd=0.0),
+    "MQSA-TED": dict(kd=0.1),
+}
 MODEL = ("alpha", "long_window")  # options of a method that are the model's; the others are the loss's
 
 
@@ -160,7 +204,8 @@ class Task(NamedTuple):
 def ranks_of(task: Task, score: Callable, part: str, device: str = "cpu") -> np.ndarray:
     "Ranks of the validation or test items, `(users,)`; `score(sequences)` gives `(users, items)` for a list of histories."
     histories = (
-        task.split.train if part == "valid" else [np.append(s, v) for s, v in zip(task.split.train, task.split.valid)])
+        task.split.train if part == "valid" else [np.append(s, v) for s, v in zip(task.split.train, task.split.valid)]
+    )
     target, found = torch.as_tensor(getattr(task.split, part)), []
     for i in range(0, len(histories), 512):
         some = histories[i : i + 512]
@@ -168,8 +213,10 @@ def ranks_of(task: Task, score: Callable, part: str, device: str = "cpu") -> np.
         hidden = None
         if task.hide:
             hidden = torch.zeros(scores.shape, dtype=torch.bool)
-            hidden[torch.repeat_interleave(torch.arange(len(some)), torch.tensor([len(s) for s in some])),
-                torch.as_tensor(np.concatenate(some))] = True
+            hidden[
+                torch.repeat_interleave(torch.arange(len(some)), torch.tensor([len(s) for s in some])),
+                torch.as_tensor(np.concatenate(some)),
+            ] = True
             hidden = hidden.to(device)
         found.append(target_ranks(scores, target[i : i + 512].to(device), hidden).cpu())
     return torch.cat(found).numpy()
@@ -180,17 +227,37 @@ def ndcg20(ranks: np.ndarray) -> float:
     return float(hit_rate_ndcg(torch.as_tensor(ranks))[1].mean())
 
 
-def train_method(task: Task, method: dict, *, max_len: int, dim: int, epochs: int, every: int, batch: int,
-        dropout: float, seed: int, device: str = "cpu", lr: float = 1e-3, decay: float = 1e-4, **_) -> dict:
+def train_method(
+    task: Task,
+    method: dict,
+    *,
+    max_len: int,
+    dim: int,
+    epochs: int,
+    every: int,
+    batch: int,
+    dropout: float,
+    seed: int,
+    device: str = "cpu",
+    lr: float = 1e-3,
+    decay: float = 1e-4,
+    **_,
+) -> dict:
     "Trains a model by the paper's protocol; test ranks `(users,)` of the best epoch, its number, the validation curve, and seconds."
     started, pad = time.perf_counter(), task.items
     torch.manual_seed(seed)
     model = MQSA(task.items, dim, max_len, dropout=dropout, **{n: x for n, x in method.items() if n in MODEL}).to(
-        device)
-    teacher = (transition_teacher(transition_graph(task.split.train, task.items), method.get("tau", 0.1)).to(device)
-        if method["kd"] else None)
-    seq, targets = (pad_left([s[cut] for s in task.split.train], max_len, pad).to(device)
-        for cut in (slice(None, -1), slice(1, None)))
+        device
+    )
+    teacher = (
+        transition_teacher(transition_graph(task.split.train, task.items), method.get("tau", 0.1)).to(device)
+        if method["kd"]
+        else None
+    )
+    seq, targets = (
+        pad_left([s[cut] for s in task.split.train], max_len, pad).to(device)
+        for cut in (slice(None, -1), slice(1, None))
+    )
     rows = torch.nonzero((targets != pad).any(1))[:, 0].cpu()
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=decay, fused=device != "cpu")
     g, best = torch.Generator().manual_seed(seed), dict(valid=-1.0)
@@ -252,8 +319,14 @@ def chain_task(settings: dict, beta: float, run: int) -> tuple[Task, World, np.n
 
 
 #: settings of the sweeps that another experiment trains anyway: (parameter, value) -> method of the films
-SHARED = {("long_window", 3): "MQSA-TED", ("alpha", 0.5): "MQSA-TED", ("kd", 0.1): "MQSA-TED", ("tau", 0.1): "MQSA-TED",
-    ("kd", 0.0): "MQSA", ("alpha", 1.0): "SASRec + TED"}
+SHARED = {
+    ("long_window", 3): "MQSA-TED",
+    ("alpha", 0.5): "MQSA-TED",
+    ("kd", 0.1): "MQSA-TED",
+    ("tau", 0.1): "MQSA-TED",
+    ("kd", 0.0): "MQSA",
+    ("alpha", 1.0): "SASRec + TED",
+}
 
 
 def all_jobs(preset: str, seed: int = 0) -> list[dict]:
@@ -269,10 +342,19 @@ def all_jobs(preset: str, seed: int = 0) -> list[dict]:
         return jobs + [dict(experiment="films", ties=ties, method=m, run=seed) for m in ("popularity", "transitions")]
 
     jobs = films(p["ties"][0], METHODS, 99)
-    jobs += [dict(experiment="chain", beta=b, method=m, run=r) for r in runs("chain") for b in p["betas"]
-        for m in (*METHODS, "transitions", "ceiling")]
-    jobs += [dict(experiment="sweep", parameter=name, value=x, run=r) for r in runs("film", 2)
-        for name, values in p["sweeps"].items() for x in values if (name, x) not in SHARED]
+    jobs += [
+        dict(experiment="chain", beta=b, method=m, run=r)
+        for r in runs("chain")
+        for b in p["betas"]
+        for m in (*METHODS, "transitions", "ceiling")
+    ]
+    jobs += [
+        dict(experiment="sweep", parameter=name, value=x, run=r)
+        for r in runs("film", 2)
+        for name, values in p["sweeps"].items()
+        for x in values
+        if (name, x) not in SHARED
+    ]
     for ties in p["ties"][1:]:
         jobs += films(ties, [m for m in ("SASRec", "SASRec + TED", "MQSA-TED") if m in METHODS], 2)
     return jobs
@@ -294,7 +376,8 @@ def run_job(job: dict, preset: str, device: str) -> dict:
         ranks = baseline_ranks(task, method)
     elif method == "ceiling":
         ranks = target_ranks(
-            torch.as_tensor(bayes_scores(world, sequences[:, :-1])), torch.as_tensor(task.split.test)).numpy()
+            torch.as_tensor(bayes_scores(world, sequences[:, :-1])), torch.as_tensor(task.split.test)
+        ).numpy()
     else:
         options = METHODS[method] if method else dict(kd=0.1) | {job["parameter"]: job["value"]}
         found = train_method(task, options, seed=job["run"], device=device, **settings)
@@ -310,8 +393,14 @@ def _in_worker(arguments):
     return run_job(*arguments)
 
 
-def run_all(preset: str = "cpu", device: str = "cpu", *, seed: int = 0, workers: int | None = None,
-        show: Callable[[str], object] = lambda text: None) -> list[dict]:
+def run_all(
+    preset: str = "cpu",
+    device: str = "cpu",
+    *,
+    seed: int = 0,
+    workers: int | None = None,
+    show: Callable[[str], object] = lambda text: None,
+) -> list[dict]:
     """Runs every experiment of a preset and records its rows under `mqsa`: films, chain and sweep. Returns the rows.
 
     `workers`: processes at a time; the preset's number if None, 0 for none. `show` gets a line a row.
@@ -322,14 +411,25 @@ def run_all(preset: str = "cpu", device: str = "cpu", *, seed: int = 0, workers:
     rows, started = [], time.perf_counter()
     try:
         for job, fields in zip(
-                jobs, pool.map(_in_worker, arguments) if pool else map(lambda a: run_job(*a), arguments)):
+            jobs, pool.map(_in_worker, arguments) if pool else map(lambda a: run_job(*a), arguments)
+        ):
             rest = {k: x for k, x in job.items() if k != "experiment"}
             rows.append(
-                record("mqsa", job["experiment"], key=(*rest, "size"), preset=preset, seed=job["run"], size=preset,
-                    device=device, **rest, **fields)
+                record(
+                    "mqsa",
+                    job["experiment"],
+                    key=(*rest, "size"),
+                    preset=preset,
+                    seed=job["run"],
+                    size=preset,
+                    device=device,
+                    **rest,
+                    **fields,
+                )
             )
             show(
-                f"{time.perf_counter() - started:5.0f} s {' '.join(map(str, job.values()))}: NDCG@20 {fields['ndcg20']:.4f}")
+                f"{time.perf_counter() - started:5.0f} s {' '.join(map(str, job.values()))}: NDCG@20 {fields['ndcg20']:.4f}"
+            )
     finally:
         if pool:
             pool.shutdown()

@@ -24,8 +24,19 @@ def window_band(q, k, start, L):
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #b-mean-forward
 @triton.jit(do_not_specialize=["L"])
-def window_forward(X, START, Y, T, L, tiles, B_STRIDE: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-        BD: tl.constexpr, PRECISION: tl.constexpr):
+def window_forward(
+    X,
+    START,
+    Y,
+    T,
+    L,
+    tiles,
+    B_STRIDE: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "Window means of BM places, BD channels. Grid: (batch * tiles, channels / BD). B_STRIDE: are there segments for each sequence, or one for all."
     b, i, col = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles, tl.program_id(1) * BD
     t = i * BM + tl.arange(0, BM)
@@ -43,8 +54,20 @@ def window_forward(X, START, Y, T, L, tiles, B_STRIDE: tl.constexpr, D: tl.const
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #b-mean-backward
 @triton.jit(do_not_specialize=["L"])
-def window_backward(DY, START, END, DX, T, L, tiles, B_STRIDE: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-        BD: tl.constexpr, PRECISION: tl.constexpr):
+def window_backward(
+    DY,
+    START,
+    END,
+    DX,
+    T,
+    L,
+    tiles,
+    B_STRIDE: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "Gradient of BM places from the means' gradients. Grid as forward."
     b, j, col = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles, tl.program_id(1) * BD
     k = j * BM + tl.arange(0, BM)
@@ -128,7 +151,19 @@ def segment_launch(kernel: str, bits: int, width: int, arch: str, consts) -> Lau
 
 
 SEGMENTS = register_program(
-    TileProgram("mqsa segments", segment_q_tile, segment_k_span, segment_k_step, segment_k_tile, segment_q_span,
-        segment_q_step, mask=segment_mask, consecutive=True, heavy_last=True, launch=segment_launch,
-        q_tiles=lambda ints, consts, BM: -(-ints[0] // BM), k_tiles=lambda ints, consts, BN: -(-ints[0] // BN))
+    TileProgram(
+        "mqsa segments",
+        segment_q_tile,
+        segment_k_span,
+        segment_k_step,
+        segment_k_tile,
+        segment_q_span,
+        segment_q_step,
+        mask=segment_mask,
+        consecutive=True,
+        heavy_last=True,
+        launch=segment_launch,
+        q_tiles=lambda ints, consts, BM: -(-ints[0] // BM),
+        k_tiles=lambda ints, consts, BN: -(-ints[0] // BN),
+    )
 )

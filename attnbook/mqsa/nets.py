@@ -34,14 +34,23 @@ class LQueryBlock(nn.Module):
     `window=1` is SASRec's block. `dropout` acts after both layers of the feed-forward network, `attention_dropout` (default: the same) on the attention weights. 4 dim + 5 (dim² + dim) parameters.
     """
 
-    def __init__(self, dim: int, window: int = 1, num_heads: int = 1, dropout: float = 0.5,
-            attention_dropout: float | None = None, eps: float = 1e-8, backend: str = "auto"):
+    def __init__(
+        self,
+        dim: int,
+        window: int = 1,
+        num_heads: int = 1,
+        dropout: float = 0.5,
+        attention_dropout: float | None = None,
+        eps: float = 1e-8,
+        backend: str = "auto",
+    ):
         super().__init__()
         self.window, self.num_heads, self.backend = check_int("window", window, least=1), num_heads, backend
         check_divides("num_heads", num_heads, "dim", check_int("dim", dim, least=1))
         self.dropout = check_probability("dropout", dropout)
         self.attention_dropout = (
-            self.dropout if attention_dropout is None else check_probability("attention_dropout", attention_dropout))
+            self.dropout if attention_dropout is None else check_probability("attention_dropout", attention_dropout)
+        )
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
         self.query, self.key, self.value, self.fc1, self.fc2 = (_dense(dim) for _ in range(5))
 
@@ -50,9 +59,19 @@ class LQueryBlock(nn.Module):
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         both = lambda layer: (layer.weight, layer.bias)
-        y = lquery_attention(x, both(self.query), both(self.key), both(self.value), both(self.norm1),
-            window=self.window, segments=segments, num_heads=self.num_heads, eps=self.norm1.eps,
-            dropout=self.attention_dropout if self.training else 0.0, backend=self.backend)
+        y = lquery_attention(
+            x,
+            both(self.query),
+            both(self.key),
+            both(self.value),
+            both(self.norm1),
+            window=self.window,
+            segments=segments,
+            num_heads=self.num_heads,
+            eps=self.norm1.eps,
+            dropout=self.attention_dropout if self.training else 0.0,
+            backend=self.backend,
+        )
         y = self.norm2(y)
         drop = partial(F.dropout, p=self.dropout, training=self.training)
         z = y + drop(self.fc2(drop(torch.relu(self.fc1(y)))))
@@ -79,8 +98,17 @@ class MultiQuerySelfAttention(nn.Module):
     `alpha` 1 has no long branch and is SASRec's stack, 0 has no short one. `(B, T, dim)` to the same.
     """
 
-    def __init__(self, dim: int, long_window: int = 3, alpha: float = 0.5, blocks: int = 1, num_heads: int = 1,
-            dropout: float = 0.5, attention_dropout: float | None = None, backend: str = "auto"):
+    def __init__(
+        self,
+        dim: int,
+        long_window: int = 3,
+        alpha: float = 0.5,
+        blocks: int = 1,
+        num_heads: int = 1,
+        dropout: float = 0.5,
+        attention_dropout: float | None = None,
+        backend: str = "auto",
+    ):
         super().__init__()
         self.alpha = check_probability("alpha", alpha)
         check_int("blocks", blocks, least=1), check_int("long_window", long_window, least=1)
@@ -105,17 +133,30 @@ class MQSA(nn.Module):
     Items are 0 … num_items - 1; `num_items` itself is padding, on the left only. `dim` 64, `max_len` 50, `long_window` 3 and `alpha` 0.5 are the official defaults. Embeddings start as N(0, 0.01²).
     """
 
-    def __init__(self, num_items: int, dim: int = 64, max_len: int = 50, long_window: int = 3, alpha: float = 0.5,
-            blocks: int = 1, num_heads: int = 1, dropout: float = 0.5, attention_dropout: float | None = None,
-            backend: str = "auto"):
+    def __init__(
+        self,
+        num_items: int,
+        dim: int = 64,
+        max_len: int = 50,
+        long_window: int = 3,
+        alpha: float = 0.5,
+        blocks: int = 1,
+        num_heads: int = 1,
+        dropout: float = 0.5,
+        attention_dropout: float | None = None,
+        backend: str = "auto",
+    ):
         super().__init__()
-        self.num_items, self.max_len = (check_int("num_items", num_items, least=1),
-            check_int("max_len", max_len, least=1))
+        self.num_items, self.max_len = (
+            check_int("num_items", num_items, least=1),
+            check_int("max_len", max_len, least=1),
+        )
         check_int("dim", dim, least=1)
         self.items = nn.Parameter(torch.randn(num_items, dim) * 0.01)
         self.positions = nn.Parameter(torch.randn(max_len, dim) * 0.01)
         self.encoder = MultiQuerySelfAttention(
-            dim, long_window, alpha, blocks, num_heads, dropout, attention_dropout, backend)
+            dim, long_window, alpha, blocks, num_heads, dropout, attention_dropout, backend
+        )
         self.dropout, self.backend = check_probability("dropout", dropout), backend
 
     def extra_repr(self):
@@ -130,7 +171,8 @@ class MQSA(nn.Module):
         if not seq.is_cuda and seq.numel() and not torch.compiler.is_compiling():
             if not 0 <= int(seq.min()) <= int(seq.max()) <= self.num_items:
                 raise ValueError(
-                    f"seq must hold items 0 to {self.num_items - 1} and padding {self.num_items}, not {int(seq.min())} to {int(seq.max())}")
+                    f"seq must hold items 0 to {self.num_items - 1} and padding {self.num_items}, not {int(seq.min())} to {int(seq.max())}"
+                )
             if (real[:, :-1] & ~real[:, 1:]).any():
                 raise ValueError("seq must have padding on the left only")
         return padded_segments((~real).sum(1), seq.shape[1])
@@ -157,26 +199,51 @@ class MQSA(nn.Module):
         "Scores `(B, num_items)` of what comes next."
         return self(seq)[:, -1] @ self.items.T
 
-    def loss(self, seq: Tensor, targets: Tensor, teacher: SparseTeacher | None = None, *, kd: float = 0.1,
-            tau: float = 0.1, skip_isolated: bool = False) -> Tensor:
+    def loss(
+        self,
+        seq: Tensor,
+        targets: Tensor,
+        teacher: SparseTeacher | None = None,
+        *,
+        kd: float = 0.1,
+        tau: float = 0.1,
+        skip_isolated: bool = False,
+    ) -> Tensor:
         """Mean cross-entropy over the whole catalogue at every place with a target, plus `kd` times the distillation over all clicks of `seq`.
 
         seq and targets `(B, T)`; targets hold num_items where there is none. The head's embedding gets the model's dropout, as in the official code.
         """
         segments, there = self.segments(seq), targets != self.num_items
         loss = catalogue_cross_entropy(
-            self.encode(seq, segments)[there], self.items, targets[there], backend=self.backend)
+            self.encode(seq, segments)[there], self.items, targets[there], backend=self.backend
+        )
         if teacher is None or not kd:
             return loss
-        return loss + kd * ted_loss(self.items, seq[segments.real], teacher, tau=tau,
-            dropout=self.dropout if self.training else 0.0, skip_isolated=skip_isolated, backend=self.backend)
+        return loss + kd * ted_loss(
+            self.items,
+            seq[segments.real],
+            teacher,
+            tau=tau,
+            dropout=self.dropout if self.training else 0.0,
+            skip_isolated=skip_isolated,
+            backend=self.backend,
+        )
 
 
 class SASRec(MQSA):
     "SASRec as the paper's baseline has it (full softmax, one head, inner width dim): MQSA with the short branch alone."
 
-    def __init__(self, num_items: int, dim: int = 64, max_len: int = 50, blocks: int = 1, num_heads: int = 1,
-            dropout: float = 0.5, attention_dropout: float | None = None, backend: str = "auto"):
+    def __init__(
+        self,
+        num_items: int,
+        dim: int = 64,
+        max_len: int = 50,
+        blocks: int = 1,
+        num_heads: int = 1,
+        dropout: float = 0.5,
+        attention_dropout: float | None = None,
+        backend: str = "auto",
+    ):
         super().__init__(num_items, dim, max_len, 1, 1.0, blocks, num_heads, dropout, attention_dropout, backend)
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #c-recbole-code
@@ -190,7 +257,8 @@ class _RecBoleAttention(nn.Module):
 
     def forward(self, x, segments):
         q, k, v = (
-            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
         out = causal_attention(q, k, v, segments, backend=self.backend).transpose(1, 2).flatten(2)
         return self.LayerNorm(self.dense(out) + x)
 
@@ -200,8 +268,11 @@ class _RecBoleFeedForward(nn.Module):
 
     def __init__(self, dim, inner, eps):
         super().__init__()
-        self.dense_1, self.dense_2, self.LayerNorm = (nn.Linear(dim, inner), nn.Linear(inner, dim),
-            nn.LayerNorm(dim, eps=eps))
+        self.dense_1, self.dense_2, self.LayerNorm = (
+            nn.Linear(dim, inner),
+            nn.Linear(inner, dim),
+            nn.LayerNorm(dim, eps=eps),
+        )
 
     def forward(self, x):
         return self.LayerNorm(self.dense_2(F.gelu(self.dense_1(x))) + x)
@@ -213,15 +284,26 @@ class RecBoleSASRec(nn.Module):
     `n_items` counts the padding item 0. Defaults are RecBole's: 2 layers, 2 heads, width 64, inner width 256, eps 1e-12.
     """
 
-    def __init__(self, n_items: int, max_seq_length: int = 50, n_layers: int = 2, n_heads: int = 2,
-            hidden_size: int = 64, inner_size: int = 256, layer_norm_eps: float = 1e-12, backend: str = "auto"):
+    def __init__(
+        self,
+        n_items: int,
+        max_seq_length: int = 50,
+        n_layers: int = 2,
+        n_heads: int = 2,
+        hidden_size: int = 64,
+        inner_size: int = 256,
+        layer_norm_eps: float = 1e-12,
+        backend: str = "auto",
+    ):
         super().__init__()
         check_divides("n_heads", n_heads, "hidden_size", hidden_size)
         self.item_embedding = nn.Embedding(n_items, hidden_size, padding_idx=0)
         self.position_embedding = nn.Embedding(max_seq_length, hidden_size)
         layer = lambda: nn.ModuleDict(
-            dict(multi_head_attention=_RecBoleAttention(hidden_size, n_heads, layer_norm_eps, backend),
-                feed_forward=_RecBoleFeedForward(hidden_size, inner_size, layer_norm_eps))
+            dict(
+                multi_head_attention=_RecBoleAttention(hidden_size, n_heads, layer_norm_eps, backend),
+                feed_forward=_RecBoleFeedForward(hidden_size, inner_size, layer_norm_eps),
+            )
         )
         self.trm_encoder = nn.ModuleDict(dict(layer=nn.ModuleList(layer() for _ in range(n_layers))))
         self.LayerNorm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)

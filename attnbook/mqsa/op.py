@@ -20,7 +20,8 @@ from .reference import Segments
 def _no_padding(x: Tensor, T: int) -> Segments:
     "Segments of full sequences, one row for all."
     return Segments(
-        torch.zeros(1, T, dtype=torch.int32, device=x.device), torch.full((1, T), T, dtype=torch.int32, device=x.device))
+        torch.zeros(1, T, dtype=torch.int32, device=x.device), torch.full((1, T), T, dtype=torch.int32, device=x.device)
+    )
 
 
 def _plain_mean(x: Tensor, window: int, segments: Segments) -> Tensor:
@@ -29,8 +30,10 @@ def _plain_mean(x: Tensor, window: int, segments: Segments) -> Tensor:
     first = torch.maximum(segments.start, place - window + 1).long()
     count = (place - first + 1).clamp_min(0)
     if min(window, T) <= 16:
-        total = sum(F.pad(x[:, : T - l] * (place[l:] - l >= first[:, l:])[..., None], (0, 0, l, 0))
-            for l in range(min(window, T)))
+        total = sum(
+            F.pad(x[:, : T - l] * (place[l:] - l >= first[:, l:])[..., None], (0, 0, l, 0))
+            for l in range(min(window, T))
+        )
     else:
         sums = F.pad(x.double().cumsum(1), (0, 0, 1, 0))
         before = first.clamp_max(T)[..., None].expand(len(x), -1, x.shape[2])
@@ -43,8 +46,11 @@ def _mean_plan(x):
     B, T, D = x.shape
     BM, BD = (16, 16) if arch_of(x.device) == "interpreter" else (32, min(64, round_dim(D)))
     tiles = triton.cdiv(T, BM)
-    return ((B * tiles, triton.cdiv(D, BD)), tiles,
-        dict(D=D, BM=BM, BD=BD, PRECISION="tf32x3" if x.dtype == torch.float32 else None, num_warps=4))
+    return (
+        (B * tiles, triton.cdiv(D, BD)),
+        tiles,
+        dict(D=D, BM=BM, BD=BD, PRECISION="tf32x3" if x.dtype == torch.float32 else None, num_warps=4),
+    )
 
 
 def _run_mean(x, start, end, window, backward):
@@ -67,8 +73,11 @@ def _mean_forward(x: Tensor, start: Tensor, end: Tensor, window: int) -> Tensor:
 def _mean_backward(call):
     "The gradient of x."
     dy = call.grads[0].contiguous()
-    return dict(x=through_float32(_run_mean, (dy,), call.start, call.end, call.window, True).to(dy.dtype) if dy.numel()
-        else torch.zeros_like(dy))
+    return dict(
+        x=through_float32(_run_mean, (dy,), call.start, call.end, call.window, True).to(dy.dtype)
+        if dy.numel()
+        else torch.zeros_like(dy)
+    )
 
 
 def _mean_gradients(call):
@@ -76,9 +85,14 @@ def _mean_gradients(call):
     return dict(x=torch.empty(call.grads[0].shape, dtype=call.grads[0].dtype, device=call.grads[0].device))
 
 
-mean_op = operation("windowed_mean", _mean_forward,
-    like=lambda x, start, end, window: torch.empty(x.shape, dtype=x.dtype, device=x.device), backward=_mean_backward,
-    gradients_like=_mean_gradients, drop=("x", "outputs"))
+mean_op = operation(
+    "windowed_mean",
+    _mean_forward,
+    like=lambda x, start, end, window: torch.empty(x.shape, dtype=x.dtype, device=x.device),
+    backward=_mean_backward,
+    gradients_like=_mean_gradients,
+    drop=("x", "outputs"),
+)
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #c-op-mean-public
 #: what calls decided, by the signature of their tensors
@@ -131,9 +145,11 @@ def plain_causal(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: flo
         place = torch.arange(lo, last, device=q.device)
         mine = place[first - lo :, None]
         allowed = (place <= mine) & (place >= segments.start[:, first:last, None]) | (
-            place == mine)  # padding sees itself: no row is empty
+            place == mine
+        )  # padding sees itself: no row is empty
         return F.scaled_dot_product_attention(
-            q[:, :, first:last], k[:, :, lo:last], v[:, :, lo:last], allowed[:, None], dropout, scale=scale)
+            q[:, :, first:last], k[:, :, lo:last], v[:, :, lo:last], allowed[:, None], dropout, scale=scale
+        )
 
     if len(segments.start) > 1 or T <= 512:
         return torch.where(real, attend(0, 0, T), 0) if T else q
@@ -153,7 +169,9 @@ def causal_attention(
 ) -> Tensor:
     "Causal softmax attention within segments, `(B, H, T, head_dim)`: tiles of padding and of other customers are never loaded. Rows without keys give 0."
     start, end = _parts(segments)
-    scale, plain, full, kept = _DECIDED.decide(_decide_causal, (q, k, v, start, end), dict(scale=scale, backend=backend))
+    scale, plain, full, kept = _DECIDED.decide(
+        _decide_causal, (q, k, v, start, end), dict(scale=scale, backend=backend)
+    )
     segments = full or Segments(start.contiguous(), end.contiguous())
     if plain:
         return plain_causal(q, k, v, segments, scale)
@@ -169,7 +187,12 @@ def _decide_causal(q, k, v, start, end, *, scale, backend):
     scale = q.shape[-1] ** -0.5 if scale is None else check_number("scale", scale)
     _check_segments(start, end, len(q), q.shape[2], q)
     full = _no_padding(q, q.shape[2]) if start is None else None
-    return scale, resolve_backend(backend, q) == "torch", full, {} if start is None or start.is_contiguous() and end.is_contiguous() else None
+    return (
+        scale,
+        resolve_backend(backend, q) == "torch",
+        full,
+        {} if start is None or start.is_contiguous() and end.is_contiguous() else None,
+    )
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #c-op-lq-code
 def lquery_attention(
@@ -191,8 +214,10 @@ def lquery_attention(
     check_divides("num_heads", num_heads, "the width", x.shape[-1])
     dropout = check_probability("dropout", dropout)
     normal = F.layer_norm(windowed_mean(x, window, segments, backend=backend), x.shape[-1:], *norm, eps)
-    q, k, v = (F.linear(t, *w).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-        for t, w in ((normal, query), (x, key), (x, value)))
+    q, k, v = (
+        F.linear(t, *w).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        for t, w in ((normal, query), (x, key), (x, value))
+    )
     if dropout:
         out = plain_causal(q, k, v, segments or _no_padding(x, x.shape[1]), q.shape[-1] ** -0.5, dropout)
     else:

@@ -30,7 +30,8 @@ def leave_one_out(sequences: Sequence[np.ndarray]) -> LeaveOneOut:
     short = [i for i, s in enumerate(sequences) if len(s) < 3]
     if short:
         raise ValueError(
-            f"sequences must have at least 3 items each, not {len(sequences[short[0]])} as number {short[0]}")
+            f"sequences must have at least 3 items each, not {len(sequences[short[0]])} as number {short[0]}"
+        )
     last = lambda k: np.array([s[k] for s in sequences], np.int64)
     return LeaveOneOut([np.asarray(s[:-2]) for s in sequences], last(-2), last(-1))
 

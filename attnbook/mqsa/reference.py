@@ -68,14 +68,25 @@ def causal_reference(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale:
     top = scores.masked_fill(~allowed, -math.inf).amax(-1, keepdim=True).clamp_min(torch.finfo(q.dtype).min)
     weights = torch.where(allowed, torch.exp(torch.where(allowed, scores - top, 0)), 0)
     return torch.einsum(
-        "bhqk,bhkc->bhqc", weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny), v)
+        "bhqk,bhkc->bhqc", weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny), v
+    )
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #a-lquery
-def lquery_reference(x: Tensor, query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor], value: tuple[Tensor, Tensor],
-        norm: tuple[Tensor, Tensor], window: int, segments: Segments, num_heads: int = 1, eps: float = 1e-8) -> Tensor:
+def lquery_reference(
+    x: Tensor,
+    query: tuple[Tensor, Tensor],
+    key: tuple[Tensor, Tensor],
+    value: tuple[Tensor, Tensor],
+    norm: tuple[Tensor, Tensor],
+    window: int,
+    segments: Segments,
+    num_heads: int = 1,
+    eps: float = 1e-8,
+) -> Tensor:
     "The sublayer A V + q̂ of step 3: x `(B, T, d)` -> the same. `query`, `key`, `value`: weight `(d, d)` as nn.Linear has it, and bias; `norm`: LN's gain and bias."
     normal = F.layer_norm(windowed_mean_reference(x, window, segments), x.shape[-1:], *norm, eps)
     split = lambda t: t.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, H, T, d / H)
     out = causal_reference(
-        split(F.linear(normal, *query)), split(F.linear(x, *key)), split(F.linear(x, *value)), segments)
+        split(F.linear(normal, *query)), split(F.linear(x, *key)), split(F.linear(x, *value)), segments
+    )
     return (out.transpose(1, 2).flatten(2) + normal) * segments.real[..., None]

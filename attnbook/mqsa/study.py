@@ -60,8 +60,11 @@ def torch_fused(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
 
 def catalogue_peers(compiled: bool = True) -> dict[str, Callable]:
     "Method -> loss(hidden, table, targets), ours first; compiled ones only where asked."
-    peers = {"ours": partial(catalogue_cross_entropy, backend="triton"), "eager": eager_cross_entropy,
-        "chunked": partial(catalogue_cross_entropy, backend="torch")}
+    peers = {
+        "ours": partial(catalogue_cross_entropy, backend="triton"),
+        "eager": eager_cross_entropy,
+        "chunked": partial(catalogue_cross_entropy, backend="torch"),
+    }
     if compiled:
         torch.compiler.reset()
         peers["compiled"] = torch.compile(eager_cross_entropy, dynamic=False)
@@ -80,8 +83,11 @@ def gpu_rows(N: int, V: int, d: int) -> list[Tensor]:
     "Rows, table and targets on the GPU in bfloat16, seeded; logits of a trained model's size."
     g = torch.Generator("cuda").manual_seed(0)
     draw = lambda *s: torch.randn(*s, generator=g, device="cuda")
-    return [draw(N, d).bfloat16(), (2 * draw(V, d) / d**0.5).bfloat16(),
-        torch.randint(V, (N,), generator=g, device="cuda")]
+    return [
+        draw(N, d).bfloat16(),
+        (2 * draw(V, d) / d**0.5).bfloat16(),
+        torch.randint(V, (N,), generator=g, device="cuda"),
+    ]
 
 
 def compare_catalogue(bench: str, N: int, V: int, d: int, compiled: bool = True) -> Iterator[dict]:
@@ -89,10 +95,19 @@ def compare_catalogue(bench: str, N: int, V: int, d: int, compiled: bool = True)
     cost, peers = catalogue_cost(N, V, d), catalogue_peers(compiled)
     if V > 500_000:
         del peers["chunked"]  # seconds a call
-    yield from compare(dict(N=N, V=V, d=d), peers, gpu_rows(N, V, d), grad_out="random", chapter="mqsa", bench=bench,
-        rounds=3, rep_ms=60.0, flops={p: cost[f"flops_{p}"] for p in ("fwd", "bwd")},
+    yield from compare(
+        dict(N=N, V=V, d=d),
+        peers,
+        gpu_rows(N, V, d),
+        grad_out="random",
+        chapter="mqsa",
+        bench=bench,
+        rounds=3,
+        rep_ms=60.0,
+        flops={p: cost[f"flops_{p}"] for p in ("fwd", "bwd")},
         bytes={p: cost[f"bytes_{p}"] for p in ("fwd", "bwd")},
-        exps_ms=float(cost["exps_fwd"] / (132 * 16 * 1.75e9) * 1e3))
+        exps_ms=float(cost["exps_fwd"] / (132 * 16 * 1.75e9) * 1e3),
+    )
     torch.cuda.empty_cache()
 
 
@@ -115,14 +130,25 @@ def bench_distillation() -> Iterator[dict]:
     dense = teacher.dense(V).float()
     torch.compiler.reset()
     compiled = torch.compile(eager_distillation, dynamic=False)
-    peers = {"ours": lambda h, e: catalogue_distillation(h, e, rows, teacher, scale=scale, backend="triton"),
+    peers = {
+        "ours": lambda h, e: catalogue_distillation(h, e, rows, teacher, scale=scale, backend="triton"),
         "eager": lambda h, e: eager_distillation(h, e, dense[rows], scale),
         "compiled": lambda h, e: compiled(h, e, dense[rows], scale),
-        "chunked": lambda h, e: catalogue_distillation(h, e, rows, teacher, scale=scale, backend="torch")}
+        "chunked": lambda h, e: catalogue_distillation(h, e, rows, teacher, scale=scale, backend="torch"),
+    }
     cost = catalogue_cost(N, V, d)
-    yield from compare(dict(N=N, V=V, d=d), peers, [h, e], grad_out="random", chapter="mqsa", bench="distillation",
-        rounds=3, rep_ms=60.0, flops={p: cost[f"flops_{p}"] for p in ("fwd", "bwd")},
-        bytes={p: cost[f"bytes_{p}"] for p in ("fwd", "bwd")})
+    yield from compare(
+        dict(N=N, V=V, d=d),
+        peers,
+        [h, e],
+        grad_out="random",
+        chapter="mqsa",
+        bench="distillation",
+        rounds=3,
+        rep_ms=60.0,
+        flops={p: cost[f"flops_{p}"] for p in ("fwd", "bwd")},
+        bytes={p: cost[f"bytes_{p}"] for p in ("fwd", "bwd")},
+    )
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #e-bench-block-code
 def eager_block(x: Tensor, real: Tensor, window: int, num_heads: int, w: dict[str, Tensor]) -> Tensor:
@@ -134,12 +160,15 @@ def eager_block(x: Tensor, real: Tensor, window: int, num_heads: int, w: dict[st
     norm = lambda t, n: F.layer_norm(t, (d,), w[f"{n}.weight"], w[f"{n}.bias"], 1e-8)
     dense = lambda t, n: F.linear(t, w[f"{n}.weight"], w[f"{n}.bias"])
     query = norm(total * m / count.clamp_min(1), "norm1")
-    q, k, v = (dense(t, n).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-        for t, n in ((query, "query"), (x, "key"), (x, "value")))
+    q, k, v = (
+        dense(t, n).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        for t, n in ((query, "query"), (x, "key"), (x, "value"))
+    )
     place = torch.arange(T, device=x.device)
     allowed = (place <= place[:, None]) & real[:, None, None, :]
     scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(
-        ~allowed, -1e9 if x.dtype != torch.float16 else -6e4)
+        ~allowed, -1e9 if x.dtype != torch.float16 else -6e4
+    )
     y = norm((scores.softmax(-1) @ v).transpose(1, 2).flatten(2) + query, "norm2")
     return (y + dense(torch.relu(dense(y, "fc1")), "fc2")) * m
 
@@ -153,8 +182,10 @@ def sdpa_block(x: Tensor, real: Tensor, window: int, num_heads: int, w: dict[str
     norm = lambda t, n: F.layer_norm(t, (d,), w[f"{n}.weight"], w[f"{n}.bias"], 1e-8)
     dense = lambda t, n: F.linear(t, w[f"{n}.weight"], w[f"{n}.bias"])
     query = norm(total * m / count.clamp_min(1), "norm1")
-    q, k, v = (dense(t, n).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-        for t, n in ((query, "query"), (x, "key"), (x, "value")))
+    q, k, v = (
+        dense(t, n).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        for t, n in ((query, "query"), (x, "key"), (x, "value"))
+    )
     place = torch.arange(T, device=x.device)
     allowed = (place <= place[:, None]) & (real[:, None, None, :] | (place == place[:, None]))
     y = norm(F.scaled_dot_product_attention(q, k, v, allowed).transpose(1, 2).flatten(2) + query, "norm2")
@@ -177,10 +208,15 @@ def block_peers(block: LQueryBlock, segments: Segments, names: Sequence[str]) ->
         return lambda x, *p: fn(x, real, block.window, block.num_heads, dict(zip(names, p)))
 
     ours = lambda x, *p: call(x, p, segments)
-    return {"ours": ours, "ours packed": ours_packed, "ours compiled": torch.compile(ours, dynamic=False),
-        "ours packed compiled": torch.compile(ours_packed, dynamic=False), "eager": peer(eager_block),
+    return {
+        "ours": ours,
+        "ours packed": ours_packed,
+        "ours compiled": torch.compile(ours, dynamic=False),
+        "ours packed compiled": torch.compile(ours_packed, dynamic=False),
+        "eager": peer(eager_block),
         "compiled": peer(torch.compile(eager_block, dynamic=False)),
-        "sdpa compiled": peer(torch.compile(sdpa_block, dynamic=False))}
+        "sdpa compiled": peer(torch.compile(sdpa_block, dynamic=False)),
+    }
 
 
 def shop_lengths(users: int, mean: float, most: int, seed: int = 0) -> Tensor:
@@ -201,25 +237,47 @@ def bench_block() -> Iterator[dict]:
         x = torch.randn(B, T, d, device="cuda").bfloat16() * segments.real[..., None]
         N = int(lengths.sum())
         flops = 2.0 * N * 5 * d * d + 2.0 * float((lengths.double() ** 2).sum()) * d
-        yield from compare(dict(B=B, T=T, clicks=mean, d=d), block_peers(block, segments, names), [x, *parameters],
-            grad_out="random", chapter="mqsa", bench="block", rounds=3, rep_ms=60.0,
-            flops={"fwd": flops, "bwd": 2 * flops}, bytes={"fwd": 4.0 * N * d, "bwd": 8.0 * N * d})
+        yield from compare(
+            dict(B=B, T=T, clicks=mean, d=d),
+            block_peers(block, segments, names),
+            [x, *parameters],
+            grad_out="random",
+            chapter="mqsa",
+            bench="block",
+            rounds=3,
+            rep_ms=60.0,
+            flops={"fwd": flops, "bwd": 2 * flops},
+            bytes={"fwd": 4.0 * N * d, "bwd": 8.0 * N * d},
+        )
 
 
 def bench_mean() -> Iterator[dict]:
     "Window means of (256, 200, 64) in bfloat16, forward and backward, over the window."
 
     def shifted(x, window):
-        return (sum(F.pad(x[:, : x.shape[1] - l], (0, 0, l, 0)) for l in range(window))
-            / torch.arange(1, x.shape[1] + 1, device=x.device).clamp_max(window)[:, None])
+        return (
+            sum(F.pad(x[:, : x.shape[1] - l], (0, 0, l, 0)) for l in range(window))
+            / torch.arange(1, x.shape[1] + 1, device=x.device).clamp_max(window)[:, None]
+        )
 
     for window in (3, 16, 200) if torch.cuda.is_available() else ():
         x = torch.randn(256, 200, 64, device="cuda").bfloat16()
-        peers = {"ours": lambda x: windowed_mean(x, window, backend="triton"),
-            "eager": lambda x: shifted(x, window).to(x.dtype)}
-        yield from compare(dict(window=window), peers, [x], grad_out="random", chapter="mqsa", bench="mean", rounds=3,
-            rep_ms=60.0, flops={"fwd": 2.0 * x.numel() * min(window, 64), "bwd": 2.0 * x.numel() * min(window, 64)},
-            bytes={"fwd": 4.0 * x.numel(), "bwd": 4.0 * x.numel()})
+        peers = {
+            "ours": lambda x: windowed_mean(x, window, backend="triton"),
+            "eager": lambda x: shifted(x, window).to(x.dtype),
+        }
+        yield from compare(
+            dict(window=window),
+            peers,
+            [x],
+            grad_out="random",
+            chapter="mqsa",
+            bench="mean",
+            rounds=3,
+            rep_ms=60.0,
+            flops={"fwd": 2.0 * x.numel() * min(window, 64), "bwd": 2.0 * x.numel() * min(window, 64)},
+            bytes={"fwd": 4.0 * x.numel(), "bwd": 4.0 * x.numel()},
+        )
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #e-bench-rest
 def bench_rows() -> Iterator[dict]:
@@ -237,19 +295,25 @@ def bench_widths() -> Iterator[dict]:
 def bench_tiles() -> Iterator[dict]:
     "Candidates for the launch table of the catalogue's kernels, at 16,384 rows and 100,000 items: milliseconds of each pass."
     candidates = {
-        64: dict(forward=((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 4, 3), (128, 128, 4, 3)),
+        64: dict(
+            forward=((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 4, 3), (128, 128, 4, 3)),
             hidden=((128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 3), (128, 64, 4, 3)),
-            table=((32, 128, 8, 3), (64, 128, 8, 3), (32, 64, 4, 3), (64, 64, 4, 3))),
-        128: dict(forward=((128, 128, 8, 2), (128, 64, 8, 3), (64, 128, 4, 2)),
+            table=((32, 128, 8, 3), (64, 128, 8, 3), (32, 64, 4, 3), (64, 64, 4, 3)),
+        ),
+        128: dict(
+            forward=((128, 128, 8, 2), (128, 64, 8, 3), (64, 128, 4, 2)),
             hidden=((64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2)),
-            table=((32, 64, 4, 3), (32, 128, 8, 3), (64, 64, 4, 2))),
+            table=((32, 64, 4, 3), (32, 128, 8, 3), (64, 64, 4, 2)),
+        ),
     }
     for d, kernels in candidates.items() if torch.cuda.is_available() else ():
         h, e, t = gpu_rows(16384, 100_000, d)
         lse, g = catalogue_op(h, e, t, *[None] * 7, 1.0)[1], torch.full((16384,), 1 / 16384, device="cuda")
-        calls = dict(forward=lambda: catalogue_op(h, e, t, *[None] * 7, 1.0),
+        calls = dict(
+            forward=lambda: catalogue_op(h, e, t, *[None] * 7, 1.0),
             hidden=lambda: _run_hidden(h, e, t, *[None] * 4, lse, g, None, 1.0),
-            table=lambda: _run_table(h, e, t, *[None] * 5, lse, g, None, 1.0))
+            table=lambda: _run_table(h, e, t, *[None] * 5, lse, g, None, 1.0),
+        )
         for kernel, tiles in kernels.items():
             for tile in tiles:
                 with CATALOGUE_LAUNCH.trying(arch_of(h.device), kernel, 16, d, Launch(*tile)):
@@ -263,37 +327,98 @@ def claims() -> list[Claim]:
     films = f"MovieLens-100K, ties in file order, NDCG@20, 95 % over people and seeds{size}"
     swept = lambda name: lambda: found if len(found := sweep_scores(name)) > 1 else None
     return [
-        Claim("MQSA-TED is better than SASRec", "+7.64 % NDCG@20 over the best baseline, mean of 4 data sets [n]",
-            "Table 2", _judge_differences, measured=partial(_differences, ("MQSA-TED", "SASRec")), scale=films),
-        Claim("The long query alone helps, and not because there are two branches", "", "Fig. 3 [n]",
-            _judge_differences, measured=partial(_differences, ("MQSA", "SASRec"), ("MQSA", "two short")),
-            scale=films + "; both intervals above 0"),
-        Claim("The distillation alone helps", "λ = 0 is clearly worse [n]", "Fig. 4 [n]", _judge_differences,
+        Claim(
+            "MQSA-TED is better than SASRec",
+            "+7.64 % NDCG@20 over the best baseline, mean of 4 data sets [n]",
+            "Table 2",
+            _judge_differences,
+            measured=partial(_differences, ("MQSA-TED", "SASRec")),
+            scale=films,
+        ),
+        Claim(
+            "The long query alone helps, and not because there are two branches",
+            "",
+            "Fig. 3 [n]",
+            _judge_differences,
+            measured=partial(_differences, ("MQSA", "SASRec"), ("MQSA", "two short")),
+            scale=films + "; both intervals above 0",
+        ),
+        Claim(
+            "The distillation alone helps",
+            "λ = 0 is clearly worse [n]",
+            "Fig. 4 [n]",
+            _judge_differences,
             measured=partial(_differences, ("SASRec + TED", "SASRec"), ("MQSA-TED", "MQSA")),
-            scale=films + "; both intervals above 0"),
-        Claim("Long queries serve collaboration, the distillation serves transitions", "", "Fig. 1 and 5 [n]",
-            _judge_slopes, measured=_slopes,
-            scale="generator; gain at one end of β less gain at the other, intervals over seeds; the long query against two short branches"),
+            scale=films + "; both intervals above 0",
+        ),
+        Claim(
+            "Long queries serve collaboration, the distillation serves transitions",
+            "",
+            "Fig. 1 and 5 [n]",
+            _judge_slopes,
+            measured=_slopes,
+            scale="generator; gain at one end of β less gain at the other, intervals over seeds; the long query against two short branches",
+        ),
         Claim(
             "The long query lifts people whose transition was never seen, the distillation those where it is frequent",
-            "", "Fig. 5 [n]", _judge_ladder, measured=_ladder, scale=films),
-        Claim("The best window is 2 to 4", "2 to 4 [n]", "Fig. 3", _judge_best((2, 3, 4)),
+            "",
+            "Fig. 5 [n]",
+            _judge_ladder,
+            measured=_ladder,
+            scale=films,
+        ),
+        Claim(
+            "The best window is 2 to 4",
+            "2 to 4 [n]",
+            "Fig. 3",
+            _judge_best((2, 3, 4)),
             measured=swept("long_window"),
-            scale="MQSA-TED on the films, others at their defaults; holds beyond two standard errors"),
-        Claim("The best mixture is about a half", "0.5 [n]", "Fig. 3", _judge_best((0.25, 0.5, 0.75)),
-            measured=swept("alpha"), scale="the same; 0.25 to 0.75 against one branch"),
-        Claim("The best temperature is 0.05 or 0.1", "0.05 or 0.1 [n]", "Fig. 4", _judge_best((0.05, 0.1)),
-            measured=swept("tau"), scale="the same"),
-        Claim("The best weight of the distillation is about 0.1", "0.1 [n]", "Fig. 4", _judge_best((0.1,)),
-            measured=swept("kd"), scale="the same; 0.1 against 0, 0.01 and 1"),
-        Claim("Sizes of the models", "820,032 / 1,220,416 / 808,704 / 1,327,680 parameters", "official code",
-            matches(dict(Beauty=820_032, Sports=1_220_416, Toys=808_704, Yelp=1_327_680)), measured=_sizes,
-            scale="counted"),
+            scale="MQSA-TED on the films, others at their defaults; holds beyond two standard errors",
+        ),
+        Claim(
+            "The best mixture is about a half",
+            "0.5 [n]",
+            "Fig. 3",
+            _judge_best((0.25, 0.5, 0.75)),
+            measured=swept("alpha"),
+            scale="the same; 0.25 to 0.75 against one branch",
+        ),
+        Claim(
+            "The best temperature is 0.05 or 0.1",
+            "0.05 or 0.1 [n]",
+            "Fig. 4",
+            _judge_best((0.05, 0.1)),
+            measured=swept("tau"),
+            scale="the same",
+        ),
+        Claim(
+            "The best weight of the distillation is about 0.1",
+            "0.1 [n]",
+            "Fig. 4",
+            _judge_best((0.1,)),
+            measured=swept("kd"),
+            scale="the same; 0.1 against 0, 0.01 and 1",
+        ),
+        Claim(
+            "Sizes of the models",
+            "820,032 / 1,220,416 / 808,704 / 1,327,680 parameters",
+            "official code",
+            matches(dict(Beauty=820_032, Sports=1_220_416, Toys=808_704, Yelp=1_327_680)),
+            measured=_sizes,
+            scale="counted",
+        ),
         *(
-            Claim(f"{name}", number, "Table 2",
-                out_of_reach(f"needs the {name.split(':')[0]} data, which no package ships"))
-            for name, number in (("Beauty: HR@5 and NDCG@5", "0.0752, 0.0534 [n]"), ("Sports: NDCG@5", "0.0320 [n]"),
-                    ("Yelp: NDCG@5", "0.0205 [n]"))
+            Claim(
+                f"{name}",
+                number,
+                "Table 2",
+                out_of_reach(f"needs the {name.split(':')[0]} data, which no package ships"),
+            )
+            for name, number in (
+                ("Beauty: HR@5 and NDCG@5", "0.0752, 0.0534 [n]"),
+                ("Sports: NDCG@5", "0.0320 [n]"),
+                ("Yelp: NDCG@5", "0.0205 [n]"),
+            )
         ),
         Claim(
             "This chapter's aim: a fifth of the peak memory of the cross-entropy in training, from 12,101 items on",
@@ -301,7 +426,8 @@ def claims() -> list[Claim]:
             "this book",
             over_range(5, 1),
             measured=partial(
-                _faster, "catalogue", ("eager", "compiled"), "peak_mb_bwd", "V", where=lambda r: r["V"] >= 12101),
+                _faster, "catalogue", ("eager", "compiled"), "peak_mb_bwd", "V", where=lambda r: r["V"] >= 12101
+            ),
             scale="N 16,384, d 64; against the smaller of eager and compiled",
         ),
         Claim(
@@ -310,20 +436,26 @@ def claims() -> list[Claim]:
             "this book",
             over_range(2, 1),
             measured=partial(
-                _faster, "catalogue", ("eager", "compiled", "chunked", "torch fused", "liger"), TRAINING, "V"),
+                _faster, "catalogue", ("eager", "compiled", "chunked", "torch fused", "liger"), TRAINING, "V"
+            ),
             scale="forward and backward, 1,682 to a million items",
         ),
-        Claim("This chapter's aim: the distillation in training 3 times as fast as with a dense teacher", "3x",
-            "this book", over_range(3, 1),
+        Claim(
+            "This chapter's aim: the distillation in training 3 times as fast as with a dense teacher",
+            "3x",
+            "this book",
+            over_range(3, 1),
             measured=partial(_faster, "distillation", ("eager", "compiled"), TRAINING, "N"),
-            scale="12,800 heads, 12,101 items"),
+            scale="12,800 heads, 12,101 items",
+        ),
         Claim(
             "This chapter's aim: a block on short padded sequences 3 times as fast as eager",
             "3x",
             "this book",
             over_range(3, 1),
-            measured=partial(_faster, "block", ("eager",), TRAINING, "T", "clicks", ours=None,
-                where=lambda r: r["clicks"] < r["T"]),
+            measured=partial(
+                _faster, "block", ("eager",), TRAINING, "T", "clicks", ours=None, where=lambda r: r["clicks"] < r["T"]
+            ),
             scale="forward and backward, width 64",
         ),
         Claim(
@@ -331,8 +463,7 @@ def claims() -> list[Claim]:
             "1x",
             "this book",
             over_range(1),
-            measured=partial(
-                _faster, "block", ("compiled", "sdpa compiled"), TRAINING, "T", "clicks", ours=None),
+            measured=partial(_faster, "block", ("compiled", "sdpa compiled"), TRAINING, "T", "clicks", ours=None),
             scale="forward and backward, width 64",
         ),
     ]

@@ -17,6 +17,7 @@ from ..engine.tiles import head_base, load_rows, row_ptr
 # %% ../../nbs/2_position/music.ipynb #e6dd87a2
 class MusicConsts(NamedTuple):
     "What the kernels of relative attention are compiled for."
+
     local: bool  # blocks of ints[5]?
     clip: bool  # beyond the table its last row?
     whole: bool  # does the table cover all distances there are?
@@ -165,10 +166,38 @@ def music_dq(dq, ds, q, k, qpos, kpos, b, h, ops, ints, C: tl.constexpr):
 
 # %% ../../nbs/2_position/music.ipynb #325df81d
 @triton.jit
-def music_rel_grad(Q, K, V, DO, LSE2, DELTA, G, ops, ints, sq, sk, sv, sdo, sl, sg, scale, tiles, splits, diagonals, NB,
-                   C: tl.constexpr, GROUP: tl.constexpr, B: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-                   BD: tl.constexpr, BDV: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-                   STAGES: tl.constexpr):
+def music_rel_grad(
+    Q,
+    K,
+    V,
+    DO,
+    LSE2,
+    DELTA,
+    G,
+    ops,
+    ints,
+    sq,
+    sk,
+    sv,
+    sdo,
+    sl,
+    sg,
+    scale,
+    tiles,
+    splits,
+    diagonals,
+    NB,
+    C: tl.constexpr,
+    GROUP: tl.constexpr,
+    B: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """Gradient of two blocks of rows of one head's table, from a part of one diagonal of B x B tiles.
     Grid: diagonals * splits * heads."""
     pid = tl.program_id(0)
@@ -211,14 +240,24 @@ def music_rel_grad(Q, K, V, DO, LSE2, DELTA, G, ops, ints, sq, sk, sv, sdo, sl, 
 # %% ../../nbs/2_position/music.ipynb #e45d4dd4
 #: the rows of queries must not exceed those of keys, of which there are 64 at most
 MUSIC_LAUNCH = LaunchTable("forward", "dq", "dkv", "drel")
-MUSIC_LAUNCH.rows("sm90", 16, {  # width: rows of queries, rows of keys, warps, stages
-    64: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-    128: ((64, 64, 8, 2), (64, 64, 4, 1), (64, 64, 8, 2), (64, 64, 8, 1)),
-    256: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1))})
-MUSIC_LAUNCH.rows("sm90", 32, {
-    64: ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    128: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    256: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))})
+MUSIC_LAUNCH.rows(
+    "sm90",
+    16,
+    {  # width: rows of queries, rows of keys, warps, stages
+        64: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        128: ((64, 64, 8, 2), (64, 64, 4, 1), (64, 64, 8, 2), (64, 64, 8, 1)),
+        256: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
+    },
+)
+MUSIC_LAUNCH.rows(
+    "sm90",
+    32,
+    {
+        64: ((32, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        128: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        256: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    },
+)
 for (_, _kernel, _bits, _width), _launch in list(MUSIC_LAUNCH.items()):  # less shared memory: smaller tiles
     _small = Launch(min(_launch.BM, 32), min(_launch.BN, 32), 4, 1)
     MUSIC_LAUNCH["small", _kernel, _bits, _width] = _small

@@ -41,6 +41,7 @@ def tokens_to_grid(tokens: Tensor) -> np.ndarray:
 # %% ../../nbs/2_position/music.ipynb #097058c8
 class Note(NamedTuple):
     "One note."
+
     start: float  # seconds
     end: float  # seconds
     pitch: int  # MIDI, 60 is middle C
@@ -56,9 +57,14 @@ def check_notes(notes: Iterable[Note]) -> list[Note]:
         if not isinstance(n, Note):
             raise TypeError(f"{name} must be a Note, not {n!r}")
         start = check_number(f"{name}.start", n.start, least=0)
-        found.append(Note(start, check_number(f"{name}.end", n.end, least=start),
-                          check_int(f"{name}.pitch", n.pitch, least=0, most=127),
-                          check_int(f"{name}.velocity", n.velocity, least=1, most=127)))
+        found.append(
+            Note(
+                start,
+                check_number(f"{name}.end", n.end, least=start),
+                check_int(f"{name}.pitch", n.pitch, least=0, most=127),
+                check_int(f"{name}.velocity", n.velocity, least=1, most=127),
+            )
+        )
     return found
 
 
@@ -138,13 +144,13 @@ def _track_events(data):
         else:
             status = running
         if status in (0xFF, 0xF0, 0xF7):  # meta and system exclusive events say how long they are
-            kind, at = data[at:at + (status == 0xFF)], at + (status == 0xFF)
+            kind, at = data[at : at + (status == 0xFF)], at + (status == 0xFF)
             size, at = _take_number(data, at)
-            content = kind + data[at:at + size]
+            content = kind + data[at : at + size]
         elif status in _DATA_BYTES or status >> 4 in _DATA_BYTES:
             running = status if status < 0xF0 else running
             size = _DATA_BYTES.get(status, _DATA_BYTES.get(status >> 4))
-            content = data[at:at + size]
+            content = data[at : at + size]
             if any(byte > 127 for byte in content):
                 raise ValueError(f"an event {status:#x} with data {content.hex()}")
         else:
@@ -200,10 +206,10 @@ def _chunks(data):
         raise ValueError("a quarter or a frame has 0 ticks")
     at, tracks = 8 + size, []
     while at + 8 <= len(data) and len(tracks) < count:
-        size = int.from_bytes(data[at + 4:at + 8], "big")
+        size = int.from_bytes(data[at + 4 : at + 8], "big")
         if at + 8 + size > len(data):
             raise IndexError
-        tracks += [data[at + 8:at + 8 + size]] if data[at:at + 4] == b"MTrk" else []
+        tracks += [data[at + 8 : at + 8 + size]] if data[at : at + 4] == b"MTrk" else []
         at += 8 + size
     if len(tracks) < count:
         raise IndexError
@@ -216,8 +222,15 @@ def _clock(division, tracks):
         frames = 256 - (division >> 8)
         rate = (30000 / 1001 if frames == 29 else frames) * (division & 255)
         return lambda tick: tick / rate
-    changes = sorted(((tick, int.from_bytes(content[1:4], "big")) for track in tracks for tick, status, content in track
-                      if status == 0xFF and content[0] == 0x51), key=lambda change: change[0])
+    changes = sorted(
+        (
+            (tick, int.from_bytes(content[1:4], "big"))
+            for track in tracks
+            for tick, status, content in track
+            if status == 0xFF and content[0] == 0x51
+        ),
+        key=lambda change: change[0],
+    )
     at, micro, tempo = [0], [0], [500_000]  # ticks, microseconds times division, microseconds of a quarter
     for tick, new in changes:
         micro.append(micro[-1] + (tick - at[-1]) * tempo[-1])
@@ -237,6 +250,7 @@ class PerformanceEncoder:
     Times are rounded to 1/`steps_per_second`; a shift is at most a second. TypeError or ValueError for impossible
     settings.
     """
+
     def __init__(self, min_pitch: int = 0, max_pitch: int = 127, steps_per_second: int = 100, velocity_bins: int = 32):
         self.max_pitch = check_int("max_pitch", max_pitch, least=0, most=127)
         self.min_pitch = check_int("min_pitch", min_pitch, least=0, most=self.max_pitch)
@@ -278,8 +292,10 @@ class PerformanceEncoder:
         "Tokens (n,) of the notes, quantised, without EOS. Raises what `quantise` raises."
         events = []
         for n in self.quantise(notes):
-            events += [(round(n.start * self.steps), 1, n.pitch, self._bin(n.velocity)),
-                       (round(n.end * self.steps), 0, n.pitch, 0)]
+            events += [
+                (round(n.start * self.steps), 1, n.pitch, self._bin(n.velocity)),
+                (round(n.end * self.steps), 0, n.pitch, 0),
+            ]
         tokens, now, loud = [], 0, None
         for t, on, pitch, b in sorted(events):
             while now < t:

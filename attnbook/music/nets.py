@@ -29,9 +29,20 @@ class RelativeMultiheadAttention(nn.Module):
     `max_distance` M rows in the table (0: none, plain causal attention), initialised N(0, 1/head_dim); `attn_dim` total
     width of the heads (default `embed_dim`). Raises ValueError if the heads do not divide it.
     """
-    def __init__(self, embed_dim: int, num_heads: int, *, attn_dim: int | None = None, max_distance: int,
-                 share_heads: bool = False, block_size: int | None = None, beyond: str = "zero", bias: bool = False,
-                 backend: str = "auto"):
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        attn_dim: int | None = None,
+        max_distance: int,
+        share_heads: bool = False,
+        block_size: int | None = None,
+        beyond: str = "zero",
+        bias: bool = False,
+        backend: str = "auto",
+    ):
         super().__init__()
         attn_dim = attn_dim or embed_dim
         dim = check_divides("num_heads", num_heads, "attn_dim", attn_dim)
@@ -48,8 +59,9 @@ class RelativeMultiheadAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         "(batch, L, embed_dim) -> the same."
-        out = relative_attention(*self.heads(x), self.rel, block_size=self.block_size, beyond=self.beyond,
-                                 backend=self.backend)
+        out = relative_attention(
+            *self.heads(x), self.rel, block_size=self.block_size, beyond=self.beyond, backend=self.backend
+        )
         return self.out(out.transpose(1, 2).flatten(-2))
 
     def step(self, x: Tensor, cache: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -61,12 +73,15 @@ class RelativeMultiheadAttention(nn.Module):
         return self.out(out.transpose(1, 2).flatten(-2)), (k, v)
 
     def extra_repr(self):
-        return (f"num_heads={self.num_heads}, max_distance={self.max_distance}, "
-                f"block_size={self.block_size}, beyond={self.beyond!r}")
+        return (
+            f"num_heads={self.num_heads}, max_distance={self.max_distance}, "
+            f"block_size={self.block_size}, beyond={self.beyond!r}"
+        )
 
 # %% ../../nbs/2_position/music.ipynb #0edfcf12
 class MusicLayer(nn.Module):
     "Attention and feed-forward, each x + dropout(f(norm(x)))."
+
     def __init__(self, dim: int, ff_dim: int, dropout: float, attention: nn.Module):
         super().__init__()
         self.norm1, self.norm2, self.drop = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.Dropout(dropout)
@@ -87,10 +102,25 @@ class MusicTransformer(nn.Module):
     modulo period (on chorales 4 is the voice, 16 the place within a beat). `absolute` adds sinusoids, as the paper does
     in all its models. Defaults: Table 3's relative global model.
     """
-    def __init__(self, num_tokens: int, *, depth: int = 6, dim: int = 256, attn_dim: int | None = 512,
-                 ff_dim: int = 2048, heads: int = 8, max_distance: int = 1024, block_size: int | None = None,
-                 share_heads: bool = False, beyond: str = "zero", labels: tuple[int, ...] = (), absolute: bool = True,
-                 dropout: float = 0.1, backend: str = "auto"):
+
+    def __init__(
+        self,
+        num_tokens: int,
+        *,
+        depth: int = 6,
+        dim: int = 256,
+        attn_dim: int | None = 512,
+        ff_dim: int = 2048,
+        heads: int = 8,
+        max_distance: int = 1024,
+        block_size: int | None = None,
+        share_heads: bool = False,
+        beyond: str = "zero",
+        labels: tuple[int, ...] = (),
+        absolute: bool = True,
+        dropout: float = 0.1,
+        backend: str = "auto",
+    ):
         super().__init__()
         self.dim, self.num_tokens, self.absolute = dim, num_tokens, absolute
         self.embed = nn.Embedding(num_tokens, dim)
@@ -98,8 +128,17 @@ class MusicTransformer(nn.Module):
         self.labels = nn.ModuleList(nn.Embedding(n, dim) for n in labels)
         for table in self.labels:
             nn.init.normal_(table.weight, std=0.3)
-        attention = partial(RelativeMultiheadAttention, dim, heads, attn_dim=attn_dim, max_distance=max_distance,
-                            block_size=block_size, share_heads=share_heads, beyond=beyond, backend=backend)
+        attention = partial(
+            RelativeMultiheadAttention,
+            dim,
+            heads,
+            attn_dim=attn_dim,
+            max_distance=max_distance,
+            block_size=block_size,
+            share_heads=share_heads,
+            beyond=beyond,
+            backend=backend,
+        )
         self.layers = nn.ModuleList(MusicLayer(dim, ff_dim, dropout, attention()) for _ in range(depth))
         self.norm, self.logits = nn.LayerNorm(dim), nn.Linear(dim, num_tokens, bias=False)
         self.drop = nn.Dropout(dropout)
@@ -144,8 +183,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def generate(model: MusicTransformer, prime: Tensor, length: int, *, temperature: float = 1.0, top_k: int | None = None,
-             clamp: Tensor | None = None, allowed: Tensor | None = None, seed: int = 0, cached: bool = True) -> Tensor:
+def generate(
+    model: MusicTransformer,
+    prime: Tensor,
+    length: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    clamp: Tensor | None = None,
+    allowed: Tensor | None = None,
+    seed: int = 0,
+    cached: bool = True,
+) -> Tensor:
     """`length` further tokens after `prime` (P,), 0 <= P: int64 (P + length,).
 
     `temperature` 0 takes the likeliest token. `top_k`: samples from so many of the likeliest tokens only. `clamp`
@@ -172,17 +221,18 @@ def generate(model: MusicTransformer, prime: Tensor, length: int, *, temperature
     with evaluating(model):
         for t in range(P, P + length):
             if cached:
-                logits, caches = model.step(F.pad(tokens, (1, 0))[:, fed:t + 1], fed, caches)
+                logits, caches = model.step(F.pad(tokens, (1, 0))[:, fed : t + 1], fed, caches)
                 fed = t + 1
             else:
-                logits = model(tokens[:, :t + 1])
+                logits = model(tokens[:, : t + 1])
             fixed = clamp is not None and clamp[t] >= 0
             tokens[0, t] = clamp[t] if fixed else sample(logits[0, -1], temperature, top_k, allowed, g)
     return tokens[0]
 
 
-def sample(logits: Tensor, temperature: float, top_k: int | None, allowed: Tensor | None,
-           generator: torch.Generator) -> int:
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, allowed: Tensor | None, generator: torch.Generator
+) -> int:
     "One token from logits (num_tokens,), in float64: a temperature may be as small as a float can be."
     logits = logits.double().cpu()
     if allowed is not None:
@@ -216,9 +266,13 @@ def parameter_counts() -> dict[str, int]:
     return {name: count_parameters(partial(music_model, name)) for name in MODELS}
 
 # %% ../../nbs/2_position/music.ipynb #8ad52d20
-register_models({"music_" + name.replace(", ", "_").replace(" ", "_"): (partial(music_model, name), n) for name, n in zip(MODELS, (
-    9_657_344, 12_803_072, 12_762_112, 10_050_560, 9_651_200, 3_969_792, 8_587_264))},
-    example=lambda: (torch.zeros(1, 512, dtype=torch.long),))
+register_models(
+    {
+        "music_" + name.replace(", ", "_").replace(" ", "_"): (partial(music_model, name), n)
+        for name, n in zip(MODELS, (9_657_344, 12_803_072, 12_762_112, 10_050_560, 9_651_200, 3_969_792, 8_587_264))
+    },
+    example=lambda: (torch.zeros(1, 512, dtype=torch.long),),
+)
 
 # %% ../../nbs/2_position/music.ipynb #867eff26
 @torch.no_grad()
@@ -229,5 +283,5 @@ def token_nll(model: nn.Module, pieces: list[Tensor], context: int) -> Tensor:
     with evaluating(model):
         for row, piece in zip(out, pieces):
             x = piece[None, :context].to(device)
-            row[:x.shape[1]] = F.cross_entropy(model(x).float()[0], x[0], reduction="none").cpu()
+            row[: x.shape[1]] = F.cross_entropy(model(x).float()[0], x[0], reduction="none").cpu()
     return out

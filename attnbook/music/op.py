@@ -42,10 +42,32 @@ def _plan_rel_grad(program, q, k, v, do, lse2, operands, ints, consts, common, s
     splits = max(1, min(B * tiles, triton.cdiv(1024, H * diagonals)))
     make = partial(torch.empty, splits, 2, H, diagonals * b, D, device=q.device, dtype=torch.float32)
     kernel = BoundLaunch(
-        music_rel_grad, (diagonals * splits * H,), tuple(ints), q.stride(), k.stride(), v.stride(), do.stride(), lse2.stride(),
-        make().stride(), scale, tiles, splits, diagonals, B, C=C, GROUP=common["GROUP"], B=b, D=D, DV=common["DV"],
-        BD=common["BD"], BDV=common["BDV"], WIDE=wide, PRECISION=common["PRECISION"], STAGES=launch.stages,
-        num_warps=launch.warps)
+        music_rel_grad,
+        (diagonals * splits * H,),
+        tuple(ints),
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        do.stride(),
+        lse2.stride(),
+        make().stride(),
+        scale,
+        tiles,
+        splits,
+        diagonals,
+        B,
+        C=C,
+        GROUP=common["GROUP"],
+        B=b,
+        D=D,
+        DV=common["DV"],
+        BD=common["BD"],
+        BDV=common["BDV"],
+        WIDE=wide,
+        PRECISION=common["PRECISION"],
+        STAGES=launch.stages,
+        num_warps=launch.warps,
+    )
     shape, dtype = operands[0].shape, operands[0].dtype
 
     def run(q, k, v, do, lse2, delta, operands):
@@ -54,11 +76,12 @@ def _plan_rel_grad(program, q, k, v, do, lse2, operands, ints, consts, common, s
         kernel.same(q, k, v, do, lse2, delta, G, tuple(operands))
         g = G.sum((0, 1))[:, :L]  # (H, distances, D)
         if C.clip and g.shape[1] > M:
-            g = torch.cat([g[:, :M - 1], g[:, M - 1:].sum(1, keepdim=True)], 1)
+            g = torch.cat([g[:, : M - 1], g[:, M - 1 :].sum(1, keepdim=True)], 1)
         g = F.pad(g, (0, 0, 0, M - g.shape[1])) if g.shape[1] < M else g[:, :M]
         if shape[0] != H:
             g = g.sum(0, keepdim=True)
         return torch.mul(g, scale).to(dtype)
+
     return run
 
 # %% ../../nbs/2_position/music.ipynb #b1e0055d
@@ -68,11 +91,29 @@ def _named(q, v, ints, consts):
 
 # %% ../../nbs/2_position/music.ipynb #594d82c6
 _tiles_of = lambda ints, consts, rows: -(-ints[0] // rows)
-MUSIC = register_program(TileProgram(
-    "music", band_q_tile, music_k_span, band_k_step, band_k_tile, music_q_span, band_q_step, mask=music_mask,
-    consecutive=True, heavy_last=True, launch=music_launch, expand=_named, q_tiles=_tiles_of, k_tiles=_tiles_of))
-MUSIC_REL = register_program(replace(MUSIC, name="music+rel", start=music_start, dq_score=music_dq,
-                                     operand_grad=OperandGrad(plan=_plan_rel_grad)))
+MUSIC = register_program(
+    TileProgram(
+        "music",
+        band_q_tile,
+        music_k_span,
+        band_k_step,
+        band_k_tile,
+        music_q_span,
+        band_q_step,
+        mask=music_mask,
+        consecutive=True,
+        heavy_last=True,
+        launch=music_launch,
+        expand=_named,
+        q_tiles=_tiles_of,
+        k_tiles=_tiles_of,
+    )
+)
+MUSIC_REL = register_program(
+    replace(
+        MUSIC, name="music+rel", start=music_start, dq_score=music_dq, operand_grad=OperandGrad(plan=_plan_rel_grad)
+    )
+)
 
 # %% ../../nbs/2_position/music.ipynb #7fffecf2
 def _check_relative(q, k, v, rel, block_size, beyond, scale):
@@ -86,9 +127,18 @@ def _check_relative(q, k, v, rel, block_size, beyond, scale):
     return check_int("block_size", block_size, least=1, optional=True), check_scale(scale, D)
 
 # %% ../../nbs/2_position/music.ipynb #ba96d813
-def relative_attention(q: Tensor, k: Tensor, v: Tensor, rel: Tensor, *, block_size: int | None = None,
-                       beyond: str = "zero", scale: float | None = None, return_lse: bool = False,
-                       backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
+def relative_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel: Tensor,
+    *,
+    block_size: int | None = None,
+    beyond: str = "zero",
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention with relative positions: softmax((q_i.k_j + q_i.e_(i-j)) * scale) v, in memory linear in the
     length.
 
@@ -103,14 +153,16 @@ def relative_attention(q: Tensor, k: Tensor, v: Tensor, rel: Tensor, *, block_si
     """
     q, k, v = autocast(q, k, v)
     program, ints, consts, rows, block_size, scale, kept = _DECIDED.decide(
-        _decide, (q, k, v, rel), dict(block_size=block_size, beyond=beyond, scale=scale, backend=backend))
+        _decide, (q, k, v, rel), dict(block_size=block_size, beyond=beyond, scale=scale, backend=backend)
+    )
     rel = (rel if rel.dim() == 3 else rel[None]).to(q.dtype)
     if program is None:
         with without_autocast(q):
             group = q.shape[1] // k.shape[1]
             k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
-            return relative_attention_skew(q, k, v, rel, block_size=block_size, beyond=beyond, scale=scale,
-                                           return_lse=return_lse)
+            return relative_attention_skew(
+                q, k, v, rel, block_size=block_size, beyond=beyond, scale=scale, return_lse=return_lse
+            )
     operands = (rel, _padded(rel.detach(), rows, beyond)) if rel.shape[1] else ()
     out, lse = tile_attention(q, k, v, program, operands=operands, ints=ints, consts=consts, scale=scale, kept=kept)
     return (out, lse) if return_lse else out
@@ -124,7 +176,7 @@ def _padded(rel, rows, beyond):
     "The table as the kernels read it: `rows` rows between rows of padding, lanes up to a power of two, contiguous."
     if beyond == "clip":
         rel = extended_table(rel, rows + PADDING, beyond)
-    rel = rel[:, :rows + PADDING]
+    rel = rel[:, : rows + PADDING]
     return F.pad(rel, (0, round_dim(rel.shape[2]) - rel.shape[2], PADDING, rows + PADDING - rel.shape[1])).contiguous()
 
 
@@ -143,14 +195,22 @@ def _decide(q, k, v, rel, *, block_size, beyond, scale, backend):
     whole = beyond == "clip" or M >= reach
     rows = L if whole else M
     shared = rel.dim() == 2 or rel.shape[0] == 1
-    stride = 0 if shared else (rows + 2 * PADDING) * round_dim(rel.shape[-1])          # of `_padded`, which is contiguous
+    stride = 0 if shared else (rows + 2 * PADDING) * round_dim(rel.shape[-1])  # of `_padded`, which is contiguous
     ints = [L, L, M, stride if M else 0, PADDING, block_size or 1]
     consts = [int(x) for x in (block_size is not None, beyond == "clip", whole)]
     return (MUSIC_REL if M else MUSIC), ints, consts, rows, block_size, scale, {}
 
 # %% ../../nbs/2_position/music.ipynb #acc4d613
-def relative_attention_step(q: Tensor, k: Tensor, v: Tensor, rel: Tensor, *, block_size: int | None = None,
-                            beyond: str = "zero", scale: float | None = None) -> Tensor:
+def relative_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel: Tensor,
+    *,
+    block_size: int | None = None,
+    beyond: str = "zero",
+    scale: float | None = None,
+) -> Tensor:
     """Attention of the last n positions, q `(batch, heads, n, dim)`, to all L so far, k and v `(batch, heads, L, dim)`.
 
     `rel`, `block_size`, `beyond` and `scale` as in `relative_attention`, whose last n rows it gives, in plain PyTorch.
@@ -162,4 +222,4 @@ def relative_attention_step(q: Tensor, k: Tensor, v: Tensor, rel: Tensor, *, blo
     i, j = torch.arange(L - n, L, device=q.device)[:, None], torch.arange(L, device=q.device)
     table = extended_table(rel if rel.dim() == 3 else rel[None], L, beyond).to(q.dtype)
     bias = (q @ table.transpose(-1, -2)).gather(-1, (i - j).clamp_min(0).expand(*q.shape[:2], -1, -1)) * scale
-    return attention_reference(q, k, v, mask=relative_mask(L, block_size, q.device)[L - n:], bias=bias, scale=scale)
+    return attention_reference(q, k, v, mask=relative_mask(L, block_size, q.device)[L - n :], bias=bias, scale=scale)

@@ -58,7 +58,7 @@ def skew_local(qe: Tensor) -> Tensor:
     "(..., N, 2N-1), column c for distance 2N-1-c -> (..., N, N) for the keys of the previous block."
     N = qe.shape[-2]
     flat = F.pad(F.pad(qe, (0, 1)).flatten(-2), (0, N - 1))
-    return flat.unflatten(-1, (N + 1, 2 * N - 1))[..., :N, N - 1:]
+    return flat.unflatten(-1, (N + 1, 2 * N - 1))[..., :N, N - 1 :]
 
 # %% ../../nbs/2_position/music.ipynb #6a2bcb26
 def modular_skew(g_hi: Tensor, g_lo: Tensor) -> Tensor:
@@ -75,16 +75,25 @@ def tiled_logits(q: Tensor, rel: Tensor, beyond: str = "zero", rows: int = 4, b:
     E = F.pad(extended_table(rel, L + 2 * b, beyond), (0, 0, b, 0))
     for i in range(0, L, rows):
         for j in range(0, i + rows, b):
-            r0, Q = i - j, q[i:i + rows]
-            if r0 + b < 0: continue
-            tile = modular_skew(Q @ E[r0 + b:r0 + 2 * b].T, Q @ E[r0:r0 + b].T)
-            out[i:i + rows, j:j + b] = tile[:, :L - j]
+            r0, Q = i - j, q[i : i + rows]
+            if r0 + b < 0:
+                continue
+            tile = modular_skew(Q @ E[r0 + b : r0 + 2 * b].T, Q @ E[r0 : r0 + b].T)
+            out[i : i + rows, j : j + b] = tile[:, : L - j]
     return out.tril()
 
 # %% ../../nbs/2_position/music.ipynb #bb370de6
-def relative_attention_reference(q: Tensor, k: Tensor, v: Tensor, rel: Tensor, *, block_size: int | None = None,
-                                 beyond: str = "zero", scale: float | None = None,
-                                 return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+def relative_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel: Tensor,
+    *,
+    block_size: int | None = None,
+    beyond: str = "zero",
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """softmax((q k^T + q_i . e_(i-j)) * scale + mask) v in plain PyTorch, float64 included.
 
     q, k, v `(batch, heads, L, dim)`, rel `(heads, M, dim)` or `(M, dim)`; see `relative_attention`.
@@ -100,9 +109,17 @@ def _by_logits(logits, q, k, v, rel, block_size, beyond, scale, return_lse):
     return attention_reference(q, k, v, mask=mask, bias=bias, scale=scale, return_lse=return_lse)
 
 # %% ../../nbs/2_position/music.ipynb #6ba4dd93
-def relative_attention_skew(q: Tensor, k: Tensor, v: Tensor, rel: Tensor, *, block_size: int | None = None,
-                            beyond: str = "zero", scale: float | None = None,
-                            return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+def relative_attention_skew(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel: Tensor,
+    *,
+    block_size: int | None = None,
+    beyond: str = "zero",
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     "As `relative_attention_reference`, with the relative term by skewing: no intermediate above (batch, heads, L, L)."
     return _by_logits(skewed_logits, q, k, v, rel, block_size, beyond, scale, return_lse)
 

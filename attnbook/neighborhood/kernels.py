@@ -17,6 +17,7 @@ from ..engine import tl, triton
 # %% ../../nbs/3_locality/neighborhood.ipynb #4bf85b90
 class Tiling(NamedTuple):
     "How one side of the kernels is cut. The tuples have one entry per axis."
+
     tile: tuple[int, ...]  # sides of a tile, which a program keeps
     box: tuple[int, ...]  # sides of the largest box that a tile goes through
     brick: tuple[int, ...]  # sides of the part of the box that a step reads
@@ -28,6 +29,7 @@ class Tiling(NamedTuple):
 
 class Geometry(NamedTuple):
     "What the kernels are compiled for: the rule of every axis, and both sides. The tuples have one entry per axis."
+
     window: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
@@ -122,7 +124,7 @@ def nbh_q_tile(i, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
         low = window_start(m0, n, C.window[a], C.stride[a], C.causal[a])
         top = window_start(last, n, C.window[a], C.stride[a], C.causal[a])
         some = some & (m0 < n)
-        end, until = low + C.window[a], top + C.window[a]                            # of the first and last query
+        end, until = low + C.window[a], top + C.window[a]  # of the first and last query
         if C.causal[a]:
             end, until = m0 + 1, last + 1
         if a == 0:
@@ -369,12 +371,13 @@ def nbh_bias_init(part, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexp
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #f053af90
 @triton.jit
-def nbh_bias_step(acc, ds, j, part, qpos, kpos, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr,
-                  BN: tl.constexpr):
+def nbh_bias_step(
+    acc, ds, j, part, qpos, kpos, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
     "Row r of ds, shifted so that lane t holds offset t of the table, then summed over rows."
     corner = state[1]
     t = part * 128 + tl.arange(0, 128)
-    at = tl.zeros([BM, 128], tl.int32)                                          # where in the steps, one after another
+    at = tl.zeros([BM, 128], tl.int32)  # where in the steps, one after another
     lane, brick = 1, BN
     known = at == 0
     for a in tl.static_range(tl.constexpr(len(C.window) - 1), -1, -1):
@@ -384,7 +387,7 @@ def nbh_bias_step(acc, ds, j, part, qpos, kpos, state, b, h, ops, ints, C: tl.co
         else:
             off = t % (2 * C.window[a] - 1)
             t = t // (2 * C.window[a] - 1)
-        place = qpos[len(C.window) + a][:, None] + off[None, :] - (C.window[a] - 1) - corner[a]     # within the box
+        place = qpos[len(C.window) + a][:, None] + off[None, :] - (C.window[a] - 1) - corner[a]  # within the box
         known = known & (place.to(tl.uint32) < box)
         at += place % side * lane + place // side * brick
         lane = lane * side
@@ -396,8 +399,9 @@ def nbh_bias_step(acc, ds, j, part, qpos, kpos, state, b, h, ops, ints, C: tl.co
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #3a581267
 @triton.jit
-def nbh_bias_store(G, sg, acc, i, part, b, h, qpos, ok, state, ints, C: tl.constexpr, BM: tl.constexpr,
-                   BN: tl.constexpr):
+def nbh_bias_store(
+    G, sg, acc, i, part, b, h, qpos, ok, state, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
     "The share of query tile i in one head's table."
     t = part * 128 + tl.arange(0, 128)
     tl.store(G + i.to(tl.int64) * sg[0] + h * sg[1] + t, acc, mask=t < C.table)

@@ -31,12 +31,15 @@ from .op import neighborhood_attention
 from .reference import Flags, Sizes, neighborhood_axes
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #ff106b7d
-def fit_neighborhood(shape: Sequence[int], window_size: Sizes, stride: Sizes = 1, dilation: Sizes = 1,
-                     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def fit_neighborhood(
+    shape: Sequence[int], window_size: Sizes, stride: Sizes = 1, dilation: Sizes = 1
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Per axis the largest dilation, then window, that fit the map, and a stride within that window: three tuples of
     integers: windows, strides, dilations."""
-    window, stride, dilation = (check_sizes(name, x, len(shape)) for name, x in (
-        ("window_size", window_size), ("stride", stride), ("dilation", dilation)))
+    window, stride, dilation = (
+        check_sizes(name, x, len(shape))
+        for name, x in (("window_size", window_size), ("stride", stride), ("dilation", dilation))
+    )
     dilation = tuple(min(d, max(L // w, 1)) for L, w, d in zip(shape, window, dilation))
     window = tuple(min(w, L) for L, w in zip(shape, window))
     return window, tuple(min(s, w) for s, w in zip(stride, window)), dilation
@@ -44,20 +47,37 @@ def fit_neighborhood(shape: Sequence[int], window_size: Sizes, stride: Sizes = 1
 # %% ../../nbs/3_locality/neighborhood.ipynb #a07736aa
 class _NeighborhoodAttention(nn.Module):
     "Projections around `neighborhood_attention`; the ranks 1, 2 and 3 below differ in nothing else."
+
     rank = None
 
-    def __init__(self, embed_dim: int, num_heads: int, window_size: Sizes, stride: Sizes = 1, dilation: Sizes = 1,
-                 is_causal: Flags = False, qkv_bias: bool = True, qk_scale: float | None = None,
-                 rel_pos_bias: bool = False, proj_drop: float = 0.0, *, fit: bool = False, backend: str = "auto"):
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        window_size: Sizes,
+        stride: Sizes = 1,
+        dilation: Sizes = 1,
+        is_causal: Flags = False,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        rel_pos_bias: bool = False,
+        proj_drop: float = 0.0,
+        *,
+        fit: bool = False,
+        backend: str = "auto",
+    ):
         super().__init__()
         self.embed_dim = check_int("embed_dim", embed_dim, least=1)
         self.num_heads = check_int("num_heads", num_heads, least=1)
         check_divides("num_heads", num_heads, "embed_dim", self.embed_dim)
-        self.window_size, self.stride, self.dilation = (check_sizes(name, x, self.rank) for name, x in (
-            ("window_size", window_size), ("stride", stride), ("dilation", dilation)))
+        self.window_size, self.stride, self.dilation = (
+            check_sizes(name, x, self.rank)
+            for name, x in (("window_size", window_size), ("stride", stride), ("dilation", dilation))
+        )
         self.is_causal = check_flags("is_causal", is_causal, self.rank)
-        neighborhood_axes([w * d for w, d in zip(self.window_size, self.dilation)], self.window_size, self.stride,
-                          self.dilation)
+        neighborhood_axes(
+            [w * d for w, d in zip(self.window_size, self.dilation)], self.window_size, self.stride, self.dilation
+        )
         self.qk_scale = check_number("qk_scale", qk_scale, optional=True)
         self.fit, self.backend = check_bool("fit", fit), backend
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=check_bool("qkv_bias", qkv_bias))
@@ -70,17 +90,27 @@ class _NeighborhoodAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         "x `(B, *X, embed_dim)` -> the same shape."
-        check_tensor("x", x, shape=("batch", *"XYZ"[:self.rank], self.embed_dim))
+        check_tensor("x", x, shape=("batch", *"XYZ"[: self.rank], self.embed_dim))
         window, stride, dilation, bias = self.window_size, self.stride, self.dilation, self.rel_pos_bias
         if self.fit:
             window, stride, dilation = fit_neighborhood(x.shape[1:-1], window, stride, dilation)
             for a, (w, full) in enumerate(zip(window, self.window_size)):
                 bias = bias if bias is None or w == full else bias.narrow(a + 1, full - w, 2 * w - 1)
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))                      # [B, *X, 3, H, D]
-        q, k, v = (qkv.select(-3, i).movedim(-2, 1) for i in range(3))                # [B, H, *X, D], views
-        out = neighborhood_attention(q, k, v, window, stride=stride, dilation=dilation, is_causal=self.is_causal,
-                                     scale=self.qk_scale, rel_pos_bias=bias, backend=self.backend)
-        return self.proj_drop(self.proj(out.movedim(1, -2).flatten(-2)))              # [B, *X, C]
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, *X, 3, H, D]
+        q, k, v = (qkv.select(-3, i).movedim(-2, 1) for i in range(3))  # [B, H, *X, D], views
+        out = neighborhood_attention(
+            q,
+            k,
+            v,
+            window,
+            stride=stride,
+            dilation=dilation,
+            is_causal=self.is_causal,
+            scale=self.qk_scale,
+            rel_pos_bias=bias,
+            backend=self.backend,
+        )
+        return self.proj_drop(self.proj(out.movedim(1, -2).flatten(-2)))  # [B, *X, C]
 
     def extra_repr(self):
         names = ("num_heads", "window_size", "stride", "dilation", "is_causal", "qk_scale", "fit", "backend")
@@ -95,31 +125,42 @@ class NeighborhoodAttention1d(_NeighborhoodAttention):
     `head_dim**-0.5`. `rel_pos_bias=True` learns a bias `(num_heads, 2*window_size-1)`, initialised with a truncated
     normal of std 0.02. `fit=True` shrinks dilation and window to maps that are too small (else a ValueError).
     Source: NAT, NATTEN's module of the same name."""
+
     rank = 1
 
 
 class NeighborhoodAttention2d(_NeighborhoodAttention):
     """Multi-head neighborhood attention on maps `(B, X, Y, embed_dim)`; arguments of `NeighborhoodAttention1d`, one
     value or one per axis."""
+
     rank = 2
 
 
 class NeighborhoodAttention3d(_NeighborhoodAttention):
     """Multi-head neighborhood attention on volumes `(B, X, Y, Z, embed_dim)`; arguments of `NeighborhoodAttention1d`,
     one value or one per axis."""
+
     rank = 3
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #c330831b
 class NATBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), on maps `(B, X, Y, C)`; both branches with drop path and,
     optionally, layer scale."""
-    def __init__(self, dim: int, attention: nn.Module, mlp_ratio: float = 3.0, layer_scale: float | None = None,
-                 drop_path: float = 0.0):
+
+    def __init__(
+        self,
+        dim: int,
+        attention: nn.Module,
+        mlp_ratio: float = 3.0,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+    ):
         super().__init__()
         self.norm1, self.attn, self.norm2 = nn.LayerNorm(dim), attention, nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.gamma1, self.gamma2 = (nn.Parameter(layer_scale * torch.ones(dim)) if layer_scale else None
-                                    for _ in range(2))
+        self.gamma1, self.gamma2 = (
+            nn.Parameter(layer_scale * torch.ones(dim)) if layer_scale else None for _ in range(2)
+        )
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,10 +173,12 @@ class NATBlock(nn.Module):
 class Downsample(nn.Module):
     """3x3 convolutions with stride 2, each halving the map, then LayerNorm: `(B, X, Y, C)` -> channels-last map of
     `widths[-1]`."""
+
     def __init__(self, *widths: int, bias: bool):
         super().__init__()
-        self.convs = nn.Sequential(*(nn.Conv2d(*ab, 3, stride=2, padding=1, bias=bias)
-                                     for ab in zip(widths, widths[1:])))
+        self.convs = nn.Sequential(
+            *(nn.Conv2d(*ab, 3, stride=2, padding=1, bias=bias) for ab in zip(widths, widths[1:]))
+        )
         self.norm = nn.LayerNorm(widths[-1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,15 +195,29 @@ class NAT(nn.Module):
     convolutions before the first level. Neighbourhoods are fitted to small maps. Defaults are NAT-Mini's.
     Source: NAT (CVPR 2023) and its official repository; DiNAT."""
 
-    def __init__(self, dim: int = 64, depths: Sequence[int] = (3, 4, 6, 5), num_heads: Sequence[int] = (2, 4, 8, 16),
-                 mlp_ratio: float = 3.0, window_size: Sizes = 7, dilations: Sequence[Sequence[int]] | None = None,
-                 stride: Sizes = 1, layer_scale: float | None = None, drop_path_rate: float = 0.2,
-                 num_classes: int = 1000, in_chans: int = 3, stem: int = 2, rel_pos_bias: bool = True,
-                 backend: str = "auto"):
+    def __init__(
+        self,
+        dim: int = 64,
+        depths: Sequence[int] = (3, 4, 6, 5),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        mlp_ratio: float = 3.0,
+        window_size: Sizes = 7,
+        dilations: Sequence[Sequence[int]] | None = None,
+        stride: Sizes = 1,
+        layer_scale: float | None = None,
+        drop_path_rate: float = 0.2,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        stem: int = 2,
+        rel_pos_bias: bool = True,
+        backend: str = "auto",
+    ):
         super().__init__()
         if len(depths) != len(num_heads) or dilations is not None and [len(d) for d in dilations] != list(depths):
-            raise ValueError("depths, num_heads and dilations must describe the same levels and blocks, "
-                             f"not {depths}, {num_heads} and {dilations}")
+            raise ValueError(
+                "depths, num_heads and dilations must describe the same levels and blocks, "
+                f"not {depths}, {num_heads} and {dilations}"
+            )
         for name, n in (("dim", dim), ("num_classes", num_classes), ("in_chans", in_chans), ("stem", stem)):
             check_int(name, n, least=1)
         depths = check_sizes("depths", tuple(depths), len(depths))
@@ -170,8 +227,16 @@ class NAT(nn.Module):
         for i, (C, depth, heads) in enumerate(zip(widths, depths, num_heads)):
             blocks = []
             for j in range(depth):
-                attention = NeighborhoodAttention2d(C, heads, window_size, stride, dilations[i][j] if dilations else 1,
-                                                    rel_pos_bias=rel_pos_bias, fit=True, backend=backend)
+                attention = NeighborhoodAttention2d(
+                    C,
+                    heads,
+                    window_size,
+                    stride,
+                    dilations[i][j] if dilations else 1,
+                    rel_pos_bias=rel_pos_bias,
+                    fit=True,
+                    backend=backend,
+                )
                 blocks.append(NATBlock(C, attention, mlp_ratio, layer_scale, next(rates)))
             reduce = Downsample(*stem_widths, bias=True) if i == 0 else Downsample(C // 2, C, bias=False)
             self.levels.append(nn.Sequential(reduce, *blocks))
@@ -181,7 +246,8 @@ class NAT(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         "The last level's map `(B, X, Y, C)`."
         x = images.movedim(1, -1)
-        for level in self.levels: x = level(x)
+        for level in self.levels:
+            x = level(x)
         return x
 
     def forward(self, images: Tensor) -> Tensor:
@@ -194,69 +260,188 @@ _SMALL = dict(dim=96, depths=(3, 4, 18, 5), num_heads=(3, 6, 12, 24), mlp_ratio=
 _BASE = dict(dim=128, depths=(3, 4, 18, 5), num_heads=(4, 8, 16, 32), mlp_ratio=2.0, layer_scale=1e-5)
 
 
-def nat_mini(*, num_classes: int = 1000, in_chans: int = 3, window_size: int = 7, stride: int = 1,
-             drop_path_rate: float = 0.2, backend: str = "auto") -> NAT:
+def nat_mini(
+    *,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    window_size: int = 7,
+    stride: int = 1,
+    drop_path_rate: float = 0.2,
+    backend: str = "auto",
+) -> NAT:
     "NAT-Mini: 20 M parameters. Arguments as in `NAT`."
-    return NAT(num_classes=num_classes, in_chans=in_chans, window_size=window_size, stride=stride,
-               drop_path_rate=drop_path_rate, backend=backend)
+    return NAT(
+        num_classes=num_classes,
+        in_chans=in_chans,
+        window_size=window_size,
+        stride=stride,
+        drop_path_rate=drop_path_rate,
+        backend=backend,
+    )
 
 
-def nat_tiny(*, num_classes: int = 1000, in_chans: int = 3, window_size: int = 7, stride: int = 1,
-             drop_path_rate: float = 0.2, backend: str = "auto") -> NAT:
+def nat_tiny(
+    *,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    window_size: int = 7,
+    stride: int = 1,
+    drop_path_rate: float = 0.2,
+    backend: str = "auto",
+) -> NAT:
     "NAT-Tiny: 28 M parameters. Arguments as in `NAT`."
-    return NAT(num_classes=num_classes, in_chans=in_chans, window_size=window_size, stride=stride,
-               drop_path_rate=drop_path_rate, backend=backend, **_TINY)
+    return NAT(
+        num_classes=num_classes,
+        in_chans=in_chans,
+        window_size=window_size,
+        stride=stride,
+        drop_path_rate=drop_path_rate,
+        backend=backend,
+        **_TINY,
+    )
 
 
-def nat_small(*, num_classes: int = 1000, in_chans: int = 3, window_size: int = 7, stride: int = 1,
-              drop_path_rate: float = 0.3, backend: str = "auto") -> NAT:
+def nat_small(
+    *,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    window_size: int = 7,
+    stride: int = 1,
+    drop_path_rate: float = 0.3,
+    backend: str = "auto",
+) -> NAT:
     "NAT-Small: 51 M parameters. Arguments as in `NAT`."
-    return NAT(num_classes=num_classes, in_chans=in_chans, window_size=window_size, stride=stride,
-               drop_path_rate=drop_path_rate, backend=backend, **_SMALL)
+    return NAT(
+        num_classes=num_classes,
+        in_chans=in_chans,
+        window_size=window_size,
+        stride=stride,
+        drop_path_rate=drop_path_rate,
+        backend=backend,
+        **_SMALL,
+    )
 
 
-def nat_base(*, num_classes: int = 1000, in_chans: int = 3, window_size: int = 7, stride: int = 1,
-             drop_path_rate: float = 0.5, backend: str = "auto") -> NAT:
+def nat_base(
+    *,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    window_size: int = 7,
+    stride: int = 1,
+    drop_path_rate: float = 0.5,
+    backend: str = "auto",
+) -> NAT:
     "NAT-Base: 90 M parameters. Arguments as in `NAT`."
-    return NAT(num_classes=num_classes, in_chans=in_chans, window_size=window_size, stride=stride,
-               drop_path_rate=drop_path_rate, backend=backend, **_BASE)
+    return NAT(
+        num_classes=num_classes,
+        in_chans=in_chans,
+        window_size=window_size,
+        stride=stride,
+        drop_path_rate=drop_path_rate,
+        backend=backend,
+        **_BASE,
+    )
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #25366e69
 def _dilations(depths=(3, 4, 18, 5)):
     return [[d if j % 2 else 1 for j in range(n)] for n, d in zip(depths, (8, 4, 2, 1))]
 
 
-def dinat_mini(*, num_classes: int = 1000, in_chans: int = 3, window_size: int = 7, stride: int = 1,
-               drop_path_rate: float = 0.2, backend: str = "auto") -> NAT:
+def dinat_mini(
+    *,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    window_size: int = 7,
+    stride: int = 1,
+    drop_path_rate: float = 0.2,
+    backend: str = "auto",
+) -> NAT:
     "DiNAT-Mini: NAT-Mini with dilation 1 and 8, 4, 2, 1 by level in turn. Arguments as in `NAT`."
-    return NAT(num_classes=num_classes, in_chans=in_chans, window_size=window_size, stride=stride,
-               drop_path_rate=drop_path_rate, backend=backend, dilations=_dilations((3, 4, 6, 5)))
+    return NAT(
+        num_classes=num_classes,
+        in_chans=in_chans,
+        window_size=window_size,
+        stride=stride,
+        drop_path_rate=drop_path_rate,
+        backend=backend,
+        dilations=_dilations((3, 4, 6, 5)),
+    )
 
 
-def dinat_tiny(*, num_classes: int = 1000, in_chans: int = 3, window_size: int = 7, stride: int = 1,
-               drop_path_rate: float = 0.2, backend: str = "auto") -> NAT:
+def dinat_tiny(
+    *,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    window_size: int = 7,
+    stride: int = 1,
+    drop_path_rate: float = 0.2,
+    backend: str = "auto",
+) -> NAT:
     "DiNAT-Tiny: NAT-Tiny with dilation 1 and 8, 4, 2, 1 by level in turn. Arguments as in `NAT`."
-    return NAT(num_classes=num_classes, in_chans=in_chans, window_size=window_size, stride=stride,
-               drop_path_rate=drop_path_rate, backend=backend, dilations=_dilations(), **_TINY)
+    return NAT(
+        num_classes=num_classes,
+        in_chans=in_chans,
+        window_size=window_size,
+        stride=stride,
+        drop_path_rate=drop_path_rate,
+        backend=backend,
+        dilations=_dilations(),
+        **_TINY,
+    )
 
 
-def dinat_small(*, num_classes: int = 1000, in_chans: int = 3, window_size: int = 7, stride: int = 1,
-                drop_path_rate: float = 0.3, backend: str = "auto") -> NAT:
+def dinat_small(
+    *,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    window_size: int = 7,
+    stride: int = 1,
+    drop_path_rate: float = 0.3,
+    backend: str = "auto",
+) -> NAT:
     "DiNAT-Small: NAT-Small with dilation 1 and 8, 4, 2, 1 by level in turn. Arguments as in `NAT`."
-    return NAT(num_classes=num_classes, in_chans=in_chans, window_size=window_size, stride=stride,
-               drop_path_rate=drop_path_rate, backend=backend, dilations=_dilations(), **_SMALL)
+    return NAT(
+        num_classes=num_classes,
+        in_chans=in_chans,
+        window_size=window_size,
+        stride=stride,
+        drop_path_rate=drop_path_rate,
+        backend=backend,
+        dilations=_dilations(),
+        **_SMALL,
+    )
 
 
-def dinat_base(*, num_classes: int = 1000, in_chans: int = 3, window_size: int = 7, stride: int = 1,
-               drop_path_rate: float = 0.5, backend: str = "auto") -> NAT:
+def dinat_base(
+    *,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    window_size: int = 7,
+    stride: int = 1,
+    drop_path_rate: float = 0.5,
+    backend: str = "auto",
+) -> NAT:
     "DiNAT-Base: NAT-Base with dilation 1 and 8, 4, 2, 1 by level in turn. Arguments as in `NAT`."
-    return NAT(num_classes=num_classes, in_chans=in_chans, window_size=window_size, stride=stride,
-               drop_path_rate=drop_path_rate, backend=backend, dilations=_dilations(), **_BASE)
+    return NAT(
+        num_classes=num_classes,
+        in_chans=in_chans,
+        window_size=window_size,
+        stride=stride,
+        drop_path_rate=drop_path_rate,
+        backend=backend,
+        dilations=_dilations(),
+        **_BASE,
+    )
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #bec46807
-register_models({f"{kind}_{size}": (globals()[f"{kind}_{size}"], n, 224) for kind in ("nat", "dinat")
-                 for size, n in zip(("mini", "tiny", "small", "base"), (19_984_174, 27_901_582, 50_743_297, 89_769_652))},
-                published="20, 28, 51 and 90 M parameters, 2.7, 4.3, 7.8 and 13.7 G multiply-adds (NAT)")
+register_models(
+    {
+        f"{kind}_{size}": (globals()[f"{kind}_{size}"], n, 224)
+        for kind in ("nat", "dinat")
+        for size, n in zip(("mini", "tiny", "small", "base"), (19_984_174, 27_901_582, 50_743_297, 89_769_652))
+    },
+    published="20, 28, 51 and 90 M parameters, 2.7, 4.3, 7.8 and 13.7 G multiply-adds (NAT)",
+)
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #e510d565
 NAT_KINDS = ("NA", "NA + dilated", "blocked", "global")
@@ -266,9 +451,17 @@ def small_nat(kind: str, side: int, dim: int, depths: Sequence[int], backend: st
     """A two-level NAT for 10 classes on `side` x `side` images: window 5 on maps of side/2 and side/4, neighbourhoods
     of one of `NAT_KINDS`."""
     check_choice("kind", kind, NAT_KINDS)
-    widest = [max(side // 2 ** (i + 1) // 5, 1) for i in range(len(depths))]          # largest dilation that fits
+    widest = [max(side // 2 ** (i + 1) // 5, 1) for i in range(len(depths))]  # largest dilation that fits
     dilations = [[d if j % 2 or n == 1 else 1 for j in range(n)] for d, n in zip(widest, depths)]
-    return NAT(dim=dim, depths=depths, num_heads=(dim // 32, dim // 16) if dim >= 64 else (2, 4),
-               window_size=side // 2 if kind == "global" else 5,
-               dilations=dilations if kind == "NA + dilated" else None, stride=5 if kind == "blocked" else 1,
-               drop_path_rate=0.0, num_classes=10, stem=1, backend=backend)
+    return NAT(
+        dim=dim,
+        depths=depths,
+        num_heads=(dim // 32, dim // 16) if dim >= 64 else (2, 4),
+        window_size=side // 2 if kind == "global" else 5,
+        dilations=dilations if kind == "NA + dilated" else None,
+        stride=5 if kind == "blocked" else 1,
+        drop_path_rate=0.0,
+        num_classes=10,
+        stem=1,
+        backend=backend,
+    )

@@ -26,19 +26,35 @@ def _check_inputs(q, k, v, rel_pos_bias, additional_keys, additional_values, win
     if rel_pos_bias is not None:
         check_tensor("rel_pos_bias", rel_pos_bias, shape=(H, *(2 * w - 1 for w in window)), on=q)
     if (additional_keys is None) != (additional_values is None):
-        raise ValueError("additional_keys and additional_values must be given together, not only "
-                         + ("values" if additional_keys is None else "keys"))
+        raise ValueError(
+            "additional_keys and additional_values must be given together, not only "
+            + ("values" if additional_keys is None else "keys")
+        )
     if additional_keys is not None:
         check_tensor("additional_keys", additional_keys, like=q, shape=(B, k.shape[1], "M", D))
-        check_tensor("additional_values", additional_values, like=q,
-                     shape=(B, k.shape[1], additional_keys.shape[2], v.shape[-1]))
+        check_tensor(
+            "additional_values", additional_values, like=q, shape=(B, k.shape[1], additional_keys.shape[2], v.shape[-1])
+        )
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #7916456e
 _DECIDED = Plans()
 
 
-def _decide(q, k, v, rel_pos_bias, additional_keys, additional_values, *, window_size, stride, dilation, is_causal,
-            scale, backend):
+def _decide(
+    q,
+    k,
+    v,
+    rel_pos_bias,
+    additional_keys,
+    additional_values,
+    *,
+    window_size,
+    stride,
+    dilation,
+    is_causal,
+    scale,
+    backend,
+):
     "Tile program (None for the torch backend), its ints and consts, the per-axis tuples, the scale, and what is kept."
     check_tensor("q", q, ndim=(4, 5, 6))
     backend = resolve_backend(backend, q)
@@ -54,11 +70,22 @@ def _decide(q, k, v, rel_pos_bias, additional_keys, additional_values, *, window
     return program, list(q.shape[2:-1]), consts, None, scale, {}
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #363fcd0b
-def neighborhood_attention(q: Tensor, k: Tensor, v: Tensor, window_size: Sizes, *, stride: Sizes = 1,
-                           dilation: Sizes = 1, is_causal: Flags = False, scale: float | None = None,
-                           rel_pos_bias: Tensor | None = None, additional_keys: Tensor | None = None,
-                           additional_values: Tensor | None = None, return_lse: bool = False,
-                           backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: Sizes,
+    *,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags = False,
+    scale: float | None = None,
+    rel_pos_bias: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of every token to the window around it, on maps of 1, 2 or 3 axes.
 
     q `(B, H, *X, D)`, k `(B, Hk, *X, D)`, v `(B, Hk, *X, Dv)` with `H % Hk == 0`, of one floating-point type, any
@@ -82,20 +109,44 @@ def neighborhood_attention(q: Tensor, k: Tensor, v: Tensor, window_size: Sizes, 
     """
     q, k, v, additional_keys, additional_values = autocast(q, k, v, additional_keys, additional_values)
     program, ints, consts, axes, scale, kept = _DECIDED.decide(
-        _decide, (q, k, v, rel_pos_bias, additional_keys, additional_values),
-        dict(window_size=window_size, stride=stride, dilation=dilation, is_causal=is_causal, scale=scale,
-             backend=backend))
+        _decide,
+        (q, k, v, rel_pos_bias, additional_keys, additional_values),
+        dict(
+            window_size=window_size, stride=stride, dilation=dilation, is_causal=is_causal, scale=scale, backend=backend
+        ),
+    )
     if program is None:
         window, stride, dilation, causal = axes
         with without_autocast(q):
             out, lse = neighborhood_attention_reference(
-                q, k, v, window, stride=stride, dilation=dilation, is_causal=causal, scale=scale,
-                rel_pos_bias=rel_pos_bias, additional_keys=additional_keys,
-                additional_values=additional_values, return_lse=True)
+                q,
+                k,
+                v,
+                window,
+                stride=stride,
+                dilation=dilation,
+                is_causal=causal,
+                scale=scale,
+                rel_pos_bias=rel_pos_bias,
+                additional_keys=additional_keys,
+                additional_values=additional_values,
+                return_lse=True,
+            )
     else:
         operands = () if rel_pos_bias is None else (rel_pos_bias.contiguous(),)
-        out, lse = tile_attention(q, k, v, program, operands=operands, ints=ints, consts=consts, scale=scale,
-                                  extra_k=additional_keys, extra_v=additional_values, kept=kept)
+        out, lse = tile_attention(
+            q,
+            k,
+            v,
+            program,
+            operands=operands,
+            ints=ints,
+            consts=consts,
+            scale=scale,
+            extra_k=additional_keys,
+            extra_v=additional_values,
+            kept=kept,
+        )
     return (out, lse) if return_lse else out
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #3f871aa3
@@ -105,37 +156,106 @@ def _check_rank(name, q, rank):
         raise ValueError(f"{name} needs q of shape (batch, heads, {axes}, head_dim), not {tuple(q.shape)}")
 
 
-def na1d(q: Tensor, k: Tensor, v: Tensor, window_size: Sizes, *, stride: Sizes = 1, dilation: Sizes = 1,
-         is_causal: Flags = False, scale: float | None = None, rel_pos_bias: Tensor | None = None,
-         additional_keys: Tensor | None = None, additional_values: Tensor | None = None, return_lse: bool = False,
-         backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
+def na1d(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: Sizes,
+    *,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags = False,
+    scale: float | None = None,
+    rel_pos_bias: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     "`neighborhood_attention` on sequences: q `(B, H, X, D)`. Raises ValueError for another rank."
     _check_rank("na1d", q, 1)
     return neighborhood_attention(
-        q, k, v, window_size, stride=stride, dilation=dilation, is_causal=is_causal, scale=scale,
-        rel_pos_bias=rel_pos_bias, additional_keys=additional_keys, additional_values=additional_values,
-        return_lse=return_lse, backend=backend)
+        q,
+        k,
+        v,
+        window_size,
+        stride=stride,
+        dilation=dilation,
+        is_causal=is_causal,
+        scale=scale,
+        rel_pos_bias=rel_pos_bias,
+        additional_keys=additional_keys,
+        additional_values=additional_values,
+        return_lse=return_lse,
+        backend=backend,
+    )
 
 
-def na2d(q: Tensor, k: Tensor, v: Tensor, window_size: Sizes, *, stride: Sizes = 1, dilation: Sizes = 1,
-         is_causal: Flags = False, scale: float | None = None, rel_pos_bias: Tensor | None = None,
-         additional_keys: Tensor | None = None, additional_values: Tensor | None = None, return_lse: bool = False,
-         backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
+def na2d(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: Sizes,
+    *,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags = False,
+    scale: float | None = None,
+    rel_pos_bias: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     "`neighborhood_attention` on images: q `(B, H, X, Y, D)`. Raises ValueError for another rank."
     _check_rank("na2d", q, 2)
     return neighborhood_attention(
-        q, k, v, window_size, stride=stride, dilation=dilation, is_causal=is_causal, scale=scale,
-        rel_pos_bias=rel_pos_bias, additional_keys=additional_keys, additional_values=additional_values,
-        return_lse=return_lse, backend=backend)
+        q,
+        k,
+        v,
+        window_size,
+        stride=stride,
+        dilation=dilation,
+        is_causal=is_causal,
+        scale=scale,
+        rel_pos_bias=rel_pos_bias,
+        additional_keys=additional_keys,
+        additional_values=additional_values,
+        return_lse=return_lse,
+        backend=backend,
+    )
 
 
-def na3d(q: Tensor, k: Tensor, v: Tensor, window_size: Sizes, *, stride: Sizes = 1, dilation: Sizes = 1,
-         is_causal: Flags = False, scale: float | None = None, rel_pos_bias: Tensor | None = None,
-         additional_keys: Tensor | None = None, additional_values: Tensor | None = None, return_lse: bool = False,
-         backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
+def na3d(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: Sizes,
+    *,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags = False,
+    scale: float | None = None,
+    rel_pos_bias: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     "`neighborhood_attention` on volumes and video: q `(B, H, X, Y, Z, D)`. Raises ValueError for another rank."
     _check_rank("na3d", q, 3)
     return neighborhood_attention(
-        q, k, v, window_size, stride=stride, dilation=dilation, is_causal=is_causal, scale=scale,
-        rel_pos_bias=rel_pos_bias, additional_keys=additional_keys, additional_values=additional_values,
-        return_lse=return_lse, backend=backend)
+        q,
+        k,
+        v,
+        window_size,
+        stride=stride,
+        dilation=dilation,
+        is_causal=is_causal,
+        scale=scale,
+        rel_pos_bias=rel_pos_bias,
+        additional_keys=additional_keys,
+        additional_values=additional_values,
+        return_lse=return_lse,
+        backend=backend,
+    )

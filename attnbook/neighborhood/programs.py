@@ -44,8 +44,9 @@ from .reference import Axis, axis_classes, axis_window, inverse_axis_window
 from .tiles import inner_share, kernel_box
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #5e3b7a11
-def unseen_along(axis: Axis, tile: int, side: int, shift: int,
-                 transpose: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def unseen_along(
+    axis: Axis, tile: int, side: int, shift: int, transpose: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """The different patterns of one axis, their bits `(patterns, side)` and how many places are needed `(patterns,)`,
     and the number of the pattern of every tile.
 
@@ -53,10 +54,10 @@ def unseen_along(axis: Axis, tile: int, side: int, shift: int,
     all bits set."""
     residue, _, size = axis_classes(axis.length, axis.dilation)
     start, end = (inverse_axis_window if transpose else axis_window)(*axis)
-    tiles = -(-(-(-axis.length // axis.dilation)) // tile)                                # of the longest class
+    tiles = -(-(-(-axis.length // axis.dilation)) // tile)  # of the longest class
     rows = []
     for r, first in product(range(axis.dilation), range(0, tiles * tile, tile)):
-        s, e = (x[r::axis.dilation][first:first + tile, None] for x in (start, end))      # [rows, 1]
+        s, e = (x[r :: axis.dilation][first : first + tile, None] for x in (start, end))  # [rows, 1]
         place = (int(s[0]) if len(s) else 0) + torch.arange(side)
         unseen = ((place < s) | (place >= e)).long() << (shift + torch.arange(len(s))[:, None])
         exists = place < (int(size[r]) if len(s) else 0)
@@ -66,8 +67,14 @@ def unseen_along(axis: Axis, tile: int, side: int, shift: int,
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #5e3b7a12
 @lru_cache(maxsize=256)
-def unseen_tables(axes: tuple[Axis, ...], tile: tuple[int, ...], box: tuple[int, ...], brick: tuple[int, ...],
-                  transpose: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def unseen_tables(
+    axes: tuple[Axis, ...],
+    tile: tuple[int, ...],
+    box: tuple[int, ...],
+    brick: tuple[int, ...],
+    transpose: bool,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Three int32 tensors for one side of the kernel.
 
     For every tile index of every axis, in turn, its share of the row number; the rows
@@ -78,14 +85,14 @@ def unseen_tables(axes: tuple[Axis, ...], tile: tuple[int, ...], box: tuple[int,
     shifts = [sum(tile[:a]) for a in range(len(axes))]
     parts = [unseen_along(*a, transpose) for a in zip(axes, tile, sides, shifts)]
     counts, share = [len(patterns) for patterns, *_ in parts], []
-    words = torch.zeros(1, *[1] * len(axes), dtype=torch.long)                            # [row, side, side, …]
-    needed = torch.ones(1, *[1] * len(axes), dtype=torch.bool)                            # [row, bricks, bricks, …]
+    words = torch.zeros(1, *[1] * len(axes), dtype=torch.long)  # [row, side, side, …]
+    needed = torch.ones(1, *[1] * len(axes), dtype=torch.bool)  # [row, bricks, bricks, …]
     for a, (patterns, length, number) in enumerate(parts):
         along = lambda x: x.view(len(x), *(x.shape[1] if i == a else 1 for i in range(len(axes))))
         words = (words[:, None] | along(patterns)).flatten(0, 1)
         begins = torch.arange(sides[a] // brick[a]) * brick[a]
         needed = (needed[:, None] & along(begins < length[:, None])).flatten(0, 1)
-        share.append(number * math.prod(counts[a + 1:]))
+        share.append(number * math.prod(counts[a + 1 :]))
     split = words.view(len(words), *(n for side, u in zip(sides, brick) for n in (side // u, u)))
     axis = range(1, split.dim(), 2)
     by_brick = split.permute(0, *axis, *(a + 1 for a in axis)).reshape(*needed.flatten(1).shape, -1)
@@ -106,12 +113,17 @@ def _smaller(of, arch, kernel, bits, width):
 #: they are limited). Forward and dq share their tiles. 32, 64 and 128 are the fastest of six or seven tried on an H100
 #: for the benchmarks below
 KERNEL_LAUNCH = LaunchTable("forward", "dq", "dkv", fallback=lambda *key: _smaller(KERNEL_LAUNCH, *key))
-KERNEL_LAUNCH.rows("sm90", 16, {
-    16: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 2)),
-    32: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 2)),
-    64: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3)),
-    128: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-    256: ((64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1))})
+KERNEL_LAUNCH.rows(
+    "sm90",
+    16,
+    {
+        16: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 2)),
+        32: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 2)),
+        64: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3)),
+        128: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        256: ((64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)),
+    },
+)
 for _bits in (16, 32):
     KERNEL_LAUNCH.rows("interpreter", _bits, {256: ((32, 64, 4, 1), (32, 64, 4, 1), (64, 32, 4, 1))})  # and below
 #: the same where a window has 1024 keys and more: the box is large beside the tile, and larger steps waste little.
@@ -146,14 +158,21 @@ def _cut(axes, bits, head_dim, arch):
     "The `Geometry` of a call."
     _, window, stride, dilation, causal = zip(*axes)
     forward, dkv = (kernel_launch(kernel, bits, head_dim, arch, window) for kernel in ("forward", "dkv"))
-    return Geometry(window, stride, dilation, causal, _tiling(axes, forward.BM, forward.BN, False),
-                    _tiling(axes, dkv.BN, dkv.BM, True), math.prod(2 * w - 1 for w in window))
+    return Geometry(
+        window,
+        stride,
+        dilation,
+        causal,
+        _tiling(axes, forward.BM, forward.BN, False),
+        _tiling(axes, dkv.BN, dkv.BM, True),
+        math.prod(2 * w - 1 for w in window),
+    )
 
 
 def _geometry(q, v, ints, consts):
     "(windows, strides, dilations, causal flags) of a call -> the kernel's C."
     n = len(ints)
-    parts = [consts[i * n:(i + 1) * n] for i in range(4)]
+    parts = [consts[i * n : (i + 1) * n] for i in range(4)]
     axes = tuple(Axis(*axis[:4], bool(axis[4])) for axis in zip(ints, *parts))
     dim = max(16, 1 << (max(q.shape[-1], v.shape[-1]) - 1).bit_length())
     return _cut(axes, torch.finfo(q.dtype).bits, dim, arch_of(q.device))
@@ -167,8 +186,11 @@ def _tile_count(ints, C, tile):
 def _words(q, ints, C):
     "The tables of both sides, for maps of two or three axes."
     axes = tuple(map(Axis, ints, C.window, C.stride, C.dilation, C.causal))
-    return tuple(table for side, transpose in ((C.of_q, False), (C.of_k, True))
-                 for table in unseen_tables(axes, side.tile, side.box, side.brick, transpose, q.device))
+    return tuple(
+        table
+        for side, transpose in ((C.of_q, False), (C.of_k, True))
+        for table in unseen_tables(axes, side.tile, side.box, side.brick, transpose, q.device)
+    )
 
 
 def _brick(C, kernel):
@@ -187,18 +209,57 @@ def _ordered_launch(*args):
     return replace(launch, stages=2 * launch.stages - 1)
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #a479883a
-NEIGHBORHOOD = register_program(TileProgram(
-    "neighborhood", nbh_bits_q_tile, nbh_ordered_k_span, nbh_unseen_k_step, nbh_bits_k_tile, nbh_ordered_q_span,
-    nbh_unseen_q_step, mask=nbh_bits_mask, mask_total=True, constants=_words, brick=_brick, launch=_ordered_launch,
-    expand=_geometry, q_tiles=lambda ints, C, BM: _tile_count(ints, C, C.of_q.tile),
-    k_tiles=lambda ints, C, BN: _tile_count(ints, C, C.of_k.tile)))
-NEIGHBORHOOD_1D = register_program(TileProgram(
-    "neighborhood1d", nbh_q_tile, nbh_k_span, nbh_k_step, nbh_k_tile, nbh_q_span, nbh_q_step, mask=nbh_mask,
-    mask_total=True, brick=_brick, launch=_launch, expand=_geometry, q_tiles=NEIGHBORHOOD.q_tiles,
-    k_tiles=NEIGHBORHOOD.k_tiles))
-NEIGHBORHOOD_BIAS = register_program(replace(
-    NEIGHBORHOOD_1D, name="neighborhood+bias", score=nbh_bias, operand_grad=OperandGrad(
-        init=nbh_bias_init, step=nbh_bias_step, store=nbh_bias_store, span=nbh_bias_span,
-        parts=lambda ints, C, rows: -(-C.table // 128),
-        buffer=lambda q, k, table, tiles, ints, C: q.new_empty(tiles, *table.shape, dtype=torch.float32),
-        batches=lambda q, table: q.shape[0], finish=lambda buffer, table: buffer.sum(0).to(table.dtype))))
+NEIGHBORHOOD = register_program(
+    TileProgram(
+        "neighborhood",
+        nbh_bits_q_tile,
+        nbh_ordered_k_span,
+        nbh_unseen_k_step,
+        nbh_bits_k_tile,
+        nbh_ordered_q_span,
+        nbh_unseen_q_step,
+        mask=nbh_bits_mask,
+        mask_total=True,
+        constants=_words,
+        brick=_brick,
+        launch=_ordered_launch,
+        expand=_geometry,
+        q_tiles=lambda ints, C, BM: _tile_count(ints, C, C.of_q.tile),
+        k_tiles=lambda ints, C, BN: _tile_count(ints, C, C.of_k.tile),
+    )
+)
+NEIGHBORHOOD_1D = register_program(
+    TileProgram(
+        "neighborhood1d",
+        nbh_q_tile,
+        nbh_k_span,
+        nbh_k_step,
+        nbh_k_tile,
+        nbh_q_span,
+        nbh_q_step,
+        mask=nbh_mask,
+        mask_total=True,
+        brick=_brick,
+        launch=_launch,
+        expand=_geometry,
+        q_tiles=NEIGHBORHOOD.q_tiles,
+        k_tiles=NEIGHBORHOOD.k_tiles,
+    )
+)
+NEIGHBORHOOD_BIAS = register_program(
+    replace(
+        NEIGHBORHOOD_1D,
+        name="neighborhood+bias",
+        score=nbh_bias,
+        operand_grad=OperandGrad(
+            init=nbh_bias_init,
+            step=nbh_bias_step,
+            store=nbh_bias_store,
+            span=nbh_bias_span,
+            parts=lambda ints, C, rows: -(-C.table // 128),
+            buffer=lambda q, k, table, tiles, ints, C: q.new_empty(tiles, *table.shape, dtype=torch.float32),
+            batches=lambda q, table: q.shape[0],
+            finish=lambda buffer, table: buffer.sum(0).to(table.dtype),
+        ),
+    )
+)

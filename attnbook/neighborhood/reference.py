@@ -27,8 +27,9 @@ def axis_classes(length: int, dilation: int = 1) -> tuple[Tensor, Tensor, Tensor
     return residue, place, (length - residue + dilation - 1) // dilation
 
 
-def axis_window(length: int, window_size: int, stride: int = 1, dilation: int = 1,
-                is_causal: bool = False) -> tuple[Tensor, Tensor]:
+def axis_window(
+    length: int, window_size: int, stride: int = 1, dilation: int = 1, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
     """First and one-past-last key that each query of one axis sees, as places in its residue class; two `(length,)`
     integer tensors."""
     _, m, n = axis_classes(length, dilation)
@@ -40,14 +41,15 @@ def axis_window(length: int, window_size: int, stride: int = 1, dilation: int = 
     return start, start + window_size
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #485c9dd5
-def axis_keys(length: int, window_size: int, stride: int = 1, dilation: int = 1,
-              is_causal: bool = False) -> tuple[Tensor, Tensor]:
+def axis_keys(
+    length: int, window_size: int, stride: int = 1, dilation: int = 1, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
     """The keys of each query of one axis as positions `(length, window_size)`, and which of these are really seen
     (same shape, boolean)."""
     residue, m, _ = axis_classes(length, dilation)
     start, end = axis_window(length, window_size, stride, dilation, is_causal)
     place = start[:, None] + torch.arange(window_size)
-    seen = place < end[:, None]                                  # only a causal axis can leave slots empty
+    seen = place < end[:, None]  # only a causal axis can leave slots empty
     # an empty slot points at the query itself, a valid address
     place = torch.where(seen, place, m[:, None])
     return residue[:, None] + dilation * place, seen
@@ -60,8 +62,9 @@ def axis_mask(length: int, window_size: int, stride: int = 1, dilation: int = 1,
     return mask.scatter_add_(1, index, seen.to(torch.uint8)).bool()
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #65847aa9
-def inverse_axis_window(length: int, window_size: int, stride: int = 1, dilation: int = 1,
-                        is_causal: bool = False) -> tuple[Tensor, Tensor]:
+def inverse_axis_window(
+    length: int, window_size: int, stride: int = 1, dilation: int = 1, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
     """First and one-past-last query that sees each key of one axis, as places in its residue class; two `(length,)`
     integer tensors."""
     _, k, n = axis_classes(length, dilation)
@@ -83,6 +86,7 @@ Flags = bool | Sequence[bool]
 
 class Axis(NamedTuple):
     "One axis of a neighbourhood; the argument list of `axis_window` and its relatives."
+
     length: int
     window_size: int
     stride: int = 1
@@ -90,8 +94,9 @@ class Axis(NamedTuple):
     is_causal: bool = False
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #32928314
-def neighborhood_axes(shape: Sizes, window_size: Sizes, stride: Sizes = 1, dilation: Sizes = 1,
-                      is_causal: Flags = False) -> tuple[Axis, ...]:
+def neighborhood_axes(
+    shape: Sizes, window_size: Sizes, stride: Sizes = 1, dilation: Sizes = 1, is_causal: Flags = False
+) -> tuple[Axis, ...]:
     """The axes of a map of `shape` (1 to 3 integers), with everything about them checked.
 
     `window_size`, `stride`, `dilation` (integers from 1) and `is_causal` (bool) are one value for all axes or one per
@@ -103,21 +108,32 @@ def neighborhood_axes(shape: Sizes, window_size: Sizes, stride: Sizes = 1, dilat
     n = len(shape)
     if n not in (1, 2, 3):
         raise ValueError(f"shape must have 1, 2 or 3 axes, not {n}: {shape}")
-    axes = tuple(map(Axis, check_sizes("shape", shape, n), check_sizes("window_size", window_size, n),
-                     check_sizes("stride", stride, n), check_sizes("dilation", dilation, n),
-                     check_flags("is_causal", is_causal, n)))
+    axes = tuple(
+        map(
+            Axis,
+            check_sizes("shape", shape, n),
+            check_sizes("window_size", window_size, n),
+            check_sizes("stride", stride, n),
+            check_sizes("dilation", dilation, n),
+            check_flags("is_causal", is_causal, n),
+        )
+    )
     for a, (length, w, s, d, _) in enumerate(axes):
         if w * d > length:
-            raise ValueError(f"window_size * dilation must not exceed the map: "
-                             f"axis {a} has window_size {w} * dilation {d} = {w * d} > {length}")
+            raise ValueError(
+                f"window_size * dilation must not exceed the map: "
+                f"axis {a} has window_size {w} * dilation {d} = {w * d} > {length}"
+            )
         if s > w:
-            raise ValueError(f"stride must not exceed window_size (keys would be skipped): axis {a} has stride {s}"
-                             f" > window_size {w}")
+            raise ValueError(
+                f"stride must not exceed window_size (keys would be skipped): axis {a} has stride {s} > window_size {w}"
+            )
     return axes
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #da41ee6d
-def neighborhood_mask(shape: Sizes, window_size: Sizes, *, stride: Sizes = 1, dilation: Sizes = 1,
-                      is_causal: Flags = False) -> Tensor:
+def neighborhood_mask(
+    shape: Sizes, window_size: Sizes, *, stride: Sizes = 1, dilation: Sizes = 1, is_causal: Flags = False
+) -> Tensor:
     """Dense boolean mask `(N, N)`, True where query (row) sees key (column); tokens in row-major order.
 
     For plots and tests: N² entries.
@@ -138,18 +154,28 @@ def neighborhood_tables(axes: Sequence[Axis]) -> tuple[Tensor, Tensor, Tensor]:
     seen = torch.ones(1, 1, dtype=torch.bool)
     for axis in axes:
         L, w, _, d, _ = axis
-        index, ok = axis_keys(*axis)                                                     # [L, w]
-        offset = (index - torch.arange(L)[:, None]) // d + w - 1                         # [L, w], 0..2w-2
+        index, ok = axis_keys(*axis)  # [L, w]
+        offset = (index - torch.arange(L)[:, None]) // d + w - 1  # [L, w], 0..2w-2
         join = lambda a, b: (a[:, None, :, None] + b[None, :, None, :]).flatten(2).flatten(0, 1)
         key, bias, seen = join(key * L, index), join(bias * (2 * w - 1), offset), join(~seen, ~ok) == 0
     return key, seen, bias
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #5ab1e02d
-def neighborhood_attention_reference(q: Tensor, k: Tensor, v: Tensor, window_size: Sizes, *, stride: Sizes = 1,
-                                     dilation: Sizes = 1, is_causal: Flags = False, scale: float | None = None,
-                                     rel_pos_bias: Tensor | None = None, additional_keys: Tensor | None = None,
-                                     additional_values: Tensor | None = None, return_lse: bool = False,
-                                     ) -> Tensor | tuple[Tensor, Tensor]:
+def neighborhood_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: Sizes,
+    *,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags = False,
+    scale: float | None = None,
+    rel_pos_bias: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Neighborhood attention in plain PyTorch, O(N W) memory; same arguments as `neighborhood_attention`.
 
     q `(B, H, *X, D)`, k `(B, Hk, *X, D)`, v `(B, Hk, *X, Dv)` with 1 to 3 axes X; out `(B, H, *X, Dv)` in v's type,
@@ -159,26 +185,27 @@ def neighborhood_attention_reference(q: Tensor, k: Tensor, v: Tensor, window_siz
     axes = neighborhood_axes(X, window_size, stride, dilation, is_causal)
     key, seen, bias = (t.to(q.device) for t in neighborhood_tables(axes))
     full = torch.promote_types(q.dtype, torch.float32)
-    q = q.flatten(2, -2).unflatten(1, (Hk, H // Hk)).to(full)                            # [B, h, g, N, D]
+    q = q.flatten(2, -2).unflatten(1, (Hk, H // Hk)).to(full)  # [B, h, g, N, D]
     gather = lambda t: t.flatten(2, -2).index_select(2, key.flatten()).unflatten(2, key.shape).to(full)
-    kj, vj = gather(k), gather(v)                                                        # [B, h, N, W, D or Dv]
+    kj, vj = gather(k), gather(v)  # [B, h, N, W, D or Dv]
     s = torch.einsum("bhgnd,bhnwd->bhgnw", q, kj) * (D**-0.5 if scale is None else scale)
     if rel_pos_bias is not None:
-        s = s + rel_pos_bias.flatten(1)[:, bias].unflatten(0, (Hk, -1)).to(full)         # [h, g, N, W]
+        s = s + rel_pos_bias.flatten(1)[:, bias].unflatten(0, (Hk, -1)).to(full)  # [h, g, N, W]
     s = s.masked_fill(~seen, -math.inf)
-    if additional_keys is not None:                                                      # tokens that every query sees
+    if additional_keys is not None:  # tokens that every query sees
         extra = torch.einsum("bhgnd,bhmd->bhgnm", q, additional_keys.to(full)) * (D**-0.5 if scale is None else scale)
         s = torch.cat([s, extra], -1)
-    p, lse = softmax_lse(s)                              # not exp(s - lse), which rounds where logits are huge
-    out = torch.einsum("bhgnw,bhnwd->bhgnd", p[..., :key.shape[1]], vj)
+    p, lse = softmax_lse(s)  # not exp(s - lse), which rounds where logits are huge
+    out = torch.einsum("bhgnw,bhnwd->bhgnd", p[..., : key.shape[1]], vj)
     if additional_keys is not None:
-        out = out + torch.einsum("bhgnm,bhmd->bhgnd", p[..., key.shape[1]:], additional_values.to(full))
+        out = out + torch.einsum("bhgnm,bhmd->bhgnd", p[..., key.shape[1] :], additional_values.to(full))
     out, lse = (t.flatten(1, 2).unflatten(2, X) for t in (out.to(v.dtype), lse))
     return (out, lse) if return_lse else out
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #c1a72b45
-def neighborhood_pairs(shape: Sizes, window_size: Sizes, *, stride: Sizes = 1, dilation: Sizes = 1,
-                       is_causal: Flags = False) -> int:
+def neighborhood_pairs(
+    shape: Sizes, window_size: Sizes, *, stride: Sizes = 1, dilation: Sizes = 1, is_causal: Flags = False
+) -> int:
     "Number of (query, key) pairs of one head: `N * prod(window_size)`, less what causal axes cut off."
     pairs = 1
     for axis in neighborhood_axes(shape, window_size, stride, dilation, is_causal):
@@ -187,20 +214,37 @@ def neighborhood_pairs(shape: Sizes, window_size: Sizes, *, stride: Sizes = 1, d
     return pairs
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #ffe42f6e
-def neighborhood_cost(shape: Sizes, window_size: Sizes, *, stride: Sizes = 1, dilation: Sizes = 1,
-                      is_causal: Flags = False, batch: int = 1, heads: int = 1, head_dim: int = 64,
-                      value_dim: int | None = None, element_size: int = 2) -> dict[str, int]:
+def neighborhood_cost(
+    shape: Sizes,
+    window_size: Sizes,
+    *,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags = False,
+    batch: int = 1,
+    heads: int = 1,
+    head_dim: int = 64,
+    value_dim: int | None = None,
+    element_size: int = 2,
+) -> dict[str, int]:
     """Least work of one call, as a dict: FLOPs forward, backward and backward as executed by two kernels; bytes
     forward and backward; and the bytes of two tensors that must never exist: `naive_weights` (B, H, N, W) and
     `unfolded` keys and values."""
     D, Dv, N = head_dim, value_dim or head_dim, math.prod(shape) if not isinstance(shape, int) else shape
-    pairs = batch * heads * neighborhood_pairs(shape, window_size, stride=stride, dilation=dilation,
-                                               is_causal=is_causal)
+    pairs = (
+        batch * heads * neighborhood_pairs(shape, window_size, stride=stride, dilation=dilation, is_causal=is_causal)
+    )
     tokens, flops = batch * heads * N, 2 * (D + Dv) * pairs
     forward = element_size * tokens * (2 * D + 2 * Dv) + 4 * tokens
-    return dict(flops_fwd=flops, flops_bwd=5 * flops // 2, flops_bwd_executed=7 * flops // 2,
-                bytes_fwd=forward, bytes_bwd=forward + element_size * tokens * (2 * D + 2 * Dv),
-                naive_weights=element_size * pairs, unfolded=element_size * pairs * (D + Dv))
+    return dict(
+        flops_fwd=flops,
+        flops_bwd=5 * flops // 2,
+        flops_bwd_executed=7 * flops // 2,
+        bytes_fwd=forward,
+        bytes_bwd=forward + element_size * tokens * (2 * D + 2 * Dv),
+        naive_weights=element_size * pairs,
+        unfolded=element_size * pairs * (D + Dv),
+    )
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #d62ab38e
 def on_maps(fn: Callable, shape: Sequence[int]) -> Callable:
@@ -209,18 +253,27 @@ def on_maps(fn: Callable, shape: Sequence[int]) -> Callable:
     return lambda q, k, v: fn(*(t.flatten(2, last) for t in (q, k, v))).unflatten(2, shape)
 
 
-def flex_mask_mod(shape: Sequence[int], window_size: Sizes, *, stride: Sizes = 1, dilation: Sizes = 1,
-                  is_causal: Flags = False, tile: Sequence[int] | None = None) -> Callable:
+def flex_mask_mod(
+    shape: Sequence[int],
+    window_size: Sizes,
+    *,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags = False,
+    tile: Sequence[int] | None = None,
+) -> Callable:
     """FlexAttention's `mask_mod` for a neighbourhood; tokens in row-major order or, with `tile` (sides that divide the
     map), tile by tile."""
     axes = neighborhood_axes(shape, window_size, stride, dilation, is_causal)
 
     def coordinates(i):
         if tile is None:
-            return [i // math.prod(shape[a + 1:]) % shape[a] for a in range(len(shape))]
+            return [i // math.prod(shape[a + 1 :]) % shape[a] for a in range(len(shape))]
         inner, number, grid = i % math.prod(tile), i // math.prod(tile), [L // t for L, t in zip(shape, tile)]
-        return [number // math.prod(grid[a + 1:]) % grid[a] * tile[a] + inner // math.prod(tile[a + 1:]) % tile[a]
-                for a in range(len(shape))]
+        return [
+            number // math.prod(grid[a + 1 :]) % grid[a] * tile[a] + inner // math.prod(tile[a + 1 :]) % tile[a]
+            for a in range(len(shape))
+        ]
 
     def mask_mod(b, h, q_idx, kv_idx):
         ok = q_idx >= 0
@@ -234,4 +287,5 @@ def flex_mask_mod(shape: Sequence[int], window_size: Sizes, *, stride: Sizes = 1
                 ok = ok & (place >= start) & (place < start + w)
             ok = ok & (x % d == y % d)
         return ok
+
     return mask_mod

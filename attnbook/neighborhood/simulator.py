@@ -30,15 +30,29 @@ def _forward_box(axes, head_dim):
     return kernel_box(axes, launch.BM, launch.BN)
 
 
-def kernel_tiles(shape: Sizes, window_size: Sizes, *, stride: Sizes = 1, dilation: Sizes = 1,
-                 is_causal: Flags = False, head_dim: int = 64) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def kernel_tiles(
+    shape: Sizes,
+    window_size: Sizes,
+    *,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags = False,
+    head_dim: int = 64,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The forward kernel's tile of queries and brick of keys for a 16-bit problem on a GPU, two tuples: what
     `tile_waste` is fed with."""
     return _forward_box(neighborhood_axes(shape, window_size, stride, dilation, is_causal), head_dim)[::2]
 
 
-def kernel_steps(shape: Sizes, window_size: Sizes, *, stride: Sizes = 1, dilation: Sizes = 1,
-                 is_causal: Flags = False, head_dim: int = 64) -> tuple[np.ndarray, np.ndarray]:
+def kernel_steps(
+    shape: Sizes,
+    window_size: Sizes,
+    *,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags = False,
+    head_dim: int = 64,
+) -> tuple[np.ndarray, np.ndarray]:
     """How many keys each program of the forward kernel goes through in steps without and in steps with a mask: two
     integer arrays `(programs,)`.
 
@@ -53,7 +67,7 @@ def kernel_steps(shape: Sizes, window_size: Sizes, *, stride: Sizes = 1, dilatio
     tile, box, brick = _forward_box(axes, head_dim)
     share, _, order = unseen_tables(axes, tile, box, brick, False, torch.device("cpu"))
     tiles = [axis.dilation * -(-(-(-axis.length // axis.dilation)) // t) for axis, t in zip(axes, tile)]
-    row = torch.zeros((), dtype=torch.long)                                               # [tiles, tiles, …]
+    row = torch.zeros((), dtype=torch.long)  # [tiles, tiles, …]
     for part in share.long().split(tiles):
         row = row[..., None] + part
     free, steps = order[row.flatten(), :2].long().numpy().T
@@ -64,6 +78,7 @@ def kernel_steps(shape: Sizes, window_size: Sizes, *, stride: Sizes = 1, dilatio
 # %% ../../nbs/3_locality/neighborhood.ipynb #baad9310
 class StepCosts(NamedTuple):
     "What the parts of the forward kernel cost on one GPU at one head_dim: microseconds, and one factor."
+
     launch: float  # once
     program: float  # the fixed part of a program, on a full multiprocessor
     free: float  # 64 keys of one program in steps without a mask, on a full multiprocessor
@@ -89,9 +104,9 @@ def predicted_us(steps: Steps, problems: int, costs: StepCosts, processors: int 
     `steps`: from `kernel_steps`, of one head; `problems`: batch times heads; `costs`: the `StepCosts` of this GPU and
     this head_dim, and of no other; `processors`: its multiprocessors, default 132 (H100 and H200)."""
     work = np.tile(program_work(steps, costs), problems)
-    queue = [(0.0, p) for p in range(processors)]                                         # (work so far, which one)
+    queue = [(0.0, p) for p in range(processors)]  # (work so far, which one)
     for w in work.tolist():
-        busy, p = queue[0]                                                                # the least so far
+        busy, p = queue[0]  # the least so far
         heapq.heapreplace(queue, (busy + w, p))
     return costs.launch + max(max(queue)[0], costs.alone * float(work.max()))
 
@@ -116,7 +131,7 @@ def fit_costs(calibration: Sequence[tuple[Steps, int, float]], processors: int =
         now = predict(costs)
         if np.allclose(now, us, rtol=1e-9, atol=0) and min(costs[1:]) > 0:
             return costs
-        stretch = (np.array(now[2:]) - costs.launch) / (mean @ costs[1:4])       # the busiest over the average
+        stretch = (np.array(now[2:]) - costs.launch) / (mean @ costs[1:4])  # the busiest over the average
         if abs(np.linalg.det(mean)) < 1e-9 or not np.all(np.abs(stretch) > 0):
             break
         parts = np.linalg.solve(mean, (np.array(us[2:]) - costs.launch) / stretch).tolist()
@@ -134,8 +149,13 @@ def _square(side, window_size, batch=2, **neighborhood):
 
 
 # what a problem is there to say about -> its name; the order is that of `fit_costs`
-CALIBRATING = {"launch": "16², w 3", "alone": "32², w 13", "program": "128², w 3", "masked": "128², w 23",
-               "free": "128², w 95"}
+CALIBRATING = {
+    "launch": "16², w 3",
+    "alone": "32², w 13",
+    "program": "128², w 3",
+    "masked": "128², w 23",
+    "free": "128², w 95",
+}
 SIMULATED = {  # name -> the problem, as in `PROBLEMS`
     "16², w 3": _square(16, 3, batch=1),
     "32², w 13": _square(32, 13, batch=1),
@@ -146,8 +166,9 @@ SIMULATED = {  # name -> the problem, as in `PROBLEMS`
     "128², w 31, causal": _square(128, 31, is_causal=True),
     "96x200, w 9x41": dict(shape=(96, 200), window_size=(9, 41), batch=2, heads=8, head_dim=64),
     "16x32x32, w 5x9x9": dict(shape=(16, 32, 32), window_size=(5, 9, 9), batch=1, heads=8, head_dim=64),
-    "16x32x32, w 8x16x16, stride 1x8x8": dict(shape=(16, 32, 32), window_size=(8, 16, 16), stride=(1, 8, 8), batch=1,
-                                              heads=8, head_dim=64),
+    "16x32x32, w 8x16x16, stride 1x8x8": dict(
+        shape=(16, 32, 32), window_size=(8, 16, 16), stride=(1, 8, 8), batch=1, heads=8, head_dim=64
+    ),
 }
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #25b874dd

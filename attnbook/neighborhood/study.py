@@ -53,7 +53,7 @@ PRESETS = dict(
         nat=dict(data="mnist5k", side=20, seeds=1, steps=2, batch=8, copies=1, dim=32, depths=(1, 1), test=100),
     ),
     cpu=dict(
-        brute_force=10,                                                  # longest axis of the exhaustive checks
+        brute_force=10,  # longest axis of the exhaustive checks
         cost=dict(side=40, windows=(3, 7, 11, 15, 21, 27, 33, 40), heads=1, head_dim=16, batch=1),
         stride=dict(side=64, window=16, head_dim=32),
         shifts=dict(side=40, window=5, dilation=2, stride=3),
@@ -69,8 +69,9 @@ PRESETS = dict(
 )
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #c6aa029c
-def cost_experiment(side: int, windows: Sequence[int], heads: int, head_dim: int, batch: int, device: str = "cpu",
-                    seed: int = 0) -> list[dict]:
+def cost_experiment(
+    side: int, windows: Sequence[int], heads: int, head_dim: int, batch: int, device: str = "cpu", seed: int = 0
+) -> list[dict]:
     """Time relative to dense attention against useful and simulated fractions of the dense product, on a `side` x
     `side` map; one dict per window.
 
@@ -84,9 +85,14 @@ def cost_experiment(side: int, windows: Sequence[int], heads: int, head_dim: int
     for w in windows:
         q_tile, brick = kernel_tiles(shape, w, head_dim=head_dim)
         useful = neighborhood_pairs(shape, w) / N**2
-        row = dict(window=w, side=side, useful=useful, ms_dense=dense,
-                   box=useful * tile_waste(shape, w, q_tile=q_tile, block_n=brick, scheme="bricks"),
-                   row_major=useful * tile_waste(shape, w, q_tile=128, block_n=128, scheme="row-major"))
+        row = dict(
+            window=w,
+            side=side,
+            useful=useful,
+            ms_dense=dense,
+            box=useful * tile_waste(shape, w, q_tile=q_tile, block_n=brick, scheme="bricks"),
+            row_major=useful * tile_waste(shape, w, q_tile=128, block_n=128, scheme="row-major"),
+        )
         methods = {}
         if on_gpu:
             methods = {"ours": partial(na2d, q, k, v, w), "flex": partial(flex_peer(shape, w), q, k, v)}
@@ -103,8 +109,15 @@ def _milliseconds(f, device):
         return measure(f, warmup_ms=20, rep_ms=100, device=device).ms
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #fd8b41dd
-def flex_peer(shape: Sequence[int], window_size: Sizes, *, stride: Sizes = 1, dilation: Sizes = 1,
-              is_causal: Flags = False, tile: Sequence[int] | None = None) -> Callable:
+def flex_peer(
+    shape: Sequence[int],
+    window_size: Sizes,
+    *,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags = False,
+    tile: Sequence[int] | None = None,
+) -> Callable:
     """Compiled FlexAttention on maps `(B, H, *shape, D)`; its block mask is built once, at the first call.
 
     With `tile` the inputs are taken as already permuted.
@@ -117,9 +130,9 @@ def photo_features(image: np.ndarray, side: int, dim: int, corner: tuple[int, in
     """Whitened principal components of the 5x5 patches of a photograph `(height, width, 3)` uint8.
 
     A feature map `(1, 1, side, side, dim)`, dim up to 75, in units of one standard deviation."""
-    crop = np.array(image[corner[0]:corner[0] + side + 4, corner[1]:corner[1] + side + 4], dtype=np.float32)
+    crop = np.array(image[corner[0] : corner[0] + side + 4, corner[1] : corner[1] + side + 4], dtype=np.float32)
     pixels = torch.from_numpy(crop).permute(2, 0, 1)[None] / 255
-    patches = F.unfold(pixels, 5)[0].T.double()                                     # [side*side, 75]
+    patches = F.unfold(pixels, 5)[0].T.double()  # [side*side, 75]
     patches -= patches.mean(0)
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
     whitened = patches @ vectors[:, -dim:] / values[-dim:].clamp(min=1e-8).sqrt()
@@ -136,8 +149,14 @@ def stride_experiment(features: Tensor, window: int, device: str = "cpu") -> lis
         q_tile, brick = kernel_tiles((side, side), window, stride=s, head_dim=dim)
         waste = tile_waste((side, side), window, stride=s, q_tile=q_tile, block_n=brick, scheme="bricks")
         out = neighborhood_attention(x, x, x, window, stride=s).double()
-        row = dict(stride=s, window=window, side=side, waste=waste, bound=side**2 / window**2 / waste,
-                   error=float((out - exact).norm() / exact.norm()))
+        row = dict(
+            stride=s,
+            window=window,
+            side=side,
+            waste=waste,
+            bound=side**2 / window**2 / waste,
+            error=float((out - exact).norm() / exact.norm()),
+        )
         if x.is_cuda:
             big = x.to(torch.bfloat16).expand(1, 8, side, side, dim)
             row["ms"] = _milliseconds(partial(na2d, big, big, big, window, stride=s), device)
@@ -145,24 +164,32 @@ def stride_experiment(features: Tensor, window: int, device: str = "cpu") -> lis
     return rows
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #2cdc5c25
-def equivariance_experiment(image: np.ndarray, side: int, window: int, dilation: int, stride: int,
-                            corner: tuple[int, int] = (60, 100)) -> list[dict]:
+def equivariance_experiment(
+    image: np.ndarray, side: int, window: int, dilation: int, stride: int, corner: tuple[int, int] = (60, 100)
+) -> list[dict]:
     """Interior equivariance error of several neighbourhoods, for shifts up to two windows; one dict per shift.
 
     Interior: no window touches a border. A shift of t pixels is a crop of the same photograph t pixels further.
     """
     block, halo = 4, 2
-    kinds = {"NA": dict(window_size=window), f"NA, dilation {dilation}": dict(window_size=window, dilation=dilation),
-             f"stride {stride}": dict(window_size=window, stride=stride),
-             "blocked": dict(window_size=window, stride=window),
-             f"halo (block {block}, halo {halo})": dict(window_size=block + 2 * halo, stride=block)}
+    kinds = {
+        "NA": dict(window_size=window),
+        f"NA, dilation {dilation}": dict(window_size=window, dilation=dilation),
+        f"stride {stride}": dict(window_size=window, stride=stride),
+        "blocked": dict(window_size=window, stride=window),
+        f"halo (block {block}, halo {halo})": dict(window_size=block + 2 * halo, stride=block),
+    }
     g = torch.Generator().manual_seed(0)
-    embed = torch.randn(3, 16, generator=g, dtype=torch.float64)                                # colours to 16 channels
+    embed = torch.randn(3, 16, generator=g, dtype=torch.float64)  # colours to 16 channels
 
     def run(shift, kw):
-        crop = torch.from_numpy(image[corner[0]:corner[0] + side,
-                                      corner[1] + shift:corner[1] + shift + side].copy()).double() / 255
-        x = ((crop - 0.5) @ embed)[None, None]                                                  # [1, 1, side, side, 16]
+        crop = (
+            torch.from_numpy(
+                image[corner[0] : corner[0] + side, corner[1] + shift : corner[1] + shift + side].copy()
+            ).double()
+            / 255
+        )
+        x = ((crop - 0.5) @ embed)[None, None]  # [1, 1, side, side, 16]
         return neighborhood_attention(x, x, x, **kw, backend="torch")[0, 0]
 
     margin, rows = 2 * max(window * dilation, block + 2 * halo) // 2 + 1, []
@@ -171,8 +198,8 @@ def equivariance_experiment(image: np.ndarray, side: int, window: int, dilation:
         row = dict(shift=shift, side=side, window=window)
         for name, kw in kinds.items():
             # the same pixels, before and after
-            here = base[name][margin:side - margin, margin + shift:side - margin]
-            there = run(shift, kw)[margin:side - margin, margin:side - margin - shift]
+            here = base[name][margin : side - margin, margin + shift : side - margin]
+            there = run(shift, kw)[margin : side - margin, margin : side - margin - shift]
             row[name] = float((here - there).norm() / here.norm())
         rows.append(row)
     return rows
@@ -190,13 +217,14 @@ def border_experiment(image: np.ndarray, side: int, window: int, corner: tuple[i
 
     x, wide = take(0), take(window)
     run = lambda q, k, v: neighborhood_attention(q, k, v, window, backend="torch")
-    inside = lambda t, pad: t[:, :, pad:pad + side, pad:pad + side]
+    inside = lambda t, pad: t[:, :, pad : pad + side, pad : pad + side]
     near = (torch.arange(side)[:, None] - torch.arange(side)).abs() <= r
     zeros = F.pad(x, (0, 0, r, r, r, r))
-    out = {"slide": run(x, x, x),
-           "cut": attention_reference(*[x.flatten(2, 3)] * 3,
-                                      mask=torch.kron(near.byte(), near.byte()).bool()).view_as(x),
-           "zeros": inside(run(zeros, zeros, zeros), r)}
+    out = {
+        "slide": run(x, x, x),
+        "cut": attention_reference(*[x.flatten(2, 3)] * 3, mask=torch.kron(near.byte(), near.byte()).bool()).view_as(x),
+        "zeros": inside(run(zeros, zeros, zeros), r),
+    }
     truth, i = inside(run(wide, wide, wide), window), torch.arange(side)
     edge = torch.minimum(torch.minimum(i, side - 1 - i)[:, None], torch.minimum(i, side - 1 - i))
     for distance in range(r + 2):
@@ -218,15 +246,28 @@ def nat_data(name: str, side: int, copies: int = 1, seed: int = 0) -> tuple[Tens
         x, y = mnist5k()
         order = np.random.default_rng(seed).permutation(len(x))
         x, y, tx, ty = x[order[:4000]], y[order[:4000]], x[order[4000:]], y[order[4000:]]
-    x, tx = (F.interpolate(image_tensor(a), size=(side, side), mode="bilinear", antialias=True, align_corners=False)
-             for a in (x, tx))
+    x, tx = (
+        F.interpolate(image_tensor(a), size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+        for a in (x, tx)
+    )
     mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
     x, tx = (((t - mean) / std).expand(-1, 3, -1, -1) for t in (x, tx))
     return x, torch.as_tensor(y), tx, torch.as_tensor(ty)
 
 
-def nat_experiment(kind: str, data: Sequence[Tensor], *, side: int, dim: int, depths: Sequence[int], steps: int,
-                   batch: int, seed: int = 0, device: str = "cpu", progress: bool = False) -> dict:
+def nat_experiment(
+    kind: str,
+    data: Sequence[Tensor],
+    *,
+    side: int,
+    dim: int,
+    depths: Sequence[int],
+    steps: int,
+    batch: int,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = False,
+) -> dict:
     "Train one small NAT and return a dict: test accuracy, final loss, parameters, seconds."
     x, y, tx, ty = data
     torch.manual_seed(seed)
@@ -236,12 +277,30 @@ def nat_experiment(kind: str, data: Sequence[Tensor], *, side: int, dim: int, de
         pick = torch.randint(len(x), (batch,), generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
         return x[pick], y[pick]
 
-    history = fit(model, lambda m, a, b: F.cross_entropy(m(a), b), batches, steps=steps, lr=2e-3, weight_decay=0.05,
-                  seed=seed, device=device, progress=progress)
+    history = fit(
+        model,
+        lambda m, a, b: F.cross_entropy(m(a), b),
+        batches,
+        steps=steps,
+        lr=2e-3,
+        weight_decay=0.05,
+        seed=seed,
+        device=device,
+        progress=progress,
+    )
     with torch.no_grad():
         right = sum(int((model(a.to(device)).argmax(1).cpu() == b).sum()) for a, b in zip(tx.split(250), ty.split(250)))
-    return dict(kind=kind, run=seed, accuracy=right / len(ty), loss=float(np.mean(history.loss[-10:])), steps=steps,
-                side=side, dim=dim, parameters=count_parameters(model), seconds=history.seconds)
+    return dict(
+        kind=kind,
+        run=seed,
+        accuracy=right / len(ty),
+        loss=float(np.mean(history.loss[-10:])),
+        steps=steps,
+        side=side,
+        dim=dim,
+        parameters=count_parameters(model),
+        seconds=history.seconds,
+    )
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #b3da30d5
 PROBLEMS = {  # name -> the problem; `tile` is the tile order offered to FlexAttention
@@ -249,38 +308,67 @@ PROBLEMS = {  # name -> the problem; `tile` is the tile order offered to FlexAtt
     "64², w 13": dict(shape=(64, 64), window_size=13, batch=8, heads=8, head_dim=64, tile=(8, 8)),
     "128², w 31": dict(shape=(128, 128), window_size=31, batch=1, heads=8, head_dim=128, tile=(8, 16)),
     "1-D 16384, w 128, causal": dict(shape=(16384,), window_size=128, batch=4, heads=16, head_dim=128, is_causal=True),
-    "8x24x40, w 4x12x12": dict(shape=(8, 24, 40), window_size=(4, 12, 12), batch=1, heads=8, head_dim=128,
-                               tile=(2, 8, 8)),
-    "30x48x80, w 18x24x24": dict(shape=(30, 48, 80), window_size=(18, 24, 24), batch=1, heads=2, head_dim=128,
-                                 tile=(2, 8, 8)),
+    "8x24x40, w 4x12x12": dict(
+        shape=(8, 24, 40), window_size=(4, 12, 12), batch=1, heads=8, head_dim=128, tile=(2, 8, 8)
+    ),
+    "30x48x80, w 18x24x24": dict(
+        shape=(30, 48, 80), window_size=(18, 24, 24), batch=1, heads=2, head_dim=128, tile=(2, 8, 8)
+    ),
 }
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #147765f5
-def compare_problem(bench: str, setup: Mapping, *, backward: bool = True, fields: Mapping | None = None,
-                    peers: Sequence[str] = ("ours", "flex", "flex tiles", "cudnn dense", "torch reference"),
-                    ) -> Iterator[dict]:
+def compare_problem(
+    bench: str,
+    setup: Mapping,
+    *,
+    backward: bool = True,
+    fields: Mapping | None = None,
+    peers: Sequence[str] = ("ours", "flex", "flex tiles", "cudnn dense", "torch reference"),
+) -> Iterator[dict]:
     """One problem (`setup`, a value of `PROBLEMS`) by the named peers, on the GPU in bfloat16; yields `compare`'s
     recorded rows, each with `fields` besides."""
     kw = {n: x for n, x in setup.items() if n in ("stride", "dilation", "is_causal")}
     shape, window = setup["shape"], setup["window_size"]
     sizes = {n: setup[n] for n in ("batch", "heads", "head_dim")}
     cost = neighborhood_cost(shape, window, **sizes, **kw)
-    known = {"ours": partial(neighborhood_attention, window_size=window, backend="triton", **kw),
-             "flex": flex_peer(shape, window, **kw),
-             "cudnn dense": on_maps(sdpa("cudnn", is_causal=len(shape) == 1 and kw.get("is_causal", False)), shape)}
+    known = {
+        "ours": partial(neighborhood_attention, window_size=window, backend="triton", **kw),
+        "flex": flex_peer(shape, window, **kw),
+        "cudnn dense": on_maps(sdpa("cudnn", is_causal=len(shape) == 1 and kw.get("is_causal", False)), shape),
+    }
     if setup.get("tile"):
         known["flex tiles"] = flex_peer(shape, window, tile=setup["tile"], **kw)
     if cost["unfolded"] < 2**32:
         known["torch reference"] = partial(neighborhood_attention_reference, window_size=window, **kw)
-    inputs = [torch.randn(sizes["batch"], sizes["heads"], *shape, sizes["head_dim"], device="cuda",
-                          generator=torch.Generator("cuda").manual_seed(i)).bfloat16() for i in range(3)]
-    describe = {"shape": "x".join(map(str, shape)), "window": str(window), **{n: str(x) for n, x in kw.items()},
-                **sizes}
-    yield from compare(describe, {n: known[n] for n in peers if n in known}, inputs,
-                       grad_out="random" if backward else None, chapter="neighborhood", bench=bench,
-                       flops={"fwd": cost["flops_fwd"], "bwd": cost["flops_bwd"]},
-                       bytes={"fwd": cost["bytes_fwd"], "bwd": cost["bytes_bwd"]},
-                       useful=neighborhood_pairs(shape, window, **kw) / math.prod(shape)**2, **(fields or {}))
+    inputs = [
+        torch.randn(
+            sizes["batch"],
+            sizes["heads"],
+            *shape,
+            sizes["head_dim"],
+            device="cuda",
+            generator=torch.Generator("cuda").manual_seed(i),
+        ).bfloat16()
+        for i in range(3)
+    ]
+    describe = {
+        "shape": "x".join(map(str, shape)),
+        "window": str(window),
+        **{n: str(x) for n, x in kw.items()},
+        **sizes,
+    }
+    yield from compare(
+        describe,
+        {n: known[n] for n in peers if n in known},
+        inputs,
+        grad_out="random" if backward else None,
+        chapter="neighborhood",
+        bench=bench,
+        flops={"fwd": cost["flops_fwd"], "bwd": cost["flops_bwd"]},
+        bytes={"fwd": cost["bytes_fwd"], "bwd": cost["bytes_bwd"]},
+        useful=neighborhood_pairs(shape, window, **kw) / math.prod(shape) ** 2,
+        **(fields or {}),
+    )
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #e92f6c48
 def bench_problems() -> Iterator[dict]:
@@ -302,8 +390,12 @@ def bench_windows() -> Iterator[dict]:
 def bench_sizes() -> Iterator[dict]:
     "Window 13, D 64, B1 H8: growing maps. Time and memory should be linear in the number of tokens."
     for side in (32, 64, 128, 256) if torch.cuda.is_available() else ():
-        yield from compare_problem("sizes", dict(shape=(side, side), window_size=13, batch=1, heads=8, head_dim=64),
-                                   peers=("ours", "flex", "cudnn dense"), fields=dict(N=side * side))
+        yield from compare_problem(
+            "sizes",
+            dict(shape=(side, side), window_size=13, batch=1, heads=8, head_dim=64),
+            peers=("ours", "flex", "cudnn dense"),
+            fields=dict(N=side * side),
+        )
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #de405eee
 # NATTEN's documentation: shape, window, stride, heads; speed as ratio to cuDNN's dense attention: kernel alone, with
@@ -324,15 +416,24 @@ def bench_natten() -> Iterator[dict]:
     for name, row in NATTEN_H100.items() if torch.cuda.is_available() else ():
         shape, window, stride, heads, kernel, total, bound = row
         problem = dict(shape=shape, window_size=window, stride=stride, batch=1, heads=heads, head_dim=128)
-        yield from compare_problem("natten", problem, peers=("ours", "cudnn dense"), backward=False,
-                                   fields=dict(case=name, natten_kernel=kernel, natten_total=total, bound=bound))
+        yield from compare_problem(
+            "natten",
+            problem,
+            peers=("ours", "cudnn dense"),
+            backward=False,
+            fields=dict(case=name, natten_kernel=kernel, natten_total=total, bound=bound),
+        )
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #129a721e
 def bench_simulator() -> Iterator[dict]:
     "The problems of `SIMULATED`: ours alone, forward."
     for case, problem in SIMULATED.items() if torch.cuda.is_available() else ():
-        fields = dict(case=case, calibrates=case in CALIBRATING.values(), arch=arch_of(torch.device("cuda")),
-                      processors=torch.cuda.get_device_properties("cuda").multi_processor_count)
+        fields = dict(
+            case=case,
+            calibrates=case in CALIBRATING.values(),
+            arch=arch_of(torch.device("cuda")),
+            processors=torch.cuda.get_device_properties("cuda").multi_processor_count,
+        )
         yield from compare_problem("simulator", problem, peers=("ours",), backward=False, fields=fields)
 
 
@@ -375,8 +476,10 @@ def _memory_growth():
 def _simulator_error():
     """Largest and median deviation of ours from time proportional to simulated pairs, over windows with at least 1 %
     of the pairs, relative to the full window."""
-    time = {r["w"]: (r["ms_fwd"], r["useful"] * r["waste"], r["useful"])
-            for r in newest_device(r for r in _rows("windows", method="ours") if r.get("ms_fwd"))}
+    time = {
+        r["w"]: (r["ms_fwd"], r["useful"] * r["waste"], r["useful"])
+        for r in newest_device(r for r in _rows("windows", method="ours") if r.get("ms_fwd"))
+    }
     if len(time) < 3:
         return None
     full_ms, full_pairs, _ = time[max(time)]
@@ -424,8 +527,11 @@ def _equivariance():
     rows = _rows("equivariance")
     skip = {"shift", "side", "window", "name", "key", "preset", "seed", "device", "date", "versions"}
     worst = {n: max(r[n] for r in rows if n in r) for r in rows for n in r if n not in skip}
-    return dict(NA=worst["NA"], dilated=max(v for n, v in worst.items() if "dilation" in n),
-                blocked=worst["blocked"]) if worst else None
+    return (
+        dict(NA=worst["NA"], dilated=max(v for n, v in worst.items() if "dilation" in n), blocked=worst["blocked"])
+        if worst
+        else None
+    )
 
 
 def _nat_gap():
@@ -445,56 +551,121 @@ def _parameter_counts():
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #fb810f5f
 UNJUDGED = [  # statement, the paper's number, where it stands, why there is no verdict
-    ("ImageNet-1k top-1 of NAT and DiNAT, Mini to Base", "81.8/83.2/83.7/84.3 %, 81.8/82.7/83.8/84.4 %",
-     "official repository", out_of_reach("needs ImageNet and 300 epochs of training")),
-    ("GEMM-based kernels are faster than naive ones, fp32, 1-D and 2-D", "895 %, 272 %", "FNA, abstract",
-     not_measured("neither of these two kernels is built here")),
-    ("The same in fp16 [m]", "548 %, 193 % [m]", "FNA [m]",
-     not_measured("neither of these two kernels is built here")),
-    ("Fused kernels are faster than naive ones, fp16, 1-D and 2-D [m]", "1759 %, 958 % [m]", "FNA [m]",
-     not_measured("the naive CUDA kernels are not built here")),
-    ("Existing models run faster end to end, inference and training [m]", "up to 104 %, 39 % [m]", "FNA [m]",
-     not_measured("the baseline is the models on the naive kernels")),
-    ("Cosmos-7B, HunyuanVideo and FLUX run faster end to end without fine-tuning", "28 to 46 %", "GNA, abstract",
-     out_of_reach("needs a B200 and the models' weights")),
+    (
+        "ImageNet-1k top-1 of NAT and DiNAT, Mini to Base",
+        "81.8/83.2/83.7/84.3 %, 81.8/82.7/83.8/84.4 %",
+        "official repository",
+        out_of_reach("needs ImageNet and 300 epochs of training"),
+    ),
+    (
+        "GEMM-based kernels are faster than naive ones, fp32, 1-D and 2-D",
+        "895 %, 272 %",
+        "FNA, abstract",
+        not_measured("neither of these two kernels is built here"),
+    ),
+    ("The same in fp16 [m]", "548 %, 193 % [m]", "FNA [m]", not_measured("neither of these two kernels is built here")),
+    (
+        "Fused kernels are faster than naive ones, fp16, 1-D and 2-D [m]",
+        "1759 %, 958 % [m]",
+        "FNA [m]",
+        not_measured("the naive CUDA kernels are not built here"),
+    ),
+    (
+        "Existing models run faster end to end, inference and training [m]",
+        "up to 104 %, 39 % [m]",
+        "FNA [m]",
+        not_measured("the baseline is the models on the naive kernels"),
+    ),
+    (
+        "Cosmos-7B, HunyuanVideo and FLUX run faster end to end without fine-tuning",
+        "28 to 46 %",
+        "GNA, abstract",
+        out_of_reach("needs a B200 and the models' weights"),
+    ),
 ]
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #c908738b
 def claims() -> list[Claim]:
     "The chapter's claims with their rules; measured numbers are read from the recorded results."
     close = lambda e: grade(max(e["largest"], e.get("elsewhere", 0)) <= 0.25, e["median"] <= 0.25)
-    natten = [Claim(f"NATTEN on H100, {name}: {total}x cuDNN's dense attention, token permute included", f"{total}x",
-                    "NATTEN documentation", at_least(total, 0.8 * total),
-                    measured=lambda name=name: _natten_speed().get(name),
-                    scale="one GPU, forward, D 128; holds: ours is as fast, in part: within 20 %")
-              for name, (*_, total, _) in NATTEN_H100.items()]
+    natten = [
+        Claim(
+            f"NATTEN on H100, {name}: {total}x cuDNN's dense attention, token permute included",
+            f"{total}x",
+            "NATTEN documentation",
+            at_least(total, 0.8 * total),
+            measured=lambda name=name: _natten_speed().get(name),
+            scale="one GPU, forward, D 128; holds: ours is as fast, in part: within 20 %",
+        )
+        for name, (*_, total, _) in NATTEN_H100.items()
+    ]
     return natten + [
-        Claim("Fused neighborhood attention has constant memory overhead: no weight tensor", "constant",
-              "FNA, abstract", at_most(1.05, 1.5), measured=_memory_growth,
-              scale="peak memory, window 128 over window 3, 128x128 map; holds: grows by less than 5 %"),
-        Claim("Cost is paid per tile: time follows the pairs in all tiles touched", "", "FNA, title; GNA's simulator",
-              close, measured=_simulator_error,
-              scale="window sweep, 128x128, relative to the full window; holds: all within 25 %, in part: the median"),
-        Claim("The same with a fixed part besides", "", "this chapter", close,
-              measured=_simulator_error_with_fixed_part,
-              scale="windows 7 to 63 of 128x128, both numbers from windows 3 and 95, and other maps with as many "
-                    "tokens; holds: all within 25 %, in part: the median of the windows"),
-        Claim("Time follows from programs, steps without and with a mask, and multiprocessors", "",
-              "this chapter", close, measured=_simulator_errors,
-              scale=f"D 64, forward: {len(CALIBRATING)} problems give the costs, {len(SIMULATED) - len(CALIBRATING)} "
-                    "are predicted (windows, maps, strides, causal axes, 3-D); stated before it was measured; holds: "
-                    "all within 25 %, in part: the median"),
-        Claim("A stride that fills tiles makes FLUX's 80x80 window 1.8 times faster (9.2x over 5.2x dense)", "1.8x",
-              "NATTEN documentation", at_least(1.5, 1.1), measured=_stride_gain,
-              scale="stride 16 over stride 1, our kernel; holds: 1.5 times, in part: 1.1 times"),
-        Claim("Neighborhood attention keeps translational equivariance, blocked attention does not", "exact", "NAT",
-              lambda e: grade(max(e["NA"], e["dilated"]) < 1e-6 and e["blocked"] > 0.01, e["NA"] < 1e-6),
-              measured=_equivariance, scale="interior of photograph crops, all shifts, float64"),
-        Claim("NAT-Tiny is 1.9 top-1 points better than Swin-T", "+1.9", "NAT, abstract",
-              lambda m: beyond_spread(m["gap"], m["spread"]), measured=_nat_gap,
-              scale="two-level NAT, sliding against blocked windows, MNIST-M, 3 seeds; holds: gap beyond seed spread"),
-        Claim("NAT Mini, Tiny, Small, Base have 20, 28, 51, 90 million parameters", "20/28/51/90 M",
-              "NAT, official repository", matches([20, 28, 51, 90], absolute=0.5), measured=_parameter_counts,
-              scale="full size"),
+        Claim(
+            "Fused neighborhood attention has constant memory overhead: no weight tensor",
+            "constant",
+            "FNA, abstract",
+            at_most(1.05, 1.5),
+            measured=_memory_growth,
+            scale="peak memory, window 128 over window 3, 128x128 map; holds: grows by less than 5 %",
+        ),
+        Claim(
+            "Cost is paid per tile: time follows the pairs in all tiles touched",
+            "",
+            "FNA, title; GNA's simulator",
+            close,
+            measured=_simulator_error,
+            scale="window sweep, 128x128, relative to the full window; holds: all within 25 %, in part: the median",
+        ),
+        Claim(
+            "The same with a fixed part besides",
+            "",
+            "this chapter",
+            close,
+            measured=_simulator_error_with_fixed_part,
+            scale="windows 7 to 63 of 128x128, both numbers from windows 3 and 95, and other maps with as many "
+            "tokens; holds: all within 25 %, in part: the median of the windows",
+        ),
+        Claim(
+            "Time follows from programs, steps without and with a mask, and multiprocessors",
+            "",
+            "this chapter",
+            close,
+            measured=_simulator_errors,
+            scale=f"D 64, forward: {len(CALIBRATING)} problems give the costs, {len(SIMULATED) - len(CALIBRATING)} "
+            "are predicted (windows, maps, strides, causal axes, 3-D); stated before it was measured; holds: "
+            "all within 25 %, in part: the median",
+        ),
+        Claim(
+            "A stride that fills tiles makes FLUX's 80x80 window 1.8 times faster (9.2x over 5.2x dense)",
+            "1.8x",
+            "NATTEN documentation",
+            at_least(1.5, 1.1),
+            measured=_stride_gain,
+            scale="stride 16 over stride 1, our kernel; holds: 1.5 times, in part: 1.1 times",
+        ),
+        Claim(
+            "Neighborhood attention keeps translational equivariance, blocked attention does not",
+            "exact",
+            "NAT",
+            lambda e: grade(max(e["NA"], e["dilated"]) < 1e-6 and e["blocked"] > 0.01, e["NA"] < 1e-6),
+            measured=_equivariance,
+            scale="interior of photograph crops, all shifts, float64",
+        ),
+        Claim(
+            "NAT-Tiny is 1.9 top-1 points better than Swin-T",
+            "+1.9",
+            "NAT, abstract",
+            lambda m: beyond_spread(m["gap"], m["spread"]),
+            measured=_nat_gap,
+            scale="two-level NAT, sliding against blocked windows, MNIST-M, 3 seeds; holds: gap beyond seed spread",
+        ),
+        Claim(
+            "NAT Mini, Tiny, Small, Base have 20, 28, 51, 90 million parameters",
+            "20/28/51/90 M",
+            "NAT, official repository",
+            matches([20, 28, 51, 90], absolute=0.5),
+            measured=_parameter_counts,
+            scale="full size",
+        ),
         *(Claim(statement, number, where, rule) for statement, number, where, rule in UNJUDGED),
     ]

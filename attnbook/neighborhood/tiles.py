@@ -75,23 +75,33 @@ def _aligned_pairs(axes, q_tile, kv_tile, transpose):
 def _row_major_pairs(axes, block_m, block_n):
     "Tiles of consecutive queries times tiles of consecutive keys, when they share at least one pair."
     length, w, _, d, _ = axes[-1]
-    outer, seen, _ = neighborhood_tables(axes[:-1])                                       # other axes' keys: [N', W']
+    outer, seen, _ = neighborhood_tables(axes[:-1])  # other axes' keys: [N', W']
     index, ok = axis_keys(*axes[-1])
     whole = [(index[:, 0], index.masked_fill(~ok, -1).amax(1))]
-    runs = whole if d <= block_n else [(index[:, i], index[:, i]) for i in range(w)]      # else keys skip whole tiles
-    query = torch.arange(outer.shape[0] * length).view(-1, 1, length) // block_m          # [N', 1, L]
+    runs = whole if d <= block_n else [(index[:, i], index[:, i]) for i in range(w)]  # else keys skip whole tiles
+    query = torch.arange(outer.shape[0] * length).view(-1, 1, length) // block_m  # [N', 1, L]
     width = -(-outer.shape[0] * length // block_n)
     edges = torch.zeros((int(query.max()) + 1) * (width + 1), dtype=torch.int32)
-    for a, b in runs:                                                                     # of keys, and so of tiles
-        lo, hi = ((outer[:, :, None] * length + x) // block_n for x in (a, b))            # [N', W', L]
+    for a, b in runs:  # of keys, and so of tiles
+        lo, hi = ((outer[:, :, None] * length + x) // block_n for x in (a, b))  # [N', W', L]
         row = (query * (width + 1)).expand_as(lo)
         on = seen[:, :, None].expand_as(lo).int().flatten()
         edges.scatter_add_(0, (row + lo).flatten(), on).scatter_add_(0, (row + hi + 1).flatten(), -on)
     return int((edges.view(-1, width + 1).cumsum(1) > 0).sum()) * block_m * block_n
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #c2a39d91
-def tile_waste(shape: Sizes, window_size: Sizes, *, stride: Sizes = 1, dilation: Sizes = 1, is_causal: Flags = False,
-               q_tile: Sizes, block_n: Sizes, scheme: str = "unaligned", transpose: bool = False) -> float:
+def tile_waste(
+    shape: Sizes,
+    window_size: Sizes,
+    *,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags = False,
+    q_tile: Sizes,
+    block_n: Sizes,
+    scheme: str = "unaligned",
+    transpose: bool = False,
+) -> float:
     """Pairs computed / useful pairs for one way of cutting the work into tiles (1.0 is perfect).
 
     scheme "unaligned": `q_tile` a box (one side per axis), its keys the exact box of its windows in steps of `block_n`;
@@ -114,13 +124,22 @@ def tile_waste(shape: Sizes, window_size: Sizes, *, stride: Sizes = 1, dilation:
     return (_aligned_pairs if scheme == "aligned" else _brick_pairs)(axes, q_tile, sides, transpose) / useful
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #d82cf274
-def choose_q_tile(shape: Sizes, window_size: Sizes, *, stride: Sizes = 1, dilation: Sizes = 1,
-                  is_causal: Flags = False, block_m: int = 64, block_n: int = 32,
-                  transpose: bool = False) -> tuple[int, ...]:
+def choose_q_tile(
+    shape: Sizes,
+    window_size: Sizes,
+    *,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags = False,
+    block_m: int = 64,
+    block_n: int = 32,
+    transpose: bool = False,
+) -> tuple[int, ...]:
     """The box of `block_m` queries (a power of two; sides too) with the fewest computed pairs; `transpose=True`: the
     box of keys for dK and dV."""
-    return _choose_q_tile(neighborhood_axes(shape, window_size, stride, dilation, is_causal), block_m, block_n,
-                          transpose)
+    return _choose_q_tile(
+        neighborhood_axes(shape, window_size, stride, dilation, is_causal), block_m, block_n, transpose
+    )
 
 
 def _boxes(rows, rank):
@@ -136,8 +155,16 @@ def _choose_q_tile(axes, block_m, block_n, transpose):
     return min(_boxes(block_m, len(axes)), key=cost)
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #3fa79ad6
-def is_block_sparse(shape: Sizes, window_size: Sizes, *, stride: Sizes = 1, dilation: Sizes = 1,
-                    is_causal: Flags = False, q_tile: Sizes, kv_tile: Sizes | None = None) -> bool:
+def is_block_sparse(
+    shape: Sizes,
+    window_size: Sizes,
+    *,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    is_causal: Flags = False,
+    q_tile: Sizes,
+    kv_tile: Sizes | None = None,
+) -> bool:
     """Do all queries of every tile share one window, so that no element needs a mask?
 
     With `kv_tile` also: does every window begin and end on the grid of key tiles (GNA's condition for aligned tiles)?
@@ -157,8 +184,9 @@ def is_block_sparse(shape: Sizes, window_size: Sizes, *, stride: Sizes = 1, dila
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #0f9ba7b1
 @lru_cache(maxsize=1024)
-def inner_share(axes: tuple[Axis, ...], tile: tuple[int, ...], brick: tuple[int, ...],
-                transpose: bool = False) -> tuple[float, float]:
+def inner_share(
+    axes: tuple[Axis, ...], tile: tuple[int, ...], brick: tuple[int, ...], transpose: bool = False
+) -> tuple[float, float]:
     """The share of all steps that need no mask, because every row of the tile sees the whole brick, and the steps of a
     tile, both on average."""
     full = steps = tiles = 1
@@ -178,15 +206,18 @@ def inner_share(axes: tuple[Axis, ...], tile: tuple[int, ...], brick: tuple[int,
 
 
 @lru_cache(maxsize=1024)
-def kernel_box(axes: tuple[Axis, ...], rows: int, step_rows: int,
-               transpose: bool = False) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def kernel_box(
+    axes: tuple[Axis, ...], rows: int, step_rows: int, transpose: bool = False
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """The kernel's tile of `rows` queries, the sides of its box of keys, and the brick of `step_rows` keys that a step
     reads, as three tuples; `transpose=True`: the tile of keys, its box of queries, and their brick."""
+
     def cost(tile, brick):
         sides = tuple(int(np.subtract(*tile_spans(axis, t, transpose)[::-1]).max()) for axis, t in zip(axes, tile))
         ragged = sum(s % u for s, u in zip(sides[1:], brick[1:]))
         longest = [-u for u in brick[::-1]], [-t for t in tile[::-1]]
         return -inner_share(axes, tile, brick, transpose)[0], ragged, *longest, tile, sides, brick
-    tiles = [t for t in _boxes(rows, len(axes)) if len(axes) == 1 or sum(t) < 32]        # a bit for each row of a side
+
+    tiles = [t for t in _boxes(rows, len(axes)) if len(axes) == 1 or sum(t) < 32]  # a bit for each row of a side
     pairs = {(t, u): _brick_pairs(axes, t, u, transpose) for t in tiles for u in _boxes(step_rows, len(axes))}
     return min(cost(*which) for which, n in pairs.items() if n == min(pairs.values()))[4:]

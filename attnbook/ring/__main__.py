@@ -20,6 +20,7 @@ def main():
     gpus = torch.cuda.device_count()
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         from torch.distributed.run import main as torchrun
+
         return torchrun(["--standalone", f"--nproc-per-node={max(gpus, 2)}", "-m", "attnbook.ring"])
     if gpus < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
         check_on_cpus()

@@ -33,13 +33,13 @@ from .transport import Post, ProcessRing, Wait, communicator, high_priority_grou
 def rank_ms(call: Callable, repeats: int = 3, warmup: int = 1) -> float:
     """Milliseconds of a call, median, of the slowest rank; all ranks start together. With `warmup` the GPUs are held
     back until the hosts have queued the call, as in `bench`: in a training step they are ahead."""
-    times, held = [], torch.zeros((), device="cuda", dtype=torch.float64)                   # seconds
+    times, held = [], torch.zeros((), device="cuda", dtype=torch.float64)  # seconds
     for i in range(warmup + repeats):
         dist.barrier()
         torch.cuda.synchronize()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begun = time.perf_counter()
-        torch.cuda._sleep(int(2e9 * float(held)))                                           # cycles
+        torch.cuda._sleep(int(2e9 * float(held)))  # cycles
         start.record()
         call()
         end.record()
@@ -62,6 +62,7 @@ def _steps(attend: Callable, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tup
 
 class EchoRing(ProcessRing):
     "Sends nothing: what a rank would receive is what it has. For the time that computing alone takes."
+
     def post(self, request: Post) -> Post:
         "Starts nothing."
         return request
@@ -74,9 +75,12 @@ class EchoRing(ProcessRing):
 def communication_only(comm: ProcessRing, k: Tensor, v: Tensor) -> Callable:
     "What one forward and backward pass of the ring sends, without computing anything."
     packet = [torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (k, v)]
+
     def call():
         for message in ((k, v), (k, v), packet):
-            for s in range(comm.size - 1): comm.wait(Wait(comm.post(Post(message, s + 1, "a message"))))
+            for s in range(comm.size - 1):
+                comm.wait(Wait(comm.post(Post(message, s + 1, "a message"))))
+
     return call
 
 # %% ../../nbs/4_long_context/ring.ipynb #6cdf49b0
@@ -89,15 +93,18 @@ def torch_context_parallel(group: "dist.ProcessGroup", tokens: int, rotation: st
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor.experimental import context_parallel
     from torch.distributed.tensor.experimental._attention import set_rotate_method
+
     set_rotate_method(rotation)
     attend = sdpa(backend, is_causal=True)
 
     @contextmanager
     def within():
         buffer = torch.zeros(1, tokens, device="cuda")
-        with context_parallel(DeviceMesh.from_group(group, "cuda"), buffers=[buffer], buffer_seq_dims=[1],
-                              no_restore_buffers={buffer}):
+        with context_parallel(
+            DeviceMesh.from_group(group, "cuda"), buffers=[buffer], buffer_seq_dims=[1], no_restore_buffers={buffer}
+        ):
             yield attend
+
     return within()
 
 # %% ../../nbs/4_long_context/ring.ipynb #fba70d1e
@@ -109,23 +116,38 @@ def multi_gpu_errors(length: int = 2048) -> Iterator[dict]:
     cases += [(m, "zigzag", True) for m in ("rsa", "ulysses", "allgather")]
     for dtype, head_dim in (("bfloat16", 128), ("float32", 32)):
         for method, layout, causal in cases:
-            case = dict(method=method, layout=layout, length=length, is_causal=causal, heads=16, head_dim=head_dim,
-                        dtype=dtype)
+            case = dict(
+                method=method, layout=layout, length=length, is_causal=causal, heads=16, head_dim=head_dim, dtype=dtype
+            )
             found = method_error(case, dist.group.WORLD, device)
             worst = torch.tensor(list(found.values()), device=device)
             dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-            yield {"method": method, "layout": layout, "is_causal": causal, "dtype": dtype, "head_dim": head_dim,
-                   "n": length, **{f"error_{n}": float(e) for n, e in zip(found, worst)}}
+            yield {
+                "method": method,
+                "layout": layout,
+                "is_causal": causal,
+                "dtype": dtype,
+                "head_dim": head_dim,
+                "n": length,
+                **{f"error_{n}": float(e) for n, e in zip(found, worst)},
+            }
 
 # %% ../../nbs/4_long_context/ring.ipynb #c24d1811
-def multi_gpu_scaling(tokens: int, methods: Sequence[str], repeats: int, heads: int = 16, head_dim: int = 128,
-                      group: "dist.ProcessGroup | None" = None) -> list[dict]:
+def multi_gpu_scaling(
+    tokens: int,
+    methods: Sequence[str],
+    repeats: int,
+    heads: int = 16,
+    head_dim: int = 128,
+    group: "dist.ProcessGroup | None" = None,
+) -> list[dict]:
     """Time of a forward, and of a forward and backward pass, peak memory and bytes sent by rank, causal, bf16, `tokens`
     over all ranks of `group` (None: all processes)."""
     group = dist.group.WORLD if group is None else group
     N, rows, g = group.size(), [], torch.Generator("cuda").manual_seed(dist.get_rank(group))
-    q, k, v, do = (torch.randn(1, heads, tokens // N, head_dim, device="cuda", dtype=torch.bfloat16, generator=g)
-                   for _ in range(4))
+    q, k, v, do = (
+        torch.randn(1, heads, tokens // N, head_dim, device="cuda", dtype=torch.bfloat16, generator=g) for _ in range(4)
+    )
     for method in methods:
         row = {"method": method, "n": tokens, "N": N, "heads": heads, "head_dim": head_dim}
         try:
@@ -133,11 +155,18 @@ def multi_gpu_scaling(tokens: int, methods: Sequence[str], repeats: int, heads: 
                 _, rotation, backend = method.split()
                 context = torch_context_parallel(group, tokens, rotation, backend)
             else:
-                context = nullcontext(partial(METHODS[method], group=group, is_causal=True,
-                                              layout="contiguous" if method == "ulysses" else "zigzag"))
+                context = nullcontext(
+                    partial(
+                        METHODS[method],
+                        group=group,
+                        is_causal=True,
+                        layout="contiguous" if method == "ulysses" else "zigzag",
+                    )
+                )
             with context as attend:
                 forward, both = _steps(attend, q, k, v, do)
-                if tokens <= 2**18: both()                                  # compiles, warms up; too long beyond
+                if tokens <= 2**18:
+                    both()  # compiles, warms up; too long beyond
                 torch.cuda.synchronize(), torch.cuda.reset_peak_memory_stats()
                 held = torch.cuda.memory_allocated()
                 traffic(group).clear()
@@ -180,14 +209,22 @@ def multi_gpu_projection(tokens: int, measured_ms: float, heads: int = 16, head_
     q, do, k, v = (torch.randn(1, heads, c, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     table = {p: {} for p in ("fwd", "dq", "dkv")}
     for name, hop in block_hops(c).items():
-        if name == "full": continue
+        if name == "full":
+            continue
         for part, call in block_calls(hop, q, k, v, do).items():
             table[part][name] = 1e-3 * rank_ms(call, 5, 2)
     kv = heads * c * head_dim
     p = project(table, layout="zigzag", ranks=N, rows=c, kv_bytes=4 * kv, packet_bytes=8 * kv, alpha=alpha, beta=beta)
     projected_ms = 1e3 * (p["fwd"] + p["bwd"])
-    return {"n": tokens, "N": N, "alpha": alpha, "beta": beta, "projected_ms": projected_ms, "measured_ms": measured_ms,
-            "error": projected_ms / measured_ms - 1}
+    return {
+        "n": tokens,
+        "N": N,
+        "alpha": alpha,
+        "beta": beta,
+        "projected_ms": projected_ms,
+        "measured_ms": measured_ms,
+        "error": projected_ms / measured_ms - 1,
+    }
 
 
 def one_gpu_ms(tokens: int, heads: int = 16, head_dim: int = 128) -> dict[str, float]:
@@ -198,7 +235,7 @@ def one_gpu_ms(tokens: int, heads: int = 16, head_dim: int = 128) -> dict[str, f
     for peer in (partial(attention, is_causal=True), sdpa("flash", is_causal=True), sdpa("cudnn", is_causal=True)):
         try:
             found.append(rank_ms(_steps(peer, q, k, v, do)[1], 5))
-        except RuntimeError:                                                # a backend that this machine lacks
+        except RuntimeError:  # a backend that this machine lacks
             continue
     return {"own_gpu_ms": found[0], "one_gpu_ms": min(found)}
 
@@ -207,8 +244,9 @@ def multi_gpu(budget_s: float = 300.0, longest: int = 2**20):
     "What `torchrun -m attnbook.ring` runs on every GPU: see the text above. Rank 0 records the rows as they come."
     start = time.monotonic()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl", timeout=timedelta(seconds=120),
-                            device_id=torch.device("cuda", torch.cuda.current_device()))
+    dist.init_process_group(
+        "nccl", timeout=timedelta(seconds=120), device_id=torch.device("cuda", torch.cuda.current_device())
+    )
     N, rank = dist.get_world_size(), dist.get_rank()
     groups = {"normal": dist.group.WORLD, "high": high_priority_group()}
 
@@ -227,8 +265,11 @@ def multi_gpu(budget_s: float = 300.0, longest: int = 2**20):
 
     def scale(tokens: int) -> float | None:
         "Measures and records all methods at one length, ours and PyTorch's; the ring's milliseconds."
-        torchs = [f"torch {rotation} {backend}" for backend in (("cudnn", "flash") if tokens <= 2**16 else ("cudnn",))
-                  for rotation in ("allgather", "alltoall")]
+        torchs = [
+            f"torch {rotation} {backend}"
+            for backend in (("cudnn", "flash") if tokens <= 2**16 else ("cudnn",))
+            for rotation in ("allgather", "alltoall")
+        ]
         methods = ["ring", *torchs, "ulysses", "allgather"] if tokens <= 2**18 else ["ring", *torchs]
         single, found = one_gpu_ms(tokens) if tokens <= 2**17 else {}, None
         repeats = 25 if tokens <= 2**15 else 5 if tokens <= 2**17 else 1
@@ -242,7 +283,8 @@ def multi_gpu(budget_s: float = 300.0, longest: int = 2**20):
     for row in multi_gpu_errors():
         keep("multi errors", ("method", "layout", "is_causal", "dtype", "head_dim", "N"), {"N": N, **row})
     for tokens in sorted({n for n in (N * 2**13, N * 2**14, 2**16, 2**17, 2**18, 2**19, 2**20) if n <= longest}):
-        if not time_left(): break
+        if not time_left():
+            break
         ms = scale(tokens)
         if ms and tokens <= 2**17:
             keep("multi overlap", ("n", "N"), multi_gpu_overlap(tokens, groups))

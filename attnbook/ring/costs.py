@@ -10,8 +10,9 @@ from ..checks import check_choice
 from .reference import Hop, chunk_of, hop_pairs
 
 # %% ../../nbs/4_long_context/ring.ipynb #e2b00c7a
-def memory_elements(method: str, *, batch: int, length: int, width: int, heads: int, ranks: int,
-                    projected: int = 256) -> dict[str, float]:
+def memory_elements(
+    method: str, *, batch: int, length: int, width: int, heads: int, ranks: int, projected: int = 256
+) -> dict[str, float]:
     """Elements that one rank holds for one layer: `{"mlp": …, "attention": …}`.
 
     `method`: "tensor", "rsa", "ring" or "linformer". Source: Li et al. 2021, Sec. 3; "ring" is "rsa" without scores.
@@ -19,32 +20,59 @@ def memory_elements(method: str, *, batch: int, length: int, width: int, heads: 
     B, L, H, Z, N, K, A = batch, length, width, heads, ranks, projected, width // heads
     check_choice("method", method, ("tensor", "rsa", "ring", "linformer"))
     if method == "tensor":
-        return {"mlp": 32 * H**2 / N + 4 * B * L * H / N + B * L * H,
-                "attention": 16 * A * Z * H / N + 4 * B * L * Z * A / N + B * Z * L**2 / N + B * L * H}
+        return {
+            "mlp": 32 * H**2 / N + 4 * B * L * H / N + B * L * H,
+            "attention": 16 * A * Z * H / N + 4 * B * L * Z * A / N + B * Z * L**2 / N + B * L * H,
+        }
     mlp = 32 * H**2 + 5 * B * L * H / N
     if method == "linformer":
-        return {"mlp": mlp, "attention": 2 * A * Z * H + 2 * B * Z * L * A / N + B * Z * L * K / N + B * L * H / N
-                + 2 * B * Z * K * A}
+        return {
+            "mlp": mlp,
+            "attention": 2 * A * Z * H + 2 * B * Z * L * A / N + B * Z * L * K / N + B * L * H / N + 2 * B * Z * K * A,
+        }
     scores = B * Z * L**2 / N if method == "rsa" else 0
     return {"mlp": mlp, "attention": 16 * A * Z * H + 4 * B * Z * L * A / N + scores + B * L * H / N}
 
 
-def largest(what: str, method: str, *, width: int, heads: int, ranks: int, batch: int = 1, length: int = 1,
-            memory: float = 16e9, layers: int = 12, itemsize: int = 4) -> int:
-    "The largest `what` (\"batch\" or \"length\") whose layers fit into `memory` bytes by `memory_elements`."
+def largest(
+    what: str,
+    method: str,
+    *,
+    width: int,
+    heads: int,
+    ranks: int,
+    batch: int = 1,
+    length: int = 1,
+    memory: float = 16e9,
+    layers: int = 12,
+    itemsize: int = 4,
+) -> int:
+    'The largest `what` ("batch" or "length") whose layers fit into `memory` bytes by `memory_elements`.'
     shape = dict(width=width, heads=heads, ranks=ranks, batch=batch, length=length)
     fits = lambda n: layers * itemsize * sum(memory_elements(method, **{**shape, what: n}).values()) <= memory
     n = 1
-    while fits(2 * n): n *= 2
+    while fits(2 * n):
+        n *= 2
     lo, hi = n, 2 * n
     while hi - lo > 1:
         lo, hi = ((lo + hi) // 2, hi) if fits((lo + hi) // 2) else (lo, (lo + hi) // 2)
     return lo if fits(lo) else 0
 
 # %% ../../nbs/4_long_context/ring.ipynb #8420ce1e
-def comm_bytes(method: str, *, ranks: int, batch: int, heads: int, rows: int, head_dim: int,
-               kv_heads: int | None = None, itemsize: int = 2,
-               packet_itemsize: int = 4, reduction: str = "all_reduce", projected: int = 256) -> dict[str, int]:
+def comm_bytes(
+    method: str,
+    *,
+    ranks: int,
+    batch: int,
+    heads: int,
+    rows: int,
+    head_dim: int,
+    kv_heads: int | None = None,
+    itemsize: int = 2,
+    packet_itemsize: int = 4,
+    reduction: str = "all_reduce",
+    projected: int = 256,
+) -> dict[str, int]:
     """Bytes that one rank sends for one attention layer: `{"fwd": …, "bwd": …}`.
 
     `method`: "ring", "rsa", "ulysses", "allgather", "linformer", or "tensor" (Megatron's all-reduces of a whole layer).
@@ -52,21 +80,26 @@ def comm_bytes(method: str, *, ranks: int, batch: int, heads: int, rows: int, he
     """
     check_choice("method", method, ("ring", "rsa", "ulysses", "allgather", "linformer", "tensor"))
     N, n, Hk = ranks, ranks - 1, kv_heads or heads
-    kv = batch * Hk * rows * head_dim                                              # elements of one rank's K, or V
+    kv = batch * Hk * rows * head_dim  # elements of one rank's K, or V
     if method == "ring":
         return {"fwd": 2 * n * kv * itemsize, "bwd": 2 * n * kv * (itemsize + packet_itemsize)}
     if method == "rsa":
         reduced = (2 if reduction == "all_reduce" else 1) * packet_itemsize
         return {"fwd": 2 * n * kv * itemsize, "bwd": 2 * n * kv * (itemsize + reduced)}
-    moved = {"allgather": 2 * n * kv * itemsize,
-             "ulysses": batch * rows * head_dim * (2 * heads + 2 * (Hk if Hk % N == 0 else N)) * itemsize * n // N,
-             "linformer": 2 * (2 * n * batch * Hk * projected * head_dim * itemsize // N),
-             "tensor": 2 * (2 * n * batch * rows * heads * head_dim * itemsize)}[method]  # two all-reduces of B L H
+    moved = {
+        "allgather": 2 * n * kv * itemsize,
+        "ulysses": batch * rows * head_dim * (2 * heads + 2 * (Hk if Hk % N == 0 else N)) * itemsize * n // N,
+        "linformer": 2 * (2 * n * batch * Hk * projected * head_dim * itemsize // N),
+        "tensor": 2 * (2 * n * batch * rows * heads * head_dim * itemsize),
+    }[method]  # two all-reduces of B L H
     return {"fwd": moved, "bwd": moved}
 
 # %% ../../nbs/4_long_context/ring.ipynb #4514e7b1
-NETWORKS = {"NVLink": (5e-6, 350e9),
-            "InfiniBand": (10e-6, 45e9)}  # seconds, bytes per second and direction: assumed, not measured
+NETWORKS = {
+    "NVLink": (5e-6, 350e9),
+    "InfiniBand": (10e-6, 45e9),
+}  # seconds, bytes per second and direction: assumed, not measured
+
 
 def hop_kind(hop: Hop) -> str:
     "What a block of a ring looks like: none, full, causal (about half), half_k (dense, half the keys) or half_q."
@@ -79,8 +112,18 @@ def hop_kind(hop: Hop) -> str:
     return "causal" if pairs != dense else "half_k" if hop.keys < hop.k.rows else "half_q"
 
 
-def project(block_s: dict, *, layout: str, ranks: int, rows: int, kv_bytes: float, packet_bytes: float, alpha: float,
-            beta: float, causal: bool = True) -> dict[str, float]:
+def project(
+    block_s: dict,
+    *,
+    layout: str,
+    ranks: int,
+    rows: int,
+    kv_bytes: float,
+    packet_bytes: float,
+    alpha: float,
+    beta: float,
+    causal: bool = True,
+) -> dict[str, float]:
     """Projected seconds of ring attention: `{"fwd", "bwd", "ideal_fwd", "ideal_bwd", "efficiency"}`.
 
     `block_s`: seconds of a block by kind (see `hop_kind`): `{"fwd": {kind: s}, "dq": …, "dkv": …}`. `kv_bytes`: K and V
@@ -96,12 +139,22 @@ def project(block_s: dict, *, layout: str, ranks: int, rows: int, kv_bytes: floa
     for s in range(ranks):
         more = s < ranks - 1
         fwd += max(max(cost("fwd", k), t_kv * more) for k in kinds[s])
-        bwd += max(max(cost("dq", k) + (cost("dkv", k) if s else 0), (t_kv + t_packet) * more)
-                   + max(0, t_packet - cost("dq", k)) * (s > 1) for k in kinds[s])
+        bwd += max(
+            max(cost("dq", k) + (cost("dkv", k) if s else 0), (t_kv + t_packet) * more)
+            + max(0, t_packet - cost("dq", k)) * (s > 1)
+            for k in kinds[s]
+        )
     bwd += max(max(cost("dkv", k), t_packet) for k in kinds[0])
     pairs = {k: hop_pairs(*h) for row, names in zip(hops, kinds) for h, k in zip(row, names) if k != "none"}
     total = sum(hop_pairs(*h) for row in hops for h in row) / ranks
-    ideal = {p: min(sum(block_s[x][k] for x in parts) / n for k, n in pairs.items()) * total
-             for p, parts in (("fwd", ("fwd",)), ("bwd", ("dq", "dkv")))}
-    return {"fwd": fwd, "bwd": bwd, "ideal_fwd": ideal["fwd"], "ideal_bwd": ideal["bwd"],
-            "efficiency": sum(ideal.values()) / (fwd + bwd)}
+    ideal = {
+        p: min(sum(block_s[x][k] for x in parts) / n for k, n in pairs.items()) * total
+        for p, parts in (("fwd", ("fwd",)), ("bwd", ("dq", "dkv")))
+    }
+    return {
+        "fwd": fwd,
+        "bwd": bwd,
+        "ideal_fwd": ideal["fwd"],
+        "ideal_bwd": ideal["bwd"],
+        "efficiency": sum(ideal.values()) / (fwd + bwd),
+    }

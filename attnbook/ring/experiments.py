@@ -37,30 +37,55 @@ def work_experiment(length: int, ranks: Sequence[int], device: str = "cpu") -> l
             pairs = rank_pairs(layout, N, length)
             for method, fn in METHODS.items():
                 g = torch.Generator().manual_seed(0)
-                whole = [torch.randn(1, 12, length, 8, generator=g, dtype=torch.float64).to(device).requires_grad_()
-                         for _ in range(3)]
+                whole = [
+                    torch.randn(1, 12, length, 8, generator=g, dtype=torch.float64).to(device).requires_grad_()
+                    for _ in range(3)
+                ]
                 group, cotangent = SimulatedGroup(N), torch.randn(whole[0].shape, generator=g, dtype=torch.float64)
                 grads = []
-                for run in (lambda *s: attention_reference(*s, is_causal=True), lambda *s: unshard_sequence(
-                        fn(*(shard_sequence(x, 2, group, layout, pad=True) for x in s), group=group, layout=layout,
-                           is_causal=True, length=length), 2, group, layout, length=length)):
+                for run in (
+                    lambda *s: attention_reference(*s, is_causal=True),
+                    lambda *s: unshard_sequence(
+                        fn(
+                            *(shard_sequence(x, 2, group, layout, pad=True) for x in s),
+                            group=group,
+                            layout=layout,
+                            is_causal=True,
+                            length=length,
+                        ),
+                        2,
+                        group,
+                        layout,
+                        length=length,
+                    ),
+                ):
                     out = run(*whole)
                     grads.append([out.detach(), *torch.autograd.grad(out, whole, cotangent.to(device))])
                 error = max(float((a - b).norm() / b.norm()) for a, b in zip(*grads))
-                rows.append({"method": method, "layout": layout, "N": N, "L": length, "error": error,
-                             "busiest": float(pairs.sum(1).max() / pairs.sum(1).mean()),
-                             "ideal": float(pairs.sum() / N / pairs.max(0).sum())})
+                rows.append(
+                    {
+                        "method": method,
+                        "layout": layout,
+                        "N": N,
+                        "L": length,
+                        "error": error,
+                        "busiest": float(pairs.sum(1).max() / pairs.sum(1).mean()),
+                        "ideal": float(pairs.sum() / N / pairs.max(0).sum()),
+                    }
+                )
     return rows
 
 # %% ../../nbs/4_long_context/ring.ipynb #88b2521f
 def saved_bytes(fn: Callable[[], Any], parameters: Sequence[Tensor] = ()) -> int:
     "Bytes that autograd keeps for the backward pass of `fn()`, every storage once, parameters not counted."
     kept, own = {}, {p.untyped_storage().data_ptr() for p in parameters}
+
     def pack(t):
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
         return t
+
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = fn()
     assert out is not None
@@ -70,6 +95,7 @@ def saved_bytes(fn: Callable[[], Any], parameters: Sequence[Tensor] = ()) -> int
 class TensorParallelBlock(nn.Module):
     """One rank's share of a Megatron block: 1/N of the heads and of the MLP, whole activations. All-reduces are left
     out: they keep nothing."""
+
     def __init__(self, embed_dim: int, num_heads: int, ranks: int):
         super().__init__()
         self.heads, self.dim = num_heads // ranks, embed_dim // num_heads
@@ -86,8 +112,9 @@ class TensorParallelBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 # %% ../../nbs/4_long_context/ring.ipynb #72e0fece
-def memory_experiment(layers: int, hidden: int, heads: int, length: int, batch: int, ranks: Sequence[int],
-                      device: str = "cpu") -> list[dict]:
+def memory_experiment(
+    layers: int, hidden: int, heads: int, length: int, batch: int, ranks: Sequence[int], device: str = "cpu"
+) -> list[dict]:
     """Saved bytes per rank and layer, weak scaling in batch and in length, for tensor parallelism, two-phase RSA and
     the ring."""
     rows = []
@@ -101,40 +128,78 @@ def memory_experiment(layers: int, hidden: int, heads: int, length: int, batch: 
             else:
                 attend = partial(RingSelfAttention, hidden, heads, group=group, method=method, layout="contiguous")
                 blocks = nn.ModuleList(Block(attend(), 4 * hidden) for _ in range(layers)).to(device)
+
                 def run():
                     x = shard_sequence(torch.zeros(B, L, hidden, device=device), 1, group)
-                    for block in blocks: x = block(x)
+                    for block in blocks:
+                        x = block(x)
                     return x
+
             held = saved_bytes(run, list(blocks.parameters())) / layers / (1 if method == "tensor" else N)
             # the formulas' activations: what they give for no weights
             formula = memory_elements(method, batch=B, length=L, width=hidden, heads=heads, ranks=N)
             weights = memory_elements(method, batch=0, length=L, width=hidden, heads=heads, ranks=N)
-            rows.append({"scaling": scaling, "method": method, "N": N, "B": B, "L": L, "bytes": held,
-                         "formula_bytes": 4 * (sum(formula.values()) - sum(weights.values()))})
+            rows.append(
+                {
+                    "scaling": scaling,
+                    "method": method,
+                    "N": N,
+                    "B": B,
+                    "L": L,
+                    "bytes": held,
+                    "formula_bytes": 4 * (sum(formula.values()) - sum(weights.values())),
+                }
+            )
     return rows
 
 # %% ../../nbs/4_long_context/ring.ipynb #ee112f64
-def wire_experiment(batch: int, heads: int, kv_heads: int, length: int, head_dim: int, ranks: Sequence[int],
-                    device: str = "cpu") -> list[dict]:
+def wire_experiment(
+    batch: int, heads: int, kv_heads: int, length: int, head_dim: int, ranks: Sequence[int], device: str = "cpu"
+) -> list[dict]:
     "Bytes that a rank sends in the forward and backward pass of each method, counted, beside `comm_bytes`; float32."
     rows = []
     for N in ranks:
-        for name, packets in (("rsa", {}), ("rsa", {"reduction": "reduce_scatter"}), ("ring", {}), ("ulysses", {}),
-                              ("allgather", {})):
-            if name == "ulysses" and (heads % N or (kv_heads % N and N % kv_heads)): continue
+        for name, packets in (
+            ("rsa", {}),
+            ("rsa", {"reduction": "reduce_scatter"}),
+            ("ring", {}),
+            ("ulysses", {}),
+            ("allgather", {}),
+        ):
+            if name == "ulysses" and (heads % N or (kv_heads % N and N % kv_heads)):
+                continue
             group = SimulatedGroup(N)
-            q, k, v = (shard_sequence(torch.randn(batch, h, length, head_dim, device=device), 2, group)
-                       for h in (heads, kv_heads, kv_heads))
+            q, k, v = (
+                shard_sequence(torch.randn(batch, h, length, head_dim, device=device), 2, group)
+                for h in (heads, kv_heads, kv_heads)
+            )
             leaves = [t.requires_grad_() for t in (*q, *k, *v)]
             out = METHODS[name](q, k, v, group=group, layout="contiguous", **packets)
             sent = [sum(c.values()) for c in group.traffic]
             torch.autograd.grad(out, leaves, [torch.ones_like(o) for o in out])
             both = [sum(c.values()) for c in group.traffic]
-            want = comm_bytes(name, ranks=N, batch=batch, heads=heads, kv_heads=kv_heads, rows=length // N,
-                              head_dim=head_dim, itemsize=4, packet_itemsize=4, **packets)
+            want = comm_bytes(
+                name,
+                ranks=N,
+                batch=batch,
+                heads=heads,
+                kv_heads=kv_heads,
+                rows=length // N,
+                head_dim=head_dim,
+                itemsize=4,
+                packet_itemsize=4,
+                **packets,
+            )
             assert len(set(sent)) == 1 == len(set(both)), "ranks send unequal amounts"
-            rows.append({"method": name + (", reduce-scatter" if packets else ""), "N": N, "fwd": sent[0],
-                         "bwd": both[0] - sent[0], "exact": (sent[0], both[0] - sent[0]) == (want["fwd"], want["bwd"])})
+            rows.append(
+                {
+                    "method": name + (", reduce-scatter" if packets else ""),
+                    "N": N,
+                    "fwd": sent[0],
+                    "bwd": both[0] - sent[0],
+                    "exact": (sent[0], both[0] - sent[0]) == (want["fwd"], want["bwd"]),
+                }
+            )
     return rows
 
 # %% ../../nbs/4_long_context/ring.ipynb #f3c68aa3
@@ -152,18 +217,41 @@ def block_times(rows: Sequence[dict], rows_per_rank: int, heads: int, kv_heads: 
     return table if len(table["fwd"]) == 4 else None
 
 
-def projected(rows: Sequence[dict], *, layout: str, ranks: int, rows_per_rank: int, heads: int = 16, kv_heads: int = 16,
-              head_dim: int = 128, network: str = "NVLink") -> dict | None:
+def projected(
+    rows: Sequence[dict],
+    *,
+    layout: str,
+    ranks: int,
+    rows_per_rank: int,
+    heads: int = 16,
+    kv_heads: int = 16,
+    head_dim: int = 128,
+    network: str = "NVLink",
+) -> dict | None:
     """The projection for bf16 ring attention with float32 packets on one of `NETWORKS`; None where blocks were not
     measured."""
     table, kv = block_times(rows, rows_per_rank, heads, kv_heads), kv_heads * rows_per_rank * head_dim
     alpha, beta = NETWORKS[network]
-    return table and project(table, layout=layout, ranks=ranks, rows=rows_per_rank, kv_bytes=4 * kv,
-                             packet_bytes=8 * kv, alpha=alpha, beta=beta)
+    return table and project(
+        table,
+        layout=layout,
+        ranks=ranks,
+        rows=rows_per_rank,
+        kv_bytes=4 * kv,
+        packet_bytes=8 * kv,
+        alpha=alpha,
+        beta=beta,
+    )
 
 # %% ../../nbs/4_long_context/ring.ipynb #a553c330
-def merged_forward(q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], attend: Callable,
-                   is_causal: bool = False, merge: Callable | None = None) -> list[Tensor]:
+def merged_forward(
+    q: Sequence[Tensor],
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    attend: Callable,
+    is_causal: bool = False,
+    merge: Callable | None = None,
+) -> list[Tensor]:
     """Ring attention of all ranks by finished blocks, as usually written: `attend(q, k, v, is_causal) -> (out, lse)` in
     the inputs' type, merged hop by hop in float32.
 
@@ -189,24 +277,34 @@ def merged_forward(q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor]
     return outs
 
 # %% ../../nbs/4_long_context/ring.ipynb #b5f6d9c0
-def precision_experiment(length: int, ranks: Sequence[int], head_dim: int, heads: int, device: str = "cpu",
-                         seed: int = 0) -> list[dict]:
+def precision_experiment(
+    length: int, ranks: Sequence[int], head_dim: int, heads: int, device: str = "cpu", seed: int = 0
+) -> list[dict]:
     "Error of the output in bf16 against float64, carried state and merged blocks, over the number of ranks."
     g = torch.Generator().manual_seed(seed)
     qkv = [torch.randn(1, heads, length, head_dim, generator=g).to(device, torch.bfloat16) for _ in range(3)]
     truth = attention_reference(*(t.double() for t in qkv))
     error = lambda out: float((out.double() - truth).norm() / truth.norm())
     rounded = lambda q, k, v, causal: attention_reference(q, k, v, return_lse=True)
+
     def narrow(*blocks):
         out, lse = merge_attention(*blocks)
         return out.bfloat16().float(), lse
+
     rows = []
     for N in ranks:
         shards = [t.chunk(N, 2) for t in qkv]
         carried = ring_attention(*shards, group=SimulatedGroup(N), layout="contiguous")
         merged, low = merged_forward(*shards, rounded), merged_forward(*shards, rounded, merge=narrow)
-        rows.append({"N": N, "L": length, "carried": error(torch.cat(carried, 2)),
-                     "merged": error(torch.cat(merged, 2)), "merged_bf16": error(torch.cat(low, 2))})
+        rows.append(
+            {
+                "N": N,
+                "L": length,
+                "carried": error(torch.cat(carried, 2)),
+                "merged": error(torch.cat(merged, 2)),
+                "merged_bf16": error(torch.cat(low, 2)),
+            }
+        )
     return rows
 
 # %% ../../nbs/4_long_context/ring.ipynb #f314c067
@@ -219,6 +317,7 @@ def _compiled_merge():
     def merge(out, lse, o, e):
         out = out - torch.sigmoid(e - lse)[..., None] * (out - o)
         return out, lse - F.logsigmoid(lse - e)
+
     return torch.compile(merge, dynamic=False)
 
 
@@ -232,14 +331,16 @@ def _zigzag_blocks(N: int, r: int, c: int):
 class MergedRing(torch.autograd.Function):
     """Zigzag ring attention of all ranks by finished flash blocks: the peer of the benchmark. Shards `(N, batch, heads,
     c, head_dim)`."""
+
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         "Output of all ranks, `(N, batch, heads, c, head_dim)`."
         outs = []
         for r in range(len(q)):
             for source, rows, keys, causal in _zigzag_blocks(len(q), r, q.shape[3]):
-                o, e, *_, seed, offset, _ = _flash(q[r][:, :, rows], k[source][:, :, keys], v[source][:, :, keys],
-                                                   causal)
+                o, e, *_, seed, offset, _ = _flash(
+                    q[r][:, :, rows], k[source][:, :, keys], v[source][:, :, keys], causal
+                )
                 if causal:
                     out, lse = o.float(), e
                 elif rows.start == 0:
@@ -260,8 +361,21 @@ class MergedRing(torch.autograd.Function):
             for source, rows, keys, causal in _zigzag_blocks(len(q), r, q.shape[3]):
                 cut = lambda t: t[r][:, :, rows]
                 a, b, c = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-                    cut(do), cut(q), k[source][:, :, keys], v[source][:, :, keys], cut(out), cut(lse).contiguous(),
-                    None, None, rows.stop - rows.start, keys.stop - keys.start, 0.0, causal, seed, offset)
+                    cut(do),
+                    cut(q),
+                    k[source][:, :, keys],
+                    v[source][:, :, keys],
+                    cut(out),
+                    cut(lse).contiguous(),
+                    None,
+                    None,
+                    rows.stop - rows.start,
+                    keys.stop - keys.start,
+                    0.0,
+                    causal,
+                    seed,
+                    offset,
+                )
                 cut(dq).add_(a), dk[source][:, :, keys].add_(b), dv[source][:, :, keys].add_(c)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
@@ -269,17 +383,23 @@ class MergedRing(torch.autograd.Function):
 def block_hops(rows: int) -> dict[str, Hop]:
     "One hop of each kind between chunks of `rows` rows."
     zig = lambda r: chunk_of("zigzag", r, 4, rows)
-    return {"causal": Hop(zig(1), zig(1), True), "half_k": Hop(zig(1), zig(0), True),
-            "half_q": Hop(zig(1), zig(2), True), "full": Hop(zig(1), zig(0), False)}
+    return {
+        "causal": Hop(zig(1), zig(1), True),
+        "half_k": Hop(zig(1), zig(0), True),
+        "half_q": Hop(zig(1), zig(2), True),
+        "full": Hop(zig(1), zig(0), False),
+    }
 
 
 def block_calls(hop: Hop, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> dict[str, Callable]:
     "Calls of the three kernels of one middle hop: forward, dQ, and dK with dV."
-    scale = q.shape[-1]**-0.5
+    scale = q.shape[-1] ** -0.5
     state, (out, lse) = block_forward(q, k, v, hop, scale), block_forward(q, k, v, hop, scale, last=True)
     s = Saved(q, out, do, lse, torch.empty_like(lse), torch.empty_like(lse), torch.empty_like(q, dtype=torch.float32))
     block_backward_dq(s, k, v, hop, scale, first=True)
     packet = block_backward_dkv(s, k, v, hop, scale)
-    return {"fwd": lambda: block_forward(q, k, v, hop, scale, state),
-            "dq": lambda: block_backward_dq(s, k, v, hop, scale),
-            "dkv": lambda: block_backward_dkv(s, k, v, hop, scale, packet)}
+    return {
+        "fwd": lambda: block_forward(q, k, v, hop, scale, state),
+        "dq": lambda: block_backward_dq(s, k, v, hop, scale),
+        "dkv": lambda: block_backward_dkv(s, k, v, hop, scale, packet),
+    }

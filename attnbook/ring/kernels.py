@@ -35,15 +35,19 @@ from .reference import Hop, Saved, State
 # %% ../../nbs/4_long_context/ring.ipynb #c1e07c71
 class RingConstants(NamedTuple):
     "What the kernels of the ring know when they are compiled: C of the hooks."
+
     causal: int
+
 
 # Legend of ints[A + n], A = 0 for queries and 6 for keys, the fields of a Chunk in their order:
 # n = 0 rows, 1 first, 2 second, 3 half (rows of the first run), 4 stride, 5 length
+
 
 @triton.jit
 def row_position(n, ints, A: tl.constexpr):
     "Position of local row n; A is 0 for queries and 6 for keys."
     return tl.where(n < ints[A + 3], ints[A + 1] + n * ints[A + 4], ints[A + 2] + (n - ints[A + 3]) * ints[A + 4])
+
 
 @triton.jit
 def rows_up_to(t, ints, A: tl.constexpr):
@@ -51,6 +55,7 @@ def rows_up_to(t, ints, A: tl.constexpr):
     a = tl.minimum(tl.maximum(t - ints[A + 1] + ints[A + 4], 0) // ints[A + 4], ints[A + 3])
     b = tl.minimum(tl.maximum(t - ints[A + 2] + ints[A + 4], 0) // ints[A + 4], ints[A] - ints[A + 3])
     return a + b
+
 
 @triton.jit
 def row_limit(n, ints, C: tl.constexpr):
@@ -66,11 +71,13 @@ def ring_q_step(i, state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
     n = i * BM + tl.arange(0, BM)
     return i * BM, (n,), (n,), n < ints[0], (row_limit(n, ints, C),)
 
+
 @triton.jit
 def ring_k_step(j, state, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
     "Key rows of step j, with their positions."
     n = j * BN + tl.arange(0, BN)
     return j * BN, (n,), (n,), n < ints[6], (row_position(n, ints, 6),)
+
 
 @triton.jit
 def ring_q_tile(i, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
@@ -78,11 +85,13 @@ def ring_q_tile(i, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr):
     n = i * BM + tl.arange(0, BM)
     return i * BM, (n,), (n,), n < ints[0], (row_limit(n, ints, C),), (i * BM,)
 
+
 @triton.jit
 def ring_k_tile(j, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
     "Key rows of tile j; the state is its first row."
     n = j * BN + tl.arange(0, BN)
     return j * BN, (n,), (n,), n < ints[6], (row_position(n, ints, 6),), (j * BN,)
+
 
 @triton.jit
 def ring_mask(qpos, kpos, ops, ints, C: tl.constexpr):
@@ -98,6 +107,7 @@ def ring_k_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: t
     most = tl.where(last >= first, row_limit(last, ints, C), -1)
     least = tl.where(tl.minimum(first + BM, ints[0]) <= real, row_limit(first, ints, C), -1)
     return 0, 0, rows_up_to(least, ints, 6) // BN, tl.cdiv(rows_up_to(most, ints, 6), BN)
+
 
 @triton.jit
 def ring_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
@@ -120,61 +130,180 @@ def _free_of_masks(ints, consts, BM: int, BN: int) -> bool:
     return not consts[0] and whole and Hop.of(ints, False).padding == 0
 
 
-RING = register_program(TileProgram(
-    "ring", ring_q_tile, ring_k_span, ring_k_step, ring_k_tile, ring_q_span, ring_q_step, mask=ring_mask,
-    consecutive=True, heavy_last=True, unmasked=_free_of_masks,
-    expand=lambda q, v, ints, consts: RingConstants(*consts),
-    q_tiles=lambda ints, consts, BM: -(-ints[0] // BM), k_tiles=lambda ints, consts, BN: -(-ints[6] // BN)))
+RING = register_program(
+    TileProgram(
+        "ring",
+        ring_q_tile,
+        ring_k_span,
+        ring_k_step,
+        ring_k_tile,
+        ring_q_span,
+        ring_q_step,
+        mask=ring_mask,
+        consecutive=True,
+        heavy_last=True,
+        unmasked=_free_of_masks,
+        expand=lambda q, v, ints, consts: RingConstants(*consts),
+        q_tiles=lambda ints, consts, BM: -(-ints[0] // BM),
+        k_tiles=lambda ints, consts, BN: -(-ints[6] // BN),
+    )
+)
 
 # %% ../../nbs/4_long_context/ring.ipynb #f3239990
-@triton.jit(do_not_specialize=["n0", "n1", "n2", "n3", "n4", "n5", "m0", "m1", "m2", "m3", "m4", "m5", "first_tile",
-                               "num_tiles", "together"])
-def ring_forward(Q, K, V, ACC, M, L, O, LSE, sq, sk, sv, sa, sl, so, scale,
-                 n0, n1, n2, n3, n4, n5, m0, m1, m2, m3, m4, m5,                     # the queries' Chunk, the keys'
-                 first_tile, num_tiles, together, H, C: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr,
-                 MASKS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                 D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TMA: tl.constexpr,
-                 WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):
+@triton.jit(
+    do_not_specialize=[
+        "n0",
+        "n1",
+        "n2",
+        "n3",
+        "n4",
+        "n5",
+        "m0",
+        "m1",
+        "m2",
+        "m3",
+        "m4",
+        "m5",
+        "first_tile",
+        "num_tiles",
+        "together",
+    ]
+)
+def ring_forward(
+    Q,
+    K,
+    V,
+    ACC,
+    M,
+    L,
+    O,
+    LSE,
+    sq,
+    sk,
+    sv,
+    sa,
+    sl,
+    so,
+    scale,
+    n0,
+    n1,
+    n2,
+    n3,
+    n4,
+    n5,
+    m0,
+    m1,
+    m2,
+    m3,
+    m4,
+    m5,  # the queries' Chunk, the keys'
+    first_tile,
+    num_tiles,
+    together,
+    H,
+    C: tl.constexpr,
+    GROUP: tl.constexpr,
+    FOLD: tl.constexpr,
+    MASKS: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     "Takes one visiting chunk into the state of a query tile. Grid: num_tiles * batch * heads."
     bh, i = tile_of_program(num_tiles, together)
-    i = first_tile + num_tiles - 1 - i                                                     # heavy tiles first
+    i = first_tile + num_tiles - 1 - i  # heavy tiles first
     b, h = bh // H, bh % H
     ints = (n0, n1, n2, n3, n4, n5, m0, m1, m2, m3, m4, m5)
     start, coords, slots, ok, qpos, state = ring_q_tile(i, b, h, (), ints, C, BM)
-    q = load_rows(head_base(Q, b, h, sq), coords, sq, ok, D, BD, True, WIDE)               # [BM, BD]
+    q = load_rows(head_base(Q, b, h, sq), coords, sq, ok, D, BD, True, WIDE)  # [BM, BD]
     if FIRST:
         m = tl.full([BM], float("-inf"), tl.float32)
         l = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, BDV], tl.float32)
     else:
-        m = tl.load(row_ptr(M, b, h, slots, sl), mask=ok, other=float("-inf"))             # [BM]
-        l = tl.load(row_ptr(L, b, h, slots, sl), mask=ok, other=0.0)                       # [BM]
-        acc = load_rows(head_base(ACC, b, h, sa), slots, sa, ok, DV, BDV, True, WIDE)      # [BM, BDV]
+        m = tl.load(row_ptr(M, b, h, slots, sl), mask=ok, other=float("-inf"))  # [BM]
+        l = tl.load(row_ptr(L, b, h, slots, sl), mask=ok, other=0.0)  # [BM]
+        acc = load_rows(head_base(ACC, b, h, sa), slots, sa, ok, DV, BDV, True, WIDE)  # [BM, BDV]
     lo, full_lo, full_hi, hi = ring_k_span(state, b, h, (), ints, C, BM, BN)
     hk = h // GROUP
     p = tl.zeros([BM, BN], tl.float32)
     alpha = tl.full([BM], 1.0, tl.float32)
-    if lo < hi:                                                                            # scores run one step ahead
-        qk, k, kok, kpos = score_step(q, qpos, K, lo, b, h, hk, state, sk, (), ints, C, ring_k_step, None, MASKS, BN,
-                                      D, BD, TMA, WIDE, PRECISION)
-        p, alpha, m, l = softmax_step(m, l, qk, q, k, kok, qpos, kpos, lo >= full_hi, b, h, scale, (), ints, C,
-                                      ring_mask, None, FOLD, MASKS)
+    if lo < hi:  # scores run one step ahead
+        qk, k, kok, kpos = score_step(
+            q, qpos, K, lo, b, h, hk, state, sk, (), ints, C, ring_k_step, None, MASKS, BN, D, BD, TMA, WIDE, PRECISION
+        )
+        p, alpha, m, l = softmax_step(
+            m, l, qk, q, k, kok, qpos, kpos, lo >= full_hi, b, h, scale, (), ints, C, ring_mask, None, FOLD, MASKS
+        )
     for j in tl.range(lo + 1, hi, num_stages=STAGES):
-        weights = p.to(q.dtype)                                                            # of step j - 1
-        qk, k, kok, kpos = score_step(q, qpos, K, j, b, h, hk, state, sk, (), ints, C, ring_k_step, None, MASKS, BN,
-                                      D, BD, TMA, WIDE, PRECISION)
-        acc = value_step(acc, weights, alpha, V, j - 1, b, h, hk, state, sv, (), ints, C, ring_k_step, MASKS, BN, DV,
-                         BDV, TMA, WIDE, PRECISION)
-        p, alpha, m, l = softmax_step(m, l, qk, q, k, kok, qpos, kpos, j >= full_hi, b, h, scale, (), ints, C,
-                                      ring_mask, None, FOLD, MASKS)
+        weights = p.to(q.dtype)  # of step j - 1
+        qk, k, kok, kpos = score_step(
+            q, qpos, K, j, b, h, hk, state, sk, (), ints, C, ring_k_step, None, MASKS, BN, D, BD, TMA, WIDE, PRECISION
+        )
+        acc = value_step(
+            acc,
+            weights,
+            alpha,
+            V,
+            j - 1,
+            b,
+            h,
+            hk,
+            state,
+            sv,
+            (),
+            ints,
+            C,
+            ring_k_step,
+            MASKS,
+            BN,
+            DV,
+            BDV,
+            TMA,
+            WIDE,
+            PRECISION,
+        )
+        p, alpha, m, l = softmax_step(
+            m, l, qk, q, k, kok, qpos, kpos, j >= full_hi, b, h, scale, (), ints, C, ring_mask, None, FOLD, MASKS
+        )
     if lo < hi:
-        acc = value_step(acc, p.to(q.dtype), alpha, V, hi - 1, b, h, hk, state, sv, (), ints, C, ring_k_step, MASKS, BN,
-                         DV, BDV, TMA, WIDE, PRECISION)
+        acc = value_step(
+            acc,
+            p.to(q.dtype),
+            alpha,
+            V,
+            hi - 1,
+            b,
+            h,
+            hk,
+            state,
+            sv,
+            (),
+            ints,
+            C,
+            ring_k_step,
+            MASKS,
+            BN,
+            DV,
+            BDV,
+            TMA,
+            WIDE,
+            PRECISION,
+        )
     if LAST:
         empty = l == 0.0
         l = tl.where(empty, 1.0, l)
         store_rows(head_base(O, b, h, so), slots, so, ok, acc / l[:, None], DV, BDV, WIDE)
-        lse = tl.where(empty, float("-inf"), (m + tl.log2(l)) * 0.6931471805599453)        # natural logarithm
+        lse = tl.where(empty, float("-inf"), (m + tl.log2(l)) * 0.6931471805599453)  # natural logarithm
         tl.store(row_ptr(LSE, b, h, slots, sl), lse, mask=ok)
     else:
         store_rows(head_base(ACC, b, h, sa), slots, sa, ok, acc, DV, BDV, WIDE)
@@ -182,25 +311,90 @@ def ring_forward(Q, K, V, ACC, M, L, O, LSE, sq, sk, sv, sa, sl, so, scale,
         tl.store(row_ptr(L, b, h, slots, sl), l, mask=ok)
 
 # %% ../../nbs/4_long_context/ring.ipynb #4660f0ea
-@triton.jit(do_not_specialize=["n0", "n1", "n2", "n3", "n4", "n5", "m0", "m1", "m2", "m3", "m4", "m5", "first_tile",
-                               "num_tiles", "together"])
-def ring_backward_dq(Q, K, V, O, DO, LSE, LSE2, DELTA, ACC, DQ, sq, sk, sv, so, sdo, sl, sa, sdq, scale, dq_scale,
-                     n0, n1, n2, n3, n4, n5, m0, m1, m2, m3, m4, m5,                     # the queries' Chunk, the keys'
-                     first_tile, num_tiles, together, H, C: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr,
-                     MASKS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TMA: tl.constexpr,
-                     WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):
+@triton.jit(
+    do_not_specialize=[
+        "n0",
+        "n1",
+        "n2",
+        "n3",
+        "n4",
+        "n5",
+        "m0",
+        "m1",
+        "m2",
+        "m3",
+        "m4",
+        "m5",
+        "first_tile",
+        "num_tiles",
+        "together",
+    ]
+)
+def ring_backward_dq(
+    Q,
+    K,
+    V,
+    O,
+    DO,
+    LSE,
+    LSE2,
+    DELTA,
+    ACC,
+    DQ,
+    sq,
+    sk,
+    sv,
+    so,
+    sdo,
+    sl,
+    sa,
+    sdq,
+    scale,
+    dq_scale,
+    n0,
+    n1,
+    n2,
+    n3,
+    n4,
+    n5,
+    m0,
+    m1,
+    m2,
+    m3,
+    m4,
+    m5,  # the queries' Chunk, the keys'
+    first_tile,
+    num_tiles,
+    together,
+    H,
+    C: tl.constexpr,
+    GROUP: tl.constexpr,
+    FOLD: tl.constexpr,
+    MASKS: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     "Adds what one visiting chunk gives to dQ of a query tile; the first hop also leaves delta and the LSE in base 2."
     bh, i = tile_of_program(num_tiles, together)
     i = first_tile + num_tiles - 1 - i
     b, h = bh // H, bh % H
     ints = (n0, n1, n2, n3, n4, n5, m0, m1, m2, m3, m4, m5)
     start, coords, slots, ok, qpos, state = ring_q_tile(i, b, h, (), ints, C, BM)
-    q = load_rows(head_base(Q, b, h, sq), coords, sq, ok, D, BD, True, WIDE)               # [BM, BD]
-    do = load_rows(head_base(DO, b, h, sdo), slots, sdo, ok, DV, BDV, True, WIDE)          # [BM, BDV]
+    q = load_rows(head_base(Q, b, h, sq), coords, sq, ok, D, BD, True, WIDE)  # [BM, BD]
+    do = load_rows(head_base(DO, b, h, sdo), slots, sdo, ok, DV, BDV, True, WIDE)  # [BM, BDV]
     if FIRST:
-        o = load_rows(head_base(O, b, h, so), slots, so, ok, DV, BDV, True, WIDE)          # [BM, BDV]
-        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)                            # [BM]
+        o = load_rows(head_base(O, b, h, so), slots, so, ok, DV, BDV, True, WIDE)  # [BM, BDV]
+        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BM]
         lse = tl.load(row_ptr(LSE, b, h, slots, sl), mask=ok, other=float("-inf"))
         lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
         tl.store(row_ptr(LSE2, b, h, slots, sl), lse, mask=ok)
@@ -209,27 +403,104 @@ def ring_backward_dq(Q, K, V, O, DO, LSE, LSE2, DELTA, ACC, DQ, sq, sk, sv, so, 
     else:
         delta = tl.load(row_ptr(DELTA, b, h, slots, sl), mask=ok, other=0.0)
         lse = tl.load(row_ptr(LSE2, b, h, slots, sl), mask=ok, other=float("inf"))
-        dq = load_rows(head_base(ACC, b, h, sa), slots, sa, ok, D, BD, True, WIDE)         # [BM, BD]
+        dq = load_rows(head_base(ACC, b, h, sa), slots, sa, ok, D, BD, True, WIDE)  # [BM, BD]
     lo, full_lo, full_hi, hi = ring_k_span(state, b, h, (), ints, C, BM, BN)
-    carry = 0                                                                              # the engine's, not used here
+    carry = 0  # the engine's, not used here
     for j in tl.range(lo, hi, num_stages=STAGES):
-        dq, carry = dq_step(dq, carry, q, q, do, lse, delta, K, V, j, j >= full_hi, b, h, h // GROUP, qpos, state, sk,
-                            sv, scale, (), ints, C, ring_k_step, ring_mask, None, FOLD, MASKS, BN, D, DV, BD, BDV, TMA,
-                            WIDE, PRECISION)
+        dq, carry = dq_step(
+            dq,
+            carry,
+            q,
+            q,
+            do,
+            lse,
+            delta,
+            K,
+            V,
+            j,
+            j >= full_hi,
+            b,
+            h,
+            h // GROUP,
+            qpos,
+            state,
+            sk,
+            sv,
+            scale,
+            (),
+            ints,
+            C,
+            ring_k_step,
+            ring_mask,
+            None,
+            FOLD,
+            MASKS,
+            BN,
+            D,
+            DV,
+            BD,
+            BDV,
+            TMA,
+            WIDE,
+            PRECISION,
+        )
     if LAST:
         store_rows(head_base(DQ, b, h, sdq), slots, sdq, ok, dq * dq_scale, D, BD, WIDE)
     else:
         store_rows(head_base(ACC, b, h, sa), slots, sa, ok, dq, D, BD, WIDE)
 
 # %% ../../nbs/4_long_context/ring.ipynb #fa26b7f4
-@triton.jit(do_not_specialize=["n0", "n1", "n2", "n3", "n4", "n5", "m0", "m1", "m2", "m3", "m4", "m5", "num_tiles",
-                               "together"])
-def ring_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, sq, sk, sv, sdo, sl, sdk, sdv, scale,
-                      n0, n1, n2, n3, n4, n5, m0, m1, m2, m3, m4, m5,                    # the queries' Chunk, the keys'
-                      num_tiles, together, H, C: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr,
-                      MASKS: tl.constexpr, FRESH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                      D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TMA: tl.constexpr,
-                      WIDE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):
+@triton.jit(
+    do_not_specialize=["n0", "n1", "n2", "n3", "n4", "n5", "m0", "m1", "m2", "m3", "m4", "m5", "num_tiles", "together"]
+)
+def ring_backward_dkv(
+    Q,
+    K,
+    V,
+    DO,
+    LSE2,
+    DELTA,
+    DK,
+    DV_OUT,
+    sq,
+    sk,
+    sv,
+    sdo,
+    sl,
+    sdk,
+    sdv,
+    scale,
+    n0,
+    n1,
+    n2,
+    n3,
+    n4,
+    n5,
+    m0,
+    m1,
+    m2,
+    m3,
+    m4,
+    m5,  # the queries' Chunk, the keys'
+    num_tiles,
+    together,
+    H,
+    C: tl.constexpr,
+    GROUP: tl.constexpr,
+    FOLD: tl.constexpr,
+    MASKS: tl.constexpr,
+    FRESH: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """Adds one rank's queries to the packet of a key tile: dK not yet scaled, and dV. Grid: num_tiles * batch *
     kv_heads."""
     bh, j = tile_of_program(num_tiles, together)
@@ -237,8 +508,8 @@ def ring_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, sq, sk, sv, sdo, sl,
     b, hk = bh // HK, bh % HK
     ints = (n0, n1, n2, n3, n4, n5, m0, m1, m2, m3, m4, m5)
     start, coords, slots, ok, kpos, state = ring_k_tile(j, b, hk, (), ints, C, BN)
-    k = load_rows(head_base(K, b, hk, sk), coords, sk, ok, D, BD, True, WIDE)              # [BN, BD]
-    v = load_rows(head_base(V, b, hk, sv), coords, sv, ok, DV, BDV, True, WIDE)            # [BN, BDV]
+    k = load_rows(head_base(K, b, hk, sk), coords, sk, ok, D, BD, True, WIDE)  # [BN, BD]
+    v = load_rows(head_base(V, b, hk, sv), coords, sv, ok, DV, BDV, True, WIDE)  # [BN, BDV]
     # a fresh packet is 0, but ptxas must not know it: it would set the accumulators between the matrix instructions of
     # the second loop and then let these wait for each other
     held = ok & (num_tiles < 0) if FRESH else ok
@@ -248,13 +519,79 @@ def ring_backward_dkv(Q, K, V, DO, LSE2, DELTA, DK, DV_OUT, sq, sk, sv, sdo, sl,
         h = hk * GROUP + g
         lo, full_lo, full_hi, hi = ring_q_span(state, b, h, (), ints, C, BM, BN)
         for i in tl.range(full_lo, full_hi, num_stages=STAGES):
-            dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, (), ints, C,
-                              ring_q_step, ring_mask, None, FOLD, False, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION)
+            dk, dv = dkv_step(
+                dk,
+                dv,
+                k,
+                v,
+                Q,
+                DO,
+                LSE2,
+                DELTA,
+                i,
+                b,
+                h,
+                kpos,
+                state,
+                sq,
+                sdo,
+                sl,
+                scale,
+                (),
+                ints,
+                C,
+                ring_q_step,
+                ring_mask,
+                None,
+                FOLD,
+                False,
+                BM,
+                D,
+                DV,
+                BD,
+                BDV,
+                TMA,
+                WIDE,
+                PRECISION,
+            )
         if MASKS:
             for t in tl.range(0, (full_lo - lo) + (hi - full_hi), num_stages=STAGES):
                 i = masked_step(t, lo, full_lo, full_hi)
-                dk, dv = dkv_step(dk, dv, k, v, Q, DO, LSE2, DELTA, i, b, h, kpos, state, sq, sdo, sl, scale, (), ints,
-                                  C, ring_q_step, ring_mask, None, FOLD, True, BM, D, DV, BD, BDV, TMA, WIDE, PRECISION)
+                dk, dv = dkv_step(
+                    dk,
+                    dv,
+                    k,
+                    v,
+                    Q,
+                    DO,
+                    LSE2,
+                    DELTA,
+                    i,
+                    b,
+                    h,
+                    kpos,
+                    state,
+                    sq,
+                    sdo,
+                    sl,
+                    scale,
+                    (),
+                    ints,
+                    C,
+                    ring_q_step,
+                    ring_mask,
+                    None,
+                    FOLD,
+                    True,
+                    BM,
+                    D,
+                    DV,
+                    BD,
+                    BDV,
+                    TMA,
+                    WIDE,
+                    PRECISION,
+                )
     store_rows(head_base(DK, b, hk, sdk), slots, sdk, ok, dk, D, BD, WIDE)
     store_rows(head_base(DV_OUT, b, hk, sdv), slots, sdv, ok, dv, DV, BDV, WIDE)
 
@@ -296,8 +633,9 @@ def _call(kernel: str, q: Tensor, k: Tensor, v: Tensor, hop: Hop, scale: float):
     return launch, constants | tiles, kernel_scale
 
 # %% ../../nbs/4_long_context/ring.ipynb #da02d14e
-def block_forward(q: Tensor, k: Tensor, v: Tensor, hop: Hop, scale: float, state: State | None = None,
-                  last: bool = False) -> State | tuple[Tensor, Tensor]:
+def block_forward(
+    q: Tensor, k: Tensor, v: Tensor, hop: Hop, scale: float, state: State | None = None, last: bool = False
+) -> State | tuple[Tensor, Tensor]:
     """Takes the visiting k, v into the state of q's rows: the new `State`, or with `last` `(out, lse)`.
 
     q `(batch, heads, c, head_dim)`, k and v `(batch, kv_heads, c', dim)`. The state's tensors are updated in place.
@@ -309,21 +647,48 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, hop: Hop, scale: float, state
     out = q.new_empty(*rows, v.shape[-1]) if last else None
     lse = q.new_empty(rows, dtype=torch.float32) if last else None
     if first and not last:
-        state = State(q.new_empty(*rows, v.shape[-1], dtype=torch.float32),
-                      *(q.new_empty(rows, dtype=torch.float32) for _ in "ml"))
+        state = State(
+            q.new_empty(*rows, v.shape[-1], dtype=torch.float32),
+            *(q.new_empty(rows, dtype=torch.float32) for _ in "ml"),
+        )
     skip, tiles, masks = _q_plan(hop, p.BM, p.BN, first or last)
     k_of, v_of, tma = stream(RING, k, v, p.BN, constants["BD"], constants["BDV"], constants["C"], "forward")
     acc, m, l = state or (None, None, None)
     ring_forward[(tiles * rows[0] * rows[1],)](
-        q, k_of(k), v_of(v), acc, m, l, out, lse, q.stride(), k.stride(), v.stride(),
-        None if acc is None else acc.stride(), (lse if last else m).stride(), out.stride() if last else None,
-        kernel_scale, *hop.q, *hop.k, skip, tiles, heads_together(RING, rows[0] * rows[1], k, v), rows[1],
-        MASKS=masks, FIRST=first, LAST=last, TMA=tma, WIDE=needs_64_bit(q, k, v), **constants)
+        q,
+        k_of(k),
+        v_of(v),
+        acc,
+        m,
+        l,
+        out,
+        lse,
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        None if acc is None else acc.stride(),
+        (lse if last else m).stride(),
+        out.stride() if last else None,
+        kernel_scale,
+        *hop.q,
+        *hop.k,
+        skip,
+        tiles,
+        heads_together(RING, rows[0] * rows[1], k, v),
+        rows[1],
+        MASKS=masks,
+        FIRST=first,
+        LAST=last,
+        TMA=tma,
+        WIDE=needs_64_bit(q, k, v),
+        **constants,
+    )
     return (out, lse) if last else state
 
 # %% ../../nbs/4_long_context/ring.ipynb #7f1df720
-def block_backward_dq(s: Saved, k: Tensor, v: Tensor, hop: Hop, scale: float, first: bool = False,
-                      last: bool = False) -> Tensor | None:
+def block_backward_dq(
+    s: Saved, k: Tensor, v: Tensor, hop: Hop, scale: float, first: bool = False, last: bool = False
+) -> Tensor | None:
     "Adds dS K of the visiting chunk to `s.acc`; with `last` returns dQ in q's type."
     if not first and not last and _no_pairs(hop):
         return None
@@ -333,15 +698,51 @@ def block_backward_dq(s: Saved, k: Tensor, v: Tensor, hop: Hop, scale: float, fi
     skip, tiles, masks = _q_plan(hop, p.BM, p.BN, first or last)
     k_of, v_of, tma = stream(RING, k, v, p.BN, constants["BD"], constants["BDV"], constants["C"], "dq")
     ring_backward_dq[(tiles * rows[0] * rows[1],)](
-        q, k_of(k), v_of(v), s.out, s.do, s.lse, s.lse2, s.delta, s.acc, dq, q.stride(), k.stride(), v.stride(),
-        s.out.stride(), s.do.stride(), s.lse.stride(), s.acc.stride(), dq.stride() if last else None, kernel_scale, scale,
-        *hop.q, *hop.k, skip, tiles, heads_together(RING, rows[0] * rows[1], k, v), rows[1],
-        MASKS=masks, FIRST=first, LAST=last, TMA=tma, WIDE=needs_64_bit(q, k, v, s.do), **constants)
+        q,
+        k_of(k),
+        v_of(v),
+        s.out,
+        s.do,
+        s.lse,
+        s.lse2,
+        s.delta,
+        s.acc,
+        dq,
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        s.out.stride(),
+        s.do.stride(),
+        s.lse.stride(),
+        s.acc.stride(),
+        dq.stride() if last else None,
+        kernel_scale,
+        scale,
+        *hop.q,
+        *hop.k,
+        skip,
+        tiles,
+        heads_together(RING, rows[0] * rows[1], k, v),
+        rows[1],
+        MASKS=masks,
+        FIRST=first,
+        LAST=last,
+        TMA=tma,
+        WIDE=needs_64_bit(q, k, v, s.do),
+        **constants,
+    )
     return dq
 
 
-def block_backward_dkv(s: Saved, k: Tensor, v: Tensor, hop: Hop, scale: float, packet: tuple | None = None,
-                       dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def block_backward_dkv(
+    s: Saved,
+    k: Tensor,
+    v: Tensor,
+    hop: Hop,
+    scale: float,
+    packet: tuple | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
     "Adds dS^T Q and P^T dO to the packet `(dk, dv)`, in place; a fresh one in `dtype` if None. dk is not scaled."
     if packet is not None and _no_pairs(hop):
         return packet
@@ -351,10 +752,33 @@ def block_backward_dkv(s: Saved, k: Tensor, v: Tensor, hop: Hop, scale: float, p
     tiles, masks = _k_plan(hop, p.BM, p.BN, fresh)
     q_of, do_of, tma = stream(RING, q, s.do, p.BM, constants["BD"], constants["BDV"], constants["C"], "dkv")
     ring_backward_dkv[(tiles * k.shape[0] * k.shape[1],)](
-        q_of(q), k, v, do_of(s.do), s.lse2, s.delta, dk, dv, q.stride(), k.stride(), v.stride(), s.do.stride(),
-        s.lse.stride(), dk.stride(), dv.stride(), kernel_scale, *hop.q, *hop.k, tiles,
-        heads_together(RING, k.shape[0] * k.shape[1], q, s.do), q.shape[1],
-        MASKS=masks, FRESH=fresh, TMA=tma, WIDE=needs_64_bit(q, k, v, s.do), **constants)
+        q_of(q),
+        k,
+        v,
+        do_of(s.do),
+        s.lse2,
+        s.delta,
+        dk,
+        dv,
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        s.do.stride(),
+        s.lse.stride(),
+        dk.stride(),
+        dv.stride(),
+        kernel_scale,
+        *hop.q,
+        *hop.k,
+        tiles,
+        heads_together(RING, k.shape[0] * k.shape[1], q, s.do),
+        q.shape[1],
+        MASKS=masks,
+        FRESH=fresh,
+        TMA=tma,
+        WIDE=needs_64_bit(q, k, v, s.do),
+        **constants,
+    )
     return dk, dv
 
 

@@ -30,6 +30,7 @@ def on_shards(fn: Callable, *xs: Shards) -> Shards:
 
 class _OfGroup(nn.Module):
     "A module of a group. A copy belongs to the same group: that one cannot be copied, and must not be."
+
     group: Group
 
     def __deepcopy__(self, memo):
@@ -45,6 +46,7 @@ class RingSelfAttention(_OfGroup):
     Input and output `(batch, c, embed_dim)`, this rank's rows; lists of all ranks' with a `SimulatedGroup`. Parameters
     are replicated: sum their gradients over the group. Source: Li et al. 2021.
     """
+
     def __init__(
         self,
         embed_dim: int,
@@ -70,7 +72,8 @@ class RingSelfAttention(_OfGroup):
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, kv
         self.group, self.method, self.layout, self.is_causal = group, method, layout, is_causal
         self.options = dict(transport=transport, timeout=timeout)
-        if method in ("ring", "rsa"): self.options |= dict(packet_dtype=packet_dtype)
+        if method in ("ring", "rsa"):
+            self.options |= dict(packet_dtype=packet_dtype)
         self.options |= dict(reduction=reduction) if method == "rsa" else dict(backend=backend)
         self.qkv = nn.Linear(embed_dim, (num_heads + 2 * kv) * self.head_dim, bias=bias)
         self.proj = nn.Linear(embed_dim, embed_dim, bias=bias)
@@ -84,18 +87,22 @@ class RingSelfAttention(_OfGroup):
         "`length`: real positions, if the sequence was padded."
         qkv = on_shards(self.split, x)
         q, k, v = qkv if isinstance(x, Tensor) else map(list, zip(*qkv))
-        out = METHODS[self.method](q, k, v, group=self.group, layout=self.layout, is_causal=self.is_causal,
-                                   length=length, **self.options)
+        out = METHODS[self.method](
+            q, k, v, group=self.group, layout=self.layout, is_causal=self.is_causal, length=length, **self.options
+        )
         return on_shards(lambda o: self.proj(o.transpose(1, 2).flatten(2)), out)
 
     def extra_repr(self):
-        return (f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
-                f"method={self.method!r}, layout={self.layout!r}, is_causal={self.is_causal}, "
-                f"ranks={communicator(self.group).size}")
+        return (
+            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+            f"method={self.method!r}, layout={self.layout!r}, is_causal={self.is_causal}, "
+            f"ranks={communicator(self.group).size}"
+        )
 
 # %% ../../nbs/4_long_context/ring.ipynb #e1383dd3
 class Block(nn.Module):
     "A transformer block around an attention layer; `post_norm` as in BERT."
+
     def __init__(self, attention: RingSelfAttention, mlp_dim: int, *, post_norm: bool = False, eps: float = 1e-5):
         super().__init__()
         self.attn, self.post_norm, dim = attention, post_norm, attention.embed_dim
@@ -118,22 +125,49 @@ class SequenceTransformer(_OfGroup):
     Input: this rank's tokens `(batch, c)`, cut by `shard_sequence` in the same layout. Output: logits `(batch, c,
     vocab_size)`, or with `head=False` features. With `post_norm` the encoder is BERT's (segment 0).
     """
-    def __init__(self, vocab_size: int, max_length: int, embed_dim: int, num_layers: int, num_heads: int, *,
-                 mlp_dim: int | None = None,  # 4 embed_dim if None
-                 post_norm: bool = False, head: bool = True,
-                 num_kv_heads: int | None = None, group: Group = None, method: str = "ring", layout: str = "zigzag",
-                 is_causal: bool = False, transport: str = "auto", timeout: float | None = None,
-                 backend: str = "auto"):  # these as in `RingSelfAttention`
+
+    def __init__(
+        self,
+        vocab_size: int,
+        max_length: int,
+        embed_dim: int,
+        num_layers: int,
+        num_heads: int,
+        *,
+        mlp_dim: int | None = None,  # 4 embed_dim if None
+        post_norm: bool = False,
+        head: bool = True,
+        num_kv_heads: int | None = None,
+        group: Group = None,
+        method: str = "ring",
+        layout: str = "zigzag",
+        is_causal: bool = False,
+        transport: str = "auto",
+        timeout: float | None = None,
+        backend: str = "auto",
+    ):  # these as in `RingSelfAttention`
         super().__init__()
         self.max_length, self.group, self.layout, self.post_norm = max_length, group, layout, post_norm
         eps = 1e-12 if post_norm else 1e-5
         self.token, self.position = nn.Embedding(vocab_size, embed_dim), nn.Embedding(max_length, embed_dim)
         self.segment = nn.Embedding(2, embed_dim) if post_norm else None
         self.norm = nn.LayerNorm(embed_dim, eps=eps)
-        attend = partial(RingSelfAttention, embed_dim, num_heads, num_kv_heads=num_kv_heads, group=group, method=method,
-                         layout=layout, is_causal=is_causal, transport=transport, timeout=timeout, backend=backend)
-        self.blocks = nn.ModuleList(Block(attend(), mlp_dim or 4 * embed_dim, post_norm=post_norm, eps=eps)
-                                    for _ in range(num_layers))
+        attend = partial(
+            RingSelfAttention,
+            embed_dim,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            group=group,
+            method=method,
+            layout=layout,
+            is_causal=is_causal,
+            transport=transport,
+            timeout=timeout,
+            backend=backend,
+        )
+        self.blocks = nn.ModuleList(
+            Block(attend(), mlp_dim or 4 * embed_dim, post_norm=post_norm, eps=eps) for _ in range(num_layers)
+        )
         self.head = nn.Linear(embed_dim, vocab_size, bias=False) if head else None
 
     def embed(self, tokens: Tensor, at: Tensor) -> Tensor:
@@ -157,17 +191,22 @@ class SequenceTransformer(_OfGroup):
 # %% ../../nbs/4_long_context/ring.ipynb #1418600b
 def bert_base(*, group: Group = None, method: str = "ring", layout: str = "contiguous") -> SequenceTransformer:
     "BERT-Base without pooler: 12 layers, 768 wide, 12 heads. Arguments as in `RingSelfAttention`."
-    return SequenceTransformer(30522, 512, 768, 12, 12, post_norm=True, head=False, group=group, method=method,
-                               layout=layout)
+    return SequenceTransformer(
+        30522, 512, 768, 12, 12, post_norm=True, head=False, group=group, method=method, layout=layout
+    )
 
 
 def bert_large(*, group: Group = None, method: str = "ring", layout: str = "contiguous") -> SequenceTransformer:
     "BERT-Large without pooler: 24 layers, 1024 wide, 16 heads. Arguments as in `RingSelfAttention`."
-    return SequenceTransformer(30522, 512, 1024, 24, 16, post_norm=True, head=False, group=group, method=method,
-                               layout=layout)
+    return SequenceTransformer(
+        30522, 512, 1024, 24, 16, post_norm=True, head=False, group=group, method=method, layout=layout
+    )
 
 # %% ../../nbs/4_long_context/ring.ipynb #606f92ec
-register_models({"ring_bert_base": (bert_base, 108_891_648), "ring_bert_large": (bert_large, 334_092_288)}, published="BERT's sizes, without pooler (Sec. 4)")
+register_models(
+    {"ring_bert_base": (bert_base, 108_891_648), "ring_bert_large": (bert_large, 334_092_288)},
+    published="BERT's sizes, without pooler (Sec. 4)",
+)
 
 # %% ../../nbs/4_long_context/ring.ipynb #6649d9db
 def sum_gradients(module: nn.Module, group: Group = None):
@@ -183,17 +222,26 @@ def sum_gradients(module: nn.Module, group: Group = None):
 
 def token_loss(logits: Shards, targets: Shards, tokens: int) -> Tensor:
     "Cross-entropy summed over this rank's tokens (or all shards), divided by the number of tokens on all ranks."
-    one = lambda x, y: F.cross_entropy(x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32)), y.flatten(),
-                                       reduction="sum")
+    one = lambda x, y: F.cross_entropy(
+        x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32)), y.flatten(), reduction="sum"
+    )
     found = on_shards(one, logits, targets)
     return (found if isinstance(found, Tensor) else sum(found)) / tokens
 
 
 def train_lm(
     batches: Sequence[tuple[Tensor, Tensor]],  # one a step: tokens `(batch, length)`, and those one further on
-    *, width: int, layers: int, heads: int, group: Group = None,
+    *,
+    width: int,
+    layers: int,
+    heads: int,
+    group: Group = None,
     data_group: Group = None,  # over which batches are spread
-    layout: str = "zigzag", method: str = "ring", dtype: str = "float32", device: str = "cpu", lr: float = 3e-3,
+    layout: str = "zigzag",
+    method: str = "ring",
+    dtype: str = "float32",
+    device: str = "cpu",
+    lr: float = 3e-3,
     seed: int = 0,
 ) -> list[float]:  # loss of each step, over all ranks
     """Trains a byte-level language model with its sequence spread over `group` and its batch over `data_group`.
@@ -201,8 +249,9 @@ def train_lm(
     Every rank is given the same batches and keeps its part. Labels are shifted before the sequence is cut.
     """
     torch.manual_seed(seed)
-    model = SequenceTransformer(256, batches[0][0].shape[1], width, layers, heads, is_causal=True, group=group,
-                                layout=layout, method=method).to(device, getattr(torch, dtype))
+    model = SequenceTransformer(
+        256, batches[0][0].shape[1], width, layers, heads, is_causal=True, group=group, layout=layout, method=method
+    ).to(device, getattr(torch, dtype))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     data, losses = communicator(data_group), []
     for batch in batches:

@@ -24,21 +24,38 @@ from .shards import Shards, _shards, exchange, natural_order, shard_sequence
 from .transport import Group, SimulatedGroup, communicator, group_named
 
 # %% ../../nbs/4_long_context/ring.ipynb #39eb5572
-_SCHEDULES = {"ring": (ring_forward_schedule, ring_backward_schedule),
-              "rsa": (rsa_forward_schedule, rsa_backward_schedule)}
+_SCHEDULES = {
+    "ring": (ring_forward_schedule, ring_backward_schedule),
+    "rsa": (rsa_forward_schedule, rsa_backward_schedule),
+}
 
-def _attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], group: str, method: str, layout: str,
-            lengths: list[int], causal: bool, scale: float, kernels: bool, narrow: bool,
-            reduction: str) -> list[Tensor]:
+
+def _attend(
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    group: str,
+    method: str,
+    layout: str,
+    lengths: list[int],
+    causal: bool,
+    scale: float,
+    kernels: bool,
+    narrow: bool,
+    reduction: str,
+) -> list[Tensor]:
     "Outputs of the shards, then what each saves: the LSE of its rows, or with RSA their weights."
     comm, n = group_named(group), len(q)
     job = Job(causal, layout, *lengths, scale, kernels, narrow, reduction)
+
     def run(*tensors):
-        triples = zip(tensors[:n], tensors[n:2 * n], tensors[2 * n:])
+        triples = zip(tensors[:n], tensors[n : 2 * n], tensors[2 * n :])
         found = comm.run([_SCHEDULES[method][0](r, comm.size, *qkv, job) for r, qkv in zip(comm.ranks, triples)])
         return [out for out, _ in found] + [saved for _, saved in found]
+
     found = through_float32(run, (*q, *k, *v)) if kernels else run(*q, *k, *v)
     return [t.to(x.dtype) if i < n else t for i, (t, x) in enumerate(zip(found, q + q))]
+
 
 def _attend_like(q, k, v, group, method, layout, lengths, causal, scale, kernels, narrow, reduction):
     size, kind = group_named(group).size, torch.promote_types(q[0].dtype, torch.float32)
@@ -54,31 +71,37 @@ def _attend_gradient(call):
     outs, saved = call.outputs[:n], call.outputs[n:]
     do = [torch.zeros_like(o) if g is None else g for g, o in zip(call.grads, outs)]
     job = Job(call.causal, call.layout, *call.lengths, call.scale, call.kernels, call.narrow, call.reduction)
+
     def run(*tensors):
-        shards = zip(*(tensors[i * n:(i + 1) * n] for i in range(6)))            # q, k, v, out, saved, do of each rank
+        shards = zip(*(tensors[i * n : (i + 1) * n] for i in range(6)))  # q, k, v, out, saved, do of each rank
         backward = _SCHEDULES[call.method][1]
         return comm.run([backward(r, comm.size, *shard, job) for r, shard in zip(comm.ranks, shards)])
+
     tensors = (*call.q, *call.k, *call.v, *outs, *saved, *do)
     found = zip(*(through_float32(run, tensors) if call.kernels else run(*tensors)))
     return {name: [g.to(t.dtype) for g, t in zip(grads, getattr(call, name))] for name, grads in zip("qkv", found)}
+
 
 def _gradients_like(call):
     like_q = torch.empty_like if call.kernels or call.method == "rsa" else lambda t: t.new_empty(t.shape)
     return {"q": [like_q(t) for t in call.q], **{n: [t.new_empty(t.shape) for t in getattr(call, n)] for n in "kv"}}
 
-sequence_attention_op = operation("sequence_attention", _attend, like=_attend_like, backward=_attend_gradient,
-                                  gradients_like=_gradients_like)
+
+sequence_attention_op = operation(
+    "sequence_attention", _attend, like=_attend_like, backward=_attend_gradient, gradients_like=_gradients_like
+)
 
 # %% ../../nbs/4_long_context/ring.ipynb #6ad76d8d
 class _Call(NamedTuple):
     "The checked arguments that all methods share."
-    comm: Any              # who runs the schedules
-    q: list[Tensor]        # shards
+
+    comm: Any  # who runs the schedules
+    q: list[Tensor]  # shards
     k: list[Tensor]
     v: list[Tensor]
-    lengths: list[int]     # real queries, real keys
+    lengths: list[int]  # real queries, real keys
     scale: float
-    kernels: bool          # Triton kernels, or the reference
+    kernels: bool  # Triton kernels, or the reference
 
     @property
     def empty(self) -> bool:
@@ -101,8 +124,10 @@ def _prepare(q, k, v, group, is_causal, layout, scale, length, kv_length, backen
     chunk_of(layout, 0, comm.size, shards[0][0].shape[2]), chunk_of(layout, 0, comm.size, shards[1][0].shape[2])
     totals = [s[0].shape[2] * comm.size for s in shards[:2]]
     kv_length = length if kv_length is None and totals[0] == totals[1] else kv_length
-    lengths = [total if n is None else check_int(name, n, least=0, most=total)
-               for name, n, total in zip(("length", "kv_length"), (length, kv_length), totals)]
+    lengths = [
+        total if n is None else check_int(name, n, least=0, most=total)
+        for name, n, total in zip(("length", "kv_length"), (length, kv_length), totals)
+    ]
     if is_causal and (totals[0] != totals[1] or lengths[0] != lengths[1]):
         raise ValueError(f"is_causal needs as many keys as queries, not {lengths[1]} and {lengths[0]}")
     q0 = shards[0][0]
@@ -115,10 +140,11 @@ def _result(found: Sequence[Tensor], like: Shards) -> Shards:
     return found[0] if isinstance(like, Tensor) else list(found)
 
 # %% ../../nbs/4_long_context/ring.ipynb #17898298
-def chunk_attention(q: Tensor, k: Tensor, v: Tensor, hop: Hop, *, scale: float | None = None,
-                    backend: str = "auto") -> Tensor:
+def chunk_attention(
+    q: Tensor, k: Tensor, v: Tensor, hop: Hop, *, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
     "Attention between two chunks on one device, masked by their positions; rows of padding give 0."
-    plain = lambda c: c[1:5] == (0, c.rows, c.rows, 1)                           # rows in their natural order
+    plain = lambda c: c[1:5] == (0, c.rows, c.rows, 1)  # rows in their natural order
     if hop.padding == 0 and plain(hop.q) and plain(hop.k):
         return attention(q, k, v, is_causal=hop.causal, scale=scale, backend=backend)
     if resolve_backend(backend, q) == "torch":
@@ -128,8 +154,13 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, hop: Hop, *, scale: float |
 
 def _local(call: _Call, is_causal: bool, backend: str) -> list[Tensor]:
     "Each shard's attention by itself: of a group of one, or where there is nothing to compute."
-    hop = Hop(*(chunk_of("contiguous", 0, 1, t[0].shape[2], min(n, t[0].shape[2]))
-                for t, n in zip((call.q, call.k), call.lengths)), is_causal)
+    hop = Hop(
+        *(
+            chunk_of("contiguous", 0, 1, t[0].shape[2], min(n, t[0].shape[2]))
+            for t, n in zip((call.q, call.k), call.lengths)
+        ),
+        is_causal,
+    )
     return [chunk_attention(*qkv, hop, scale=call.scale, backend=backend) for qkv in zip(call.q, call.k, call.v)]
 
 # %% ../../nbs/4_long_context/ring.ipynb #ad8448b0
@@ -161,16 +192,38 @@ def ring_attention(
         raise ValueError(f"packet_dtype must be None, float32 or the inputs' {dtype}, not {packet_dtype}")
     if call.comm.size == 1 or call.empty:
         return _result(_local(call, is_causal, backend), q)
-    found = sequence_attention_op(call.q, call.k, call.v, call.comm.name, "ring", layout, call.lengths, is_causal,
-                                  call.scale, call.kernels, packet_dtype == dtype, "all_reduce")
-    return _result(found[:len(call.q)], q)
+    found = sequence_attention_op(
+        call.q,
+        call.k,
+        call.v,
+        call.comm.name,
+        "ring",
+        layout,
+        call.lengths,
+        is_causal,
+        call.scale,
+        call.kernels,
+        packet_dtype == dtype,
+        "all_reduce",
+    )
+    return _result(found[: len(call.q)], q)
 
 # %% ../../nbs/4_long_context/ring.ipynb #9be30262
 def ring_self_attention(
-    q: Shards, k: Shards, v: Shards, *, group: Group = None, is_causal: bool = False, layout: str = "contiguous",
-    scale: float | None = None, length: int | None = None, kv_length: int | None = None,
+    q: Shards,
+    k: Shards,
+    v: Shards,
+    *,
+    group: Group = None,
+    is_causal: bool = False,
+    layout: str = "contiguous",
+    scale: float | None = None,
+    length: int | None = None,
+    kv_length: int | None = None,
     reduction: str = "all_reduce",  # how dK and dV are summed: the paper's, or "reduce_scatter", which sends half
-    packet_dtype: torch.dtype | None = None, transport: str = "auto", timeout: float | None = None,
+    packet_dtype: torch.dtype | None = None,
+    transport: str = "auto",
+    timeout: float | None = None,
 ) -> Shards:
     """The paper's two-phase ring self-attention: rotate K, softmax, rotate V. Stores `(batch, heads, c, L)` weights.
 
@@ -180,9 +233,21 @@ def ring_self_attention(
     call = _prepare(q, k, v, group, is_causal, layout, scale, length, kv_length, "torch", transport, timeout)
     if call.empty:
         return _result(_local(call, is_causal, "torch"), q)
-    found = sequence_attention_op(call.q, call.k, call.v, call.comm.name, "rsa", layout, call.lengths, is_causal,
-                                  call.scale, False, packet_dtype == call.q[0].dtype, reduction)
-    return _result(found[:len(call.q)], q)
+    found = sequence_attention_op(
+        call.q,
+        call.k,
+        call.v,
+        call.comm.name,
+        "rsa",
+        layout,
+        call.lengths,
+        is_causal,
+        call.scale,
+        False,
+        packet_dtype == call.q[0].dtype,
+        reduction,
+    )
+    return _result(found[: len(call.q)], q)
 
 # %% ../../nbs/4_long_context/ring.ipynb #2efcc223
 def _to_heads(qs, ks, vs, comm):
@@ -197,9 +262,19 @@ def _to_heads(qs, ks, vs, comm):
 
 
 def ulysses_attention(
-    q: Shards, k: Shards, v: Shards, *, group: Group = None, is_causal: bool = False, layout: str = "contiguous",
-    scale: float | None = None, length: int | None = None, kv_length: int | None = None, transport: str = "auto",
-    timeout: float | None = None, backend: str = "auto",
+    q: Shards,
+    k: Shards,
+    v: Shards,
+    *,
+    group: Group = None,
+    is_causal: bool = False,
+    layout: str = "contiguous",
+    scale: float | None = None,
+    length: int | None = None,
+    kv_length: int | None = None,
+    transport: str = "auto",
+    timeout: float | None = None,
+    backend: str = "auto",
 ) -> Shards:
     """Attention by all-to-all: a rank gets whole sequences of its share of the heads (Jacobs et al. 2023).
 
@@ -220,9 +295,19 @@ def ulysses_attention(
 
 # %% ../../nbs/4_long_context/ring.ipynb #bbef8d16
 def allgather_attention(
-    q: Shards, k: Shards, v: Shards, *, group: Group = None, is_causal: bool = False, layout: str = "zigzag",
-    scale: float | None = None, length: int | None = None, kv_length: int | None = None, transport: str = "auto",
-    timeout: float | None = None, backend: str = "auto",
+    q: Shards,
+    k: Shards,
+    v: Shards,
+    *,
+    group: Group = None,
+    is_causal: bool = False,
+    layout: str = "zigzag",
+    scale: float | None = None,
+    length: int | None = None,
+    kv_length: int | None = None,
+    transport: str = "auto",
+    timeout: float | None = None,
+    backend: str = "auto",
 ) -> Shards:
     "Attention with all keys and values gathered on every rank. Arguments and result as in `ring_attention`."
     call = _prepare(q, k, v, group, is_causal, layout, scale, length, kv_length, backend, transport, timeout)
@@ -235,12 +320,17 @@ def allgather_attention(
         ks, vs = ([t.index_select(2, order) for t in ts] for ts in (ks, vs))
     keys, rows = chunk_of("contiguous", 0, 1, total, call.lengths[1]), call.q[0].shape[2]
     hops = [Hop(chunk_of(layout, r, comm.size, rows, call.lengths[0]), keys, is_causal) for r in comm.ranks]
-    return _result([chunk_attention(*qkv, hop, scale=call.scale, backend=backend)
-                    for *qkv, hop in zip(call.q, ks, vs, hops)], q)
+    return _result(
+        [chunk_attention(*qkv, hop, scale=call.scale, backend=backend) for *qkv, hop in zip(call.q, ks, vs, hops)], q
+    )
 
 # %% ../../nbs/4_long_context/ring.ipynb #bdd81777
-METHODS = {"ring": ring_attention, "rsa": ring_self_attention, "ulysses": ulysses_attention,
-           "allgather": allgather_attention}
+METHODS = {
+    "ring": ring_attention,
+    "rsa": ring_self_attention,
+    "ulysses": ulysses_attention,
+    "allgather": allgather_attention,
+}
 
 # %% ../../nbs/4_long_context/ring.ipynb #9b54a124
 def mesh_groups(mesh: Any) -> tuple[Group, Group]:
@@ -253,11 +343,20 @@ def mesh_groups(mesh: Any) -> tuple[Group, Group]:
 
 
 def usp_attention(
-    q: Shards, k: Shards, v: Shards, *,
+    q: Shards,
+    k: Shards,
+    v: Shards,
+    *,
     mesh: Any,  # a 2-D DeviceMesh (ring, Ulysses), or a pair of groups
-    is_causal: bool = False, layout: str = "zigzag", scale: float | None = None, length: int | None = None,
-    kv_length: int | None = None, packet_dtype: torch.dtype | None = None, transport: str = "auto",
-    timeout: float | None = None, backend: str = "auto",
+    is_causal: bool = False,
+    layout: str = "zigzag",
+    scale: float | None = None,
+    length: int | None = None,
+    kv_length: int | None = None,
+    packet_dtype: torch.dtype | None = None,
+    transport: str = "auto",
+    timeout: float | None = None,
+    backend: str = "auto",
 ) -> Shards:
     """Ulysses within the rows of a 2-D mesh, ring attention along its columns (Fang, Zhao 2024).
 
@@ -268,9 +367,19 @@ def usp_attention(
     comm = communicator(heads, transport=transport, timeout=timeout)
     qs, ks, vs = _to_heads(*(_shards(t) for t in (q, k, v)), comm)
     lists = isinstance(ring, SimulatedGroup)
-    found = ring_attention(*(t if lists else t[0] for t in (qs, ks, vs)), group=ring, is_causal=is_causal,
-                           layout=layout, scale=scale, length=length, kv_length=kv_length, packet_dtype=packet_dtype,
-                           transport=transport, timeout=timeout, backend=backend)
+    found = ring_attention(
+        *(t if lists else t[0] for t in (qs, ks, vs)),
+        group=ring,
+        is_causal=is_causal,
+        layout=layout,
+        scale=scale,
+        length=length,
+        kv_length=kv_length,
+        packet_dtype=packet_dtype,
+        transport=transport,
+        timeout=timeout,
+        backend=backend,
+    )
     return _result(exchange(_shards(found), comm, "all_to_all", 2, 1), q)
 
 
@@ -284,11 +393,16 @@ def shard_usp(x: Tensor, dim: int, mesh: Any, layout: str = "zigzag") -> Shards:
 
 # %% ../../nbs/4_long_context/ring.ipynb #bee33c0f
 def linformer_attention(
-    q: Shards, k: Shards, v: Shards,
+    q: Shards,
+    k: Shards,
+    v: Shards,
     e: Shards,  # of keys, `(c, K)`: this rank's rows of the projection, K the projected length; or a list
     f: Shards,  # of values, the same
     *,
-    group: Group = None, scale: float | None = None, transport: str = "auto", timeout: float | None = None,
+    group: Group = None,
+    scale: float | None = None,
+    transport: str = "auto",
+    timeout: float | None = None,
     backend: str = "auto",
 ) -> Shards:
     """Attention over keys and values projected along the sequence, which is spread over ranks. Not causal.
@@ -300,7 +414,8 @@ def linformer_attention(
     for name, w in (("e", e), ("f", f)):
         if any(t.dim() != 2 or t.shape[0] != rows for t in _shards(w)):
             raise ValueError(f"{name} must be (rows of a shard, projected length) = ({rows}, K)")
-    project = lambda ws, xs: exchange([torch.einsum("jr,bhjd->bhrd", w.to(x.dtype), x) for w, x in zip(ws, xs)],
-                                      call.comm, "all_reduce")
+    project = lambda ws, xs: exchange(
+        [torch.einsum("jr,bhjd->bhrd", w.to(x.dtype), x) for w, x in zip(ws, xs)], call.comm, "all_reduce"
+    )
     ks, vs = project(_shards(e), call.k), project(_shards(f), call.v)
     return _result([attention(*qkv, scale=call.scale, backend=backend) for qkv in zip(call.q, ks, vs)], q)

@@ -31,12 +31,14 @@ from .transport import Group, PeerError, Post, Wait, communicator, traffic
 # %% ../../nbs/4_long_context/ring.ipynb #8959f166
 _IN_CHILD = "from attnbook.ring.ranks import _rank_main; _rank_main(*args)"
 
+
 def _rank_main(pipe, module, name, rank, size, path, backend, limit, args):
     try:
         fn = getattr(importlib.import_module(module), name)
         torch.set_num_threads(1)
-        dist.init_process_group(backend, init_method=f"file://{path}", rank=rank, world_size=size,
-                                timeout=timedelta(seconds=limit))
+        dist.init_process_group(
+            backend, init_method=f"file://{path}", rank=rank, world_size=size, timeout=timedelta(seconds=limit)
+        )
         pipe.send(("returned", fn(rank, *args)))
     except BaseException as e:
         pipe.send(("raised", f"{type(e).__name__}: {e}"))
@@ -60,8 +62,9 @@ def _for_children():
         os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
 
 # %% ../../nbs/4_long_context/ring.ipynb #6a785aa1
-def spawn_ranks(fn: Callable, size: int, *args: Any, backend: str = "gloo", limit: float = 120.0,
-                check: bool = True) -> list:
+def spawn_ranks(
+    fn: Callable, size: int, *args: Any, backend: str = "gloo", limit: float = 120.0, check: bool = True
+) -> list:
     """`fn(rank, *args)` in `size` processes of one process group; the list of their results, which must pickle.
 
     `fn` must be importable; in this notebook its namesake in the library runs. A rank that raises or dies is a
@@ -69,6 +72,7 @@ def spawn_ranks(fn: Callable, size: int, *args: Any, backend: str = "gloo", limi
     """
     import multiprocessing
     import tempfile
+
     method = "forkserver" if not torch.cuda.is_available() else "spawn"  # forked processes can't use a GPU
     context = multiprocessing.get_context(method)
     if method == "forkserver":
@@ -117,19 +121,21 @@ def method_error(case: dict, group: Group, device: torch.device | str, seed: int
     cotangent = draw(H)
     want = attention_reference(*whole, is_causal=causal)
     want = [want.detach(), *torch.autograd.grad(want, whole, cotangent)]
+
     def cut(x):
         if method == "usp":
             return shard_usp(x, 2, group, layout)
         return shard_sequence(x, 2, group, layout, pad=True)
+
     own = cut(torch.arange(1, L + 1, device=device).expand(1, 1, L)).flatten()
-    own = own[own > 0] - 1                                                         # 0 is padding
+    own = own[own > 0] - 1  # 0 is padding
     alone = lambda x: torch.full_like(x, math.nan).index_copy_(2, own, x.index_select(2, own))
     mine = [cut(alone(x.detach())).to(dtype).requires_grad_() for x in whole]
     options = {"mesh": group} if method == "usp" else {"group": group, "length": L}
     fn = usp_attention if method == "usp" else METHODS[method]
     out = fn(*mine, layout=layout, is_causal=causal, **options, **case)
     got = [out.detach(), *torch.autograd.grad(out, mine, cut(cotangent).to(out))]
-    error = lambda a, b: float((a.double() - b).norm() / max(b.norm(), 1e-3 * b.numel()**0.5))
+    error = lambda a, b: float((a.double() - b).norm() / max(b.norm(), 1e-3 * b.numel() ** 0.5))
     return {n: error(a, cut(b)) for n, a, b in zip(("out", "dq", "dk", "dv"), got, want)}
 
 
@@ -138,9 +144,11 @@ def errors_on_rank(rank: int, cases: Sequence[dict], device: str = "cpu", mesh: 
     group, rows = dist.group.WORLD, []
     if mesh is not None:
         from torch.distributed.device_mesh import init_device_mesh
+
         group = init_device_mesh("cpu", mesh)
     for case in cases:
-        if mesh is None: traffic(group).clear()
+        if mesh is None:
+            traffic(group).clear()
         rows.append({**method_error(case, group, device), "sent": {} if mesh else dict(traffic(group))})
     return rows
 
@@ -166,7 +174,7 @@ def attend_with_lost_peer(rank: int, lost: int, hop: int, how: str, timeout: flo
     N = dist.get_world_size()
     job, count = Job(True, "zigzag", 4 * N, 4 * N, 1.0, False, False), 0
     ring = lambda: ring_forward_schedule(rank, N, q, k, v, job)
-    communicator(dist.group.WORLD).run([ring()])                                  # all are there and have talked
+    communicator(dist.group.WORLD).run([ring()])  # all are there and have talked
     dist.barrier()
     comm, schedule, answer, begun = communicator(dist.group.WORLD, timeout=timeout), ring(), None, time.monotonic()
     try:
@@ -201,6 +209,7 @@ def attend_alone(rank: int, timeout: float) -> tuple[str, float]:
 def train_on_rank(rank: int, batches: list, mesh: tuple[int, int], runs: Sequence[dict]) -> list[list[float]]:
     "For `spawn_ranks`: `train_lm` on a mesh of (data, sequence), once with each of the settings. `batches` of arrays."
     from torch.distributed.device_mesh import init_device_mesh
+
     mesh = init_device_mesh("cpu", mesh, mesh_dim_names=("data", "sequence"))
     batches = [tuple(map(torch.from_numpy, b)) for b in batches]
     return [train_lm(batches, group=mesh["sequence"], data_group=mesh["data"], **settings) for settings in runs]
@@ -210,13 +219,18 @@ def check_on_cpus():
     "What `torchrun -m attnbook.ring` does without GPUs: every method over gloo against the whole sequence, float64."
     dist.init_process_group("gloo")
     rank, N = dist.get_rank(), dist.get_world_size()
-    cases = [dict(method=m, layout=layout, length=60, heads=12) for m in METHODS for layout in LAYOUTS
-             if m != "ulysses" or 12 % N == 0]
+    cases = [
+        dict(method=m, layout=layout, length=60, heads=12)
+        for m in METHODS
+        for layout in LAYOUTS
+        if m != "ulysses" or 12 % N == 0
+    ]
     for case, row in zip(cases, errors_on_rank(rank, cases)):
         sent, error = row.pop("sent"), max(row.values())
         if rank == 0:
-            print(f"{case['method']:9} {case['layout']:10} on {N} ranks: error {error:.1e}, "
-                  f"{sum(sent.values()):,} bytes")
+            print(
+                f"{case['method']:9} {case['layout']:10} on {N} ranks: error {error:.1e}, {sum(sent.values()):,} bytes"
+            )
     dist.barrier()
     dist.destroy_process_group()
 
@@ -225,6 +239,7 @@ def ping_on_rank(rank: int, sizes: Sequence[int], lengths: Sequence[int], heads:
     """For `spawn_ranks`, two ranks: seconds per hop by message size, block times, and times of a whole forward pass by
     length."""
     comm = communicator(dist.group.WORLD)
+
     def timed(call, repeats):
         "Seconds until the slower of the ranks is done, which all then know; the undisturbed run of several."
         times = []
@@ -235,8 +250,12 @@ def ping_on_rank(rank: int, sizes: Sequence[int], lengths: Sequence[int], heads:
             dist.barrier()
             times.append(time.perf_counter() - start)
         return min(times[2:])
+
     idle = timed(lambda: None, 25)
-    def shift(x): return lambda: comm.wait(Wait(comm.post(Post((x,), 1, "a ping"))))
+
+    def shift(x):
+        return lambda: comm.wait(Wait(comm.post(Post((x,), 1, "a ping"))))
+
     hops = {n: timed(shift(torch.zeros(n // 4)), 25) - idle for n in sizes}
     rows = []
     for L in lengths:

@@ -21,12 +21,14 @@ from ..checks import check_choice
 # %% ../../nbs/4_long_context/ring.ipynb #0136f2fd
 LAYOUTS = ("contiguous", "striped", "zigzag")
 
+
 class Chunk(NamedTuple):
     "Where one rank's rows stand in the sequence: two runs of positions, both ascending."
-    rows: int    # rows of the chunk
-    first: int   # position of row 0
+
+    rows: int  # rows of the chunk
+    first: int  # position of row 0
     second: int  # position of row `half`
-    half: int    # rows of the first run
+    half: int  # rows of the first run
     stride: int  # distance of neighbours in a run
     length: int  # positions from here on are padding
 
@@ -87,6 +89,7 @@ def padded_length(length: int, size: int, layout: str) -> int:
 # %% ../../nbs/4_long_context/ring.ipynb #329cf4f7
 class Hop(NamedTuple):
     "What the queries of one chunk have to do with the keys of another."
+
     q: Chunk
     k: Chunk
     causal: bool
@@ -134,19 +137,27 @@ class Hop(NamedTuple):
     def k_needs_mask(self, keys: int, BM: int, BN: int) -> bool:
         "Is any key tile, of the first `keys` rows, seen by a query tile in part?"
         seen_from = lambda n: self.q.count(self.k.position(n) - 1) if self.causal else 0
-        return (keys != self.keys or keys % BN > 0 or self.real < self.q.rows or self.q.rows % BM > 0
-                or seen_from(0) != seen_from(keys - 1) or seen_from(0) % BM > 0)
+        return (
+            keys != self.keys
+            or keys % BN > 0
+            or self.real < self.q.rows
+            or self.q.rows % BM > 0
+            or seen_from(0) != seen_from(keys - 1)
+            or seen_from(0) % BM > 0
+        )
 
 # %% ../../nbs/4_long_context/ring.ipynb #e34b804b
 @lru_cache(maxsize=4096)  # launching must not take longer than computing
-def hop_between(layout: str, size: int, rank: int, source: int, rows: int, length: int, kv_rows: int, kv_length: int,
-                causal: bool) -> Hop:
+def hop_between(
+    layout: str, size: int, rank: int, source: int, rows: int, length: int, kv_rows: int, kv_length: int, causal: bool
+) -> Hop:
     "Queries of `rank` against the keys of `source`."
     return Hop(chunk_of(layout, rank, size, rows, length), chunk_of(layout, source, size, kv_rows, kv_length), causal)
 
 # %% ../../nbs/4_long_context/ring.ipynb #49f21ea2
 class State(NamedTuple):
     "What a query tile carries from hop to hop: unnormalised output, running maximum, running sum; float32 or float64."
+
     acc: Tensor
     m: Tensor  # of natural logits in the reference, in base 2 in the kernels
     l: Tensor
@@ -154,13 +165,14 @@ class State(NamedTuple):
 
 class Saved(NamedTuple):
     "What the backward pass of one rank needs at every hop."
+
     q: Tensor
     out: Tensor
     do: Tensor
-    lse: Tensor    # natural logarithm
-    lse2: Tensor   # base 2, +inf for rows that see nothing; written by the kernels at the first hop, as is delta
+    lse: Tensor  # natural logarithm
+    lse2: Tensor  # base 2, +inf for rows that see nothing; written by the kernels at the first hop, as is delta
     delta: Tensor  # rowsum(out * do)
-    acc: Tensor    # dQ so far, not scaled, float32
+    acc: Tensor  # dQ so far, not scaled, float32
 
 # %% ../../nbs/4_long_context/ring.ipynb #032c2879
 def hop_mask(hop: Hop, device: torch.device | str | None = None) -> Tensor:
@@ -181,14 +193,15 @@ def hop_scores(q: Tensor, k: Tensor, hop: Hop, scale: float) -> Tensor:
     return s.masked_fill(~hop_mask(hop, q.device), -math.inf)
 
 # %% ../../nbs/4_long_context/ring.ipynb #0b7ddbf1
-def torch_forward(q: Tensor, k: Tensor, v: Tensor, hop: Hop, scale: float, state: State | None = None,
-                  last: bool = False) -> State | tuple[Tensor, Tensor]:
+def torch_forward(
+    q: Tensor, k: Tensor, v: Tensor, hop: Hop, scale: float, state: State | None = None, last: bool = False
+) -> State | tuple[Tensor, Tensor]:
     """Takes the visiting k, v into the state of q's rows: the new `State`, or with `last` `(out, lse)`.
 
     q `(batch, heads, c, head_dim)`, k and v `(batch, kv_heads, c', dim)`.
     """
     dtype, (q, k, v) = v.dtype, widened(q, k, v)
-    s = hop_scores(q, k, hop, scale)                                             # (b, h, g, i, j)
+    s = hop_scores(q, k, hop, scale)  # (b, h, g, i, j)
     if state is None:
         m = torch.full_like(s[..., 0], -math.inf)
         state = State(v.new_zeros(*m.shape, v.shape[-1]), m, torch.zeros_like(m))
@@ -213,16 +226,24 @@ def _score_gradient(s: Saved, k: Tensor, v: Tensor, hop: Hop, scale: float):
     return p, p * (dp - delta[..., None])
 
 
-def torch_backward_dq(s: Saved, k: Tensor, v: Tensor, hop: Hop, scale: float, first: bool = False,
-                      last: bool = False) -> Tensor | None:
+def torch_backward_dq(
+    s: Saved, k: Tensor, v: Tensor, hop: Hop, scale: float, first: bool = False, last: bool = False
+) -> Tensor | None:
     "Adds dS K of the visiting chunk to `s.acc`; with `last` returns dQ in q's type."
     _, ds = _score_gradient(s, k, v, hop, scale)
     s.acc.add_(torch.einsum("bhgij,bhjd->bhgid", ds, widened(k)[0]).flatten(1, 2))
     return (scale * s.acc).to(s.q.dtype) if last else None
 
 
-def torch_backward_dkv(s: Saved, k: Tensor, v: Tensor, hop: Hop, scale: float, packet: tuple | None = None,
-                       dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def torch_backward_dkv(
+    s: Saved,
+    k: Tensor,
+    v: Tensor,
+    hop: Hop,
+    scale: float,
+    packet: tuple | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
     "Adds dS^T Q and P^T dO to the packet `(dk, dv)`; a fresh one in `dtype` if None. dk is not scaled."
     p, ds = _score_gradient(s, k, v, hop, scale)
     q, do = (t.unflatten(1, (k.shape[1], -1)) for t in widened(s.q, s.do))

@@ -30,25 +30,30 @@ from .transport import Collective, Post, Wait
 @dataclass(frozen=True)
 class Job:
     "What all ranks of one call agree on."
+
     causal: bool
     layout: str
-    length: int       # real queries
-    kv_length: int    # real keys
+    length: int  # real queries
+    kv_length: int  # real keys
     scale: float
-    kernels: bool     # Triton kernels, or the reference
-    narrow: bool      # packets of dK, dV in the inputs' type, not in float32
+    kernels: bool  # Triton kernels, or the reference
+    narrow: bool  # packets of dK, dV in the inputs' type, not in float32
     reduction: str = "all_reduce"  # two-phase RSA: how dK and dV are summed
 
     def hop(self, rank: int, size: int, source: int, q: Tensor, k: Tensor) -> Hop:
         "Queries of `rank` against the keys of `source`."
-        return hop_between(self.layout, size, rank, source, q.shape[2], self.length, k.shape[2], self.kv_length,
-                           self.causal)
+        return hop_between(
+            self.layout, size, rank, source, q.shape[2], self.length, k.shape[2], self.kv_length, self.causal
+        )
 
     @property
     def blocks(self) -> tuple[Callable, Callable, Callable]:
         "What computes a hop: the forward pass, dQ, and dK with dV."
-        return ((block_forward, block_backward_dq, block_backward_dkv) if self.kernels
-                else (torch_forward, torch_backward_dq, torch_backward_dkv))
+        return (
+            (block_forward, block_backward_dq, block_backward_dkv)
+            if self.kernels
+            else (torch_forward, torch_backward_dq, torch_backward_dkv)
+        )
 
 # %% ../../nbs/4_long_context/ring.ipynb #ea149481
 def ring_forward_schedule(rank: int, size: int, q: Tensor, k: Tensor, v: Tensor, job: Job) -> Iterator:
@@ -63,14 +68,22 @@ def ring_forward_schedule(rank: int, size: int, q: Tensor, k: Tensor, v: Tensor,
     return state
 
 
-def ring_backward_schedule(rank: int, size: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do: Tensor,
-                           job: Job) -> Iterator:
+def ring_backward_schedule(
+    rank: int, size: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, do: Tensor, job: Job
+) -> Iterator:
     """One rank's backward pass: returns `(dq, dk, dv)`. Keys travel N - 1 hops, and so do the packets of dK and dV."""
     _, add_dq, add_dkv = job.blocks
     wide = torch.promote_types(q.dtype, torch.float32)
     make = torch.empty_like if job.kernels else torch.zeros_like
-    saved = Saved(q, out, do, lse, torch.empty_like(lse), torch.empty_like(lse),
-                  make(q, dtype=wide, memory_format=torch.contiguous_format))
+    saved = Saved(
+        q,
+        out,
+        do,
+        lse,
+        torch.empty_like(lse),
+        torch.empty_like(lse),
+        make(q, dtype=wide, memory_format=torch.contiguous_format),
+    )
     kv, packet, dtype = (k, v), None, q.dtype if job.narrow else wide
     for s in range(size):
         coming = (yield Post(kv, s + 1, "keys and values")) if s < size - 1 else None
@@ -92,13 +105,15 @@ def ring_backward_schedule(rank: int, size: int, q: Tensor, k: Tensor, v: Tensor
 # %% ../../nbs/4_long_context/ring.ipynb #5279aa4d
 def _rotate(size: int, x: Tensor, what: str):
     "Yields to every chunk of a ring in turn, own chunk first: for use as `yield from`, with a callback."
+
     def visit(use):
         block = x
         for s in range(size):
             coming = (yield Post((block,), s + 1, what)) if s < size - 1 else None
             use(s, block)
             if coming is not None:
-                block, = yield Wait(coming)
+                (block,) = yield Wait(coming)
+
     return visit
 
 
@@ -112,6 +127,7 @@ def rsa_forward_schedule(rank: int, size: int, q: Tensor, k: Tensor, v: Tensor, 
     def ring_qk(s, block):
         hop = job.hop(rank, size, (rank - s) % size, q, block)
         columns(scores, s).copy_(hop_scores(*widened(q, block), hop, job.scale).flatten(1, 2))
+
     yield from _rotate(size, k, "keys")(ring_qk)
     top = scores.amax(-1, keepdim=True)
     p = torch.exp(scores - torch.where(top == -math.inf, 0, top))
@@ -122,12 +138,14 @@ def rsa_forward_schedule(rank: int, size: int, q: Tensor, k: Tensor, v: Tensor, 
     def ring_av(s, block):
         part = widened(columns(p, s))[0].unflatten(1, (block.shape[1], -1))
         out.add_(torch.einsum("bhgij,bhje->bhgie", part, widened(block)[0]).flatten(1, 2))
+
     yield from _rotate(size, v, "values")(ring_av)
     return out.to(dtype), p
 
 # %% ../../nbs/4_long_context/ring.ipynb #fe43753c
-def rsa_backward_schedule(rank: int, size: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, p: Tensor, do: Tensor,
-                          job: Job) -> Iterator:
+def rsa_backward_schedule(
+    rank: int, size: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, p: Tensor, do: Tensor, job: Job
+) -> Iterator:
     "One rank's backward pass of two-phase RSA: returns `(dq, dk, dv)`."
     n, H = k.shape[2], k.shape[1]
     kinds, (wq, wp, wdo) = (q.dtype, k.dtype, v.dtype), widened(q, p, do)
@@ -137,6 +155,7 @@ def rsa_backward_schedule(rank: int, size: int, q: Tensor, k: Tensor, v: Tensor,
     def ring_v(s, block):
         grouped = torch.einsum("bhgie,bhje->bhgij", wdo.unflatten(1, (H, -1)), widened(block)[0])
         columns(ds, s).copy_(grouped.flatten(1, 2))
+
     yield from _rotate(size, v, "values")(ring_v)
     ds = wp * (ds - (wp * ds).sum(-1, keepdim=True))
     dq = torch.zeros_like(wq)
@@ -144,9 +163,10 @@ def rsa_backward_schedule(rank: int, size: int, q: Tensor, k: Tensor, v: Tensor,
     def ring_k(s, block):
         part = columns(ds, s).unflatten(1, (H, -1))
         dq.add_(job.scale * torch.einsum("bhgij,bhjd->bhgid", part, widened(block)[0]).flatten(1, 2))
+
     yield from _rotate(size, k, "keys")(ring_k)
     grouped = lambda x: x.unflatten(1, (H, -1))
-    dk = job.scale * torch.einsum("bhgij,bhgid->bhjd", grouped(ds), grouped(wq))           # (B, kv_heads, L, A)
+    dk = job.scale * torch.einsum("bhgij,bhgid->bhjd", grouped(ds), grouped(wq))  # (B, kv_heads, L, A)
     dv = torch.einsum("bhgij,bhgie->bhje", grouped(wp), grouped(wdo))
     if job.narrow:
         dk, dv = dk.to(kinds[1]), dv.to(kinds[2])

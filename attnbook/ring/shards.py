@@ -19,6 +19,7 @@ from .transport import Collective, Group, SimulatedGroup, communicator, group_na
 #: a tensor's rows on this rank, or a list of all ranks' with a `SimulatedGroup`
 Shards = Tensor | Sequence[Tensor]
 
+
 def _shards(x: Shards) -> list[Tensor]:
     "A list of shards from one shard or a list."
     return [x] if isinstance(x, Tensor) else list(x)
@@ -29,8 +30,9 @@ def _chunk_positions(ranks: Sequence[int], size: int, total: int, layout: str) -
     return [torch.from_numpy(chunk_of(layout, r, size, total // size).positions()) for r in ranks]
 
 
-def local_positions(length: int, group: Group = None, layout: str = "contiguous",
-                    device: torch.device | str | None = None) -> Shards:
+def local_positions(
+    length: int, group: Group = None, layout: str = "contiguous", device: torch.device | str | None = None
+) -> Shards:
     "Positions of this rank's rows, `(c,)` int64, padding included; a list of them for a `SimulatedGroup`."
     comm = communicator(group)
     total = padded_length(length, comm.size, layout)
@@ -38,8 +40,9 @@ def local_positions(length: int, group: Group = None, layout: str = "contiguous"
     return found if isinstance(group, SimulatedGroup) else found[0]
 
 
-def shard_sequence(x: Tensor, dim: int, group: Group = None, layout: str = "contiguous", *,
-                   pad: bool = False) -> Shards:
+def shard_sequence(
+    x: Tensor, dim: int, group: Group = None, layout: str = "contiguous", *, pad: bool = False
+) -> Shards:
     """This rank's rows of `x` along `dim`; a list of all ranks' for a `SimulatedGroup`.
 
     With `pad` zeros are appended where the length does not divide; without it that is a ValueError.
@@ -47,43 +50,65 @@ def shard_sequence(x: Tensor, dim: int, group: Group = None, layout: str = "cont
     comm = communicator(group)
     length, total = x.shape[dim], padded_length(x.shape[dim], comm.size, layout)
     if total != length and not pad:
-        raise ValueError(f"length {length} (dimension {dim}) does not divide among {comm.size} ranks in layout "
-                         f"{layout!r}, which needs a multiple of {padded_length(1, comm.size, layout)}; pad=True "
-                         "appends zeros")
+        raise ValueError(
+            f"length {length} (dimension {dim}) does not divide among {comm.size} ranks in layout "
+            f"{layout!r}, which needs a multiple of {padded_length(1, comm.size, layout)}; pad=True "
+            "appends zeros"
+        )
     if total != length:
-        x = torch.cat([x, x.new_zeros(*x.shape[:dim % x.dim()], total - length, *x.shape[dim % x.dim() + 1:])], dim)
+        x = torch.cat([x, x.new_zeros(*x.shape[: dim % x.dim()], total - length, *x.shape[dim % x.dim() + 1 :])], dim)
     found = [x.index_select(dim, at.to(x.device)) for at in _chunk_positions(comm.ranks, comm.size, total, layout)]
     return found if isinstance(group, SimulatedGroup) else found[0]
 
 # %% ../../nbs/4_long_context/ring.ipynb #23267840
-_ADJOINT = {"all_reduce": "all_reduce", "all_gather": "reduce_scatter", "reduce_scatter": "all_gather",
-            "all_to_all": "all_to_all"}
+_ADJOINT = {
+    "all_reduce": "all_reduce",
+    "all_gather": "reduce_scatter",
+    "reduce_scatter": "all_gather",
+    "all_to_all": "all_to_all",
+}
+
 
 def _exchange(x: list[Tensor], group: str, kind: str, dim: int, concat: int) -> list[Tensor]:
     def schedule(t):
         return (yield Collective(kind, t, dim, concat))
+
     return [y.clone() if y is t else y for y, t in zip(group_named(group).run([schedule(t) for t in x]), x)]
+
 
 def _exchange_like(x, group, kind, dim, concat):
     size = group_named(group).size
-    grow = {"all_reduce": {}, "all_gather": {dim: size}, "reduce_scatter": {dim: 1 / size},
-            "all_to_all": {dim: 1 / size, concat: size}}[kind]
+    grow = {
+        "all_reduce": {},
+        "all_gather": {dim: size},
+        "reduce_scatter": {dim: 1 / size},
+        "all_to_all": {dim: 1 / size, concat: size},
+    }[kind]
     shape = lambda t: [round(n * grow.get(i, 1) * grow.get(i - t.dim(), 1)) for i, n in enumerate(t.shape)]
     return [t.new_empty(shape(t)) for t in x]
 
+
 def _exchange_gradient(call):
     dims = (call.concat, call.dim) if call.kind == "all_to_all" else (call.dim, call.concat)
-    some = next(g for g in call.grads if g is not None)             # all ranks' have one shape
+    some = next(g for g in call.grads if g is not None)  # all ranks' have one shape
     grads = [torch.zeros_like(some) if g is None else g.contiguous() for g in call.grads]
     return {"x": _exchange(grads, call.group, _ADJOINT[call.kind], *dims)}
+
 
 def _exchange_gradient_like(call):
     dims = (call.concat, call.dim) if call.kind == "all_to_all" else (call.dim, call.concat)
     some = next(g for g in call.grads if g is not None)
     return {"x": _exchange_like([some] * len(call.grads), call.group, _ADJOINT[call.kind], *dims)}
 
-exchange_op = operation("exchange", _exchange, like=_exchange_like, backward=_exchange_gradient, drop=("x", "outputs"),
-                        gradients_like=_exchange_gradient_like)
+
+exchange_op = operation(
+    "exchange",
+    _exchange,
+    like=_exchange_like,
+    backward=_exchange_gradient,
+    drop=("x", "outputs"),
+    gradients_like=_exchange_gradient_like,
+)
 
 # %% ../../nbs/4_long_context/ring.ipynb #7c622c1d
 def exchange(x: Sequence[Tensor], group: Group, kind: str, dim: int = 0, concat: int = 0) -> list[Tensor]:
@@ -98,8 +123,9 @@ def natural_order(size: int, total: int, layout: str) -> Tensor:
     return torch.cat(_chunk_positions(range(size), size, total, layout)).argsort()
 
 
-def unshard_sequence(x: Shards, dim: int, group: Group = None, layout: str = "contiguous", *,
-                     length: int | None = None) -> Tensor:
+def unshard_sequence(
+    x: Shards, dim: int, group: Group = None, layout: str = "contiguous", *, length: int | None = None
+) -> Tensor:
     "The whole tensor in natural order from each rank's rows, without padding beyond `length`. Differentiable."
     comm = communicator(group)
     whole = exchange(_shards(x), comm, "all_gather", dim)

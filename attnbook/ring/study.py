@@ -42,7 +42,7 @@ from .transport import SimulatedGroup
 # %% ../../nbs/4_long_context/ring.ipynb #6e932825
 PRESETS = dict(
     smoke=dict(
-        work=dict(length=24, ranks=(1, 2)),                                          # experiment 1
+        work=dict(length=24, ranks=(1, 2)),  # experiment 1
         memory=dict(layers=1, hidden=16, heads=4, length=16, batch=1, ranks=(2, 4)),
         wire=dict(batch=1, heads=4, kv_heads=2, length=24, head_dim=4, ranks=(2,)),
         ping=dict(sizes=(2**10, 2**14), lengths=(64,)),
@@ -68,31 +68,45 @@ PRESETS = dict(
 )
 
 # %% ../../nbs/4_long_context/ring.ipynb #ee6c2dce
-def training_experiment(steps: int, length: int, batch: int, width: int, layers: int, heads: int, device: str = "cpu",
-                        seed: int = 0) -> list[dict]:
+def training_experiment(
+    steps: int, length: int, batch: int, width: int, layers: int, heads: int, device: str = "cpu", seed: int = 0
+) -> list[dict]:
     """Loss curves of one process and of two (processes on a CPU, simulated ranks on a GPU), float32 and float64, on
     Python's standard library."""
-    text = torch.frombuffer(bytearray(python_source(os.path.dirname(os.__file__)).encode()[:2**20]), dtype=torch.uint8)
+    text = torch.frombuffer(bytearray(python_source(os.path.dirname(os.__file__)).encode()[: 2**20]), dtype=torch.uint8)
     windows = Windows(text, length=length, batch_size=batch, seed=seed)
     batches = [windows(step) for step in range(steps)]
     arrays = [tuple(t.numpy() for t in b) for b in batches]
     runs = [dict(width=width, layers=layers, heads=heads, seed=seed, dtype=dtype) for dtype in ("float32", "float64")]
     ones = [train_lm(batches, **run, device=device) for run in runs]
-    twos = (spawn_ranks(train_on_rank, 2, arrays, (1, 2), runs)[0] if device == "cpu"
-            else [train_lm(batches, **run, device=device, group=SimulatedGroup(2)) for run in runs])
-    return [{"dtype": run["dtype"], "steps": steps, "one": one, "two": two, "drop": one[0] - one[-1],
-             "gap": max(abs(a - b) / a for a, b in zip(one, two))} for run, one, two in zip(runs, ones, twos)]
+    twos = (
+        spawn_ranks(train_on_rank, 2, arrays, (1, 2), runs)[0]
+        if device == "cpu"
+        else [train_lm(batches, **run, device=device, group=SimulatedGroup(2)) for run in runs]
+    )
+    return [
+        {
+            "dtype": run["dtype"],
+            "steps": steps,
+            "one": one,
+            "two": two,
+            "drop": one[0] - one[-1],
+            "gap": max(abs(a - b) / a for a, b in zip(one, two)),
+        }
+        for run, one, two in zip(runs, ones, twos)
+    ]
 
 # %% ../../nbs/4_long_context/ring.ipynb #899cc039
 def record_experiments(preset: str = "gpu", device: str = "cuda", seed: int = 0):
     "Experiments 1, 2, 3 and 5 as above, without a notebook: for a machine that has a GPU and no Jupyter."
     c, shared = PRESETS[preset], dict(device=device, preset=preset, seed=seed)
     for name, key, rows in (
-            ("work", ("method", "layout", "N", "L"), work_experiment(**c["work"], device=device)),
-            ("memory", ("scaling", "method", "N", "B", "L"), memory_experiment(**c["memory"], device=device)),
-            ("wire", ("method", "N"), wire_experiment(**c["wire"], device=device)),
-            ("training", ("dtype", "steps"), training_experiment(**c["train"], device=device, seed=seed)),
-            ("precision", ("N", "L"), precision_experiment(**c["precision"], device=device, seed=seed))):
+        ("work", ("method", "layout", "N", "L"), work_experiment(**c["work"], device=device)),
+        ("memory", ("scaling", "method", "N", "B", "L"), memory_experiment(**c["memory"], device=device)),
+        ("wire", ("method", "N"), wire_experiment(**c["wire"], device=device)),
+        ("training", ("dtype", "steps"), training_experiment(**c["train"], device=device, seed=seed)),
+        ("precision", ("N", "L"), precision_experiment(**c["precision"], device=device, seed=seed)),
+    ):
         for row in rows:
             record("ring", name, key=key, **shared, **row)
 
@@ -116,8 +130,18 @@ def bench_ring():
         pairs = H * L * (L + 1) // 2
         peers = {"ours": ours, "merged": MergedRing.apply, "sdpa flash": whole("flash"), "sdpa cudnn": whole("cudnn")}
         flops = {p: attention_flops(pairs, D, backward=p == "bwd") for p in ("fwd", "bwd")}
-        yield from compare({"n": L, "N": N, "H": H, "D": D}, peers, inputs, grad_out="random", flops=flops,
-                           chapter="ring", bench="ring", rep_ms=400, rounds=4, graph=False)
+        yield from compare(
+            {"n": L, "N": N, "H": H, "D": D},
+            peers,
+            inputs,
+            grad_out="random",
+            flops=flops,
+            chapter="ring",
+            bench="ring",
+            rep_ms=400,
+            rounds=4,
+            graph=False,
+        )
 
 # %% ../../nbs/4_long_context/ring.ipynb #0f658bd1
 def bench_blocks():
@@ -131,19 +155,40 @@ def bench_blocks():
             calls = block_calls(hop, q, k, v, do)
             ms = {f"ms_{n}": measure(call, rep_ms=40, warmup_ms=10).ms for n, call in calls.items()}
             flops = attention_flops(H * hop_pairs(*hop), D)
-            yield record("ring", "blocks", key=("rows", "heads", "kv_heads", "kind"), rows=rows, heads=H, kv_heads=Hk,
-                         kind=name, head_dim=D, tflops_fwd=flops / ms["ms_fwd"] * 1e-9, **ms)
+            yield record(
+                "ring",
+                "blocks",
+                key=("rows", "heads", "kv_heads", "kind"),
+                rows=rows,
+                heads=H,
+                kv_heads=Hk,
+                kind=name,
+                head_dim=D,
+                tflops_fwd=flops / ms["ms_fwd"] * 1e-9,
+                **ms,
+            )
 
 
 def tune_blocks(rows: int = 4096, heads: int = 16, head_dim: int = 128, keep: bool = False) -> dict[str, list]:
     "Times the three kernels of a dense half hop under several launches, by `tune`: kernel -> [(ms, launch)]."
     q, k, v, do = (torch.randn(1, heads, rows, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     calls = block_calls(block_hops(rows)["half_k"], q, k, v, do)
-    tried = {"forward": ((64, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2)),
-             "dq": ((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2)),
-             "dkv": ((64, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 3), (64, 128, 8, 2))}
-    return {n: tune(calls["fwd" if n == "forward" else n], f"ring {n}", torch.bfloat16, head_dim,
-                    [Launch(*x) for x in launches], keep=keep) for n, launches in tried.items()}
+    tried = {
+        "forward": ((64, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2)),
+        "dq": ((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2)),
+        "dkv": ((64, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 3), (64, 128, 8, 2)),
+    }
+    return {
+        n: tune(
+            calls["fwd" if n == "forward" else n],
+            f"ring {n}",
+            torch.bfloat16,
+            head_dim,
+            [Launch(*x) for x in launches],
+            keep=keep,
+        )
+        for n, launches in tried.items()
+    }
 
 # %% ../../nbs/4_long_context/ring.ipynb #58b7f210
 def bench_methods():
@@ -152,12 +197,22 @@ def bench_methods():
         return
     N, L, H, D, group = 4, 8192, 12, 64, SimulatedGroup(4)
     inputs = [torch.randn(N, 1, H, L // N, D, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-    of = lambda fn: lambda q, k, v: torch.stack(fn(*(list(t.unbind(0)) for t in (q, k, v)), group=group,
-                                                   layout="contiguous"))
+    of = lambda fn: (
+        lambda q, k, v: torch.stack(fn(*(list(t.unbind(0)) for t in (q, k, v)), group=group, layout="contiguous"))
+    )
     flops = {p: attention_flops(H * L * L, D, backward=p == "bwd") for p in ("fwd", "bwd")}
     peers = {{"ring": "ours"}.get(n, n): of(fn) for n, fn in METHODS.items()}
-    yield from compare({"n": L, "N": N, "H": H, "D": D}, peers, inputs, grad_out="random", flops=flops, chapter="ring",
-                       bench="methods", rep_ms=100, graph=False)
+    yield from compare(
+        {"n": L, "N": N, "H": H, "D": D},
+        peers,
+        inputs,
+        grad_out="random",
+        flops=flops,
+        chapter="ring",
+        bench="methods",
+        rep_ms=100,
+        graph=False,
+    )
 
 
 def bench_linformer():
@@ -168,9 +223,14 @@ def bench_linformer():
     N, L, B, H, Z, K = 32, 114688, 4, 768, 12, 256
     c, peak = L // N, 0
     for dtype in (torch.float32, torch.bfloat16):
-        blocks = [(Block(RingSelfAttention(H, Z), 4 * H).to("cuda", dtype),
-                   *(nn.Parameter(torch.randn(c, K, device="cuda", dtype=dtype) / L**0.5) for _ in range(2)))
-                  for _ in range(12)]
+        blocks = [
+            (
+                Block(RingSelfAttention(H, Z), 4 * H).to("cuda", dtype),
+                *(nn.Parameter(torch.randn(c, K, device="cuda", dtype=dtype) / L**0.5) for _ in range(2)),
+            )
+            for _ in range(12)
+        ]
+
         def step(blocks=blocks, dtype=dtype):
             x = torch.randn(B, c, H, device="cuda", dtype=dtype)
             for block, e, f in blocks:
@@ -178,19 +238,31 @@ def bench_linformer():
                 x = x + block.attn.proj(out.transpose(1, 2).flatten(2))
                 x = x + block.mlp(block.norm2(x))
             x.float().square().mean().backward()
+
         step()
         weights = sum(p.numel() * p.element_size() for b, e, f in blocks for p in (*b.parameters(), e, f))
         torch.cuda.synchronize(), torch.cuda.reset_peak_memory_stats()
         step()
         peak = torch.cuda.max_memory_allocated()
         # Adam keeps two more copies of the weights
-        yield record("ring", "linformer", key=("N", "L", "B", "dtype"), N=N, L=L, B=B, K=K, dtype=dtype,
-                     peak_gb=peak / 1e9, with_adam_gb=(peak + 2 * weights) / 1e9)
+        yield record(
+            "ring",
+            "linformer",
+            key=("N", "L", "B", "dtype"),
+            N=N,
+            L=L,
+            B=B,
+            K=K,
+            dtype=dtype,
+            peak_gb=peak / 1e9,
+            with_adam_gb=(peak + 2 * weights) / 1e9,
+        )
         del blocks, step
         torch.cuda.empty_cache()
 
 # %% ../../nbs/4_long_context/ring.ipynb #474960f5
 P100, BERT = 16e9, dict(width=768, heads=12)  # bytes of the paper's cards; BERT-Base
+
 
 def _largest_ratio(what: str, **shape) -> dict:
     "Largest batch or length of BERT-Base by the formulas: RSA on 64 GPUs over tensor parallelism on 12."
@@ -217,6 +289,7 @@ def _precision_growth(rows: Sequence[Mapping]) -> dict | None:
 
 # %% ../../nbs/4_long_context/ring.ipynb #ff940063
 PUBLISHED = dict(contiguous=0.539, zigzag=0.902, striped=0.829)  # ring-flash-attention's README, 8 x H800
+
 
 def _over_sdpa(rows: Sequence[Mapping]) -> dict | None:
     "Forward and backward time of all ranks in turn over that of one SDPA call, by SDPA's kernel."
@@ -254,56 +327,153 @@ def claims() -> list[Claim]:
     merged = lambda field: speedups(ring, "n", field=field, ours=("ours",), peers=("merged",)) or None
     points = lambda m: max(map(abs, m.values()))
     return [
-        Claim("Batch of BERT-Base at 512 tokens: RSA on 64 GPUs over tensor parallelism on 12", "13.7x", "abstract",
-              near(13.7), _largest_ratio("batch", length=512),
-              "the paper's memory formulas and 16 GB; holds: within 10 %, in part: at least two thirds"),
-        Claim("Length of BERT-Base at batch 64, the same", "3.0x", "abstract", near(3.0),
-              _largest_ratio("length", batch=64), "the same"),
-        Claim("Sparse attention reaches 114K tokens at batch 4 on 32 GPUs of 16 GB", "> 114K", "abstract",
-              at_most(16, 24), linformer[-1]["with_adam_gb"] if linformer else None,
-              "peak GB of one of 32 ranks, 12 layers, 114,688 tokens, float32, Adam's two copies added, no embeddings; "
-              "holds: at most 16"),
-        Claim("Weak scaling in the batch keeps memory level", "+0.2 % at 8 GPUs", "Table 4",
-              lambda m: grade(m["rsa"] <= 1.02 < m["tensor"], m["rsa"] < m["tensor"]), _growth(memory, "batch"),
-              "saved bytes per rank, N from 2 to the largest; holds: RSA within 2 %, tensor parallelism not"),
-        Claim("Weak scaling in the length grows, but slower than tensor parallelism", "2.84x against 4.01x at 8 GPUs",
-              "Table 4", lambda m: grade(1.1 < m["rsa"] < m["tensor"], m["rsa"] < m["tensor"]),
-              _growth(memory, "length"), "the same; holds: RSA grows, and less"),
-        Claim("Ring attention removes that growth", "blocks, no scores", "Liu et al. 2023",
-              at_most(1.02, 1.1, of="ring"), _growth(memory, "length"), "the same; holds: within 2 %"),
-        Claim("RSA sends what tensor parallelism sends", "8 (N-1) B Z c A", "Sec. 3", lambda m: grade(m["exact"]),
-              {"rows": len(wire), "exact": all(r["exact"] for r in wire)} if wire else None,
-              "counted bytes; holds: every count equals its formula"),
-        Claim("Online softmax is much faster than stored scores", "4.45 to 5.64x", "DistFlashAttn",
-              over_range(4.45, 2.0),
-              speedups(methods, "n", field=("ms_fwd", "ms_bwd"), ours=("ours",), peers=("rsa",)) or None,
-              "4 ranks in turn on one GPU, 8192 tokens, no network; holds: at least 4.45x, in part: 2x"),
-        Claim("Of ideal speed on 8 GPUs: zigzag 90.2 %, striped 82.9 %, contiguous 53.9 %", "8 x H800",
-              "ring-flash-attention, README", lambda m: (grade(points(m) <= 5, points(m) <= 10), "a projection"),
-              _over_published(blocks), "projection minus published, points; holds: within 5, in part: 10"),
-        Claim("Training is unchanged", "the same curve", "this book", at_most(1e-10, 1e-6),
-              max((r["gap"] for r in training), default=None),
-              "loss curves of 1 and 2 ranks, float64; holds: within 1e-10"),
-        Claim("A carried state does not lose precision with N", "this book", "–",
-              lambda m: grade(m["carried"] <= 1.1, m["carried"] < m["merged"]), _precision_growth(precision),
-              "bf16 error at most ranks over one rank; holds: at most 1.1, in part: less than merged blocks"),
-        Claim("A carried state is faster than merging blocks, forward", "1.3x", "this book", over_range(1.3, 1.1),
-              merged("ms_fwd"), "8 ranks in turn, 32,768 tokens; holds: at least 1.3x, in part: 1.1x"),
-        Claim("… backward", "1.1x", "this book", over_range(1.1, 1.0), merged("ms_bwd"),
-              "the same; holds: at least 1.1x, in part: 1x"),
-        Claim("All ranks' work together costs little more than one SDPA over the whole sequence", "1.25x", "this book",
-              lambda m: grade(max(m.values()) <= 1.25, min(m.values()) <= 1.25), _over_sdpa(ring),
-              "the same, forward and backward; holds: at most 1.25x of flash and of cuDNN, in part: of one"),
-        Claim("Faster than torch's context_parallel at 8192 rows per rank", "1.1x", "this book", over_range(1.1, 1.0),
-              _over_torch(cluster),
-              "several GPUs, zigzag, causal, forward and backward; torch's best rotation and kernel"),
-        Claim("Parallel efficiency from 16,384 rows per rank on", "0.9", "this book", at_least(0.9, 0.8),
-              _efficiency(cluster, "relative_efficiency"),
-              "several GPUs, over the same loop (this book's engine) on one GPU; holds: at least 0.9"),
-        Claim("The same over the fastest attention on one GPU", "0.9", "this book", at_least(0.9, 0.8),
-              _efficiency(cluster, "efficiency"), "cuDNN's, in all our runs; holds: at least 0.9"),
-        Claim("Throughput of weak scaling on 8 GPUs", "2.85x in the batch", "Table 4",
-              out_of_reach("eight P100 nodes and their network")),
-        Claim("More than 27 times the length of sparse attention on one device", "27x", "abstract",
-              out_of_reach("compares with other papers' implementations")),
+        Claim(
+            "Batch of BERT-Base at 512 tokens: RSA on 64 GPUs over tensor parallelism on 12",
+            "13.7x",
+            "abstract",
+            near(13.7),
+            _largest_ratio("batch", length=512),
+            "the paper's memory formulas and 16 GB; holds: within 10 %, in part: at least two thirds",
+        ),
+        Claim(
+            "Length of BERT-Base at batch 64, the same",
+            "3.0x",
+            "abstract",
+            near(3.0),
+            _largest_ratio("length", batch=64),
+            "the same",
+        ),
+        Claim(
+            "Sparse attention reaches 114K tokens at batch 4 on 32 GPUs of 16 GB",
+            "> 114K",
+            "abstract",
+            at_most(16, 24),
+            linformer[-1]["with_adam_gb"] if linformer else None,
+            "peak GB of one of 32 ranks, 12 layers, 114,688 tokens, float32, Adam's two copies added, no embeddings; "
+            "holds: at most 16",
+        ),
+        Claim(
+            "Weak scaling in the batch keeps memory level",
+            "+0.2 % at 8 GPUs",
+            "Table 4",
+            lambda m: grade(m["rsa"] <= 1.02 < m["tensor"], m["rsa"] < m["tensor"]),
+            _growth(memory, "batch"),
+            "saved bytes per rank, N from 2 to the largest; holds: RSA within 2 %, tensor parallelism not",
+        ),
+        Claim(
+            "Weak scaling in the length grows, but slower than tensor parallelism",
+            "2.84x against 4.01x at 8 GPUs",
+            "Table 4",
+            lambda m: grade(1.1 < m["rsa"] < m["tensor"], m["rsa"] < m["tensor"]),
+            _growth(memory, "length"),
+            "the same; holds: RSA grows, and less",
+        ),
+        Claim(
+            "Ring attention removes that growth",
+            "blocks, no scores",
+            "Liu et al. 2023",
+            at_most(1.02, 1.1, of="ring"),
+            _growth(memory, "length"),
+            "the same; holds: within 2 %",
+        ),
+        Claim(
+            "RSA sends what tensor parallelism sends",
+            "8 (N-1) B Z c A",
+            "Sec. 3",
+            lambda m: grade(m["exact"]),
+            {"rows": len(wire), "exact": all(r["exact"] for r in wire)} if wire else None,
+            "counted bytes; holds: every count equals its formula",
+        ),
+        Claim(
+            "Online softmax is much faster than stored scores",
+            "4.45 to 5.64x",
+            "DistFlashAttn",
+            over_range(4.45, 2.0),
+            speedups(methods, "n", field=("ms_fwd", "ms_bwd"), ours=("ours",), peers=("rsa",)) or None,
+            "4 ranks in turn on one GPU, 8192 tokens, no network; holds: at least 4.45x, in part: 2x",
+        ),
+        Claim(
+            "Of ideal speed on 8 GPUs: zigzag 90.2 %, striped 82.9 %, contiguous 53.9 %",
+            "8 x H800",
+            "ring-flash-attention, README",
+            lambda m: (grade(points(m) <= 5, points(m) <= 10), "a projection"),
+            _over_published(blocks),
+            "projection minus published, points; holds: within 5, in part: 10",
+        ),
+        Claim(
+            "Training is unchanged",
+            "the same curve",
+            "this book",
+            at_most(1e-10, 1e-6),
+            max((r["gap"] for r in training), default=None),
+            "loss curves of 1 and 2 ranks, float64; holds: within 1e-10",
+        ),
+        Claim(
+            "A carried state does not lose precision with N",
+            "this book",
+            "–",
+            lambda m: grade(m["carried"] <= 1.1, m["carried"] < m["merged"]),
+            _precision_growth(precision),
+            "bf16 error at most ranks over one rank; holds: at most 1.1, in part: less than merged blocks",
+        ),
+        Claim(
+            "A carried state is faster than merging blocks, forward",
+            "1.3x",
+            "this book",
+            over_range(1.3, 1.1),
+            merged("ms_fwd"),
+            "8 ranks in turn, 32,768 tokens; holds: at least 1.3x, in part: 1.1x",
+        ),
+        Claim(
+            "… backward",
+            "1.1x",
+            "this book",
+            over_range(1.1, 1.0),
+            merged("ms_bwd"),
+            "the same; holds: at least 1.1x, in part: 1x",
+        ),
+        Claim(
+            "All ranks' work together costs little more than one SDPA over the whole sequence",
+            "1.25x",
+            "this book",
+            lambda m: grade(max(m.values()) <= 1.25, min(m.values()) <= 1.25),
+            _over_sdpa(ring),
+            "the same, forward and backward; holds: at most 1.25x of flash and of cuDNN, in part: of one",
+        ),
+        Claim(
+            "Faster than torch's context_parallel at 8192 rows per rank",
+            "1.1x",
+            "this book",
+            over_range(1.1, 1.0),
+            _over_torch(cluster),
+            "several GPUs, zigzag, causal, forward and backward; torch's best rotation and kernel",
+        ),
+        Claim(
+            "Parallel efficiency from 16,384 rows per rank on",
+            "0.9",
+            "this book",
+            at_least(0.9, 0.8),
+            _efficiency(cluster, "relative_efficiency"),
+            "several GPUs, over the same loop (this book's engine) on one GPU; holds: at least 0.9",
+        ),
+        Claim(
+            "The same over the fastest attention on one GPU",
+            "0.9",
+            "this book",
+            at_least(0.9, 0.8),
+            _efficiency(cluster, "efficiency"),
+            "cuDNN's, in all our runs; holds: at least 0.9",
+        ),
+        Claim(
+            "Throughput of weak scaling on 8 GPUs",
+            "2.85x in the batch",
+            "Table 4",
+            out_of_reach("eight P100 nodes and their network"),
+        ),
+        Claim(
+            "More than 27 times the length of sparse attention on one device",
+            "27x",
+            "abstract",
+            out_of_reach("compares with other papers' implementations"),
+        ),
     ]

@@ -23,26 +23,35 @@ from ..checks import check_choice, check_int, check_number
 # %% ../../nbs/4_long_context/ring.ipynb #0cbaba09
 class Post(NamedTuple):
     "Send tensors to the next rank, receive as many from the previous one. Answered by a token at once."
+
     tensors: Sequence[Tensor]
     hop: int
     what: str  # for error messages
 
+
 class Wait(NamedTuple):
     "Answered by the tensors that a `Post` receives, when they are there."
+
     token: Any
+
 
 class Collective(NamedTuple):
     "One exchange of all ranks; answered by its result."
-    kind: str          # all_reduce, all_gather, reduce_scatter or all_to_all
+
+    kind: str  # all_reduce, all_gather, reduce_scatter or all_to_all
     tensor: Tensor
-    dim: int = 0       # gathered, scattered, or split (all_to_all)
-    concat: int = 0    # all_to_all: the dimension along which what arrives is joined
+    dim: int = 0  # gathered, scattered, or split (all_to_all)
+    concat: int = 0  # all_to_all: the dimension along which what arrives is joined
 
     def bytes(self, size: int) -> int:
         "Bytes that each rank sends, by the ring algorithms: an all-reduce is a reduce-scatter and an all-gather."
         e = self.tensor.numel() * self.tensor.element_size()
-        shares = {"all_reduce": 2 * (size - 1), "all_gather": (size - 1) * size, "reduce_scatter": size - 1,
-                  "all_to_all": size - 1}
+        shares = {
+            "all_reduce": 2 * (size - 1),
+            "all_gather": (size - 1) * size,
+            "reduce_scatter": size - 1,
+            "all_to_all": size - 1,
+        }
         return shares[self.kind] * e // size
 
 # %% ../../nbs/4_long_context/ring.ipynb #dc9c24f6
@@ -61,6 +70,7 @@ class SimulatedGroup:
 
     `groups` splits the ranks into rings of their own, as a mesh does; the method mesh of `SimulatedGroup` makes both sides of one.
     """
+
     def __init__(self, size: int, groups: Sequence[Sequence[int]] | None = None):
         self.count = check_int("size", size, least=1)
         self.groups = [list(g) for g in groups or [range(size)]]
@@ -76,12 +86,16 @@ class SimulatedGroup:
     def mesh(cls, rows: int, columns: int) -> tuple["SimulatedGroup", "SimulatedGroup"]:
         "The groups of a 2-D mesh: along its first dimension (size `rows`) and along its second."
         of = lambda r, c: r * columns + c
-        return (cls(rows * columns, [[of(r, c) for r in range(rows)] for c in range(columns)]),
-                cls(rows * columns, [[of(r, c) for c in range(columns)] for r in range(rows)]))
+        return (
+            cls(rows * columns, [[of(r, c) for r in range(rows)] for c in range(columns)]),
+            cls(rows * columns, [[of(r, c) for c in range(columns)] for r in range(rows)]),
+        )
 
-    def __repr__(self): return f"SimulatedGroup({self.count}, groups={self.groups})"
+    def __repr__(self):
+        return f"SimulatedGroup({self.count}, groups={self.groups})"
 
-    def __reduce__(self): return type(self), (self.count, self.groups)  # a copy is a group of its own
+    def __reduce__(self):
+        return type(self), (self.count, self.groups)  # a copy is a group of its own
 
     def run(self, schedules: list) -> list:
         "Runs one generator per rank, all in lock step; their return values."
@@ -111,8 +125,10 @@ class SimulatedGroup:
                 self.traffic[r][request.kind] += request.bytes(self.size)
         if kinds == {Post}:
             return [n[self.ranks[r] - 1].tensors for r, n in enumerate(neighbours)]
-        return [collect(q.kind, [x.tensor for x in n], self.ranks[r], q.dim, q.concat)
-                for r, (q, n) in enumerate(zip(requests, neighbours))]
+        return [
+            collect(q.kind, [x.tensor for x in n], self.ranks[r], q.dim, q.concat)
+            for r, (q, n) in enumerate(zip(requests, neighbours))
+        ]
 
     def arrived(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         "What a rank gets of what its neighbour sent. A hook: the tests lose packets here."
@@ -121,10 +137,12 @@ class SimulatedGroup:
 # %% ../../nbs/4_long_context/ring.ipynb #2f10cbe4
 _GROUPS: dict[str, Any] = {}  # name -> whoever runs schedules
 
+
 def _register(group) -> str:
     name = f"{type(group).__name__} {len(_GROUPS)}"
     _GROUPS[name] = group
     return name
+
 
 def group_named(name: str) -> Any:
     "Who runs schedules under this name."
@@ -137,7 +155,7 @@ class PeerError(RuntimeError):
 
 def _explain(rank: int, size: int, hop: int, what: str, reason) -> PeerError:
     why = (str(reason).strip().splitlines() or [type(reason).__name__])[0].split(". This is typically")[0]
-    why = why.split("] ", 1)[-1] if why.startswith("[/") else why               # without gloo's own source file
+    why = why.split("] ", 1)[-1] if why.startswith("[/") else why  # without gloo's own source file
     return PeerError(f"rank {rank} of {size}, hop {hop} of {size - 1}: {what} ({why})")
 
 # %% ../../nbs/4_long_context/ring.ipynb #9b74a8c2
@@ -153,6 +171,7 @@ def _named(*names: str) -> Callable:
 # %% ../../nbs/4_long_context/ring.ipynb #f6dc7df1
 class _Collectives:
     "The collectives of a process group, of which `ProcessRing` has group, size, traffic, `staged` and `finish`."
+
     def collective(self, request: Collective) -> Tensor:
         self.traffic[0][request.kind] += request.bytes(self.size)
         x, stage = request.tensor, self.staged(request.tensor)
@@ -166,7 +185,7 @@ class _Collectives:
             self.finish([dist.all_reduce(y, group=self.group, async_op=True)], x, 0, "an all-reduce did not finish")
             return y
         if request.kind == "all_gather":
-            y = x.new_empty(N * x.numel())                  # flat: backends differ in the shapes they take
+            y = x.new_empty(N * x.numel())  # flat: backends differ in the shapes they take
             gather = _named("all_gather_single", "all_gather_into_tensor")
             work = gather(y, x.reshape(-1), group=self.group, async_op=True)
             self.finish([work], x, 0, "an all-gather did not finish")
@@ -186,6 +205,7 @@ class _Collectives:
 # %% ../../nbs/4_long_context/ring.ipynb #a9dd21eb
 class Posted(NamedTuple):
     "A transfer and what must live until it has been made."
+
     request: Post
     works: list
     out: list[Tensor]
@@ -201,6 +221,7 @@ def _side_stream(device: torch.device) -> "torch.cuda.Stream":
 
 class ProcessRing(_Collectives):
     "Runs schedules over a process group of `torch.distributed`. Made by `communicator`."
+
     count = 1
 
     def __init__(self, group: "dist.ProcessGroup", transport: str = "auto", timeout: float | None = None):
@@ -208,10 +229,11 @@ class ProcessRing(_Collectives):
         self.ranks, self.rank, self.timeout = [rank], rank, timeout
         self.transport, self.traffic, self.name = transport, [_counter(group)], _register(self)
         self.nccl = "nccl" in dist.get_backend_config(group)
-        self.pending = []                                   # (event, hop, what) of hops not known to be over
-        self.line = []                                      # transfers over NCCL not yet handed to it
+        self.pending = []  # (event, hop, what) of hops not known to be over
+        self.line = []  # transfers over NCCL not yet handed to it
 
-    def __deepcopy__(self, memo): return self               # processes cannot be copied
+    def __deepcopy__(self, memo):
+        return self  # processes cannot be copied
 
     def staged(self, tensor: Tensor) -> bool:
         "Must CUDA tensors travel through host memory?"
@@ -225,7 +247,8 @@ class ProcessRing(_Collectives):
         try:
             while True:
                 request = schedule.send(answer)
-                if isinstance(request, Collective): self.hand_over()
+                if isinstance(request, Collective):
+                    self.hand_over()
                 handle = {Post: self.post, Wait: self.wait, Collective: self.collective}[type(request)]
                 answer = handle(request)
         except StopIteration as stop:
@@ -240,7 +263,7 @@ class ProcessRing(_Collectives):
         posted = Posted(request, [], out, into, None)
         self.traffic[0]["p2p"] += sum(t.numel() * t.element_size() for t in out)
         self.hand_over()
-        if self.nccl and out[0].is_cuda:                    # later, but as of now in the stream's order
+        if self.nccl and out[0].is_cuda:  # later, but as of now in the stream's order
             posted = posted._replace(ready=torch.cuda.Event())
             posted.ready.record()
             self.line.append(posted)
@@ -262,10 +285,12 @@ class ProcessRing(_Collectives):
         request, works, out, into, _ = posted
         after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         peers = [dist.get_global_rank(self.group, r) for r in (after, before)]
-        ops = [[dist.P2POp(dist.isend, t, peers[0], self.group, tag=i) for i, t in enumerate(out)],
-               [dist.P2POp(dist.irecv, t, peers[1], self.group, tag=i) for i, t in enumerate(into)]]
+        ops = [
+            [dist.P2POp(dist.isend, t, peers[0], self.group, tag=i) for i, t in enumerate(out)],
+            [dist.P2POp(dist.irecv, t, peers[1], self.group, tag=i) for i, t in enumerate(into)],
+        ]
         names = [f"{request.what} could not be sent to rank {after}", f"{request.what} from rank {before} cannot come"]
-        if self.nccl:                                       # which must get them in one batch
+        if self.nccl:  # which must get them in one batch
             ops, names = [sum(ops, [])], [f"{request.what} could not be exchanged with ranks {before} and {after}"]
         for batch, failed in zip(ops, names):
             try:
@@ -278,10 +303,14 @@ class ProcessRing(_Collectives):
         self.hand_over()
         posted, works, out, into, _ = request.token
         arriving = f"{posted.what} from rank {(self.rank - 1) % self.size} did not arrive"
-        self.finish(works[len(out):] or works, into[0], posted.hop, arriving)             # NCCL has one work for all
-        if works[len(out):]:
-            self.finish(works[:len(out)], into[0], posted.hop,
-                        f"{posted.what} were not taken by rank {(self.rank + 1) % self.size}")
+        self.finish(works[len(out) :] or works, into[0], posted.hop, arriving)  # NCCL has one work for all
+        if works[len(out) :]:
+            self.finish(
+                works[: len(out)],
+                into[0],
+                posted.hop,
+                f"{posted.what} were not taken by rank {(self.rank + 1) % self.size}",
+            )
         device = posted.tensors[0].device
         return [t.to(device, non_blocking=True) if t.device != device else t for t in into]
 
@@ -311,13 +340,16 @@ class ProcessRing(_Collectives):
 #: who takes part: None (the tensors are the whole sequence), a `SimulatedGroup`, a process group, a 1-D DeviceMesh
 Group = Any
 
+
 @lru_cache(maxsize=None)
 def _process_ring(group, transport, timeout):
     return ProcessRing(group, transport, timeout)
 
+
 @lru_cache(maxsize=None)
 def _counter(group) -> Counter:
     return Counter()
+
 
 @lru_cache(maxsize=None)
 def _alone(count: int):
@@ -343,8 +375,9 @@ def communicator(
             raise ValueError(f"group is a mesh of {group.ndim} dimensions; pick one, as in mesh['sequence']")
         group = group.get_group()
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
-        raise TypeError("group must be None, a SimulatedGroup, a process group or a DeviceMesh, "
-                        f"not {type(group).__name__}")
+        raise TypeError(
+            f"group must be None, a SimulatedGroup, a process group or a DeviceMesh, not {type(group).__name__}"
+        )
     if not dist.is_initialized():
         raise ValueError("group is a process group, but torch.distributed is not initialised: call init_process_group")
     return _process_ring(group, transport, timeout)
@@ -360,8 +393,12 @@ def high_priority_group(group: Group = None) -> "dist.ProcessGroup":
     group = communicator(dist.group.WORLD if group is None else group).group
     if "nccl" not in dist.get_backend_config(group):
         raise ValueError(f"group must have NCCL as a backend, not {dist.get_backend_config(group)}")
-    return dist.new_group(dist.get_process_group_ranks(group), backend="nccl", use_local_synchronization=True,
-                          pg_options=dist.ProcessGroupNCCL.Options(is_high_priority_stream=True))
+    return dist.new_group(
+        dist.get_process_group_ranks(group),
+        backend="nccl",
+        use_local_synchronization=True,
+        pg_options=dist.ProcessGroupNCCL.Options(is_high_priority_stream=True),
+    )
 
 
 def traffic(group: Group = None) -> Counter | list[Counter]:

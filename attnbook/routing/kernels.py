@@ -23,14 +23,16 @@ def norm_rows(X, DY, Y, sx, sy, n, H, eps, D: tl.constexpr, BD: tl.constexpr, BM
     bh, r = tl.program_id(0) // T, (tl.program_id(0) % T) * BM + tl.arange(0, BM)
     b, h, d = (bh // H).to(tl.int64), (bh % H).to(tl.int64), tl.arange(0, BD)
     ok = (r < n)[:, None] & (d < D)[None, :]
-    x = tl.load(X + b * sx[0] + h * sx[1] + r.to(tl.int64)[:, None] * sx[2] + d[None, :] * sx[3],
-                mask=ok, other=0.0).to(tl.float32)                                        # [BM, BD]
+    x = tl.load(
+        X + b * sx[0] + h * sx[1] + r.to(tl.int64)[:, None] * sx[2] + d[None, :] * sx[3], mask=ok, other=0.0
+    ).to(tl.float32)  # [BM, BD]
     x = tl.where(ok, x - (tl.sum(x, 1) / D)[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1) / D + eps)
     y = x * rstd[:, None]
     if DY is not None:
-        dy = tl.load(DY + b * sy[0] + h * sy[1] + r.to(tl.int64)[:, None] * sy[2] + d[None, :] * sy[3],
-                     mask=ok, other=0.0).to(tl.float32)
+        dy = tl.load(
+            DY + b * sy[0] + h * sy[1] + r.to(tl.int64)[:, None] * sy[2] + d[None, :] * sy[3], mask=ok, other=0.0
+        ).to(tl.float32)
         y = (dy - (tl.sum(dy, 1) / D)[:, None] - y * (tl.sum(dy * y, 1) / D)[:, None]) * rstd[:, None]
     to = r.to(tl.int64)[:, None] * D + d[None, :] + bh.to(tl.int64) * n * D
     tl.store(Y + to, y.to(Y.dtype.element_ty), mask=ok)
@@ -41,33 +43,66 @@ def launch_norm(x: Tensor, dy: Tensor | None, eps: float) -> Tensor:
     y = x.new_empty(x.shape)
     if y.numel():
         bm, (B, H, n, D) = 32, x.shape
-        norm_rows[(B * H * triton.cdiv(n, bm),)](x, dy, y, x.stride(), None if dy is None else dy.stride(), n, H, eps,
-                                                 D=D, BD=round_dim(D), BM=bm, num_warps=4)
+        norm_rows[(B * H * triton.cdiv(n, bm),)](
+            x,
+            dy,
+            y,
+            x.stride(),
+            None if dy is None else dy.stride(),
+            n,
+            H,
+            eps,
+            D=D,
+            BD=round_dim(D),
+            BM=bm,
+            num_warps=4,
+        )
     return y
 
 # %% ../../nbs/4_long_context/routing.ipynb #a80510f2
 @triton.jit
-def assign_tiles(X, MU, MASK, CLUSTER, COUNTS, SCORES, sx, n, k, S, H, T, D: tl.constexpr, BD: tl.constexpr,
-                 BM: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, PRECISION: tl.constexpr):
+def assign_tiles(
+    X,
+    MU,
+    MASK,
+    CLUSTER,
+    COUNTS,
+    SCORES,
+    sx,
+    n,
+    k,
+    S,
+    H,
+    T,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "Scores, or nearest centroids and how many tokens each has in this tile. Grid: batch * heads * T."
     bh, t = tl.program_id(0) // T, tl.program_id(0) % T
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     r, d, wide = t * BM + tl.arange(0, BM), tl.arange(0, BD), bh.to(tl.int64)
     ok = r < n
-    x = tl.load(X + b * sx[0] + h * sx[1] + r.to(tl.int64)[:, None] * sx[2] + d[None, :] * sx[3],
-                mask=ok[:, None] & (d < D)[None, :], other=0.0)                           # [BM, BD]
+    x = tl.load(
+        X + b * sx[0] + h * sx[1] + r.to(tl.int64)[:, None] * sx[2] + d[None, :] * sx[3],
+        mask=ok[:, None] & (d < D)[None, :],
+        other=0.0,
+    )  # [BM, BD]
     best, at = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.int32)
     for c0 in range(0, k, BK):
         c = c0 + tl.arange(0, BK)
         mu = tl.load(MU + (h * k + c)[:, None] * D + d[None, :], mask=(c < k)[:, None] & (d < D)[None, :], other=0.0)
         if SCORES is not None:
-            s = tl.dot(mu, x.T, input_precision=PRECISION)                                # [BK, BM]
+            s = tl.dot(mu, x.T, input_precision=PRECISION)  # [BK, BM]
             tl.store(SCORES + (wide * k + c)[:, None] * n + r[None, :], s, mask=(c < k)[:, None] & ok[None, :])
         else:
-            s = tl.dot(x, mu.T, input_precision=PRECISION)                                # [BM, BK]
+            s = tl.dot(x, mu.T, input_precision=PRECISION)  # [BM, BK]
             s = tl.where((c < k)[None, :], s, float("-inf"))
             top = tl.max(s, 1)
-            which = tl.min(tl.where(s == top[:, None], c[None, :], k), 1)                 # ties: the lower number
+            which = tl.min(tl.where(s == top[:, None], c[None, :], k), 1)  # ties: the lower number
             at = tl.where(top > best, which, at)
             best = tl.maximum(best, top)
     if SCORES is None:
@@ -134,8 +169,27 @@ def _launch_assign(x, centroids, mask, cluster, counts, scores):
     if INTERPRETED and x.dtype == torch.bfloat16:
         x, mu = x.float(), mu.float()
     exact = "ieee" if x.dtype == torch.float32 else None  # a tie must not hang on tf32
-    assign_tiles[(B * H * T,)](x, mu, mask, cluster, counts, scores, x.stride(), n, k, S, H, T, D=D, BD=round_dim(D),
-                               BM=bm, BK=bk, BS=round_dim(S + 1), PRECISION=exact, num_warps=4)
+    assign_tiles[(B * H * T,)](
+        x,
+        mu,
+        mask,
+        cluster,
+        counts,
+        scores,
+        x.stride(),
+        n,
+        k,
+        S,
+        H,
+        T,
+        D=D,
+        BD=round_dim(D),
+        BM=bm,
+        BK=bk,
+        BS=round_dim(S + 1),
+        PRECISION=exact,
+        num_warps=4,
+    )
 
 # %% ../../nbs/4_long_context/routing.ipynb #6256e049
 @triton.jit
@@ -148,8 +202,11 @@ def sum_tiles(X, ORDER, OFFSETS, Y, sx, n, S, H, D: tl.constexpr, BD: tl.constex
     for i in range(first, last, BM):
         r = i + tl.arange(0, BM)
         row = tl.load(ORDER + bh * n + r, mask=r < last, other=0).to(tl.int64)
-        acc += tl.load(X + b * sx[0] + h * sx[1] + row[:, None] * sx[2] + d[None, :] * sx[3],
-                       mask=(r < last)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        acc += tl.load(
+            X + b * sx[0] + h * sx[1] + row[:, None] * sx[2] + d[None, :] * sx[3],
+            mask=(r < last)[:, None] & (d < D)[None, :],
+            other=0.0,
+        ).to(tl.float32)
     tl.store(Y + (bh * S + s) * D + d, tl.sum(acc, 0), mask=d < D)
 
 
@@ -158,6 +215,7 @@ def launch_sums(x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     (B, H, n, D), S = x.shape, offsets.shape[2] - 1
     y = x.new_empty(B, H, S, D, dtype=torch.float32)
     if y.numel():
-        sum_tiles[(B * H * S,)](x, order, offsets.contiguous(), y, x.stride(), n, S, H, D=D, BD=round_dim(D), BM=32,
-                                num_warps=4)
+        sum_tiles[(B * H * S,)](
+            x, order, offsets.contiguous(), y, x.stride(), n, S, H, D=D, BD=round_dim(D), BM=32, num_warps=4
+        )
     return y

@@ -26,9 +26,19 @@ class OnlineKMeans(nn.Module):
     cast to 16 bits: an average that moves by a thousandth would not move there. Raises ValueError for sizes below 1 or
     a decay outside [0, 1], TypeError for what is no number. Source: Algorithm 1 and Sec. 4.1."""
 
-    def __init__(self, num_heads: int, num_clusters: int, head_dim: int, *, decay: float = 0.999,
-                 commitment: float = 1e-4, renormalise: bool = True, initial_count: float = 1.0,
-                 process_group=None, backend: str = "auto"):
+    def __init__(
+        self,
+        num_heads: int,
+        num_clusters: int,
+        head_dim: int,
+        *,
+        decay: float = 0.999,
+        commitment: float = 1e-4,
+        renormalise: bool = True,
+        initial_count: float = 1.0,
+        process_group=None,
+        backend: str = "auto",
+    ):
         super().__init__()
         sizes = dict(num_heads=num_heads, num_clusters=num_clusters, head_dim=head_dim)
         sizes = [check_int(name, x, least=1) for name, x in sizes.items()]

@@ -50,15 +50,19 @@ def windows_of(data: Tensor, length: int, count: int) -> tuple[Tensor, Tensor]:
 
 # %% ../../nbs/4_long_context/routing.ipynb #214ceeeb
 @torch.no_grad()
-def bits_per_byte(model: nn.Module, x: Tensor, y: Tensor, device: str, amp: bool, prefixes: int = 0) -> dict[str, float]:
+def bits_per_byte(
+    model: nn.Module, x: Tensor, y: Tensor, device: str, amp: bool, prefixes: int = 0
+) -> dict[str, float]:
     """Bits per byte of the parallel forward over all positions; with `prefixes` also at that many positions from the
     prefix alone (`prefix`), and of the parallel forward at the same ones (`same`)."""
-    bits = lambda logits, target: F.cross_entropy(logits.float(), target.to(device), reduction="none").cpu() / math.log(2)
+    bits = lambda logits, target: (
+        F.cross_entropy(logits.float(), target.to(device), reduction="none").cpu() / math.log(2)
+    )
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
         nll = torch.stack([bits(model(a[None].to(device))[0][0], b) for a, b in zip(x, y)])
         row = torch.arange(prefixes) % len(x)
         at = torch.randint(x.shape[1] // 4, x.shape[1], (prefixes,), generator=torch.Generator().manual_seed(0))
-        alone = [bits(model(x[r:r + 1, :t + 1].to(device))[0][0, -1:], y[r, t:t + 1]) for r, t in zip(row, at)]
+        alone = [bits(model(x[r : r + 1, : t + 1].to(device))[0][0, -1:], y[r, t : t + 1]) for r, t in zip(row, at)]
     out = dict(bits=float(nll.mean()))
     return out | dict(prefix=float(torch.cat(alone).mean()), same=float(nll[row, at].mean())) if prefixes else out
 
@@ -69,7 +73,8 @@ def routed_tokens(model: nn.Module, x: Tensor) -> list[tuple[Router, Tensor]]:
     catch = lambda m, args, out: caught.append((m, spherical_norm(args[0].detach(), backend=m.backend)))
     hooks = [r.register_forward_hook(catch) for r in model.routers()]
     model(x)
-    for hook in hooks: hook.remove()
+    for hook in hooks:
+        hook.remove()
     return caught
 
 
@@ -82,7 +87,7 @@ def cluster_health(model: nn.Module, x: Tensor) -> dict[str, float]:
         if router.membership not in ("topw", "nearest"):
             continue
         k, covered = router.kmeans.centroids.shape[1], 1.0
-        size = router.kmeans.assign(t).offsets.diff(dim=-1).float()[..., :k]             # [B, H, k]
+        size = router.kmeans.assign(t).offsets.diff(dim=-1).float()[..., :k]  # [B, H, k]
         if router.membership == "topw":
             lists = topw_membership(router.kmeans.scores(t), router.window, backend=router.backend).flatten(2).long()
             covered = float(torch.zeros(*t.shape[:3], device=t.device).scatter_(2, lists, 1.0).mean())
@@ -97,8 +102,9 @@ def language_model(membership: str, cfg: dict, seed: int = 0) -> RoutingTransfor
     return RoutingTransformerLM(256, membership=membership, self_attention="fallback", **cfg["model"])
 
 
-def steps_within(seconds: float, model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], device: str,
-                 amp: bool) -> int:
+def steps_within(
+    seconds: float, model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], device: str, amp: bool
+) -> int:
     """How many training steps fit into the time, at least two: the median of twelve, after eight to warm up. The model
     is a throwaway. With no time at all: two, at once."""
     opt, times = torch.optim.AdamW(model.to(device).train().parameters()), []
@@ -115,8 +121,16 @@ def steps_within(seconds: float, model: nn.Module, batches: Callable[[int], tupl
     return max(20, int(seconds / np.median(times[8:]))) if seconds else 2
 
 # %% ../../nbs/4_long_context/routing.ipynb #8b56ae8d
-def language_experiment(membership: str, cfg: dict, data: Sequence[Tensor], *, seconds: float | None = None,
-                        steps: int | None = None, run: int = 0, device: str = "cpu") -> tuple[nn.Module, dict]:
+def language_experiment(
+    membership: str,
+    cfg: dict,
+    data: Sequence[Tensor],
+    *,
+    seconds: float | None = None,
+    steps: int | None = None,
+    run: int = 0,
+    device: str = "cpu",
+) -> tuple[nn.Module, dict]:
     """Trains one model for `seconds`, which needs a device of its own, or for a given number of `steps`.
 
     Returns the model and a row: its `seconds` as measured, and `timed`, False where the steps were given. ValueError
@@ -134,19 +148,47 @@ def language_experiment(membership: str, cfg: dict, data: Sequence[Tensor], *, s
         steps = steps_within(seconds, language_model(membership, cfg, run), batches, device, amp)
     model, (x, y) = language_model(membership, cfg, run), windows_of(data[1], length, cfg["windows"])
     watch = lambda m: bits_per_byte(m, x[:4], y[:4], device, amp) | cluster_health(m, x[:1].to(device))
-    history = fit(model, lambda m, a, b: m.loss(a, b), batches, steps=steps, lr=1e-3, warmup=steps // 10, seed=run,
-                  device=device, amp=amp, progress=False, eval_fn=watch, eval_every=max(1, steps // 4))
+    history = fit(
+        model,
+        lambda m, a, b: m.loss(a, b),
+        batches,
+        steps=steps,
+        lr=1e-3,
+        warmup=steps // 10,
+        seed=run,
+        device=device,
+        amp=amp,
+        progress=False,
+        eval_fn=watch,
+        eval_every=max(1, steps // 4),
+    )
     final = bits_per_byte(model, x, y, device, amp, cfg["prefixes"])
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
         final |= cluster_health(model, x[:1].to(device))
     curve = {str(e["step"]): e["bits"] for e in history.evals}
     health = {str(e["step"]): {k: e[k] for k in ("coverage", "dead", "balance") if k in e} for e in history.evals}
-    return model, dict(membership=membership, run=run, length=length, steps=steps, timed=timed, seconds=history.seconds,
-                       parameters=count_parameters(model), curve=curve, health=health, **final)
+    return model, dict(
+        membership=membership,
+        run=run,
+        length=length,
+        steps=steps,
+        timed=timed,
+        seconds=history.seconds,
+        parameters=count_parameters(model),
+        curve=curve,
+        health=health,
+        **final,
+    )
 
 # %% ../../nbs/4_long_context/routing.ipynb #d3a297da
-def run_language(preset: str = "cpu", device: str = "cpu", seed: int = 0, budget: float | None = None,
-                 memberships: Sequence[str] | None = None, steps: dict[str, int] | None = None) -> dict[str, nn.Module]:
+def run_language(
+    preset: str = "cpu",
+    device: str = "cpu",
+    seed: int = 0,
+    budget: float | None = None,
+    memberships: Sequence[str] | None = None,
+    steps: dict[str, int] | None = None,
+) -> dict[str, nn.Module]:
     """The language models of a preset, `budget` seconds of training in all (default: the preset's); records a row for
     each. Returns the models. Preset "gpu" is meant to take about 4 minutes on an H100, compilation included.
 
@@ -186,7 +228,7 @@ def attention_maps(layer: RoutingSelfAttention, x: Tensor) -> Tensor:
     "Weights of all heads of a layer for one sequence x `(1, n, embed_dim)`: `(heads, n, n)`, routing heads first."
     (q, _, _), (lq, lk, _) = layer.heads(x)
     parts = []
-    for unit in torch.eye(x.shape[1], device=x.device, dtype=q.dtype).split(64, 1):       # [n, up to 64]
+    for unit in torch.eye(x.shape[1], device=x.device, dtype=q.dtype).split(64, 1):  # [n, up to 64]
         value = lambda heads: unit[None, None].expand(1, heads, -1, -1)
         outs = [layer.router(q, None, value(layer.routing_heads))[0]] if layer.routing_heads else []
         outs += [layer.local_attention(lq, lk, value(layer.local_heads))] if layer.local_heads else []
@@ -207,9 +249,10 @@ def head_rows(model: nn.Module, x: Tensor) -> list[dict]:
     inputs, rows = [], []
     hooks = [b.attention.register_forward_pre_hook(lambda m, args: inputs.append((m, args[0]))) for b in model.blocks]
     model(x)
-    for hook in hooks: hook.remove()
+    for hook in hooks:
+        hook.remove()
     for i, (layer, t) in enumerate(inputs):
-        p = attention_maps(layer, t)[:, x.shape[1] // 2:]                                 # [heads, queries, n]
+        p = attention_maps(layer, t)[:, x.shape[1] // 2 :]  # [heads, queries, n]
         kind, some = ["routing"] * layer.routing_heads + ["local"] * layer.local_heads, p.sum(-1) > 0.5
         pairs = {}
         for a, b in ((a, b) for a in range(len(p)) for b in range(a)):
@@ -232,5 +275,8 @@ def run_heads(models: dict[str, nn.Module], preset: str = "cpu", device: str = "
     "Divergences of the heads of trained models (`run_language`) on validation text; records its rows, `run` the seed."
     x = windows_of(language_data()[1], PRESETS[preset]["language"]["maps"], 1)[0].to(device)
     what = dict(key=("membership", "run", "layer", "pair", "training"), device=device, seed=seed, run=seed)
-    return [record("routing", "heads", training=preset, membership=m, **what, **row)
-            for m, model in models.items() for row in head_rows(model, x)]
+    return [
+        record("routing", "heads", training=preset, membership=m, **what, **row)
+        for m, model in models.items()
+        for row in head_rows(model, x)
+    ]

@@ -29,8 +29,18 @@ from .reference import spherical_norm_reference
 def leak_model(membership: str, seed: int = 0) -> RoutingTransformerLM:
     "16 symbols, 64 tokens, 8 clusters of 8: two layers of four routing heads and sinusoids."
     torch.manual_seed(seed)
-    return RoutingTransformerLM(16, dim=64, depth=2, heads=4, local_heads=0, ff_dim=128, num_clusters=8, window=8,
-                                membership=membership, absolute=True)
+    return RoutingTransformerLM(
+        16,
+        dim=64,
+        depth=2,
+        heads=4,
+        local_heads=0,
+        ff_dim=128,
+        num_clusters=8,
+        window=8,
+        membership=membership,
+        absolute=True,
+    )
 
 
 def uniform_tokens(batch: int, seed: int, length: int = 64, symbols: int = 16) -> tuple[Tensor, Tensor]:
@@ -40,8 +50,9 @@ def uniform_tokens(batch: int, seed: int, length: int = 64, symbols: int = 16) -
 
 
 @torch.no_grad()
-def gain_on_the_bound(model: nn.Module, batches: int, batch: int = 64, seed: int = 10**9,
-                      device: str = "cpu") -> dict[str, float]:
+def gain_on_the_bound(
+    model: nn.Module, batches: int, batch: int = 64, seed: int = 10**9, device: str = "cpu"
+) -> dict[str, float]:
     "Mean of NLL - ln V over fresh uniform sequences, in nats per token, and its standard error over sequences."
     parts = []
     for i in range(batches):
@@ -52,16 +63,31 @@ def gain_on_the_bound(model: nn.Module, batches: int, batch: int = 64, seed: int
     return dict(gain=float(g.mean()), error=float(g.std() / len(g) ** 0.5))
 
 # %% ../../nbs/4_long_context/routing.ipynb #d2bfaf12
-def leak_experiment(membership: str, *, steps: int, evals: int, batch: int, eval_batches: int, run: int = 0,
-                    device: str = "cpu") -> list[dict]:
+def leak_experiment(
+    membership: str, *, steps: int, evals: int, batch: int, eval_batches: int, run: int = 0, device: str = "cpu"
+) -> list[dict]:
     "Trains one model on uniform tokens; one row per evaluation."
     model, tokens = leak_model(membership, run), batch * 64 * eval_batches
-    history = fit(model, lambda m, x, y: m.loss(x, y), lambda step: uniform_tokens(batch, 1_000_000 * run + step),
-                  steps=steps, lr=1e-3, weight_decay=0.0, schedule="constant", warmup=0, seed=run, device=device,
-                  amp=False, progress=False, eval_every=max(1, steps // evals),
-                  eval_fn=lambda m: gain_on_the_bound(m, eval_batches, batch, device=device))
-    return [dict(membership=membership, run=run, tokens=tokens, **{k: e[k] for k in ("step", "gain", "error")})
-            for e in history.evals]
+    history = fit(
+        model,
+        lambda m, x, y: m.loss(x, y),
+        lambda step: uniform_tokens(batch, 1_000_000 * run + step),
+        steps=steps,
+        lr=1e-3,
+        weight_decay=0.0,
+        schedule="constant",
+        warmup=0,
+        seed=run,
+        device=device,
+        amp=False,
+        progress=False,
+        eval_every=max(1, steps // evals),
+        eval_fn=lambda m: gain_on_the_bound(m, eval_batches, batch, device=device),
+    )
+    return [
+        dict(membership=membership, run=run, tokens=tokens, **{k: e[k] for k in ("step", "gain", "error")})
+        for e in history.evals
+    ]
 
 
 def run_leak(preset: str = "cpu", device: str = "cpu", seed: int = 0) -> list[dict]:
@@ -69,8 +95,11 @@ def run_leak(preset: str = "cpu", device: str = "cpu", seed: int = 0) -> list[di
     cfg = dict(PRESETS[preset]["leak"])
     runs = product(range(seed, seed + cfg.pop("seeds")), cfg.pop("memberships"))
     what = dict(key=("membership", "run", "step", "training"), device=device, training=preset)
-    return [record("routing", "leak", seed=run, **what, **row)
-            for run, m in runs for row in leak_experiment(m, run=run, device=device, **cfg)]
+    return [
+        record("routing", "leak", seed=run, **what, **row)
+        for run, m in runs
+        for row in leak_experiment(m, run=run, device=device, **cfg)
+    ]
 
 # %% ../../nbs/4_long_context/routing.ipynb #ddc0a788
 def leak_summary(rows: list[dict] | None = None) -> dict[str, dict] | None:
@@ -82,7 +111,9 @@ def leak_summary(rows: list[dict] | None = None) -> dict[str, dict] | None:
         at = [r for r in rows if r["membership"] == m and r["step"] == last]
         found = over_seeds(r["gain"] for r in at)
         within = over_seeds(r["error"] for r in at).mean / found.n**0.5  # of the sequences of each run
-        out[m] = dict(gain=found.mean, error=max(within, found.error) if found.n > 1 else within, runs=found.n, step=last)
+        out[m] = dict(
+            gain=found.mean, error=max(within, found.error) if found.n > 1 else within, runs=found.n, step=last
+        )
     return out or None
 
 # %% ../../nbs/4_long_context/routing.ipynb #c6c8b4ed
@@ -90,11 +121,12 @@ def leak_summary(rows: list[dict] | None = None) -> dict[str, dict] | None:
 def prefix_mismatch(model: nn.Module, tokens: Tensor, positions: Sequence[int]) -> list[float]:
     "At each position the largest difference of logits between the forward on everything and the forward on the prefix."
     whole = model(tokens)[0].float()
-    return [float((model(tokens[:, :t + 1])[0][:, -1].float() - whole[:, t]).abs().max()) for t in positions]
+    return [float((model(tokens[:, : t + 1])[0][:, -1].float() - whole[:, t]).abs().max()) for t in positions]
 
 
-def future_changes(membership: str, trials: int = 200, n: int = 128, k: int = 8, w: int = 16, d: int = 32,
-                   seed: int = 0) -> float:
+def future_changes(
+    membership: str, trials: int = 200, n: int = 128, k: int = 8, w: int = 16, d: int = 32, seed: int = 0
+) -> float:
     "Share of random trials in which changing one token changes the output of an earlier one, in one routing head."
     changed = 0
     for i in range(trials):
@@ -103,8 +135,9 @@ def future_changes(membership: str, trials: int = 200, n: int = 128, k: int = 8,
         at = int(torch.randint(n // 4, n, (1,), generator=g))
         y = x.clone()
         y[:, :, at] = spherical_norm_reference(torch.randn(d, generator=g))
-        member = lambda t: (topw_membership(route_scores(t, mu[0]), w) if membership == "topw"
-                            else nearest_membership(t, mu[0]))
+        member = lambda t: (
+            topw_membership(route_scores(t, mu[0]), w) if membership == "topw" else nearest_membership(t, mu[0])
+        )
         a, b = (routed_attention(t, t, t, member(t), causal=True, backend="torch")[:, :, :at] for t in (x, y))
         changed += bool(((a - b).abs().amax(-1) > 1e-6).any())
     return changed / trials

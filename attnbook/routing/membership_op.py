@@ -25,8 +25,12 @@ def _norm(x: Tensor, eps: float) -> Tensor:
 
 
 spherical_norm_op = operation(
-    "spherical_norm", _norm, like=lambda x, eps: x.new_empty(x.shape), gradients_like=lambda c: dict(x=c.x.new_empty(c.x.shape)),
-    backward=lambda call: dict(x=launch_norm(call.x, call.grads[0], call.eps)))
+    "spherical_norm",
+    _norm,
+    like=lambda x, eps: x.new_empty(x.shape),
+    gradients_like=lambda c: dict(x=c.x.new_empty(c.x.shape)),
+    backward=lambda call: dict(x=launch_norm(call.x, call.grads[0], call.eps)),
+)
 
 
 def spherical_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
@@ -57,10 +61,16 @@ def _sums(x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
 
 
 route_nearest_op = operation("route_nearest", _nearest, like=_nearest_like)
-route_scores_op = operation("route_scores", _scores, like=lambda x, centroids: x.new_empty(
-    *x.shape[:2], centroids.shape[1], x.shape[2], dtype=torch.float32))
-cluster_sums_op = operation("cluster_sums", _sums, like=lambda x, order, offsets: x.new_empty(
-    *x.shape[:2], offsets.shape[2] - 1, x.shape[3], dtype=torch.float32))
+route_scores_op = operation(
+    "route_scores",
+    _scores,
+    like=lambda x, centroids: x.new_empty(*x.shape[:2], centroids.shape[1], x.shape[2], dtype=torch.float32),
+)
+cluster_sums_op = operation(
+    "cluster_sums",
+    _sums,
+    like=lambda x, order, offsets: x.new_empty(*x.shape[:2], offsets.shape[2] - 1, x.shape[3], dtype=torch.float32),
+)
 
 # %% ../../nbs/4_long_context/routing.ipynb #9b9f5b63
 def _check_route(x, centroids, mask):

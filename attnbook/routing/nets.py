@@ -40,21 +40,47 @@ class Router(nn.Module):
     centroids. Call it once per training step, after the forward. (A repeated forward, as in checkpointing, does no
     harm.)"""
 
-    def __init__(self, num_heads: int, head_dim: int, *, num_clusters: int, window: int, membership: str = "nearest",
-                 causal: bool = True, self_attention: str = "include", scale: float | None = None, salt: int = 0,
-                 decay: float = 0.999, commitment: float = 1e-4, renormalise: bool = True, initial_count: float = 1.0,
-                 process_group=None, backend: str = "auto"):
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        *,
+        num_clusters: int,
+        window: int,
+        membership: str = "nearest",
+        causal: bool = True,
+        self_attention: str = "include",
+        scale: float | None = None,
+        salt: int = 0,
+        decay: float = 0.999,
+        commitment: float = 1e-4,
+        renormalise: bool = True,
+        initial_count: float = 1.0,
+        process_group=None,
+        backend: str = "auto",
+    ):
         super().__init__()
         self.membership = check_choice("membership", membership, MEMBERSHIPS)
         self.window = check_int("window", window, least=1)
         if membership in ("local", "full", "random") and not causal:
             raise ValueError(f"membership={membership!r} is a causal control; it needs causal=True")
         self.causal, self.salt, self.backend = causal, salt, backend
-        self.how = dict(scale=check_number("scale", scale, optional=True), backend=backend,
-                        self_attention=check_choice("self_attention", self_attention, ("include", "fallback")))
-        self.kmeans = OnlineKMeans(num_heads, num_clusters, head_dim, decay=decay, commitment=commitment,
-                                   renormalise=renormalise, initial_count=initial_count, process_group=process_group,
-                                   backend=backend)
+        self.how = dict(
+            scale=check_number("scale", scale, optional=True),
+            backend=backend,
+            self_attention=check_choice("self_attention", self_attention, ("include", "fallback")),
+        )
+        self.kmeans = OnlineKMeans(
+            num_heads,
+            num_clusters,
+            head_dim,
+            decay=decay,
+            commitment=commitment,
+            renormalise=renormalise,
+            initial_count=initial_count,
+            process_group=process_group,
+            backend=backend,
+        )
         self.pending = None
 
     def members(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor | Segments, Segments | None]:
@@ -68,8 +94,9 @@ class Router(nn.Module):
             return topw_membership(self.kmeans.scores(x), self.window, mask, backend=self.backend), segments
         return segments, segments
 
-    def forward(self, q: Tensor, k: Tensor | None, v: Tensor, mask: Tensor | None = None,
-                key_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor | None, v: Tensor, mask: Tensor | None = None, key_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         x = spherical_norm(q, backend=self.backend)
         y = x if k is None else spherical_norm(k, backend=self.backend)
         aux = x.new_zeros((), dtype=torch.float32)
@@ -125,22 +152,23 @@ class ClusterCache:
         t = self.length
         self.x, self.v = self._grow(self.x, 2, t + 1), self._grow(self.v, 2, t + 1)
         self.x[:, :, t], self.v[:, :, t] = x[:, :, 0], v[:, :, 0]
-        size = self.count.gather(2, cluster[..., None])[..., 0]                           # [B, H]
+        size = self.count.gather(2, cluster[..., None])[..., 0]  # [B, H]
         longest = int(size.max()) + 1
         self.members = self._grow(self.members, 3, longest)
         b, h = torch.arange(B, device=x.device)[:, None], torch.arange(H, device=x.device)
         self.members[b, h, cluster, size] = t
         self.count[b, h, cluster] += 1
         self.length += 1
-        rows = self.members[b, h, cluster, :longest]                                      # [B, H, members]
+        rows = self.members[b, h, cluster, :longest]  # [B, H, members]
         return rows.masked_fill(torch.arange(longest, device=x.device) > size[..., None], -1)
 
 
 def router_step(router: Router, q: Tensor, v: Tensor, cache: ClusterCache) -> Tensor:
     "The router's output for one more token, q and v `(B, H, 1, d)`, K = Q. Raises ValueError for topw."
     if router.membership == "topw":
-        raise ValueError("membership='topw' cannot be decoded step by step: a new token changes the clusters of "
-                         "earlier ones")
+        raise ValueError(
+            "membership='topw' cannot be decoded step by step: a new token changes the clusters of earlier ones"
+        )
     x, (H, k, _) = spherical_norm_reference(q), router.kmeans.centroids.shape
     if router.membership == "nearest":
         cluster = score_reference(x, router.kmeans.centroids).argmax(2)[..., 0]
@@ -151,10 +179,16 @@ def router_step(router: Router, q: Tensor, v: Tensor, cache: ClusterCache) -> Te
         cluster = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
     rows = cache.append(x, v, cluster, k)
     if router.membership == "local":
-        rows = rows[..., -router.window:]
+        rows = rows[..., -router.window :]
     bias = (rows == cache.length - 1)[:, :, None] * FAR_BELOW if router.how["self_attention"] == "fallback" else None
-    return attention_reference(x, take_rows(cache.x, rows), take_rows(cache.v, rows), mask=(rows >= 0)[:, :, None],
-                               scale=router.how["scale"], bias=bias)
+    return attention_reference(
+        x,
+        take_rows(cache.x, rows),
+        take_rows(cache.v, rows),
+        mask=(rows >= 0)[:, :, None],
+        scale=router.how["scale"],
+        bias=bias,
+    )
 
 # %% ../../nbs/4_long_context/routing.ipynb #9860a488
 class RoutingSelfAttention(nn.Module):
@@ -166,13 +200,33 @@ class RoutingSelfAttention(nn.Module):
     rely on causality, so padding must stand at the end. ValueError for heads that do not add up, and for
     share_qk=False with a control. Source: Sec. 4.2."""
 
-    def __init__(self, embed_dim: int, num_heads: int, *, local_heads: int, local_window: int = 256,
-                 num_clusters: int = 16, window: int = 512, membership: str = "topw", share_qk: bool | None = None,
-                 causal: bool = True, head_dim: int | None = None, self_attention: str = "include",
-                 scale: float | None = None, salt: int = 0, decay: float = 0.999, commitment: float = 1e-4,
-                 renormalise: bool = True, initial_count: float = 1.0, process_group=None, backend: str = "auto"):
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        local_heads: int,
+        local_window: int = 256,
+        num_clusters: int = 16,
+        window: int = 512,
+        membership: str = "topw",
+        share_qk: bool | None = None,
+        causal: bool = True,
+        head_dim: int | None = None,
+        self_attention: str = "include",
+        scale: float | None = None,
+        salt: int = 0,
+        decay: float = 0.999,
+        commitment: float = 1e-4,
+        renormalise: bool = True,
+        initial_count: float = 1.0,
+        process_group=None,
+        backend: str = "auto",
+    ):
         super().__init__()
-        self.local_heads = check_int("local_heads", local_heads, least=0, most=check_int("num_heads", num_heads, least=1))
+        self.local_heads = check_int(
+            "local_heads", local_heads, least=0, most=check_int("num_heads", num_heads, least=1)
+        )
         self.routing_heads, self.backend = num_heads - local_heads, backend
         self.head_dim = d = _head_dim(embed_dim, num_heads, head_dim)
         self.local_window = check_int("local_window", local_window, least=1)
@@ -184,11 +238,27 @@ class RoutingSelfAttention(nn.Module):
         per_head = 2 if self.share_qk else 3
         self.qkv = nn.Linear(embed_dim, d * (3 * local_heads + per_head * self.routing_heads), bias=False)
         self.out = nn.Linear(d * num_heads, embed_dim, bias=False)
-        self.router = Router(
-            self.routing_heads, d, num_clusters=num_clusters, window=window, membership=membership, causal=causal,
-            self_attention=self_attention, scale=scale, salt=salt, decay=decay, commitment=commitment,
-            renormalise=renormalise, initial_count=initial_count, process_group=process_group,
-            backend=backend) if self.routing_heads else None
+        self.router = (
+            Router(
+                self.routing_heads,
+                d,
+                num_clusters=num_clusters,
+                window=window,
+                membership=membership,
+                causal=causal,
+                self_attention=self_attention,
+                scale=scale,
+                salt=salt,
+                decay=decay,
+                commitment=commitment,
+                renormalise=renormalise,
+                initial_count=initial_count,
+                process_group=process_group,
+                backend=backend,
+            )
+            if self.routing_heads
+            else None
+        )
         self.rel = nn.Parameter(torch.randn(local_heads, local_window, d) * d**-0.5) if local_heads else None
 
     def heads(self, x: Tensor) -> tuple[Sequence[Tensor | None], Sequence[Tensor]]:
@@ -241,28 +311,60 @@ class RoutingAttention(nn.Module):
     x `(B, n, embed_dim)`; `context` `(B, m, embed_dim)`, x itself by default. `share_qk` defaults to True in causal
     self-attention and is refused with a context. Other arguments: `RoutingSelfAttention`."""
 
-    def __init__(self, embed_dim: int, num_heads: int, *, num_clusters: int, window: int, membership: str = "topw",
-                 share_qk: bool | None = None, causal: bool = True, head_dim: int | None = None,
-                 self_attention: str = "include", scale: float | None = None, salt: int = 0, decay: float = 0.999,
-                 commitment: float = 1e-4, renormalise: bool = True, initial_count: float = 1.0, process_group=None,
-                 backend: str = "auto"):
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_clusters: int,
+        window: int,
+        membership: str = "topw",
+        share_qk: bool | None = None,
+        causal: bool = True,
+        head_dim: int | None = None,
+        self_attention: str = "include",
+        scale: float | None = None,
+        salt: int = 0,
+        decay: float = 0.999,
+        commitment: float = 1e-4,
+        renormalise: bool = True,
+        initial_count: float = 1.0,
+        process_group=None,
+        backend: str = "auto",
+    ):
         super().__init__()
         self.head_dim, self.causal = _head_dim(embed_dim, num_heads, head_dim), causal
         self.share_qk = causal if share_qk is None else share_qk
         width = self.head_dim * num_heads
-        self.q, self.k, self.v = (None if self.share_qk and name == "k" else nn.Linear(embed_dim, width, bias=False)
-                                  for name in "qkv")
+        self.q, self.k, self.v = (
+            None if self.share_qk and name == "k" else nn.Linear(embed_dim, width, bias=False) for name in "qkv"
+        )
         self.out = nn.Linear(width, embed_dim, bias=False)
-        self.router = Router(num_heads, self.head_dim, num_clusters=num_clusters, window=window, membership=membership,
-                             causal=causal, self_attention=self_attention, scale=scale, salt=salt, decay=decay,
-                             commitment=commitment, renormalise=renormalise, initial_count=initial_count,
-                             process_group=process_group, backend=backend)
+        self.router = Router(
+            num_heads,
+            self.head_dim,
+            num_clusters=num_clusters,
+            window=window,
+            membership=membership,
+            causal=causal,
+            self_attention=self_attention,
+            scale=scale,
+            salt=salt,
+            decay=decay,
+            commitment=commitment,
+            renormalise=renormalise,
+            initial_count=initial_count,
+            process_group=process_group,
+            backend=backend,
+        )
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
-                context_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, context_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         if context is not None and (self.share_qk or self.causal):
-            raise ValueError("attention to a context needs share_qk=False and causal=False: its keys are not the "
-                             "queries")
+            raise ValueError(
+                "attention to a context needs share_qk=False and causal=False: its keys are not the queries"
+            )
         source = x if context is None else context
         split = lambda t: t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         k = None if self.share_qk else split(self.k(source))
@@ -273,6 +375,7 @@ class RoutingAttention(nn.Module):
 # %% ../../nbs/4_long_context/routing.ipynb #e7225871
 class GEGLU(nn.Module):
     "W2 (gelu(W0 x) * W1 x), three matrices without biases."
+
     def __init__(self, dim: int, ff_dim: int):
         super().__init__()
         self.up, self.down = nn.Linear(dim, 2 * ff_dim, bias=False), nn.Linear(ff_dim, dim, bias=False)
@@ -284,13 +387,15 @@ class GEGLU(nn.Module):
 
 class RoutingBlock(nn.Module):
     "x + attention(norm(x)), then x + feed-forward(norm(x))."
+
     def __init__(self, dim: int, ff_dim: int, dropout: float, attention: RoutingSelfAttention):
         super().__init__()
         self.norm1, self.norm2, self.drop = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.Dropout(dropout)
         self.attention, self.ff = attention, GEGLU(dim, ff_dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: tuple | None = None,
-                step: bool = False) -> tuple[Tensor, Tensor | tuple]:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cache: tuple | None = None, step: bool = False
+    ) -> tuple[Tensor, Tensor | tuple]:
         y, extra = self.attention.step(self.norm1(x), cache) if step else self.attention(self.norm1(x), mask)
         x = x + self.drop(y)
         return x + self.drop(self.ff(self.norm2(x))), extra
@@ -303,24 +408,61 @@ class RoutingTransformerLM(nn.Module):
     embeddings, projected to `dim` if smaller. `absolute` adds sinusoids (for models without local heads). Other
     arguments: `RoutingSelfAttention`, `Router`, `OnlineKMeans`. Source: Sec. 5 and the released configurations."""
 
-    def __init__(self, num_tokens: int, *, dim: int = 1024, depth: int = 12, heads: int = 8, local_heads: int = 4,
-                 ff_dim: int | None = None, local_window: int = 256, num_clusters: int = 16, window: int = 512,
-                 membership: str = "topw", emb_dim: int | None = None, skip_first: int = 0, absolute: bool = False,
-                 dropout: float = 0.0, head_dim: int | None = None, share_qk: bool | None = None,
-                 self_attention: str = "include", scale: float | None = None, decay: float = 0.999,
-                 commitment: float = 1e-4, renormalise: bool = True, initial_count: float = 1.0, process_group=None,
-                 backend: str = "auto"):
+    def __init__(
+        self,
+        num_tokens: int,
+        *,
+        dim: int = 1024,
+        depth: int = 12,
+        heads: int = 8,
+        local_heads: int = 4,
+        ff_dim: int | None = None,
+        local_window: int = 256,
+        num_clusters: int = 16,
+        window: int = 512,
+        membership: str = "topw",
+        emb_dim: int | None = None,
+        skip_first: int = 0,
+        absolute: bool = False,
+        dropout: float = 0.0,
+        head_dim: int | None = None,
+        share_qk: bool | None = None,
+        self_attention: str = "include",
+        scale: float | None = None,
+        decay: float = 0.999,
+        commitment: float = 1e-4,
+        renormalise: bool = True,
+        initial_count: float = 1.0,
+        process_group=None,
+        backend: str = "auto",
+    ):
         super().__init__()
         self.num_tokens, self.dim, self.absolute, emb_dim = num_tokens, dim, absolute, emb_dim or dim
         self.embed = nn.Embedding(num_tokens, emb_dim)
         nn.init.normal_(self.embed.weight, std=emb_dim**-0.5)
-        self.up, self.down = (nn.Linear(a, b, bias=False) if emb_dim != dim else nn.Identity()
-                              for a, b in ((emb_dim, dim), (dim, emb_dim)))
-        make = partial(RoutingSelfAttention, dim, heads, local_window=local_window, num_clusters=num_clusters,
-                       window=window, membership=membership, head_dim=head_dim, share_qk=share_qk,
-                       self_attention=self_attention, scale=scale, decay=decay, commitment=commitment,
-                       renormalise=renormalise, initial_count=initial_count, process_group=process_group,
-                       backend=backend)
+        self.up, self.down = (
+            nn.Linear(a, b, bias=False) if emb_dim != dim else nn.Identity()
+            for a, b in ((emb_dim, dim), (dim, emb_dim))
+        )
+        make = partial(
+            RoutingSelfAttention,
+            dim,
+            heads,
+            local_window=local_window,
+            num_clusters=num_clusters,
+            window=window,
+            membership=membership,
+            head_dim=head_dim,
+            share_qk=share_qk,
+            self_attention=self_attention,
+            scale=scale,
+            decay=decay,
+            commitment=commitment,
+            renormalise=renormalise,
+            initial_count=initial_count,
+            process_group=process_group,
+            backend=backend,
+        )
         layers = (make(local_heads=heads if i < skip_first else local_heads, salt=i) for i in range(depth))
         self.blocks = nn.ModuleList(RoutingBlock(dim, ff_dim or 3 * dim, dropout, layer) for layer in layers)
         self.norm, self.drop = nn.LayerNorm(dim), nn.Dropout(dropout)
@@ -347,12 +489,14 @@ class RoutingTransformerLM(nn.Module):
 
     def update_centroids(self) -> None:
         "Once per training step, not between a forward and its repetition by checkpointing."
-        for router in self.routers(): router.update()
+        for router in self.routers():
+            router.update()
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats, targets of -100 left out, plus the commitment losses; in training first moves the
         centroids."""
-        if self.training: self.update_centroids()
+        if self.training:
+            self.update_centroids()
         logits, aux = self(tokens)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().long()) + aux
 
@@ -373,13 +517,22 @@ CONFIGS = {  # released configurations; blocks of local heads are 256
     "wikitext103, 1k": _WIKITEXT | dict(depth=20, num_clusters=2),
     "enwik8, 8k": _ENWIK8 | dict(num_clusters=16, window=512),
     "enwik8, 12k": _ENWIK8 | dict(num_clusters=48, window=256),
-    "pg19, 8k": dict(depth=22, dim=1032, ff_dim=4096, heads=8, local_heads=6, num_clusters=16, window=512,
-                     skip_first=21),
+    "pg19, 8k": dict(
+        depth=22, dim=1032, ff_dim=4096, heads=8, local_heads=6, num_clusters=16, window=512, skip_first=21
+    ),
 }
 
 
-def routing_model(name: str, num_tokens: int = 256, *, membership: str = "topw", depth: int | None = None,
-                  skip_first: int | None = None, dropout: float = 0.0, backend: str = "auto") -> RoutingTransformerLM:
+def routing_model(
+    name: str,
+    num_tokens: int = 256,
+    *,
+    membership: str = "topw",
+    depth: int | None = None,
+    skip_first: int | None = None,
+    dropout: float = 0.0,
+    backend: str = "auto",
+) -> RoutingTransformerLM:
     """A released configuration by name, with fewer layers if `depth` and `skip_first` say so. ValueError for an unknown
     name."""
     config = CONFIGS[check_choice("name", name, tuple(CONFIGS))]
@@ -391,9 +544,16 @@ def parameter_counts() -> dict[str, int]:
     "Parameters of the released configurations without embeddings and relative vectors, counted without allocating."
     with torch.device("meta"):
         models = {name: routing_model(name, 1) for name in CONFIGS}
-    return {name: sum(p.numel() for n, p in m.named_parameters() if n != "embed.weight" and not n.endswith(".rel"))
-            for name, m in models.items()}
+    return {
+        name: sum(p.numel() for n, p in m.named_parameters() if n != "embed.weight" and not n.endswith(".rel"))
+        for name, m in models.items()
+    }
 
 # %% ../../nbs/4_long_context/routing.ipynb #9e4091c3
-register_models({"routing_" + name.replace(", ", "_"): (partial(routing_model, name), n) for name, n in zip(CONFIGS, (
-    185_985_024, 265_439_232, 159_172_608, 159_172_608, 378_545_856))}, published="the released configurations; without embeddings in the paper's counts")
+register_models(
+    {
+        "routing_" + name.replace(", ", "_"): (partial(routing_model, name), n)
+        for name, n in zip(CONFIGS, (185_985_024, 265_439_232, 159_172_608, 159_172_608, 378_545_856))
+    },
+    published="the released configurations; without embeddings in the paper's counts",
+)

@@ -28,11 +28,13 @@ def _check_side(name, side, n, heads):
         ends = side.offsets[..., -1]
         known = ends.device.type == "cpu" and not torch.compiler.is_compiling()  # on a GPU this would wait for it
         if known and (ends != n).any():
-            raise ValueError(f"membership: the offsets of {name} must end at the length {n}, they end at "
-                             f"{ends.unique().tolist()}")
+            raise ValueError(
+                f"membership: the offsets of {name} must end at the length {n}, they end at {ends.unique().tolist()}"
+            )
         return Segments(*(t.to(torch.int32) for t in side))
-    return check_tensor(f"membership: {name}, if not Segments,", side, dtype="integer",
-                        shape=(*heads, "clusters", "window")).to(torch.int32)
+    return check_tensor(
+        f"membership: {name}, if not Segments,", side, dtype="integer", shape=(*heads, "clusters", "window")
+    ).to(torch.int32)
 
 
 def _check_membership(membership, q, k, window):
@@ -40,20 +42,36 @@ def _check_membership(membership, q, k, window):
     pair = isinstance(membership, (tuple, list)) and not isinstance(membership, Segments)
     if pair and len(membership) != 2:
         raise ValueError(f"membership must be one side, or two for queries and keys, not {len(membership)}")
-    a, b = (_check_side(name, side, x.shape[2], q.shape[:2]) for name, side, x in zip(
-        ("the queries' side", "the keys' side"), membership if pair else (membership, membership), (q, k)))
+    a, b = (
+        _check_side(name, side, x.shape[2], q.shape[:2])
+        for name, side, x in zip(
+            ("the queries' side", "the keys' side"), membership if pair else (membership, membership), (q, k)
+        )
+    )
     counts = [s.offsets.shape[2] - 1 if isinstance(s, Segments) else s.shape[2] for s in (a, b)]
     if type(a) is not type(b) or counts[0] != counts[1]:
-        raise ValueError("membership: both sides must be of one kind and have as many clusters, not "
-                         f"{[type(s).__name__ for s in (a, b)]} with {counts}")
+        raise ValueError(
+            "membership: both sides must be of one kind and have as many clusters, not "
+            f"{[type(s).__name__ for s in (a, b)]} with {counts}"
+        )
     if window is not None and (pair or not isinstance(a, Segments)):
         raise ValueError("window (the last members of a cluster) needs Segments shared by queries and keys")
     return a, b if pair else None
 
 # %% ../../nbs/4_long_context/routing.ipynb #9aae2ab9
-def routed_attention(q: Tensor, k: Tensor, v: Tensor, membership: Tensor | Segments | Sequence, *, causal: bool,
-                     scale: float | None = None, self_attention: str = "include", window: int | None = None,
-                     padded: bool = False, backend: str = "auto") -> Tensor:
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    membership: Tensor | Segments | Sequence,
+    *,
+    causal: bool,
+    scale: float | None = None,
+    self_attention: str = "include",
+    window: int | None = None,
+    padded: bool = False,
+    backend: str = "auto",
+) -> Tensor:
     """Attention inside clusters; a token in several clusters gets the mean of its outputs, one in none gets 0.
 
     q `(B, H, n, d)`, k `(B, H, m, d)`, v `(B, H, m, dv)`, dims 1 to 256, any strides. `membership`: what
@@ -67,8 +85,9 @@ def routed_attention(q: Tensor, k: Tensor, v: Tensor, membership: Tensor | Segme
     Raises ValueError or TypeError naming the argument. Source: Algorithm 1."""
     check_qkv(q, k, v)
     if q.shape[1] != k.shape[1]:
-        raise ValueError(f"q has {q.shape[1]} heads and k {k.shape[1]}: every head has clusters of its own, so they must "
-                         "be equal")
+        raise ValueError(
+            f"q has {q.shape[1]} heads and k {k.shape[1]}: every head has clusters of its own, so they must be equal"
+        )
     causal, padded, scale = check_bool("causal", causal), check_bool("padded", padded), check_scale(scale, q.shape[-1])
     window = check_int("window", window, least=1, optional=True)
     check_choice("self_attention", self_attention, ("include", "fallback"))
@@ -89,13 +108,21 @@ def random_assignment(positions: Tensor, num_heads: int, num_clusters: int, salt
     return ((x ^ (x >> 16)) & 0xFFFFFFFF) % num_clusters
 
 # %% ../../nbs/4_long_context/routing.ipynb #1d13b6c9
-def plain_attention(x: Tensor, v: Tensor, *, window: int | None = None, scale: float | None = None,
-                    self_attention: str = "include", backend: str = "auto") -> Tensor:
+def plain_attention(
+    x: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    self_attention: str = "include",
+    backend: str = "auto",
+) -> Tensor:
     "Causal attention with shared queries and keys x, to everything or the last `window` tokens: the controls."
     n, scale = x.shape[2], check_scale(scale, x.shape[-1])
     if resolve_backend(backend, x) == "torch":
         bias = torch.eye(n, device=x.device) * FAR_BELOW if self_attention == "fallback" else None
         return attention_reference(x, x, v, is_causal=True, window_size=window, bias=bias, scale=scale)
     program = BAND_SELF if self_attention == "fallback" else BAND
-    return tile_attention(x, x, v, program, ints=(n, n, (window or 1) - 1, 0), consts=(window is not None, True),
-                          scale=scale)[0]
+    return tile_attention(
+        x, x, v, program, ints=(n, n, (window or 1) - 1, 0), consts=(window is not None, True), scale=scale
+    )[0]

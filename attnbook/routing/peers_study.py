@@ -21,7 +21,7 @@ from .reference import Segments
 def gather_peer(q: Tensor, v: Tensor, lists: Tensor) -> Tensor:
     "top-w attention as everybody writes it, in the inputs' type with a float32 softmax; to be compiled."
     index = lists.flatten(2).long()
-    x, y = (_take(t, index).unflatten(2, lists.shape[2:]) for t in (q, v))                # [B, H, k, w, d]
+    x, y = (_take(t, index).unflatten(2, lists.shape[2:]) for t in (q, v))  # [B, H, k, w, d]
     s = (x @ x.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
     seen = torch.ones(s.shape[-2:], dtype=torch.bool, device=q.device).tril()
     out = s.masked_fill(~seen, -math.inf).softmax(-1).to(q.dtype) @ y

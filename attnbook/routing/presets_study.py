@@ -14,7 +14,13 @@ from ..lab.stats import newest
 # %% ../../nbs/4_long_context/routing.ipynb #b1000004
 _SMALL = dict(dim=48, depth=2, heads=4, local_heads=2, ff_dim=96)
 _LARGE = dict(dim=512, depth=6, heads=8, local_heads=4, ff_dim=1024)
-_ALL = ("topw", "nearest", "random", "local", "full")  # rules of membership of a routing head; the last three are controls
+_ALL = (
+    "topw",
+    "nearest",
+    "random",
+    "local",
+    "full",
+)  # rules of membership of a routing head; the last three are controls
 
 #: preset -> sizes of the leak test, the language models (`budget`: seconds of training of all of them), recall, trials
 #: of one changed token, and lengths
@@ -22,32 +28,84 @@ PRESETS = dict(
     smoke=dict(
         leak=dict(steps=2, evals=1, batch=4, eval_batches=2, seeds=1, memberships=("topw", "nearest")),
         language=dict(
-            length=64, batch=2, budget=0, windows=2, prefixes=2, maps=32, memberships=("topw", "nearest", "local"),
-            model=_SMALL | dict(depth=1, local_window=16, num_clusters=4, window=16)),
+            length=64,
+            batch=2,
+            budget=0,
+            windows=2,
+            prefixes=2,
+            maps=32,
+            memberships=("topw", "nearest", "local"),
+            model=_SMALL | dict(depth=1, local_window=16, num_clusters=4, window=16),
+        ),
         recall=dict(
-            length=32, pairs=4, vocab=16, batch=4, steps=2, lr=3e-3, tests=1, memberships=("nearest", "local"),
-            model=_SMALL | dict(depth=1, local_window=8, num_clusters=2, window=16)),
-        trials=5, scaling=(64, 128)),
+            length=32,
+            pairs=4,
+            vocab=16,
+            batch=4,
+            steps=2,
+            lr=3e-3,
+            tests=1,
+            memberships=("nearest", "local"),
+            model=_SMALL | dict(depth=1, local_window=8, num_clusters=2, window=16),
+        ),
+        trials=5,
+        scaling=(64, 128),
+    ),
     cpu=dict(
         leak=dict(steps=60, evals=1, batch=64, eval_batches=8, seeds=1, memberships=("topw", "nearest")),
         language=dict(
-            length=192, batch=4, budget=25, windows=4, prefixes=6, maps=96, memberships=("topw", "nearest", "local"),
-            model=_SMALL | dict(local_window=16, num_clusters=6, window=32)),
+            length=192,
+            batch=4,
+            budget=25,
+            windows=4,
+            prefixes=6,
+            maps=96,
+            memberships=("topw", "nearest", "local"),
+            model=_SMALL | dict(local_window=16, num_clusters=6, window=32),
+        ),
         recall=dict(
-            length=64, pairs=4, vocab=32, batch=16, steps=40, lr=3e-3, tests=4, memberships=("nearest", "local"),
-            model=_SMALL | dict(local_window=8, num_clusters=4, window=16)),
-        trials=200, scaling=(256, 512, 1024, 2048)),
+            length=64,
+            pairs=4,
+            vocab=32,
+            batch=16,
+            steps=40,
+            lr=3e-3,
+            tests=4,
+            memberships=("nearest", "local"),
+            model=_SMALL | dict(local_window=8, num_clusters=4, window=16),
+        ),
+        trials=200,
+        scaling=(256, 512, 1024, 2048),
+    ),
     gpu=dict(
         leak=dict(steps=2000, evals=5, batch=256, eval_batches=64, seeds=3, memberships=("topw", "nearest", "full")),
         language=dict(
-            length=8192, batch=4, budget=180, windows=16, prefixes=96, maps=1024, memberships=_ALL,
-            model=_LARGE | dict(local_window=256, num_clusters=16, window=512)),
+            length=8192,
+            batch=4,
+            budget=180,
+            windows=16,
+            prefixes=96,
+            maps=1024,
+            memberships=_ALL,
+            model=_LARGE | dict(local_window=256, num_clusters=16, window=512),
+        ),
         recall=dict(
-            length=512, pairs=16, vocab=128, batch=64, steps=3500, lr=3e-3, tests=32,
+            length=512,
+            pairs=16,
+            vocab=128,
+            batch=64,
+            steps=3500,
+            lr=3e-3,
+            tests=32,
             memberships=("topw", "nearest", "local", "full"),
-            model=dict(dim=128, depth=2, heads=4, local_heads=2, ff_dim=256, local_window=16, num_clusters=8,
-                       window=64)),
-        trials=200, scaling=(256, 512, 1024, 2048)))
+            model=dict(
+                dim=128, depth=2, heads=4, local_heads=2, ff_dim=256, local_window=16, num_clusters=8, window=64
+            ),
+        ),
+        trials=200,
+        scaling=(256, 512, 1024, 2048),
+    ),
+)
 
 # %% ../../nbs/4_long_context/routing.ipynb #b1000061
 def one_per_run(rows: Sequence[dict]) -> list[dict]:

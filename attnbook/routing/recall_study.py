@@ -29,7 +29,7 @@ from .reference import spherical_norm_reference
 # %% ../../nbs/4_long_context/routing.ipynb #aded55da
 def recall_distance(x: Tensor, y: Tensor, pairs: int) -> Tensor:
     "How far back the key stands, where a value is asked for; 0 elsewhere. x, y `(batch, length)`."
-    keys = x[:, :2 * pairs:2]                                                             # [batch, pairs]
+    keys = x[:, : 2 * pairs : 2]  # [batch, pairs]
     same = x[:, :, None] == keys[:, None]
     at = 2 * same.float().argmax(-1)
     return torch.where((y >= 0) & same.any(-1), torch.arange(x.shape[1]) - at, 0)
@@ -44,10 +44,20 @@ def recall_batch(cfg: dict, seed: int) -> tuple[Tensor, Tensor]:
 def recall_experiment(membership: str, cfg: dict, *, run: int = 0, device: str = "cpu") -> list[dict]:
     "Trains one model on recall; a row for each quarter of the distances with accuracy and number of questions."
     torch.manual_seed(run)
-    model = RoutingTransformerLM(cfg["vocab"], membership=membership, self_attention="fallback", scale=1.0,
-                                 **cfg["model"])
-    history = fit(model, lambda m, x, y: m.loss(x, y), lambda step: recall_batch(cfg, run * 10**6 + step),
-                  steps=cfg["steps"], lr=cfg["lr"], seed=run, device=device, amp=False, progress=False)
+    model = RoutingTransformerLM(
+        cfg["vocab"], membership=membership, self_attention="fallback", scale=1.0, **cfg["model"]
+    )
+    history = fit(
+        model,
+        lambda m, x, y: m.loss(x, y),
+        lambda step: recall_batch(cfg, run * 10**6 + step),
+        steps=cfg["steps"],
+        lr=cfg["lr"],
+        seed=run,
+        device=device,
+        amp=False,
+        progress=False,
+    )
     right, far = [], []
     with torch.no_grad():
         for x, y in (recall_batch(cfg, 10**9 + i) for i in range(cfg["tests"])):
@@ -56,20 +66,39 @@ def recall_experiment(membership: str, cfg: dict, *, run: int = 0, device: str =
             far.append(distance[distance > 0])
     right, far = torch.cat(right).float(), torch.cat(far)
     edges = torch.linspace(0, cfg["length"], 5)
-    what = dict(steps=cfg["steps"], length=cfg["length"], chance=2 / cfg["vocab"], seconds=history.seconds,
-                reach=2 * cfg["model"]["local_window"] * cfg["model"]["depth"])
-    return [dict(membership=membership, run=run, quarter=i, upto=int(hi), accuracy=float(right[m].mean()),
-                 asked=int(m.sum()), **what)
-            for i, (lo, hi) in enumerate(zip(edges, edges[1:])) if (m := (far > lo) & (far <= hi)).any()]
+    what = dict(
+        steps=cfg["steps"],
+        length=cfg["length"],
+        chance=2 / cfg["vocab"],
+        seconds=history.seconds,
+        reach=2 * cfg["model"]["local_window"] * cfg["model"]["depth"],
+    )
+    return [
+        dict(
+            membership=membership,
+            run=run,
+            quarter=i,
+            upto=int(hi),
+            accuracy=float(right[m].mean()),
+            asked=int(m.sum()),
+            **what,
+        )
+        for i, (lo, hi) in enumerate(zip(edges, edges[1:]))
+        if (m := (far > lo) & (far <= hi)).any()
+    ]
 
 
-def run_recall(preset: str = "cpu", device: str = "cpu", seed: int = 0,
-               memberships: Sequence[str] | None = None) -> list[dict]:
+def run_recall(
+    preset: str = "cpu", device: str = "cpu", seed: int = 0, memberships: Sequence[str] | None = None
+) -> list[dict]:
     'Retrieval with every membership of a preset; records its rows. On an H100 with preset "gpu" about 3 minutes.'
     cfg = PRESETS[preset]["recall"]
     what = dict(key=("membership", "run", "quarter", "training"), device=device, seed=seed, training=preset)
-    return [record("routing", "recall", **what, **row)
-            for m in memberships or cfg["memberships"] for row in recall_experiment(m, cfg, run=seed, device=device)]
+    return [
+        record("routing", "recall", **what, **row)
+        for m in memberships or cfg["memberships"]
+        for row in recall_experiment(m, cfg, run=seed, device=device)
+    ]
 
 # %% ../../nbs/4_long_context/routing.ipynb #df4becf2
 def clusters_for(n: int) -> int:
@@ -87,8 +116,9 @@ def route(q: Tensor, v: Tensor, centroids: Tensor, membership: str, window: int,
     return routed_attention(x, x, v, m, causal=True, backend=backend)
 
 
-def scaling_experiment(lengths: Sequence[int] = (256, 512, 1024, 2048), heads: int = 2, dim: int = 32,
-                       repeats: int = 3) -> list[dict]:
+def scaling_experiment(
+    lengths: Sequence[int] = (256, 512, 1024, 2048), heads: int = 2, dim: int = 32, repeats: int = 3
+) -> list[dict]:
     "CPU times of the PyTorch versions: best of some repeats."
     rows = []
     for n in lengths:

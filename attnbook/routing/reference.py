@@ -32,15 +32,16 @@ def topw_reference(scores: Tensor, window: int, mask: Tensor | None = None) -> T
         scores = scores.masked_fill(~mask[:, None, None], -math.inf)
     n = scores.shape[-1]
     value, index = scores.sort(dim=-1, descending=True, stable=True)
-    index = index.masked_fill(value == -math.inf, n)[..., :min(window, n)].sort(-1).values
+    index = index.masked_fill(value == -math.inf, n)[..., : min(window, n)].sort(-1).values
     return index.masked_fill(index == n, -1).int()
 
 # %% ../../nbs/4_long_context/routing.ipynb #9aceb8bc
 class Segments(NamedTuple):
     "Tokens sorted by (cluster, position), per batch element and head. All int32."
+
     assignment: Tensor  # (B, H, n): the cluster of each token
-    order: Tensor       # (B, H, n): token numbers, sorted
-    offsets: Tensor     # (B, H, segments + 1): where each segment begins in `order`, from 0 to n
+    order: Tensor  # (B, H, n): token numbers, sorted
+    offsets: Tensor  # (B, H, segments + 1): where each segment begins in `order`, from 0 to n
 
 
 def sort_by_cluster(assignment: Tensor, segments: int) -> Segments:
@@ -71,14 +72,23 @@ def segment_lists(segments: Segments) -> Tensor:
     "The same clusters as lists of token numbers, filled up with -1: `(B, H, segments, longest)` int32."
     first, size = segments.offsets[..., :-1], segments.offsets.diff(dim=-1)
     r = torch.arange(int(size.max()), device=first.device)
-    at = (first[..., None] + r).clamp(max=segments.order.shape[-1] - 1).flatten(2).long()       # [B, H, S * L]
+    at = (first[..., None] + r).clamp(max=segments.order.shape[-1] - 1).flatten(2).long()  # [B, H, S * L]
     lists = segments.order.gather(2, at).unflatten(2, (first.shape[2], -1))
     return lists.masked_fill(r >= size[..., None], -1)
 
 # %% ../../nbs/4_long_context/routing.ipynb #224c5c8c
-def routed_attention_reference(q: Tensor, k: Tensor, v: Tensor, q_lists: Tensor, k_lists: Tensor, *, causal: bool,
-                               scale: float | None = None, self_attention: str = "include",
-                               window: int | None = None) -> Tensor:
+def routed_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_lists: Tensor,
+    k_lists: Tensor,
+    *,
+    causal: bool,
+    scale: float | None = None,
+    self_attention: str = "include",
+    window: int | None = None,
+) -> Tensor:
     """Attention inside clusters and the mean over clusters, as loops: the oracle of every test.
 
     q `(B, H, n, d)`, k `(B, H, m, d)`, v `(B, H, m, dv)`; lists `(B, H, clusters, width)` of token numbers, -1 for
@@ -89,7 +99,7 @@ def routed_attention_reference(q: Tensor, k: Tensor, v: Tensor, q_lists: Tensor,
         out, count = v.new_zeros(q.shape[2], v.shape[-1]), v.new_zeros(q.shape[2], 1)
         for c in range(q_lists.shape[2]):
             i, j = (x[b, h, c][x[b, h, c] >= 0].long() for x in (q_lists, k_lists))
-            s = scale * q[b, h, i] @ k[b, h, j].T                                     # [members, members]
+            s = scale * q[b, h, i] @ k[b, h, j].T  # [members, members]
             if self_attention == "fallback":
                 s = s.masked_fill(i[:, None] == j, FAR_BELOW)
             seen = j <= i[:, None] if causal else torch.ones_like(s, dtype=torch.bool)
@@ -101,11 +111,26 @@ def routed_attention_reference(q: Tensor, k: Tensor, v: Tensor, q_lists: Tensor,
     return torch.stack(rows).unflatten(0, q.shape[:2])
 
 # %% ../../nbs/4_long_context/routing.ipynb #6515551c
-def routing_cost(n: int, k: int, w: int, d: int, *, batch: int = 1, heads: int = 1, causal: bool = True,
-                 membership: str = "nearest", e: int = 2) -> dict[str, int]:
+def routing_cost(
+    n: int,
+    k: int,
+    w: int,
+    d: int,
+    *,
+    batch: int = 1,
+    heads: int = 1,
+    causal: bool = True,
+    membership: str = "nearest",
+    e: int = 2,
+) -> dict[str, int]:
     """Work of one forward of `batch * heads` heads with clusters of `w`: FLOPs of assignment and attention, bytes that
     must move, bytes of the float32 matrix A that the gathered version writes (once per copy)."""
     g, pairs = batch * heads, k * (w * (w + 1) // 2 if causal else w * w)
     scores = 4 * n * k if membership == "topw" else 0
-    return dict(assign=2 * g * n * k * d, attend=4 * g * pairs * d, pairs=g * pairs,
-                bytes=g * (4 * e * n * d + 4 * n + scores), naive_weights=4 * g * k * w * w)
+    return dict(
+        assign=2 * g * n * k * d,
+        attend=4 * g * pairs * d,
+        pairs=g * pairs,
+        bytes=g * (4 * e * n * d + 4 * n + scores),
+        naive_weights=4 * g * k * w * w,
+    )

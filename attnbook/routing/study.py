@@ -42,11 +42,22 @@ def bench_clusters():
         x = spherical_norm(q)
         lists = topw_membership(route_scores(x, mu), w)
         cost = routing_cost(n, k, w, 64, heads=8, membership="topw")
-        peers = {"ours": lambda x, v: routed_attention(x, x, v, lists, causal=True),
-                 "gather, compiled": torch.compile(partial(gather_peer, lists=lists), dynamic=False),
-                 "gather + flash": partial(gather_flash_peer, lists=lists)}
-        yield from compare({"n": n, "k": k, "w": w}, peers, (x, v), grad_out="random", flops=cost["attend"],
-                           bytes=cost["bytes"], chapter="routing", bench="clusters", rep_ms=100)
+        peers = {
+            "ours": lambda x, v: routed_attention(x, x, v, lists, causal=True),
+            "gather, compiled": torch.compile(partial(gather_peer, lists=lists), dynamic=False),
+            "gather + flash": partial(gather_flash_peer, lists=lists),
+        }
+        yield from compare(
+            {"n": n, "k": k, "w": w},
+            peers,
+            (x, v),
+            grad_out="random",
+            flops=cost["attend"],
+            bytes=cost["bytes"],
+            chapter="routing",
+            bench="clusters",
+            rep_ms=100,
+        )
 
 
 def bench_segments():
@@ -56,12 +67,25 @@ def bench_segments():
         x = spherical_norm(q)
         m = nearest_membership(x, mu)
         size = m.offsets.diff(dim=-1).double()
-        peers = {"ours": lambda x, v: routed_attention(x, x, v, m, causal=True),
-                 "gather + varlen": peer_or_error(varlen_peer, m)}
+        peers = {
+            "ours": lambda x, v: routed_attention(x, x, v, m, causal=True),
+            "gather + varlen": peer_or_error(varlen_peer, m),
+        }
         if n <= 8192:  # a mask over all pairs of blocks
-            peers |= {f"flex, mask {how}": peer_or_error(flex_peer, m, how != "given") for how in ("given", "made anew")}
-        yield from compare({"n": n, "k": k}, peers, (x, v), grad_out="random", rep_ms=100, chapter="routing",
-                           flops=4 * 64 * float((size * (size + 1) / 2).sum()), bench="segments", longest=int(size.max()))
+            peers |= {
+                f"flex, mask {how}": peer_or_error(flex_peer, m, how != "given") for how in ("given", "made anew")
+            }
+        yield from compare(
+            {"n": n, "k": k},
+            peers,
+            (x, v),
+            grad_out="random",
+            rep_ms=100,
+            chapter="routing",
+            flops=4 * 64 * float((size * (size + 1) / 2).sum()),
+            bench="segments",
+            longest=int(size.max()),
+        )
 
 # %% ../../nbs/4_long_context/routing.ipynb #f4523f00
 def bench_crossover():
@@ -72,8 +96,9 @@ def bench_crossover():
         plain = {name: (lambda q, v, f=sdpa(name, is_causal=True): f(q, q, v)) for name in ("flash", "cudnn")}
         ours = {"ours": "nearest", "topw (ours)": "topw"}
         peers = {name: partial(route, centroids=mu, membership=m, window=n // k) for name, m in ours.items()} | plain
-        yield from compare({"n": n, "k": k}, peers, (q, v), grad_out="random", chapter="routing", bench="crossover",
-                           rep_ms=80)
+        yield from compare(
+            {"n": n, "k": k}, peers, (q, v), grad_out="random", chapter="routing", bench="crossover", rep_ms=80
+        )
 
 
 def bench_parts():
@@ -94,7 +119,8 @@ def bench_parts():
             "top-w: selection": lambda: topw_membership(scores, n // k),
             "top-w: selection, torch": lambda: scores.topk(n // k, -1).indices.sort(-1),
             "top-w: attention and mean": lambda: routed_attention(x, x, v, top, causal=True),
-            "centroid statistics": lambda: cluster_sums(x, near)}
+            "centroid statistics": lambda: cluster_sums(x, near),
+        }
         for name, call in parts.items():
             with torch.no_grad():
                 t = measure(call, rep_ms=30, warmup_ms=10, graph=True)
@@ -109,14 +135,22 @@ def gpu_rows(name: str) -> list[dict]:
 def cluster_speed(peer: str) -> dict[str, float] | None:
     "How many times as fast as a peer attention in lists is, by length and pass, on the GPU measured last."
     rows = load_results("routing", "clusters", preset="gpu")
-    return {f"{s.where}, {way}": s.ratio for way, field in (("forward", "ms_fwd"), ("backward", "ms_bwd"))
-            for s in speedups(rows, "n", field=field, ours={"ours"}, peers={peer})} or None
+    return {
+        f"{s.where}, {way}": s.ratio
+        for way, field in (("forward", "ms_fwd"), ("backward", "ms_bwd"))
+        for s in speedups(rows, "n", field=field, ours={"ours"}, peers={peer})
+    } or None
 
 
 def total_speed(method: str = "ours") -> dict[int, float]:
     "Length -> how many times as fast as the faster plain attention all of routing is, forward and backward together."
-    found = speedups(load_results("routing", "crossover", preset="gpu"), "n", field=("ms_fwd", "ms_bwd"), ours={method},
-                     peers={"flash", "cudnn"})
+    found = speedups(
+        load_results("routing", "crossover", preset="gpu"),
+        "n",
+        field=("ms_fwd", "ms_bwd"),
+        ours={method},
+        peers={"flash", "cudnn"},
+    )
     return {int(s.where.removeprefix("n=")): s.ratio for s in found}
 
 
@@ -129,7 +163,9 @@ def break_even(method: str = "ours") -> float | None:
 def fitted_exponents() -> dict[str, float] | None:
     "Exponents of the forward times from 16k on: both memberships and plain attention."
     rows = gpu_rows("crossover")
-    names = dict(routing="ours", top_w="topw (ours)", plain="cudnn" if any(r["method"] == "cudnn" for r in rows) else "flash")
+    names = dict(
+        routing="ours", top_w="topw (ours)", plain="cudnn" if any(r["method"] == "cudnn" for r in rows) else "flash"
+    )
     found = {k: exponent(rows, m, at_least=16384) for k, m in names.items()}
     return found if all(found.values()) else None
 
@@ -159,8 +195,16 @@ def head_divergence() -> dict | None:
     "Mean divergence of the paper's heads, local among themselves and routing from local; None if not recorded."
     rows = [r for r in longest("heads") if r["membership"] == "topw"]
     mean = lambda p: over_seeds(r["divergence"] for r in rows if r["pair"] == p).mean
-    return dict(local_local=mean("local, local"), routing_local=mean("routing, local"), training=rows[0]["training"],
-                runs=len({r["run"] for r in rows})) if rows else None
+    return (
+        dict(
+            local_local=mean("local, local"),
+            routing_local=mean("routing, local"),
+            training=rows[0]["training"],
+            runs=len({r["run"] for r in rows}),
+        )
+        if rows
+        else None
+    )
 
 
 def recall_far() -> dict | None:
@@ -169,12 +213,14 @@ def recall_far() -> dict | None:
     rows = one_per_run(load_results("routing", "recall", training="gpu"))
     far, found = max((r["quarter"] for r in rows), default=None), {}
     for r in rows:
-        if r["quarter"] == far: found.setdefault(r["membership"], []).append(r["accuracy"])
+        if r["quarter"] == far:
+            found.setdefault(r["membership"], []).append(r["accuracy"])
     if not {"full", "nearest", "local"} <= found.keys():
         return None
     over = lambda f: {m: f(v) for m, v in found.items()}
     return over(lambda v: over_seeds(v).mean) | dict(
-        chance=rows[0]["chance"], runs=over(len), lowest=over(min), highest=over(max))
+        chance=rows[0]["chance"], runs=over(len), lowest=over(min), highest=over(max)
+    )
 
 # %% ../../nbs/4_long_context/routing.ipynb #20e7cf24
 def _judge_leak(m):
@@ -202,68 +248,137 @@ def _seeds(*counts):
 def leak_claims() -> list[Claim]:
     "What can be judged without a GPU."
     return [
-        Claim("The perplexities are those of a language model", "implied", "Algorithm 1", _judge_leak,
-              measured=leak_summary, scale="uniform tokens, last step on record, nats per token; fails if top-w is 3 "
-              "standard errors below ln 16"),
-        Claim("Nearest centroid, causal: no gain on what cannot be predicted", "0", "this chapter",
-              lambda m: grade(m["gain"] > -3 * m["error"]), measured=lambda: _leak_of("nearest"),
-              scale="the same; holds if not 3 standard errors below"),
-        Claim("Routing heads attend to other tokens than local heads", "far above local ‖ local [m]", "JSD table [m]",
-              lambda m: grade(m["routing_local"] > 2 * m["local_local"], m["routing_local"] > m["local_local"]),
-              measured=head_divergence, scale="top-w, mean divergence in nats (at most 0.693), largest training on "
-              "record; holds: twice"),
-        Claim("The released PG-19 model has 200 million parameters", "200 M", "README of the repository",
-              within(190, 210, (170, 230)), measured=lambda: parameter_counts()["pg19, 8k"] / 1e6,
-              scale="layers of the released configuration, without embeddings, in millions; holds: within 5 %")]
+        Claim(
+            "The perplexities are those of a language model",
+            "implied",
+            "Algorithm 1",
+            _judge_leak,
+            measured=leak_summary,
+            scale="uniform tokens, last step on record, nats per token; fails if top-w is 3 "
+            "standard errors below ln 16",
+        ),
+        Claim(
+            "Nearest centroid, causal: no gain on what cannot be predicted",
+            "0",
+            "this chapter",
+            lambda m: grade(m["gain"] > -3 * m["error"]),
+            measured=lambda: _leak_of("nearest"),
+            scale="the same; holds if not 3 standard errors below",
+        ),
+        Claim(
+            "Routing heads attend to other tokens than local heads",
+            "far above local ‖ local [m]",
+            "JSD table [m]",
+            lambda m: grade(m["routing_local"] > 2 * m["local_local"], m["routing_local"] > m["local_local"]),
+            measured=head_divergence,
+            scale="top-w, mean divergence in nats (at most 0.693), largest training on record; holds: twice",
+        ),
+        Claim(
+            "The released PG-19 model has 200 million parameters",
+            "200 M",
+            "README of the repository",
+            within(190, 210, (170, 230)),
+            measured=lambda: parameter_counts()["pg19, 8k"] / 1e6,
+            scale="layers of the released configuration, without embeddings, in millions; holds: within 5 %",
+        ),
+    ]
 
 # %% ../../nbs/4_long_context/routing.ipynb #34930f45
 def language_claims() -> list[Claim]:
     "Language models and recall on the gpu preset."
+
     def better(statement, paper, where, a, b, holds=0.01, in_part=0.0, extra=""):
         runs = _seeds(len(language_pairs(a, b)))
         rule = lambda d: grade(d[f"{a} better by"] > holds, d[f"{a} better by"] > in_part)
-        scale = (f"bits per byte from prefixes, mean over {runs}, equal training time (further seeds: the timed run's "
-                 f"steps), n = 8192; {extra or 'holds: by 0.01, in part: at all'}")
+        scale = (
+            f"bits per byte from prefixes, mean over {runs}, equal training time (further seeds: the timed run's "
+            f"steps), n = 8192; {extra or 'holds: by 0.01, in part: at all'}"
+        )
         return Claim(statement, paper, where, rule, measured=lambda: language_difference(a, b), scale=scale)
 
     recalls = _seeds(*found["runs"].values()) if (found := recall_far()) else _seeds(0)
     return [
         better("Routing heads beat local heads", "better [m]", "ablations [m]", "topw", "local"),
         better("The same for the causal membership", "", "this chapter", "nearest", "local"),
-        better("Routing by content beats random routing [m]", "worse [m]", "ablation on CIFAR-10 [m]", "nearest", "random"),
-        better("Routing is as good as full attention at equal cost", "implied", "Sec. 5", "nearest", "full", -0.01, -0.03,
-               "holds: not worse by more than 0.01, in part: 0.03"),
-        Claim("Routing finds what lies beyond the local window", "", "motivation", _judge_recall, measured=recall_far,
-              scale=f"accuracy of recall in the farthest quarter, mean over {recalls}; holds: above 0.8 where local is "
-              "below 0.3")]
+        better(
+            "Routing by content beats random routing [m]", "worse [m]", "ablation on CIFAR-10 [m]", "nearest", "random"
+        ),
+        better(
+            "Routing is as good as full attention at equal cost",
+            "implied",
+            "Sec. 5",
+            "nearest",
+            "full",
+            -0.01,
+            -0.03,
+            "holds: not worse by more than 0.01, in part: 0.03",
+        ),
+        Claim(
+            "Routing finds what lies beyond the local window",
+            "",
+            "motivation",
+            _judge_recall,
+            measured=recall_far,
+            scale=f"accuracy of recall in the farthest quarter, mean over {recalls}; holds: above 0.8 where local is "
+            "below 0.3",
+        ),
+    ]
 
 # %% ../../nbs/4_long_context/routing.ipynb #b32899ab
 OUT_OF_REACH = [  # claim, number, where
     ("Wikitext-103 test perplexity 15.8, Transformer-XL 18.3", "15.8", "abstract"),
     ("ImageNet-64: 3.43 bits per dimension, Sparse Transformer 3.44", "3.43", "abstract"),
     ("PG-19 at length 8192: test perplexity 33.2, Compressive Transformer 33.6", "33.2", "abstract"),
-    ("enwik8 at length 8192: 0.99 bits per byte with 12 layers [m]", "0.99", "Table [m]")]
+    ("enwik8 at length 8192: 0.99 bits per byte with 12 layers [m]", "0.99", "Table [m]"),
+]
 
 
 def speed_claims() -> list[Claim]:
     "Times on a GPU: 8 heads of 64, bfloat16, causal."
     goal = "goal of this chapter"
     return [
-        Claim("Complexity n^1.5 against n^2", "1.5", "abstract",
-              lambda e: grade(e["routing"] < 1.65 and e["plain"] > 1.8, e["routing"] < e["plain"] - 0.2),
-              measured=fitted_exponents, scale="fitted to forward times, n = 16k to 64k, k = √n; holds: below 1.65 where "
-              "plain attention is above 1.8"),
-        Claim("Cluster attention without gathered copies is 4 times as fast as gathering, compiled", "4x", goal,
-              over_range(4), measured=lambda: cluster_speed("gather, compiled"),
-              scale="n = 8192 with w = 512, 65,536 with 256; holds: both ways"),
-        Claim("It also beats gathering before flash attention", "", goal, over_range(1),
-              measured=lambda: cluster_speed("gather + flash"), scale="the same"),
-        Claim("At n = 65,536 all of routing is 3 times as fast as plain causal attention", "3x", goal, at_least(3, 1),
-              measured=lambda: total_speed().get(65536), scale="nearest, forward and backward, against the faster of flash "
-              "and cuDNN"),
-        Claim("Routing breaks even with plain causal attention near n = 4k to 8k", "4k to 8k",
-              "expectation of this chapter", at_most(8192, 16384), measured=break_even,
-              scale="nearest, forward and backward; smallest length from which on it is faster")]
+        Claim(
+            "Complexity n^1.5 against n^2",
+            "1.5",
+            "abstract",
+            lambda e: grade(e["routing"] < 1.65 and e["plain"] > 1.8, e["routing"] < e["plain"] - 0.2),
+            measured=fitted_exponents,
+            scale="fitted to forward times, n = 16k to 64k, k = √n; holds: below 1.65 where "
+            "plain attention is above 1.8",
+        ),
+        Claim(
+            "Cluster attention without gathered copies is 4 times as fast as gathering, compiled",
+            "4x",
+            goal,
+            over_range(4),
+            measured=lambda: cluster_speed("gather, compiled"),
+            scale="n = 8192 with w = 512, 65,536 with 256; holds: both ways",
+        ),
+        Claim(
+            "It also beats gathering before flash attention",
+            "",
+            goal,
+            over_range(1),
+            measured=lambda: cluster_speed("gather + flash"),
+            scale="the same",
+        ),
+        Claim(
+            "At n = 65,536 all of routing is 3 times as fast as plain causal attention",
+            "3x",
+            goal,
+            at_least(3, 1),
+            measured=lambda: total_speed().get(65536),
+            scale="nearest, forward and backward, against the faster of flash and cuDNN",
+        ),
+        Claim(
+            "Routing breaks even with plain causal attention near n = 4k to 8k",
+            "4k to 8k",
+            "expectation of this chapter",
+            at_most(8192, 16384),
+            measured=break_even,
+            scale="nearest, forward and backward; smallest length from which on it is faster",
+        ),
+    ]
 
 
 def claims() -> list[Claim]:

@@ -41,7 +41,7 @@ def plane_offset(c, p, step, C: tl.constexpr):
     if C.wide:
         c, p = c.to(tl.int64), p.to(tl.int64)
     if C.last:
-        return p * (C.groups * C.group) + c                                               # known when it is compiled
+        return p * (C.groups * C.group) + c  # known when it is compiled
     return c * step + p
 
 
@@ -103,7 +103,7 @@ def strip_logits(X, WINNERS, DW, BIAS, PW, y0, x, step, C: tl.constexpr):
     for c0 in range(0, C.group, BC):
         c = c0 + tl.arange(0, BC)[:, None]
         ok = c < C.group
-        w = tl.load(DW + c, mask=ok, other=0.0).to(tl.float32)                            # [BC, 1]
+        w = tl.load(DW + c, mask=ok, other=0.0).to(tl.float32)  # [BC, 1]
         v = tl.load(PW + c, mask=ok, other=0.0).to(tl.float32)
         sign = tl.where(w > 0, 1.0, tl.where(w < 0, -1.0, w))
         bias = w * 0
@@ -115,9 +115,9 @@ def strip_logits(X, WINNERS, DW, BIAS, PW, y0, x, step, C: tl.constexpr):
             if n >= K - 1:
                 y = y0 + n - (K - 1)
                 best, place = window_maximum(rows, WINNERS, n - (K - 1), C)
-                value = tl.abs(w) * best + bias                                           # [BC, WC]
+                value = tl.abs(w) * best + bias  # [BC, WC]
                 if C.relu:
-                    place = tl.where(value > 0, place, 255)                               # nobody wins: no gradient
+                    place = tl.where(value > 0, place, 255)  # nobody wins: no gradient
                     value = tl.maximum(value, 0.0)
                 inside = ok & (x < C.width) & (y < C.height)
                 if WINNERS is not None:
@@ -134,7 +134,7 @@ def strip_logits(X, WINNERS, DW, BIAS, PW, y0, x, step, C: tl.constexpr):
 def gate_planes(X, Y, MAPS, p, scale, step, C: tl.constexpr):
     "Y = X * (1 + scale * map) for pixels p [1, P] of all channels of a subspace."
     a = tl.load(MAPS + p, mask=p < C.height * C.width, other=0.0)
-    gate = 1 + scale * tl.abs(a)                                                          # [1, P]
+    gate = 1 + scale * tl.abs(a)  # [1, P]
     BC: tl.constexpr = C.flat_block
     for c0 in range(0, C.group, BC):
         c = c0 + tl.arange(0, BC)[:, None]
@@ -167,7 +167,7 @@ def subspace_forward(X, DW, BIAS, PW, SHIFT, Y, MAPS, WINNERS, stride, scale, st
         sums, logits = strip_logits(X, WINNERS, DW + channel, BIAS, PW + channel, y0, x, step, C), ()
         shift = tl.load(SHIFT + n).to(tl.float32) if SHIFT is not None else 0.0
         for t in tl.static_range(R):
-            row = (sums[t] if C.last else tl.sum(sums[t], 0)[None, :]) + shift            # [1, WC]
+            row = (sums[t] if C.last else tl.sum(sums[t], 0)[None, :]) + shift  # [1, WC]
             logits = logits + (row,)
         if C.part == 1:
             for t in tl.static_range(R):
@@ -188,7 +188,7 @@ def subspace_forward(X, DW, BIAS, PW, SHIFT, Y, MAPS, WINNERS, stride, scale, st
                 if C.relu:
                     a = tl.where(logits[t] > 0, a, -a)
                 tl.store(MAPS + t * C.width + x, a, mask=x < C.width)
-            tl.debug_barrier()                                                # the gate reads other lanes' maps
+            tl.debug_barrier()  # the gate reads other lanes' maps
     if C.part != 1:
         P: tl.constexpr = C.pixels
         first = 0 if C.part == 0 else tl.program_id(1) * P
@@ -228,8 +228,8 @@ def spread_strip(X, DW, BIAS, PW, DY, MAPS, WINNERS, DX, DL, SUMS, y0, xs, scale
     Q: tl.constexpr = C.rows
     R: tl.constexpr = K // 2
     dl, gates = (), ()
-    for n in tl.static_range(Q + K - 1):                                        # windows around row y0 + n - R
-        for j in tl.static_range(K):                                                 # that have x in column j
+    for n in tl.static_range(Q + K - 1):  # windows around row y0 + n - R
+        for j in tl.static_range(K):  # that have x in column j
             u, y = xs + (R - j), y0 + n - R
             inside = (u >= 0) & (u < C.width) & (y >= 0) & (y < C.height)
             dl = dl + (tl.load(DL + y * C.width + u, mask=inside, other=0.0)[None, :],)
@@ -250,7 +250,7 @@ def spread_strip(X, DW, BIAS, PW, DY, MAPS, WINNERS, DX, DL, SUMS, y0, xs, scale
             winners, new = (), ()
             for j in tl.static_range(K):
                 winners = winners + (tap(WINNERS, c, y0 + n - R, x + (R - j), ok, 255, step, C),)
-            for i in tl.static_range(K):                                             # pixels of row y0 + n - 2R + i
+            for i in tl.static_range(K):  # pixels of row y0 + n - 2R + i
                 if n - 2 * R + i >= 0 and n - 2 * R + i < Q:
                     new = new + (won(sums[i], winners, dl, n, i, C),)
                 else:
@@ -261,11 +261,14 @@ def spread_strip(X, DW, BIAS, PW, DY, MAPS, WINNERS, DX, DL, SUMS, y0, xs, scale
             sums = sums + (zero,)
             if n >= 2 * R:
                 y = y0 + n - 2 * R
-                d = new[0]                                                                # [BC, WC]
+                d = new[0]  # [BC, WC]
                 value = tap(X, c, y, x, ok, 0.0, step, C).to(tl.float32)
                 dx = gates[n - 2 * R] * tap(DY, c, y, x, ok, 0.0, step, C).to(tl.float32) + w * d
-                tl.store(DX + plane_offset(c, y * C.width + x, step, C), dx.to(DX.dtype.element_ty),
-                         mask=ok & (x < C.width) & (y < C.height))
+                tl.store(
+                    DX + plane_offset(c, y * C.width + x, step, C),
+                    dx.to(DX.dtype.element_ty),
+                    mask=ok & (x < C.width) & (y < C.height),
+                )
                 weighted += d * value
                 plain += d
         tl.store(SUMS + c, tl.sum(weighted, 1)[:, None], mask=ok)
@@ -274,8 +277,9 @@ def spread_strip(X, DW, BIAS, PW, DY, MAPS, WINNERS, DX, DL, SUMS, y0, xs, scale
 
 # %% ../../nbs/5_vision/ulsam.ipynb #adb6752a
 @triton.jit(do_not_specialize=["step"])
-def subspace_backward(X, DW, BIAS, PW, DY, DMAPS, MAPS, WINNERS, DX, DL, SUMS, SHIFTS, stride, scale, step,
-                      C: tl.constexpr):
+def subspace_backward(
+    X, DW, BIAS, PW, DY, DMAPS, MAPS, WINNERS, DX, DL, SUMS, SHIFTS, stride, scale, step, C: tl.constexpr
+):
     """DX of a subspace of an image, and its SUMS, a row for each strip: of D * x (C), then of D (C). Grid: (B * g, 1),
     or with parts (B * g, tiles): part 1 leaves the gradient of the maps in DL, part 2 finds that of the logits there."""
     area: tl.constexpr = C.height * C.width
@@ -288,7 +292,7 @@ def subspace_backward(X, DW, BIAS, PW, DY, DMAPS, MAPS, WINNERS, DX, DL, SUMS, S
     if C.part != 2:
         P: tl.constexpr = C.pixels
         p = ((0 if C.part == 0 else tl.program_id(1) * P) + tl.arange(0, P))[None, :]
-        da = scale * map_gradient(X, DY + dense, p, step, C)                              # [1, P]
+        da = scale * map_gradient(X, DY + dense, p, step, C)  # [1, P]
         if C.part == 0:
             a = tl.load(MAPS + p, mask=p < area, other=0.0)
             if DMAPS is not None:
@@ -301,7 +305,7 @@ def subspace_backward(X, DW, BIAS, PW, DY, DMAPS, MAPS, WINNERS, DX, DL, SUMS, S
                 tl.store(SHIFTS + pid, tl.sum(tl.sum(da, 1), 0))
         tl.store(DL + p, da, mask=p < area)
         if C.part == 0:
-            tl.debug_barrier()                                                            # other lanes read it
+            tl.debug_barrier()  # other lanes read it
     if C.part != 1:
         WC: tl.constexpr = C.columns
         across: tl.constexpr = (C.width + C.columns - 1) // C.columns
@@ -312,8 +316,23 @@ def subspace_backward(X, DW, BIAS, PW, DY, DMAPS, MAPS, WINNERS, DX, DL, SUMS, S
         for tile in range(first, first + count):
             xs = tile % across * WC + tl.arange(0, WC)
             part = SUMS + (image * tiles + tile) * (2 * C.groups * C.group) + channel
-            spread_strip(X, DW + channel, BIAS, PW + channel, DY + dense, MAPS, WINNERS + dense, DX + dense, DL, part,
-                         tile // across * C.rows, xs, scale, step, C)
+            spread_strip(
+                X,
+                DW + channel,
+                BIAS,
+                PW + channel,
+                DY + dense,
+                MAPS,
+                WINNERS + dense,
+                DX + dense,
+                DL,
+                part,
+                tile // across * C.rows,
+                xs,
+                scale,
+                step,
+                C,
+            )
 
 # %% ../../nbs/5_vision/ulsam.ipynb #a32d1275
 @triton.jit
@@ -354,11 +373,16 @@ ONE_PASS = 1024, 32, 64
 PLANE_LAUNCH = LaunchTable("forward", "backward", "forward, last", "backward, last", record=PlaneLaunch)
 for _arch in ("sm90", "sm80", "small"):
     for _bits in (16, 32):
-        PLANE_LAUNCH.rows(_arch, _bits, {
-            64: ((128, 1024, 8, 4), (128, 1024, 8, 4), (1024, 2048, 8, 4), (1024, 2048, 8, 4)),
-            256: ((128, 2048, 8, 4), (128, 2048, 8, 4), (1024, 4096, 8, 4), (512, 4096, 8, 4)),
-            1024: ((128, 2048, 8, 4), (128, 2048, 8, 4), (1024, 8192, 8, 8), (1024, 8192, 8, 8)),
-            1 << 40: ((256, 2048, 8, 4), (256, 2048, 8, 4), (1024, 4096, 8, 4), (1024, 4096, 8, 4))})
+        PLANE_LAUNCH.rows(
+            _arch,
+            _bits,
+            {
+                64: ((128, 1024, 8, 4), (128, 1024, 8, 4), (1024, 2048, 8, 4), (1024, 2048, 8, 4)),
+                256: ((128, 2048, 8, 4), (128, 2048, 8, 4), (1024, 4096, 8, 4), (512, 4096, 8, 4)),
+                1024: ((128, 2048, 8, 4), (128, 2048, 8, 4), (1024, 8192, 8, 8), (1024, 8192, 8, 8)),
+                1 << 40: ((256, 2048, 8, 4), (256, 2048, 8, 4), (1024, 4096, 8, 4), (1024, 4096, 8, 4)),
+            },
+        )
 for _bits in (16, 32):
     PLANE_LAUNCH.rows("interpreter", _bits, {1 << 40: ((1 << 14, 1 << 14, 4, 4),) * 4})
 
@@ -376,12 +400,26 @@ def plane_launches(kernel: str, x: Tensor, groups: int, pool: int, relu: bool) -
     one = H * W <= ONE_PASS[0] and H <= ONE_PASS[1] and W <= ONE_PASS[2]
     p = PLANE_LAUNCH.find(arch, kernel + ", last" * last, bits, power_of_two(H * W) if one else 1 << 40)
     group, more = channels // groups, 4 if B * groups < 64 and one and arch != "interpreter" else 1
-    most = max(1, p.rows * 3 // max(3, pool))                            # wide windows make long programs
+    most = max(1, p.rows * 3 // max(3, pool))  # wide windows make long programs
     rows = H if one and kernel == "forward" else -(-H // -(-H // most))
     columns, pixels = min(64, power_of_two(W)), min(power_of_two(H * W), 1024 if one else 256)
     fit = lambda numbers: max(1, min(power_of_two(group), more * numbers))
-    C = Plane(H, W, pool, groups, group, last, channels * H * W >= 2**31, relu, rows, columns, fit(p.tile // columns),
-              pixels, fit(p.flat // pixels), 0)
+    C = Plane(
+        H,
+        W,
+        pool,
+        groups,
+        group,
+        last,
+        channels * H * W >= 2**31,
+        relu,
+        rows,
+        columns,
+        fit(p.tile // columns),
+        pixels,
+        fit(p.flat // pixels),
+        0,
+    )
     strips = -(-H // rows) * -(-W // columns)
     if one:
         return [((B * groups, 1), C, p.warps * more, p.registers if more == 1 else None)], strips

@@ -29,9 +29,16 @@ class ULSAM(nn.Module):
     - `gate_scale`: the output is x * (1 + gate_scale * map); "area" stands for H * W, so that the mean gate is 2.
     - `pool_size`, `backend`: see `subspace_attention`.
     """
+
     def __init__(
-        self, channels: int, num_subspaces: int = 4, norm: str | None = None, pool_size: int = 3, momentum: float = 0.1,
-        gate_scale: float | str = 1.0, backend: str = "auto",
+        self,
+        channels: int,
+        num_subspaces: int = 4,
+        norm: str | None = None,
+        pool_size: int = 3,
+        momentum: float = 0.1,
+        gate_scale: float | str = 1.0,
+        backend: str = "auto",
     ):
         super().__init__()
         self.channels = check_int("channels", channels, least=1)
@@ -67,9 +74,12 @@ class ULSAM(nn.Module):
             return dict(dw_weight=self.dw_weight, pw_weight=self.pw_weight)
         a, c = ((n.weight * (n.running_var + n.eps).rsqrt()) for n in (self.dw_norm, self.pw_norm))
         return dict(
-            dw_weight=a * self.dw_weight, dw_bias=self.dw_norm.bias + a * (self.dw_bias - self.dw_norm.running_mean),
+            dw_weight=a * self.dw_weight,
+            dw_bias=self.dw_norm.bias + a * (self.dw_bias - self.dw_norm.running_mean),
             pw_weight=c.repeat_interleave(self.channels // self.num_subspaces) * self.pw_weight,
-            pw_bias=self.pw_norm.bias + c * (self.pw_bias - self.pw_norm.running_mean), relu=True)
+            pw_bias=self.pw_norm.bias + c * (self.pw_bias - self.pw_norm.running_mean),
+            relu=True,
+        )
 
     def _trained(self, x):
         "The official code's steps, with the batch's statistics: output and maps."
@@ -90,12 +100,21 @@ class ULSAM(nn.Module):
             wide = maps.to(x.dtype).repeat_interleave(self.channels // self.num_subspaces, 1)
             out = torch.addcmul(x, x, wide, value=scale)
             return (out, maps) if return_maps else out
-        return subspace_attention(x, num_subspaces=self.num_subspaces, pool_size=self.pool_size, gate_scale=scale,
-                                  backend=self.backend, return_maps=return_maps, **self.folded())
+        return subspace_attention(
+            x,
+            num_subspaces=self.num_subspaces,
+            pool_size=self.pool_size,
+            gate_scale=scale,
+            backend=self.backend,
+            return_maps=return_maps,
+            **self.folded(),
+        )
 
     def extra_repr(self):
-        return (f"{self.channels}, num_subspaces={self.num_subspaces}, norm={self.norm!r}, pool_size={self.pool_size},"
-                f" gate_scale={self.gate_scale!r}")
+        return (
+            f"{self.channels}, num_subspaces={self.num_subspaces}, norm={self.norm!r}, pool_size={self.pool_size},"
+            f" gate_scale={self.gate_scale!r}"
+        )
 
 # %% ../../nbs/5_vision/ulsam.ipynb #e8c8bbdc
 def _conv(i, o, kernel=1, stride=1, groups=1, act=True):
@@ -106,6 +125,7 @@ def _conv(i, o, kernel=1, stride=1, groups=1, act=True):
 # %% ../../nbs/5_vision/ulsam.ipynb #e34f5d81
 class SeparableBlock(nn.Sequential):
     "MobileNet-V1's layer: a depthwise 3x3 and a pointwise convolution, each with batch norm and ReLU6."
+
     def __init__(self, dim: int, dim_out: int, stride: int = 1):
         super().__init__(_conv(dim, dim, 3, stride, dim), _conv(dim, dim_out))
         self.dim, self.dim_out, self.stride = dim, dim_out, stride
@@ -113,6 +133,7 @@ class SeparableBlock(nn.Sequential):
 
 class Bottleneck(nn.Module):
     "MobileNet-V2's block: 1x1 to t times the width, depthwise 3x3, linear 1x1; a residual where shapes allow."
+
     def __init__(self, dim: int, dim_out: int, stride: int = 1, expansion: int = 6):
         super().__init__()
         wide = dim * expansion
@@ -131,6 +152,7 @@ V2_PLAN = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3
 
 class _Net(nn.Module):
     "Stem, blocks, what follows them, mean over the map, classifier."
+
     def forward(self, images: Tensor) -> Tensor:
         x = self.stem(images)
         for block in self.blocks:
@@ -141,8 +163,16 @@ class _Net(nn.Module):
 class MobileNetV1(_Net):
     """MobileNet-V1: images `(batch, in_channels, Y, X)` -> logits. `plan`: width and stride of each layer; `width`
     multiplies all widths. `blocks` holds the layers, counted from 1 in `replace_blocks`."""
-    def __init__(self, num_classes: int = 1000, in_channels: int = 3, width: float = 1.0,
-                 plan: Sequence[tuple[int, int]] = V1_PLAN, stem: int = 32, stem_stride: int = 2):
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        width: float = 1.0,
+        plan: Sequence[tuple[int, int]] = V1_PLAN,
+        stem: int = 32,
+        stem_stride: int = 2,
+    ):
         super().__init__()
         dim = int(stem * width)
         self.stem, self.blocks, self.final = _conv(in_channels, dim, 3, stem_stride), nn.ModuleList(), nn.Identity()
@@ -155,9 +185,16 @@ class MobileNetV1(_Net):
 class MobileNetV2(_Net):
     """MobileNet-V2: images `(batch, in_channels, Y, X)` -> logits. `plan`: expansion, width, blocks and first stride of
     each stage. `blocks` holds the bottlenecks, counted from 1 in `replace_blocks`."""
-    def __init__(self, num_classes: int = 1000, in_channels: int = 3,
-                 plan: Sequence[tuple[int, int, int, int]] = V2_PLAN, stem: int = 32, stem_stride: int = 2,
-                 final: int = 1280):
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        plan: Sequence[tuple[int, int, int, int]] = V2_PLAN,
+        stem: int = 32,
+        stem_stride: int = 2,
+        final: int = 1280,
+    ):
         super().__init__()
         self.stem, self.blocks, dim = _conv(in_channels, stem, 3, stem_stride), nn.ModuleList(), stem
         for expansion, wide, count, stride in plan:
@@ -196,31 +233,47 @@ def _block(net, position, same):
     if not hasattr(block, "dim"):
         raise ValueError(f"positions must name blocks that are still there, not {position}")
     if same and (block.stride != 1 or block.dim != block.dim_out):
-        raise ValueError(f"positions must name blocks that keep width and size, not {position}: {block.dim} to"
-                         f" {block.dim_out} channels, stride {block.stride}")
+        raise ValueError(
+            f"positions must name blocks that keep width and size, not {position}: {block.dim} to"
+            f" {block.dim_out} channels, stride {block.stride}"
+        )
     return position - 1, block
 
 
 def replace_blocks(
-    net: MobileNetV1 | MobileNetV2, positions: Iterable[int], num_subspaces: int | None = 4, *, norm: str | None = None,
-    gate_scale: float | str = 1.0, backend: str = "auto",
+    net: MobileNetV1 | MobileNetV2,
+    positions: Iterable[int],
+    num_subspaces: int | None = 4,
+    *,
+    norm: str | None = None,
+    gate_scale: float | str = 1.0,
+    backend: str = "auto",
 ) -> MobileNetV1 | MobileNetV2:
     """The net with ULSAM in place of blocks, counted from 1; with `num_subspaces` None nothing in their place. Changes
     and returns `net`. ValueError for a block that changes width or size."""
     for i, block in [_block(net, p, same=True) for p in positions]:
-        net.blocks[i] = nn.Identity() if num_subspaces is None else ULSAM(
-            block.dim, num_subspaces, norm, gate_scale=gate_scale, backend=backend)
+        net.blocks[i] = (
+            nn.Identity()
+            if num_subspaces is None
+            else ULSAM(block.dim, num_subspaces, norm, gate_scale=gate_scale, backend=backend)
+        )
     return net
 
 
 def add_ulsam(
-    net: MobileNetV1 | MobileNetV2, positions: Iterable[int], num_subspaces: int = 4, *, norm: str | None = None,
-    gate_scale: float | str = 1.0, backend: str = "auto",
+    net: MobileNetV1 | MobileNetV2,
+    positions: Iterable[int],
+    num_subspaces: int = 4,
+    *,
+    norm: str | None = None,
+    gate_scale: float | str = 1.0,
+    backend: str = "auto",
 ) -> MobileNetV1 | MobileNetV2:
     "The net with ULSAM after blocks, counted from 1. Changes and returns `net`."
     for i, block in [_block(net, p, same=False) for p in positions]:
-        net.blocks[i] = nn.Sequential(block, ULSAM(block.dim_out, num_subspaces, norm, gate_scale=gate_scale,
-                                                   backend=backend))
+        net.blocks[i] = nn.Sequential(
+            block, ULSAM(block.dim_out, num_subspaces, norm, gate_scale=gate_scale, backend=backend)
+        )
     return net
 
 # %% ../../nbs/5_vision/ulsam.ipynb #aacb5cba
@@ -233,6 +286,7 @@ def multiply_adds(net: nn.Module, size: int = 224, in_channels: int = 3) -> int:
             total.append(ulsam_flops(module.channels, *out.shape[2:]))
         else:
             total.append(out.numel() * module.weight[0].numel())
+
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.Linear, ULSAM)):
             hooks.append(m.register_forward_hook(count))
@@ -247,8 +301,13 @@ def multiply_adds(net: nn.Module, size: int = 224, in_channels: int = 3) -> int:
 # %% ../../nbs/5_vision/ulsam.ipynb #e8acea3a
 #: the table of replaced blocks: widths of V2's replaced bottlenecks -> published M parameters and M multiply-adds
 PUBLISHED_REPLACED = {
-    (96,): (3.28, 277.34), (160,): (3.08, 284.54), (96, 160): (2.97, 261.88), (160, 160): (2.77, 269.07),
-    (96, 96, 160, 160): (2.54, 223.77), (96, 64): (3.23, 267.06)}
+    (96,): (3.28, 277.34),
+    (160,): (3.08, 284.54),
+    (96, 160): (2.97, 261.88),
+    (160, 160): (2.77, 269.07),
+    (96, 96, 160, 160): (2.54, 223.77),
+    (96, 64): (3.23, 267.06),
+}
 
 
 def replaced_cost(widths: Sequence[int]) -> tuple[float, float]:
@@ -256,5 +315,7 @@ def replaced_cost(widths: Sequence[int]) -> tuple[float, float]:
     bottlenecks of these widths; batch norm not counted."""
     area = {64: 14 * 14, 96: 14 * 14, 160: 7 * 7}
     weights = lambda c: 12 * c * c + 54 * c
-    return (3.4 - sum(weights(c) - 2 * c for c in widths) / 1e6,
-            300 - sum((weights(c) - 2 * c) * area[c] for c in widths) / 1e6)
+    return (
+        3.4 - sum(weights(c) - 2 * c for c in widths) / 1e6,
+        300 - sum((weights(c) - 2 * c) * area[c] for c in widths) / 1e6,
+    )

@@ -38,18 +38,30 @@ def _empty(x, dtype=None):
 
 def _launches(kernel, x, groups, pool, relu, scale):
     "The launches of a kernel on x, which is dense, and the strips of an image."
+
     def make():
         function = subspace_forward if kernel == "forward" else subspace_backward
         found, strips = plane_launches(kernel, x, groups, pool, relu)
         rest = x.stride(0), scale, x.shape[2] * x.shape[3]
-        return [BoundLaunch(function, grid, *rest, C=C, num_warps=warps, maxnreg=registers)
-                for grid, C, warps, registers in found], strips
+        return [
+            BoundLaunch(function, grid, *rest, C=C, num_warps=warps, maxnreg=registers)
+            for grid, C, warps, registers in found
+        ], strips
+
     return _LAUNCHES.find((kernel, x.shape, x.stride(), x.dtype, x.device, groups, pool, relu, scale), make)
 
 # %% ../../nbs/5_vision/ulsam.ipynb #5adc03a0
 def _subspace_forward(
-    x: Tensor, dw_weight: Tensor, pw_weight: Tensor, dw_bias: Tensor | None, pw_bias: Tensor | None,
-    num_subspaces: int, pool_size: int, relu: bool, scale: float, keep: bool,
+    x: Tensor,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    dw_bias: Tensor | None,
+    pw_bias: Tensor | None,
+    num_subspaces: int,
+    pool_size: int,
+    relu: bool,
+    scale: float,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     def run(x, w, v, b, s):
         x = _dense(x)
@@ -66,6 +78,7 @@ def _subspace_forward(
             maps = (torch.where(logits > 0, maps, -maps) if relu else maps).view(len(x), num_subspaces, *x.shape[2:])
             launch(x, w, b, v, s, y, maps, kept)
         return y, maps, winners
+
     y, maps, winners = through_float32(run, (x, dw_weight, pw_weight, dw_bias, pw_bias))
     return y.to(x.dtype), maps, winners
 
@@ -102,10 +115,13 @@ def _subspace_backward(call):
                 if relu:
                     dl = dl * (maps.flatten(2) > 0)
                     shifts = dl.sum(-1)
-        launch = _LAUNCHES.find(("weights", C, len(sums), x.device), lambda: BoundLaunch(
-            weight_gradients, (-(-C // 32),), len(sums), N=C, T=16, BC=32, num_warps=4))
+        launch = _LAUNCHES.find(
+            ("weights", C, len(sums), x.device),
+            lambda: BoundLaunch(weight_gradients, (-(-C // 32),), len(sums), N=C, T=16, BC=32, num_warps=4),
+        )
         launch(sums, w, b, v, dw, db, dv)
         return dx, dw, dv, db, ds if s is None else shifts.sum(0).to(s.dtype)
+
     names = "x", "dw_weight", "pw_weight", "dw_bias", "pw_bias"
     found = through_float32(run, (*(getattr(call, n) for n in names), dy, call.outputs[1], dmaps))
     return {n: t if t is None else t.to(getattr(call, n).dtype) for n, t in zip(names, found)}
@@ -116,8 +132,15 @@ def _subspace_gradients(call):
     return dict(x=_empty(call.x)) | {n: t if t is None else torch.empty_like(t) for n, t in weights.items()}
 
 
-subspace_op = operation("subspace_attention", _subspace_forward, like=_subspace_like, backward=_subspace_backward,
-                        gradients_like=_subspace_gradients, drop=(0,), nondifferentiable=(2,))
+subspace_op = operation(
+    "subspace_attention",
+    _subspace_forward,
+    like=_subspace_like,
+    backward=_subspace_backward,
+    gradients_like=_subspace_gradients,
+    drop=(0,),
+    nondifferentiable=(2,),
+)
 
 # %% ../../nbs/5_vision/ulsam.ipynb #8374769d
 def _check_subspaces(x, dw_weight, pw_weight, dw_bias, pw_bias, *, num_subspaces, pool_size, relu, gate_scale, backend):
@@ -129,8 +152,12 @@ def _check_subspaces(x, dw_weight, pw_weight, dw_bias, pw_bias, *, num_subspaces
     if pool_size % 2 == 0:
         raise ValueError(f"pool_size must be odd, not {pool_size}")
     relu, scale = check_bool("relu", relu), check_number("gate_scale", gate_scale)
-    for name, t, n in (("dw_weight", dw_weight, channels), ("pw_weight", pw_weight, channels),
-                       ("dw_bias", dw_bias, channels), ("pw_bias", pw_bias, num_subspaces)):
+    for name, t, n in (
+        ("dw_weight", dw_weight, channels),
+        ("pw_weight", pw_weight, channels),
+        ("dw_bias", dw_bias, channels),
+        ("pw_bias", pw_bias, num_subspaces),
+    ):
         if t is not None or "weight" in name:
             check_tensor(name, t, shape=(n,), on=x, of="x")
     if pw_bias is not None and not relu:
@@ -138,7 +165,9 @@ def _check_subspaces(x, dw_weight, pw_weight, dw_bias, pw_bias, *, num_subspaces
     chosen = resolve_backend(backend, x)
     if chosen == "triton" and pool_size > MAX_POOL:
         if backend == "triton":
-            raise ValueError(f"pool_size must be at most {MAX_POOL} for the kernel, not {pool_size}; use backend='torch'")
+            raise ValueError(
+                f"pool_size must be at most {MAX_POOL} for the kernel, not {pool_size}; use backend='torch'"
+            )
         chosen = "torch"
     return chosen, int(num_subspaces), pool_size, relu, scale
 
@@ -169,11 +198,22 @@ def subspace_attention(
     Raises TypeError or ValueError naming the argument. The kernel takes windows up to 7 x 7.
     """
     chosen, num_subspaces, pool_size, relu, scale = _CHECKED.decide(
-        _check_subspaces, (x, dw_weight, pw_weight, dw_bias, pw_bias), dict(
-            num_subspaces=num_subspaces, pool_size=pool_size, relu=relu, gate_scale=gate_scale, backend=backend))
+        _check_subspaces,
+        (x, dw_weight, pw_weight, dw_bias, pw_bias),
+        dict(num_subspaces=num_subspaces, pool_size=pool_size, relu=relu, gate_scale=gate_scale, backend=backend),
+    )
     reference = partial(
-        subspace_attention_reference, dw_weight=dw_weight, pw_weight=pw_weight, num_subspaces=num_subspaces,
-        pool_size=pool_size, dw_bias=dw_bias, pw_bias=pw_bias, relu=relu, gate_scale=scale, return_maps=return_maps)
+        subspace_attention_reference,
+        dw_weight=dw_weight,
+        pw_weight=pw_weight,
+        num_subspaces=num_subspaces,
+        pool_size=pool_size,
+        dw_bias=dw_bias,
+        pw_bias=pw_bias,
+        relu=relu,
+        gate_scale=scale,
+        return_maps=return_maps,
+    )
     if x.is_meta:
         return reference(x)
     if autocasting(x):

@@ -28,8 +28,16 @@ def ulsam_flops(channels: int, height: int, width: int) -> int:
 
 # %% ../../nbs/5_vision/ulsam.ipynb #377447d9
 def subspace_attention_reference(
-    x: Tensor, dw_weight: Tensor, pw_weight: Tensor, num_subspaces: int, *, pool_size: int = 3,
-    dw_bias: Tensor | None = None, pw_bias: Tensor | None = None, relu: bool = False, gate_scale: float = 1.0,
+    x: Tensor,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    num_subspaces: int,
+    *,
+    pool_size: int = 3,
+    dw_bias: Tensor | None = None,
+    pw_bias: Tensor | None = None,
+    relu: bool = False,
+    gate_scale: float = 1.0,
     return_maps: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Subspace attention in plain PyTorch (Eq. 1 to 3); the arguments of `subspace_attention`.
@@ -38,17 +46,17 @@ def subspace_attention_reference(
     """
     real = torch.promote_types(x.dtype, torch.float32)
     wide, per_channel = x.to(real), lambda t: t.to(real)[:, None, None]
-    d = wide * per_channel(dw_weight)                                                     # [B, C, H, W]
+    d = wide * per_channel(dw_weight)  # [B, C, H, W]
     if dw_bias is not None:
         d = d + per_channel(dw_bias)
     d = d.relu() if relu else d
     p = F.max_pool2d(d, pool_size, 1, pool_size // 2)
-    logits = (p * per_channel(pw_weight)).unflatten(1, (num_subspaces, -1)).sum(2)        # [B, g, H, W]
+    logits = (p * per_channel(pw_weight)).unflatten(1, (num_subspaces, -1)).sum(2)  # [B, g, H, W]
     if pw_bias is not None:
         logits = logits + per_channel(pw_bias)
     logits = logits.relu() if relu else logits
     maps = logits.flatten(2).softmax(-1).view_as(logits)
-    gate = 1 + gate_scale * maps.repeat_interleave(x.shape[1] // num_subspaces, 1)        # [B, C, H, W]
+    gate = 1 + gate_scale * maps.repeat_interleave(x.shape[1] // num_subspaces, 1)  # [B, C, H, W]
     out = (wide * gate).to(x.dtype)
     return (out, maps) if return_maps else out
 
@@ -61,8 +69,12 @@ def subspace_cost(
     `bytes_eager` (forward in PyTorch, step by step, with 64-bit indices), `flops_fwd`, `flops_bwd`."""
     numbers, pixels = math.prod(size), math.prod(size) // size[1]
     maps = 4 * pixels * num_subspaces
-    return dict(bytes_fwd=2 * element_size * numbers, bytes_bwd=3 * element_size * numbers,
-                bytes_kernel_fwd=(2 * element_size + 1) * numbers + maps,
-                bytes_kernel_bwd=(3 * element_size + 1) * numbers + 2 * maps,
-                bytes_eager=(11 * element_size + 8) * numbers,
-                flops_fwd=(pool_size**2 + 4) * numbers, flops_bwd=(pool_size**2 + 8) * numbers)
+    return dict(
+        bytes_fwd=2 * element_size * numbers,
+        bytes_bwd=3 * element_size * numbers,
+        bytes_kernel_fwd=(2 * element_size + 1) * numbers + maps,
+        bytes_kernel_bwd=(3 * element_size + 1) * numbers + 2 * maps,
+        bytes_eager=(11 * element_size + 8) * numbers,
+        flops_fwd=(pool_size**2 + 4) * numbers,
+        flops_bwd=(pool_size**2 + 8) * numbers,
+    )

@@ -36,7 +36,16 @@ def columns_inside(y, W, FIRST: tl.constexpr, LAST: tl.constexpr, DILATION: tl.c
 
 
 @triton.jit
-def strip_row(AT, ok, inside, FIRST: tl.constexpr, LAST: tl.constexpr, DILATION: tl.constexpr, SHIFT: tl.constexpr, C: tl.constexpr):
+def strip_row(
+    AT,
+    ok,
+    inside,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    DILATION: tl.constexpr,
+    SHIFT: tl.constexpr,
+    C: tl.constexpr,
+):
     "Inputs FIRST … LAST - 1 of a row of strips: a tuple of [T, BC], 0 beyond the map. AT: addresses of the strips' first columns."
     row = ()
     for m in tl.static_range(FIRST, LAST):
@@ -65,7 +74,17 @@ def as_floats(row):
 
 
 @triton.jit
-def add_row(accs, row, taps, n: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, M0: tl.constexpr, M1: tl.constexpr):
+def add_row(
+    accs,
+    row,
+    taps,
+    n: tl.constexpr,
+    R: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+    M0: tl.constexpr,
+    M1: tl.constexpr,
+):
     "The accumulators of a strip's outputs, R rows of Q, after input row n."
     new = ()
     for r in tl.static_range(R):
@@ -93,9 +112,31 @@ def store_row(AT, ok, inside, outs, adds, Q: tl.constexpr, DILATION: tl.constexp
 
 
 @triton.jit
-def depthwise_forward(X, WEIGHT, BIAS, ADD, O, H, W, images, share, C: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr,
-                      PAD: tl.constexpr, FLIP: tl.constexpr, T: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, N0: tl.constexpr,
-                      N1: tl.constexpr, M0: tl.constexpr, M1: tl.constexpr, AHEAD: tl.constexpr, BC: tl.constexpr):
+def depthwise_forward(
+    X,
+    WEIGHT,
+    BIAS,
+    ADD,
+    O,
+    H,
+    W,
+    images,
+    share,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    DILATION: tl.constexpr,
+    PAD: tl.constexpr,
+    FLIP: tl.constexpr,
+    T: tl.constexpr,
+    R: tl.constexpr,
+    Q: tl.constexpr,
+    N0: tl.constexpr,
+    N1: tl.constexpr,
+    M0: tl.constexpr,
+    M1: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BC: tl.constexpr,
+):
     """O = depthwise convolution of X, plus BIAS and ADD where they are given. Grid: programs * cdiv(C, BC), each with `share` tiles of T strips.
 
     Maps are (images, H, W, C). FLIP reads the kernel backwards: the gradient of the input."""
@@ -107,7 +148,7 @@ def depthwise_forward(X, WEIGHT, BIAS, ADD, O, H, W, images, share, C: tl.conste
         start += tl.load(BIAS + c, mask=c < C, other=0.0).to(tl.float32)
     for i in range(first, first + share):
         b, x0, y = lattice_strip(i * T + lane, H, W, DILATION, R, Q)
-        at, real = b.to(tl.int64) * H * W * C + ((x0 * W + y) * C + c), (b < images) & (c < C)            # [T, BC]
+        at, real = b.to(tl.int64) * H * W * C + ((x0 * W + y) * C + c), (b < images) & (c < C)  # [T, BC]
         x_at, o_at = X + at, O + at
         reads, writes = columns_inside(y, W, M0, M1, DILATION, PAD), columns_inside(y, W, 0, Q, DILATION, 0)
         rows, adds, accs, outs = (), (), (), ()
@@ -118,20 +159,44 @@ def depthwise_forward(X, WEIGHT, BIAS, ADD, O, H, W, images, share, C: tl.conste
         for n in tl.static_range(N0, N1 + AHEAD):
             if n < N1:
                 x = x0 + (n * DILATION - PAD)
-                rows = rows + (strip_row(x_at + (n * step - PAD * W * C), real & (x >= 0) & (x < H), reads, M0, M1, DILATION, PAD, C),)
-            for r in tl.static_range(R):                     # asked for as early as the rows
+                rows = rows + (
+                    strip_row(
+                        x_at + (n * step - PAD * W * C), real & (x >= 0) & (x < H), reads, M0, M1, DILATION, PAD, C
+                    ),
+                )
+            for r in tl.static_range(R):  # asked for as early as the rows
                 if ADD is not None and n == (r + K - 1 if r + K < N1 else N1 - 1):
-                    adds = adds + (strip_row(ADD + at + r * step, real & (x0 + r * DILATION < H), writes, 0, Q, DILATION, 0, C),)
-            if n >= N0 + AHEAD:                              # input row n - AHEAD has arrived
+                    adds = adds + (
+                        strip_row(ADD + at + r * step, real & (x0 + r * DILATION < H), writes, 0, Q, DILATION, 0, C),
+                    )
+            if n >= N0 + AHEAD:  # input row n - AHEAD has arrived
                 accs = add_row(accs, as_floats(rows[n - AHEAD - N0]), taps, n - AHEAD, R, Q, K, M0, M1)
                 for r in tl.static_range(R):
-                    if n - AHEAD == (r + K - 1 if r + K < N1 else N1 - 1):                # nothing more comes for output row r
-                        store_row(o_at + r * step, real & (x0 + r * DILATION < H), writes, accs[r], adds[r] if ADD is not None else (), Q,
-                                  DILATION, C)
+                    if n - AHEAD == (r + K - 1 if r + K < N1 else N1 - 1):  # nothing more comes for output row r
+                        store_row(
+                            o_at + r * step,
+                            real & (x0 + r * DILATION < H),
+                            writes,
+                            accs[r],
+                            adds[r] if ADD is not None else (),
+                            Q,
+                            DILATION,
+                            C,
+                        )
 
 # %% ../../nbs/3_locality/van.ipynb #6be41429
 @triton.jit
-def add_products(sums, row, dys, n: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, M0: tl.constexpr, M1: tl.constexpr):
+def add_products(
+    sums,
+    row,
+    dys,
+    n: tl.constexpr,
+    R: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+    M0: tl.constexpr,
+    M1: tl.constexpr,
+):
     "The K * K sums, rows of K, after input row n: its inputs times the rows of dO that read it."
     new = ()
     for i in tl.static_range(K):
@@ -149,9 +214,28 @@ def add_products(sums, row, dys, n: tl.constexpr, R: tl.constexpr, Q: tl.constex
 
 
 @triton.jit
-def depthwise_weight_sums(X, DO, PARTS, H, W, images, share, C: tl.constexpr, K: tl.constexpr, DILATION: tl.constexpr,
-                          PAD: tl.constexpr, T: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr,
-                          M0: tl.constexpr, M1: tl.constexpr, AHEAD: tl.constexpr, BC: tl.constexpr):
+def depthwise_weight_sums(
+    X,
+    DO,
+    PARTS,
+    H,
+    W,
+    images,
+    share,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    DILATION: tl.constexpr,
+    PAD: tl.constexpr,
+    T: tl.constexpr,
+    R: tl.constexpr,
+    Q: tl.constexpr,
+    N0: tl.constexpr,
+    N1: tl.constexpr,
+    M0: tl.constexpr,
+    M1: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BC: tl.constexpr,
+):
     "A program's sums for the weights (C, K * K), then for the bias (C), in a row of PARTS. Grid: as forward."
     blocks: tl.constexpr = (C + BC - 1) // BC
     part, c = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BC + tl.arange(0, BC)[None, :]
@@ -163,17 +247,23 @@ def depthwise_weight_sums(X, DO, PARTS, H, W, images, share, C: tl.constexpr, K:
         sums = sums + (line,)
     for i in range(part * share, part * share + share):
         b, x0, y = lattice_strip(i * T + lane, H, W, DILATION, R, Q)
-        at, real = b.to(tl.int64) * H * W * C + ((x0 * W + y) * C + c), (b < images) & (c < C)            # [T, BC]
+        at, real = b.to(tl.int64) * H * W * C + ((x0 * W + y) * C + c), (b < images) & (c < C)  # [T, BC]
         reads, writes = columns_inside(y, W, M0, M1, DILATION, PAD), columns_inside(y, W, 0, Q, DILATION, 0)
         rows, asked, dys = (), (), ()
         for n in tl.static_range(N0, N1 + AHEAD):
-            for r in tl.static_range(R):                     # row r of dO is asked for when input row r is, or at the start
+            for r in tl.static_range(R):  # row r of dO is asked for when input row r is, or at the start
                 if n == (r if r > N0 else N0):
-                    asked = asked + (strip_row(DO + at + r * step, real & (x0 + r * DILATION < H), writes, 0, Q, DILATION, 0, C),)
+                    asked = asked + (
+                        strip_row(DO + at + r * step, real & (x0 + r * DILATION < H), writes, 0, Q, DILATION, 0, C),
+                    )
             if n < N1:
                 x = x0 + (n * DILATION - PAD)
-                rows = rows + (strip_row(X + at + (n * step - PAD * W * C), real & (x >= 0) & (x < H), reads, M0, M1, DILATION, PAD, C),)
-            if n >= N0 + AHEAD:                              # input row n - AHEAD has arrived
+                rows = rows + (
+                    strip_row(
+                        X + at + (n * step - PAD * W * C), real & (x >= 0) & (x < H), reads, M0, M1, DILATION, PAD, C
+                    ),
+                )
+            if n >= N0 + AHEAD:  # input row n - AHEAD has arrived
                 for r in tl.static_range(R):
                     if n - AHEAD == (r if r > N0 else N0):
                         dys = dys + (as_floats(asked[r]),)
@@ -189,6 +279,7 @@ def depthwise_weight_sums(X, DO, PARTS, H, W, images, share, C: tl.constexpr, K:
 # %% ../../nbs/3_locality/van.ipynb #795cefc0
 class DepthwiseLaunch(NamedTuple):
     "How a depthwise kernel is launched."
+
     channels: int  # at most, of a tile
     block: int  # strips x channels of a tile
     rows: int  # at most, of a strip
@@ -206,11 +297,16 @@ MOST_TAPS = 121  # more do not fit into a thread's registers
 DEPTHWISE_LAUNCH = LaunchTable("forward", "weight", record=DepthwiseLaunch)
 for _arch in ("sm90", "sm80", "small"):
     for _bits in (16, 32):
-        DEPTHWISE_LAUNCH.rows(_arch, _bits, {
-            9: ((64, 256, 4, 4, 4, 1, 4, 96, 660), (64, 256, 4, 4, 4, 1, 4, 128, 528)),
-            25: ((64, 256, 4, 4, 4, 1, 4, 168, 396), (32, 128, 4, 4, 4, 1, 4, 128, 528)),
-            49: ((32, 128, 2, 5, 5, 1, 4, 128, 528), (32, 128, 2, 5, 5, 1, 4, 168, 396)),
-            MOST_TAPS: ((32, 128, 2, 2, 2, 1, 4, 255, 264), (32, 128, 2, 2, 2, 1, 4, 255, 264))})
+        DEPTHWISE_LAUNCH.rows(
+            _arch,
+            _bits,
+            {
+                9: ((64, 256, 4, 4, 4, 1, 4, 96, 660), (64, 256, 4, 4, 4, 1, 4, 128, 528)),
+                25: ((64, 256, 4, 4, 4, 1, 4, 168, 396), (32, 128, 4, 4, 4, 1, 4, 128, 528)),
+                49: ((32, 128, 2, 5, 5, 1, 4, 128, 528), (32, 128, 2, 5, 5, 1, 4, 168, 396)),
+                MOST_TAPS: ((32, 128, 2, 2, 2, 1, 4, 255, 264), (32, 128, 2, 2, 2, 1, 4, 255, 264)),
+            },
+        )
 for _bits in (16, 32):
     DEPTHWISE_LAUNCH.rows("interpreter", _bits, {MOST_TAPS: ((32, 512, 3, 2, 2, 1, 4, 0, 4),) * 2})
 
@@ -242,8 +338,23 @@ def depthwise_launch(kind: str, x: Tensor, taps: int, dilation: int, flip: bool 
     tiles, blocks = -(-strips // T), -(-C // BC)
     share = -(-tiles // max(1, min(tiles, p.programs // blocks)))
     parts, (n0, n1), (m0, m1) = -(-tiles // share), axis_range(H, R, taps, dilation), axis_range(W, Q, taps, dilation)
-    rest = dict(C=C, K=taps, DILATION=dilation, PAD=dilation * (taps - 1) // 2, T=T, R=R, Q=Q, N0=n0, N1=n1, M0=m0, M1=m1, AHEAD=p.ahead, BC=BC,
-                num_warps=p.warps, num_stages=1) | (dict(maxnreg=p.registers) if p.registers else {})
+    rest = dict(
+        C=C,
+        K=taps,
+        DILATION=dilation,
+        PAD=dilation * (taps - 1) // 2,
+        T=T,
+        R=R,
+        Q=Q,
+        N0=n0,
+        N1=n1,
+        M0=m0,
+        M1=m1,
+        AHEAD=p.ahead,
+        BC=BC,
+        num_warps=p.warps,
+        num_stages=1,
+    ) | (dict(maxnreg=p.registers) if p.registers else {})
     if kind == "forward":
         rest["FLIP"] = flip
     kernel = depthwise_forward if kind == "forward" else depthwise_weight_sums

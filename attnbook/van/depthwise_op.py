@@ -21,7 +21,9 @@ from .sum_kernels import launch_sum_parts
 _CONVOLUTIONS, _WEIGHT_SUMS = Plans(), Plans()
 
 
-def launch_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, *, add: Tensor | None = None, flip: bool = False) -> Tensor:
+def launch_depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, *, add: Tensor | None = None, flip: bool = False
+) -> Tensor:
     "Depthwise convolution of maps x, contiguous `(B, H, W, C)`, plus bias and add; weight `(C, 1, k, k)`, with `flip` read backwards."
     out, taps = torch.empty_like(x), weight.shape[-1]
     if out.numel():
@@ -58,6 +60,7 @@ def _depthwise_backward(call):
         if call.needs["weight"] or call.needs["bias"]:
             grads["weight"], grads["bias"] = launch_weight_sums(x, dy, weight, bias, call.dilation)
         return grads
+
     grads = through_float32(run, (call.x, call.weight, call.bias, call.grads[0]))
     return {n: g.to(getattr(call, n).dtype) for n, g in grads.items()}
 
@@ -68,8 +71,13 @@ def _new_like(call, *names):
 
 
 depthwise_conv_op = operation(
-    "depthwise_conv", _depthwise_forward, like=lambda x, weight, bias, dilation: x.new_empty(x.shape),
-    backward=_depthwise_backward, drop=(0,), gradients_like=lambda call: _new_like(call, "x", "weight", "bias"))
+    "depthwise_conv",
+    _depthwise_forward,
+    like=lambda x, weight, bias, dilation: x.new_empty(x.shape),
+    backward=_depthwise_backward,
+    drop=(0,),
+    gradients_like=lambda call: _new_like(call, "x", "weight", "bias"),
+)
 
 # %% ../../nbs/3_locality/van.ipynb #c3c90b89
 def check_kernel(name: str, weight: Tensor, bias: Tensor | None, x: Tensor, dilation: int) -> Tensor:
@@ -79,7 +87,9 @@ def check_kernel(name: str, weight: Tensor, bias: Tensor | None, x: Tensor, dila
     taps = weight.shape[-1]
     check_shape(f"{name}weight", weight, (C, 1, taps, taps))
     if taps < 1 or dilation * (taps - 1) % 2:
-        raise ValueError(f"{name}weight must make dilation * (k - 1) even, to be padded alike on both sides, not k = {taps} with dilation {dilation}")
+        raise ValueError(
+            f"{name}weight must make dilation * (k - 1) even, to be padded alike on both sides, not k = {taps} with dilation {dilation}"
+        )
     if bias is None:
         return weight.new_zeros(C)
     check_tensor(f"{name}bias", bias, like=None if mixed else x, on=x, of="x", shape=(C,))
@@ -111,11 +121,19 @@ def conv_backend(backend: str, x: Tensor, *weights: Tensor) -> str:
 
 def torch_depthwise(x: Tensor, weight: Tensor, bias: Tensor, dilation: int = 1) -> Tensor:
     "The convolution by PyTorch's own kernels, in x's type."
-    return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=dilation * (weight.shape[-1] - 1) // 2, dilation=dilation,
-                    groups=x.shape[1])
+    return F.conv2d(
+        x,
+        weight.to(x.dtype),
+        bias.to(x.dtype),
+        padding=dilation * (weight.shape[-1] - 1) // 2,
+        dilation=dilation,
+        groups=x.shape[1],
+    )
 
 # %% ../../nbs/3_locality/van.ipynb #6548ea94
-def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: int = 1, backend: str = "auto") -> Tensor:
+def depthwise_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: int = 1, backend: str = "auto"
+) -> Tensor:
     """Depthwise convolution with zeros around the map and stride 1: `(B, C, H, W)` -> the same.
 
     weight `(C, 1, k, k)` with dilation * (k - 1) even, bias `(C,)` or None. x is contiguous or, without a copy, channels_last; the

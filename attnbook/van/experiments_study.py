@@ -23,17 +23,21 @@ from .nets import VAN, LargeKernelAttention, PatchEmbedding, VANBlock
 from .reference import best_dilation, decomposition, lka_parameter_count
 
 # %% ../../nbs/3_locality/van.ipynb #34fc942c
-def denoising_kernel(pictures: Sequence[np.ndarray], noise: float, size: int = 21, patches: int = 6000, seed: int = 0) -> Tensor:
+def denoising_kernel(
+    pictures: Sequence[np.ndarray], noise: float, size: int = 21, patches: int = 6000, seed: int = 0
+) -> Tensor:
     "The linear filter `(size, size)` that best predicts the middle pixel of photographs `(height, width)` from their pixels with noise added."
     rng = np.random.default_rng(seed)
     x = np.empty((patches, size, size))
     for n in range(patches):
         p = pictures[n % len(pictures)]
         i, j = rng.integers(p.shape[0] - size), rng.integers(p.shape[1] - size)
-        x[n] = p[i:i + size, j:j + size]
+        x[n] = p[i : i + size, j : j + size]
     x -= x.mean((1, 2), keepdims=True)
     y, x = x[:, size // 2, size // 2].copy(), (x + noise * rng.standard_normal(x.shape)).reshape(patches, -1)
-    return torch.from_numpy(np.linalg.solve(x.T @ x + 1e-3 * patches * noise**2 * np.eye(size**2), x.T @ y).reshape(size, size))
+    return torch.from_numpy(
+        np.linalg.solve(x.T @ x + 1e-3 * patches * noise**2 * np.eye(size**2), x.T @ y).reshape(size, size)
+    )
 
 
 def target_kernels(count: int, size: int = 21, patches: int = 6000, seed: int = 0) -> dict[str, Tensor]:
@@ -44,10 +48,16 @@ def target_kernels(count: int, size: int = 21, patches: int = 6000, seed: int = 
     angle, x, y = uniform(0, math.pi), r[None, None, :], r[None, :, None]
     along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
     pictures = [p[..., 1].astype(np.float64) / 255 for p in photos().values()]
-    bell = (-(along / uniform(2, 6))**2 / 2 - (across / uniform(2, 6))**2 / 2).exp()
-    found = {"Gaussian": bell, "derivative": along * bell, "Gabor": bell * (along * uniform(0.6, 1.4) + uniform(0, math.pi)).cos(),
-             "denoising": torch.stack([denoising_kernel(pictures, 0.1 + 0.1 * i, size, patches, seed + i) for i in range(count)]),
-             "noise": torch.randn(count, size, size, generator=g, dtype=torch.float64)}
+    bell = (-((along / uniform(2, 6)) ** 2) / 2 - (across / uniform(2, 6)) ** 2 / 2).exp()
+    found = {
+        "Gaussian": bell,
+        "derivative": along * bell,
+        "Gabor": bell * (along * uniform(0.6, 1.4) + uniform(0, math.pi)).cos(),
+        "denoising": torch.stack(
+            [denoising_kernel(pictures, 0.1 + 0.1 * i, size, patches, seed + i) for i in range(count)]
+        ),
+        "noise": torch.randn(count, size, size, generator=g, dtype=torch.float64),
+    }
     return {kind: k / k.flatten(1).norm(dim=1)[:, None, None] for kind, k in found.items()}
 
 
@@ -58,12 +68,14 @@ def fit_composite(targets: Tensor, kernel_size: int, dilation: int, iterations: 
     small, large = decomposition(kernel_size, dilation)
     span, size = dilation * (large - 1) + small, targets.shape[-1]
     edge = (span - size) // 2
-    goal = F.pad(targets, (edge, span - size - edge) * 2).flatten(1)                      # [n, span^2]
-    row = torch.arange(large)[:, None] * dilation + torch.arange(small)                   # [large, small]
-    place = row[:, None, :, None] * span + row[None, :, None, :]                          # [i, j, a, b]: where tap (i, j) puts (a, b)
-    put = F.one_hot(place.reshape(large**2, small**2), span**2).to(targets.dtype)         # [taps, small taps, span^2]
+    goal = F.pad(targets, (edge, span - size - edge) * 2).flatten(1)  # [n, span^2]
+    row = torch.arange(large)[:, None] * dilation + torch.arange(small)  # [large, small]
+    place = row[:, None, :, None] * span + row[None, :, None, :]  # [i, j, a, b]: where tap (i, j) puts (a, b)
+    put = F.one_hot(place.reshape(large**2, small**2), span**2).to(targets.dtype)  # [taps, small taps, span^2]
     g, best = torch.Generator().manual_seed(seed), torch.full((len(goal),), math.inf, dtype=targets.dtype)
-    solve = lambda A: torch.linalg.solve(A.mT @ A + 1e-10 * torch.eye(A.shape[2], dtype=A.dtype), (A.mT @ goal[..., None]))[..., 0]
+    solve = lambda A: torch.linalg.solve(
+        A.mT @ A + 1e-10 * torch.eye(A.shape[2], dtype=A.dtype), (A.mT @ goal[..., None])
+    )[..., 0]
     for _ in range(2):
         first = torch.randn(len(goal), small**2, generator=g, dtype=targets.dtype)
         for _ in range(iterations):
@@ -81,10 +93,23 @@ def fit_experiment(*, iterations: int, kernels: int, patches: int = 6000, seed: 
     "Relative error of every kind of kernel by dilation, and by the other ways to save numbers; a row for each kind and way."
     rows = []
     for kind, targets in target_kernels(kernels, patches=patches, seed=seed).items():
+
         def row(way, parameters, errors, dilation=None, kind=kind):
-            rows.append(dict(kind=kind, way=way, dilation=dilation, parameters=parameters, error=float(errors.mean()), worst=float(errors.max())))
+            rows.append(
+                dict(
+                    kind=kind,
+                    way=way,
+                    dilation=dilation,
+                    parameters=parameters,
+                    error=float(errors.mean()),
+                    worst=float(errors.max()),
+                )
+            )
+
         for d in (2, 3, 4, 5):
-            row(f"d = {d}", lka_parameter_count(21, d, 1, False) - 1, fit_composite(targets, 21, d, iterations, seed), d)
+            row(
+                f"d = {d}", lka_parameter_count(21, d, 1, False) - 1, fit_composite(targets, 21, d, iterations, seed), d
+            )
         energy = torch.linalg.svdvals(targets).square()
         for rank in (1, 2):
             row(f"rank {rank}", 42 * rank, energy[:, rank:].sum(1).sqrt())
@@ -93,8 +118,14 @@ def fit_experiment(*, iterations: int, kernels: int, patches: int = 6000, seed: 
 
 # %% ../../nbs/3_locality/van.ipynb #74ab2907
 ABLATIONS = {  # name -> gate, and the convolution that is taken out
-    "mul": ("mul", None), "add": ("add", None), "none": ("none", None), "sigmoid": ("sigmoid", None), "no 5 x 5": ("mul", "conv0"),
-    "no dilated": ("mul", "conv_spatial"), "no 1 x 1": ("mul", "conv1")}
+    "mul": ("mul", None),
+    "add": ("add", None),
+    "none": ("none", None),
+    "sigmoid": ("sigmoid", None),
+    "no 5 x 5": ("mul", "conv0"),
+    "no dilated": ("mul", "conv_spatial"),
+    "no 1 x 1": ("mul", "conv1"),
+}
 
 
 def digit_canvases(count: int, canvas: int, seed: int = 0, test: bool = False) -> tuple[Tensor, Tensor]:
@@ -103,7 +134,7 @@ def digit_canvases(count: int, canvas: int, seed: int = 0, test: bool = False) -
     images, labels = mnist5k()
     images = torch.from_numpy(images).float().unflatten(2, (14, 2)).unflatten(1, (14, 2)).mean((2, 4)) / 255
     rng = np.random.default_rng((seed, test))
-    by_class = [np.flatnonzero(labels == c)[400 if test else 0:None if test else 400] for c in range(10)]
+    by_class = [np.flatnonzero(labels == c)[400 if test else 0 : None if test else 400] for c in range(10)]
     x, y = torch.zeros(count, 1, canvas, canvas), rng.integers(0, 2, count)
     for n in range(count):
         first = rng.integers(10)
@@ -113,14 +144,23 @@ def digit_canvases(count: int, canvas: int, seed: int = 0, test: bool = False) -
             if abs(places[0] - places[1]).max() >= 14:
                 break
         for c, (i, j) in zip((first, second), places):
-            x[n, 0, i:i + 14, j:j + 14] = images[rng.choice(by_class[c])]
+            x[n, 0, i : i + 14, j : j + 14] = images[rng.choice(by_class[c])]
     return (x - 0.05) / 0.2, torch.from_numpy(y)
 
 
 def ablated(name: str, dims: Sequence[int], depths: Sequence[int], canvas: int, backend: str = "torch") -> VAN:
     "A network of `ABLATIONS` for two classes; canvases of more than 48 pixels are read with stride 4 first."
     gate, out = ABLATIONS[name]
-    net = VAN(dims, (4,) * len(dims), depths, strides=(4 if canvas > 48 else 2, 2), gate=gate, num_classes=2, in_channels=1, backend=backend)
+    net = VAN(
+        dims,
+        (4,) * len(dims),
+        depths,
+        strides=(4 if canvas > 48 else 2, 2),
+        gate=gate,
+        num_classes=2,
+        in_channels=1,
+        backend=backend,
+    )
     for module in net.modules():
         if isinstance(module, LargeKernelAttention) and out:
             setattr(module, out, nn.Identity())
@@ -128,16 +168,40 @@ def ablated(name: str, dims: Sequence[int], depths: Sequence[int], canvas: int, 
 
 
 def gate_experiment(
-    name: str, data: Sequence[Tensor], *, canvas: int, dims: Sequence[int], depths: Sequence[int], steps: int, batch: int, seed: int = 0,
+    name: str,
+    data: Sequence[Tensor],
+    *,
+    canvas: int,
+    dims: Sequence[int],
+    depths: Sequence[int],
+    steps: int,
+    batch: int,
+    seed: int = 0,
     device: str = "cpu",
 ) -> tuple[VAN, dict]:
     "Trains a network of `ABLATIONS` on data (x, y, test x, test y); the network, and a row with its accuracy."
     x, y, tx, ty = data
     torch.manual_seed(seed)
     net = ablated(name, dims, depths, canvas)
-    history = fit(net, cross_entropy, Batches(x, y, batch_size=batch, seed=seed), steps=steps, lr=2e-3, seed=seed, device=device, progress=False)
-    return net, dict(net=name, run=seed, steps=steps, accuracy=evaluate_accuracy(net, tx, ty, device=device), loss=float(np.mean(history.loss[-10:])),
-                     parameters=count_parameters(net), seconds=history.seconds)
+    history = fit(
+        net,
+        cross_entropy,
+        Batches(x, y, batch_size=batch, seed=seed),
+        steps=steps,
+        lr=2e-3,
+        seed=seed,
+        device=device,
+        progress=False,
+    )
+    return net, dict(
+        net=name,
+        run=seed,
+        steps=steps,
+        accuracy=evaluate_accuracy(net, tx, ty, device=device),
+        loss=float(np.mean(history.loss[-10:])),
+        parameters=count_parameters(net),
+        seconds=history.seconds,
+    )
 
 # %% ../../nbs/3_locality/van.ipynb #fb680c13
 REACH = {7: 4, 14: 8, 21: 11, 28: 15}  # kernel size -> half the composite's span
@@ -145,6 +209,7 @@ REACH = {7: 4, 14: 8, 21: 11, 28: 15}  # kernel size -> half the composite's spa
 
 class ReachNet(nn.Module):
     "Images `(B, 4, H, W)` -> two logits: 1 x 1 convolution, one `VANBlock` whose branches begin at full size, maximum over positions, linear."
+
     def __init__(self, width: int, kernel_size: int, backend: str = "torch"):
         super().__init__()
         self.stem, self.head = PatchEmbedding(4, width, 1), nn.Linear(width, 2)
@@ -169,7 +234,16 @@ def pixel_pairs(count: int, canvas: int, distances: Sequence[int], seed: int = 0
 
 
 def reach_experiment(
-    kernel_size: int, *, canvas: int, distances: Sequence[int], train: int, test: int, width: int, steps: int, batch: int, seed: int = 0,
+    kernel_size: int,
+    *,
+    canvas: int,
+    distances: Sequence[int],
+    train: int,
+    test: int,
+    width: int,
+    steps: int,
+    batch: int,
+    seed: int = 0,
     device: str = "cpu",
 ) -> dict:
     "Trains a `ReachNet` on pairs at all distances; a row with the accuracy at each."
@@ -177,6 +251,22 @@ def reach_experiment(
     tx, ty, far = pixel_pairs(test, canvas, distances, seed + 10_000)
     torch.manual_seed(seed)
     net = ReachNet(width, kernel_size)
-    history = fit(net, cross_entropy, Batches(x, y, batch_size=batch, seed=seed), steps=steps, lr=4e-3, seed=seed, device=device, progress=False)
+    history = fit(
+        net,
+        cross_entropy,
+        Batches(x, y, batch_size=batch, seed=seed),
+        steps=steps,
+        lr=4e-3,
+        seed=seed,
+        device=device,
+        progress=False,
+    )
     accuracy = {int(D): evaluate_accuracy(net, tx[far == D], ty[far == D], device=device) for D in distances}
-    return dict(kernel_size=kernel_size, run=seed, steps=steps, accuracy=accuracy, loss=float(np.mean(history.loss[-10:])), seconds=history.seconds)
+    return dict(
+        kernel_size=kernel_size,
+        run=seed,
+        steps=steps,
+        accuracy=accuracy,
+        loss=float(np.mean(history.loss[-10:])),
+        seconds=history.seconds,
+    )

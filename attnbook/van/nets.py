@@ -27,8 +27,11 @@ GATES = "mul", "add", "sigmoid", "none"
 
 class DepthwiseConv(nn.Conv2d):
     "A depthwise convolution `(B, C, H, W)` -> the same, zeros around the map, by the book's kernel on a GPU."
+
     def __init__(self, channels: int, taps: int, dilation: int = 1, backend: str = "auto"):
-        super().__init__(channels, channels, taps, padding=dilation * (taps - 1) // 2, dilation=dilation, groups=channels)
+        super().__init__(
+            channels, channels, taps, padding=dilation * (taps - 1) // 2, dilation=dilation, groups=channels
+        )
         self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,7 +44,10 @@ class LargeKernelAttention(nn.Module):
     `gate`: what the gates A do to the input u: "mul" u * A (the paper), "add" u + A, "sigmoid" u * sigmoid(A), "none" A (its
     ablation). ValueError for a kernel_size and dilation that `decomposition` refuses, or another gate. Source: Eq. 1 to 3.
     """
-    def __init__(self, channels: int, kernel_size: int = 21, dilation: int = 3, gate: str = "mul", backend: str = "auto"):
+
+    def __init__(
+        self, channels: int, kernel_size: int = 21, dilation: int = 3, gate: str = "mul", backend: str = "auto"
+    ):
         super().__init__()
         small, large = decomposition(kernel_size, dilation)
         self.kernel_size, self.dilation = kernel_size, dilation
@@ -61,7 +67,9 @@ class LargeKernelAttention(nn.Module):
             weights = [t for m in (self.conv0, self.conv_spatial, self.conv1) for t in (m.weight, m.bias)]
             return large_kernel_attention(u, *weights, dilation=self.dilation, backend=self.backend)
         A = self.conv1(self.conv_spatial(self.conv0(u)))
-        return {"mul": lambda: u * A, "add": lambda: u + A, "sigmoid": lambda: u * A.sigmoid(), "none": lambda: A}[self.gate]()
+        return {"mul": lambda: u * A, "add": lambda: u + A, "sigmoid": lambda: u * A.sigmoid(), "none": lambda: A}[
+            self.gate
+        ]()
 
     def extra_repr(self):
         return f"kernel_size={self.kernel_size}, dilation={self.dilation}, gate={self.gate!r}"
@@ -69,8 +77,17 @@ class LargeKernelAttention(nn.Module):
 # %% ../../nbs/3_locality/van.ipynb #2565d6f2
 class VANAttention(nn.Module):
     "x + Conv1x1(LKA(GELU(Conv1x1(x)))), `(B, channels, H, W)` -> the same; without the x where `inner_residual` is False."
-    def __init__(self, channels: int, inner_residual: bool = True, *, kernel_size: int = 21, dilation: int = 3, gate: str = "mul",
-                 backend: str = "auto"):
+
+    def __init__(
+        self,
+        channels: int,
+        inner_residual: bool = True,
+        *,
+        kernel_size: int = 21,
+        dilation: int = 3,
+        gate: str = "mul",
+        backend: str = "auto",
+    ):
         super().__init__()
         self.inner_residual = check_bool("inner_residual", inner_residual)
         self.proj_1, self.activation = nn.Conv2d(channels, channels, 1), nn.GELU()
@@ -84,6 +101,7 @@ class VANAttention(nn.Module):
 
 class _Depthwise(nn.Module):
     "The official code wraps this convolution once more; its parameters are called dwconv.dwconv.*"
+
     def __init__(self, channels: int, backend: str):
         super().__init__()
         self.dwconv = DepthwiseConv(channels, 3, backend=backend)
@@ -94,6 +112,7 @@ class _Depthwise(nn.Module):
 
 class ConvFFN(nn.Module):
     "Conv1x1 to ratio * channels, 3 x 3 depthwise convolution, GELU, dropout, Conv1x1 back, dropout: `(B, channels, H, W)` -> the same."
+
     def __init__(self, channels: int, ratio: float = 4, drop: float = 0.0, backend: str = "auto"):
         super().__init__()
         hidden = int(channels * ratio)
@@ -108,11 +127,25 @@ class VANBlock(nn.Module):
     """x + l1 * attention(batch norm(x)), then x + l2 * feed-forward(batch norm(x)), with drop path; l1, l2 `(channels,)` begin at 0.01.
 
     Source: Sec. 3.2; the layer scale is the official code's."""
-    def __init__(self, channels: int, ratio: float = 4, *, inner_residual: bool = True, kernel_size: int = 21, dilation: int = 3,
-                 gate: str = "mul", drop: float = 0.0, drop_path: float = 0.0, backend: str = "auto"):
+
+    def __init__(
+        self,
+        channels: int,
+        ratio: float = 4,
+        *,
+        inner_residual: bool = True,
+        kernel_size: int = 21,
+        dilation: int = 3,
+        gate: str = "mul",
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        backend: str = "auto",
+    ):
         super().__init__()
         self.norm1, self.norm2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
-        self.attn = VANAttention(channels, inner_residual, kernel_size=kernel_size, dilation=dilation, gate=gate, backend=backend)
+        self.attn = VANAttention(
+            channels, inner_residual, kernel_size=kernel_size, dilation=dilation, gate=gate, backend=backend
+        )
         self.drop_path, self.mlp = DropPath(drop_path), ConvFFN(channels, ratio, drop, backend)
         self.layer_scale_1, self.layer_scale_2 = (nn.Parameter(torch.full((channels,), 1e-2)) for _ in range(2))
 
@@ -122,10 +155,15 @@ class VANBlock(nn.Module):
 
 # %% ../../nbs/3_locality/van.ipynb #079324d0
 VARIANTS = {  # name -> channels, depths, parameters with 1000 classes
-    "b0": ((32, 64, 160, 256), (3, 3, 5, 2), 4_105_800), "b1": ((64, 128, 320, 512), (2, 2, 4, 2), 13_861_800),
-    "b2": ((64, 128, 320, 512), (3, 3, 12, 3), 26_578_472), "b3": ((64, 128, 320, 512), (3, 5, 27, 3), 44_765_608),
-    "b4": ((64, 128, 320, 512), (3, 6, 40, 3), 60_283_176), "b5": ((96, 192, 480, 768), (3, 3, 24, 3), 89_967_688),
-    "b6": ((96, 192, 480, 768), (6, 6, 90, 6), 283_897_096), "b6-code": ((96, 192, 384, 768), (6, 6, 90, 6), 199_829_416)}
+    "b0": ((32, 64, 160, 256), (3, 3, 5, 2), 4_105_800),
+    "b1": ((64, 128, 320, 512), (2, 2, 4, 2), 13_861_800),
+    "b2": ((64, 128, 320, 512), (3, 3, 12, 3), 26_578_472),
+    "b3": ((64, 128, 320, 512), (3, 5, 27, 3), 44_765_608),
+    "b4": ((64, 128, 320, 512), (3, 6, 40, 3), 60_283_176),
+    "b5": ((96, 192, 480, 768), (3, 3, 24, 3), 89_967_688),
+    "b6": ((96, 192, 480, 768), (6, 6, 90, 6), 283_897_096),
+    "b6-code": ((96, 192, 384, 768), (6, 6, 90, 6), 199_829_416),
+}
 #: millions of parameters as published
 PUBLISHED_MILLIONS = {"b0": 4.1, "b1": 13.9, "b2": 26.6, "b3": 44.8, "b4": 60.3, "b5": 90.0, "b6": 283.9}
 #: published 10^9 operations of an image of 224 pixels; convolutions and linear layers alone are about 1 % less
@@ -134,6 +172,7 @@ PUBLISHED_GFLOPS = {"b0": 0.9, "b1": 2.5, "b2": 5.0, "b3": 9.0, "b4": 12.2, "b5"
 
 class PatchEmbedding(nn.Module):
     "Convolution of 2 * stride - 1 pixels with this stride, and batch norm: `(B, in, H, W)` -> `(B, channels, ceil(H / stride), ceil(W / stride))`."
+
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
         taps = 2 * stride - 1
@@ -150,10 +189,23 @@ class VAN(nn.Module):
     2 * stride - 1 taps). `drop_path`: the last block's rate. Other arguments: see the modules. ValueError names a setting that does not fit.
     Initial weights: convolutions normal with variance 2 / fan-out, linear layers truncated normal 0.02.
     """
+
     def __init__(
-        self, dims: Sequence[int] = (64, 128, 320, 512), ratios: Sequence[float] = (8, 8, 4, 4), depths: Sequence[int] = (3, 3, 12, 3), *,
-        strides: Sequence[int] = (4, 2, 2, 2), kernel_size: int = 21, dilation: int = 3, gate: str = "mul", inner_residual: bool = True,
-        drop: float = 0.0, drop_path: float = 0.0, num_classes: int = 1000, in_channels: int = 3, backend: str = "auto",
+        self,
+        dims: Sequence[int] = (64, 128, 320, 512),
+        ratios: Sequence[float] = (8, 8, 4, 4),
+        depths: Sequence[int] = (3, 3, 12, 3),
+        *,
+        strides: Sequence[int] = (4, 2, 2, 2),
+        kernel_size: int = 21,
+        dilation: int = 3,
+        gate: str = "mul",
+        inner_residual: bool = True,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        backend: str = "auto",
     ):
         super().__init__()
         for name, entries in (("ratios", ratios), ("depths", depths), ("strides", strides)):
@@ -161,8 +213,20 @@ class VAN(nn.Module):
                 raise ValueError(f"{name} must have one entry for each of the {len(dims)} dims, not {tuple(entries)}")
         rates, self.stages = iter(drop_path_rates(drop_path, sum(depths))), len(dims)
         for i, (dim, ratio, depth, stride) in enumerate(zip(dims, ratios, depths, strides)):
-            blocks = [VANBlock(dim, ratio, inner_residual=inner_residual, kernel_size=kernel_size, dilation=dilation, gate=gate, drop=drop,
-                               drop_path=next(rates), backend=backend) for _ in range(depth)]
+            blocks = [
+                VANBlock(
+                    dim,
+                    ratio,
+                    inner_residual=inner_residual,
+                    kernel_size=kernel_size,
+                    dilation=dilation,
+                    gate=gate,
+                    drop=drop,
+                    drop_path=next(rates),
+                    backend=backend,
+                )
+                for _ in range(depth)
+            ]
             setattr(self, f"patch_embed{i + 1}", PatchEmbedding(dims[i - 1] if i else in_channels, dim, stride))
             setattr(self, f"block{i + 1}", nn.ModuleList(blocks))
             setattr(self, f"norm{i + 1}", nn.LayerNorm(dim, eps=1e-6))
@@ -197,12 +261,27 @@ def _initialise(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02), nn.init.zeros_(module.bias)
 
 # %% ../../nbs/3_locality/van.ipynb #cfa916a7
-def van(variant: str, num_classes: int = 1000, *, drop_path: float = 0.0, inner_residual: bool = True, in_channels: int = 3,
-        backend: str = "auto") -> VAN:
+def van(
+    variant: str,
+    num_classes: int = 1000,
+    *,
+    drop_path: float = 0.0,
+    inner_residual: bool = True,
+    in_channels: int = 3,
+    backend: str = "auto",
+) -> VAN:
     "A published size, untrained: 'b0' … 'b6', or 'b6-code' as the official code has it. ValueError for another variant."
     dims, depths, _ = VARIANTS[check_choice("variant", variant, tuple(VARIANTS))]
-    return VAN(dims, (8, 8, 4, 4), depths, drop_path=drop_path, inner_residual=inner_residual, num_classes=num_classes, in_channels=in_channels,
-               backend=backend)
+    return VAN(
+        dims,
+        (8, 8, 4, 4),
+        depths,
+        drop_path=drop_path,
+        inner_residual=inner_residual,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        backend=backend,
+    )
 
 
 def van_b0(num_classes: int = 1000, *, drop_path: float = 0.1, backend: str = "auto") -> VAN:
@@ -268,6 +347,8 @@ def receptive_field(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     input channels of the gradient of one random combination of the output channels."""
     x = x.detach().clone().requires_grad_()
     y = fn(x)
-    weight = torch.randn(y.shape[1], generator=torch.Generator().manual_seed(0)).to(y)   # a plain sum of layer-normed channels is constant
+    weight = torch.randn(y.shape[1], generator=torch.Generator().manual_seed(0)).to(
+        y
+    )  # a plain sum of layer-normed channels is constant
     middle = (y[:, :, y.shape[2] // 2, y.shape[3] // 2] * weight).sum()
     return torch.autograd.grad(middle, x)[0].square().mean((0, 1)).sqrt()

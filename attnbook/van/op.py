@@ -32,10 +32,17 @@ _GATES = Plans()
 
 
 def _lka_forward(
-    x: Tensor, dw_weight: Tensor, dw_bias: Tensor, dwd_weight: Tensor, dwd_bias: Tensor, pw_weight: Tensor, pw_bias: Tensor,
+    x: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor,
+    dwd_weight: Tensor,
+    dwd_bias: Tensor,
+    pw_weight: Tensor,
+    pw_bias: Tensor,
     dilation: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     "y, m and z, all in x's shape, contiguous `(B, H, W, C)`, and type."
+
     def run(x, *weights):
         dw_weight, dw_bias, dwd_weight, dwd_bias, pw_weight, pw_bias = (t.contiguous() for t in weights)
         m = launch_depthwise(x, dw_weight, dw_bias, 1)
@@ -44,6 +51,7 @@ def _lka_forward(
             launch, _ = _GATES.find(("forward", x.shape, x.dtype, x.device), pointwise_launch, "forward", x)
             launch(x, z, pw_weight, pw_bias, y)
         return y, m, z
+
     outs = through_float32(run, (x, dw_weight, dw_bias, dwd_weight, dwd_bias, pw_weight, pw_bias))
     return tuple(t.to(x.dtype) for t in outs)
 
@@ -88,12 +96,24 @@ def _lka_backward(call):
 
 _WEIGHTS = "dw_weight", "dw_bias", "dwd_weight", "dwd_bias", "pw_weight", "pw_bias"
 large_kernel_attention_op = operation(
-    "large_kernel_attention", _lka_forward, like=lambda x, *rest: tuple(x.new_empty(x.shape) for _ in range(3)),
-    backward=_lka_backward, drop=(0,), nondifferentiable=(1, 2), gradients_like=lambda call: _new_like(call, "x", *_WEIGHTS))
+    "large_kernel_attention",
+    _lka_forward,
+    like=lambda x, *rest: tuple(x.new_empty(x.shape) for _ in range(3)),
+    backward=_lka_backward,
+    drop=(0,),
+    nondifferentiable=(1, 2),
+    gradients_like=lambda call: _new_like(call, "x", *_WEIGHTS),
+)
 
 # %% ../../nbs/3_locality/van.ipynb #14ac532f
 def lka_depthwise(
-    x: Tensor, dw_weight: Tensor, dw_bias: Tensor | None, dwd_weight: Tensor, dwd_bias: Tensor | None, *, dilation: int = 3,
+    x: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor | None,
+    dwd_weight: Tensor,
+    dwd_bias: Tensor | None,
+    *,
+    dilation: int = 3,
     backend: str = "auto",
 ) -> Tensor:
     """The two depthwise convolutions of large kernel attention: x `(B, C, H, W)` -> z of the same shape.
@@ -103,7 +123,10 @@ def lka_depthwise(
     """
     dilation = check_int("dilation", dilation, least=1)
     x = check_maps(x)
-    dw_bias, dwd_bias = check_kernel("dw_", dw_weight, dw_bias, x, 1), check_kernel("dwd_", dwd_weight, dwd_bias, x, dilation)
+    dw_bias, dwd_bias = (
+        check_kernel("dw_", dw_weight, dw_bias, x, 1),
+        check_kernel("dwd_", dwd_weight, dwd_bias, x, dilation),
+    )
     with without_autocast(x):
         if conv_backend(backend, x, dw_weight, dwd_weight) == "torch":
             return torch_depthwise(torch_depthwise(x, dw_weight, dw_bias), dwd_weight, dwd_bias, dilation)
@@ -112,8 +135,16 @@ def lka_depthwise(
 
 
 def large_kernel_attention(
-    x: Tensor, dw_weight: Tensor, dw_bias: Tensor | None, dwd_weight: Tensor, dwd_bias: Tensor | None, pw_weight: Tensor,
-    pw_bias: Tensor | None, *, dilation: int = 3, backend: str = "auto",
+    x: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor | None,
+    dwd_weight: Tensor,
+    dwd_bias: Tensor | None,
+    pw_weight: Tensor,
+    pw_bias: Tensor | None,
+    *,
+    dilation: int = 3,
+    backend: str = "auto",
 ) -> Tensor:
     """Large kernel attention: x times (the pointwise of the dilated of the depthwise convolution of x), `(B, C, H, W)` -> the same.
 
@@ -126,7 +157,10 @@ def large_kernel_attention(
     dilation = check_int("dilation", dilation, least=1)
     x = check_maps(x)
     C, mixed = x.shape[1], autocasting(x)
-    dw_bias, dwd_bias = check_kernel("dw_", dw_weight, dw_bias, x, 1), check_kernel("dwd_", dwd_weight, dwd_bias, x, dilation)
+    dw_bias, dwd_bias = (
+        check_kernel("dw_", dw_weight, dw_bias, x, 1),
+        check_kernel("dwd_", dwd_weight, dwd_bias, x, dilation),
+    )
     check_tensor("pw_weight", pw_weight, ndim=(2, 4), like=None if mixed else x, on=x, of="x")
     check_shape("pw_weight", pw_weight, (C, C) if pw_weight.dim() == 2 else (C, C, 1, 1))
     if pw_bias is None:

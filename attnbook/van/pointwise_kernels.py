@@ -16,8 +16,19 @@ from ..engine.host import BoundLaunch, dot_precision
 
 # %% ../../nbs/3_locality/van.ipynb #aa37fecd
 @triton.jit
-def gate_forward(U, Z, WEIGHT, BIAS, Y, N, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                 PRECISION: tl.constexpr):
+def gate_forward(
+    U,
+    Z,
+    WEIGHT,
+    BIAS,
+    Y,
+    N,
+    C: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "Y = U * (Z WEIGHT^T + BIAS), all (N, C) but WEIGHT (C, C), BIAS (C). Grid: cdiv(N, BM) * cdiv(C, BN)."
     blocks: tl.constexpr = (C + BN - 1) // BN
     p = (tl.program_id(0) // blocks * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
@@ -25,8 +36,8 @@ def gate_forward(U, Z, WEIGHT, BIAS, Y, N, C: tl.constexpr, BM: tl.constexpr, BN
     acc = tl.zeros([BM, BN], tl.float32)
     for k0 in range(0, C, BK):
         k = k0 + tl.arange(0, BK)
-        z = tl.load(Z + p * C + k[None, :], mask=(p < N) & (k < C)[None, :], other=0.0)                     # [BM, BK]
-        w = tl.load(WEIGHT + n * C + k[:, None], mask=(n < C) & (k < C)[:, None], other=0.0)                # [BK, BN]
+        z = tl.load(Z + p * C + k[None, :], mask=(p < N) & (k < C)[None, :], other=0.0)  # [BM, BK]
+        w = tl.load(WEIGHT + n * C + k[:, None], mask=(n < C) & (k < C)[:, None], other=0.0)  # [BK, BN]
         acc = tl.dot(z, w.to(z.dtype), acc, input_precision=PRECISION)
     acc += tl.load(BIAS + n, mask=n < C, other=0.0).to(tl.float32)
     u = tl.load(U + p * C + n, mask=(p < N) & (n < C), other=0.0).to(tl.float32)
@@ -34,8 +45,21 @@ def gate_forward(U, Z, WEIGHT, BIAS, Y, N, C: tl.constexpr, BM: tl.constexpr, BN
 
 
 @triton.jit
-def gate_backward(DY, U, Z, WEIGHT, BIAS, P, DZ, N, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                  PRECISION: tl.constexpr):
+def gate_backward(
+    DY,
+    U,
+    Z,
+    WEIGHT,
+    BIAS,
+    P,
+    DZ,
+    N,
+    C: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "P = DY * (Z WEIGHT^T + BIAS), DZ = (DY * U) WEIGHT. Grid: as forward."
     blocks: tl.constexpr = (C + BN - 1) // BN
     p = (tl.program_id(0) // blocks * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
@@ -44,9 +68,12 @@ def gate_backward(DY, U, Z, WEIGHT, BIAS, P, DZ, N, C: tl.constexpr, BM: tl.cons
     for k0 in range(0, C, BK):
         k = k0 + tl.arange(0, BK)
         ok = (p < N) & (k < C)[None, :]
-        z = tl.load(Z + p * C + k[None, :], mask=ok, other=0.0)                                             # [BM, BK]
-        dy, u = tl.load(DY + p * C + k[None, :], mask=ok, other=0.0), tl.load(U + p * C + k[None, :], mask=ok, other=0.0)
-        w = tl.load(WEIGHT + n * C + k[:, None], mask=(n < C) & (k < C)[:, None], other=0.0)                # [BK, BN]
+        z = tl.load(Z + p * C + k[None, :], mask=ok, other=0.0)  # [BM, BK]
+        dy, u = (
+            tl.load(DY + p * C + k[None, :], mask=ok, other=0.0),
+            tl.load(U + p * C + k[None, :], mask=ok, other=0.0),
+        )
+        w = tl.load(WEIGHT + n * C + k[:, None], mask=(n < C) & (k < C)[:, None], other=0.0)  # [BK, BN]
         v = tl.load(WEIGHT + k[:, None] * C + n, mask=(n < C) & (k < C)[:, None], other=0.0)
         acc = tl.dot(z, w.to(z.dtype), acc, input_precision=PRECISION)
         dz = tl.dot((dy.to(tl.float32) * u.to(tl.float32)).to(z.dtype), v.to(z.dtype), dz, input_precision=PRECISION)
@@ -58,8 +85,19 @@ def gate_backward(DY, U, Z, WEIGHT, BIAS, P, DZ, N, C: tl.constexpr, BM: tl.cons
 
 
 @triton.jit
-def gate_weight_sums(DY, U, Z, PARTS, N, share, C: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
-                     PRECISION: tl.constexpr):
+def gate_weight_sums(
+    DY,
+    U,
+    Z,
+    PARTS,
+    N,
+    share,
+    C: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     "A program's share of (DY * U)^T Z (C, C), then of the column sums of DY * U (C), in a row of PARTS. Grid: shares * blocks of (C, C)."
     down: tl.constexpr = (C + BN - 1) // BN
     across: tl.constexpr = (C + BK - 1) // BK
@@ -70,8 +108,8 @@ def gate_weight_sums(DY, U, Z, PARTS, N, share, C: tl.constexpr, BN: tl.constexp
     for p0 in range(part * share, last, BP):
         p = (p0 + tl.arange(0, BP)).to(tl.int64)[:, None]
         ok = (p < last) & (n < C)
-        dy, u = tl.load(DY + p * C + n, mask=ok, other=0.0), tl.load(U + p * C + n, mask=ok, other=0.0)     # [BP, BN]
-        z = tl.load(Z + p * C + k, mask=(p < last) & (k < C), other=0.0)                                    # [BP, BK]
+        dy, u = tl.load(DY + p * C + n, mask=ok, other=0.0), tl.load(U + p * C + n, mask=ok, other=0.0)  # [BP, BN]
+        z = tl.load(Z + p * C + k, mask=(p < last) & (k < C), other=0.0)  # [BP, BK]
         da = dy.to(tl.float32) * u.to(tl.float32)
         total += da
         acc = tl.dot(tl.trans(da.to(z.dtype)), z, acc, input_precision=PRECISION)
@@ -84,6 +122,7 @@ def gate_weight_sums(DY, U, Z, PARTS, N, share, C: tl.constexpr, BN: tl.constexp
 # %% ../../nbs/3_locality/van.ipynb #a54b530f
 class PointwiseLaunch(NamedTuple):
     "How a kernel of the gate is launched."
+
     positions: int  # of a tile
     columns: int  # output channels of a tile
     inner: int  # channels of a step of the product; for the weights' gradient, other channels of a tile
@@ -94,16 +133,29 @@ class PointwiseLaunch(NamedTuple):
 
 POINTWISE_LAUNCH = LaunchTable("forward", "backward", "weight", record=PointwiseLaunch)
 for _arch in ("sm90", "sm80"):
-    POINTWISE_LAUNCH.rows(_arch, 16, {
-        32: ((128, 32, 32, 4, 3, 0), (128, 32, 32, 4, 3, 0), (64, 32, 32, 4, 3, 528)),
-        64: ((128, 64, 64, 4, 3, 0), (128, 64, 64, 8, 2, 0), (64, 64, 64, 4, 3, 528)),
-        128: ((128, 128, 64, 8, 3, 0), (128, 128, 32, 8, 3, 0), (64, 128, 64, 8, 3, 264)),
-        320: ((128, 64, 64, 4, 3, 0), (128, 64, 64, 8, 2, 0), (64, 64, 64, 4, 3, 528)),  # 160 and 320 are multiples of 32 and 64 only
-        1 << 30: ((128, 128, 64, 8, 3, 0), (128, 128, 32, 8, 3, 0), (64, 128, 64, 8, 3, 264))})
+    POINTWISE_LAUNCH.rows(
+        _arch,
+        16,
+        {
+            32: ((128, 32, 32, 4, 3, 0), (128, 32, 32, 4, 3, 0), (64, 32, 32, 4, 3, 528)),
+            64: ((128, 64, 64, 4, 3, 0), (128, 64, 64, 8, 2, 0), (64, 64, 64, 4, 3, 528)),
+            128: ((128, 128, 64, 8, 3, 0), (128, 128, 32, 8, 3, 0), (64, 128, 64, 8, 3, 264)),
+            320: (
+                (128, 64, 64, 4, 3, 0),
+                (128, 64, 64, 8, 2, 0),
+                (64, 64, 64, 4, 3, 528),
+            ),  # 160 and 320 are multiples of 32 and 64 only
+            1 << 30: ((128, 128, 64, 8, 3, 0), (128, 128, 32, 8, 3, 0), (64, 128, 64, 8, 3, 264)),
+        },
+    )
     POINTWISE_LAUNCH.rows(_arch, 32, {1 << 30: ((64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0), (32, 32, 32, 4, 2, 528))})
 for _bits in (16, 32):
-    POINTWISE_LAUNCH.rows("small", _bits, {1 << 30: ((64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0), (32, 32, 32, 4, 2, 264))})
-    POINTWISE_LAUNCH.rows("interpreter", _bits, {1 << 30: ((32, 32, 16, 4, 1, 0), (32, 32, 16, 4, 1, 0), (32, 16, 32, 4, 1, 3))})
+    POINTWISE_LAUNCH.rows(
+        "small", _bits, {1 << 30: ((64, 32, 32, 4, 2, 0), (64, 32, 32, 4, 2, 0), (32, 32, 32, 4, 2, 264))}
+    )
+    POINTWISE_LAUNCH.rows(
+        "interpreter", _bits, {1 << 30: ((32, 32, 16, 4, 1, 0), (32, 32, 16, 4, 1, 0), (32, 16, 32, 4, 1, 3))}
+    )
 
 
 def pointwise_launch(kind: str, x: Tensor) -> tuple[BoundLaunch, int]:
@@ -116,7 +168,9 @@ def pointwise_launch(kind: str, x: Tensor) -> tuple[BoundLaunch, int]:
         shares = max(1, min(-(-p.programs // blocks), -(-N // p.positions)))
         share = -(-N // shares)
         shares = -(-N // share)
-        return BoundLaunch(gate_weight_sums, (shares * blocks,), N, share, BN=p.columns, BK=p.inner, BP=p.positions, **rest), shares
+        return BoundLaunch(
+            gate_weight_sums, (shares * blocks,), N, share, BN=p.columns, BK=p.inner, BP=p.positions, **rest
+        ), shares
     kernel = gate_forward if kind == "forward" else gate_backward
     grid = -(-N // p.positions) * -(-C // p.columns)
     return BoundLaunch(kernel, (grid,), N, BM=p.positions, BN=p.columns, BK=p.inner, **rest), 1

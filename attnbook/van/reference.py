@@ -21,7 +21,9 @@ def decomposition(kernel_size: int, dilation: int) -> tuple[int, int]:
     kernel_size, dilation = check_int("kernel_size", kernel_size, least=1), check_int("dilation", dilation, least=1)
     large = -(-kernel_size // dilation)
     if dilation * (large - 1) % 2:
-        raise ValueError(f"dilation must make dilation * (ceil(kernel_size / dilation) - 1) even for kernel_size = {kernel_size}, not {dilation}")
+        raise ValueError(
+            f"dilation must make dilation * (ceil(kernel_size / dilation) - 1) even for kernel_size = {kernel_size}, not {dilation}"
+        )
     return 2 * dilation - 1, large
 
 
@@ -54,7 +56,11 @@ def depthwise_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, d
     out = torch.zeros_like(x, dtype=real) if bias is None else bias.to(real)[:, None, None].expand_as(x)
     for i in range(k):
         for j in range(k):
-            out = out + w[:, 0, i, j, None, None] * padded[..., i * dilation:i * dilation + H, j * dilation:j * dilation + W]
+            out = (
+                out
+                + w[:, 0, i, j, None, None]
+                * padded[..., i * dilation : i * dilation + H, j * dilation : j * dilation + W]
+            )
     return out
 
 
@@ -67,8 +73,14 @@ def lka_depthwise_reference(
 
 
 def large_kernel_attention_reference(
-    x: Tensor, dw_weight: Tensor, dw_bias: Tensor | None, dwd_weight: Tensor, dwd_bias: Tensor | None, pw_weight: Tensor,
-    pw_bias: Tensor | None, dilation: int = 3,
+    x: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor | None,
+    dwd_weight: Tensor,
+    dwd_bias: Tensor | None,
+    pw_weight: Tensor,
+    pw_bias: Tensor | None,
+    dilation: int = 3,
 ) -> Tensor:
     "Large kernel attention in plain PyTorch; the arguments of `large_kernel_attention`. Computes in float32 at least."
     real = torch.promote_types(x.dtype, torch.float32)
@@ -79,7 +91,12 @@ def large_kernel_attention_reference(
 
 # %% ../../nbs/3_locality/van.ipynb #0ef9ab18
 def lka_cost(
-    shape: tuple[int, int], channels: int, *, batch: int = 1, kernel_size: int = 21, dilation: int = 3,
+    shape: tuple[int, int],
+    channels: int,
+    *,
+    batch: int = 1,
+    kernel_size: int = 21,
+    dilation: int = 3,
     element_size: int = 2,
 ) -> dict[str, int]:
     """Work of one call of large kernel attention, as a dict: least bytes, forward (u, y) and backward (dy, u, m, z, du), and
@@ -87,5 +104,11 @@ def lka_cost(
     small, large = decomposition(kernel_size, dilation)
     elements = batch * shape[0] * shape[1] * channels
     taps, products = 2 * elements * (small**2 + large**2), 2 * elements * channels
-    return dict(bytes_fwd=2 * elements * element_size, bytes_bwd=5 * elements * element_size, taps_fwd=taps,
-                taps_bwd=2 * taps, products_fwd=products, products_bwd=3 * products)
+    return dict(
+        bytes_fwd=2 * elements * element_size,
+        bytes_bwd=5 * elements * element_size,
+        taps_fwd=taps,
+        taps_bwd=2 * taps,
+        products_fwd=products,
+        products_bwd=3 * products,
+    )

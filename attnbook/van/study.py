@@ -34,16 +34,49 @@ from .reference import best_dilation, lka_cost
 
 # %% ../../nbs/3_locality/van.ipynb #e939805c
 PRESETS = dict(
-    smoke=dict(fit=dict(iterations=2, kernels=1, patches=300), gate=dict(canvas=32, train=32, test=16, dims=(8, 16), depths=(1, 1), steps=2, batch=8, seeds=1),
-               reach=dict(canvas=24, distances=(4, 8), kernels=(7, 21), train=32, test=32, width=8, steps=2, batch=16, seeds=1)),
-    cpu=dict(fit=dict(iterations=40, kernels=3), gate=dict(canvas=32, train=800, test=200, dims=(16, 32), depths=(1, 1), steps=12, batch=32, seeds=1),
-             reach=dict(canvas=32, distances=(4, 10, 16), kernels=(7, 21), train=600, test=300, width=16, steps=30, batch=32, seeds=1)),
-    gpu=dict(fit=dict(iterations=50, kernels=4), gate=dict(canvas=96, train=10000, test=2000, dims=(32, 64), depths=(1, 2), steps=300, batch=128, seeds=3),
-             reach=dict(canvas=48, distances=(2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28), kernels=(7, 14, 21, 28), train=6600, test=2200,
-                        width=32, steps=350, batch=128, seeds=3)))
+    smoke=dict(
+        fit=dict(iterations=2, kernels=1, patches=300),
+        gate=dict(canvas=32, train=32, test=16, dims=(8, 16), depths=(1, 1), steps=2, batch=8, seeds=1),
+        reach=dict(
+            canvas=24, distances=(4, 8), kernels=(7, 21), train=32, test=32, width=8, steps=2, batch=16, seeds=1
+        ),
+    ),
+    cpu=dict(
+        fit=dict(iterations=40, kernels=3),
+        gate=dict(canvas=32, train=800, test=200, dims=(16, 32), depths=(1, 1), steps=12, batch=32, seeds=1),
+        reach=dict(
+            canvas=32,
+            distances=(4, 10, 16),
+            kernels=(7, 21),
+            train=600,
+            test=300,
+            width=16,
+            steps=30,
+            batch=32,
+            seeds=1,
+        ),
+    ),
+    gpu=dict(
+        fit=dict(iterations=50, kernels=4),
+        gate=dict(canvas=96, train=10000, test=2000, dims=(32, 64), depths=(1, 2), steps=300, batch=128, seeds=3),
+        reach=dict(
+            canvas=48,
+            distances=(2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28),
+            kernels=(7, 14, 21, 28),
+            train=6600,
+            test=2200,
+            width=32,
+            steps=350,
+            batch=128,
+            seeds=3,
+        ),
+    ),
+)
 
 # %% ../../nbs/3_locality/van.ipynb #63551230
-def run_all(preset: str = "gpu", device: str | None = None, seed: int = 0, show: Callable[[str], None] = print) -> list[dict]:
+def run_all(
+    preset: str = "gpu", device: str | None = None, seed: int = 0, show: Callable[[str], None] = print
+) -> list[dict]:
     "All experiments of a preset, recorded as they come; returns the rows."
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg, rows = PRESETS[preset], []
@@ -51,7 +84,10 @@ def run_all(preset: str = "gpu", device: str | None = None, seed: int = 0, show:
     for row in fit_experiment(**cfg["fit"], seed=seed):
         keep("fit", ("kind", "way"), row)
     gate = cfg["gate"]
-    data = (*digit_canvases(gate["train"], gate["canvas"], seed), *digit_canvases(gate["test"], gate["canvas"], seed, test=True))
+    data = (
+        *digit_canvases(gate["train"], gate["canvas"], seed),
+        *digit_canvases(gate["test"], gate["canvas"], seed, test=True),
+    )
     settings = {k: gate[k] for k in ("canvas", "dims", "depths", "steps", "batch")}
     for run in range(seed, seed + gate["seeds"]):
         for name in ABLATIONS:
@@ -60,7 +96,11 @@ def run_all(preset: str = "gpu", device: str | None = None, seed: int = 0, show:
     reach = {k: v for k, v in cfg["reach"].items() if k not in ("kernels", "seeds")}
     for run in range(seed, seed + cfg["reach"]["seeds"]):
         for kernel_size in cfg["reach"]["kernels"]:
-            keep("reach", ("kernel_size", "run", "steps"), reach_experiment(kernel_size, **reach, seed=run, device=device))
+            keep(
+                "reach",
+                ("kernel_size", "run", "steps"),
+                reach_experiment(kernel_size, **reach, seed=run, device=device),
+            )
             show(f"K = {kernel_size:2} seed {run}: {rows[-1]['accuracy']}, {rows[-1]['seconds']:.0f} s")
     return rows
 
@@ -73,7 +113,8 @@ def _weights(C, kernels=(5, 7)):
     "Weights and biases of large kernel attention on the GPU, in its order."
     make = lambda *size, scale: scale * torch.randn(size, device="cuda", dtype=torch.bfloat16)
     found = []
-    for k in kernels: found += [make(C, 1, k, k, scale=1 / k), make(C, scale=0.1)]
+    for k in kernels:
+        found += [make(C, 1, k, k, scale=1 / k), make(C, scale=0.1)]
     return [*found, make(C, C, scale=C**-0.5), make(C, scale=0.1)]
 
 
@@ -88,7 +129,11 @@ def compile_one(job: tuple[str, int, int, torch.dtype]):
     elif which == "gate":
         for kind in POINTWISE_LAUNCH.kernels:
             launch, shares = pointwise_launch(kind, x)
-            rest = dict(forward=(w.new_zeros(C, C), b, x), backward=(x, w.new_zeros(C, C), b, x, x), weight=(x, torch.zeros(shares, (C + 1) * C, device="cuda")))[kind]
+            rest = dict(
+                forward=(w.new_zeros(C, C), b, x),
+                backward=(x, w.new_zeros(C, C), b, x, x),
+                weight=(x, torch.zeros(shares, (C + 1) * C, device="cuda")),
+            )[kind]
             launch(x, x, *rest)
     else:
         back = which.endswith("back")
@@ -98,8 +143,16 @@ def compile_one(job: tuple[str, int, int, torch.dtype]):
 
 def compile_all(dtype: torch.dtype = torch.bfloat16, parts: str = "57g", workers: int = 12):
     "Compiles kernels of the benchmarks (parts: 5 x 5, 7 x 7, gate, 3 x 3) for weights of a type, in processes side by side; those that fail there fail again where it is reported."
-    jobs = [(which, side, C, dtype) for side, C in STAGES for which in ("7 forward", "7 back", "7 sums", "5 forward", "5 back", "5 add back", "5 sums", "gate")]
-    jobs += [(which, side, C * r, dtype) for (side, C), r in zip(STAGES, (8, 8, 4, 4)) for which in ("3 forward", "3 back", "3 sums")]
+    jobs = [
+        (which, side, C, dtype)
+        for side, C in STAGES
+        for which in ("7 forward", "7 back", "7 sums", "5 forward", "5 back", "5 add back", "5 sums", "gate")
+    ]
+    jobs += [
+        (which, side, C * r, dtype)
+        for (side, C), r in zip(STAGES, (8, 8, 4, 4))
+        for which in ("3 forward", "3 back", "3 sums")
+    ]
     jobs = [job for job in jobs if job[0][0] in parts and job[0] != "5 back"]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for done in [pool.submit(compile_one, job) for job in jobs]:
@@ -122,8 +175,19 @@ def _compare_layout(bench, problem, layout, shape, ours, plain, weights, compile
     try:
         torch._dynamo.reset(), torch.manual_seed(0)
         x = torch.randn(shape, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=LAYOUTS[layout])
-        peers = {"ours": ours, "torch": plain} | ({"torch compiled": torch.compile(plain, dynamic=False)} if compiled else {})
-        return compare(problem | dict(layout=layout), peers, [x, *weights], grad_out="random", chapter="van", bench=bench, rep_ms=50, **options)
+        peers = {"ours": ours, "torch": plain} | (
+            {"torch compiled": torch.compile(plain, dynamic=False)} if compiled else {}
+        )
+        return compare(
+            problem | dict(layout=layout),
+            peers,
+            [x, *weights],
+            grad_out="random",
+            chapter="van",
+            bench=bench,
+            rep_ms=50,
+            **options,
+        )
     finally:
         torch.backends.cudnn.benchmark = before
 
@@ -136,8 +200,16 @@ def bench_attention(layout: str = "channels last") -> Iterator[dict]:
         _compile_once()
         for side, C in STAGES:
             c = lka_cost((side, side), C, batch=128)
-            yield from _compare_layout("attention", dict(side=side, C=C), layout, (128, C, side, side), ours, plain, weights[C],
-                                       bytes=dict(fwd=c["bytes_fwd"], bwd=c["bytes_bwd"]))
+            yield from _compare_layout(
+                "attention",
+                dict(side=side, C=C),
+                layout,
+                (128, C, side, side),
+                ours,
+                plain,
+                weights[C],
+                bytes=dict(fwd=c["bytes_fwd"], bwd=c["bytes_bwd"]),
+            )
 
 
 def bench_depthwise(layout: str = "channels last") -> Iterator[dict]:
@@ -148,8 +220,17 @@ def bench_depthwise(layout: str = "channels last") -> Iterator[dict]:
         _compile_once()
         for side, C in STAGES:
             size = 2 * 128 * side * side * C
-            yield from _compare_layout("depthwise", dict(side=side, C=C), layout, (128, C, side, side), ours, plain, weights[C], compiled=False,
-                                       bytes=dict(fwd=2 * size, bwd=4 * size))
+            yield from _compare_layout(
+                "depthwise",
+                dict(side=side, C=C),
+                layout,
+                (128, C, side, side),
+                ours,
+                plain,
+                weights[C],
+                compiled=False,
+                bytes=dict(fwd=2 * size, bwd=4 * size),
+            )
 
 
 def bench_ffn() -> Iterator[dict]:
@@ -161,26 +242,51 @@ def bench_ffn() -> Iterator[dict]:
         _compile_once(parts="3")
         for side, C in wide:
             size = 2 * 128 * side * side * C
-            yield from _compare_layout("ffn", dict(side=side, C=C), "channels last", (128, C, side, side), ours, plain, weights[C], compiled=False,
-                                       bytes=dict(fwd=2 * size, bwd=3 * size))
+            yield from _compare_layout(
+                "ffn",
+                dict(side=side, C=C),
+                "channels last",
+                (128, C, side, side),
+                ours,
+                plain,
+                weights[C],
+                compiled=False,
+                bytes=dict(fwd=2 * size, bwd=3 * size),
+            )
 
 
 def bench_training(compiled: bool = False) -> Iterator[dict]:
     "A training step of VAN-B2 at 224 pixels, 128 images, bfloat16 autocast: ours and PyTorch's convolutions."
+
     def make(backend, layout, whole):
         net = van_b2(backend=backend).cuda().train().to(memory_format=LAYOUTS[layout])
         return torch.compile(net) if whole else net
 
     if torch.cuda.is_available():
         _compile_once(torch.float32, "357g")
-        models = {"ours": partial(make, "triton", "channels last", False), "torch": partial(make, "torch", "channels last", False)}
+        models = {
+            "ours": partial(make, "triton", "channels last", False),
+            "torch": partial(make, "torch", "channels last", False),
+        }
         if compiled:
-            models = {"ours compiled": partial(make, "triton", "channels last", True), "torch compiled": partial(make, "torch", "channels last", True),
-                      "torch compiled, channels first": partial(make, "torch", "channels first", True)}
+            models = {
+                "ours compiled": partial(make, "triton", "channels last", True),
+                "torch compiled": partial(make, "torch", "channels last", True),
+                "torch compiled, channels first": partial(make, "torch", "channels first", True),
+            }
         for name, model in models.items():
-            x = torch.randn(128, 3, 224, 224, device="cuda").contiguous(memory_format=LAYOUTS["channels first" if "first" in name else "channels last"])
-            yield from compare_training(dict(size=224, batch=128), {name: model}, x, torch.randint(1000, (128,), device="cuda"), chapter="van",
-                                        warmup_ms=200, rep_ms=600)
+            x = torch.randn(128, 3, 224, 224, device="cuda").contiguous(
+                memory_format=LAYOUTS["channels first" if "first" in name else "channels last"]
+            )
+            yield from compare_training(
+                dict(size=224, batch=128),
+                {name: model},
+                x,
+                torch.randint(1000, (128,), device="cuda"),
+                chapter="van",
+                warmup_ms=200,
+                rep_ms=600,
+            )
 
 
 def bench_sizes() -> Iterator[dict]:
@@ -191,8 +297,12 @@ def bench_sizes() -> Iterator[dict]:
         w = torch.randn(64, 1, 23, 23, device="cuda", dtype=torch.bfloat16) / 23
         peers = {"ours": ours, "torch": plain}
         peers |= {"dense 23 x 23": lambda x, *rest, w=w: F.conv2d(x, w, padding=11, groups=64)} if side <= 56 else {}
-        x = torch.randn(16, 64, side, side, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-        yield from compare(dict(N=side * side), peers, [x, *weights], grad_out="random", chapter="van", bench="sizes", rep_ms=40)
+        x = torch.randn(16, 64, side, side, device="cuda", dtype=torch.bfloat16).contiguous(
+            memory_format=torch.channels_last
+        )
+        yield from compare(
+            dict(N=side * side), peers, [x, *weights], grad_out="random", chapter="van", bench="sizes", rep_ms=40
+        )
 
 
 def bench_channels_first() -> Iterator[dict]:
@@ -207,13 +317,41 @@ def bench_training_compiled() -> Iterator[dict]:
 
 # %% ../../nbs/3_locality/van.ipynb #453ce211
 CANDIDATES = {  # (kernel, taps) -> (channels, block, rows, columns, whole, ahead, warps, registers, programs) beside the table's own
-    ("forward", 49): ((64, 256, 5, 5, 5, 1, 4, 255, 264), (64, 256, 5, 2, 5, 1, 4, 168, 396), (32, 128, 5, 5, 5, 2, 4, 128, 528), (32, 128, 5, 5, 5, 1, 4, 96, 660),
-                      (64, 128, 5, 5, 5, 1, 4, 128, 528), (32, 128, 10, 4, 5, 1, 4, 128, 528)),
-    ("weight", 49): ((64, 256, 5, 5, 5, 1, 4, 255, 264), (32, 128, 5, 5, 5, 0, 4, 128, 528), (32, 128, 4, 4, 5, 1, 4, 96, 660), (32, 128, 5, 5, 5, 1, 4, 168, 396)),
-    ("forward", 25): ((64, 256, 7, 4, 5, 1, 4, 128, 528), (32, 128, 7, 4, 5, 1, 4, 96, 660), (64, 256, 7, 2, 5, 1, 4, 128, 528)),
-    ("weight", 25): ((64, 256, 7, 4, 5, 1, 4, 168, 396), (32, 128, 7, 4, 5, 1, 4, 96, 660), (64, 256, 4, 4, 5, 1, 4, 128, 528)),
-    ("forward", 9): ((64, 512, 7, 2, 5, 1, 4, 96, 660), (64, 256, 14, 2, 5, 1, 4, 64, 1056), (64, 512, 7, 4, 5, 1, 4, 168, 396)),
-    ("weight", 9): ((64, 256, 4, 4, 5, 1, 4, 96, 660), (64, 512, 7, 2, 5, 1, 4, 168, 396), (64, 256, 14, 2, 5, 1, 4, 128, 528))}
+    ("forward", 49): (
+        (64, 256, 5, 5, 5, 1, 4, 255, 264),
+        (64, 256, 5, 2, 5, 1, 4, 168, 396),
+        (32, 128, 5, 5, 5, 2, 4, 128, 528),
+        (32, 128, 5, 5, 5, 1, 4, 96, 660),
+        (64, 128, 5, 5, 5, 1, 4, 128, 528),
+        (32, 128, 10, 4, 5, 1, 4, 128, 528),
+    ),
+    ("weight", 49): (
+        (64, 256, 5, 5, 5, 1, 4, 255, 264),
+        (32, 128, 5, 5, 5, 0, 4, 128, 528),
+        (32, 128, 4, 4, 5, 1, 4, 96, 660),
+        (32, 128, 5, 5, 5, 1, 4, 168, 396),
+    ),
+    ("forward", 25): (
+        (64, 256, 7, 4, 5, 1, 4, 128, 528),
+        (32, 128, 7, 4, 5, 1, 4, 96, 660),
+        (64, 256, 7, 2, 5, 1, 4, 128, 528),
+    ),
+    ("weight", 25): (
+        (64, 256, 7, 4, 5, 1, 4, 168, 396),
+        (32, 128, 7, 4, 5, 1, 4, 96, 660),
+        (64, 256, 4, 4, 5, 1, 4, 128, 528),
+    ),
+    ("forward", 9): (
+        (64, 512, 7, 2, 5, 1, 4, 96, 660),
+        (64, 256, 14, 2, 5, 1, 4, 64, 1056),
+        (64, 512, 7, 4, 5, 1, 4, 168, 396),
+    ),
+    ("weight", 9): (
+        (64, 256, 4, 4, 5, 1, 4, 96, 660),
+        (64, 512, 7, 2, 5, 1, 4, 168, 396),
+        (64, 256, 14, 2, 5, 1, 4, 128, 528),
+    ),
+}
 
 
 def try_launches(side: int = 56, C: int = 64, taps: Sequence[int] = (49, 25, 9)) -> Iterator[dict]:
@@ -229,14 +367,44 @@ def try_launches(side: int = 56, C: int = 64, taps: Sequence[int] = (49, 25, 9))
                     launch, parts = depthwise_launch(kind, x, k, dilation)
                 out = torch.empty_like(x) if kind == "forward" else torch.empty(parts, (count + 1) * C, device="cuda")
                 arguments = (x, weight, bias, None, out) if kind == "forward" else (x, dy, out)
-                peers[str(tuple(p))] = lambda t, launch=launch, arguments=arguments: (launch(*arguments), arguments[-1])[1]
-            yield from compare(dict(side=side, C=C, taps=count, kernel=kind), peers, [x], graph=True, chapter="van", bench="launches", rep_ms=40)
+                peers[str(tuple(p))] = lambda t, launch=launch, arguments=arguments: (
+                    launch(*arguments),
+                    arguments[-1],
+                )[1]
+            yield from compare(
+                dict(side=side, C=C, taps=count, kernel=kind),
+                peers,
+                [x],
+                graph=True,
+                chapter="van",
+                bench="launches",
+                rep_ms=40,
+            )
 
 
 POINTWISE_CANDIDATES = {  # kernel -> (positions, columns, inner, warps, stages, programs) beside the table's own
-    "forward": ((128, 64, 64, 8, 3, 0), (64, 64, 64, 4, 3, 0), (128, 64, 32, 4, 4, 0), (128, 128, 64, 4, 3, 0), (64, 128, 64, 4, 3, 0)),
-    "backward": ((128, 64, 64, 4, 2, 0), (64, 64, 64, 4, 2, 0), (64, 64, 64, 4, 3, 0), (128, 64, 32, 8, 3, 0), (64, 128, 32, 8, 3, 0)),
-    "weight": ((128, 64, 64, 4, 2, 528), (64, 64, 64, 4, 2, 1056), (64, 64, 64, 8, 3, 264), (32, 64, 64, 4, 3, 528), (64, 128, 64, 8, 2, 132))}
+    "forward": (
+        (128, 64, 64, 8, 3, 0),
+        (64, 64, 64, 4, 3, 0),
+        (128, 64, 32, 4, 4, 0),
+        (128, 128, 64, 4, 3, 0),
+        (64, 128, 64, 4, 3, 0),
+    ),
+    "backward": (
+        (128, 64, 64, 4, 2, 0),
+        (64, 64, 64, 4, 2, 0),
+        (64, 64, 64, 4, 3, 0),
+        (128, 64, 32, 8, 3, 0),
+        (64, 128, 32, 8, 3, 0),
+    ),
+    "weight": (
+        (128, 64, 64, 4, 2, 528),
+        (64, 64, 64, 4, 2, 1056),
+        (64, 64, 64, 8, 3, 264),
+        (32, 64, 64, 4, 3, 528),
+        (64, 128, 64, 8, 2, 132),
+    ),
+}
 
 
 def try_gate_launches() -> Iterator[dict]:
@@ -251,9 +419,24 @@ def try_gate_launches() -> Iterator[dict]:
                 with POINTWISE_LAUNCH.trying(*key, p):
                     launch, shares = pointwise_launch(kind, u)
                 sums = torch.empty(shares, (C + 1) * C, device="cuda") if kind == "weight" else None
-                arguments = dict(forward=(u, z, weight, bias, out), backward=(dy, u, z, weight, bias, out, dz), weight=(dy, u, z, sums))[kind]
-                peers[str(tuple(p))] = lambda t, launch=launch, arguments=arguments: (launch(*arguments), arguments[-1])[1]
-            yield from compare(dict(side=side, C=C, kernel=kind), peers, [u], graph=True, chapter="van", bench="gate_launches", rep_ms=40)
+                arguments = dict(
+                    forward=(u, z, weight, bias, out),
+                    backward=(dy, u, z, weight, bias, out, dz),
+                    weight=(dy, u, z, sums),
+                )[kind]
+                peers[str(tuple(p))] = lambda t, launch=launch, arguments=arguments: (
+                    launch(*arguments),
+                    arguments[-1],
+                )[1]
+            yield from compare(
+                dict(side=side, C=C, kernel=kind),
+                peers,
+                [u],
+                graph=True,
+                chapter="van",
+                bench="gate_launches",
+                rep_ms=40,
+            )
 
 # %% ../../nbs/3_locality/van.ipynb #c563eb5e
 def _rows(name, **where):
@@ -263,8 +446,11 @@ def _rows(name, **where):
 
 def _against(name, field, *peers):
     "Ours on channels-last maps against the fastest of the peers in either layout, stage by stage."
-    rows = [r | dict(method=r["method"] + f", {r['layout']}" * (r["method"] != "ours")) for r in _rows(name)
-            if r["method"] in peers or (r["method"] == "ours" and r["layout"] == "channels last")]
+    rows = [
+        r | dict(method=r["method"] + f", {r['layout']}" * (r["method"] != "ours"))
+        for r in _rows(name)
+        if r["method"] in peers or (r["method"] == "ours" and r["layout"] == "channels last")
+    ]
     return speedups(rows, "side", field=field, ours=("ours",)) or None
 
 
@@ -302,7 +488,8 @@ def _reaches():
         mean = {D: over_seeds(c[D] for c in curves).mean for D in sorted(curves[0])}
         reach = 0
         for D, a in mean.items():
-            if a < 0.75: break
+            if a < 0.75:
+                break
             reach = D
         found[K] = dict(reach=reach, beyond=max((a for D, a in mean.items() if D > 2 * (half + 1)), default=0.5))
     return found
@@ -311,7 +498,7 @@ def _reaches():
 def _slope():
     "Exponent of our forward time over N for the larger half of the sizes."
     points = sorted((r["N"], r["ms_fwd"]) for r in _rows("sizes") if r["method"] == "ours" and r.get("ms_fwd"))
-    return fitted_exponent(*zip(*points[len(points) // 2:])).slope if len(points) > 3 else None
+    return fitted_exponent(*zip(*points[len(points) // 2 :])).slope if len(points) > 3 else None
 
 
 def _parameter_millions():
@@ -319,7 +506,10 @@ def _parameter_millions():
     return {v: round(count_parameters(partial(van, v)) / 1e6, 1) for v in PUBLISHED_MILLIONS}
 
 # %% ../../nbs/3_locality/van.ipynb #1f68333d
-CHANCE, LEARNED = 50.0, 10.0  # points: of a guess between two answers, and what a network must have above it before it is compared
+CHANCE, LEARNED = (
+    50.0,
+    10.0,
+)  # points: of a guess between two answers, and what a network must have above it before it is compared
 
 
 def _if_learned(a, b, rule):
@@ -348,34 +538,142 @@ def claims() -> list[Claim]:
     compiled, eager = ("torch compiled",), ("torch",)
     both = ("ms_fwd", "ms_bwd")
     return [
-        Claim("B0 … B6 have 4.1, 13.9, 26.6, 44.8, 60.3, 90.0, 283.9 M parameters", "4.1 … 283.9 M", "model tables", matches(PUBLISHED_MILLIONS),
-              _parameter_millions, "full size; holds: all round to the published decimal"),
-        Claim("For K = 21 dilation 3 is the cheapest", "3", "Table 2 [m]", matches(3), lambda: best_dilation(21), "counted; holds: it is"),
-        Claim("A large kernel decomposes into the three convolutions", "", "Sec. 3.1",
-              lambda m: grade(max(m.values()) < 0.1, m["smooth"] < 0.1), _fit_errors,
-              "74 numbers for 21 x 21; holds: within 10 % for every kind of kernel, in part: for the smooth kinds"),
-        Claim("Multiplying is better than adding", "75.4 / 74.6 %", "ablation", _gap("mul", "add"), partial(_gates, "mul", "add"),
-              f"{task}; holds: beyond the seeds' spread"),
-        Claim("It is better than no gate", "75.4 / 74.3 % [m]", "ablation", _gap("mul", "none"), partial(_gates, "mul", "none"), "the same"),
-        Claim("A sigmoid is not needed", "75.4 / 75.2 % [m]", "ablation",
-              _if_learned("mul", "sigmoid", lambda m: grade(m["mul"] >= m["sigmoid"] - max(m["mul spread"], m["sigmoid spread"]))), partial(_gates, "mul", "sigmoid"),
-              f"{task}; holds: not below by more than the spread"),
-        Claim("The dilated convolution matters", "75.4 / 74.1 %", "ablation", _gap("mul", "no dilated"), partial(_gates, "mul", "no dilated"), f"{task}; holds: beyond the seeds' spread"),
-        Claim("The 5 x 5 convolution matters", "75.4 / 74.9 %", "ablation", _gap("mul", "no 5 x 5"), partial(_gates, "mul", "no 5 x 5"), "the same"),
-        Claim("The 1 x 1 convolution matters", "75.4 / 74.6 % [m]", "ablation", _gap("mul", "no 1 x 1"), partial(_gates, "mul", "no 1 x 1"), "the same"),
-        Claim("Larger kernels capture longer ranges", "", "Sec. 1, Table 5 [m]", _reach_grows, _reaches,
-              "two pixels on 48 x 48, one block, 3 seeds; holds: reach grows with every K, and beyond twice the half-span there is only guessing"),
-        Claim("Cost is linear in the number of pixels", "O(N)", "Table 1", at_most(1.1, 1.3), _slope, "one GPU, to 224 x 224, forward; holds: exponent up to 1.1"),
-        Claim("Ours is faster than PyTorch's convolutions compiled, forward", own, "this chapter", over_range(2, 1), partial(_against, "attention", "ms_fwd", *compiled),
-              "four stages, 128 images, bf16, the better layout; holds: twice, in part: no slower"),
-        Claim("The same, forward and backward", own, "this chapter", over_range(2, 1), partial(_against, "attention", both, *compiled), "the same"),
-        Claim("The depthwise part is faster than eager, forward", own, "this chapter", over_range(2, 1), partial(_against, "depthwise", "ms_fwd", *eager),
-              "four stages, cuDNN's best, the better layout; holds: twice, in part: no slower"),
-        Claim("The same, backward", own, "this chapter", over_range(3, 1), partial(_against, "depthwise", "ms_bwd", *eager), "the same; holds: 3 times, in part: no slower"),
-        Claim("A training step of B2 is faster than compiled", own, "this chapter", over_range(1.2, 1),
-              partial(_training_gain, ("ours", "ours compiled"), ("torch compiled", "torch compiled, channels first")),
-              "224 pixels, 128 images, the better layout; holds: 1.2 times, in part: no slower"),
-        Claim("ImageNet-1K top-1 of B0 … B4", "75.4 / 81.1 / 82.8 / 83.9 / 84.2 %", "model table", out_of_reach("needs ImageNet and 300 epochs")),
+        Claim(
+            "B0 … B6 have 4.1, 13.9, 26.6, 44.8, 60.3, 90.0, 283.9 M parameters",
+            "4.1 … 283.9 M",
+            "model tables",
+            matches(PUBLISHED_MILLIONS),
+            _parameter_millions,
+            "full size; holds: all round to the published decimal",
+        ),
+        Claim(
+            "For K = 21 dilation 3 is the cheapest",
+            "3",
+            "Table 2 [m]",
+            matches(3),
+            lambda: best_dilation(21),
+            "counted; holds: it is",
+        ),
+        Claim(
+            "A large kernel decomposes into the three convolutions",
+            "",
+            "Sec. 3.1",
+            lambda m: grade(max(m.values()) < 0.1, m["smooth"] < 0.1),
+            _fit_errors,
+            "74 numbers for 21 x 21; holds: within 10 % for every kind of kernel, in part: for the smooth kinds",
+        ),
+        Claim(
+            "Multiplying is better than adding",
+            "75.4 / 74.6 %",
+            "ablation",
+            _gap("mul", "add"),
+            partial(_gates, "mul", "add"),
+            f"{task}; holds: beyond the seeds' spread",
+        ),
+        Claim(
+            "It is better than no gate",
+            "75.4 / 74.3 % [m]",
+            "ablation",
+            _gap("mul", "none"),
+            partial(_gates, "mul", "none"),
+            "the same",
+        ),
+        Claim(
+            "A sigmoid is not needed",
+            "75.4 / 75.2 % [m]",
+            "ablation",
+            _if_learned(
+                "mul", "sigmoid", lambda m: grade(m["mul"] >= m["sigmoid"] - max(m["mul spread"], m["sigmoid spread"]))
+            ),
+            partial(_gates, "mul", "sigmoid"),
+            f"{task}; holds: not below by more than the spread",
+        ),
+        Claim(
+            "The dilated convolution matters",
+            "75.4 / 74.1 %",
+            "ablation",
+            _gap("mul", "no dilated"),
+            partial(_gates, "mul", "no dilated"),
+            f"{task}; holds: beyond the seeds' spread",
+        ),
+        Claim(
+            "The 5 x 5 convolution matters",
+            "75.4 / 74.9 %",
+            "ablation",
+            _gap("mul", "no 5 x 5"),
+            partial(_gates, "mul", "no 5 x 5"),
+            "the same",
+        ),
+        Claim(
+            "The 1 x 1 convolution matters",
+            "75.4 / 74.6 % [m]",
+            "ablation",
+            _gap("mul", "no 1 x 1"),
+            partial(_gates, "mul", "no 1 x 1"),
+            "the same",
+        ),
+        Claim(
+            "Larger kernels capture longer ranges",
+            "",
+            "Sec. 1, Table 5 [m]",
+            _reach_grows,
+            _reaches,
+            "two pixels on 48 x 48, one block, 3 seeds; holds: reach grows with every K, and beyond twice the half-span there is only guessing",
+        ),
+        Claim(
+            "Cost is linear in the number of pixels",
+            "O(N)",
+            "Table 1",
+            at_most(1.1, 1.3),
+            _slope,
+            "one GPU, to 224 x 224, forward; holds: exponent up to 1.1",
+        ),
+        Claim(
+            "Ours is faster than PyTorch's convolutions compiled, forward",
+            own,
+            "this chapter",
+            over_range(2, 1),
+            partial(_against, "attention", "ms_fwd", *compiled),
+            "four stages, 128 images, bf16, the better layout; holds: twice, in part: no slower",
+        ),
+        Claim(
+            "The same, forward and backward",
+            own,
+            "this chapter",
+            over_range(2, 1),
+            partial(_against, "attention", both, *compiled),
+            "the same",
+        ),
+        Claim(
+            "The depthwise part is faster than eager, forward",
+            own,
+            "this chapter",
+            over_range(2, 1),
+            partial(_against, "depthwise", "ms_fwd", *eager),
+            "four stages, cuDNN's best, the better layout; holds: twice, in part: no slower",
+        ),
+        Claim(
+            "The same, backward",
+            own,
+            "this chapter",
+            over_range(3, 1),
+            partial(_against, "depthwise", "ms_bwd", *eager),
+            "the same; holds: 3 times, in part: no slower",
+        ),
+        Claim(
+            "A training step of B2 is faster than compiled",
+            own,
+            "this chapter",
+            over_range(1.2, 1),
+            partial(_training_gain, ("ours", "ours compiled"), ("torch compiled", "torch compiled, channels first")),
+            "224 pixels, 128 images, the better layout; holds: 1.2 times, in part: no slower",
+        ),
+        Claim(
+            "ImageNet-1K top-1 of B0 … B4",
+            "75.4 / 81.1 / 82.8 / 83.9 / 84.2 %",
+            "model table",
+            out_of_reach("needs ImageNet and 300 epochs"),
+        ),
         Claim("B6 reaches 87.8 % after ImageNet-22K [m]", "87.8 %", "model table", out_of_reach("needs ImageNet-22K")),
         Claim("58.2 PQ on COCO panoptic segmentation", "58.2", "README", out_of_reach("needs COCO and a detector")),
     ]

@@ -19,9 +19,12 @@ def sum_parts(PARTS, FIRST, SECOND, parts, columns, split, T: tl.constexpr, BC: 
     acc = tl.zeros([T, BC], tl.float32)
     for n0 in range(0, parts, T):
         n = n0 + tl.arange(0, T)
-        acc += tl.load(PARTS + n.to(tl.int64)[:, None] * columns + c[None, :], mask=(n < parts)[:, None] & (c < columns)[None, :],
-                       other=0.0)
-    total = tl.sum(acc, 0)                                                                # [BC]
+        acc += tl.load(
+            PARTS + n.to(tl.int64)[:, None] * columns + c[None, :],
+            mask=(n < parts)[:, None] & (c < columns)[None, :],
+            other=0.0,
+        )
+    total = tl.sum(acc, 0)  # [BC]
     tl.store(FIRST + c, total.to(FIRST.dtype.element_ty), mask=c < split)
     tl.store(SECOND + c - split, total.to(SECOND.dtype.element_ty), mask=(c >= split) & (c < columns))
 
@@ -32,5 +35,7 @@ _SUMS = Plans()
 def launch_sum_parts(parts: Tensor, first: Tensor, second: Tensor):
     "Column sums of parts, float32 `(n, columns)`: into `first` as many as it holds, the rest into `second`."
     (n, columns), split = parts.shape, first.numel()
-    make = lambda: BoundLaunch(sum_parts, (-(-columns // 32),), n, columns, split, T=min(64, round_dim(n)), BC=32, num_warps=4)
+    make = lambda: BoundLaunch(
+        sum_parts, (-(-columns // 32),), n, columns, split, T=min(64, round_dim(n)), BC=32, num_warps=4
+    )
     _SUMS.find((parts.shape, split, first.dtype, parts.device), make)(parts, first, second)

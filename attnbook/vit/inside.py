@@ -24,9 +24,12 @@ def _queries_keys(model: ViT, images: Tensor, use: Callable[[Tensor, Tensor], An
 
     def look(i, block, x):
         if not hasattr(block.attn, "project"):
-            raise TypeError(f"blocks[{i}].attn must have project(x) -> (q, k, v), as Attention has, "
-                            f"not be {type(block.attn).__name__}")
+            raise TypeError(
+                f"blocks[{i}].attn must have project(x) -> (q, k, v), as Attention has, "
+                f"not be {type(block.attn).__name__}"
+            )
         found.append(use(*block.attn.project(block.norm1(x))[:2]))
+
     model.forward_features(images, look=look)
     return found
 
@@ -43,7 +46,9 @@ def layer_statistics(model: ViT, images: Tensor) -> list[HeadStatistics]:
 
 def attention_maps(model: ViT, images: Tensor) -> Tensor:
     "Softmax attention of every block, `(B, depth, heads, T, T)` float32: for small models and single images."
+
     def dense(q, k):
         full = torch.promote_types(q.dtype, torch.float32)
         return (q.to(full) @ k.to(full).transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+
     return torch.stack(_queries_keys(model, images, dense), 1)

@@ -38,8 +38,15 @@ class Attention(nn.Module):
     `attn_drop` is for the default only. Parameters as in timm: `qkv`, `proj`, `q_norm`, `k_norm`. ValueError unless
     `num_heads` divides `dim`. Source: Dosovitskiy et al., Eq. 5 to 8.
     """
+
     def __init__(
-        self, dim: int, num_heads: int, qkv_bias: bool = True, *, qk_norm: bool = False, attn_drop: float = 0.0,
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        *,
+        qk_norm: bool = False,
+        attn_drop: float = 0.0,
         attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ):
         super().__init__()
@@ -77,6 +84,7 @@ class Attention(nn.Module):
 
 class LayerScale(nn.Module):
     "Each channel times a learned number that starts small. Source: Touvron et al., Going deeper with image transformers (CaiT), ICCV 2021, Eq. 4."
+
     def __init__(self, dim: int, init_values: float = 1e-5):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), float(init_values)))
@@ -91,8 +99,15 @@ class Block(nn.Module):
     `attn(x, grid_size)` gets normalised tokens; with gates it is called as `attn(x, grid_size, gates)`. Whoever computes
     the attention's output in another way calls `finish`. Parameters as in timm: `norm1`, `attn`, `ls1`, `norm2`, `mlp`,
     `ls2` (the scales only if `init_values` is given)."""
+
     def __init__(
-        self, dim: int, attn: nn.Module, mlp_ratio: float = 4.0, *, drop_path: float = 0.0, proj_drop: float = 0.0,
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp_ratio: float = 4.0,
+        *,
+        drop_path: float = 0.0,
+        proj_drop: float = 0.0,
         init_values: float | None = None,
     ):
         super().__init__()
@@ -128,13 +143,32 @@ class ViT(nn.Module):
 
     Names of parameters are timm's. ValueError or TypeError names the argument. Source: Dosovitskiy et al., ICLR 2021.
     """
+
     def __init__(
-        self, img_size: int | tuple[int, int] = 224, patch_size: int | tuple[int, int] = 16, in_channels: int = 3,
-        num_classes: int = 1000, *, dim: int = 768, depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0,
-        qkv_bias: bool = True, qk_norm: bool = False, init_values: float | None = None, class_token: bool = True,
-        distilled: bool = False, reg_tokens: int = 0, no_embed_class: bool = False, global_pool: str | None = None,
-        drop_rate: float = 0.0, pos_drop: float = 0.0, patch_drop: float = 0.0, proj_drop: float = 0.0,
-        attn_drop: float = 0.0, drop_path: float = 0.0,
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_channels: int = 3,
+        num_classes: int = 1000,
+        *,
+        dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        init_values: float | None = None,
+        class_token: bool = True,
+        distilled: bool = False,
+        reg_tokens: int = 0,
+        no_embed_class: bool = False,
+        global_pool: str | None = None,
+        drop_rate: float = 0.0,
+        pos_drop: float = 0.0,
+        patch_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
         make_attention: Callable[..., nn.Module] | Sequence[Callable[..., nn.Module]] | None = None,
         weight_init: str = "timm",
     ):
@@ -162,9 +196,19 @@ class ViT(nn.Module):
         places = math.prod(self.grid_size) + (0 if no_embed_class else self.num_prefix_tokens)
         self.pos_embed = nn.Parameter(torch.zeros(1, places, dim))
         self.pos_drop, self.patch_drop = nn.Dropout(pos_drop), PatchDrop(patch_drop, self.num_prefix_tokens)
-        self.blocks = nn.ModuleList([
-            Block(dim, m(dim, num_heads, qkv_bias), mlp_ratio, drop_path=r, proj_drop=proj_drop, init_values=init_values)
-            for m, r in zip(makers, drop_path_rates(drop_path, depth))])
+        self.blocks = nn.ModuleList(
+            [
+                Block(
+                    dim,
+                    m(dim, num_heads, qkv_bias),
+                    mlp_ratio,
+                    drop_path=r,
+                    proj_drop=proj_drop,
+                    init_values=init_values,
+                )
+                for m, r in zip(makers, drop_path_rates(drop_path, depth))
+            ]
+        )
         norm = nn.LayerNorm(dim, eps=1e-6)
         self.norm, self.fc_norm = (norm, nn.Identity()) if global_pool == "token" else (nn.Identity(), norm)
         self.head_drop = nn.Dropout(drop_rate)
@@ -182,14 +226,17 @@ class ViT(nn.Module):
             for m in (block.mlp, *([block.attn] if type(block.attn) is Attention else [])):
                 m.apply(init_linear)
                 for layer in m.modules() if by_width else ():
-                    if isinstance(layer, nn.Linear): nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
+                    if isinstance(layer, nn.Linear):
+                        nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
         for m in (self.head, getattr(self, "head_dist", None)):
-            if m is not None: m.apply(init_linear)
+            if m is not None:
+                m.apply(init_linear)
 
     def positions(self, grid_size: tuple[int, int]) -> Tensor:
         "The position embedding for a grid of patches."
-        return resize_positions(self.pos_embed, self.grid_size, grid_size,
-                                0 if self.no_embed_class else self.num_prefix_tokens)
+        return resize_positions(
+            self.pos_embed, self.grid_size, grid_size, 0 if self.no_embed_class else self.num_prefix_tokens
+        )
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         "The tokens that enter the first block, `(B, T, dim)`, and the grid of patches."
@@ -200,8 +247,14 @@ class ViT(nn.Module):
         return self.patch_drop(self.pos_drop(x)), grid_size
 
     def run_blocks(
-        self, x: Tensor, grid_size: tuple[int, int] | None = None, *, start: int = 0, stop: int | None = None,
-        head_gates: Tensor | None = None, look: Callable[[int, Block, Tensor], None] | None = None,
+        self,
+        x: Tensor,
+        grid_size: tuple[int, int] | None = None,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        head_gates: Tensor | None = None,
+        look: Callable[[int, Block, Tensor], None] | None = None,
     ) -> Tensor:
         """Tokens `(B, T, dim)` after blocks start … stop - 1 (default: all).
 
@@ -209,21 +262,28 @@ class ViT(nn.Module):
         `look(i, block, x)` is called before each with its input."""
         for i in range(len(self.blocks))[start:stop]:
             block, gates = self.blocks[i], None if head_gates is None else head_gates[..., i, :]
-            if look is not None: look(i, block, x)
+            if look is not None:
+                look(i, block, x)
             if self.checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, grid_size, gates, use_reentrant=False)
             else:
                 x = block(x, grid_size, gates)
         return x
 
-    def forward_features(self, images: Tensor, *, head_gates: Tensor | None = None,
-                         look: Callable[[int, Block, Tensor], None] | None = None) -> Tensor:
+    def forward_features(
+        self,
+        images: Tensor,
+        *,
+        head_gates: Tensor | None = None,
+        look: Callable[[int, Block, Tensor], None] | None = None,
+    ) -> Tensor:
         "All tokens after the last block and the norm, `(B, T, dim)`; arguments as of `run_blocks`."
         self._check_gates(head_gates, len(images))
         return self.norm(self.run_blocks(*self.embed(images), head_gates=head_gates, look=look))
 
     def _check_gates(self, gates, batch):
-        if gates is None: return
+        if gates is None:
+            return
         heads = self.blocks[0].attn.num_heads if len(self.blocks) else "heads"
         check_tensor("head_gates", gates, ndim=(2, 3))
         check_tensor("head_gates", gates, shape=((batch,) if gates.dim() == 3 else ()) + (len(self.blocks), heads))
@@ -232,10 +292,11 @@ class ViT(nn.Module):
         "Tokens of `forward_features` -> logits `(B, num_classes)`; with `pre_logits` the pooled features `(B, dim)`."
         if self.dist_token is not None:
             a, b = self.head_drop(x[:, 0]), self.head_drop(x[:, 1])
-            if pre_logits: return (a + b) / 2
+            if pre_logits:
+                return (a + b) / 2
             a, b = self.head(a), self.head_dist(b)
             return (a, b) if self.distilled_training and self.training else (a + b) / 2
-        x = x[:, 0] if self.global_pool == "token" else x[:, self.num_prefix_tokens:].mean(1)
+        x = x[:, 0] if self.global_pool == "token" else x[:, self.num_prefix_tokens :].mean(1)
         x = self.head_drop(self.fc_norm(x))
         return x if pre_logits else self.head(x)
 

@@ -20,8 +20,9 @@ def to_patches(images: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
     P = check_sizes("patch_size", patch_size, 2)
     check_tensor("images", images, ndim=4, dtype=None)
     if images.shape[2] % P[0] or images.shape[3] % P[1]:
-        raise ValueError(f"images must have sides that are multiples of patch_size {P[0]} x {P[1]}, "
-                         f"not {tuple(images.shape[2:])}")
+        raise ValueError(
+            f"images must have sides that are multiples of patch_size {P[0]} x {P[1]}, not {tuple(images.shape[2:])}"
+        )
     return images.unflatten(3, (-1, P[1])).unflatten(2, (-1, P[0])).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 
@@ -36,6 +37,7 @@ def from_patches(patches: Tensor, grid_size: tuple[int, int]) -> Tensor:
 class PatchEmbed(nn.Module):
     """Images `(B, in_channels, H, W)` -> tokens `(B, N, dim)`: a convolution whose stride is its kernel. Parameters
     `proj.weight` `(dim, in_channels, P, P)` and `proj.bias`, as in timm. ValueError unless patches divide the image."""
+
     def __init__(self, patch_size: int | tuple[int, int] = 16, in_channels: int = 3, dim: int = 768):
         super().__init__()
         self.patch_size = check_sizes("patch_size", patch_size, 2)
@@ -44,8 +46,10 @@ class PatchEmbed(nn.Module):
     def grid_of(self, size: Sequence[int]) -> tuple[int, int]:
         "The grid of patches of an image of (H, W) pixels."
         if any(n < P or n % P for n, P in zip(size, self.patch_size)):
-            raise ValueError(f"the image's height and width must be multiples of patch_size "
-                             f"{self.patch_size[0]} x {self.patch_size[1]}, not {tuple(size)}")
+            raise ValueError(
+                f"the image's height and width must be multiples of patch_size "
+                f"{self.patch_size[0]} x {self.patch_size[1]}, not {tuple(size)}"
+            )
         return size[0] // self.patch_size[0], size[1] // self.patch_size[1]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,6 +62,7 @@ class PatchDrop(nn.Module):
     sample, in their order: `(B, p + N, dim)` -> `(B, p + kept, dim)`. The identity in evaluation.
 
     ValueError unless `rate` is from 0 to below 1. Source: timm's `patch_drop_rate`; Li et al., FLIP, CVPR 2023."""
+
     def __init__(self, rate: float = 0.0, num_prefix_tokens: int = 1):
         super().__init__()
         if not 0 <= check_probability("rate", rate) < 1:
@@ -67,9 +72,9 @@ class PatchDrop(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        prefix, patches = x[:, :self.num_prefix_tokens], x[:, self.num_prefix_tokens:]
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
         B, N, D = patches.shape
-        kept = torch.rand(B, N, device=x.device).argsort(1)[:, :max(1, int(N * (1 - self.rate)))].sort(1).values
+        kept = torch.rand(B, N, device=x.device).argsort(1)[:, : max(1, int(N * (1 - self.rate)))].sort(1).values
         return torch.cat([prefix, patches.gather(1, kept[..., None].expand(-1, -1, D))], 1)
 
     def extra_repr(self):
@@ -83,8 +88,10 @@ def shuffle_patches(
     patches = to_patches(images, patch_size)
     order = torch.rand(patches.shape[:2], generator=generator).argsort(1).to(images.device)
     P = patches.shape[-2:]
-    return from_patches(patches[torch.arange(len(images), device=images.device)[:, None], order],
-                        (images.shape[2] // P[0], images.shape[3] // P[1]))
+    return from_patches(
+        patches[torch.arange(len(images), device=images.device)[:, None], order],
+        (images.shape[2] // P[0], images.shape[3] // P[1]),
+    )
 
 
 def mix_patches(
@@ -100,11 +107,16 @@ def mix_patches(
     Source: Liu et al., TokenMix, ECCV 2022."""
     patches = to_patches(images, patch_size)
     B, N = patches.shape[:2]
-    wanted = torch.rand(B, generator=generator) if share is None else torch.full((B,), check_probability("share", share))
+    wanted = (
+        torch.rand(B, generator=generator) if share is None else torch.full((B,), check_probability("share", share))
+    )
     count = (wanted * N).round()
-    taken = torch.rand(B, N, generator=generator).argsort(1).argsort(1) < count[:, None]   # rank below the count
+    taken = torch.rand(B, N, generator=generator).argsort(1).argsort(1) < count[:, None]  # rank below the count
     partner = torch.randperm(B, generator=generator).to(images.device)
     mixed = torch.where(taken.to(images.device)[..., None, None, None], patches[partner], patches)
     P = patches.shape[-2:]
-    return (from_patches(mixed, (images.shape[2] // P[0], images.shape[3] // P[1])), partner,
-            (count / max(N, 1)).to(images.device))
+    return (
+        from_patches(mixed, (images.shape[2] // P[0], images.shape[3] // P[1])),
+        partner,
+        (count / max(N, 1)).to(images.device),
+    )

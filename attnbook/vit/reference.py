@@ -24,18 +24,20 @@ def resize_positions(
 
     The same grid returns `pos_embed` itself. ValueError if the number of positions does not fit the old grid."""
     if pos_embed.shape[1] != num_prefix_tokens + math.prod(old):
-        raise ValueError(f"pos_embed must have {num_prefix_tokens} + {old[0]} x {old[1]} positions, "
-                         f"not {pos_embed.shape[1]}")
+        raise ValueError(
+            f"pos_embed must have {num_prefix_tokens} + {old[0]} x {old[1]} positions, not {pos_embed.shape[1]}"
+        )
     if tuple(old) == tuple(new):
         return pos_embed
     prefix, places = pos_embed.split([num_prefix_tokens, math.prod(old)], 1)
-    image = places.unflatten(1, tuple(old)).permute(0, 3, 1, 2).float()                    # [1, dim, Y, X]
+    image = places.unflatten(1, tuple(old)).permute(0, 3, 1, 2).float()  # [1, dim, Y, X]
     image = F.interpolate(image, size=tuple(new), mode="bicubic", antialias=True)
     return torch.cat([prefix, image.flatten(2).transpose(1, 2).to(places.dtype)], 1)
 
 # %% ../../nbs/1_foundations/14_vit.ipynb #87bbb6a9
 class HeadStatistics(NamedTuple):
     "What heads do, per token; `(batch, heads, …)`, float32 (float64 for float64). Source: Dosovitskiy et al., Fig. 7."
+
     entropy: Tensor  # `(B, h, T)`: of each query's attention, in nats, 0 to log T
     distance: Tensor  # `(B, h, N)`: from each patch, weighted by its attention to patches, in patches
     prefix_mass: Tensor  # `(B, h, T, p)`: each query's attention to each prefix token
@@ -55,9 +57,10 @@ def head_statistics_reference(
     q, k = (t.to(places.dtype) for t in (q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)))
     logits = torch.einsum("bhid,bhjd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     A = logits.softmax(-1)
-    between = torch.linalg.vector_norm(places[:, None] - places, dim=-1)                  # [N, N]
+    between = torch.linalg.vector_norm(places[:, None] - places, dim=-1)  # [N, N]
     return HeadStatistics(
         entropy=-(A * logits.log_softmax(-1)).sum(-1),
         distance=torch.einsum("bhij,ij->bhi", A[:, :, p:, p:], between),
         prefix_mass=A[..., :p],
-        received=A.sum(-2))
+        received=A.sum(-2),
+    )

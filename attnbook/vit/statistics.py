@@ -24,13 +24,13 @@ BLOCK_NUMBERS = 2**24
 
 def _some_rows(q, k, lse, places, first, scale, prefix):
     "Entropy, distance, prefix mass and received share of some queries; `first`: the place of the first, None for prefix."
-    logits = q @ k.transpose(-1, -2) * scale                                              # [B, h, rows, T]
+    logits = q @ k.transpose(-1, -2) * scale  # [B, h, rows, T]
     lse = torch.logsumexp(logits, -1) if lse is None else lse
     log = logits - lse[..., None]
     A = log.exp()
     distance = None
     if first is not None:
-        between = torch.linalg.vector_norm(places[first:first + q.shape[2], None] - places, dim=-1)
+        between = torch.linalg.vector_norm(places[first : first + q.shape[2], None] - places, dim=-1)
         distance = torch.einsum("bhij,ij->bhi", A[..., prefix:], between)
     return -(A * log).sum(-1), distance, A[..., :prefix].clone(), A.sum(-2)
 
@@ -41,8 +41,14 @@ def _recomputed(f: Callable, *args: Any):
 
 
 def head_statistics(
-    q: Tensor, k: Tensor, *, grid_size: tuple[int, int], num_prefix_tokens: int = 1, scale: float | None = None,
-    lse: Tensor | None = None, rows: int | None = None,
+    q: Tensor,
+    k: Tensor,
+    *,
+    grid_size: tuple[int, int],
+    num_prefix_tokens: int = 1,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    rows: int | None = None,
 ) -> HeadStatistics:
     """Entropy, mean distance, prefix mass and received mass of softmax attention, exactly, `rows` queries at a time.
 
@@ -58,8 +64,10 @@ def head_statistics(
     check_tensor("k", k, like=q, shape=(q.shape[0], "kv_heads", q.shape[2], q.shape[3]))
     check_heads(q.shape[1], k.shape[1])
     if q.shape[2] != p + math.prod(grid_size):
-        raise ValueError(f"grid_size must have {q.shape[2] - p} patches for {q.shape[2]} tokens with "
-                         f"num_prefix_tokens {p}, not {grid_size[0]} x {grid_size[1]}")
+        raise ValueError(
+            f"grid_size must have {q.shape[2] - p} patches for {q.shape[2]} tokens with "
+            f"num_prefix_tokens {p}, not {grid_size[0]} x {grid_size[1]}"
+        )
     scale = check_scale(scale, q.shape[-1])
     if lse is not None:
         check_tensor("lse", lse, shape=q.shape[:3], on=q)
@@ -74,9 +82,12 @@ def head_statistics(
         run = _recomputed if keep else lambda f, *a: f(*a)
         parts, received = [], 0
         for a, b, first in [(0, p, None)] * (p > 0) + [(i, min(i + rows, T), i - p) for i in range(p, T, rows)]:
-            e, d, m, r = run(_some_rows, q[:, :, a:b], k, None if lse is None else lse[:, :, a:b], places, first, scale, p)
+            e, d, m, r = run(
+                _some_rows, q[:, :, a:b], k, None if lse is None else lse[:, :, a:b], places, first, scale, p
+            )
             parts.append((e, d, m))
             received = received + r
     entropies, distances, masses = zip(*parts)
-    return HeadStatistics(torch.cat(entropies, 2), torch.cat([d for d in distances if d is not None], 2),
-                          torch.cat(masses, 2), received)
+    return HeadStatistics(
+        torch.cat(entropies, 2), torch.cat([d for d in distances if d is not None], 2), torch.cat(masses, 2), received
+    )

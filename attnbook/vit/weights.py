@@ -20,10 +20,20 @@ from .reference import resize_positions
 
 # %% ../../nbs/1_foundations/14_vit.ipynb #d39bda00
 VARIANTS = {  # name -> width, blocks, heads
-    "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
 PARAMETERS = {  # at 224 pixels, patches of 16, 1000 classes
-    "tiny": 5_717_416, "small": 22_050_664, "base": 86_567_656, "large": 304_326_632,
-    "tiny distilled": 5_910_800, "small distilled": 22_436_432, "base distilled": 87_338_192}
+    "tiny": 5_717_416,
+    "small": 22_050_664,
+    "base": 86_567_656,
+    "large": 304_326_632,
+    "tiny distilled": 5_910_800,
+    "small distilled": 22_436_432,
+    "base distilled": 87_338_192,
+}
 
 
 def parameter_formula(
@@ -86,7 +96,8 @@ def deit_base(num_classes: int = 1000, **settings: Any) -> ViT:
 def _state_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     "The state dict in a checkpoint, with timm's names."
     for name in ("model", "state_dict"):
-        if isinstance(checkpoint.get(name), dict): checkpoint = checkpoint[name]
+        if isinstance(checkpoint.get(name), dict):
+            checkpoint = checkpoint[name]
     strip = re.compile(r"^(module\.|_orig_mod\.)+")
     state = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", strip.sub("", n)): t for n, t in checkpoint.items()}
     return {n: t for n, t in state.items() if not n.startswith("pre_logits")}
@@ -108,11 +119,18 @@ def load_weights(model: ViT, state: dict[str, Any], *, grid_size: tuple[int, int
     for name in ("head", "head_dist"):
         weight, bias = f"{name}.weight", f"{name}.bias"
         if weight in state and (weight not in own or state[weight].shape != own[weight].shape):
-            if weight in own: state |= {weight: own[weight], bias: own[bias]}
-            elif name == "head" or model.dist_token is not None: del state[weight], state[bias]
-    wrong = [f"{n} is missing" for n in own.keys() - state.keys()] + [f"{n} is left over" for n in state.keys() - own.keys()]
-    wrong += [f"{n} is {tuple(state[n].shape)}, not {tuple(own[n].shape)}" for n in own.keys() & state.keys()
-              if state[n].shape != own[n].shape]
+            if weight in own:
+                state |= {weight: own[weight], bias: own[bias]}
+            elif name == "head" or model.dist_token is not None:
+                del state[weight], state[bias]
+    wrong = [f"{n} is missing" for n in own.keys() - state.keys()] + [
+        f"{n} is left over" for n in state.keys() - own.keys()
+    ]
+    wrong += [
+        f"{n} is {tuple(state[n].shape)}, not {tuple(own[n].shape)}"
+        for n in own.keys() & state.keys()
+        if state[n].shape != own[n].shape
+    ]
     if wrong:
         raise ValueError(f"state must fit the model: {'; '.join(sorted(wrong)[:6])}{' …' * (len(wrong) > 6)}")
     model.load_state_dict(state)
@@ -127,8 +145,10 @@ def vit_from_state(state: dict[str, Any], *, num_heads: int | None = None, **set
     must be those of a square grid, unless `img_size` is the one they were made for. ValueError for no such layout."""
     state = _state_of(state)
     if not {"patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"} <= state.keys():
-        raise ValueError("state must have timm's names (patch_embed.proj.weight, pos_embed, blocks.0.attn.qkv.weight), "
-                         f"not {', '.join(sorted(state)[:3])}, …")
+        raise ValueError(
+            "state must have timm's names (patch_embed.proj.weight, pos_embed, blocks.0.attn.qkv.weight), "
+            f"not {', '.join(sorted(state)[:3])}, …"
+        )
     dim, channels, *patch = state["patch_embed.proj.weight"].shape
     prefix = sum(state[n].shape[1] for n in ("cls_token", "dist_token", "reg_token") if n in state)
     square = lambda n: n > 0 and math.isqrt(n) ** 2 == n
@@ -138,12 +158,21 @@ def vit_from_state(state: dict[str, Any], *, num_heads: int | None = None, **set
     if num_heads is None and dim % 64:
         raise ValueError(f"num_heads must be given: dim = {dim} is no multiple of 64")
     read = dict(
-        img_size=(grid * patch[0], grid * patch[1]), patch_size=tuple(patch), in_channels=channels, dim=dim,
-        depth=1 + max(int(n.split(".")[1]) for n in state if n.startswith("blocks.")), num_heads=num_heads or dim // 64,
-        num_classes=len(state["head.weight"]) if "head.weight" in state else 0, no_embed_class=no_embed,
-        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / dim, qkv_bias="blocks.0.attn.qkv.bias" in state,
-        qk_norm="blocks.0.attn.q_norm.weight" in state, init_values=1.0 if "blocks.0.ls1.gamma" in state else None,
-        class_token="cls_token" in state, distilled="dist_token" in state,
+        img_size=(grid * patch[0], grid * patch[1]),
+        patch_size=tuple(patch),
+        in_channels=channels,
+        dim=dim,
+        depth=1 + max(int(n.split(".")[1]) for n in state if n.startswith("blocks.")),
+        num_heads=num_heads or dim // 64,
+        num_classes=len(state["head.weight"]) if "head.weight" in state else 0,
+        no_embed_class=no_embed,
+        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        qkv_bias="blocks.0.attn.qkv.bias" in state,
+        qk_norm="blocks.0.attn.q_norm.weight" in state,
+        init_values=1.0 if "blocks.0.ls1.gamma" in state else None,
+        class_token="cls_token" in state,
+        distilled="dist_token" in state,
         reg_tokens=state["reg_token"].shape[1] if "reg_token" in state else 0,
-        global_pool="avg" if "fc_norm.weight" in state else "token" if "cls_token" in state else "avg")
+        global_pool="avg" if "fc_norm.weight" in state else "token" if "cls_token" in state else "avg",
+    )
     return load_weights(ViT(**read | settings), state)

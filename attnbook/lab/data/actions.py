@@ -46,7 +46,7 @@ def watch_recordings(
             for _ in range(rng.integers(1, 4)):
                 source, w = bank[who + (name,)], int(rng.integers(80, 240))
                 i = rng.integers(0, len(source) - w - fade)
-                cut = source[i:i + w + fade]
+                cut = source[i : i + w + fade]
                 if len(x):
                     cut = np.concatenate([(1 - ramp) * x[-fade:] + ramp * cut[:fade], cut[fade:]])
                     x = x[:-fade]

@@ -44,6 +44,7 @@ class Batches:
     """Shuffled batches as a function of the step: `batches(k)` is the same every time it is asked for.
 
     Iterating goes on for ever, epoch after epoch; `epoch(e)` is one pass."""
+
     def __init__(
         self,
         *tensors,  # tensors or arrays of the same length; a batch is a tuple with rows of each
@@ -72,7 +73,7 @@ class Batches:
     def __call__(self, step: int) -> tuple[torch.Tensor, ...]:
         """The batch of this step, counted from 0 over all epochs."""
         epoch, k = divmod(step, len(self))
-        rows = self._order(epoch)[k * self.batch_size:(k + 1) * self.batch_size]
+        rows = self._order(epoch)[k * self.batch_size : (k + 1) * self.batch_size]
         batch = tuple(t[rows] for t in self.tensors)
         return self.transform(*batch, generator=generator_for(self.seed, 1, step)) if self.transform else batch
 
@@ -96,6 +97,7 @@ class Batches:
 # %% ../../../nbs/1_foundations/03_data.ipynb #3e58fbb4
 class Windows:
     """Random windows of a token stream for next-token prediction; like `Batches` a function of the step."""
+
     def __init__(
         self,
         tokens: torch.Tensor,  # (N,) integer tokens
@@ -105,8 +107,10 @@ class Windows:
         seed: int = 0,
     ):
         if tokens.ndim != 1 or len(tokens) < length + 1 or length < 1 or batch_size < 1:
-            raise ValueError(f"tokens of shape {tuple(tokens.shape)} must be one axis, longer than "
-                             f"length={length} >= 1; batch_size={batch_size} >= 1")
+            raise ValueError(
+                f"tokens of shape {tuple(tokens.shape)} must be one axis, longer than "
+                f"length={length} >= 1; batch_size={batch_size} >= 1"
+            )
         self.tokens, self.length, self.batch_size, self.seed = tokens, length, batch_size, seed
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:

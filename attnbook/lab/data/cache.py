@@ -43,8 +43,12 @@ def pack(value, arrays: list):
         return len(arrays) - 1
     if isinstance(value, dict):
         return {"dict": {k: pack(v, arrays) for k, v in value.items()}}
-    if isinstance(value, list) and len(value) > 1 and all(isinstance(v, np.ndarray) and v.ndim for v in value) \
-            and len({(v.dtype, v.shape[1:]) for v in value}) == 1:
+    if (
+        isinstance(value, list)
+        and len(value) > 1
+        and all(isinstance(v, np.ndarray) and v.ndim for v in value)
+        and len({(v.dtype, v.shape[1:]) for v in value}) == 1
+    ):
         return {"ragged": [pack(np.concatenate(value), arrays), pack(np.array([len(v) for v in value]), arrays)]}
     if isinstance(value, (tuple, list)):
         return {type(value).__name__: [pack(v, arrays) for v in value]}
@@ -55,7 +59,7 @@ def unpack(spec, arrays: list):
     """Rebuild what `pack` described."""
     if isinstance(spec, int):
         return arrays[spec]
-    (kind, items), = spec.items()
+    ((kind, items),) = spec.items()
     if kind == "dict":
         return {k: unpack(v, arrays) for k, v in items.items()}
     if kind == "ragged":
@@ -90,8 +94,9 @@ def write_cache(path: Path, key: str, value):
             np.savez(f, header=header, **{f"a{i}": a for i, a in enumerate(arrays)})
         os.replace(temporary, path)
     except OSError as e:
-        warnings.warn(f"cannot keep {path.name} in {path.parent} ({e.strerror or e}); "
-                      "set ATTNBOOK_CACHE to a writable folder")
+        warnings.warn(
+            f"cannot keep {path.name} in {path.parent} ({e.strerror or e}); set ATTNBOOK_CACHE to a writable folder"
+        )
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -110,7 +115,7 @@ def code_digest(function: Callable) -> str:
         seen.add(f)
         h.update(ast.dump(ast.parse(textwrap.dedent(inspect.getsource(f)))).encode())
         names, codes = set(), [f.__code__]
-        for code in codes:                                     # grows: functions inside the function
+        for code in codes:  # grows: functions inside the function
             names |= set(code.co_names)
             codes += filter(inspect.iscode, code.co_consts)
         ours = [(n, f.__globals__[n]) for n in sorted(names) if n in f.__globals__]
@@ -131,6 +136,7 @@ def cached(
 
     The loader must be a function of its arguments and the packages' files alone. It returns arrays, strings and
     numbers, nested in tuples, lists and dicts with string keys."""
+
     def decorate(build):
         @functools.wraps(build)
         def load(*args, **kwargs):
@@ -145,5 +151,7 @@ def cached(
                 value = build(*args, **kwargs)
                 write_cache(path, key, value)
             return value
+
         return load
+
     return decorate

@@ -20,6 +20,7 @@ from .files import package_dir
 # %% ../../../nbs/1_foundations/03_data.ipynb #8c4b3526
 STEP = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
 
+
 def read_musicxml(path: Path) -> ET.Element:
     """Root of a .xml file or of the score inside a zipped .mxl."""
     if path.suffix != ".mxl":
@@ -28,10 +29,12 @@ def read_musicxml(path: Path) -> ET.Element:
         score = next(n for n in z.namelist() if n.endswith(("xml", "musicxml")) and not n.startswith("META-INF"))
         return ET.fromstring(z.read(score))
 
+
 def midi_pitch(pitch: ET.Element) -> int:
     "The MIDI number of a MusicXML pitch; middle C is 60."
     octave, step, alter = int(pitch.findtext("octave")), pitch.findtext("step"), pitch.findtext("alter")
     return 12 * (octave + 1) + STEP[step] + int(float(alter or 0))
+
 
 def voice_notes(part: ET.Element):
     """Notes of one part as (start, end, MIDI pitch, is it struck rather than tied), in quarters, and where the part
@@ -46,7 +49,7 @@ def voice_notes(part: ET.Element):
                 now += (1 if el.tag == "forward" else -1) * float(el.findtext("duration")) / division
             elif el.tag == "note" and el.find("grace") is None:
                 duration = float(el.findtext("duration")) / division
-                chord = el.find("chord") is not None           # sounds with the note before it
+                chord = el.find("chord") is not None  # sounds with the note before it
                 start = now - duration if chord else now
                 now += 0 if chord else duration
                 if el.find("pitch") is not None:
@@ -75,7 +78,7 @@ def chorale_grid(
             if j > i:
                 pitch[i:j, v] = midi
                 onset[i, v] |= struck
-    last = np.flatnonzero(pitch.any(1))[-1] + 1                # drop trailing silence
+    last = np.flatnonzero(pitch.any(1))[-1] + 1  # drop trailing silence
     return pitch[:last], onset[:last]
 
 # %% ../../../nbs/1_foundations/03_data.ipynb #cb951284

@@ -18,11 +18,13 @@ from .images import mnist5k, mnist_m, photo_patches
 # %% ../../../nbs/1_foundations/03_data.ipynb #65b4a114
 class ImageSet(NamedTuple):
     """An image classification set in memory."""
+
     x_train: np.ndarray  # (N, H, W, C) uint8
     y_train: np.ndarray  # (N,) int64
     x_test: np.ndarray  # (M, H, W, C) uint8
     y_test: np.ndarray  # (M,) int64
     classes: list[str]
+
 
 STANDARD_IMAGES = {  # name -> class in torchvision.datasets, name at Hugging Face, label column there
     "mnist": ("MNIST", "ylecun/mnist", "label"),
@@ -51,14 +53,17 @@ def load_hub(path: str, config: str | None, root, download: bool):
     switches = [(m, m.HF_HUB_OFFLINE) for m in (hub, datasets.config)]
     try:
         for module, before in switches:
-            module.HF_HUB_OFFLINE = before or not download     # `local_files_only` alone still asks the server
+            module.HF_HUB_OFFLINE = before or not download  # `local_files_only` alone still asks the server
         return datasets.load_dataset(path, config, cache_dir=root)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
-        raise FileNotFoundError(f"{path} could not be read ({e}); "
-                                + ("is the network there?" if download else "pass download=True to fetch it")) from e
+        raise FileNotFoundError(
+            f"{path} could not be read ({e}); "
+            + ("is the network there?" if download else "pass download=True to fetch it")
+        ) from e
     finally:
         for module, before in switches:
             module.HF_HUB_OFFLINE = before
+
 
 def from_huggingface(name, root, download) -> ImageSet:
     "A standard image set by way of the Hugging Face hub."

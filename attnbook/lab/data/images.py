@@ -49,7 +49,7 @@ def random_crops(
         height, width = image.shape[:2]
         low, high = (0, width // 2) if half == 0 else (width // 2, width)
         i, j = rng.integers(0, height - size + 1), rng.integers(low, high - size + 1)
-        out[k] = image[i:i + size, j:j + size]
+        out[k] = image[i : i + size, j : j + size]
     return out
 
 # %% ../../../nbs/1_foundations/03_data.ipynb #0838b124
@@ -176,8 +176,8 @@ def stereo_patches(
         k = round(float(j - disparity[i, j]))
         if k < h or k + h > right.shape[1]:
             continue
-        lefts.append(left[i - h:i + h, j - h:j + h])
-        rights.append(right[i - h:i + h, k - h:k + h])
+        lefts.append(left[i - h : i + h, j - h : j + h])
+        rights.append(right[i - h : i + h, k - h : k + h])
         places.append((i, j))
     return np.stack(lefts), np.stack(rights), np.array(places)
 
@@ -191,6 +191,7 @@ def stain_mask() -> tuple[np.ndarray, np.ndarray]:  # image (512, 512, 3) uint8,
     image = library("skimage.data").immunohistochemistry()
     stain = library("skimage.color").rgb2hed(image)[..., 2]
     return image, stain > library("skimage.filters").threshold_otsu(stain)
+
 
 def faces() -> tuple[np.ndarray, np.ndarray]:  # x (200, 25, 25) float in [0, 1], y (200,) int64
     """100 faces (1) and 100 patches without a face (0), in grey. Source: scikit-image's `lfw_subset` (LFW, research

@@ -32,7 +32,7 @@ def lung_masks(
         for name in sorted(n for n in z.namelist() if not n.endswith("/")):
             film = Image.open(io.BytesIO(z.read(name)))
             film = film.resize((384, round(384 * film.height / film.width)), Image.Resampling.NEAREST)
-            m = np.asarray(film) == 255                        # at one resolution, so that `size` chooses no lungs
+            m = np.asarray(film) == 255  # at one resolution, so that `size` chooses no lungs
             blobs, count = find(m)
             areas = np.sort(np.bincount(blobs.ravel())[1:])[::-1] / m.size if count else np.zeros(2)
             if len(areas) < 2 or areas[1] < 0.05 or areas[0] > 3 * areas[1]:
@@ -69,39 +69,39 @@ def draw_finding(finding, film, box, u, v, lung, blur, texture):
     mx, my = x0 + w / 2, y0 + h / 2
 
     def blob(sx, sy):
-        return np.exp(-((u - mx) / sx) ** 2 / 2 - ((v - my) / sy) ** 2 / 2)
+        return np.exp(-(((u - mx) / sx) ** 2) / 2 - ((v - my) / sy) ** 2 / 2)
 
     inside = blur(((np.abs(u - mx) < w / 2) & (np.abs(v - my) < h / 2)).astype(float), size / 60)
     if finding == "Nodule":
-        film += .22 * blob(max(w, .03) / 3, max(w, .03) / 3)
+        film += 0.22 * blob(max(w, 0.03) / 3, max(w, 0.03) / 3)
     elif finding == "Mass":
-        film += .28 * (blob(w / 2.5, h / 2.5) > .45)
+        film += 0.28 * (blob(w / 2.5, h / 2.5) > 0.45)
     elif finding == "Effusion":
-        film += .33 * inside * lung / (1 + np.exp(-(v - (y0 + .35 * h)) * 40))
+        film += 0.33 * inside * lung / (1 + np.exp(-(v - (y0 + 0.35 * h)) * 40))
     elif finding == "Pneumothorax":
-        film -= .12 * inside * lung + .03 * texture(1.2) * inside * lung
+        film -= 0.12 * inside * lung + 0.03 * texture(1.2) * inside * lung
     elif finding == "Atelectasis":
-        film += .25 * np.exp(-((v - my - .3 * (u - mx)) / .012) ** 2 / 2) * (np.abs(u - mx) < w / 2)
+        film += 0.25 * np.exp(-(((v - my - 0.3 * (u - mx)) / 0.012) ** 2) / 2) * (np.abs(u - mx) < w / 2)
     elif finding == "Infiltration":
-        film += .10 * inside * lung * (1 + .8 * texture(.8))
+        film += 0.10 * inside * lung * (1 + 0.8 * texture(0.8))
     elif finding == "Pneumonia":
-        film += .22 * blob(w / 2.2, h / 2.2) * lung * (1 + .4 * texture(1.5))
+        film += 0.22 * blob(w / 2.2, h / 2.2) * lung * (1 + 0.4 * texture(1.5))
 
 # %% ../../../nbs/1_foundations/03_data.ipynb #8bc9675f
 def draw_thorax(lung, ratio, rng, u, v, blur, texture):
     """A film without findings: body, lungs, ribs, heart. `ratio` is the cardiothoracic ratio. Returns film, heart and
     the heart's box."""
     size = len(lung)
-    body = 1 / (1 + np.exp((((u - .5) / .52) ** 4 + ((v - .6) / .75) ** 4 - 1) * 12))
-    spine = np.exp(-((u - .5) / .045) ** 2 / 2 - ((v - .5) / .6) ** 2 / 2)
-    film = .1 + .62 * body - .4 * lung + .1 * spine
-    pitch, tilt = rng.uniform(.085, .105), rng.uniform(.5, .9)
-    ribs = sum(np.exp(-((v - (.1 + k * pitch) - tilt * (u - .5) ** 2) / .011) ** 2 / 2) for k in range(9))
-    film += .06 * ribs * body * (np.abs(u - .5) > .06)
+    body = 1 / (1 + np.exp((((u - 0.5) / 0.52) ** 4 + ((v - 0.6) / 0.75) ** 4 - 1) * 12))
+    spine = np.exp(-(((u - 0.5) / 0.045) ** 2) / 2 - ((v - 0.5) / 0.6) ** 2 / 2)
+    film = 0.1 + 0.62 * body - 0.4 * lung + 0.1 * spine
+    pitch, tilt = rng.uniform(0.085, 0.105), rng.uniform(0.5, 0.9)
+    ribs = sum(np.exp(-(((v - (0.1 + k * pitch) - tilt * (u - 0.5) ** 2) / 0.011) ** 2) / 2) for k in range(9))
+    film += 0.06 * ribs * body * (np.abs(u - 0.5) > 0.06)
     ratio = rng.uniform(*ratio)
-    cx, cy, rx, ry = .5 + .16 * ratio, .66, ratio * .42, ratio * .40
+    cx, cy, rx, ry = 0.5 + 0.16 * ratio, 0.66, ratio * 0.42, ratio * 0.40
     heart = ((u - cx) / rx) ** 2 + ((v - cy) / ry) ** 2 < 1
-    film = np.maximum(film, .68 * blur(heart.astype(float), size / 90)) + .035 * texture(1.2) * lung
+    film = np.maximum(film, 0.68 * blur(heart.astype(float), size / 90)) + 0.035 * texture(1.2) * lung
     return film, heart, (cx - rx, cy - ry, 2 * rx, 2 * ry)
 
 # %% ../../../nbs/1_foundations/03_data.ipynb #fed8ca6e
@@ -136,29 +136,29 @@ def chest_phantom(
     frequency[0, 0] = 1
 
     def texture(power):
-        t = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((size, size))) / frequency ** power, (size, size))
+        t = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((size, size))) / frequency**power, (size, size))
         return (t - t.mean()) / t.std()
 
     films, labels, found = [], [], []
     for _ in range(n):
         lung = blur(masks[rng.integers(len(masks))], size / 128)
         y = sick[rng.integers(len(sick))].copy() if rng.random() < positive else np.zeros(8, bool)
-        ratio = (.48, .62) if y[1] else (.36, .50)             # the ranges overlap: not every large heart is ill
+        ratio = (0.48, 0.62) if y[1] else (0.36, 0.50)  # the ranges overlap: not every large heart is ill
         film, heart, heart_box = draw_thorax(lung, ratio, rng, u, v, blur, texture)
         rows = []
         for c in np.where(y)[0]:
             choices = boxes[FINDINGS[c]]
-            for _ in range(50):                                # mostly over lung, so that every label is visible
+            for _ in range(50):  # mostly over lung, so that every label is visible
                 x0, y0, w, h = choices[rng.integers(len(choices))]
                 box = (np.abs(u - x0 - w / 2) < w / 2) & (np.abs(v - y0 - h / 2) < h / 2)
-                if box.any() and (lung * (1 - heart))[box].mean() > .5:
+                if box.any() and (lung * (1 - heart))[box].mean() > 0.5:
                     break
             draw_finding(FINDINGS[c], film, (x0, y0, w, h), u, v, lung, blur, texture)
             if FINDINGS[c] == "Cardiomegaly":
                 x0, y0, w, h = heart_box
             rows.append((c, x0, y0, x0 + w, y0 + h))
-        film = blur(film, size / 200) + .02 * rng.standard_normal((size, size))
-        films.append(np.clip(film, 0, 1) ** rng.uniform(.8, 1.25))
+        film = blur(film, size / 200) + 0.02 * rng.standard_normal((size, size))
+        films.append(np.clip(film, 0, 1) ** rng.uniform(0.8, 1.25))
         labels.append(y)
         found.append(np.array(rows, np.float64).reshape(-1, 5))
     return np.stack(films)[:, None].astype(np.float32), np.stack(labels).astype(np.float32), found

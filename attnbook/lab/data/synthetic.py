@@ -28,14 +28,14 @@ def mqar(
         raise ValueError(f"vocab={vocab} has {half - 1} keys, fewer than pairs={pairs}")
     rng = np.random.default_rng(seed)
     x, y = np.zeros((batch, length), np.int64), np.full((batch, length), -100)
-    slots = (length - 2 * pairs) // 2                           # a query may sit at 2 * pairs + 2 * slot
+    slots = (length - 2 * pairs) // 2  # a query may sit at 2 * pairs + 2 * slot
     p = power * np.arange(1, slots + 1) ** (power - 1.0)
     p /= p.sum()
     for b in range(batch):
         k, v = 1 + rng.permutation(half - 1)[:pairs], half + rng.integers(0, vocab - half, pairs)
-        x[b, 0:2 * pairs:2], x[b, 1:2 * pairs:2] = k, v
+        x[b, 0 : 2 * pairs : 2], x[b, 1 : 2 * pairs : 2] = k, v
         at = 2 * pairs + 2 * rng.choice(slots, pairs, replace=False, p=p)
-        x[b, at], y[b, at], x[b, at + 1] = k, v, v              # as in language, the answer follows its key
+        x[b, at], y[b, at], x[b, at + 1] = k, v, v  # as in language, the answer follows its key
     return x, y
 
 # %% ../../../nbs/1_foundations/03_data.ipynb #c5fc77b2
@@ -59,8 +59,9 @@ def listops(
 ) -> tuple[np.ndarray, np.ndarray]:  # tokens (n, max_len) int64, see `LISTOPS_VOCAB`; value (n,) int64, 0 to 9
     """Nested list operations as in Long Range Arena (there 500 to 2,000 tokens). 7 ms a sample, once. Synthetic."""
     if not 0 <= min_len < max_len or max_depth < 2 or max_args < 2:
-        raise ValueError(f"need 0 <= min_len={min_len} < max_len={max_len}, "
-                         f"max_depth={max_depth} >= 2, max_args={max_args} >= 2")
+        raise ValueError(
+            f"need 0 <= min_len={min_len} < max_len={max_len}, max_depth={max_depth} >= 2, max_args={max_args} >= 2"
+        )
     rng = np.random.default_rng(seed)
     used = 0
 
@@ -68,7 +69,7 @@ def listops(
         nonlocal used
         used += 1
         if used > max_len:
-            raise OverflowError                                 # too long already: start again
+            raise OverflowError  # too long already: start again
         if depth >= max_depth or (depth > 1 and rng.random() < 0.75):
             d = int(rng.integers(10))
             return [str(d)], d
@@ -88,7 +89,7 @@ def listops(
         except OverflowError:
             continue
         if min_len < len(tokens) <= max_len:
-            x[i, :len(tokens)], y[i] = [LISTOPS_VOCAB[t] for t in tokens], value
+            x[i, : len(tokens)], y[i] = [LISTOPS_VOCAB[t] for t in tokens], value
             i += 1
     return x, y
 
@@ -97,11 +98,12 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """All distances of points a (n, 2) and b (m, 2)."""
     return np.hypot(a[:, None, 0] - b[None, :, 0], a[:, None, 1] - b[None, :, 1])
 
+
 def wander(dashes, rng, avoid=None):
     """Points of a smooth random curve on a 32 x 32 canvas that stays clear of itself and of `avoid`; None after 300
     tries."""
     for _ in range(300):
-        turn = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.uniform(-.6, .6, 4 * dashes) / 2)
+        turn = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.uniform(-0.6, 0.6, 4 * dashes) / 2)
         steps = 1.25 * np.stack([np.cos(turn), np.sin(turn)], 1)
         p = rng.uniform(3, 29, 2) + np.concatenate([np.zeros((1, 2)), np.cumsum(steps, 0)])
         if p.min() < 1.5 or p.max() > 30.5:
@@ -113,10 +115,11 @@ def wander(dashes, rng, avoid=None):
         return p
     return None
 
+
 def dash_points(p: np.ndarray) -> np.ndarray:
     """Ink of a curve: of every four pieces three are drawn."""
     keep = np.arange(len(p) - 1) % 4 != 3
-    return np.concatenate([p[:-1][keep] + t * (p[1:] - p[:-1])[keep] for t in (0, .25, .5, .75)])
+    return np.concatenate([p[:-1][keep] + t * (p[1:] - p[:-1])[keep] for t in (0, 0.25, 0.5, 0.75)])
 
 # %% ../../../nbs/1_foundations/03_data.ipynb #40fe4edc
 @cached()
@@ -130,8 +133,10 @@ def pathfinder(
     """Are the two discs joined by one dashed curve? Classes are balanced, curves never cross. 26 ms a picture, once.
     Synthetic, after Long Range Arena."""
     if n < 1 or size < 16 or not 1 <= dashes <= 10 or distractors < 0:
-        raise ValueError(f"n={n} must be at least 1, size={size} at least 16, dashes={dashes} from 1 to 10, "
-                         f"distractors={distractors} at least 0")
+        raise ValueError(
+            f"n={n} must be at least 1, size={size} at least 16, dashes={dashes} from 1 to 10, "
+            f"distractors={distractors} at least 0"
+        )
     rng = np.random.default_rng(seed)
     v, u = np.mgrid[0:size, 0:size] * (32 / size)
     x, y = np.zeros((n, size, size), np.float32), np.arange(n) % 2

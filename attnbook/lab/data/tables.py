@@ -18,6 +18,7 @@ def widedeep(name: str):
     library("pyarrow")
     return library("pandas").read_parquet(data_file(name), engine="pyarrow")
 
+
 def category_codes(table) -> np.ndarray:
     """Each column as codes 0, 1, … of its values in string order: (rows, columns) int64."""
     return table.apply(lambda s: s.astype(str).astype("category").cat.codes).to_numpy(np.int64)
@@ -25,6 +26,7 @@ def category_codes(table) -> np.ndarray:
 # %% ../../../nbs/1_foundations/03_data.ipynb #b587c9ad
 class Categorical(NamedTuple):
     """Rows of categorical fields with a binary target."""
+
     codes: np.ndarray  # (N, fields) int64, each field from 0
     y: np.ndarray  # (N,) int64, 0 or 1
     fields: list[str]

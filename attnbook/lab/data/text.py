@@ -29,6 +29,7 @@ def reviews_text() -> str:  # 7,429,683 characters
 # %% ../../../nbs/1_foundations/03_data.ipynb #f177f06f
 class Reviews(NamedTuple):
     """Labelled short posts."""
+
     texts: list[str]  # 22,641 reviews, mean 309 characters, cut at about 500
     recommended: np.ndarray  # (N,) int64, 81.9 % are 1
     rating: np.ndarray  # (N,) int64, 1 to 5

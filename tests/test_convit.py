@@ -527,6 +527,18 @@ def test_class_token_joins_late():
     assert small_convit(gpsa_layers=3)(torch.randn(1, 3, 24, 24)).shape == (1, 5)  # no class token at all
 
 
+@pytest.mark.parametrize("gpsa_layers", [2, 3], ids=["class token", "mean"])
+def test_what_is_classified(gpsa_layers):
+    model = small_convit(gpsa_layers=gpsa_layers).eval()
+    with torch.no_grad():
+        for p in model.norm.parameters():
+            p.copy_(torch.linspace(0.5, 1.5, p.numel()))
+        x = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+        tokens = model.run_blocks(x)
+        read = tokens.mean(1) if gpsa_layers == 3 else tokens[:, 0]  # first the mean, then the norm
+        assert (model(x) - model.head(model.norm(read))).abs().max() < 1e-6
+
+
 def lively(module):
     "Random weights, so that no term hides."
     g = torch.Generator().manual_seed(0)

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'bench_size', 'bench_effects', 'interval_at_least', 'claims']
 
 # %% auto #imports
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -71,9 +71,9 @@ def _joined(stats: AttentionStats) -> Tensor:
     )
 
 
-def bench_size() -> Iterator[dict]:
+def bench_size(sides: Sequence[int] = (64, 14, 32, 24, 48)) -> Iterator[dict]:
     "Statistics with output, B 4, 6 heads of 64, one class token, bfloat16, over the grid. Yields rows; nothing without a GPU."
-    for side in (14, 24, 32, 48, 64) if torch.cuda.is_available() else ():
+    for side in sides if torch.cuda.is_available() else ():
         torch._dynamo.reset(), torch.cuda.empty_cache()
         q, k, v = (torch.randn(4, 6, 1 + side**2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
         grid = (side, side)

@@ -243,7 +243,7 @@ def test_bad_input():
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize(
     "H, Hk, n, m, causal",
-    [(4, 2, 37, 37, True), (2, 2, 9, 40, True), (3, 1, 300, 300, True), (2, 1, 20, 33, False), (1, 1, 1, 1, True)],
+    [(4, 2, 37, 37, True), (2, 2, 9, 40, True), (1, 1, 300, 300, True), (2, 1, 20, 33, False), (1, 1, 1, 1, True)],
     ids=str,
 )
 def test_column_sums(H, Hk, n, m, causal, backend):

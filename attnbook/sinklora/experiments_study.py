@@ -154,7 +154,7 @@ TRAINED = {"lora": (), "norm": ("norm",), "embed + norm": ("embed", "norm")}
 
 
 def perplexity(model: LanguageModel, windows: Tensor) -> float:
-    "Per byte, of windows `(count, n + 1)`."
+    "Per byte, of windows `(count, n)`."
     amp = torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=next(model.parameters()).is_cuda)
     with amp:
         return 2 ** bits_per_byte(model, windows, batch_size=8).total
@@ -164,13 +164,13 @@ def run_extension(cfg: Mapping, device: str, run: int) -> Iterator[tuple[str, di
     "Trains short, extends under every pattern, evaluates; yields rows `extension` with perplexities per byte at the full length."
     train, valid, _ = source_bytes(cfg["folder"])
     length = cfg["length"] * cfg["factor"]
-    windows = windows_of(valid, length + 1, cfg["windows"])
+    windows = windows_of(valid, length, cfg["windows"])
     torch.manual_seed(run)
     short = small_model(cfg, cfg["length"])
     batches = Windows(train, length=cfg["length"], batch_size=cfg["batch"], seed=run)
     fit(short, next_token_loss, batches, steps=cfg["steps"], lr=cfg["lr"], seed=run, device=device)
     before = rescaled(short, RopeScaling("linear", cfg["factor"]))
-    within = perplexity(short, windows_of(valid, cfg["length"] + 1, cfg["windows"] * cfg["factor"]))
+    within = perplexity(short, windows_of(valid, cfg["length"], cfg["windows"] * cfg["factor"]))
     yield "extension", dict(pattern="before", trained="none", run=run), dict(
         ppl=perplexity(before, windows), ppl_short=within, ppl_far=perplexity(short, windows), steps=0, length=length
     )  # fmt: skip

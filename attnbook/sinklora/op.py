@@ -34,6 +34,7 @@ def _stretches(n: int, heads: int, ints: Sequence[int]) -> Iterator[tuple[slice,
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, ints: Sequence[int], scale: float, return_lse: bool):
     "SF-Attn in PyTorch, `(out, lse)`; lse None unless wanted."
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))  # SDPA refuses some strides
     (_, H, n, _), parts, sums = q.shape, [[], []], [[], []]
     shared = torch.arange(H, device=q.device) // (H // k.shape[1])  # the key head of each head
     for part, first, end, start, sinks in _stretches(n, H, ints):

@@ -1,5 +1,6 @@
 # Written from the test cells of nbs/4_long_context/sinklora.ipynb by `attnbook export`. Do not edit.
 # fmt: off
+import importlib
 import math
 from collections.abc import Callable
 
@@ -43,7 +44,6 @@ from attnbook.sinklora.nets import (
     interpolate_rope,
     lora_plus_counts,
     prepare_extension,
-    register_sf_attention,
 )
 from attnbook.sinklora.op import attention_column_sums, s2_attention, sf_attention, sf_op
 from attnbook.sinklora.reference import (
@@ -58,6 +58,7 @@ from attnbook.sinklora.reference import (
 from attnbook.sinklora.study import (
     _reverse,
     claims,
+    flex_sf,
     judge_gap,
     judge_kept,
     judge_leak,
@@ -67,6 +68,7 @@ from attnbook.sinklora.study import (
     sf_cost,
     shares,
 )
+from attnbook.sinklora.transformers_nets import register_sf_attention, transformers_cache
 
 CASES = [
     (4, 29, 0.25, 2),
@@ -537,18 +539,16 @@ def test_caches_of_models_refuse():
         model(torch.zeros(1, 3, dtype=torch.int64), cache=HeavyHitterCache(1, 2, 2, positions="rolling"))
 
 
-def test_a_llama_of_transformers_trains_in_groups():
-    transformers = pytest.importorskip("transformers")
+def tiny_llama(transformers):
+    "A random Llama of two layers."
     torch.manual_seed(0)
-    sizes = dict(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, attn_implementation="sdpa")).eval()
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, attn_implementation="sdpa")
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_a_llama_of_transformers_trains_in_groups():
+    model = tiny_llama(pytest.importorskip("transformers"))
     x = torch.randint(64, (2, 24))
     dense = model(x).logits
     model.set_attn_implementation(register_sf_attention("sinklora-test", 6))
@@ -562,12 +562,26 @@ def test_a_llama_of_transformers_trains_in_groups():
     changed[:, 20:] = 0
     torch.testing.assert_close(model(changed).logits[:, :20], grouped[:, :20])
     grouped.sum().backward()
-    assert torch.equal(generate_greedily(model.eval(), x[:1, :5]), generate_greedily(model, x[:1, :5]))
 
 
-def generate_greedily(model, x):
-    "Five tokens by transformers' own loop and cache."
-    return model.generate(x, max_new_tokens=5, do_sample=False, pad_token_id=0)
+def test_a_llama_of_transformers_reads_through_a_small_cache():
+    model = tiny_llama(pytest.importorskip("transformers"))
+    x = torch.randint(1, 64, (2, 12))  # 0 pads
+    write = lambda **options: model.generate(x, max_new_tokens=6, do_sample=False, pad_token_id=0, **options)
+    want = write()
+    with pytest.raises(RuntimeError, match="register_sf_attention"):
+        write(past_key_values=transformers_cache(2, 2))
+    model.set_attn_implementation(register_sf_attention("sinklora-test"))
+    assert torch.equal(write(), want)
+    assert torch.equal(write(past_key_values=transformers_cache(20, 20)), want)
+    small = transformers_cache(2, 3, num_sinks=1)
+    write(past_key_values=small)
+    assert small.get_seq_length() == 17
+    assert all((layer.room.positions >= 0).sum(-1).eq(6).all() for layer in small.layers)
+    mask = torch.ones_like(x)
+    mask[0, 0] = 0
+    with pytest.raises(ValueError, match="padding"):
+        model(x, attention_mask=mask, past_key_values=transformers_cache(2, 2))
 
 
 def test_echo():
@@ -610,6 +624,16 @@ def test_copies_share_nothing():
     assert all(
         torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in zip(model.parameters(), other.parameters())
     )
+
+
+def test_flex_gets_the_least_blocks(monkeypatch):
+    module = importlib.import_module("torch.nn.attention.flex_attention")
+    made, make = [], module.BlockMask.from_kv_blocks
+    monkeypatch.setattr(module.BlockMask, "from_kv_blocks", lambda *a, **k: made.append(make(*a, **k)) or made[-1])
+    flex_sf(640, 2, 256, 0.5, 4, "cpu")
+    want = module.create_block_mask(made[0].mask_mod, 1, 2, 640, 640, device="cpu", BLOCK_SIZE=128)
+    assert torch.equal(made[0].to_dense(), want.to_dense())
+    assert torch.equal(made[0].full_kv_num_blocks, want.full_kv_num_blocks)
 
 
 def made_up(ppl: dict[str, float], noise: tuple[float, ...] = (0.0, 0.01, -0.01)) -> list[dict]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sf_mask', 'sf_visible_pairs', 'sf_attention_reference', 'sf_attention', 's2_attention', 'attention_column_sums',
            'H2OCache', 'HeavyHitterCache', 'HeavyHitterAttention', 'GroupedAttention', 'SFAttention',
-           'interpolate_rope', 'prepare_extension', 'lora_plus_counts', 'register_sf_attention']
+           'interpolate_rope', 'prepare_extension', 'lora_plus_counts', 'register_sf_attention', 'transformers_cache']
 
 # %% auto #imports
 from .h2o_op import H2OCache
@@ -17,7 +17,7 @@ from .nets import (
     interpolate_rope,
     lora_plus_counts,
     prepare_extension,
-    register_sf_attention,
 )
 from .op import attention_column_sums, s2_attention, sf_attention
 from .reference import sf_attention_reference, sf_mask, sf_visible_pairs
+from .transformers_nets import register_sf_attention, transformers_cache

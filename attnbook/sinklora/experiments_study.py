@@ -62,7 +62,7 @@ PRESETS = dict(
         | dict(length=256, factor=8, batch=64, steps=1000, tune_batch=8, tune_steps=150, windows=64, seeds=4)
         | dict(folder="", trained=("lora", "norm")),
         eviction=dict(heads=8, kv_heads=4, dim=256, depth=4, lr=2e-3)
-        | dict(length=512, prompt=384, batch=32, steps=2500, windows=32, texts=128, digits=3, seeds=3)
+        | dict(length=512, prompt=384, batch=48, steps=3000, windows=32, texts=128, digits=3, seeds=3)
         | dict(folder="", budgets=(0.05, 0.1, 0.2, 0.5)),
     ),
 )

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['GroupedAttention', 'interpolate_rope', 'SFAttention', 'PATTERNS', 'RECIPE', 'prepare_extension', 'lora_plus_counts',
-           'HeavyHitterCache', 'HeavyHitterAttention', 'register_sf_attention']
+           'HeavyHitterCache', 'HeavyHitterAttention']
 
 # %% auto #imports
-import importlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -262,32 +261,3 @@ class HeavyHitterAttention:
             q, k = rope(q, positions), rope(k, positions)
         call = dict(layer=layer, causal=causal, mask=mask, segments=segments, positions=positions, cache=cache)
         return DenseAttention()(q, k, v, **call)
-
-# %% ../../nbs/4_long_context/sinklora.ipynb #f-hf
-def register_sf_attention(
-    name: str = "sinklora",
-    group_size: int | None = None,
-    *,
-    shift_fraction: float = 0.25,
-    num_sinks: int = 4,
-    backend: str = "auto",
-) -> str:
-    """Registers SF-Attn with transformers, for `attn_implementation=name` or `model.set_attn_implementation(name)`; returns the name.
-
-    Arguments as of `GroupedAttention`. Grouped where the layer is in training, the text is whole and unpadded; else dense causal
-    attention by `attnbook.integrations`. ValueError for what that refuses (dropout, soft caps, attention maps)."""
-    groups = GroupedAttention(group_size, shift_fraction=shift_fraction, num_sinks=num_sinks, backend=backend)
-    integration = importlib.import_module("attnbook.integrations.transformers")
-    integration.register(name, backend=backend)  # its mask, and dense attention
-
-    def forward(module, query, key, value, attention_mask=None, dropout=0.0, scaling=None, is_causal=None, **kwargs):
-        whole = attention_mask is None and query.shape[2] == key.shape[2] and is_causal is not False
-        if module.training and whole and query.shape[2] > 1 and not dropout and kwargs.get("softcap") is None:
-            group = groups.group_size or max(1, query.shape[2] // 4)
-            share = dict(shift_fraction=groups.shift_fraction, num_sinks=groups.num_sinks, scale=scaling)
-            return sf_attention(query, key, value, group, **share, backend=backend).transpose(1, 2).contiguous(), None
-        rest = (module, query, key, value, attention_mask, dropout, scaling, is_causal)
-        return integration.attend(*rest, backend=backend, **kwargs), None
-
-    importlib.import_module("transformers.modeling_utils").AttentionInterface.register(name, forward)
-    return name

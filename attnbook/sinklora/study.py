@@ -122,10 +122,7 @@ def bench_length() -> Iterator[dict]:
     "Over the length with G = N / 4, Llama-3-8B's heads, forward and backward. Yields rows; nothing without a GPU."
     for n in (32768, 8192, 2048) if torch.cuda.is_available() else ():
         yield from _compare_sf(
-            "length",
-            n,
-            n // 4,
-            peers=("cudnn", "flash", "rolled", "flex") if n > 2048 else ("cudnn", "flash", "rolled"),
+            "length", n, n // 4, peers=("cudnn", "flash", "rolled") + (("flex",) if n > 8192 else ())
         )
 
 

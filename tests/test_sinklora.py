@@ -56,6 +56,7 @@ from attnbook.sinklora.reference import (
     sf_visible_pairs,
 )
 from attnbook.sinklora.study import (
+    _near_bytes,
     _reverse,
     claims,
     flex_sf,
@@ -242,6 +243,25 @@ def test_bad_input():
     )
 
 
+@pytest.mark.parametrize("shape", [(0, 2, 5, 4), (2, 2, 0, 4)], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_nothing_to_compute(shape, backend):
+    q = torch.zeros(shape, device=device_under_test(), requires_grad=True)
+    out, lse = sf_attention(q, q, q, 3, shift_fraction=0.5, return_lse=True, backend=backend)
+    out.sum().backward()
+    assert out.shape == q.grad.shape == shape and lse.shape == shape[:3]
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_huge_logits(backend):
+    q, k, v = (100 * t for t in make_qkv(1, 2, 26, 8))
+    options = dict(shift_fraction=0.5, num_sinks=3)
+    ours = lambda q, k, v: sf_attention(q, k, v, 7, backend=backend, **options)
+    check_against_reference(
+        ours, lambda q, k, v: sf_attention_reference(q, k, v, 7, **options), [q, k, v], tol=1e-2, floor=1.0
+    )
+
+
 SUMS = [(4, 2, 37, 37, True), (2, 2, 9, 40, True), (2, 1, 20, 33, False), (1, 1, 1, 1, True)]
 
 
@@ -319,6 +339,15 @@ def test_enough_room_is_full_attention(backend):
     for t, q, k, v, out in walk(cache, 6, 14, 4, 1, 8):
         want = attention(q[:, :, t : t + 1], k[:, :, : t + 1], v[:, :, : t + 1], backend="torch")
         torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+
+
+def test_narrow_types():
+    exact, narrow = (
+        H2OCache(1, 2, 16, 3, 3, dtype=d, device=device_under_test()) for d in (torch.float32, torch.bfloat16)
+    )
+    a, b = ([out for *_, out in walk(cache, 5, 4, 4, 2, 16)] for cache in (exact, narrow))
+    assert b[0].dtype == torch.bfloat16 and narrow.nbytes * 2 == exact.nbytes == 2 * 2 * 7 * 16 * 4
+    torch.testing.assert_close(b[0].float(), a[0], rtol=5e-2, atol=5e-2)  # later ones may have evicted others
 
 
 def test_what_a_prompt_leaves():
@@ -722,6 +751,11 @@ def test_claims():
         and found[-1].verdict == "out of reach here"
     )
     assert pair_exponent() == pytest.approx(2, abs=0.01)
+    rows = [
+        dict(B=B, method=m, ms_fwd=x)
+        for B, m, x in ((1, "ours", 9.0), (8, "ours", 2.0), (8, "a copy", 1.5), (64, "ours", 3.0))
+    ]
+    assert _near_bytes(rows) == {"8 texts": 0.75} and _near_bytes([]) is None
 
 
 def test_cost_is_that_of_the_pairs():

@@ -123,7 +123,7 @@ class SinkConstants(NamedTuple):
     value_width: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "chunks", "steps"])
 def sink_gradient(
     Q,
     K,
@@ -241,7 +241,7 @@ class SumConstants(NamedTuple):
     causal: bool
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["NQ", "NK", "H"])
 def column_sums(
     Q, K, LSE, A, sq, sk, sl, NQ, NK, scale, H, C: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr
 ):

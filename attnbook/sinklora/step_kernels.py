@@ -26,12 +26,11 @@ class StepConstants(NamedTuple):
     value_dim: int
     width: int
     value_width: int
-    splits: int  # programs of a key head
     many: int  # slots of a step of the last program
     accumulate: bool  # does attention change the scores?
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "per_split", "heads", "recent", "sinks", "splits"])
 def h2o_step(
     Q,
     K,
@@ -55,6 +54,7 @@ def h2o_step(
     heads,
     recent,
     sinks,
+    splits,
     scale,
     C: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -106,22 +106,22 @@ def h2o_step(
         tl.store(VALUES + place * C.value_dim + cv, new_v.to(VALUES.dtype.element_ty), mask=in_v)
         tl.store(POSITIONS + place, now)
         tl.store(SCORES + place, tl.load(FRESH + head))
-    mine = (head * C.splits + part) * rows + g
+    mine = (head * splits + part) * rows + g
     tl.store(STATS + mine * 2, m)
     tl.store(STATS + mine * 2 + 1, l)
     tl.store(PART + mine[:, None] * value_width + cv[None, :], acc)
     tl.debug_barrier()
     ticket = tl.atomic_add(COUNT + head, 1, sem="acq_rel", scope="gpu")
     tl.debug_barrier()
-    if ticket == C.splits - 1:
+    if ticket == splits - 1:
         finish_step(
-            POSITIONS, SCORES, PLACE, LOGITS, PART, STATS, COUNT, O, head, now, slots, recent, sinks, C
+            POSITIONS, SCORES, PLACE, LOGITS, PART, STATS, COUNT, O, head, now, slots, recent, sinks, splits, C
         )  # fmt: skip
 
 
 @triton.jit
 def finish_step(
-    POSITIONS, SCORES, PLACE, LOGITS, PART, STATS, COUNT, O, head, now, slots, recent, sinks, C: tl.constexpr
+    POSITIONS, SCORES, PLACE, LOGITS, PART, STATS, COUNT, O, head, now, slots, recent, sinks, splits, C: tl.constexpr
 ):
     "What the last program of a key head does: sums the stretches, updates the scores, gives up a slot."
     rows: tl.constexpr = C.rows
@@ -132,8 +132,8 @@ def finish_step(
     m = tl.full([rows], float("-inf"), tl.float32)
     l = tl.zeros([rows], tl.float32)
     acc = tl.zeros([rows, value_width], tl.float32)
-    for s in range(C.splits):
-        at = (head * C.splits + s) * rows + g
+    for s in range(splits):
+        at = (head * splits + s) * rows + g
         part_m, part_l = (
             tl.load(STATS + at * 2, cache_modifier=".cg"),
             tl.load(STATS + at * 2 + 1, cache_modifier=".cg"),
@@ -233,12 +233,12 @@ def run_step(q, k, v, keys, values, scores, positions, place, fresh, room, recen
     (B, H, _, D), (_, Hk, slots, DV) = q.shape, values.shape
     out = torch.empty(B, H, 1, DV, dtype=q.dtype, device=q.device)
     C = StepConstants(
-        room.block, H // Hk, round_dim(H // Hk), D, DV, round_dim(D), round_dim(DV), room.splits,
-        min(4096, max(16, 1 << (slots - 1).bit_length())) if arch_of(q.device) != "interpreter" else 64, accumulate,
+        room.block, H // Hk, round_dim(H // Hk), D, DV, round_dim(D), round_dim(DV),
+        64 if arch_of(q.device) == "interpreter" else 1024 if slots <= 1024 else 4096, accumulate,
     )  # fmt: skip
     h2o_step[(room.splits, B * Hk)](
         q, k, v, keys, values, scores, positions, place, fresh, room.logits, room.part, room.stats, room.count, out,
-        q.stride(), k.stride(), v.stride(), slots, room.per_split, Hk, recent, sinks, scale * 1.4426950408889634,
+        q.stride(), k.stride(), v.stride(), slots, room.per_split, Hk, recent, sinks, room.splits, scale * 1.4426950408889634,
         C=C, PRECISION=dot_precision(q.dtype), num_warps=room.warps,
     )  # fmt: skip
     return out

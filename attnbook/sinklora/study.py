@@ -349,6 +349,6 @@ def _beats_full():
 
 
 def _reverse(found: tuple[str, str]) -> tuple[str, str]:
-    "The verdict on the contrary."
+    "The verdict on the contrary; that nothing was caught shows nothing, as a network may have learnt too little."
     swap = {"holds": "does not hold here", "does not hold here": "not measured"}
     return swap.get(found[0], found[0]), found[1]

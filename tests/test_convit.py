@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attnbook.convit.claims_study import _gain, _module_gain, _over_plain, _peak_memory
 from attnbook.convit.experiments_study import (
     KINDS,
     NETWORK,
@@ -20,6 +21,7 @@ from attnbook.convit.experiments_study import (
     resolution_transfer,
     small_vit,
 )
+from attnbook.convit.launch_op import _launch_backward, _launch_forward, gated_mix_op, gpsa_fused_op, gpsa_packed_op
 from attnbook.convit.nets import (
     DEIT_PARAMETERS,
     DEIT_VARIANTS,
@@ -48,15 +50,7 @@ from attnbook.convit.nets import (
     nonlocality,
     parameter_formula,
 )
-from attnbook.convit.op import (
-    _launch_backward,
-    _launch_forward,
-    gated_mix_op,
-    gpsa,
-    gpsa_fused_op,
-    gpsa_packed,
-    gpsa_packed_op,
-)
+from attnbook.convit.op import gpsa, gpsa_packed
 from attnbook.convit.reference import (
     conv_init_,
     gpsa_attention_reference,
@@ -66,7 +60,7 @@ from attnbook.convit.reference import (
     positional_scores,
     relative_positions,
 )
-from attnbook.convit.study import _gain, _module_gain, _over_plain, _peak_memory, claims
+from attnbook.convit.study import claims
 from attnbook.lab.data import skip_without
 from attnbook.lab.testing import (
     check_against_reference,
@@ -531,6 +525,18 @@ def test_class_token_joins_late():
     )
     assert seen == [37, 37]
     assert small_convit(gpsa_layers=3)(torch.randn(1, 3, 24, 24)).shape == (1, 5)  # no class token at all
+
+
+@pytest.mark.parametrize("gpsa_layers", [2, 3], ids=["class token", "mean"])
+def test_what_is_classified(gpsa_layers):
+    model = small_convit(gpsa_layers=gpsa_layers).eval()
+    with torch.no_grad():
+        for p in model.norm.parameters():
+            p.copy_(torch.linspace(0.5, 1.5, p.numel()))
+        x = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+        tokens = model.run_blocks(x)
+        read = tokens.mean(1) if gpsa_layers == 3 else tokens[:, 0]  # first the mean, then the norm
+        assert (model(x) - model.head(model.norm(read))).abs().max() < 1e-6
 
 
 def lively(module):

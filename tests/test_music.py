@@ -28,14 +28,17 @@ from attnbook.lab.testing import (
 )
 from attnbook.lab.testing import device as device_under_test
 from attnbook.layers import count_parameters, sinusoids
+from attnbook.music.experiments_study import chorale_batches, load_chorales, longest
 from attnbook.music.midi import (
     BOS,
+    PAD,
     REST,
     Note,
     PerformanceEncoder,
     check_notes,
     grid_to_tokens,
     read_midi,
+    stretch,
     sustain,
     tokens_to_grid,
     write_midi,
@@ -43,7 +46,7 @@ from attnbook.music.midi import (
 from attnbook.music.nets import MusicTransformer, generate, music_model, sample, token_nll
 from attnbook.music.op import relative_attention
 from attnbook.music.reference import relative_attention_reference
-from attnbook.music.study import _gap, _growth, claims, load_chorales, longest
+from attnbook.music.study import _gap, _growth, claims
 
 
 def _qkv(L, M, H=2, D=16, B=1, dtype=torch.float32, shared=False, seed=0):
@@ -205,6 +208,15 @@ def test_cache_equals_parallel(case):
         logits, caches = model.step(before[:, a:b], a, caches)
         parts.append(logits)
     assert (torch.cat(parts, 1) - want).abs().max() < 1e-5
+
+
+def test_relative_vectors_begin_as_noise_around_zero():
+    layer = next(m for m in _small(max_distance=64).modules() if hasattr(m, "rel"))
+    rel, width = layer.rel.detach(), layer.rel.shape[-1]
+    error = width**-0.5 / rel.numel() ** 0.5
+    assert (
+        abs(rel.mean()) < 5 * error and rel.std() == pytest.approx(width**-0.5, rel=0.2) and rel.min() < 0 < rel.max()
+    )
 
 
 def test_generate():
@@ -547,9 +559,36 @@ def test_any_tokens_decode():
     assert check_notes(e.decode(noise)) and e.quantise(e.decode(noise)) == e.decode(noise)
 
 
+def test_stretch():
+    notes = [Note(1.0, 2.0, 60, 90), Note(2.0, 2.5, 64, 30)]
+    assert stretch(notes, 1.5, -3) == [Note(1.5, 3.0, 57, 90), Note(3.0, 3.75, 61, 30)]  # slower, lower, as loud
+    assert stretch(notes) == notes
+
+
 def test_sustain():
     notes = [Note(0, 0.5, 60), Note(1, 1.25, 60), Note(0, 0.25, 64)]
     assert [n.end for n in sustain(notes, [(0.125, 2)])] == [1, 2, 2]  # until struck again, until released
+
+
+@pytest.mark.parametrize("low, high", [(2, BOS - 1), (2, 4), (BOS - 3, BOS - 1), (20, 25)], ids=str)
+def test_transposed_crops_stay_notes(low, high):
+    piece = torch.tensor([low, REST, high, REST] * 16)
+    rows = torch.cat([chorale_batches([piece], 64, 64, seed)(3) for seed in range(3)])
+    shifts = rows[:, 0] - low
+    assert torch.equal(
+        rows, torch.where(piece >= 2, piece + shifts[:, None], piece)
+    )  # all notes by one shift, rests as they are
+    least, most = max(-5, 2 - low), min(6, BOS - 1 - high)
+    assert sorted(set(shifts.tolist())) == list(range(least, most + 1))  # every shift that is allowed, no other
+
+
+def test_crops_are_filled_up():
+    batch = chorale_batches([torch.tensor([5, 6, 7])], 5, 4)(0)
+    assert (
+        (batch[:, 3:] == PAD).all()
+        and (batch[:, :3] >= 2).all()
+        and torch.equal(batch, chorale_batches([torch.tensor([5, 6, 7])], 5, 4)(0))
+    )
 
 
 def gap(training, gap):

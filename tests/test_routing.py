@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from attnbook.attention import attention_reference
 from attnbook.lab.results import load_results
@@ -31,6 +32,7 @@ from attnbook.lab.testing import (
 from attnbook.lab.testing import device as device_under_test
 from attnbook.layers import count_parameters
 from attnbook.routing.kmeans_nets import OnlineKMeans
+from attnbook.routing.language_nets import RoutingTransformerLM, parameter_counts, routing_model
 from attnbook.routing.language_study import (
     attention_maps,
     bits_per_byte,
@@ -42,7 +44,7 @@ from attnbook.routing.language_study import (
     run_language,
     timed_steps,
 )
-from attnbook.routing.leak_study import leak_summary
+from attnbook.routing.leak_study import gain_on_the_bound, leak_summary, uniform_tokens
 from attnbook.routing.membership_op import (
     cluster_sums,
     cluster_sums_op,
@@ -54,14 +56,7 @@ from attnbook.routing.membership_op import (
     spherical_norm_op,
     topw_membership,
 )
-from attnbook.routing.nets import (
-    MEMBERSHIPS,
-    RoutingAttention,
-    RoutingSelfAttention,
-    RoutingTransformerLM,
-    parameter_counts,
-    routing_model,
-)
+from attnbook.routing.nets import MEMBERSHIPS, RoutingAttention, RoutingSelfAttention
 from attnbook.routing.op import routed_attention
 from attnbook.routing.presets_study import PRESETS
 from attnbook.routing.reference import (
@@ -413,7 +408,8 @@ def test_commitment_gradient():
 
 TWO_PROCESSES = """
 import os, sys, torch
-from attnbook.routing.kmeans_nets import OnlineKMeans, spherical_norm_reference
+from attnbook.routing.kmeans_nets import OnlineKMeans
+from attnbook.routing.reference import spherical_norm_reference
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 x = spherical_norm_reference(torch.randn(2, 2, 30, 16, generator=torch.Generator().manual_seed(0)))
@@ -581,6 +577,29 @@ def test_parameter_counts():
     check_raises(
         routing_model, [(dict(name="pg19"), ValueError, ["name", "pg19", "enwik8, 8k"])], name="enwik8, 8k", depth=1
     )
+
+
+class _Knowing(nn.Module):
+    "Logits that put everything on the tokens that `guess(x)` gives."
+
+    num_tokens = 16
+
+    def __init__(self, guess, sure=50.0):
+        super().__init__()
+        self.guess, self.sure = guess, sure
+
+    def forward(self, x):
+        return self.sure * F.one_hot(self.guess(x), 16).float(), None
+
+
+def test_gain_is_scored_on_the_targets():
+    score = lambda model: gain_on_the_bound(model, batches=2, batch=8, seed=5)
+    idle, copy = score(_Knowing(lambda x: x, sure=0.0)), score(_Knowing(lambda x: x))
+    following = {tuple(x.flatten().tolist()): y for x, y in (uniform_tokens(8, 5 + i) for i in range(2))}
+    oracle = score(_Knowing(lambda x: following[tuple(x.flatten().tolist())]))
+    assert idle["gain"] == pytest.approx(0, abs=1e-6) and idle["error"] == pytest.approx(0, abs=1e-6)
+    assert copy["gain"] > 10  # sure of what it has just read, and nearly always wrong
+    assert oracle["gain"] == pytest.approx(-math.log(16), abs=1e-6)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ __all__ = ['memory_elements', 'largest', 'comm_bytes', 'NETWORKS', 'hop_kind', '
 
 # %% auto #imports
 from ..checks import check_choice
-from .reference import Hop, chunk_of, hop_pairs
+from .reference import LAYOUTS, Hop, chunk_of, hop_pairs
 
 # %% ../../nbs/4_long_context/ring.ipynb #e2b00c7a
 def memory_elements(
@@ -112,6 +112,12 @@ def hop_kind(hop: Hop) -> str:
     return "causal" if pairs != dense else "half_k" if hop.keys < hop.k.rows else "half_q"
 
 
+def _hops(layout: str, ranks: int, rows: int, causal: bool) -> list[list[Hop]]:
+    "The hops of a pass: by step, what each rank computes."
+    chunks = [chunk_of(layout, r, ranks, rows) for r in range(ranks)]
+    return [[Hop(chunks[r], chunks[(r - s) % ranks], causal) for r in range(ranks)] for s in range(ranks)]
+
+
 def project(
     block_s: dict,
     *,
@@ -128,10 +134,9 @@ def project(
 
     `block_s`: seconds of a block by kind (see `hop_kind`): `{"fwd": {kind: s}, "dq": …, "dkv": …}`. `kv_bytes`: K and V
     of one rank. `alpha` seconds a hop, `beta` bytes per second. Ideal: all pairs shared out evenly, at the rate of the
-    best block.
+    best block that any layout has, so that layouts are compared with one ideal.
     """
-    chunks = [chunk_of(layout, r, ranks, rows) for r in range(ranks)]
-    hops = [[Hop(chunks[r], chunks[(r - s) % ranks], causal) for r in range(ranks)] for s in range(ranks)]
+    hops = _hops(layout, ranks, rows, causal)
     kinds = [[hop_kind(h) for h in row] for row in hops]
     cost = lambda part, kind: 0.0 if kind == "none" else block_s[part][kind]
     t_kv, t_packet = ((alpha + b / beta) if ranks > 1 else 0.0 for b in (kv_bytes, packet_bytes))
@@ -145,7 +150,8 @@ def project(
             for k in kinds[s]
         )
     bwd += max(max(cost("dkv", k), t_packet) for k in kinds[0])
-    pairs = {k: hop_pairs(*h) for row, names in zip(hops, kinds) for h, k in zip(row, names) if k != "none"}
+    pairs = {hop_kind(h): hop_pairs(*h) for name in LAYOUTS for row in _hops(name, ranks, rows, causal) for h in row}
+    pairs = {k: n for k, n in pairs.items() if k in block_s["fwd"]}
     total = sum(hop_pairs(*h) for row in hops for h in row) / ranks
     ideal = {
         p: min(sum(block_s[x][k] for x in parts) / n for k, n in pairs.items()) * total

@@ -21,7 +21,8 @@ from attnbook.lab.testing import (
 )
 from attnbook.lab.testing import device as device_under_test
 from attnbook.layers import count_parameters
-from attnbook.lm.nets import CONFIGS, LanguageModel, ModelConfig
+from attnbook.lm.configs import CONFIGS
+from attnbook.lm.nets import LanguageModel, ModelConfig
 from attnbook.lm.reference import RopeScaling, rotate
 from attnbook.lm.sampling import generate
 from attnbook.sinklora.experiments_study import (

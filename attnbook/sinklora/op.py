@@ -16,7 +16,8 @@ from torch import Tensor
 from ..checks import check_bool, check_int, check_qkv, check_scale, check_tensor
 from ..engine import attention, operation, resolve_backend
 from ..engine.host import Plans, autocast, through_float32, without_autocast
-from ..engine.run import empty_heads, plan_forward, run_backward, run_forward
+from ..engine.run import empty_heads, plan_forward, run_forward
+from ..engine.run_backward import run_backward
 from .kernels import SF, add_sink_gradient, run_column_sums
 from .reference import moved_by, rolled_attention, shifted_heads
 

@@ -21,7 +21,7 @@ from ..lab.bench import compare, sdpa
 from ..lab.claims import Claim, grade, matches, out_of_reach, over_range
 from ..lab.results import load_results, newest_device, record
 from ..lab.stats import Speedup, by_seed, paired, speedups
-from ..lm.nets import CONFIGS
+from ..lm.configs import CONFIGS
 from .experiments_study import FORMS
 from .h2o_op import H2OCache
 from .nets import lora_plus_counts

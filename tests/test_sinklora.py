@@ -342,6 +342,17 @@ def test_enough_room_is_full_attention(backend):
         torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_of_equal_scores_the_oldest_goes(backend):
+    cache = H2OCache(1, 1, 4, 3, 1, num_sinks=1, device=device_under_test(), backend=backend)
+    cache.positions[0, 0] = torch.tensor([3, 0, 4, 2, 1, -1])  # slots in any order, the last is free
+    cache.place[0, 0] = torch.tensor([5, 5])
+    zero = torch.zeros(1, 1, 1, 4, device=device_under_test())
+    cache.step(zero, zero, zero)
+    assert cache.positions[0, 0].tolist() == [3, 0, 4, 2, -1, 5] and cache.place[0, 0].tolist() == [4, 6]
+    torch.testing.assert_close(cache.scores[0, 0].cpu(), torch.full((6,), 1 / 6))
+
+
 def test_narrow_types():
     exact, narrow = (
         H2OCache(1, 2, 16, 3, 3, dtype=d, device=device_under_test()) for d in (torch.float32, torch.bfloat16)

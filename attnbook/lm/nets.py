@@ -264,6 +264,7 @@ class Decoder(nn.Module):
     def set_attention(self, attention: Callable | Sequence[Callable] | None) -> None:
         "Plugs another attention into the sockets: one for all layers, one for each, or None for `DenseAttention`."
         for block, attend in zip(self.blocks, _per_layer(attention, self.config.depth)):
+            del block.attention.attend  # a module's place is not for what is none
             block.attention.attend = attend
 
     def make_cache(

@@ -1,0 +1,369 @@
+# Written from the test cells of nbs/4_long_context/cca.ipynb by `attnbook export`. Do not edit.
+# fmt: off
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from attnbook.attention import attention_reference
+from attnbook.cca.op import cca_attention, cca_attention_op, cca_pool, cca_pool_op, core_attention, core_attention_op
+from attnbook.cca.reference import (
+    POOLS,
+    cca_attention_reference,
+    cca_cost,
+    cca_kv_bytes,
+    cca_mask,
+    cca_pool_reference,
+    cca_visible_pairs,
+    core_count,
+)
+from attnbook.lab.testing import (
+    TOLERANCE,
+    check_against_reference,
+    check_gradients,
+    check_opcheck,
+    check_operation,
+    check_raises,
+    make_qkv,
+    rel_error,
+)
+from attnbook.lab.testing import device as device_under_test
+
+COVERS = [(24, 4, 6), (37, 5, 8), (40, 7, 3), (9, 16, 4), (33, 1, 5), (50, 16, 1), (64, 8, 64), (1, 1, 1), (30, 4, 9)]
+
+
+@pytest.mark.parametrize("L, g, s", COVERS, ids=str)
+def test_exact_cover(L, g, s):
+    mask, m = cca_mask(L, g, s), L // g
+    tokens = torch.cat([mask[:, :m].repeat_interleave(g, 1), torch.zeros(L, L - m * g, dtype=torch.bool)], 1)
+    times = tokens.long() + mask[:, m:].long()  # how often each token is seen
+    assert torch.equal(times, torch.ones(L, L, dtype=torch.long).tril())
+    raw = mask[:, m:].sum(1)
+    few = torch.arange(1, L + 1) < s + g
+    assert torch.equal(raw[few], torch.arange(1, L + 1)[few])  # nothing is pooled yet
+    assert ((raw[~few] >= s) & (raw[~few] < s + g)).all()
+
+
+def test_positions_are_counted_from_zero():
+    "Token t = s + g - 1 is the first that sees a core."
+    assert [core_count(t, 4, 6) for t in (0, 8, 9, 12, 13)] == [0, 0, 1, 1, 2]
+    assert core_count(torch.tensor([8, 9, 13]), 4, 6).tolist() == [0, 1, 2]
+
+
+def test_pair_counts():
+    ratio = lambda L: L * (L + 1) / 2 / cca_visible_pairs(L, 16, 1024)
+    found = [round(ratio(L), 3) for L in (4096, 32768, 65536, 131072)]
+    assert found == [2.104, 8.292, 10.896, 12.954]
+
+
+@pytest.mark.parametrize("L, g, s", COVERS, ids=str)
+def test_pairs_are_those_of_the_mask(L, g, s):
+    assert cca_visible_pairs(L, g, s) == int(cca_mask(L, g, s).sum())
+
+
+def test_cost_of_one_group():
+    "g = 1 is causal attention: L (L + 1) / 2 pairs, whatever the window."
+    cost = cca_cost(8, 1, 3, heads=2, head_dim=4)
+    assert cost["flops_fwd"] == 4 * 4 * 2 * 36 and cost["flops_bwd"] == 10 * 4 * 2 * 36
+    cores = 5  # seen by the last query
+    assert cost["bytes_fwd"] == 2 * (2 * 4 * 8 * 4 + 2 * 2 * cores * 4) + 4 * 2 * 8
+    assert cca_kv_bytes(100, 4, 8, 2, 16) == 2 * (25 + 12) * 2 * 16 * 2
+    assert cca_kv_bytes(5, 4, 8, 2, 16, batch=3, layers=2, element_size=4) == 2 * (1 + 5) * 2 * 16 * 24
+
+
+def draw(L=19, B=1, H=2, Hk=None, D=4, Dv=None, dtype=torch.float64, seed=0):
+    "Seeded q, k, v on the device under test, as keyword arguments."
+    q, k, v = make_qkv(B, H, L, D, kv_heads=Hk, Dv=Dv, dtype=dtype, seed=seed)
+    return dict(q=q, k=k, v=v)
+
+
+@pytest.mark.parametrize("g, s", [(1, 1), (1, 7), (4, 19), (5, 64), (30, 2)], ids=str)
+def test_limits_are_causal_attention(g, s):
+    i = draw(Hk=1)
+    want = attention_reference(*i.values(), is_causal=True)
+    assert rel_error(cca_attention_reference(**i, group_size=g, window_size=s), want) < 1e-12
+
+
+def test_equal_tokens_pool_to_themselves():
+    i = draw(L=20)
+    for n in "kv":
+        i[n] = i[n][:, :, ::5].repeat_interleave(5, 2)
+    cores = {pool: cca_pool_reference(**i, group_size=5, pool=pool) for pool in POOLS}
+    for pool in POOLS:
+        for core, x in zip(cores[pool], (i["k"], i["v"])):
+            assert rel_error(core, x[:, :, ::5]) < 1e-12
+    full = attention_reference(*i.values(), is_causal=True)
+    out = cca_attention_reference(**i, group_size=5, window_size=3, core_bias=math.log(5))
+    assert rel_error(out, full) < 1e-12, "log g makes up for the size of a group"
+    assert rel_error(cca_attention_reference(**i, group_size=5, window_size=3), full) > 1e-2
+
+
+@pytest.mark.parametrize("heads", ["kv", "q"])
+def test_pooling_by_hand(heads):
+    i, g = draw(L=11, H=4, Hk=2), 3
+    kc, vc = cca_pool_reference(**i, group_size=g, pool_heads=heads)
+    for h in range(2 if heads == "kv" else 4):
+        for c in range(3):
+            rows, hk = slice(c * g, c * g + g), h if heads == "kv" else h // 2
+            scorers = (2 * h, 2 * h + 1) if heads == "kv" else (h,)
+            p = sum((i["k"][0, hk, rows] @ i["q"][0, a, c * g + g - 1] / 2).softmax(0) for a in scorers) / len(scorers)
+            assert rel_error(kc[0, h, c], p @ i["k"][0, hk, rows]) < 1e-12
+            assert rel_error(vc[0, h, c], p @ i["v"][0, hk, rows]) < 1e-12
+
+
+def test_other_pools_by_hand():
+    i = draw(L=7, H=2, Hk=1)
+    for pool, want in (("mean", lambda x: x.mean(0)), ("max", lambda x: x.max(0).values), ("last", lambda x: x[-1])):
+        for heads, n in (("kv", 1), ("q", 2)):
+            cores = cca_pool_reference(**i, group_size=3, pool=pool, pool_heads=heads)
+            for core, x in zip(cores, (i["k"], i["v"])):
+                assert core.shape == (1, n, 2, 4)
+                assert rel_error(core[0, -1, 1], want(x[0, 0, 3:6])) < 1e-12
+
+
+def test_a_peaked_group_is_its_peak():
+    i = draw(L=8)
+    i["q"][..., 0], i["k"][..., 0] = 1.0, 0.0
+    i["k"][:, :, 5, 0] = 1e4
+    kc, vc = cca_pool_reference(**i, group_size=4)
+    assert rel_error(kc[:, :, 1], i["k"][:, :, 5]) < 1e-12 and rel_error(vc[:, :, 1], i["v"][:, :, 5]) < 1e-12
+
+
+@pytest.mark.parametrize("p", [5, 6, 11, 18])
+def test_causality(p):
+    i = draw()
+    out = cca_attention_reference(**i, group_size=4, window_size=3)
+    other = {n: torch.cat([t[:, :, :p], torch.randn_like(t[:, :, p:])], 2) for n, t in i.items()}
+    again = cca_attention_reference(**other, group_size=4, window_size=3)
+    assert rel_error(again[:, :, :p], out[:, :, :p]) < 1e-12 and rel_error(again[:, :, p:], out[:, :, p:]) > 1e-2
+
+
+@pytest.mark.parametrize("t, far", [(7, True), (6, False), (16, False)], ids=["scorer", "inside", "no group yet"])
+def test_the_last_query_chooses(t, far):
+    i = draw(L=18)
+    out = cca_attention_reference(**i, group_size=4, window_size=3)
+    i["q"][:, :, t] += 1
+    changed = (cca_attention_reference(**i, group_size=4, window_size=3) != out).any(-1).any(1)[0]
+    rows = [r for r in range(18) if r == t or far and core_count(r, 4, 3) > t // 4]
+    assert changed.nonzero().flatten().tolist() == rows
+
+
+def test_order_inside_a_far_group_does_not_matter():
+    i, g, s = draw(L=24), 4, 5
+    out = cca_attention_reference(**i, group_size=g, window_size=s)
+    moved = i | {n: i[n][:, :, [0, 1, 2, 3, 6, 4, 7, 5, *range(8, 24)]] for n in "kv"}
+    again = cca_attention_reference(**moved, group_size=g, window_size=s)
+    far = [t for t in range(24) if core_count(t, g, s) >= 2]
+    assert rel_error(again[:, :, far], out[:, :, far]) < 1e-12
+    moved["q"] = i["q"][:, :, [0, 1, 2, 3, 4, 5, 7, 6, *range(8, 24)]]
+    assert rel_error(cca_attention_reference(**moved, group_size=g, window_size=s)[:, :, far], out[:, :, far]) > 1e-3
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_reference_gradients(pool):
+    op = partial(cca_attention_reference, group_size=4, window_size=6, pool=pool, core_bias=0.5)
+    check_gradients(op, draw(L=19, H=2, Hk=1))
+
+
+def _spans(L, g, s, BM, BN):
+    "The four spans as Python functions of a tile's number (Triton's interpreter is not needed for integers)."
+    first = lambda t: max(t + 1 - s, 0) // g * g
+    up = lambda a, b: -(-a // b)
+    M = core_count(L - 1, g, s)
+
+    def tile(i, size, n):
+        return i * size, min(i * size + size, n) - 1
+
+    raw_k = lambda i: (lambda a, z: (first(a) // BN, up(first(z), BN), (a + 1) // BN, up(z + 1, BN)))(*tile(i, BM, L))
+    core_k = lambda i: (lambda a, z: (0, 0, first(a) // g // BN, up(first(z) // g, BN)))(*tile(i, BM, L))
+    last = lambda n: min(n // g * g + g + s - 2, L - 1)
+    raw_q = lambda j: (lambda a, z: (a // BM, up(z, BM), (last(a) + 1) // BM, up(last(z) + 1, BM)))(*tile(j, BN, L))
+    begin = lambda c: (c + 1) * g + s - 1
+    core_q = lambda j: (lambda a, z: (begin(a) // BM, up(begin(z), BM), L // BM, up(L, BM)))(*tile(j, BN, M))
+    return raw_k, core_k, raw_q, core_q, M
+
+
+@pytest.mark.parametrize("L, g, s", [(37, 5, 8), (40, 7, 3), (64, 4, 16), (50, 16, 1), (33, 3, 20)], ids=str)
+@pytest.mark.parametrize("BM, BN", [(4, 8), (8, 4)], ids=str)
+def test_spans(L, g, s, BM, BN):
+    raw_k, core_k, raw_q, core_q, M = _spans(L, g, s, BM, BN)
+    mask = cca_mask(L, g, s)
+    cores, raw = mask[:, :M], mask[:, L // g :]
+
+    def check(span, seen, rows, columns):
+        for i in range(-(-seen.shape[0] // rows)):
+            lo, full_lo, full_hi, hi = span(i)
+            part = seen[i * rows : (i + 1) * rows]
+            for j in range(-(-seen.shape[1] // columns)):
+                block = part[:, j * columns : (j + 1) * columns]
+                assert block.any() == (lo <= j < hi), (i, j)
+                full = max(full_lo, lo) <= j < min(max(full_hi, full_lo), hi)
+                assert not full or block.all() and block.shape[1] == columns, (i, j)
+
+    check(raw_k, raw, BM, BN)
+    check(raw_q, raw.T, BN, BM)
+    if M:
+        check(core_k, cores, BM, BN)
+        check(core_q, cores.T, BN, BM)
+
+
+BACKENDS = ("torch", "triton")
+CASES = {  # name -> (arguments of draw, group, window)
+    "plain": (dict(L=40, D=16), 4, 8),
+    "odd": (dict(L=37, H=2, Hk=1, D=8), 5, 7),
+    "group of 3": (dict(L=50, H=1, D=16), 3, 10),
+    "window below group": (dict(L=41, H=1, D=16, Dv=24), 7, 3),
+    "group of 1": (dict(L=21, H=1), 1, 4),
+    "shared heads": (dict(L=35, H=4, Hk=2), 4, 6),
+    "short": (dict(L=3, H=1), 4, 6),
+    "one token": (dict(L=1, H=1), 1, 1),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_agrees_with_reference(case, backend):
+    what, g, s = CASES[case]
+    op = partial(cca_attention, group_size=g, window_size=s, backend=backend)
+    check_against_reference(
+        op, partial(cca_attention_reference, group_size=g, window_size=s), draw(**what, dtype=torch.float32), grad_tol=3e-5
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("heads", ["kv", "q"])
+@pytest.mark.parametrize("pool, bias", [("cca", 1.5), ("mean", None), ("max", -0.5), ("last", None)], ids=str)
+def test_pools_and_bias(pool, bias, heads, backend):
+    options = dict(group_size=4, window_size=6, pool=pool, pool_heads=heads, core_bias=bias, scale=0.3)
+    i = draw(L=35, H=4, Hk=2, dtype=torch.float32)
+    op = partial(cca_attention, backend=backend, **options)
+    check_against_reference(op, partial(cca_attention_reference, **options), i, grad_tol=3e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_types(dtype, backend):
+    options = dict(group_size=4, window_size=6)
+    i = draw(L=33, D=16, Hk=1, dtype=dtype)
+    op = partial(cca_attention, backend=backend, **options)
+    check_against_reference(
+        op, partial(cca_attention_reference, **options), i, dtype=dtype, grad_tol=3 * TOLERANCE[dtype]
+    )
+
+
+@pytest.mark.parametrize("heads", ["kv", "q"])
+@pytest.mark.parametrize("L, g", [(23, 5), (9, 3), (150, 70)], ids=str)
+def test_pooling(L, g, heads):
+    i = draw(L=L, H=4, Hk=2, D=8, Dv=5, dtype=torch.float32)
+    op = partial(cca_pool, group_size=g, pool_heads=heads)
+    check_against_reference(partial(op, backend="triton"), partial(op, backend="torch"), i, grad_tol=3e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_given_cores(backend):
+    "The halves make the whole, whether the cores are just enough or more."
+    i, g, s = draw(L=30, H=2, Hk=1, dtype=torch.float32), 4, 6
+
+    def halves(q, k, v):
+        kc, vc = cca_pool(q, k, v, g, backend=backend)
+        assert kc.shape[2] == 7 and core_count(29, g, s) == 6
+        return core_attention(q, k, v, kc, vc, g, s, backend=backend)
+
+    check_against_reference(halves, partial(cca_attention_reference, group_size=g, window_size=s), i, grad_tol=3e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_of_given_cores(backend):
+    i, g, s = draw(L=26, H=2, Hk=1, dtype=torch.float32), 4, 6
+    i |= dict(k_core=torch.randn(1, 1, 5, 4), v_core=torch.randn(1, 1, 5, 4))
+
+    def reference(q, k, v, k_core, v_core):
+        keys, values = (torch.cat(x, 2).repeat_interleave(2, 1) for x in ((k_core, k), (v_core, v)))
+        mask = cca_mask(26, g, s)[:, [*range(5), *range(6, 32)]]
+        return attention_reference(q, keys, values, mask=mask.to(q.device))
+
+    i = {n: t.to(device_under_test()) for n, t in i.items()}
+    op = partial(core_attention, group_size=g, window_size=s, backend=backend)
+    check_against_reference(op, reference, i, grad_tol=3e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_good_citizen(backend):
+    op = partial(cca_attention, group_size=3, window_size=4, backend=backend)
+    reference = partial(cca_attention_reference, group_size=3, window_size=4)
+    check_operation(op, reference, draw(L=18, H=2, Hk=1, dtype=torch.float32), grad_tol=3e-5)
+
+
+def test_pool_is_a_good_citizen():
+    op = partial(cca_pool, group_size=3, backend="triton")
+    i = draw(L=8, H=2, Hk=1, dtype=torch.float32)
+    check_operation(op, partial(cca_pool_reference, group_size=3), i, grad_tol=3e-5)
+
+
+def test_registered_operations():
+    q, k, v = (t.requires_grad_() for t in draw(L=13, H=2, Hk=1, dtype=torch.float32).values())
+    cores = [torch.randn(1, 1, 3, 4, device=q.device, requires_grad=True) for _ in "kv"]
+    check_opcheck(cca_pool_op, (q, k, v, 4, 3, False, 0.5))
+    check_opcheck(core_attention_op, (q, k, v, *cores, 3, 4, 0.5, 0.0))
+    check_opcheck(cca_attention_op, (q, k, v, 3, 4, True, 0.5, 0.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_logits(backend):
+    q = torch.full((1, 1, 24, 16), 1e4, device=device_under_test())
+    out = cca_attention(q, q, torch.ones_like(q), 4, 6, scale=1.0, backend=backend)
+    assert (out - 1).abs().max() < 1e-3
+    i = draw(L=24, H=1, D=16, dtype=torch.float32)
+    i["q"][:], i["k"][:] = 1.0, 0.0
+    i["k"][:, :, 5] = 3e3
+    out = cca_attention(**i, group_size=4, window_size=6, backend=backend)
+    far = [t for t in range(24) if core_count(t, 4, 6) >= 2]  # token 5 is in their second core
+    assert rel_error(out[:, :, far], i["v"][:, :, 5:6].expand(-1, -1, len(far), -1)) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.4], ids=str)
+def test_scales_without_folding(scale):
+    options = dict(group_size=3, window_size=4, scale=scale, core_bias=0.7)
+    op = partial(cca_attention, backend="triton", **options)
+    i = draw(L=18, H=1, dtype=torch.float32)
+    check_against_reference(op, partial(cca_attention_reference, **options), i, grad_tol=3e-5)
+
+
+def test_meta():
+    q = torch.empty(1, 2, 40, 8, device="meta")
+    assert cca_attention(q, q, q, 4, 8).shape == q.shape
+
+
+def test_bad_input():
+    i = draw(L=20, H=4, Hk=2, dtype=torch.float32)
+    q, k, v = i.values()
+    core = torch.zeros(1, 2, 3, 4, device=q.device)
+    bad = [
+        (dict(group_size=0), ValueError, ("group_size", "0")),
+        (dict(group_size=2.0), TypeError, ("group_size", "2.0")),
+        (dict(group_size=True), TypeError, "group_size"),
+        (dict(window_size=0), ValueError, ("window_size", "0")),
+        (dict(window_size="8"), TypeError, "window_size"),
+        (dict(k=k[:, :, :-1]), ValueError, "k"),
+        (dict(k=k[:, :, :-1], v=v[:, :, :-1]), ValueError, ("k must", "20", "19")),
+        (dict(q=q[:, :3]), ValueError, "heads"),
+        (dict(q=q.long()), TypeError, "q must"),
+        (dict(v=v.half()), TypeError, "v must"),
+        (dict(pool="sum"), ValueError, ("pool", "mean")),
+        (dict(pool=1), TypeError, "pool"),
+        (dict(pool_heads="all"), ValueError, "pool_heads"),
+        (dict(core_bias="log"), TypeError, "core_bias"),
+        (dict(scale=math.inf), ValueError, "scale"),
+        (dict(backend="cuda"), ValueError, "backend"),
+    ]
+    check_raises(cca_attention, bad, **i, group_size=4, window_size=8)
+    pool_bad = [b for b in bad if not {"window_size", "core_bias"} & b[0].keys()]
+    check_raises(cca_pool, pool_bad, **i, group_size=4)
+    few = [
+        (dict(k_core=core[:, :, :2]), ValueError, ("k_core", "3 cores", "2")),
+        (dict(v_core=core[:, :1]), ValueError, "v_core"),
+        (dict(k_core=core.double()), TypeError, "k_core"),
+        (dict(v_core=None), TypeError, "v_core"),
+    ]
+    check_raises(core_attention, few, **i, k_core=core, v_core=core, group_size=4, window_size=8)

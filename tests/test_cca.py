@@ -1,12 +1,30 @@
 # Written from the test cells of nbs/4_long_context/cca.ipynb by `attnbook export`. Do not edit.
 # fmt: off
+import copy
+import importlib
 import math
 from functools import partial
 
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 from attnbook.attention import attention_reference
+from attnbook.cca.cache import CCACache, cca_decode, turned_on
+from attnbook.cca.experiments_study import (
+    PRESETS,
+    _ALL,
+    WindowAttention,
+    asked_distance,
+    attention_of,
+    equal_window,
+    recall_batch,
+    recall_rows,
+    run_recall,
+    run_text,
+)
+from attnbook.cca.nets import CCAAttention, register_transformers, swap_attention
 from attnbook.cca.op import cca_attention, cca_attention_op, cca_pool, cca_pool_op, core_attention, core_attention_op
 from attnbook.cca.reference import (
     POOLS,
@@ -29,6 +47,9 @@ from attnbook.lab.testing import (
     rel_error,
 )
 from attnbook.lab.testing import device as device_under_test
+from attnbook.layers import count_parameters
+from attnbook.lm.nets import LanguageModel, ModelConfig, Rope
+from attnbook.lm.reference import rotate
 
 COVERS = [(24, 4, 6), (37, 5, 8), (40, 7, 3), (9, 16, 4), (33, 1, 5), (50, 16, 1), (64, 8, 64), (1, 1, 1), (30, 4, 9)]
 
@@ -367,3 +388,283 @@ def test_bad_input():
         (dict(v_core=None), TypeError, "v_core"),
     ]
     check_raises(core_attention, few, **i, k_core=core, v_core=core, group_size=4, window_size=8)
+
+
+DECODES = {  # name -> (draw, group, window, options)
+    "plain": (dict(L=30), 4, 6, {}),
+    "shared heads": (dict(L=29, H=4, Hk=2, D=8), 3, 5, dict(core_bias=1.0)),
+    "cores by query": (dict(L=23, H=4, Hk=2, D=8), 4, 3, dict(pool_heads="q")),
+    "group of 1": (dict(L=9), 1, 3, {}),
+    "mean": (dict(L=20), 4, 6, dict(pool="mean", scale=0.3)),
+}
+
+
+def cache_for(i, g, s, backend, **options):
+    "An empty cache for inputs i."
+    (B, H, L, D), HK = i["q"].shape, i["k"].shape[1]
+    return CCACache(
+        B, HK, D, g, s, L, i["q"].dtype, i["q"].device, heads=H, backend=backend, **options
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", DECODES)
+def test_steps_are_the_parallel_form(case, backend):
+    what, g, s, options = DECODES[case]
+    i = draw(**what, B=2, dtype=torch.float32)
+    want = cca_attention_reference(**i, group_size=g, window_size=s, **options)
+    at = lambda a, b: (t[:, :, a:b] for t in i.values())
+    one = cache_for(i, g, s, backend, **options)
+    out = torch.cat([one.step(*at(t, t + 1)) for t in range(want.shape[2])], 2)
+    assert rel_error(out, want) < 1e-5
+    two = cache_for(i, g, s, backend, **options)
+    first, rest = two.prefill(*at(0, 7)), []
+    for t in range(7, want.shape[2], 2):
+        two.extend(2, len(range(t, min(t + 2, want.shape[2]))))
+        rest.append(two.attend(0, *at(t, t + 2)))
+    assert rel_error(torch.cat([first, *rest], 2), want) < 1e-5
+    m = want.shape[2] // g
+    assert all(rel_error(a[:, :, :m], b[:, :, :m]) < 1e-5 for a, b in zip(one.cores[0], two.cores[0]))
+
+
+def test_size_of_a_cache():
+    cache = CCACache(2, 3, 8, 4, 6, max_len=41, dtype=torch.bfloat16, depth=5)
+    assert cache.nbytes == cca_kv_bytes(41, 4, 6, 3, 8, batch=2, layers=5)
+    assert cache.nbytes == 2 * (41 // 4 + 4 + 6) * 3 * 8 * 2 * 2 * 5
+    out = cache_for(i := draw(L=12, dtype=torch.float32), 4, 6, "torch")
+    first = out.prefill(*i.values())
+    out.reset()
+    assert torch.equal(out.prefill(*i.values()), first) and int(out.length) == 12
+
+
+def test_cache_refuses():
+    bad = [
+        (dict(batch=0), ValueError, "batch"),
+        (dict(max_len=1.5), TypeError, "max_len"),
+        (dict(group_size=0), ValueError, "group_size"),
+        (dict(pool="sum"), ValueError, "pool"),
+        (dict(pool_heads="q"), TypeError, "heads"),
+        (dict(core_bias="1"), TypeError, "core_bias"),
+    ]
+    check_raises(CCACache, bad, batch=1, kv_heads=1, head_dim=4, group_size=4, window_size=4)
+    cache = CCACache(2, 1, 4, 4, 4, max_len=16)
+    with pytest.raises(ValueError, match="mask"):
+        cache.extend(2, 3, mask=torch.tensor([[False, True, True]] * 2))
+    with pytest.raises(ValueError, match="2 rows"):
+        cache.extend(1, 3)
+    q, length = torch.zeros(2, 1, 1, 4), torch.tensor(3)
+    good = dict(q=q, length=length, rings=cache.rings[0], cores=cache.cores[0], group_size=4, window_size=4)
+    cases = [
+        (dict(q=q[0]), ValueError, "q"),
+        (dict(length=3), TypeError, "length"),
+        (dict(length=length.float()), TypeError, "length"),
+        (dict(rings=[t[:, :, :7] for t in cache.rings[0]]), ValueError, ("rings", "8", "7")),
+        (dict(cores=[t.double() for t in cache.cores[0]]), TypeError, "cores"),
+        (dict(window_size=0), ValueError, "window_size"),
+    ]
+    check_raises(cca_decode, cases, **good)
+
+
+def tiny_model(**changes):
+    "A small model with shared heads, in float64."
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=17, dim=32, depth=2, heads=4, kv_heads=2, max_length=64, init_std=0.4)
+    return LanguageModel(ModelConfig(**sizes | changes)).to(device_under_test(), torch.float64).eval()
+
+
+def test_a_swapped_model_keeps_its_weights():
+    model, x = tiny_model(), torch.randint(17, (2, 40), device=device_under_test())
+    names, full = list(model.state_dict()), model(x)
+    swap_attention(model, 4, 64)
+    assert rel_error(model(x), full) < 1e-12 and list(model.state_dict()) == names
+    attend = swap_attention(model, 4, 8)
+    out = model(x)
+    assert rel_error(out[:, :11], full[:, :11]) < 1e-12 and rel_error(out[:, 12:], full[:, 12:]) > 1e-3
+    assert model.blocks[1].attention.attend is attend and "4, 8" in repr(attend)
+    model.set_attention(None)
+    assert torch.equal(model(x), full)
+
+
+@pytest.mark.parametrize("rope_pool", ["post", "pre"])
+@pytest.mark.parametrize("pool", ["cca", "mean"])
+def test_cached_model(rope_pool, pool):
+    model, x = tiny_model(), torch.randint(17, (2, 33), device=device_under_test())
+    attend = swap_attention(model, 4, 6, pool=pool, rope_pool=rope_pool, core_bias=0.5)
+    whole, cache = model(x), attend.make_cache(model, batch=2, max_length=40)
+    parts = [model(x[:, :9], cache=cache)] + [model(x[:, t : t + 1], cache=cache) for t in range(9, 33)]
+    assert rel_error(torch.cat(parts, 1), whole) < 1e-10
+
+
+def test_turned_keys():
+    "Turning on is rotating the key, as it was before, to the group's last position."
+    k, rope, g = torch.randn(1, 2, 11, 8, dtype=torch.float64), Rope(8), 4
+    at = torch.arange(11)
+    end = torch.where(at < 8, at // g * g + g - 1, at)[None]
+    rotated, want = (rotate(k, *rope.tables(p)) for p in (at[None], end))
+    assert rel_error(turned_on(rotated, g, rope.frequencies), want) < 1e-6
+
+
+def test_pre_and_post_differ_only_where_cores_are_seen():
+    model, x = tiny_model(depth=1), torch.randint(17, (1, 20), device=device_under_test())
+    outs = []
+    for how in ("post", "pre"):
+        swap_attention(model, 4, 6, rope_pool=how)
+        outs.append(model(x))
+    assert torch.equal(outs[0][:, :9], outs[1][:, :9]) and rel_error(outs[0][:, 9:], outs[1][:, 9:]) > 1e-4
+
+
+def test_layer():
+    torch.manual_seed(0)
+    layer = CCAAttention(32, 4, 2, group_size=4, window_size=6).double()
+    x = torch.randn(2, 25, 32, dtype=torch.float64)
+    assert layer(x).shape == x.shape
+    assert count_parameters(layer) == 2 * 32 * 32 + 2 * 32 * 16 == count_parameters(tiny_model().blocks[0].attention)
+    theirs = tiny_model().cpu().blocks[0].attention
+    mine = CCAAttention.from_attention(theirs, 4, 99)
+    rope = Rope(8)
+    call = dict(mask=None, segments=None, positions=None, cache=None, rope=rope)
+    want = theirs(x, rope.tables(torch.arange(25)[None]), call)
+    assert rel_error(mine(x), want) < 1e-12
+    for bad in (nn.Linear(3, 3), nn.MultiheadAttention(8, 2)):
+        with pytest.raises(TypeError, match="projections"):
+            CCAAttention.from_attention(bad)
+    check_raises(
+        CCAAttention,
+        [
+            (dict(num_heads=5), ValueError, "heads"),
+            (dict(num_kv_heads=3), ValueError, "kv_heads"),
+            (dict(group_size=0), ValueError, "group_size"),
+            (dict(rope_pool="none"), ValueError, "rope_pool"),
+            (dict(bias=1), TypeError, "bias"),
+        ],
+        dim=32,
+        num_heads=4,
+    )
+
+
+def test_layer_survives_copying_and_bfloat16():
+    layer = CCAAttention(16, 2, group_size=4, window_size=6, rope_theta=None)
+    again = copy.deepcopy(layer)
+    again.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 19, 16)
+    assert torch.equal(again(x), layer(x)) and "CoreContextAttention(4, 6" in repr(layer)
+    assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_socket_refuses():
+    model = tiny_model()
+    attend, x = swap_attention(model, 4, 6), torch.randint(17, (2, 9), device=device_under_test())
+    mask = torch.ones(2, 9, dtype=torch.bool, device=x.device)
+    mask[0, 0] = False
+    with pytest.raises(ValueError, match="mask"):
+        model(x, mask=mask)
+    with pytest.raises(TypeError, match="CCACache"):
+        model(x, cache=model.make_cache())
+    q = torch.zeros(1, 2, 5, 8)
+    with pytest.raises(ValueError, match="causal"):
+        attend(q, q, q, causal=False)
+
+
+def test_in_transformers():
+    pytest.importorskip("transformers")
+    try:
+        llama = importlib.import_module("transformers.models.llama")
+        of = lambda n: getattr(llama, n)
+        sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+        torch.manual_seed(0)
+        config = of("LlamaConfig")(**sizes, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.5)
+        model = of("LlamaForCausalLM")(config).eval()
+    except RuntimeError as e:  # torchvision for another torch
+        pytest.skip(str(e))
+    x = torch.randint(50, (2, 30))
+    with torch.no_grad():
+        run = lambda how, **kw: (model.set_attn_implementation(how), model(x, use_cache=False, **kw).logits)[1]
+        full = run("sdpa")
+        assert torch.allclose(run(register_transformers("cca_wide", 4, 64)), full, atol=1e-4)
+        out = run(register_transformers("cca_4_8", 4, 8))
+        assert torch.allclose(out[:, :11], full[:, :11], atol=1e-4) and not torch.allclose(out[:, 12:], full[:, 12:])
+        padded = torch.ones_like(x)
+        padded[0, :3] = 0
+        with pytest.raises(ValueError, match="attention_mask"):
+            run("cca_4_8", attention_mask=padded)
+        with pytest.raises(ValueError, match="use_cache"):
+            cache = model(x[:, :9], use_cache=True).past_key_values
+            model(x[:, 9:10], past_key_values=cache)
+
+
+def test_windows():
+    i = draw(L=20, dtype=torch.float32)
+    t = torch.arange(20)
+    near = (t[:, None] - t >= 0) & (t[:, None] - t < 5)
+    assert rel_error(WindowAttention(5)(**i), attention_reference(*i.values(), mask=near.to(i["q"].device))) < 1e-5
+    seen = near | (t < 2) & (t[:, None] >= t)
+    assert rel_error(WindowAttention(5, 2)(**i), attention_reference(*i.values(), mask=seen.to(i["q"].device))) < 1e-5
+    assert rel_error(WindowAttention(5, 2)(**i), WindowAttention(5)(**i)) > 1e-2
+
+
+@pytest.mark.parametrize("L, g, s", [(256, 16, 16), (2048, 16, 128), (48, 4, 8)], ids=str)
+def test_a_wide_window_costs_as_much(L, g, s):
+    w = equal_window(L, g, s)
+    pairs = sum(min(t + 1, w) for t in range(L))
+    assert s < w < L and abs(pairs / cca_visible_pairs(L, g, s) - 1) < 0.02
+
+
+def test_methods_are_what_they_are_called():
+    kinds = {m: attention_of(m, 4, 8, 64) for m in _ALL}
+    assert all(kinds[p].pool == p for p in ("cca", "mean", "max", "last"))
+    assert kinds["cca"].core_bias is None and kinds["cca + log g"].core_bias == math.log(4)
+    assert kinds["cca, pre"].rope_pool == "pre" and kinds["cca"].rope_pool == "post"
+    assert (kinds["window"].window_size, kinds["window"].sinks) == (11, 0) and kinds["sinks + window"].sinks == 4
+    other = attention_of("cca 16 + log g", 4, 8, 64)
+    assert other.group_size == 16 and other.core_bias == math.log(16) and other.window_size == 8
+    with pytest.raises(ValueError, match="method"):
+        attention_of("ccc", 4, 8, 64)
+
+
+def test_distances():
+    cfg = dict(batch=6, length=40, pairs=4, vocab=20)
+    x, y = recall_batch(cfg, 3)
+    far, asked = asked_distance(x, y, 4), 0
+    for b in range(6):
+        known = {int(x[b, 2 * i]): (2 * i, int(x[b, 2 * i + 1])) for i in range(4)}
+        for t in range(40):
+            if y[b, t] >= 0:
+                place, value = known[int(x[b, t])]
+                assert int(far[b, t]) == t - place and int(y[b, t]) == value
+                asked += 1
+    assert asked and int((far > 0).sum()) == asked
+
+
+class _Knows(nn.Module):
+    "Answers rightly what stands at most so far back."
+
+    def __init__(self, reach, cfg):
+        super().__init__()
+        self.reach, self.cfg = reach, cfg
+
+    def forward(self, x):
+        keys, values = x[:, : 2 * self.cfg["pairs"] : 2], x[:, 1 : 2 * self.cfg["pairs"] : 2]
+        same = x[:, :, None] == keys[:, None]
+        answer = values.gather(1, same.float().argmax(-1))
+        near = torch.arange(x.shape[1]) - 2 * same.float().argmax(-1) <= self.reach
+        return F.one_hot(torch.where(near, answer, 0), self.cfg["vocab"]).float()
+
+
+def test_recall_is_counted_by_distance():
+    cfg = dict(batch=64, length=40, pairs=4, vocab=20, tests=2)
+    rows = recall_rows(_Knows(20, cfg), cfg, 0, "cpu")
+    assert [r["upto"] for r in rows][-1] == 40
+    assert all(r["right"] == (r["upto"] <= 20) for r in rows) and all(r["asked"] > 0 for r in rows)
+
+
+def test_runs_record_what_they_measure():
+    rows = list(run_text("smoke")) + list(run_recall("smoke"))
+    cfg = PRESETS["smoke"]["text"]
+    switch = {(r["method"], r["tuned"]): r for r in rows if r["name"] == "switch"}
+    assert len(switch) == len(cfg["methods"]) * 2
+    assert switch["full", 0]["near"] == pytest.approx(switch["cca", 0]["near"], rel=1e-5)  # nothing is pooled there
+    assert switch["full", 0]["bits"] != switch["cca", 0]["bits"]
+    assert switch["full", 2]["bits"] != switch["full", 0]["bits"]
+    grid = [r for r in rows if r["name"] == "grid"]
+    assert len(grid) == 4 and all(0 < r["share"] < 1 for r in grid)
+    assert {r["method"] for r in rows if r["name"] == "recall"} == set(PRESETS["smoke"]["recall"]["methods"])

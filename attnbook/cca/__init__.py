@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['cca_attention', 'cca_pool', 'core_attention', 'cca_attention_reference', 'cca_pool_reference', 'pool_weights',
-           'cca_mask', 'core_count', 'cca_visible_pairs', 'cca_kv_bytes', 'cca_cost']
+           'cca_mask', 'core_count', 'cca_visible_pairs', 'cca_kv_bytes', 'cca_cost', 'cca_decode', 'CCACache',
+           'CoreContextAttention', 'CCAAttention', 'swap_attention', 'register_transformers']
 
 # %% auto #imports
+from .cache import CCACache, cca_decode
+from .nets import CCAAttention, CoreContextAttention, register_transformers, swap_attention
 from .op import cca_attention, cca_pool, core_attention
 from .reference import (
     cca_attention_reference,

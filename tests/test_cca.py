@@ -36,6 +36,18 @@ from attnbook.cca.reference import (
     cca_visible_pairs,
     core_count,
 )
+from attnbook.cca.study import (
+    bench_rows,
+    claims,
+    decode_speedup,
+    full_speedup,
+    gap_closed,
+    grid_change,
+    last_half,
+    recall_gain,
+    worse_by,
+)
+from attnbook.lab.stats import paired
 from attnbook.lab.testing import (
     TOLERANCE,
     check_against_reference,
@@ -668,3 +680,102 @@ def test_runs_record_what_they_measure():
     grid = [r for r in rows if r["name"] == "grid"]
     assert len(grid) == 4 and all(0 < r["share"] < 1 for r in grid)
     assert {r["method"] for r in rows if r["name"] == "recall"} == set(PRESETS["smoke"]["recall"]["methods"])
+
+
+GOOD_PART_BAD = {  # claim -> measurements that hold, hold in part, do not hold; None where there is no such verdict
+    "At 128K tokens": (0.93, None, 0.9),
+    "Complexity": (1.0, 1.4, 1.9),
+    "Attention is faster": (4.0, 3.9, 0.9),
+    "The same at 128K": (6.0, 5.9, 0.9),
+    "The same backward": ({"32768": 3.0, "131072": 9.0}, {"32768": 2.9, "131072": 9.0}, {"32768": 9.0, "131072": 0.9}),
+    "It is faster at every": ({"a": 1.0, "b": 9.0}, {"a": 0.9, "b": 9.0}, {"a": 0.7, "b": 9.0}),
+    "A step of decoding": ({"a": 2.0}, {"a": 1.5}, {"a": 0.9}),
+    "After a short": (0.5, 0.2, 0.05),
+    "Group and window": (0.01, 0.02, 0.05),
+}
+PAIRED = ("It beats a window", "and a window", "Weights by", "and max", "Distant answers", "Adding log g")
+
+
+def _verdict(claim, measured):
+    (rule,) = (c.rule for c in claims() if c.statement.startswith(claim))
+    found = rule(measured)
+    return found if isinstance(found, str) else found[0]
+
+
+@pytest.mark.parametrize("claim", GOOD_PART_BAD)
+def test_rules(claim):
+    names = "holds", "holds in part", "does not hold here"
+    for name, measured in zip(names, GOOD_PART_BAD[claim]):
+        assert measured is None or _verdict(claim, measured) == name
+
+
+@pytest.mark.parametrize("claim", PAIRED)
+def test_paired_rules(claim):
+    d = [
+        paired({i: m + e for i, e in enumerate((-0.01, 0.0, 0.01))}, dict.fromkeys(range(3), 0.0))
+        for m in (0.5, 0.0, -0.5)
+    ]
+    assert [_verdict(claim, x) for x in d] == ["holds", "not measured", "does not hold here"]
+
+
+def _recorded(monkeypatch, **tables):
+    "Makes the study read these rows (name -> rows) as if they were recorded."
+
+    def read(chapter, name=None, **where):
+        rows = [dict(device="G", date="2026-01-01", training="gpu", run=0) | r for r in tables.get(name, [])]
+        return [r for r in rows if all(r.get(k) == v for k, v in where.items())]
+
+    monkeypatch.setitem(bench_rows.__globals__, "load_results", read)
+
+
+def test_text_is_looked_up(monkeypatch):
+    row = lambda method, run, x, tuned=100, **more: (
+        dict(method=method, run=run, last_half=x, bits=9.0, tuned=tuned) | more
+    )
+    switch = [row(m, i, x + i / 100) for m, x in (("window", 2.0), ("cca", 1.2), ("full", 1.0)) for i in range(3)]
+    switch += [row("cca", 0, 7.0, tuned=0), row("cca", 9, 8.0, training="cpu")]
+    _recorded(monkeypatch, switch=switch)
+    assert gap_closed() == pytest.approx(0.8)
+    d = worse_by("window", "cca")
+    assert d.mean == pytest.approx(0.8)
+    assert worse_by("window", "cca", 0) is None and worse_by("mean", "cca") is None
+    assert last_half("cca", 0) == {0: 7.0}
+
+
+def test_recall_and_grid_are_looked_up(monkeypatch):
+    row = lambda m, run, upto, x, tuned=5: dict(method=m, run=run, upto=upto, right=x, tuned=tuned)
+    recall = [row("cca 4", i, 256, 0.75) for i in range(2)] + [row("sinks + window", i, 256, 0.25) for i in range(2)]
+    recall += [row("cca 4", 0, 64, 0.1), row("cca 4", 0, 256, 0.0, tuned=0)]
+    grid = [dict(g=g, s=128, bits=b) for g, b in ((8, 1.99), (16, 2.0), (32, 2.1), (64, 3.0))] + [
+        dict(g=8, s=32, bits=9.0)
+    ]
+    _recorded(monkeypatch, recall=recall, grid=grid)
+    assert recall_gain("cca 4", "sinks + window").mean == pytest.approx(0.5)
+    assert recall_gain("cca 4", "full") is None and grid_change() == pytest.approx(0.05)
+
+
+def test_speed_is_looked_up(monkeypatch):
+    row = lambda m, L, fwd, bwd: dict(method=m, L=L, ms_fwd=fwd, ms_bwd=bwd)
+    prefill = [row("ours", 32768, 1.0, 2.0), row("cudnn, full", 32768, 5.0, 8.0), row("flash, full", 32768, 4.5, 9.0)]
+    prefill += [row("flex", 32768, 0.5, 0.5), row("ours", 4096, 1.0, 1.0), row("flash, full", 4096, 0.5, None)]
+    prefill += [row("cudnn, full", 4096, None, None)]
+    decode = [
+        dict(method="ours", L=9, ms=1.0),
+        dict(method="sdpa, full", L=9, ms=3.0),
+        dict(method="sdpa, window", L=9, ms=0.1),
+    ]
+    _recorded(monkeypatch, prefill=prefill, decode=decode)
+    assert list(full_speedup("ms_fwd", 32768).values()) == [4.5] and sorted(full_speedup("ms_fwd").values()) == [
+        0.5,
+        4.5,
+    ]
+    assert list(full_speedup("ms_bwd", 32768).values()) == [4.0] and list(decode_speedup().values()) == [3.0]
+    found = {c.statement[:18]: c.judge().verdict for c in claims()}
+    assert found["Attention is faste"] == "holds" and found["The same backward,"] == "holds"
+    assert found["The same at 128K t"] == "not measured" and found["It is faster at ev"] == "does not hold here"
+
+
+def test_nothing_recorded_is_not_measured(monkeypatch):
+    _recorded(monkeypatch)
+    verdicts = [c.judge().verdict for c in claims()]
+    assert verdicts == ["holds", "does not hold here"] + ["not measured"] * 13 + ["out of reach here"]

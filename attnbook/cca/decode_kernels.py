@@ -14,7 +14,7 @@ from ..engine.host import round_dim
 from ..engine.tiles import head_base
 from .kernels import Problem
 
-# %% ../../nbs/4_long_context/cca.ipynb #3ee7a7b2
+# %% ../../nbs/4_long_context/cca.ipynb #24978f1a
 @triton.jit
 def ring_rows(base, slot, ok, s_row, s_dim, D: tl.constexpr, BD: tl.constexpr):
     "Rows of a ring or of cores by number: [rows, BD]."
@@ -69,7 +69,7 @@ def append_core(
             tl.store(k_at + d * skc[3], kc.to(KC.dtype.element_ty), mask=d < D)
             tl.store(v_at + dv * svc[3], vc.to(VC.dtype.element_ty), mask=dv < DV)
 
-# %% ../../nbs/4_long_context/cca.ipynb #9403b2a9
+# %% ../../nbs/4_long_context/cca.ipynb #1db2e104
 @triton.jit
 def decode_split(
     Q, LENGTH, RK, RV, KC, VC, PO, PM, PL, sq, srk, srv, skc, svc, scale, bias, ring, window, HP, splits,
@@ -129,7 +129,7 @@ def decode_merge(PO, PM, PL, O, splits, S: tl.constexpr, DV: tl.constexpr, BDV: 
     acc = tl.load(PO + (bh * splits + s)[:, None] * DV + dv[None, :], mask=there, other=0.0)
     tl.store(O + bh.to(tl.int64) * DV + dv, (tl.sum(acc * w[:, None], 0) / l).to(O.dtype.element_ty), mask=dv < DV)
 
-# %% ../../nbs/4_long_context/cca.ipynb #0fa0af0c
+# %% ../../nbs/4_long_context/cca.ipynb #78eb1846
 def decode_splits(batch: int, programs: int, rows: int) -> int:
     "Programs a head's keys are dealt out to, a power of two: enough for two on each of 132 multiprocessors."
     most = max(1, triton.cdiv(rows, 64))

@@ -25,7 +25,7 @@ from ..lm.scores import bits_per_byte, next_token_loss, windows_of
 from .nets import CoreContextAttention, swap_attention
 from .reference import cca_visible_pairs
 
-# %% ../../nbs/4_long_context/cca.ipynb #6808fbea
+# %% ../../nbs/4_long_context/cca.ipynb #b63e90b2
 _TEXT = dict(depth=3, heads=4, dim=96, lr=2e-3, finetune_lr=5e-4, windows=32)
 _ALL = (
     "full",
@@ -65,7 +65,7 @@ PRESETS = dict(
     ),
 )
 
-# %% ../../nbs/4_long_context/cca.ipynb #323b6c9a
+# %% ../../nbs/4_long_context/cca.ipynb #bcd587c8
 class WindowAttention:
     """The last `window_size` tokens, and the first `sinks`, for the socket: the control. Causal, without a cache."""
 
@@ -103,7 +103,7 @@ def attention_of(method: str, g: int, s: int, length: int) -> Callable:
     plain |= {p: lambda p=p: CoreContextAttention(g, s, pool=p) for p in ("mean", "max", "last")}
     return plain[check_choice("method", name, tuple(plain))]()
 
-# %% ../../nbs/4_long_context/cca.ipynb #8a01e2db
+# %% ../../nbs/4_long_context/cca.ipynb #beab7bba
 def library_text() -> tuple[Tensor, Tensor, Tensor]:
     "Python files that ship with what is installed, as bytes: for training, validation and test."
     return text_corpus("python")
@@ -172,7 +172,7 @@ def grid_rows(model: LanguageModel, windows: Tensor, cfg: Mapping, common: Mappi
             yield record("cca", "grid", key=("training", "run", "g", "s"), **common, g=g, s=s, share=share, **row)
     swap_attention(model, cfg["g"], cfg["s"])
 
-# %% ../../nbs/4_long_context/cca.ipynb #818ce3df
+# %% ../../nbs/4_long_context/cca.ipynb #f0a57b7c
 def recall_batch(cfg: Mapping, seed: int) -> tuple[Tensor, Tensor]:
     "Symbols and targets, -100 where nothing is asked: `(batch, length)` each."
     x, y = mqar(cfg["batch"], cfg["length"], cfg["pairs"], cfg["vocab"], power=1.0, seed=seed)

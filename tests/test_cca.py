@@ -40,6 +40,7 @@ from attnbook.cca.study import (
     bench_rows,
     claims,
     decode_speedup,
+    flex_speedup,
     full_speedup,
     gap_closed,
     grid_change,
@@ -689,6 +690,7 @@ GOOD_PART_BAD = {  # claim -> measurements that hold, hold in part, do not hold;
     "The same at 128K": (6.0, 5.9, 0.9),
     "The same backward": ({"32768": 3.0, "131072": 9.0}, {"32768": 2.9, "131072": 9.0}, {"32768": 9.0, "131072": 0.9}),
     "It is faster at every": ({"a": 1.0, "b": 9.0}, {"a": 0.9, "b": 9.0}, {"a": 0.7, "b": 9.0}),
+    "It is faster than Flex": ({"a": 1.0}, {"a": 0.95}, {"a": 0.8}),
     "A step of decoding": ({"a": 2.0}, {"a": 1.5}, {"a": 0.9}),
     "After a short": (0.5, 0.2, 0.05),
     "Group and window": (0.01, 0.02, 0.05),
@@ -764,7 +766,8 @@ def test_speed_is_looked_up(monkeypatch):
         dict(method="sdpa, full", L=9, ms=3.0),
         dict(method="sdpa, window", L=9, ms=0.1),
     ]
-    _recorded(monkeypatch, prefill=prefill, decode=decode)
+    _recorded(monkeypatch, prefill=prefill, decode=decode, flex=[row("ours", 9, 1.0, 2.0), row("flex", 9, 3.0, 2.2)])
+    assert flex_speedup() == pytest.approx(dict(forward=3.0, backward=1.1))
     assert list(full_speedup("ms_fwd", 32768).values()) == [4.5] and sorted(full_speedup("ms_fwd").values()) == [
         0.5,
         4.5,
@@ -778,4 +781,4 @@ def test_speed_is_looked_up(monkeypatch):
 def test_nothing_recorded_is_not_measured(monkeypatch):
     _recorded(monkeypatch)
     verdicts = [c.judge().verdict for c in claims()]
-    assert verdicts == ["holds", "does not hold here"] + ["not measured"] * 13 + ["out of reach here"]
+    assert verdicts == ["holds", "does not hold here"] + ["not measured"] * 14 + ["out of reach here"]

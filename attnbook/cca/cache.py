@@ -17,7 +17,7 @@ from .kernels import Problem
 from .op import cca_pool, core_attention
 from .reference import POOLS, check_sizes_of, core_count
 
-# %% ../../nbs/4_long_context/cca.ipynb #8e85de2a
+# %% ../../nbs/4_long_context/cca.ipynb #10d86b82
 def decode_reference(q: Tensor, length: int, rings, cores, what: Problem) -> Tensor:
     "What `launch_decode` computes, for a length that Python knows."
     t, H, real = length - 1, q.shape[1], torch.promote_types(q.dtype, torch.float32)
@@ -61,7 +61,7 @@ def cca_decode(
         return decode_reference(q, int(length), rings, cores, what)
     return launch_decode(q, length, rings, cores, what)
 
-# %% ../../nbs/4_long_context/cca.ipynb #cf67df3e
+# %% ../../nbs/4_long_context/cca.ipynb #08ffa24a
 class CCACache:
     """Cores and a ring of raw tokens, for `depth` layers. For inference.
 
@@ -181,7 +181,7 @@ class CCACache:
         "Bytes of keys and values, the room of cores included."
         return sum(t.nbytes for pair in (*self.rings, *self.cores) for t in pair)
 
-# %% ../../nbs/4_long_context/cca.ipynb #99de9b80
+# %% ../../nbs/4_long_context/cca.ipynb #acd6c2a1
 def turned_on(k: Tensor, group_size: int, frequencies: Tensor) -> Tensor:
     "Rotated keys `(B, H, L, d)` turned on to the last position of their group of g; the rest behind whole groups stays."
     m, n = k.shape[2] // group_size, torch.arange(group_size - 1, -1, -1, device=k.device)

@@ -14,7 +14,7 @@ from ..engine.host import round_dim
 from ..engine.tiles import head_base
 from .kernels import Problem
 
-# %% ../../nbs/4_long_context/cca.ipynb #24978f1a
+# %% ../../nbs/4_long_context/cca.ipynb #1aa3af55
 @triton.jit
 def ring_rows(base, slot, ok, s_row, s_dim, D: tl.constexpr, BD: tl.constexpr):
     "Rows of a ring or of cores by number: [rows, BD]."
@@ -44,7 +44,7 @@ def append_core(
         for a in range(HEADS):
             q = tl.load(head_base(Q, b, hk * HEADS + a, sq) + d * sq[3], mask=d < D, other=0.0).to(tl.float32)
             x_new = tl.sum(q * k_new.to(tl.float32), 0) * (scale * 1.4426950408889634)
-            m, l = x_new, 1.0  # the new token first: what was just stored is not read back
+            m, l = x_new, x_new * 0 + 1.0  # the new token first: what was just stored is not read back
             ak, av = k_new.to(tl.float32), v_new.to(tl.float32)
             for start in range(0, GROUP - 1, CHUNK):
                 u = start + tl.arange(0, CHUNK)
@@ -69,7 +69,7 @@ def append_core(
             tl.store(k_at + d * skc[3], kc.to(KC.dtype.element_ty), mask=d < D)
             tl.store(v_at + dv * svc[3], vc.to(VC.dtype.element_ty), mask=dv < DV)
 
-# %% ../../nbs/4_long_context/cca.ipynb #1db2e104
+# %% ../../nbs/4_long_context/cca.ipynb #dc8eebed
 @triton.jit
 def decode_split(
     Q, LENGTH, RK, RV, KC, VC, PO, PM, PL, sq, srk, srv, skc, svc, scale, bias, ring, window, HP, splits,
@@ -129,7 +129,7 @@ def decode_merge(PO, PM, PL, O, splits, S: tl.constexpr, DV: tl.constexpr, BDV: 
     acc = tl.load(PO + (bh * splits + s)[:, None] * DV + dv[None, :], mask=there, other=0.0)
     tl.store(O + bh.to(tl.int64) * DV + dv, (tl.sum(acc * w[:, None], 0) / l).to(O.dtype.element_ty), mask=dv < DV)
 
-# %% ../../nbs/4_long_context/cca.ipynb #78eb1846
+# %% ../../nbs/4_long_context/cca.ipynb #afd37d71
 def decode_splits(batch: int, programs: int, rows: int) -> int:
     "Programs a head's keys are dealt out to, a power of two: enough for two on each of 132 multiprocessors."
     most = max(1, triton.cdiv(rows, 64))

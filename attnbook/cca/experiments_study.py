@@ -9,14 +9,17 @@ __all__ = ['PRESETS', 'WindowAttention', 'equal_window', 'attention_of', 'librar
 # %% auto #imports
 import copy
 import math
+import sysconfig
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..checks import check_choice
 from ..engine import attention
-from ..lab.data import Windows, mqar, text_corpus
+from ..lab.data import Windows, byte_splits, mqar, python_source
 from ..lab.results import record
 from ..lab.train import fit
 from ..lm.attend import DenseAttention, attend_dense
@@ -25,7 +28,7 @@ from ..lm.scores import bits_per_byte, next_token_loss, windows_of
 from .nets import CoreContextAttention, swap_attention
 from .reference import cca_visible_pairs
 
-# %% ../../nbs/4_long_context/cca.ipynb #b63e90b2
+# %% ../../nbs/4_long_context/cca.ipynb #e19499e4
 _TEXT = dict(depth=3, heads=4, dim=96, lr=2e-3, finetune_lr=5e-4, windows=32)
 _ALL = (
     "full",
@@ -44,28 +47,28 @@ PRESETS = dict(
     smoke=dict(
         text=_TEXT
         | dict(dim=16, depth=1, heads=2, length=48, batch=2, steps=2, tuned=(0, 2), g=4, s=8, seeds=1, windows=2)
-        | dict(methods=("full", "window", "cca", "mean"), groups=(2, 8), sizes=(4, 16)),
+        | dict(methods=("full", "window", "cca", "mean"), groups=(2, 8), sizes=(4, 16), folder="email"),
         recall=dict(dim=16, depth=1, heads=2, length=32, pairs=4, vocab=16, batch=4, steps=2, tuned=2, lr=1e-3, seeds=1)
         | dict(s=8, tests=1, methods=("full", "sinks + window", "cca 4", "cca 4 + log g")),
     ),
     cpu=dict(
         text=_TEXT
-        | dict(length=256, batch=8, steps=150, tuned=(0, 20), g=16, s=16, seeds=1, windows=16)
-        | dict(methods=("full", "window", "cca", "mean"), groups=(4, 16, 64), sizes=(16, 64)),
+        | dict(dim=64, depth=2, heads=2, length=256, batch=8, steps=150, tuned=(0, 20), g=16, s=16, seeds=1, windows=16)
+        | dict(methods=("full", "window", "cca", "mean"), groups=(4, 16, 64), sizes=(16, 64), folder=""),
         recall=None,
     ),
     gpu=dict(
         text=_TEXT
         | dict(dim=384, depth=6, heads=6, length=2048, batch=8, lr=1e-3, finetune_lr=2e-4)
-        | dict(steps=1500, tuned=(0, 20, 100), g=16, s=128, seeds=3, windows=32, methods=_ALL)
-        | dict(groups=(4, 8, 16, 32, 64), sizes=(32, 128, 512)),
+        | dict(steps=1200, tuned=(0, 100), g=16, s=128, seeds=3, windows=32, methods=_ALL)
+        | dict(groups=(4, 8, 16, 32, 64), sizes=(32, 128, 512), folder=""),
         recall=dict(dim=128, depth=2, heads=4, length=256, pairs=16, vocab=128, batch=128, steps=3000, tuned=500)
         | dict(lr=2e-3, seeds=3, s=32, tests=8)
         | dict(methods=("full", "cca 4", "cca 16", "cca 64", "sinks + window", "cca 4 + log g", "cca 16 + log g")),
     ),
 )
 
-# %% ../../nbs/4_long_context/cca.ipynb #bcd587c8
+# %% ../../nbs/4_long_context/cca.ipynb #70416507
 class WindowAttention:
     """The last `window_size` tokens, and the first `sinks`, for the socket: the control. Causal, without a cache."""
 
@@ -103,10 +106,12 @@ def attention_of(method: str, g: int, s: int, length: int) -> Callable:
     plain |= {p: lambda p=p: CoreContextAttention(g, s, pool=p) for p in ("mean", "max", "last")}
     return plain[check_choice("method", name, tuple(plain))]()
 
-# %% ../../nbs/4_long_context/cca.ipynb #beab7bba
-def library_text() -> tuple[Tensor, Tensor, Tensor]:
-    "Python files that ship with what is installed, as bytes: for training, validation and test."
-    return text_corpus("python")
+# %% ../../nbs/4_long_context/cca.ipynb #afdcddd0
+@lru_cache(maxsize=2)
+def library_text(folder: str = "") -> tuple[Tensor, Tensor, Tensor]:
+    "Python's standard library, or one folder of it, as bytes: for training, validation and test."
+    skip = ("test", "tests", "site-packages", "__pycache__", "idlelib", "lib2to3")
+    return byte_splits(python_source(Path(sysconfig.get_paths()["stdlib"]) / folder, skip=skip))
 
 
 def text_config(cfg: Mapping) -> ModelConfig:
@@ -134,14 +139,14 @@ def measured(model: LanguageModel, windows: Tensor, cfg: Mapping, device: str) -
     "Bits per byte of a model, in all, at positions that the first core cannot reach yet, and after them."
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         bits = bits_per_byte(model, windows, batch_size=8)
-    edge = cfg["s"] + cfg["g"]
+    edge = cfg["s"] + cfg["g"] - 1
     last = bits.by_position[len(bits.by_position) // 2 :]
     return dict(bits=bits.total, near=float(bits.by_position[:edge].mean()), last_half=float(last.mean()))
 
 
 def run_text(preset: str = "cpu", device: str = "cpu", seed: int = 0) -> Iterator[dict]:
     "Recorded rows `switch` (bits by method and steps of fine-tuning) and `grid` (bits by group and window)."
-    cfg, (train_text, valid, _) = PRESETS[preset]["text"], library_text()
+    cfg, (train_text, valid, _) = PRESETS[preset]["text"], library_text(PRESETS[preset]["text"]["folder"])
     windows = windows_of(valid, cfg["length"] + 1, cfg["windows"])
     for run in range(cfg["seeds"]):
         common = dict(device=device, preset=preset, training=preset, seed=seed + run, run=run)
@@ -172,7 +177,7 @@ def grid_rows(model: LanguageModel, windows: Tensor, cfg: Mapping, common: Mappi
             yield record("cca", "grid", key=("training", "run", "g", "s"), **common, g=g, s=s, share=share, **row)
     swap_attention(model, cfg["g"], cfg["s"])
 
-# %% ../../nbs/4_long_context/cca.ipynb #f0a57b7c
+# %% ../../nbs/4_long_context/cca.ipynb #6041937d
 def recall_batch(cfg: Mapping, seed: int) -> tuple[Tensor, Tensor]:
     "Symbols and targets, -100 where nothing is asked: `(batch, length)` each."
     x, y = mqar(cfg["batch"], cfg["length"], cfg["pairs"], cfg["vocab"], power=1.0, seed=seed)

@@ -31,7 +31,7 @@ from ..engine.tiles import (
 )
 from .reference import core_count
 
-# %% ../../nbs/4_long_context/cca.ipynb #5a2578e1
+# %% ../../nbs/4_long_context/cca.ipynb #e3a4fc7c
 class CcaConstants(NamedTuple):
     "What the kernels know when they are compiled; what else there is comes as `ints` = (L, cores, s)."
 
@@ -91,7 +91,7 @@ def ordered(lo, full_lo, full_hi, hi):
     full_hi = tl.minimum(tl.maximum(full_hi, full_lo), tl.maximum(hi, lo))
     return lo, full_lo, full_hi, tl.maximum(hi, lo)
 
-# %% ../../nbs/4_long_context/cca.ipynb #63529aa6
+# %% ../../nbs/4_long_context/cca.ipynb #03790dab
 @triton.jit
 def raw_k_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     "Steps of raw keys for a tile of queries."
@@ -119,7 +119,7 @@ def core_k_tile(j, b, h, ops, ints, C: tl.constexpr, BN: tl.constexpr):
     n = j * BN + tl.arange(0, BN)
     return j * BN, (n,), (n,), n < ints[1], (n * C.group,), (j * BN, tl.minimum(j * BN + BN, ints[1]) - 1)
 
-# %% ../../nbs/4_long_context/cca.ipynb #309d1025
+# %% ../../nbs/4_long_context/cca.ipynb #b8e62aa7
 @triton.jit
 def raw_q_span(state, b, h, ops, ints, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     "Steps of queries that see a tile of raw keys."
@@ -142,7 +142,7 @@ def core_score(qk, q, k, qpos, kpos, b, h, ops, ints, C: tl.constexpr):
     "The bias of cores."
     return qk + ops[0]
 
-# %% ../../nbs/4_long_context/cca.ipynb #497df91b
+# %% ../../nbs/4_long_context/cca.ipynb #43171146
 @triton.jit
 def attend_keys(
     acc, m, l, q, qpos, K, V, span, b, h, hk, state, sk, sv, scale, ops, ints,
@@ -200,7 +200,7 @@ def attend_keys(
         )  # fmt: skip
     return acc, m, l
 
-# %% ../../nbs/4_long_context/cca.ipynb #25a48bec
+# %% ../../nbs/4_long_context/cca.ipynb #d45c8c95
 @triton.jit(do_not_specialize=["num_tiles", "together"])
 def cca_forward(
     Q, K, V, KC, VC, O, LSE, ints, sq, sk, sv, skc, svc, so, sl, scale, bias, num_tiles, together, H,
@@ -230,7 +230,7 @@ def cca_forward(
     store_rows(head_base(O, b, h, so), slots, so, ok, acc / l[:, None], DV, BDV, WIDE)
     tl.store(row_ptr(LSE, b, h, slots, sl), (m + tl.log2(l)) * 0.6931471805599453, mask=ok)
 
-# %% ../../nbs/4_long_context/cca.ipynb #3fcaeaf7
+# %% ../../nbs/4_long_context/cca.ipynb #c50d6a08
 @triton.jit(do_not_specialize=["num_tiles", "together"])
 def cca_backward_dq(
     Q, K, V, KC, VC, O, DO, LSE, DQ, LSE2, DELTA, ints, sq, sk, sv, skc, svc, so, sdo, sdq, sl,
@@ -269,7 +269,7 @@ def cca_backward_dq(
         )  # fmt: skip
     store_rows(head_base(DQ, b, h, sdq), slots, sdq, ok, dq * dq_scale, D, BD, WIDE)
 
-# %% ../../nbs/4_long_context/cca.ipynb #dbe0523f
+# %% ../../nbs/4_long_context/cca.ipynb #e77029f6
 RAW = TileProgram(
     "cca", cca_q_tile, raw_k_span, raw_k_step, raw_k_tile, raw_q_span, cca_q_step,
     q_tiles=lambda ints, C, BM: -(-ints[0] // BM), k_tiles=lambda ints, C, BN: -(-ints[0] // BN),
@@ -306,7 +306,7 @@ def two_streams(k, v, kc, vc, rows: int, common: dict, C: CcaConstants, kernel: 
     raw = stream(RAW, k, v, rows, common["BD"], common["BDV"], C, kernel)
     return raw, stream(CORES, kc, vc, rows, common["BD"], common["BDV"], C, kernel)
 
-# %% ../../nbs/4_long_context/cca.ipynb #5147e1ee
+# %% ../../nbs/4_long_context/cca.ipynb #0f1e2907
 def plan_forward(q, k, v, kc, vc, what: Problem) -> Callable:
     "The forward pass of all calls like this one: (q, k, v, kc, vc) -> (out, lse)."
     common, n = shared_arguments(q, k, v, kc, what)

@@ -20,7 +20,7 @@ from .cache import CCACache, make_cores
 from .op import cca_attention, core_attention
 from .reference import POOLS, check_sizes_of
 
-# %% ../../nbs/4_long_context/cca.ipynb #b84f4487
+# %% ../../nbs/4_long_context/cca.ipynb #7c423dc0
 class CoreContextAttention:
     """CCA for the socket of the book's `LanguageModel`.
 
@@ -108,7 +108,7 @@ def swap_attention(model, group_size: int = 16, window_size: int = 1024, **optio
     model.set_attention(attend)
     return attend
 
-# %% ../../nbs/4_long_context/cca.ipynb #f5eb19b6
+# %% ../../nbs/4_long_context/cca.ipynb #1ea78c8c
 class CCAAttention(nn.Module):
     """Causal self-attention with cores: x `(batch, L, dim)` -> `(batch, L, dim)`. Parameters as of full attention.
 
@@ -173,7 +173,7 @@ class CCAAttention(nn.Module):
     def extra_repr(self):
         return repr(self.attend)
 
-# %% ../../nbs/4_long_context/cca.ipynb #34f3058a
+# %% ../../nbs/4_long_context/cca.ipynb #32d4fff4
 def register_transformers(
     name: str = "cca",  # what models will call it
     group_size: int = 16,

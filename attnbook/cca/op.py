@@ -22,7 +22,7 @@ from .kernels import Problem, plan_backward, plan_forward
 from .pool_kernels import plan_pool, plan_pool_backward
 from .reference import POOLS, cca_pool_reference, check_sizes_of, core_count
 
-# %% ../../nbs/4_long_context/cca.ipynb #a07e94a0
+# %% ../../nbs/4_long_context/cca.ipynb #16f8d6cd
 def core_attention_blocks(
     q: Tensor, k: Tensor, v: Tensor, kc: Tensor, vc: Tensor, what: Problem, *, block: int = 256
 ) -> Tensor:
@@ -48,7 +48,7 @@ def core_attention_blocks(
         outs.append(F.scaled_dot_product_attention(q[:, :, t], keys, values, seen, scale=what.scale))
     return torch.cat(outs, 2)
 
-# %% ../../nbs/4_long_context/cca.ipynb #5cc73efd
+# %% ../../nbs/4_long_context/cca.ipynb #ab4dc7d1
 _PLANS = Plans()
 
 
@@ -91,7 +91,7 @@ cca_pool_op = operation(
     "cca_pool", _pool, like=_pool_like, backward=_pool_backward, gradients_like=_contiguous, drop=("outputs",)
 )
 
-# %% ../../nbs/4_long_context/cca.ipynb #fe81d0d3
+# %% ../../nbs/4_long_context/cca.ipynb #a71b5c9c
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, kc: Tensor, vc: Tensor, g: int, s: int, scale: float, bias: float
 ) -> tuple[Tensor, Tensor]:
@@ -131,7 +131,7 @@ core_attention_op = operation(
     nondifferentiable=(1,),
 )
 
-# %% ../../nbs/4_long_context/cca.ipynb #3a233a22
+# %% ../../nbs/4_long_context/cca.ipynb #7e44ec6e
 def plan_both(q, k, v, g, s, per_query, scale, bias) -> Callable:
     "Pooling and attention of all calls like this one."
     count = int(core_count(q.shape[2] - 1, g, s))
@@ -182,7 +182,7 @@ cca_attention_op = operation(
     plan=plan_both,
 )
 
-# %% ../../nbs/4_long_context/cca.ipynb #8043096a
+# %% ../../nbs/4_long_context/cca.ipynb #9c737ea2
 _DECIDED = Plans()
 
 
@@ -254,7 +254,7 @@ def cca_attention(
         kc, vc = cca_pool(q, k, v, g, pool=pool, pool_heads=pool_heads, scale=scale, backend=backend)
         return core_attention(q, k, v, kc, vc, g, s, core_bias=bias, scale=scale, backend=backend)
 
-# %% ../../nbs/4_long_context/cca.ipynb #bdc95e2c
+# %% ../../nbs/4_long_context/cca.ipynb #962c3dfa
 def cca_pool(
     q: Tensor,
     k: Tensor,

@@ -17,7 +17,7 @@ from ..engine import tl, triton
 from ..engine.host import BoundLaunch, round_dim
 from ..engine.tiles import head_base
 
-# %% ../../nbs/4_long_context/cca.ipynb #150ccea7
+# %% ../../nbs/4_long_context/cca.ipynb #bc656be8
 class PoolConstants(NamedTuple):
     "What the pooling kernels know when they are compiled."
 
@@ -70,7 +70,7 @@ def pool_logits(k, q, ok, scale):
     "Logits in base 2 [groups, tokens] of keys [groups, tokens, BD] and the queries of the last tokens [groups, BD]."
     return tl.where(ok, tl.sum(k * q[:, None, :], 2) * (scale * 1.4426950408889634), float("-inf"))
 
-# %% ../../nbs/4_long_context/cca.ipynb #ea40a577
+# %% ../../nbs/4_long_context/cca.ipynb #3cf095ae
 @triton.jit(do_not_specialize=["count", "tiles"])
 def pool_forward(Q, K, V, KC, VC, sq, sk, sv, skc, svc, scale, count, tiles, HC, C: tl.constexpr):
     "Cores of a tile of groups of one head. Grid: tiles * batch * heads of cores."
@@ -124,7 +124,7 @@ def pool_forward(Q, K, V, KC, VC, sq, sk, sv, skc, svc, scale, count, tiles, HC,
         mask=there[:, None] & (dv < DV),
     )
 
-# %% ../../nbs/4_long_context/cca.ipynb #4cc30c54
+# %% ../../nbs/4_long_context/cca.ipynb #72308b41
 @triton.jit(do_not_specialize=["count", "tiles"])
 def pool_backward(
     Q, K, V, KB, VB, DQ, DK, DV_OUT, sq, sk, sv, skb, svb, sdq, sdk, sdv, scale, count, tiles, HK, C: tl.constexpr
@@ -182,15 +182,16 @@ def pool_backward(
         add_tokens(head_base(DV_OUT, b, hk, sdv), row, ok, sdv[2], sdv[3], dv, DV, BDV)
         tl.debug_barrier()  # the next chunk adds to the same rows of DQ
 
-# %% ../../nbs/4_long_context/cca.ipynb #c3b84edd
-TILE = 4096  # numbers in a block of keys
+# %% ../../nbs/4_long_context/cca.ipynb #de7d99f0
+TILE = 4096  # numbers in a block of keys; half of it where lanes are masked, which takes registers
 
 
 def pool_constants(q: Tensor, k: Tensor, v: Tensor, group_size: int, per_query: bool) -> PoolConstants:
     "The constants of a call."
     BD, BDV = round_dim(q.shape[-1]), round_dim(v.shape[-1])
     chunk = min(1 << (group_size - 1).bit_length(), 64 if max(BD, BDV) <= 128 else 32)
-    groups = max(1, TILE // (chunk * max(BD, BDV)))
+    tile = TILE if (q.shape[-1], v.shape[-1]) == (BD, BDV) else TILE // 2
+    groups = max(1, tile // (chunk * max(BD, BDV)))
     heads = q.shape[1] // k.shape[1]
     return PoolConstants(group_size, chunk, groups, heads, per_query, q.shape[-1], v.shape[-1], BD, BDV)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..attention import attention_reference
 from ..checks import check_int
 
-# %% ../../nbs/4_long_context/cca.ipynb #ef99f60b
+# %% ../../nbs/4_long_context/cca.ipynb #6498407f
 def core_count(position: int | Tensor, group_size: int, window_size: int) -> int | Tensor:
     "j: how many cores the query at a position sees, counted from 0; an integer or a tensor of them."
     behind = position + 1 - window_size
@@ -34,7 +34,7 @@ def check_sizes_of(group_size: int, window_size: int) -> tuple[int, int]:
     "Both as integers. TypeError or ValueError unless they are at least 1."
     return check_int("group_size", group_size, least=1), check_int("window_size", window_size, least=1)
 
-# %% ../../nbs/4_long_context/cca.ipynb #f52b1995
+# %% ../../nbs/4_long_context/cca.ipynb #9761e880
 def cca_visible_pairs(length: int, group_size: int, window_size: int) -> int:
     "Pairs of a query and a key, core or raw, that one head computes."
     g, s = check_sizes_of(group_size, window_size)
@@ -78,7 +78,7 @@ def cca_cost(
     flops, moved = 4 * head_dim * pairs, element_size * rows + 4 * batch * heads * length
     return dict(flops_fwd=flops, bytes_fwd=moved, flops_bwd=5 * flops // 2, bytes_bwd=2 * moved)
 
-# %% ../../nbs/4_long_context/cca.ipynb #ac5e20a5
+# %% ../../nbs/4_long_context/cca.ipynb #8c768c4a
 POOLS = ("cca", "mean", "max", "last")
 
 

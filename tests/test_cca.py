@@ -37,12 +37,12 @@ from attnbook.cca.reference import (
     core_count,
 )
 from attnbook.cca.study import (
-    bench_rows,
     claims,
     decode_speedup,
     flex_speedup,
     full_speedup,
     gap_closed,
+    gpu_rows,
     grid_change,
     last_half,
     recall_gain,
@@ -727,7 +727,7 @@ def _recorded(monkeypatch, **tables):
         rows = [dict(device="G", date="2026-01-01", training="gpu", run=0) | r for r in tables.get(name, [])]
         return [r for r in rows if all(r.get(k) == v for k, v in where.items())]
 
-    monkeypatch.setitem(bench_rows.__globals__, "load_results", read)
+    monkeypatch.setitem(gpu_rows.__globals__, "load_results", read)
 
 
 def test_text_is_looked_up(monkeypatch):

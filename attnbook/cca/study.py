@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LENGTHS', 'SIZES', 'flex_cca', 'prefill_problem', 'bench_prefill', 'decode_call', 'bench_decode', 'bench_flex',
-           'bench_pool', 'CANDIDATES', 'bench_launches', 'bench_rows', 'full_speedup', 'last_half', 'worse_by',
+           'bench_pool', 'CANDIDATES', 'bench_launches', 'gpu_rows', 'full_speedup', 'last_half', 'worse_by',
            'gap_closed', 'recall_beyond', 'recall_gain', 'grid_change', 'cost_exponent', 'flex_speedup',
            'decode_speedup', 'claims']
 
@@ -156,14 +156,14 @@ def bench_launches(L: int = 32768) -> Iterator[dict]:
             yield record("cca", "launches", key=key, device="cuda", L=L, kernel=kernel, tiles=tiles, ms=ms, note=note)
 
 # %% ../../nbs/4_long_context/cca.ipynb #39fe1d70
-def bench_rows(name: str) -> list[dict]:
+def gpu_rows(name: str) -> list[dict]:
     "Rows of a benchmark from the GPU on which it was measured last."
     return newest_device([r for r in load_results("cca", name) if "thread" not in r["device"]])
 
 
 def full_speedup(field: str | tuple[str, ...], L: int | None = None) -> dict[str, float]:
     "How many times faster than the fastest full attention, by length; or at one length."
-    found = speedups(bench_rows("prefill"), "L", field=field, peers=("cudnn, full", "flash, full"), ours=("ours",))
+    found = speedups(gpu_rows("prefill"), "L", field=field, peers=("cudnn, full", "flash, full"), ours=("ours",))
     return {str(s.where): s.ratio for s in found if L is None or str(L) in str(s.where)}
 
 # %% ../../nbs/4_long_context/cca.ipynb #90f8e808
@@ -219,7 +219,7 @@ def cost_exponent() -> float:
 
 def flex_speedup() -> dict[str, float]:
     "How many times faster than FlexAttention, forward and backward."
-    rows = bench_rows("flex")
+    rows = gpu_rows("flex")
     ways = dict(forward="ms_fwd", backward="ms_bwd")
     found = {w: speedups(rows, "L", field=f, peers=("flex",), ours=("ours",)) for w, f in ways.items()}
     return {w: s[0].ratio for w, s in found.items() if s}
@@ -227,7 +227,7 @@ def flex_speedup() -> dict[str, float]:
 
 def decode_speedup() -> dict[str, float]:
     "Steps of decoding against those over the full cache, by length."
-    found = speedups(bench_rows("decode"), "L", field="ms", peers=("sdpa, full",), ours=("ours",))
+    found = speedups(gpu_rows("decode"), "L", field="ms", peers=("sdpa, full",), ours=("ours",))
     return {str(s.where): s.ratio for s in found}
 
 # %% ../../nbs/4_long_context/cca.ipynb #7a483b64

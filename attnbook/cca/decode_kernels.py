@@ -156,10 +156,11 @@ def launch_decode(q, length, rings, cores, what: Problem) -> Tensor:
     make = lambda *last: torch.empty(B * H, S, *last, device=q.device, dtype=torch.float32)
     po, pm, pl, out = make(DV), make(), make(), torch.empty(B, H, 1, DV, device=q.device, dtype=q.dtype)
     BD, BDV = round_dim(D), round_dim(DV)
+    rows = 16 if q.dtype == torch.float32 else 64 if max(BD, BDV) <= 128 else 32  # of a step
     decode_split[(B * programs * S,)](
         q, length, *rings, *cores, po, pm, pl, *(t.stride() for t in (q, *rings, *cores)), what.scale, what.bias,
         rings[0].shape[2], what.window_size, programs, S, GROUP=what.group_size, HEADS=heads,
-        CORE_HEADS=programs // HC, KEY_HEADS=programs // HK, ROWS=round_dim(heads), BN=64 if max(BD, BDV) <= 128 else 32,
+        CORE_HEADS=programs // HC, KEY_HEADS=programs // HK, ROWS=round_dim(heads), BN=rows,
         D=D, DV=DV, BD=BD, BDV=BDV, PRECISION="ieee" if q.dtype == torch.float32 else None, num_warps=4,
     )  # fmt: skip
     decode_merge[(B * H,)](po, pm, pl, out, S, S=S, DV=DV, BDV=BDV, num_warps=1)

@@ -53,7 +53,7 @@ PRESETS = dict(
     ),
     cpu=dict(
         text=_TEXT
-        | dict(dim=64, depth=2, heads=2, length=256, batch=8, steps=150, tuned=(0, 20), g=16, s=16, seeds=1, windows=16)
+        | dict(dim=64, depth=2, heads=2, length=256, batch=8, steps=400, tuned=(0, 20), g=16, s=16, seeds=1, windows=16)
         | dict(methods=("full", "window", "cca", "mean"), groups=(4, 16, 64), sizes=(16, 64), folder=""),
         recall=None,
     ),

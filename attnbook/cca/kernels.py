@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..engine import TileProgram, find_launch, tl, triton
+from ..engine import Launch, TileProgram, find_launch, register_launch, tl, triton
 from ..engine.host import BoundLaunch, needs_64_bit
 from ..engine.run import common_arguments, empty_heads, heads_together, stream
 from ..engine.tiles import (
@@ -280,6 +280,10 @@ CORES = TileProgram(
     q_tiles=lambda ints, C, BM: -(-ints[0] // BM), k_tiles=lambda ints, C, BN: -(-ints[1] // BN),
     mask=core_mask, consecutive=True, heavy_last=True,
 )  # fmt: skip
+
+
+for _arch in ("sm90", "sm80", "small"):  # float32: two runs over keys take more registers than one
+    register_launch(_arch, "cca forward", 32, 64, Launch(32, 32, 4, 1))
 
 
 class Problem(NamedTuple):

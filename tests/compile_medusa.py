@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from attnbook.lab.testing import both_ways, tensors
+from attnbook.medusa.kernels import gate_tile, plan_forward
 from attnbook.medusa.op import medusa_gate
 
 
@@ -25,7 +26,24 @@ def gates(*size, map_size=(256, 256), hidden=8, last=False, dtype=torch.bfloat16
         both_ways(partial(medusa_gate, backend="triton", **options), x, g, w, v, b, o, beta)
 
 
+def with_wide_offsets(run):
+    "Calls run with kernels for tensors of more than 2^31 numbers."
+    names, make = plan_forward.__globals__, gate_tile
+
+    def wide(*args):
+        tile, *rest = make(*args)
+        return tile._replace(wide=True), *rest
+
+    names["gate_tile"] = wide
+    try:
+        run()
+    finally:
+        names["gate_tile"] = make
+
+
 COMPILE = [
+    ("medusa 256, wide offsets", lambda: with_wide_offsets(lambda: gates(8, 256, 61, 61))),
+    ("medusa 2048, wide offsets", lambda: with_wide_offsets(lambda: gates(8, 2048, 17, 17, last=True))),
     ("medusa 64", lambda: gates(8, 64, 64, 64)),
     ("medusa 64, float32", lambda: gates(8, 64, 64, 64, dtype=torch.float32)),
     ("medusa 128, last", lambda: gates(8, 128, 64, 64, last=True)),

@@ -51,7 +51,7 @@ from attnbook.medusa.experiments_study import (
     segmentation_loss,
     small_net,
 )
-from attnbook.medusa.kernels import GATE_LAUNCH, GateLaunch, plan_backward
+from attnbook.medusa.kernels import GATE_LAUNCH, GateLaunch, gate_tile, plan_backward, plan_forward
 from attnbook.medusa.nets import BodyOutput, Medusa, MedusaBody, MedusaHead, body_input, head_gradients
 from attnbook.medusa.op import _gate_backward, gate_op, medusa_gate
 from attnbook.medusa.phantom_study import (
@@ -204,6 +204,20 @@ def test_several_tiles_of_a_program(monkeypatch):
             monkeypatch.setitem(_gate_backward.__globals__, "plan_backward", few)
             check_kernel(draw((3, 20, 7, 10), 3, (4, 5)))
             monkeypatch.undo()
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+def test_wide_offsets(last, monkeypatch):
+    "What kernels for tensors of more than 2^31 numbers compute, on small ones."
+    make = gate_tile
+
+    def wide(*args):
+        tile, *rest = make(*args)
+        return tile._replace(wide=True), *rest
+
+    monkeypatch.setitem(plan_forward.__globals__, "gate_tile", wide)
+    i = draw((2, 22, 3, 5))
+    check_kernel(i | dict(x=i["x"].contiguous(memory_format=torch.channels_last)) if last else i)
 
 
 @pytest.mark.parametrize("layout", ["last", "sliced", "expanded"])
@@ -653,6 +667,9 @@ def test_phantoms():
     assert 0.35 < float(a.sick.float().mean()) < 0.65 and not phantom_radiographs(20, 32, positive=0.0).sick.any()
     for sick in (0, 1):  # as many decoys in both classes
         assert abs(float(a.decoys[a.sick == sick].float().mean()) - 1.6) < 0.3
+    opaque, clear = a.opacity[a.sick == 1], (a.lungs & ~a.opacity)[a.sick == 1]
+    mean = lambda m: (a.images[a.sick == 1][:, 0] * m).sum((1, 2)) / m.sum((1, 2)).clamp_min(1)
+    assert float((mean(opaque) > mean(clear)).float().mean()) > 0.9  # opacities are brighter than the rest of the lungs
     brightness = a.images.mean((1, 2, 3))
     assert abs(float(brightness[a.sick == 1].mean() - brightness[a.sick == 0].mean())) < float(brightness.std())
 
@@ -858,6 +875,10 @@ def test_losses():
         found.append(float(loss(net, x, y).detach()))
     assert abs(found[0] - found[1]) > 1e-6 and found[1] == found[2]
     torch.manual_seed(0)
+    moved = augmented(x)
+    assert found[0] == pytest.approx(float(F.cross_entropy(net(moved), y).detach()))
+    assert found[1] == pytest.approx(float(F.cross_entropy(net(moved, net.body_outputs(x)), y).detach()))
+    torch.manual_seed(0)
     ramp = torch.linspace(-1, 1, 16).expand(200, 1, 16, 16)
     slopes = augmented(ramp)[..., 4:12].diff(dim=-1).mean((1, 2, 3))
     assert 60 < int((slopes < 0).sum()) < 140 and abs(float(slopes.abs().mean()) / (2 / 15) - 1) < 0.15
@@ -878,7 +899,13 @@ def test_training_is_measured():
         and row["parameters"] == count_parameters(net)
     )
     other, _ = net_experiment("alignment", "image augmented", data, cfg, seed=1)
-    assert other["net"] == "image augmented" and other["loss"] != row["loss"]
+    assert other["net"] == "image augmented" and other["loss"] != row["loss"] and other["steps"] == cfg["steps"]
+    longer, _ = net_experiment("long", "MEDUSA", data, cfg | dict(steps=1), seed=1)
+    slower, _ = net_experiment("rates", "MEDUSA, rate 0.0001", data, cfg, seed=1)
+    assert longer["steps"] == 4 and slower["net"] == "MEDUSA, rate 0.0001" and slower["loss"] != row["loss"]
+    tried = experiment_data("rates", cfg, 0)
+    assert set(tried[1][2].outline.tolist()) <= set(outlines_of("val", 374).tolist())
+    assert torch.equal(tried[0][0], data[0][0])
 
 
 def test_segmentation_learns_lungs():

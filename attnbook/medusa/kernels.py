@@ -202,10 +202,9 @@ def gate_backward(
     dgw, db, dv = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
     dbeta = tl.zeros([P], tl.float32)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        start = tile
+        n = tile * P + tl.arange(0, P)
         if C.wide:
-            start = tile.to(tl.int64)
-        n = start * P + tl.arange(0, P)
+            n = tile * tl.full([P], P, tl.int64) + tl.arange(0, P)
         real = n < pixels
         m = tl.zeros([P], tl.float32)
         if C.g_height > 0:

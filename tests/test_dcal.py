@@ -2,11 +2,22 @@
 # fmt: off
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnbook.dcal.experiments_study import (
+    METHODS,
+    accuracies,
+    branch_loss,
+    make_model,
+    ranking,
+    run_all,
+    with_partners,
+)
+from attnbook.dcal.fonts_study import FONTS, SEEN, UNSEEN, font_data, font_images
 from attnbook.dcal.nets import (
     DCAL,
     UncertaintyWeighting,
@@ -34,6 +45,9 @@ from attnbook.dcal.reference import (
     pair_attention_kv_reference,
     pair_attention_reference,
 )
+from attnbook.dcal.study import PRESETS, AllBranches, _rows, claims, rollout_peers
+from attnbook.lab.data import Batches, package_dir, skip_without
+from attnbook.lab.stats import interval
 from attnbook.lab.testing import (
     check_against_reference,
     check_autocast,
@@ -699,3 +713,265 @@ def test_what_the_model_refuses():
         )
     with pytest.raises(ValueError, match="glca must be True"):
         _model(glca=False)[0].local_tokens(x)
+
+
+def test_fonts_are_different_and_letters_too():
+    skip_without("matplotlib", "PIL")
+    assert len(set(FONTS)) == 21 and not set(SEEN) & set(UNSEEN) and len(SEEN + UNSEEN) == 52
+    x, y = font_images(2, 16)
+    assert x.shape == (42, 16, 16) and x.dtype == np.uint8 and np.bincount(y).tolist() == [2] * 21
+    again, other = font_images(2, 16), font_images(2, 16, "unseen")
+    assert (again[0] == x).all() and (other[0] != x).any()
+    assert font_images(1, 16, "seen", (3, 5))[1].tolist() == [0, 1]
+    with pytest.raises(ValueError, match="letters"):
+        font_images(1, 16, "greek")
+    from PIL import Image, ImageDraw, ImageFont
+
+    drawn = []  # the same letters in every font, without jitter: no font falls back to another's shapes
+    for name in FONTS:
+        canvas = Image.new("L", (120, 40), 0)
+        face = ImageFont.truetype(str(package_dir("matplotlib") / "mpl-data" / "fonts" / "ttf" / f"{name}.ttf"), 24)
+        ImageDraw.Draw(canvas).text((2, 2), "agQR", font=face, fill=255)
+        drawn.append(np.asarray(canvas, np.float32))
+    far = [np.abs(a - b).mean() for i, a in enumerate(drawn) for b in drawn[:i]]
+    assert min(far) > 2 and all(10 < a.mean() < 120 for a in drawn)
+
+
+def test_data_do_not_overlap():
+    skip_without("matplotlib", "PIL")
+    data = font_data(dict(train=2, test=2, size=16), 0)
+    assert [len(x) for x, _ in data.values()] == [42, 21, 42]
+    assert data["train"][0].std() == pytest.approx(1, abs=0.02) and data["train"][0].shape[1:] == (1, 16, 16)
+    flat = [{tuple(p.flatten().tolist()) for p in x} for x, _ in data.values()]
+    assert not flat[0] & flat[1] and not flat[0] & flat[2]
+
+
+def _tiny(**kw):
+    return PRESETS["smoke"] | kw
+
+
+def test_methods_are_what_they_say():
+    cfg = _tiny()
+    make = lambda method: make_model(cfg, 21, **{m: h for g in METHODS.values() for m, h in g.items()}[method][0])
+    assert make("SA").glca is None and make("SA+GLCA").select == "rollout" and make("last layer").select == "last"
+    assert make("random queries").select == "random" and make("class token").select == "class"
+    assert make("local keys").glca.local_keys and make("class readout").glca_pool == "class"
+    assert make("noise").distractor == "noise" and make("undisturbed partner").distractor == "sa"
+    a, b = count_parameters(make("SA+GLCA")), count_parameters(make("SA, one block more"))
+    assert 0 < a - b == 2 * 16 + 16 * 21 + 21  # GLCA's own norm and classifier
+    partners = {m: p for g in METHODS.values() for m, (_, p) in g.items()}
+    assert partners["SA+PWCA"] == partners["all"] == partners["noise"] == "random" and partners["itself"] == "identity"
+    assert partners["other class"] == "inter" and partners["same class"] == "intra" and partners["SA"] is None
+
+
+def test_partners_come_with_the_batch():
+    x, y = torch.arange(8.0)[:, None], torch.arange(8) // 2
+    batch = Batches(x, y, batch_size=8, seed=1, transform=with_partners("intra"))(0)
+    assert len(batch) == 3 and (batch[1][batch[2]] == batch[1]).all()
+    assert len(Batches(x, y, batch_size=8, transform=with_partners(None))(0)) == 2
+
+
+def test_accuracies_are_counted():
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return dict(sa=torch.eye(3)[[0, 1, 1]] * 5, glca=torch.eye(3)[[0, 2, 2]] * 9)
+
+    found = accuracies(Fixed(), torch.zeros(3, 1), torch.tensor([0, 1, 2]), "cpu")
+    assert found["sa"] == pytest.approx(200 / 3) and found["glca"] == pytest.approx(200 / 3)
+    assert found["both"] == pytest.approx(200 / 3)
+    each = F.cross_entropy(torch.eye(3)[[0, 1, 1]] * 5, torch.tensor([0, 1, 2]))
+    assert found["loss"] == pytest.approx(float(each))
+
+
+def test_rankings_by_hand():
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [0.7, 0.75]])
+    labels = torch.tensor([0, 0, 1, 1, 0])
+    found = ranking(x, labels)
+    # image 4 is nearer to those of class 1: 0 at places 3 and 4; images 0 and 1 find each other, then 4 before 2 and 3
+    per_image = [1.0, 1.0, 1.0, 1.0, (1 / 3 + 2 / 4) / 2]
+    assert found["map"] == pytest.approx(100 * np.mean(per_image)) and found["rank1"] == pytest.approx(80)
+    assert ranking(x, torch.tensor([0, 0, 1, 1, 2]))["rank1"] == pytest.approx(100)  # nobody asks for image 4
+
+
+def test_losses_of_experiments():
+    model, x = _model()
+    y, pair = torch.tensor([0, 0, 1], device=x.device), torch.tensor([1, 2, 0])
+    model.train()
+    features = model.forward_features(x, pair)
+    out = model.classify(features)
+    torch.testing.assert_close(branch_loss()(model, x, y, pair), model.loss(out, y))
+    want = sum(F.cross_entropy(out[n], y) + batch_hard_triplet(features[n], y) for n in out) / 2
+    torch.testing.assert_close(branch_loss(True)(model, x, y, pair), want)
+
+
+def test_it_runs_and_records(tmp_path, monkeypatch):
+    skip_without("matplotlib", "PIL")
+    monkeypatch.setenv("ATTNBOOK_RESULTS", str(tmp_path))
+    monkeypatch.setitem(run_all.__globals__, "PRESETS", dict(smoke=_tiny(seeds=1, steps=1)))
+    rows = run_all("smoke", device_under_test(), only=("distractors", "retrieval"), show=lambda s: None)
+    assert [r["method"] for r in rows] == [*METHODS["distractors"], "SA", "all", "SA+GLCA"]
+    assert all(0 <= r["sa"] <= 100 and len(r["contamination"]) == 2 for r in rows[:4]) and rows[-1]["map"] > 0
+    assert run_all("smoke", device_under_test(), limit_s=-1, show=lambda s: None) == []
+    with pytest.raises(ValueError, match="only must be one of"):
+        run_all("smoke", only="birds")
+
+
+def test_peers_of_the_rollout_agree():
+    queries, keys = (torch.stack(t) for t in _layers(n=19))
+    lse = torch.logsumexp(queries @ keys.mT / 4, -1)
+    found = {m: f(queries, keys, lse) for m, f in rollout_peers().items()}
+    for m in found:
+        assert rel_error(found[m], found["ours"]) < 1e-5, m
+
+
+def test_all_branches():
+    model, x = _model()
+    pair = torch.tensor([1, 2, 0])
+    torch.testing.assert_close(AllBranches(model, pair).train()(x), sum(model(x, pair).values()))
+
+
+AHEAD = [
+    c.statement
+    for c in claims()
+    if c.statement.startswith(
+        (
+            "Global-local",
+            "Pair-wise",
+            "Both",
+            "The gain",
+            "Queries",
+            "Global keys",
+            "A random",
+            "In retrieval",
+            "Features",
+        )
+    )
+]
+OTHER = {  # claim -> measured, verdict
+    "Accuracy does not": ([{"a": 50.0, "b": 51.9}, {"a": 50.0, "b": 53.9}, {"a": 50.0, "b": 54.1}]),
+    "GLCA adds little": ([dict(parameters=8.5, operations=1.6), None, dict(parameters=11.0, operations=1.6)]),
+    "Training takes": ([1.9, 2.9, 3.1]),
+    "Pair attention beats": ([dict(a=1.1, b=3.0), dict(a=0.95, b=3.0), dict(a=0.8, b=3.0)]),
+    "A row of the rollout": ([dict(a=10.0, b=30.0), dict(a=4.0), dict(a=2.0)]),
+}
+
+
+def _verdict(claim, m):
+    found = claim.rule(m)
+    return found if isinstance(found, str) else found[0]
+
+
+@pytest.mark.parametrize("statement", AHEAD)
+def test_rules_of_differences(statement):
+    (claim,) = (c for c in claims() if c.statement == statement)
+    assert _verdict(claim, interval([1.0, 1.2, 1.1])) == "holds"
+    assert _verdict(claim, interval([-1.0, -1.2, -1.1])) == "does not hold here"
+    assert _verdict(claim, interval([-1.0, 1.2])) == "not measured" == _verdict(claim, interval([9.0]))
+
+
+@pytest.mark.parametrize("start", OTHER)
+def test_other_rules(start):
+    (claim,) = (c for c in claims() if c.statement.startswith(start))
+    for m, verdict in zip(OTHER[start], ("holds", "holds in part", "does not hold here")):
+        assert m is None or _verdict(claim, m) == verdict
+
+
+def test_rules_of_the_claims_that_go_on():
+    by = {}
+    for i, c in enumerate(claims()):
+        if c.statement.startswith("..."):
+            by.setdefault(c.statement, []).append(c)
+    up, down, wide = interval([1.0, 1.1]), interval([-1.0, -1.1]), interval([-1.0, 1.0])
+    (either,) = by["... and on either alone"]
+    assert _verdict(either, dict(GLCA=up, PWCA=up)) == "holds"
+    assert _verdict(either, dict(GLCA=up, PWCA=down)) == "does not hold here"
+    assert _verdict(either, dict(GLCA=wide, PWCA=up)) == "not measured"
+    (back,), (memory,) = by["... and backward"], by["... in less memory"]
+    assert [_verdict(back, dict(a=x)) for x in (1.2, 1.0, 0.5)] == ["holds", "holds in part", "does not hold here"]
+    assert [_verdict(memory, dict(a=x)) for x in (1.6, 1.2, 0.5)] == ["holds", "holds in part", "does not hold here"]
+    (fiftieth,) = by["... and takes a fiftieth of the memory"]
+    assert [_verdict(fiftieth, dict(a=x)) for x in (60, 20, 5)] == ["holds", "holds in part", "does not hold here"]
+    for statement in (
+        "... and on one more block of self-attention",
+        "... and on an undisturbed second stream",
+        "... and those chosen by the last layer",
+        "... and the class token alone",
+        "... and partners of other classes only",
+        "... and of the same class only",
+    ):
+        (c,) = by[statement]
+        assert [_verdict(c, m) for m in (up, down, wide)] == ["holds", "does not hold here", "not measured"]
+    assert [c.judge().verdict for c in claims()].count("out of reach here") == 1
+
+
+def _recorded(monkeypatch, **tables):
+    "Makes the study read these rows (name -> rows) as if they were recorded."
+
+    def read(chapter, name=None, **where):
+        found = [dict(device="G", date="2026-01-01", versions={}, preset="gpu") | r for r in tables.get(name, [])]
+        return [r for r in found if all(r.get(k) == v for k, v in where.items())]
+
+    monkeypatch.setitem(_rows.__globals__, "load_results", read)
+
+
+def _measured(start, among=None):
+    found = [c for c in claims() if c.statement.startswith(start)]
+    return found[among or 0].measured()
+
+
+def test_differences_are_looked_up(monkeypatch):
+    level = {"SA": 50, "SA, one block more": 51, "SA+GLCA": 54, "SA+PWCA": 60, "itself": 52, "all": 63, "random queries": 53.5,
+             "last layer": 53, "class token": 52.5, "local keys": 50.5, "noise": 55, "other class": 57, "same class": 58}  # fmt: skip
+    fonts = [
+        dict(method=m, run=s, ratio=0.1, both=x + s, sa=x + 0.25 + s, gap=90 - x)
+        for m, x in level.items()
+        for s in (0, 1)
+    ]
+    fonts += [dict(method="SA+GLCA", run=s, ratio=r, both=70 + r + s) for r in (0.05, 0.3) for s in (0, 1)]
+    fonts += [
+        dict(method="SA+GLCA", run=7, ratio=0.3, both=0.0),
+        dict(method="SA", run=3, ratio=0.1, both=0.0, preset="cpu"),
+    ]
+    retrieval = [
+        dict(method=m, run=s, ratio=0.1, map=x, map_sa=x - 4, rank1=9.0)
+        for m, x in (("SA", 30), ("all", 35))
+        for s in (0, 1)
+    ]
+    _recorded(monkeypatch, fonts=fonts, retrieval=retrieval)
+    want = {"Global-local": 4, "... and on one more": 3, "Pair-wise cross-attention improves": 10, "... and on an undis": 8,
+            "Pair-wise cross-attention narrows": 8, "Both together": 13, "The gain": 13, "Queries chosen": 0.5,
+            "... and those chosen": 1, "... and the class": 1.5, "Global keys": 3.5, "A random": 5, "... and partners": 3,
+            "... and of the same": 2, "In retrieval": 5, "Features of both": 4}  # fmt: skip
+    for start, x in want.items():
+        found = _measured(start)
+        assert found.mean == pytest.approx(x) and found.n == 2, start
+    either = _measured("... and on either")
+    assert either["GLCA"].mean == pytest.approx(9) and either["PWCA"].mean == pytest.approx(2.75)
+    assert _measured("Accuracy does not") == pytest.approx({"0.05": 70.55, "0.1": 54.5, "0.3": 70.8})
+    _recorded(monkeypatch)
+    assert all(c.judge().verdict in ("not measured", "holds", "out of reach here") for c in claims())
+
+
+def test_costs_are_looked_up(monkeypatch):
+    row = lambda n, m, ms, mb: dict(n=n, method=m, ms_fwd=ms, ms_bwd=2 * ms, peak_mb_fwd=mb)
+    pairs = [
+        row(n, m, a * n, b)
+        for n in (197, 785)
+        for m, a, b in (
+            ("ours", 1, 1),
+            ("cudnn, concatenated", 3, 2),
+            ("flash, concatenated", 2, 4),
+            ("alone (cudnn)", 0.1, 0.1),
+        )
+    ]
+    rollout = [
+        row(197, m, a, b) for m, a, b in (("ours", 1, 1), ("rows of maps", 12, 80), ("products of maps", 15, 60))
+    ]
+    step = [dict(method=m, ms=x) for m, x in (("SA", 10.0), ("ours", 18.0), ("torch", 99.0))]
+    _recorded(monkeypatch, pair=pairs, rollout=rollout, step=step)
+    ratio = lambda start: [s.ratio for s in _measured(start)]
+    assert ratio("Pair attention beats") == ratio("... and backward") == [2, 2] and ratio("... in less") == [2, 2]
+    assert ratio("A row of the rollout") == [12] and ratio("... and takes a fiftieth") == [60]
+    assert _measured("Training takes") == pytest.approx(1.8)
+    found = _measured("GLCA adds")
+    assert found["parameters"] == pytest.approx(8.5, abs=0.1) and found["operations"] == pytest.approx(1.55, abs=0.1)

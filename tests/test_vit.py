@@ -473,6 +473,14 @@ def test_other_numbers_of_parameters():
         deit("large")
 
 
+def test_published_models_are_made_by_name():
+    from attnbook.models import create_model, model_card
+
+    with torch.device("meta"):
+        assert create_model("deit_tiny", num_classes=7, distilled=True).head_dist.out_features == 7
+    assert model_card("vit_large_patch16_224").parameters == 304_326_632 and model_card("deit_base").chapter == "vit"
+
+
 TIMM = {
     "plain": {},
     "registers": dict(reg_tokens=2),

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checks import check_choice
 from ..lab.data import cached, image_tensor, library, package_dir, standardise
 
-# %% ../../nbs/5_vision/dcal.ipynb #4842eb14
+# %% ../../nbs/5_vision/dcal.ipynb #3556abe6
 FONTS = (
     *(f"DejaVuSans{s}" for s in ("", "-Bold", "-Oblique", "-BoldOblique")),
     *(f"DejaVuSansMono{s}" for s in ("", "-Bold", "-Oblique", "-BoldOblique")),

@@ -745,6 +745,8 @@ def test_data_do_not_overlap():
     assert data["train"][0].std() == pytest.approx(1, abs=0.02) and data["train"][0].shape[1:] == (1, 16, 16)
     flat = [{tuple(p.flatten().tolist()) for p in x} for x, _ in data.values()]
     assert not flat[0] & flat[1] and not flat[0] & flat[2]
+    again, other = font_data(dict(train=2, test=2, size=16), 0), font_data(dict(train=2, test=2, size=16), 1)
+    assert torch.equal(again["train"][0], data["train"][0]) and not torch.equal(other["train"][0], data["train"][0])
 
 
 def _tiny(**kw):

@@ -26,7 +26,7 @@ from .nets import DCAL, batch_hard_triplet
 from .op import random_pairs
 from .study import PRESETS
 
-# %% ../../nbs/5_vision/dcal.ipynb #560a8e7e
+# %% ../../nbs/5_vision/dcal.ipynb #e9af1b4b
 #: method -> what differs of the model, and its partners; groups in the order in which they run
 METHODS = dict(
     components={
@@ -148,13 +148,13 @@ def classification(
         row["contamination"] = model.contamination(x.to(device), pair).mean((0, 2)).tolist()
     return row
 
-# %% ../../nbs/5_vision/dcal.ipynb #cbff7854
+# %% ../../nbs/5_vision/dcal.ipynb #f6861aee
 def ranking(features: Tensor, labels: Tensor) -> dict[str, float]:
     """Mean average precision and rank-1 in percent of a retrieval of every image among all others, by cosine: features
     `(n, dim)`, labels `(n,)`. Images that are the only one of their class are not asked for."""
     x = F.normalize(features.float(), dim=-1)
     near = (x @ x.T).fill_diagonal_(-math.inf)
-    order = near.argsort(1, descending=True, stable=True)[:, :-1]  # itself is last
+    order = near.argsort(dim=1, descending=True, stable=True)[:, :-1]  # itself is last
     hit = (labels[order] == labels[:, None]).double()
     asked = hit.sum(1) > 0
     places = torch.arange(1, hit.shape[1] + 1, device=hit.device)

@@ -28,6 +28,7 @@ def rollout_case(n, d, dtype=torch.bfloat16):
 
 COMPILE = [
     ("pairs, 785 tokens", lambda: pair_case(785, 64)),
+    ("pairs, 785 tokens, 16 images, by boxes", lambda: pair_case(785, 64, B=16)),
     ("pairs, 512 tokens, whole tiles", lambda: pair_case(512, 64)),
     ("pairs, 257 tokens, head_dim 80, other images", lambda: pair_case(257, 80, images=8)),
     ("pairs, 197 tokens, float32", lambda: pair_case(197, 64, dtype=torch.float32)),

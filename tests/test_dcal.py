@@ -153,6 +153,7 @@ CASES = {  # B, heads, kv_heads, n, head_dim, v_dim, pair, key images
     "others' images": (2, 1, 1, 32, 16, 16, (3, 2), 4),
     "nobody's partner": (3, 1, 1, 18, 16, 16, (0, 0, 1), 3),
     "one token": (2, 1, 1, 1, 16, 16, (1, 0), 2),
+    "boxes of 16 images": (16, 1, 1, 17, 16, 16, tuple(range(15, -1, -1)), 16),
 }
 
 
@@ -337,7 +338,7 @@ def test_rollout_is_a_row_of_the_product(n, kv, residual, backend):
     maps = maps_of([q.double() for q in queries], [k.double() for k in keys])
     want = attention_rollout_matrix(maps, residual)[:, 0]
     lse = [torch.logsumexp(q @ k.repeat_interleave(2 // kv, 1).mT / 4, -1) for q, k in zip(queries, keys)]
-    for known in (None, lse, [lse[0], None, None]):
+    for known in (None, lse, [lse[0], *[None] * (len(lse) - 1)]):
         got = attention_rollout(queries, keys, lse=known, residual=residual, backend=backend)
         assert rel_error(got, want) < 1e-5 and got.dtype == torch.float32
     torch.testing.assert_close(got.sum(1), torch.ones_like(got[:, 0]))

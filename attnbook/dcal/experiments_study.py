@@ -26,7 +26,7 @@ from .nets import DCAL, batch_hard_triplet
 from .op import random_pairs
 from .study import PRESETS
 
-# %% ../../nbs/5_vision/dcal.ipynb #47cc0c5e
+# %% ../../nbs/5_vision/dcal.ipynb #cf86c236
 #: method -> what differs of the model, and its partners; groups in the order in which they run
 METHODS = dict(
     components={
@@ -148,7 +148,7 @@ def classification(
         row["contamination"] = model.contamination(x.to(device), pair).mean((0, 2)).tolist()
     return row
 
-# %% ../../nbs/5_vision/dcal.ipynb #76de696a
+# %% ../../nbs/5_vision/dcal.ipynb #1faa3d6c
 def ranking(features: Tensor, labels: Tensor) -> dict[str, float]:
     """Mean average precision and rank-1 in percent of a retrieval of every image among all others, by cosine: features
     `(n, dim)`, labels `(n,)`. Images that are the only one of their class are not asked for."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checks import check_choice
 from ..lab.data import cached, image_tensor, library, package_dir, standardise
 
-# %% ../../nbs/5_vision/dcal.ipynb #87cbea07
+# %% ../../nbs/5_vision/dcal.ipynb #95d6be0e
 FONTS = (
     *(f"DejaVuSans{s}" for s in ("", "-Bold", "-Oblique", "-BoldOblique")),
     *(f"DejaVuSansMono{s}" for s in ("", "-Bold", "-Oblique", "-BoldOblique")),

@@ -111,7 +111,7 @@ PAIR = register_program(
     )
 )
 
-# %% ../../nbs/5_vision/dcal.ipynb #cf03ea0c
+# %% ../../nbs/5_vision/dcal.ipynb #c840d42f
 class SweepConstants(NamedTuple):
     "What the two sweeps are compiled for."
 
@@ -179,7 +179,7 @@ def rollout_sweep(Q, K, LSE, R, OUT, rows, n, heads, group, scale2, sq, sk, C: t
         total += tl.sum(sweep_weights(q, k, lse2, n_q, n_k, n, n, scale2, C) * r[:, None], 0)
     tl.store(OUT + bh * n + n_k, total, mask=n_k < n)
 
-# %% ../../nbs/5_vision/dcal.ipynb #b34f2ed7
+# %% ../../nbs/5_vision/dcal.ipynb #bf9b6174
 #: head_dim rounded up -> share, rollout: (tile of queries, tile of keys, warps, stages)
 SWEEP_LAUNCH = LaunchTable("share", "rollout")
 for _arch in ("sm90", "sm80", "small"):

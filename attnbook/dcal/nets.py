@@ -22,7 +22,7 @@ from ..models import register_models
 from ..vit import VARIANTS, Attention, Block, ViT
 from .op import Pairs, attention_rollout, pair_attention, pair_attention_kv, pair_lists, select_local_queries
 
-# %% ../../nbs/5_vision/dcal.ipynb #351ade64
+# %% ../../nbs/5_vision/dcal.ipynb #b1eed225
 class UncertaintyWeighting(nn.Module):
     """Half the sum of exp(-w_i) L_i + w_i over tasks, with a learned number w_i for each, 0 at the start (then: half the sum).
 
@@ -65,7 +65,7 @@ def batch_hard_triplet(features: Tensor, labels: Tensor, margin: float = 0.3) ->
     usable = positive.any(1) & ~same.all(1)
     return torch.where(usable, hardest, 0.0).clamp_min(0).sum() / usable.sum().clamp_min(1)
 
-# %% ../../nbs/5_vision/dcal.ipynb #03797ac2
+# %% ../../nbs/5_vision/dcal.ipynb #15ce53b5
 def _attend(q, k, v, backend):
     "Attention by the engine where it runs, else PyTorch's."
     if resolve_backend(backend, q) == "torch":
@@ -105,7 +105,7 @@ class GLCABlock(Block):
     def extra_repr(self):
         return f"local_keys={self.local_keys}"
 
-# %% ../../nbs/5_vision/dcal.ipynb #45dad17a
+# %% ../../nbs/5_vision/dcal.ipynb #63e8bc22
 class DCAL(nn.Module):
     """A vision transformer trained with dual cross-attention: images `(B, in_channels, H, W)` -> a dict of logits
     `(B, num_classes)`: "sa", "glca" (if `glca`), and "pwca" in training if `pair` is given.
@@ -302,7 +302,7 @@ def _with_lse(q, k, v, backend):
         return F.scaled_dot_product_attention(q, k, v), None
     return attention(q, k, v, return_lse=True, backend=backend)
 
-# %% ../../nbs/5_vision/dcal.ipynb #f40a26ad
+# %% ../../nbs/5_vision/dcal.ipynb #5acfcd3d
 def dcal(variant: str, num_classes: int = 200, **settings: Any) -> DCAL:
     """An untrained DCAL on a DeiT of published size, 'tiny', 'small' or 'base', images of 448 pixels. `settings` are `DCAL`'s.
     ValueError for an unknown variant. Source: Zhu et al., Sec. 4.1."""

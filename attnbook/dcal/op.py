@@ -31,7 +31,7 @@ from ..engine.host import Plans, autocast, through_float32, without_autocast
 from .kernels import PAIR, launch_rollout, launch_share
 from .reference import pair_attention_kv_reference, pair_attention_reference
 
-# %% ../../nbs/5_vision/dcal.ipynb #f3e732dd
+# %% ../../nbs/5_vision/dcal.ipynb #1a92da03
 class Pairs(NamedTuple):
     "Partners, ready for the kernels: from `pair_lists`."
 
@@ -77,7 +77,7 @@ def random_pairs(
     drawn = torch.rand(B, B, generator=generator).masked_fill(~allowed, -1.0)
     return torch.where(allowed.any(1), drawn.argmax(1) if B else torch.arange(0), torch.arange(B))
 
-# %% ../../nbs/5_vision/dcal.ipynb #e92b327e
+# %% ../../nbs/5_vision/dcal.ipynb #7ac6ec9f
 def _share(q: Tensor, k: Tensor, lse: Tensor, image: Tensor, scale: float) -> Tensor:
     return through_float32(launch_share, (q, k), lse, image, scale)
 
@@ -175,7 +175,7 @@ def _pairs_by_torch(q, k, v, pair, scale, return_lse, return_contamination):
     both = [torch.cat([t[:B], t[pair]], 2).repeat_interleave(group, 1) for t in (k, v)]
     return F.scaled_dot_product_attention(q, *both, scale=scale)
 
-# %% ../../nbs/5_vision/dcal.ipynb #d47af5fe
+# %% ../../nbs/5_vision/dcal.ipynb #43df2c6a
 def pair_attention_kv(
     q: Tensor,
     k1: Tensor,
@@ -211,7 +211,7 @@ def pair_attention_kv(
         share = share_op(q.detach(), k2.detach(), lse.detach(), image, scale)
     return _answer(out, lse, share, return_lse, return_contamination)
 
-# %% ../../nbs/5_vision/dcal.ipynb #a43b25cd
+# %% ../../nbs/5_vision/dcal.ipynb #f5f5349c
 #: numbers of the attention matrix that the torch backend has in memory at a time
 BLOCK_NUMBERS = 2**22
 
@@ -291,7 +291,7 @@ def select_local_queries(rollout: Tensor, ratio: float, *, include_cls: bool = T
         local = select_largest(rollout[:, 1:].contiguous(), R, backend=backend).long() + 1
         return F.pad(local, (1, 0)) if check_bool("include_cls", include_cls) else local
 
-# %% ../../nbs/5_vision/dcal.ipynb #e5dfe18d
+# %% ../../nbs/5_vision/dcal.ipynb #99d7f8a3
 def global_local_attention(
     q: Tensor, k: Tensor, v: Tensor, index: Tensor, *, scale: float | None = None, backend: str = "auto"
 ) -> Tensor:

@@ -59,7 +59,7 @@ def maps_of(queries: Sequence[Tensor], keys: Sequence[Tensor], scale: float | No
         found.append((q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).softmax(-1))
     return found
 
-# %% ../../nbs/5_vision/dcal.ipynb #2a10ad19
+# %% ../../nbs/5_vision/dcal.ipynb #2dd6aa0b
 def pair_cost(n: int, *, batch: int, heads: int, head_dim: int, itemsize: int = 2) -> dict[str, float]:
     """FLOPs and least bytes of `pair_attention` of images of n tokens, forward and backward (which computes the logits again:
     five products for two), and `bytes_copy`, what gathering and concatenating keys and values moves on top."""

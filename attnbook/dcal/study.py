@@ -40,7 +40,7 @@ PRESETS = dict(
     ),
 )  # fmt: skip
 
-# %% ../../nbs/5_vision/dcal.ipynb #0d788a06
+# %% ../../nbs/5_vision/dcal.ipynb #13f51eb1
 def bench_pair() -> Iterator[dict]:
     "Pair attention, 16 images, 6 heads of 64, bfloat16, over tokens. Yields rows; nothing without a GPU."
     for n in (785, 197, 2305) if torch.cuda.is_available() else ():
@@ -142,7 +142,7 @@ def bench_step() -> Iterator[dict]:
             {"size": 448, "batch": 16}, models, x, y, chapter="dcal", bench="step", warmup_ms=200, rep_ms=600
         )
 
-# %% ../../nbs/5_vision/dcal.ipynb #c9d4fadf
+# %% ../../nbs/5_vision/dcal.ipynb #3b2559a5
 def _rows(name, **where):
     "The recorded rows of the gpu preset, of the device measured last."
     return newest_device(load_results("dcal", name, preset="gpu", **where))
@@ -195,7 +195,7 @@ def _added():
         parameters=100 * more / whole, operations=100 * network_flops(192, 12, 784, 78) / network_flops(192, 12, 784)
     )
 
-# %% ../../nbs/5_vision/dcal.ipynb #8394f1d9
+# %% ../../nbs/5_vision/dcal.ipynb #9e7c3e88
 def claims() -> list[Claim]:
     "The chapter's claims with their rules; measured numbers are read from the recorded results."
     over, own = "21 fonts, 64 pixels, 8 layers, unseen letters, points, 5 seeds", "not in the paper"

@@ -6,6 +6,8 @@
 __all__ = []
 
 # %% auto #imports
+from functools import partial
+
 from ..models import register_models
 from .weights import (
     PARAMETERS,
@@ -19,19 +21,19 @@ from .weights import (
 )
 
 # %% ../../nbs/1_foundations/14_vit.ipynb #658d31ff
+_SIZES = dict(
+    tiny=(vit_tiny_patch16_224, deit_tiny),
+    small=(vit_small_patch16_224, deit_small),
+    base=(vit_base_patch16_224, deit_base),
+)
 register_models(
-    {
-        f.__name__: (f, PARAMETERS[f.__name__.split("_")[1]], 224)
-        for f in (
-            vit_tiny_patch16_224,
-            vit_small_patch16_224,
-            vit_base_patch16_224,
-            vit_large_patch16_224,
-            deit_tiny,
-            deit_small,
-            deit_base,
-        )
+    {"vit_large_patch16_224": (vit_large_patch16_224, PARAMETERS["large"], 224)}
+    | {f"vit_{v}_patch16_224": (f, PARAMETERS[v], 224) for v, (f, _) in _SIZES.items()}
+    | {f"deit_{v}_patch16_224": (f, PARAMETERS[v], 224) for v, (_, f) in _SIZES.items()}
+    | {
+        f"deit_{v}_distilled_patch16_224": (partial(f, distilled=True), PARAMETERS[f"{v} distilled"], 224)
+        for v, (_, f) in _SIZES.items()
     },
-    published="parameters of DeiT, Table 1, and of timm's models of these names",
+    published="DeiT, Table 1, and timm's models of these names",
     weights="timm's and DeiT's load with `vit_from_state`",
 )

@@ -13,6 +13,7 @@ from attnbook.dcal.experiments_study import (
     accuracies,
     branch_loss,
     make_model,
+    moved,
     ranking,
     run_all,
     with_partners,
@@ -770,10 +771,20 @@ def test_methods_are_what_they_say():
 
 
 def test_partners_come_with_the_batch():
-    x, y = torch.arange(8.0)[:, None], torch.arange(8) // 2
+    x, y = torch.arange(8.0)[:, None, None, None].expand(-1, 1, 4, 4), torch.arange(8) // 2
     batch = Batches(x, y, batch_size=8, seed=1, transform=with_partners("intra"))(0)
     assert len(batch) == 3 and (batch[1][batch[2]] == batch[1]).all()
     assert len(Batches(x, y, batch_size=8, transform=with_partners(None))(0)) == 2
+
+
+def test_pictures_are_moved():
+    x = torch.zeros(60, 1, 32, 32)
+    x[:, :, 10, 20] = 1
+    y = moved(x, torch.Generator().manual_seed(0))
+    place = (y == 1).nonzero()[:, 2:] - torch.tensor([10, 20])
+    assert len(place) == 60 and place.abs().max() == 2 and place.unique(dim=0).shape[0] > 15
+    edge = torch.arange(32.0).expand(4, 1, 32, 32)
+    assert set(moved(edge, torch.Generator().manual_seed(1)).unique().tolist()) <= set(range(32))
 
 
 def test_accuracies_are_counted():

@@ -33,8 +33,8 @@ SEEN = "".join(c for c in _ALPHABET + _ALPHABET.upper() if c not in UNSEEN)
 def _picture(text, font, size, rng, pil):
     "One picture `(size, size)` uint8 of a text: moved, turned, sheared a little, blurred, with a contrast of its own and noise."
     image, draw, filters, fonts = pil
-    big = 2 * size  # drawn at twice the size
-    face = fonts.truetype(font, int(big * rng.uniform(0.36, 0.46)))
+    big = size * 3 // 2  # drawn larger
+    face = fonts.truetype(font, int(big * rng.uniform(0.38, 0.46)))
     canvas = image.new("L", (big, big), 0)
     left, top, right, bottom = draw.Draw(canvas).textbbox((0, 0), text, font=face)
     at = (
@@ -42,15 +42,15 @@ def _picture(text, font, size, rng, pil):
         (big - top - bottom) / 2 + rng.uniform(-0.1, 0.1) * big,
     )
     draw.Draw(canvas).text(at, text, font=face, fill=255)
-    turn, shear = rng.uniform(-0.12, 0.12), rng.uniform(-0.04, 0.04)
+    turn, shear = rng.uniform(-0.06, 0.06), rng.uniform(-0.02, 0.02)
     a, b, c, d = math.cos(turn), math.sin(turn) + shear, -math.sin(turn), math.cos(turn)
     middle = big / 2
     matrix = (a, b, middle - a * middle - b * middle, c, d, middle - c * middle - d * middle)
-    canvas = canvas.transform((big, big), image.Transform.AFFINE, matrix, resample=image.Resampling.BICUBIC)
-    canvas = canvas.filter(filters.GaussianBlur(rng.uniform(0, 1.0) * size / 32))
-    ink = np.asarray(canvas.resize((size, size), image.Resampling.BOX), np.float32) / 255
+    canvas = canvas.transform((big, big), image.Transform.AFFINE, matrix, resample=image.Resampling.BILINEAR)
+    canvas = canvas.filter(filters.GaussianBlur(rng.uniform(0, 0.6) * size / 32))
+    ink = np.asarray(canvas.resize((size, size), image.Resampling.BILINEAR), np.float32) / 255
     paper, dark = rng.uniform(0.75, 1.0), rng.uniform(0.0, 0.35)
-    x = paper + (dark - paper) * ink + rng.normal(0, 0.03, ink.shape)
+    x = paper + (dark - paper) * ink + rng.normal(0, 0.02, ink.shape)
     return np.clip(255 * x, 0, 255).astype(np.uint8)
 
 

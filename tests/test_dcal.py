@@ -46,7 +46,7 @@ from attnbook.dcal.reference import (
     pair_attention_kv_reference,
     pair_attention_reference,
 )
-from attnbook.dcal.study import PRESETS, AllBranches, _rows, claims, rollout_peers
+from attnbook.dcal.study import PRESETS, TASK, AllBranches, _rows, claims, rollout_peers
 from attnbook.lab.data import Batches, package_dir, skip_without
 from attnbook.lab.stats import interval
 from attnbook.lab.testing import (
@@ -924,7 +924,9 @@ def _recorded(monkeypatch, **tables):
     "Makes the study read these rows (name -> rows) as if they were recorded."
 
     def read(chapter, name=None, **where):
-        found = [dict(device="G", date="2026-01-01", versions={}, preset="gpu") | r for r in tables.get(name, [])]
+        found = [
+            dict(device="G", date="2026-01-01", versions={}, preset="gpu", task=TASK) | r for r in tables.get(name, [])
+        ]
         return [r for r in found if all(r.get(k) == v for k, v in where.items())]
 
     monkeypatch.setitem(_rows.__globals__, "load_results", read)

@@ -24,7 +24,7 @@ from ..lab.train import fit
 from .fonts_study import FONTS, font_data
 from .nets import DCAL, batch_hard_triplet
 from .op import random_pairs
-from .study import PRESETS
+from .study import PRESETS, TASK
 
 # %% ../../nbs/5_vision/dcal.ipynb #cf86c236
 #: method -> what differs of the model, and its partners; groups in the order in which they run
@@ -215,14 +215,16 @@ def run_all(
             for method, more in jobs[group]:
                 if time.perf_counter() - began > limit_s:
                     return rows
-                row = dict(method=method, run=run, ratio=more.get("local_ratio", cfg["ratio"]), preset_name=preset)
+                row = dict(
+                    method=method, run=run, ratio=more.get("local_ratio", cfg["ratio"]), preset_name=preset, task=TASK
+                )
                 if group == "retrieval":
                     row |= retrieval(cfg, run, device, method)
                 else:
                     settings, partners = known[method]
                     row |= classification(cfg, data, run, device, partners=partners, **settings | more)
                 name = "retrieval" if group == "retrieval" else "fonts"
-                key = ("method", "run", "ratio", "preset_name")
+                key = ("method", "run", "ratio", "preset_name", "task")
                 rows.append(record("dcal", name, key=key, device=device, preset=preset, group=group, **row))
                 show(
                     f"{name}, {method}, run {run}: "

@@ -9,7 +9,8 @@ from attnbook.davit.channel_op import _launch_channel_backward, _launch_channel_
 from attnbook.davit.depthwise_op import depthwise_residual_op
 from attnbook.davit.window_kernels import WINDOW
 from attnbook.davit.window_op import window_attention_packed
-from attnbook.engine.run import run_backward, run_forward
+from attnbook.engine.run import run_forward
+from attnbook.engine.run_backward import run_backward
 from attnbook.lab.testing import both_ways, tensors
 
 

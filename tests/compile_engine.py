@@ -3,7 +3,8 @@
 import torch
 
 from attnbook.engine.program import PROGRAMS
-from attnbook.engine.run import run_backward, run_forward
+from attnbook.engine.run import run_forward
+from attnbook.engine.run_backward import run_backward
 from attnbook.lab.testing import tensors
 
 BIG = 4096

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from attnbook.autoint.experiments_study import best_rows, flag_codes, lead, mutual_information, pair_information
 from attnbook.autoint.nets import (
     AutoInt,
     FieldEmbedding,
@@ -27,12 +28,7 @@ from attnbook.autoint.study import (
     _judge_explanations,
     _judge_gains,
     _judge_orders,
-    best_rows,
     claims,
-    flag_codes,
-    lead,
-    mutual_information,
-    pair_information,
     plain_layer_eager,
     sdpa_layer,
 )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attnbook.convit.claims_study import _gain, _module_gain, _over_plain, _peak_memory
 from attnbook.convit.experiments_study import (
     KINDS,
     NETWORK,
@@ -20,6 +21,7 @@ from attnbook.convit.experiments_study import (
     resolution_transfer,
     small_vit,
 )
+from attnbook.convit.launch_op import _launch_backward, _launch_forward, gated_mix_op, gpsa_fused_op, gpsa_packed_op
 from attnbook.convit.nets import (
     DEIT_PARAMETERS,
     DEIT_VARIANTS,
@@ -48,15 +50,7 @@ from attnbook.convit.nets import (
     nonlocality,
     parameter_formula,
 )
-from attnbook.convit.op import (
-    _launch_backward,
-    _launch_forward,
-    gated_mix_op,
-    gpsa,
-    gpsa_fused_op,
-    gpsa_packed,
-    gpsa_packed_op,
-)
+from attnbook.convit.op import gpsa, gpsa_packed
 from attnbook.convit.reference import (
     conv_init_,
     gpsa_attention_reference,
@@ -66,7 +60,7 @@ from attnbook.convit.reference import (
     positional_scores,
     relative_positions,
 )
-from attnbook.convit.study import _gain, _module_gain, _over_plain, _peak_memory, claims
+from attnbook.convit.study import claims
 from attnbook.lab.data import skip_without
 from attnbook.lab.testing import (
     check_against_reference,

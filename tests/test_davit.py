@@ -19,15 +19,12 @@ from attnbook.davit.channel_op import (
 )
 from attnbook.davit.depthwise_kernels import DEPTHWISE_LAUNCH
 from attnbook.davit.depthwise_op import depthwise_residual_op
-from attnbook.davit.nets import (
+from attnbook.davit.experiments_study import PAIR_KINDS
+from attnbook.davit.model_nets import (
     PARAMETERS,
     PUBLISHED_GMACS,
     VARIANTS,
-    ChannelGroupAttention,
-    ConvPositionalEncoding,
     DaViT,
-    Downsample,
-    SpatialWindowAttention,
     counted_gmacs,
     davit,
     davit_base,
@@ -38,8 +35,9 @@ from attnbook.davit.nets import (
     davit_tiny,
     from_timm,
 )
+from attnbook.davit.nets import ChannelGroupAttention, ConvPositionalEncoding, Downsample, SpatialWindowAttention
 from attnbook.davit.reference import channel_attention_reference, window_numbers
-from attnbook.davit.study import PAIR_KINDS, _speedup, claims
+from attnbook.davit.study import _speedup, claims
 from attnbook.davit.window_op import (
     window_attention,
     window_attention_op,

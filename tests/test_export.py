@@ -7,7 +7,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from attnbook.lab.export import _free_names, _test_source, make_test_file, to_markdown
+from attnbook.lab.export import _test_source, make_test_file, to_markdown
+from attnbook.lab.rooms import _free_names
 
 
 def test_free_names():

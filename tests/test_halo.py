@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attnbook.attention import attention_reference
+from attnbook.halo.experiments_study import counted_flops, outside_mass
 from attnbook.halo.kernels import HALO_REL, key_tile, tile_waste
 from attnbook.halo.nets import (
     PUBLISHED_MILLIONS,
@@ -39,8 +40,6 @@ from attnbook.halo.study import (
     _stage_times,
     _training_gain,
     claims,
-    counted_flops,
-    outside_mass,
     unfolded_attention,
 )
 from attnbook.lab.testing import (

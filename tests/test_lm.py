@@ -17,19 +17,10 @@ from attnbook.lab.train import fit
 from attnbook.layers import count_parameters
 from attnbook.lm.attend import DenseAttention, attend_packed
 from attnbook.lm.cache import DynamicCache, StaticCache
+from attnbook.lm.configs import CONFIGS, language_model
 from attnbook.lm.load import config_from_hf, config_to_hf, from_pretrained, load_hf, to_hf
 from attnbook.lm.lora import LoRALinear, add_lora, lora_plus, lora_state, mark_trainable, merge_lora, unmerge_lora
-from attnbook.lm.nets import (
-    CONFIGS,
-    Block,
-    Decoder,
-    LanguageModel,
-    ModelConfig,
-    RMSNorm,
-    edit_heads,
-    language_model,
-    rescaled,
-)
+from attnbook.lm.nets import Block, Decoder, LanguageModel, ModelConfig, RMSNorm, edit_heads, rescaled
 from attnbook.lm.reference import (
     RopeScaling,
     count_pads,

@@ -28,6 +28,7 @@ from attnbook.lab.testing import (
 )
 from attnbook.lab.testing import device as device_under_test
 from attnbook.layers import count_parameters, sinusoids
+from attnbook.music.experiments_study import load_chorales, longest
 from attnbook.music.midi import (
     BOS,
     REST,
@@ -43,7 +44,7 @@ from attnbook.music.midi import (
 from attnbook.music.nets import MusicTransformer, generate, music_model, sample, token_nll
 from attnbook.music.op import relative_attention
 from attnbook.music.reference import relative_attention_reference
-from attnbook.music.study import _gap, _growth, claims, load_chorales, longest
+from attnbook.music.study import _gap, _growth, claims
 
 
 def _qkv(L, M, H=2, D=16, B=1, dtype=torch.float32, shared=False, seed=0):

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from attnbook.lab.export import notebooks, read_sections
+from attnbook.lab.export import notebooks
 from attnbook.lab.quarto import api_anchor
+from attnbook.lab.rooms import read_sections
 
 ROOT = Path(__file__).resolve().parent.parent
 PROCESS = """

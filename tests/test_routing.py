@@ -31,6 +31,7 @@ from attnbook.lab.testing import (
 from attnbook.lab.testing import device as device_under_test
 from attnbook.layers import count_parameters
 from attnbook.routing.kmeans_nets import OnlineKMeans
+from attnbook.routing.language_nets import RoutingTransformerLM, parameter_counts, routing_model
 from attnbook.routing.language_study import (
     attention_maps,
     bits_per_byte,
@@ -54,14 +55,7 @@ from attnbook.routing.membership_op import (
     spherical_norm_op,
     topw_membership,
 )
-from attnbook.routing.nets import (
-    MEMBERSHIPS,
-    RoutingAttention,
-    RoutingSelfAttention,
-    RoutingTransformerLM,
-    parameter_counts,
-    routing_model,
-)
+from attnbook.routing.nets import MEMBERSHIPS, RoutingAttention, RoutingSelfAttention
 from attnbook.routing.op import routed_attention
 from attnbook.routing.presets_study import PRESETS
 from attnbook.routing.reference import (
@@ -413,7 +407,8 @@ def test_commitment_gradient():
 
 TWO_PROCESSES = """
 import os, sys, torch
-from attnbook.routing.kmeans_nets import OnlineKMeans, spherical_norm_reference
+from attnbook.routing.kmeans_nets import OnlineKMeans
+from attnbook.routing.reference import spherical_norm_reference
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 x = spherical_norm_reference(torch.randn(2, 2, 30, 16, generator=torch.Generator().manual_seed(0)))

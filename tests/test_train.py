@@ -16,20 +16,16 @@ import pytest
 import torch
 from torch import nn
 
+from attnbook.lab.checkpoints import History, digest, rng_state, seed_everything, set_rng_state
 from attnbook.lab.data import Batches, image_tensor, mnist5k, skip_without, standardise
 from attnbook.lab.train import (
-    History,
     Stream,
     compare_training,
     cross_entropy,
-    digest,
     evaluate_accuracy,
     fit,
     learning_rate,
     parameter_groups,
-    rng_state,
-    seed_everything,
-    set_rng_state,
 )
 
 
@@ -147,7 +143,8 @@ def test_killed_run_resumes_to_the_bit():
     script = """
 import sys, json, time, torch
 from torch import nn
-from attnbook.lab.train import fit, seed_everything
+from attnbook.lab.checkpoints import seed_everything
+from attnbook.lab.train import fit
 from attnbook.lab.data import Batches
 def loss(model, x, y):
     print(step, flush=True) if (step := next(steps)) >= 0 else None

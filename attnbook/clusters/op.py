@@ -16,7 +16,7 @@ from ..checks import check_int, check_tensor
 from ..engine import find_launch, operation, resolve_backend, tile_attention
 from ..engine.host import autocast, round_dim, through_float32, without_autocast
 from .kernels import launch_select
-from .list_kernels import launch_list_grads, launch_lists
+from .list_launches import launch_list_grads, launch_lists
 from .programs import SEGMENTS, SEGMENTS_SELF, ListFlags, launch_table
 from .reference import list_attention_gather, segment_attention_tiles, select_largest_reference
 

@@ -22,7 +22,8 @@ from ..checks import check_choice, check_divides, check_int, check_probability, 
 from ..engine import attention
 from ..layers import DropPath, Mlp, drop_path_rates, init_linear
 from ..models import register_models
-from .op import gpsa_packed, packed_heads
+from .launch_op import packed_heads
+from .op import gpsa_packed
 from .reference import (
     _check_grid,
     content_scores,

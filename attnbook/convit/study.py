@@ -8,11 +8,9 @@ __all__ = ['flex_twice', 'bench_core', 'MODULE_PARAMETERS', 'functional', 'timm_
 
 # %% auto #imports
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -21,13 +19,29 @@ from ..attention import attention_bytes, attention_flops
 from ..engine import Launch, arch_of, triton
 from ..lab.bench import compare, measure, sdpa
 from ..lab.claims import Claim, at_least, at_most, beyond_spread, grade, matches, out_of_reach
-from ..lab.results import load_results
-from ..lab.stats import over_seeds, speedups, spread
 from ..lab.train import compare_training
 from ..layers import count_parameters
-from .experiments_study import KINDS, PRESETS
+from .claims_study import (
+    _ablation_gaps,
+    _best_strength,
+    _counted_gmacs,
+    _deit_locality,
+    _final_gates,
+    _full_data,
+    _gain,
+    _here,
+    _judge_gains,
+    _judge_gates,
+    _judge_parts,
+    _judge_strength,
+    _module_gain,
+    _over_plain,
+    _peak_memory,
+    _relative_gains,
+    _transfer,
+)
 from .kernels import FUSED, fused_fits
-from .nets import GPSA, PARAMETERS, PUBLISHED_GMACS, VARIANTS, convit, convit_macs, convit_small
+from .nets import GPSA, PARAMETERS, PUBLISHED_GMACS, VARIANTS, convit, convit_small
 from .op import gpsa
 
 # %% ../../nbs/2_position/convit.ipynb #9f4be1aa
@@ -218,156 +232,6 @@ def tune_gpsa(
                 times[kernel].append((measure(call, rep_ms=50, graph=True).ms, launch))
         times[kernel].sort(key=lambda t: t[0])
     return times
-
-# %% ../../nbs/2_position/convit.ipynb #a05fcd05
-def _accuracy(name, **where):
-    "accuracy(**more) -> list of percentages over seeds, from the longest runs of the gpu preset."
-    rows = load_results("convit", name, preset="gpu", **where)
-    longest = max((r["steps"] for r in rows), default=0)
-    rows = [r for r in rows if r["steps"] == longest]
-    return lambda **more: [100 * r["accuracy"] for r in rows if all(r[n] == v for n, v in more.items())]
-
-
-def _relative_gains():
-    "Relative gain of ConViT over its twin (%) and its spread over seeds, at the smallest share and at all data."
-    rows = load_results("convit", "sample_efficiency", preset="gpu")
-    get, shares = _accuracy("sample_efficiency"), sorted({r["fraction"] for r in rows})
-    found = {}
-    for share in (shares[0], shares[-1]) if len(shares) > 1 else ():
-        pair = get(kind="ConViT", fraction=share), get(kind="DeiT", fraction=share)
-        if min(map(len, pair)) < 3:
-            return None
-        gains = [100 * (a / b - 1) for a, b in zip(*pair)]
-        found |= {f"gain at {share:.0%}": over_seeds(gains).mean, f"spread at {share:.0%}": spread(gains)}
-    return found or None
-
-
-def _full_data():
-    "Accuracy of ConViT less its twin's (points), and the larger spread over seeds."
-    get = _accuracy("sample_efficiency", fraction=1.0)
-    pair = get(kind="ConViT"), get(kind="DeiT")
-    if min(map(len, pair)) < 3:
-        return None
-    return dict(gap=over_seeds(pair[0]).mean - over_seeds(pair[1]).mean, spread=spread(*pair))
-
-
-def _ablation_gaps():
-    "Accuracy of the full ConViT less each variant's (points) at the smaller share, and the largest spread over seeds."
-    rows = load_results("convit", "ablation", preset="gpu")
-    get, share = _accuracy("ablation"), min((r["fraction"] for r in rows), default=0)
-    lists = {kind: get(kind=kind, fraction=share) for kind in KINDS}
-    if min(map(len, lists.values())) < 3:
-        return None
-    full = over_seeds(lists["ConViT"]).mean
-    gaps = {kind: full - over_seeds(v).mean for kind, v in lists.items() if kind != "ConViT"}
-    return gaps | dict(spread=spread(*lists.values()))
-
-# %% ../../nbs/2_position/convit.ipynb #93a5d1ad
-def _locality(kind, at_end=True):
-    "Over seeds: nonlocality (layers, heads) and gates of the longest gpu runs, at the start or at the end."
-    rows = [r for r in load_results("convit", "locality", preset="gpu") if r["kind"] == kind]
-    longest = max((r["steps"] for r in rows), default=0)
-    rows = [r for r in rows if r["steps"] == longest and r["at"] == (longest if at_end else 0)]
-    if len(rows) < 3:
-        return None
-    return np.mean([r["nonlocality"] for r in rows], 0), np.array([r["gates"] for r in rows])
-
-
-def _final_gates():
-    "Mean gate of the earlier and of the later layers after training, and of all at the start."
-    found = _locality("ConViT")
-    if found is None:
-        return None
-    gates = found[1].mean((0, 2))  # per layer
-    half = len(gates) // 2
-    return dict(early=float(gates[:half].mean()), late=float(gates[-half:].mean()), start=1 / (1 + math.exp(-1)))
-
-
-def _deit_locality():
-    "Mean distance at which DeiT's first layer looks, before and after training."
-    start, end = _locality("DeiT", False), _locality("DeiT")
-    return None if start is None or end is None else dict(start=float(start[0][0].mean()), end=float(end[0][0].mean()))
-
-
-def _best_strength():
-    "Mean accuracy by locality strength, from the smallest on."
-    rows = load_results("convit", "strength", preset="gpu", gpsa_layers=PRESETS["gpu"]["gpsa_layers"])
-    get = _accuracy("strength", gpsa_layers=PRESETS["gpu"]["gpsa_layers"])
-    lists = {f"alpha {a:g}": get(locality_strength=a) for a in sorted({r["locality_strength"] for r in rows})}
-    enough = len(lists) == len(PRESETS["gpu"]["strengths"]) and min(map(len, lists.values())) >= 3
-    return {a: over_seeds(v).mean for a, v in lists.items()} if enough else None
-
-
-def _transfer():
-    "Accuracy lost (points) from the trained size to the larger square, by kind."
-    (first, _), (large, _) = PRESETS["gpu"]["sizes"][:2]
-    found = {}
-    for kind in ("ConViT", "DeiT"):
-        get = _accuracy("resolution", kind=kind)
-        pair = get(height=first, width=first), get(height=large, width=large)
-        if min(map(len, pair)) < 3:
-            return None
-        found[kind] = over_seeds(pair[0]).mean - over_seeds(pair[1]).mean
-    return found
-
-# %% ../../nbs/2_position/convit.ipynb #e991177e
-PLAIN = ("cudnn, content only", "flash, content only")
-
-
-def _gain(bench, field, peers=("timm compiled",), ours=None, **where):
-    "How many times faster (or smaller) the best of ours is than the best of the peers, at one problem."
-    found = speedups(
-        load_results("convit", bench, preset="gpu", **where),
-        field=field,
-        peers=peers,
-        ours=ours,
-        more=field == "images_per_s",
-    )
-    return found[0].ratio if found else None
-
-
-def _module_gain(field):
-    "Our module's time (or memory) against timm's compiled, at [256, 196, 384]."
-    return _gain("module", field, ours=("ours", "ours compiled"), B=256)
-
-
-def _peak_memory(row):
-    "The higher of both passes' peaks; None for a row that failed."
-    peaks = row.get("peak_mb_fwd"), row.get("peak_mb_bwd")
-    return None if None in peaks else max(peaks)
-
-
-def _over_plain(field):
-    "Time of our attention part over PyTorch's fused attention of the content only, the faster backend, at 14 x 14."
-    found = _gain("core", field, peers=PLAIN, side=14)
-    return None if found is None else 1 / found
-
-# %% ../../nbs/2_position/convit.ipynb #e3f651a0
-def _here():
-    "On what the gpu preset's experiments were run."
-    names = sorted({r["data"] for r in load_results("convit", "sample_efficiency", preset="gpu")})
-    return f"10 classes of {', '.join(names) or PRESETS['gpu']['data']}, 3 seeds, twin of equal width and depth"
-
-
-def _judge_gains(m):
-    small, spread, full, _ = m.values()
-    return grade(small > spread and small > full, small > 0 and small > full)
-
-
-def _judge_parts(*kinds):
-    return lambda m: grade(all(m[k] > m["spread"] for k in kinds), all(m[k] > 0 for k in kinds))
-
-
-def _judge_gates(m):
-    return grade(m["early"] > m["late"] and m["late"] < m["start"] - 0.05, m["early"] > m["late"])
-
-
-def _judge_strength(m):
-    return grade(max(m, key=m.get) not in (list(m)[0], list(m)[-1]), False)
-
-
-def _counted_gmacs():
-    return {v: convit_macs(VARIANTS[v][0], math.prod(VARIANTS[v])) / 1e9 for v in PUBLISHED_GMACS}
 
 # %% ../../nbs/2_position/convit.ipynb #e1d0a42f
 def paper_claims() -> list[Claim]:

@@ -11,13 +11,8 @@ __all__ = ['channel_group_attention', 'channel_group_attention_packed', 'window_
 
 # %% auto #imports
 from .channel_op import channel_group_attention, channel_group_attention_packed
-from .nets import (
-    ChannelBlock,
-    ChannelGroupAttention,
-    ConvPositionalEncoding,
+from .model_nets import (
     DaViT,
-    SpatialBlock,
-    SpatialWindowAttention,
     davit,
     davit_base,
     davit_giant,
@@ -30,5 +25,6 @@ from .nets import (
     florence2_large_tower,
     from_timm,
 )
+from .nets import ChannelBlock, ChannelGroupAttention, ConvPositionalEncoding, SpatialBlock, SpatialWindowAttention
 from .reference import channel_attention_reference, window_attention_reference
 from .window_op import window_attention, window_attention_packed

@@ -27,17 +27,8 @@ from ..engine.host import (
     without_autocast,
 )
 from ..engine.run import packed_views
-from .channel_kernels import (
-    CHANNEL_LAUNCH,
-    channel_backward,
-    channel_backward_qk,
-    channel_backward_v,
-    channel_forward,
-    channel_mix,
-    channel_options,
-    channel_reduce,
-    channel_scores,
-)
+from .channel_backward_kernels import channel_backward, channel_backward_qk, channel_backward_v, channel_reduce
+from .channel_kernels import CHANNEL_LAUNCH, channel_forward, channel_mix, channel_options, channel_scores
 from .reference import channel_attention_reference
 from .sum_kernels import launch_add_parts, launch_partial_sums
 

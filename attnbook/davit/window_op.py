@@ -25,7 +25,8 @@ from ..engine.host import (
     through_float32,
     without_autocast,
 )
-from ..engine.run import LOG2E, empty_heads, packed_views, run_backward, run_forward
+from ..engine.run import LOG2E, empty_heads, packed_views, run_forward
+from ..engine.run_backward import run_backward
 from .reference import window_attention_reference
 from .window_kernels import (
     WINDOW,

@@ -18,7 +18,8 @@ from .bands import BAND, BAND_BIAS, FULL, FULL_BIAS
 from .host import INTERPRETED, Plans, autocast, resolve_backend, signature, through_float32
 from .lists import LISTED, PACKED
 from .program import PROGRAMS, TileProgram
-from .run import empty_heads, plan_backward, plan_forward, run_backward, run_forward, slot_shape
+from .run import empty_heads, plan_forward, run_forward, slot_shape
+from .run_backward import plan_backward, run_backward
 from .wiring import operation
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #e51ffe97

@@ -15,7 +15,8 @@ from ..lab.bench import compare, flex, sdpa
 from .host import Launch, arch_of, round_dim, triton
 from .op import attention
 from .program import LAUNCH, register_launch
-from .run import run_backward, run_forward
+from .run import run_forward
+from .run_backward import run_backward
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #7dacc139
 def tune(

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..checks import check_bool, check_choice, check_qkv, check_scale, check_tensor
 from ..engine import INTERPRETED, find_launch, operation, resolve_backend, tile_attention
 from ..engine.host import Plans, autocast, keep, round_dim, through_float32, without_autocast
-from ..engine.run import empty_heads, packed_views, plan_backward, plan_forward, run_backward, run_forward
+from ..engine.run import empty_heads, packed_views, plan_forward, run_forward
+from ..engine.run_backward import plan_backward, run_backward
 from .kernels import HALO, HALO_REL, HALO_ZEROS, _query_tiles, halo_constants
 from .reference import _check_geometry, halo_attention_reference
 

@@ -12,9 +12,10 @@ __all__ = ['ModelConfig', 'RopeScaling', 'LanguageModel', 'Decoder', 'language_m
 # %% auto #imports
 from .attend import DenseAttention
 from .cache import DynamicCache, StaticCache
+from .configs import CONFIGS, language_model
 from .load import from_pretrained, load_hf
 from .lora import LoRALinear, add_lora, lora_plus, mark_trainable, merge_lora
-from .nets import CONFIGS, Decoder, LanguageModel, ModelConfig, edit_heads, language_model, rescaled
+from .nets import Decoder, LanguageModel, ModelConfig, edit_heads, rescaled
 from .reference import RopeScaling
 from .sampling import choose_tokens, generate
 from .scores import bits_per_byte, continuation_log_probs, log_probs, next_token_loss

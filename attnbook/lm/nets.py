@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ModelConfig', 'RMSNorm', 'Rope', 'SwiGLU', 'GeluMlp', 'SelfAttention', 'Block', 'make_norm', 'Output', 'Decoder',
-           'LanguageModel', 'edit_heads', 'CONFIGS', 'language_model', 'rescaled']
+           'LanguageModel', 'edit_heads', 'rescaled']
 
 # %% auto #imports
 import math
@@ -433,62 +433,6 @@ def edit_heads(model: Decoder, edits: Mapping[int, Callable[[Tensor], Tensor | N
     finally:
         for hook in hooks:
             hook.remove()
-
-# %% ../../nbs/1_foundations/13_lm.ipynb #db3b82e6
-_LLAMA3 = dict(vocab_size=128256, rope_theta=5e5, norm_eps=1e-5, max_length=8192)
-_LLAMA2 = dict(vocab_size=32000, norm_eps=1e-5, max_length=4096)
-CONFIGS = {  # name -> (configuration, published number of parameters)
-    "llama-2-7b": (ModelConfig(dim=4096, depth=32, heads=32, ff_dim=11008, **_LLAMA2), 6_738_415_616),
-    "llama-2-13b": (ModelConfig(dim=5120, depth=40, heads=40, ff_dim=13824, **_LLAMA2), 13_015_864_320),
-    "llama-2-70b": (ModelConfig(dim=8192, depth=80, heads=64, kv_heads=8, ff_dim=28672, **_LLAMA2), 68_976_648_192),
-    "tinyllama-1.1b": (
-        ModelConfig(dim=2048, depth=22, heads=32, kv_heads=4, ff_dim=5632, **_LLAMA2 | dict(max_length=2048)),
-        1_100_048_384,
-    ),
-    "mistral-7b": (
-        ModelConfig(dim=4096, depth=32, heads=32, kv_heads=8, ff_dim=14336, **_LLAMA2 | dict(max_length=8192)),
-        7_241_732_096,
-    ),
-    "llama-3-8b": (ModelConfig(dim=4096, depth=32, heads=32, kv_heads=8, ff_dim=14336, **_LLAMA3), 8_030_261_248),
-    "llama-3-70b": (ModelConfig(dim=8192, depth=80, heads=64, kv_heads=8, ff_dim=28672, **_LLAMA3), 70_553_706_496),
-    "llama-3.2-1b": (
-        ModelConfig(
-            dim=2048,
-            depth=16,
-            heads=32,
-            kv_heads=8,
-            ff_dim=8192,
-            tied=True,
-            **_LLAMA3 | dict(max_length=131072, rope_scaling=RopeScaling("llama3", 32, 8192)),
-        ),
-        1_235_814_400,
-    ),
-    "smollm2-135m": (
-        ModelConfig(49152, 576, 30, 9, 3, ff_dim=1536, tied=True, rope_theta=1e5, norm_eps=1e-5, max_length=8192),
-        134_515_008,
-    ),
-    "qwen2.5-0.5b": (
-        ModelConfig(
-            151936, 896, 24, 14, 2, ff_dim=4864, tied=True, attention_bias="qkv", rope_theta=1e6, max_length=32768
-        ),
-        494_032_768,
-    ),
-    "pythia-70m": (ModelConfig.neox(50304, 512, 6, 8), 70_426_624),
-    "pythia-160m": (ModelConfig.neox(50304, 768, 12, 12), 162_322_944),
-    "pythia-410m": (ModelConfig.neox(50304, 1024, 24, 16), 405_334_016),
-    "pythia-1b": (ModelConfig.neox(50304, 2048, 16, 8), 1_011_781_632),
-    "pythia-1.4b": (ModelConfig.neox(50304, 2048, 24, 16), 1_414_647_808),
-    "pythia-2.8b": (ModelConfig.neox(50304, 2560, 32, 32), 2_775_208_960),
-    "pythia-6.9b": (ModelConfig.neox(50432, 4096, 32, 32), 6_857_302_016),
-    "pythia-12b": (ModelConfig.neox(50688, 5120, 36, 40), 11_846_072_320),
-    "gpt2": (ModelConfig.gpt(50257, 768, 12, 12, max_length=1024), 124_439_808),
-}
-
-
-def language_model(name: str, attention: Callable | Sequence[Callable] | None = None) -> LanguageModel:
-    """A published size by name, with random weights, on torch's default device (`torch.device("meta")`: without
-    memory). ValueError for an unknown name."""
-    return LanguageModel(CONFIGS[check_choice("name", name, tuple(CONFIGS))][0], attention)
 
 # %% ../../nbs/1_foundations/13_lm.ipynb #e93cc223
 def rescaled(model: LanguageModel, scaling: RopeScaling | None) -> LanguageModel:

@@ -19,7 +19,8 @@ from ..lab.data import Windows, mqar, text_corpus
 from ..lab.results import record
 from ..lab.train import fit
 from ..layers import count_parameters
-from .nets import CONFIGS, Decoder, LanguageModel, ModelConfig, rescaled
+from .configs import CONFIGS
+from .nets import Decoder, LanguageModel, ModelConfig, rescaled
 from .reference import RopeScaling
 from .sampling import generate
 from .scores import bits_per_byte, next_token_loss, windows_of

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..attention import attention_reference, merge_attention
 from ..layers import Mlp
+from .block_kernels import block_backward_dkv, block_backward_dq, block_forward
 from .costs import NETWORKS, comm_bytes, memory_elements, project
-from .kernels import block_backward_dkv, block_backward_dq, block_forward
 from .nets import Block, RingSelfAttention
 from .op import METHODS, ring_attention
 from .reference import LAYOUTS, Hop, Saved, chunk_of, rank_pairs

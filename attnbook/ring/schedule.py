@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels import block_backward_dkv, block_backward_dq, block_forward, join
+from .block_kernels import block_backward_dkv, block_backward_dq, block_forward, join
 from .reference import (
     Hop,
     Saved,

@@ -11,19 +11,8 @@ __all__ = ['Segments', 'spherical_norm', 'route_scores', 'topw_membership', 'nea
 
 # %% auto #imports
 from .kmeans_nets import OnlineKMeans
+from .language_nets import CONFIGS, RoutingBlock, RoutingTransformerLM, parameter_counts, routing_model
 from .membership_op import cluster_sums, nearest_membership, route_scores, spherical_norm, topw_membership
-from .nets import (
-    CONFIGS,
-    MEMBERSHIPS,
-    ClusterCache,
-    Router,
-    RoutingAttention,
-    RoutingBlock,
-    RoutingSelfAttention,
-    RoutingTransformerLM,
-    parameter_counts,
-    router_step,
-    routing_model,
-)
+from .nets import MEMBERSHIPS, ClusterCache, Router, RoutingAttention, RoutingSelfAttention, router_step
 from .op import plain_attention, random_assignment, routed_attention
 from .reference import Segments, routed_attention_reference, segment_lists, sort_by_cluster

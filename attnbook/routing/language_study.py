@@ -26,8 +26,9 @@ from ..lab.data import byte_splits, python_source
 from ..lab.results import load_results, newest_device, record
 from ..lab.train import fit
 from ..layers import count_parameters
+from .language_nets import RoutingTransformerLM
 from .membership_op import spherical_norm, topw_membership
-from .nets import Router, RoutingSelfAttention, RoutingTransformerLM
+from .nets import Router, RoutingSelfAttention
 from .presets_study import PRESETS
 
 # %% ../../nbs/4_long_context/routing.ipynb #1d7199a3

@@ -19,8 +19,8 @@ from torch import Tensor
 from ..lab.results import record
 from ..lab.stats import over_seeds
 from ..lab.train import fit
+from .language_nets import RoutingTransformerLM
 from .membership_op import nearest_membership, route_scores, topw_membership
-from .nets import RoutingTransformerLM
 from .op import routed_attention
 from .presets_study import PRESETS, longest
 from .reference import spherical_norm_reference

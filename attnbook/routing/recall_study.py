@@ -20,8 +20,8 @@ from ..lab.data import mqar
 from ..lab.results import record
 from ..lab.stats import fitted_exponent
 from ..lab.train import fit
+from .language_nets import RoutingTransformerLM
 from .membership_op import nearest_membership, route_scores, spherical_norm, topw_membership
-from .nets import RoutingTransformerLM
 from .op import routed_attention
 from .presets_study import PRESETS
 from .reference import spherical_norm_reference

@@ -18,9 +18,9 @@ from ..lab.bench import compare, measure, sdpa
 from ..lab.claims import Claim, at_least, at_most, grade, out_of_reach, over_range, within
 from ..lab.results import load_results, newest_device
 from ..lab.stats import over_seeds, speedups
+from .language_nets import parameter_counts
 from .leak_study import leak_summary
 from .membership_op import cluster_sums, nearest_membership, route_scores, spherical_norm, topw_membership
-from .nets import parameter_counts
 from .op import routed_attention
 from .peers_study import flex_peer, gather_flash_peer, gather_peer, peer_or_error, varlen_peer
 from .presets_study import longest, one_per_run

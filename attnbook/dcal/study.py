@@ -35,7 +35,7 @@ PRESETS = dict(
         control_seeds=1, ratio=0.2, ratios=(0.1,),
     ),
     gpu=dict(
-        size=64, patch=8, train=100, test=40, model=dict(dim=192, depth=5, num_heads=3), batch=126, steps=320, seeds=5,
+        size=64, patch=8, train=100, test=40, model=dict(dim=192, depth=4, num_heads=3), batch=126, steps=320, seeds=5,
         control_seeds=5, ratio=0.1, ratios=(0.05, 0.3),
     ),
 )  # fmt: skip
@@ -201,7 +201,7 @@ def _added():
 # %% ../../nbs/5_vision/dcal.ipynb #9e7c3e88
 def claims() -> list[Claim]:
     "The chapter's claims with their rules; measured numbers are read from the recorded results."
-    over, own = "21 fonts, 64 pixels, 8 layers, unseen letters, points, 5 seeds", "not in the paper"
+    over, own = "21 fonts, 64 pixels, 4 layers, unseen letters, points, 5 seeds", "not in the paper"
     table, variants = "contributions of GLCA and PWCA", "variants of GLCA"
     distract = "comparison of distractors"
     ahead = beyond_interval()

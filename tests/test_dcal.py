@@ -773,18 +773,21 @@ def test_methods_are_what_they_say():
 def test_partners_come_with_the_batch():
     x, y = torch.arange(8.0)[:, None, None, None].expand(-1, 1, 4, 4), torch.arange(8) // 2
     batch = Batches(x, y, batch_size=8, seed=1, transform=with_partners("intra"))(0)
-    assert len(batch) == 3 and (batch[1][batch[2]] == batch[1]).all()
-    assert len(Batches(x, y, batch_size=8, transform=with_partners(None))(0)) == 2
+    assert len(batch) == 4 and (batch[1][batch[3]] == batch[1]).all()
+    assert len(Batches(x, y, batch_size=8, transform=with_partners(None))(0)) == 3
 
 
 def test_pictures_are_moved():
-    x = torch.zeros(60, 1, 32, 32)
+    x = torch.zeros(3, 1, 32, 32)
     x[:, :, 10, 20] = 1
-    y = moved(x, torch.Generator().manual_seed(0))
-    place = (y == 1).nonzero()[:, 2:] - torch.tensor([10, 20])
-    assert len(place) == 60 and place.abs().max() == 2 and place.unique(dim=0).shape[0] > 15
-    edge = torch.arange(32.0).expand(4, 1, 32, 32)
-    assert set(moved(edge, torch.Generator().manual_seed(1)).unique().tolist()) <= set(range(32))
+    by = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, -0.5, 0.0, 0.0], [0.0, 0.0, 1.0, -1.0]])
+    y = moved(x, by)
+    assert torch.equal(y[0], x[0]) and (y[1] == 1).nonzero()[:, 1:].tolist() == [[12, 19]]
+    torch.testing.assert_close(y[2], 1.3 * x[2] - 0.3)
+    edge = torch.arange(32.0).expand(1, 1, 32, 32)
+    assert moved(edge, torch.tensor([[0.0, 1.0, 0.0, 0.0]]))[0, 0, 0, :4].tolist() == [0, 0, 0, 1]
+    take = with_partners("random")(x, torch.arange(3), generator=torch.Generator().manual_seed(0))
+    assert take[2].shape == (3, 4) and take[2].abs().max() <= 1 and take[2].min() < 0 and take[2].unique().numel() == 12
 
 
 def test_accuracies_are_counted():
@@ -815,9 +818,10 @@ def test_losses_of_experiments():
     model.train()
     features = model.forward_features(x, pair)
     out = model.classify(features)
-    torch.testing.assert_close(branch_loss()(model, x, y, pair), model.loss(out, y))
+    still = torch.zeros(3, 4, device=x.device)
+    torch.testing.assert_close(branch_loss()(model, x, y, still, pair), model.loss(out, y))
     want = sum(F.cross_entropy(out[n], y) + batch_hard_triplet(features[n], y) for n in out) / 2
-    torch.testing.assert_close(branch_loss(True)(model, x, y, pair), want)
+    torch.testing.assert_close(branch_loss(True)(model, x, y, still, pair), want)
 
 
 def test_it_runs_and_records(tmp_path, monkeypatch):

@@ -61,21 +61,24 @@ def make_model(cfg: Mapping[str, Any], num_classes: int, *, more: int = 0, **set
     return DCAL(cfg["size"], cfg["patch"], 1, num_classes, **settings)
 
 
-def moved(x: Tensor, generator: torch.Generator) -> Tensor:
-    "Pictures `(n, 1, size, size)` moved by up to a sixteenth of their side each way; what comes in repeats the border."
-    n, most = x.shape[-1], max(1, x.shape[-1] // 16)
-    shift = torch.randint(-most, most + 1, (len(x), 2), generator=generator)
-    rows, columns = ((torch.arange(n) + s[:, None]).clamp(0, n - 1) for s in shift.unbind(1))
+def moved(x: Tensor, by: Tensor) -> Tensor:
+    """Pictures `(n, 1, size, size)` moved by so many pixels down and right, what comes in repeats the border, and with another
+    contrast and brightness: `by` `(n, 4)` holds both shifts in sixteenths of the side, and two numbers from -1 to 1."""
+    n = x.shape[-1]
+    shift = (by[:, :2] * n / 16).round().long()
+    rows, columns = ((torch.arange(n, device=x.device) - s[:, None]).clamp(0, n - 1) for s in shift.unbind(1))
     x = x.gather(2, rows[:, None, :, None].expand(-1, x.shape[1], -1, n))
-    return x.gather(3, columns[:, None, None].expand(-1, x.shape[1], n, -1))
+    x = x.gather(3, columns[:, None, None].expand(-1, x.shape[1], n, -1))
+    contrast, brightness = by[:, 2:, None, None].unbind(1)
+    return x * (1 + 0.3 * contrast[:, None]) + 0.3 * brightness[:, None]
 
 
 def with_partners(kind: str | None) -> Callable:
-    "For `Batches`: moves the pictures and adds partners to a batch, which may depend on its labels; none for None."
+    "For `Batches`: adds to a batch how its pictures are moved, and partners, which may depend on labels (none for None)."
 
     def transform(x, y, *, generator):
-        x = moved(x, generator)
-        return (x, y) if kind is None else (x, y, random_pairs(y, kind, generator=generator))
+        by = torch.rand(len(x), 4, generator=generator) * 2 - 1
+        return (x, y, by) if kind is None else (x, y, by, random_pairs(y, kind, generator=generator))
 
     return transform
 
@@ -83,8 +86,8 @@ def with_partners(kind: str | None) -> Callable:
 def branch_loss(triplet: bool = False) -> Callable:
     "A loss for `fit`: cross-entropy of every branch, with `triplet` also the triplet loss of its features, weighed by uncertainty."
 
-    def loss(model, x, y, pair=None):
-        features = model.forward_features(x, pair)
+    def loss(model, x, y, by, pair=None):
+        features = model.forward_features(moved(x, by), pair)
         outputs = model.classify(features)
         if not triplet:
             return model.loss(outputs, y)
@@ -112,6 +115,7 @@ def train_model(
     x, y = data["train"]
     torch.manual_seed(seed)
     model = make_model(cfg, int(y.max()) + 1, **settings)
+    x = x.to(device)  # labels stay: partners are made of them
     batches = Batches(x, y, batch_size=min(cfg["batch"], len(x)), seed=seed, transform=with_partners(partners))
     fit(
         model,

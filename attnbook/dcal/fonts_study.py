@@ -34,12 +34,12 @@ def _picture(text, font, size, rng, pil):
     "One picture `(size, size)` uint8 of a text: moved, turned, sheared a little, blurred, with a contrast of its own and noise."
     image, draw, filters, fonts = pil
     big = size * 3 // 2  # drawn larger
-    face = fonts.truetype(font, int(big * rng.uniform(0.38, 0.46)))
+    face = fonts.truetype(font, int(big * rng.uniform(0.46, 0.56)))
     canvas = image.new("L", (big, big), 0)
     left, top, right, bottom = draw.Draw(canvas).textbbox((0, 0), text, font=face)
     at = (
         (big - left - right) / 2 + rng.uniform(-0.06, 0.06) * big,
-        (big - top - bottom) / 2 + rng.uniform(-0.1, 0.1) * big,
+        (big - top - bottom) / 2 + rng.uniform(-0.06, 0.06) * big,
     )
     draw.Draw(canvas).text(at, text, font=face, fill=255)
     turn, shear = rng.uniform(-0.06, 0.06), rng.uniform(-0.02, 0.02)
@@ -62,7 +62,7 @@ def font_images(
     fonts: Sequence[int] | None = None,  # numbers in `FONTS`; all if None
     seed: int = 0,
 ):
-    """Pictures of two or three random letters: x (n, size, size) uint8, y (n,) int64, the place in `fonts`.
+    """Pictures of two random letters: x (n, size, size) uint8, y (n,) int64, the place in `fonts`.
 
     Source: text fonts inside the package matplotlib, drawn with Pillow. ValueError for other letters."""
     check_choice("letters", letters, ("seen", "unseen"))
@@ -73,7 +73,7 @@ def font_images(
     x, y = [], []
     for label, i in enumerate(chosen):
         for _ in range(per_font):
-            text = "".join(rng.choice(list(pool), int(rng.integers(2, 4))))
+            text = "".join(rng.choice(list(pool), 2))
             x.append(_picture(text, str(folder / f"{FONTS[i]}.ttf"), size, rng, pil)), y.append(label)
     return np.stack(x), np.array(y)
 

@@ -1,6 +1,7 @@
 # Written from the test cells of nbs/5_vision/dcal.ipynb by `attnbook export`. Do not edit.
 # fmt: off
 import math
+import time
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ from attnbook.dcal.reference import (
     pair_attention_kv_reference,
     pair_attention_reference,
 )
-from attnbook.dcal.study import PRESETS, TASK, AllBranches, _rows, claims, rollout_peers
+from attnbook.dcal.study import PRESETS, TASK, AllBranches, _rows, claims, host_microseconds, rollout_peers
 from attnbook.lab.data import Batches, package_dir, skip_without
 from attnbook.lab.stats import interval
 from attnbook.lab.testing import (
@@ -844,6 +845,11 @@ def test_peers_of_the_rollout_agree():
         assert rel_error(found[m], found["ours"]) < 1e-5, m
 
 
+def test_host_time_is_the_time_of_the_call():
+    took = host_microseconds(lambda: time.sleep(2e-3), repeats=5)
+    assert 2000 <= took < 100_000 and host_microseconds(lambda: None, repeats=5) < took
+
+
 def test_all_branches():
     model, x = _model()
     pair = torch.tensor([1, 2, 0])
@@ -989,7 +995,7 @@ def test_costs_are_looked_up(monkeypatch):
     rollout = [
         row(197, m, a, b) for m, a, b in (("ours", 1, 1), ("rows of maps", 12, 80), ("products of maps", 15, 60))
     ]
-    step = [dict(method=m, ms=x) for m, x in (("SA", 10.0), ("ours", 18.0), ("torch", 99.0))]
+    step = [dict(method=m, ms=x) for m, x in (("SA", 12.0), ("SA, torch", 10.0), ("ours", 18.0), ("torch", 99.0))]
     _recorded(monkeypatch, pair=pairs, rollout=rollout, step=step)
     ratio = lambda start: [s.ratio for s in _measured(start)]
     assert ratio("Pair attention beats") == ratio("... and backward") == [2, 2] and ratio("... in less") == [2, 2]

@@ -13,6 +13,7 @@ from attnbook.dcal.experiments_study import (
     METHODS,
     accuracies,
     branch_loss,
+    font_split,
     make_model,
     moved,
     ranking,
@@ -811,6 +812,12 @@ def test_rankings_by_hand():
     per_image = [1.0, 1.0, 1.0, 1.0, (1 / 2 + 2 / 4) / 2]
     assert found["map"] == pytest.approx(100 * np.mean(per_image)) and found["rank1"] == pytest.approx(80)
     assert ranking(x, torch.tensor([0, 0, 1, 1, 2]))["rank1"] == pytest.approx(100)  # nobody asks for image 4
+
+
+def test_fonts_are_split():
+    known, unknown = font_split(3)
+    assert len(known) == 14 and len(unknown) == 7 and sorted(known + unknown) == list(range(21))
+    assert font_split(3) == font_split(3) != font_split(4)
 
 
 def test_losses_of_experiments():

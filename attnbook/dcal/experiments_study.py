@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'make_model', 'moved', 'with_partners', 'branch_loss', 'train_model', 'accuracies', 'classification',
-           'ranking', 'retrieval', 'run_all']
+           'ranking', 'font_split', 'prepare', 'retrieval', 'run_all']
 
 # %% auto #imports
 import math
@@ -176,14 +176,24 @@ def ranking(features: Tensor, labels: Tensor) -> dict[str, float]:
     return dict(map=100 * float(precision.mean()), rank1=100 * float(hit[asked, 0].mean()))
 
 
+def font_split(seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    "Numbers of the 14 fonts that retrieval trains on, and of the 7 that it does not see."
+    order = np.random.default_rng(seed).permutation(len(FONTS)).tolist()
+    return tuple(order[:14]), tuple(order[14:])
+
+
+def prepare(preset: str, seed: int) -> None:
+    "Draws the pictures of a preset and seed, so that experiments find them in the cache: for several processes, one a seed."
+    for fonts in (None, *font_split(seed)):
+        font_data(PRESETS[preset], seed, fonts)
+
+
 def retrieval(cfg: Mapping[str, Any], seed: int, device: str, method: str) -> dict[str, float]:
     "Ranking of pictures of seven fonts that training did not see, by SA's features (`map_sa`, `rank1_sa`) and by those of all branches."
-    order = np.random.default_rng(seed).permutation(len(FONTS)).tolist()
+    known, unknown = font_split(seed)
     settings, partners = METHODS["components"][method]
-    model = train_model(
-        cfg, font_data(cfg, seed, tuple(order[:14])), seed, device, partners=partners, triplet=True, **settings
-    )
-    x, y = font_data(cfg, seed, tuple(order[14:]))["test"]
+    model = train_model(cfg, font_data(cfg, seed, known), seed, device, partners=partners, triplet=True, **settings)
+    x, y = font_data(cfg, seed, unknown)["test"]
     with torch.no_grad():
         parts = [model.forward_features(t.to(device)) for t in x.split(512)]
     sa = torch.cat([p["sa"] for p in parts])

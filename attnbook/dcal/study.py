@@ -38,7 +38,7 @@ PRESETS = dict(
         control_seeds=1, ratio=0.2, ratios=(0.1,),
     ),
     gpu=dict(
-        size=64, patch=8, train=240, test=40, model=dict(dim=192, depth=4, num_heads=3), batch=252, steps=320, seeds=5,
+        size=64, patch=8, train=240, test=40, model=dict(dim=192, depth=4, num_heads=3), batch=252, steps=360, seeds=5,
         control_seeds=5, ratio=0.1, ratios=(0.05, 0.3),
     ),
 )  # fmt: skip

@@ -600,6 +600,7 @@ def test_evaluation_is_free_of_the_second_stream():
     assert list(model(x, torch.tensor([1, 2, 0]))) == ["sa", "glca"]
     torch.testing.assert_close(model(x)["sa"], model.backbone(x), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model.predict(x).sum(1), torch.ones(3, device=x.device))
+    torch.testing.assert_close(_model(glca=False)[0].eval().predict(x).sum(1), torch.ones(3, device=x.device))
     assert model.embed(x).shape == (3, 48) and _model(glca=False)[0].eval().embed(x).shape == (3, 24)
     torch.testing.assert_close(model.predict(x), sum(t.softmax(-1) for t in model(x).values()) / 2)
 
@@ -663,6 +664,11 @@ def test_gradients_go_where_they_should():
     assert float(model.loss(dict(sa=out["sa"]), labels)) == pytest.approx(float(each["sa"]))
     two = model.loss(dict(sa=out["sa"], pwca=out["pwca"]), labels)
     assert float(two) == pytest.approx(float(each["sa"] + each["pwca"]) / 2)
+    with torch.no_grad():
+        model.weighting.log_scales.copy_(torch.tensor([0.5, -0.5, 1.0]))
+    w = dict(zip(("sa", "glca", "pwca"), model.weighting.log_scales.tolist()))  # each branch has its own scale
+    want = 0.5 * sum(math.exp(-w[n]) * float(t) + w[n] for n, t in each.items())
+    assert float(model.loss(out, labels)) == pytest.approx(want, rel=1e-4)
 
 
 def test_random_selection_is_random_and_class_alone():

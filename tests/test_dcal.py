@@ -844,6 +844,7 @@ def test_it_runs_and_records(tmp_path, monkeypatch):
     monkeypatch.setitem(run_all.__globals__, "PRESETS", dict(smoke=_tiny(seeds=1, steps=1)))
     rows = run_all("smoke", device_under_test(), only=("distractors", "retrieval"), show=lambda s: None)
     assert [r["method"] for r in rows] == [*METHODS["distractors"], "SA", "all", "SA+GLCA"]
+    assert all(r["gap"] == pytest.approx(r["train"] - r["sa"], abs=1e-2) for r in rows[:4]) and rows[0]["task"] == TASK
     assert all(0 <= r["sa"] <= 100 and len(r["contamination"]) == 2 for r in rows[:4]) and rows[-1]["map"] > 0
     assert run_all("smoke", device_under_test(), limit_s=-1, show=lambda s: None) == []
     with pytest.raises(ValueError, match="only must be one of"):

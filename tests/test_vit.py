@@ -473,6 +473,16 @@ def test_other_numbers_of_parameters():
         deit("large")
 
 
+def test_published_models_are_made_by_name():
+    from attnbook.models import create_model, model_card
+
+    with torch.device("meta"):
+        assert create_model("deit_tiny_distilled_patch16_224", num_classes=7).head_dist.out_features == 7
+        assert create_model("vit_small_patch16_224", num_classes=3).head.out_features == 3
+    card = model_card("deit_base_patch16_224")
+    assert card.parameters == 86_567_656 and card.chapter == "vit" and card.image == 224
+
+
 TIMM = {
     "plain": {},
     "registers": dict(reg_tokens=2),

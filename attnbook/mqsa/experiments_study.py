@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'TIES', 'FILMS', 'film_events', 'film_sequences', 'tied_share', 'World', 'make_world', 'sample_world',
            'bayes_scores', 'METHODS', 'MODEL', 'Task', 'ranks_of', 'ndcg20', 'train_method', 'baseline_ranks',
-           'pair_frequency', 'film_task', 'chain_task', 'SHARED', 'all_jobs', 'run_job', 'run_all']
+           'pair_frequency', 'film_task', 'chain_task', 'SHARED', 'CONTROLS', 'all_jobs', 'run_job', 'run_all']
 
 # %% auto #imports
 import os
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..checks import check_choice, check_probability
+from ..checks import check_choice, check_divides, check_probability
 from ..lab.data.tables import widedeep
 from ..lab.results import record
 from .nets import MQSA
@@ -47,6 +47,7 @@ PRESETS = dict(
             seeds=1,
         ),
         betas=(0.0, 1.0),
+        controls=("mutual",),
         sweeps=dict(long_window=(1, 8), tau=(0.1,)),
     ),
     cpu=dict(
@@ -58,7 +59,7 @@ PRESETS = dict(
             users=400,
             length=10,
             clusters=10,
-            successors=3,
+            successors=4,
             max_len=10,
             dim=32,
             epochs=8,
@@ -68,6 +69,7 @@ PRESETS = dict(
             seeds=1,
         ),
         betas=(0.0, 0.5, 1.0),
+        controls=(),
         sweeps=dict(long_window=(1, 3)),
     ),
     gpu=dict(
@@ -79,7 +81,7 @@ PRESETS = dict(
             users=5000,
             length=10,
             clusters=30,
-            successors=5,
+            successors=6,
             max_len=10,
             dim=64,
             epochs=30,
@@ -90,6 +92,7 @@ PRESETS = dict(
             seeds=3,
         ),
         betas=(0.0, 0.5, 1.0),
+        controls=("mutual", "kd 0.01", "tau 0.05"),
         sweeps=dict(long_window=(1, 2, 4, 8, 100), alpha=(0.0, 0.25, 0.75), kd=(0.01, 1.0), tau=(0.05, 0.2, 0.5)),
     ),
 )
@@ -138,15 +141,25 @@ class World(NamedTuple):
     beta: float
 
 
-def make_world(items: int, clusters: int, successors: int, beta: float, seed: int) -> World:
-    "A world by seed. Its preferences and successors do not depend on beta."
+def make_world(items: int, clusters: int, successors: int, beta: float, seed: int, mutual: bool = False) -> World:
+    """A world by seed. Its preferences and successors do not depend on beta. Successors come in pairs of equal probability.
+
+    `mutual`: whatever follows an item is followed by it as often. `successors`, even then, are neighbours in so many rings of all items.
+    """
     rng = np.random.default_rng(seed)
     zipf = 1 / np.arange(1, items + 1)
     preference = np.empty((clusters, items))
     for row in preference:
         row[rng.permutation(items)] = zipf / zipf.sum()
-    successor = np.stack([rng.choice(items, successors, replace=False) for _ in range(items)])
-    weights = 0.7 ** np.arange(successors)
+    if mutual:
+        check_divides("2", 2, "successors", successors)
+        successor = np.empty((items, successors), np.int64)
+        for ring in range(0, successors, 2):
+            order = rng.permutation(items)
+            successor[order, ring], successor[order, ring + 1] = np.roll(order, 1), np.roll(order, -1)
+    else:
+        successor = np.stack([rng.choice(items, successors, replace=False) for _ in range(items)])
+    weights = 0.7 ** (np.arange(successors) // 2)
     return World(preference, successor, weights / weights.sum(), check_probability("beta", beta))
 
 
@@ -311,9 +324,9 @@ def film_task(ties: str, users: int | None) -> Task:
     return Task(leave_one_out(film_sequences(ties, users)), FILMS["items"], True)
 
 
-def chain_task(settings: dict, beta: float, run: int) -> tuple[Task, World, np.ndarray]:
+def chain_task(settings: dict, beta: float, run: int, mutual: bool = False) -> tuple[Task, World, np.ndarray]:
     "The generator's task of one seed: the task, its world, and the sequences."
-    world = make_world(settings["items"], settings["clusters"], settings["successors"], beta, 100 + run)
+    world = make_world(settings["items"], settings["clusters"], settings["successors"], beta, 100 + run, mutual)
     sequences = sample_world(world, settings["users"], settings["length"], 200 + run)
     return Task(leave_one_out(list(sequences)), settings["items"], False), world, sequences
 
@@ -326,6 +339,14 @@ SHARED = {
     ("tau", 0.1): "MQSA-TED",
     ("kd", 0.0): "MQSA",
     ("alpha", 1.0): "SASRec + TED",
+}
+
+
+#: controls of the distillation in the generator at the largest β: what differs -> methods. "mutual" is a world of undirected transitions
+CONTROLS = {
+    "mutual": ("SASRec", "SASRec + TED", "transitions", "ceiling"),
+    "kd 0.01": ("SASRec + TED",),
+    "tau 0.05": ("SASRec + TED",),
 }
 
 
@@ -349,6 +370,12 @@ def all_jobs(preset: str, seed: int = 0) -> list[dict]:
         for m in (*METHODS, "transitions", "ceiling")
     ]
     jobs += [
+        dict(experiment="control", control=c, beta=p["betas"][-1], method=m, run=r)
+        for r in runs("chain")
+        for c in p["controls"]
+        for m in CONTROLS[c]
+    ]
+    jobs += [
         dict(experiment="sweep", parameter=name, value=x, run=r)
         for r in runs("film", 2)
         for name, values in p["sweeps"].items()
@@ -365,9 +392,9 @@ def run_job(job: dict, preset: str, device: str) -> dict:
     p, kind = PRESETS[preset], job["experiment"]
     if device != "cpu":
         torch.set_float32_matmul_precision("high")
-    settings = p["chain"] if kind == "chain" else p["film"]
-    if kind == "chain":
-        task, world, sequences = chain_task(settings, job["beta"], job["run"])
+    settings = p["chain"] if kind in ("chain", "control") else p["film"]
+    if kind in ("chain", "control"):
+        task, world, sequences = chain_task(settings, job["beta"], job["run"], job.get("control") == "mutual")
     else:
         task = film_task(job.get("ties", "file"), settings["users"])
     found = {}
@@ -380,6 +407,9 @@ def run_job(job: dict, preset: str, device: str) -> dict:
         ).numpy()
     else:
         options = METHODS[method] if method else dict(kd=0.1) | {job["parameter"]: job["value"]}
+        if kind == "control" and job["control"] != "mutual":
+            name, value = job["control"].split()
+            options = options | {name: float(value)}
         found = train_method(task, options, seed=job["run"], device=device, **settings)
         ranks = found.pop("ranks")
     hit, gain = hit_rate_ndcg(torch.as_tensor(ranks))
@@ -401,7 +431,7 @@ def run_all(
     workers: int | None = None,
     show: Callable[[str], object] = lambda text: None,
 ) -> list[dict]:
-    """Runs every experiment of a preset and records its rows under `mqsa`: films, chain and sweep. Returns the rows.
+    """Runs every experiment of a preset and records its rows under `mqsa`: films, chain, control and sweep. Returns the rows.
 
     `workers`: processes at a time; the preset's number if None, 0 for none. `show` gets a line a row.
     """

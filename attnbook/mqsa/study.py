@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..engine import Launch, arch_of
 from ..lab.bench import compare, measure
-from ..lab.claims import Claim, matches, out_of_reach, over_range
+from ..lab.claims import Claim, beyond_interval, matches, out_of_reach, over_range
 from .catalogue_kernels import CATALOGUE_LAUNCH
 from .catalogue_op import _run_hidden, _run_table, catalogue_cross_entropy, catalogue_distillation, catalogue_op
 from .catalogue_reference import catalogue_cost
@@ -31,6 +31,7 @@ from .claims_study import (
     _judge_ladder,
     _judge_slopes,
     _ladder,
+    _mutual,
     _sizes,
     _slopes,
     best_rows,
@@ -358,6 +359,14 @@ def claims() -> list[Claim]:
             _judge_slopes,
             measured=_slopes,
             scale="generator; gain at one end of β less gain at the other, intervals over seeds; the long query against two short branches",
+        ),
+        Claim(
+            "Where transitions go both ways, the distillation helps to predict them",
+            "",
+            "this book",
+            beyond_interval(),
+            measured=_mutual,
+            scale="generator, mutual world, largest β; interval over seeds above 0",
         ),
         Claim(
             "The long query lifts people whose transition was never seen, the distillation those where it is frequent",

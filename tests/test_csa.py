@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from attnbook.csa.claims_study import _counts_match, _differences, ahead
 from attnbook.csa.detection_nets import balanced_bce, balanced_regression, bmn_loss, bmn_targets, decode_proposals
 from attnbook.csa.detection_reference import (
     average_precision,
@@ -19,7 +20,18 @@ from attnbook.csa.detection_reference import (
     soft_nms_1d,
     temporal_iou,
 )
-from attnbook.csa.experiments_study import detector, evaluate_detector, gate_looks, name_proposals
+from attnbook.csa.experiments_study import (
+    DRAWS,
+    METHODS,
+    THRESHOLDS,
+    detector,
+    evaluate_detector,
+    gate_looks,
+    inputs_of,
+    name_proposals,
+    strict_and_loose,
+)
+from attnbook.csa.gate_kernels import gate_tiles
 from attnbook.csa.matching_kernels import MATCH_LAUNCH, MatchLaunch, backward_steps, match_constants
 from attnbook.csa.nets import ATTENTIONS, AXES, BMN, ClassSemanticsAttention, SqueezeExcite1d
 from attnbook.csa.op import boundary_matching, csa_gate, gate_op, matching_op, semantic_summary, summary_op, taps_op
@@ -35,14 +47,15 @@ from attnbook.csa.reference import (
 )
 from attnbook.csa.streams_study import (
     SAMPLES,
-    SPLITS,
     WINDOW,
     Streams,
+    _pieces,
+    people,
     snippet_windows,
     stitched_streams,
     trimmed_windows,
 )
-from attnbook.csa.study import OpenTADMatching, SampledMatching, _counts_match, _differences, ahead, claims
+from attnbook.csa.study import OpenTADMatching, SampledMatching, claims
 from attnbook.lab.data import skip_without
 from attnbook.lab.results import record
 from attnbook.lab.stats import Interval
@@ -163,6 +176,21 @@ def test_gate_is_a_good_citizen(backend):
         skip=("autocast",),
         dtypes=(torch.float32, torch.float16, torch.bfloat16),
     )
+
+
+@pytest.mark.parametrize("fuse", FUSIONS)
+def test_gate_of_long_videos(fuse):
+    "Programs that walk down all channels, beside programs that take some: 70 channels are three tiles."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(gate_tiles.__globals__, "LONG", 100)
+        patch.setitem(gate_tiles.__globals__, "ENOUGH", 3)
+        for B, whole in ((2, True), (1, False)):
+            i = gates(B, 70, 131, dtype=torch.float32)
+            C, grid, _ = gate_tiles("backward", i["f"], fuse, True)
+            assert (C.steps, C.whole, grid[1]) == ((3, True, 1) if whole else (1, False, 3))
+            check_against_reference(
+                partial(csa_gate, fuse=fuse, backend="triton"), partial(csa_gate, fuse=fuse, backend="torch"), i
+            )
 
 
 def test_gate_ties_share_the_gradient():
@@ -784,15 +812,29 @@ def test_streams():
     for s, c, d in zip(a.segments, a.labels, a.distractors):
         both = np.concatenate([s, d])
         both = both[both[:, 0].argsort()]
-        assert len(s) == len(c) >= 1 and (both[1:, 0] > both[:-1, 1]).all() and both.min() > 0 and both.max() < 96
+        assert len(s) == len(c) >= 1 and (both[1:, 0] >= both[:-1, 1]).all() and both.min() > 0 and both.max() < 96
         assert ((s[:, 1] - s[:, 0]) * 0.32 >= 3).all() and ((s[:, 1] - s[:, 0]) * 0.32 <= 12).all()
     assert not any(map(len, stitched_streams((1,), 3, snippets=96, distractors=False).distractors))
+
+
+def test_every_second_pair_touches():
+    "And a stream has every sample of its plan; two of the same exercise are always apart."
+    for touching, low, high in ((0.0, 0, 0), (0.5, 0.25, 0.55), (1.0, 0.7, 1)):
+        rng, touch, pairs = np.random.default_rng(0), 0, 0
+        for _ in range(60):
+            plan = _pieces(rng, 2048, True, touching)
+            assert sum(size for _, size in plan) == 2048 and plan[0][0] == plan[-1][0] == "rest"
+            assert min(size for kind, size in plan if kind == "rest") >= 50
+            follow = [(a, b) for (a, _), (b, _) in zip(plan, plan[1:]) if "rest" not in (a, b)]
+            assert all(a != b for a, b in follow)
+            touch, pairs = touch + len(follow), pairs + sum(kind != "rest" for kind, _ in plan) - 1
+        assert low <= touch / pairs <= high
 
 
 def test_streams_are_quiet_where_nothing_happens():
     "Rotation within instances is far above that in rests, and joints do not jump."
     skip_without("seglearn")
-    s = stitched_streams((3,), 4, snippets=96, distractors=False, seed=1)
+    s = stitched_streams((3,), 4, snippets=96, distractors=False, touching=0.0, seed=1)
     for x, spans in zip(s.x, s.segments):
         at = (np.arange(len(x)) / SAMPLES)[:, None]
         inside, near = (
@@ -805,8 +847,14 @@ def test_streams_are_quiet_where_nothing_happens():
 
 def test_people_are_in_one_split():
     skip_without("seglearn")
-    assert sorted(p for people in SPLITS.values() for p in people) == list(range(1, 11))
-    with pytest.raises(ValueError, match="people"):
+    tested = []
+    for fold in range(5):
+        found = people(fold)
+        assert sorted(p for part in found.values() for p in part) == list(range(1, 11))
+        assert [len(part) for part in found.values()] == [6, 2, 2]
+        tested += found["test"]
+    assert sorted(tested) == list(range(1, 11)) and people(5) == people(0)
+    with pytest.raises(ValueError, match="who"):
         stitched_streams((11,), 1)
 
 
@@ -883,10 +931,34 @@ def test_perfect_detector_scores_one():
         def forward(self, x, r):
             return edge(0), edge(1), overlap[:, None].expand(-1, 2, -1, -1) ** 4
 
-    found = evaluate_detector(
-        Oracle(), {"class": chances.mT, "chances": chances, "streams": s}, "class", keep=50, device="cpu"
-    )
-    assert found["map_50"] > 0.95 and found["map_30"] >= found["map_50"] >= found["map_70"]
+    test = {"x": chances.mT, "semantics": chances.mT, "chances": chances, "streams": s}
+    found = evaluate_detector(Oracle(), test, keep=50, device="cpu")
+    assert found["map_50"] > 0.95 and found["map_30"] >= found["map_50"] >= found["map_70"] >= found["map_95"]
+    assert found["proposal_map"] > 0.7 and found["naming_map"] > 0.95 and found["thumos_map"] >= found["mean_map"] > 0.7
+    assert np.mean(found["redrawn"]) == pytest.approx(found["mean_map"], abs=0.05) and len(found["redrawn"]) == DRAWS
+    nobody = dict(test, chances=torch.zeros_like(chances).index_fill(2, torch.tensor([5]), 1.0))
+    assert evaluate_detector(Oracle(), nobody, keep=50, device="cpu")["naming_map"] == 0
+
+
+def test_means_over_thresholds():
+    each = [k / 100 for k in range(len(THRESHOLDS))]  # 0 at 0.3, 13 at 0.95
+    found = strict_and_loose(each)
+    assert found["mean_map"] == pytest.approx(np.mean(range(4, 14)) / 100)
+    assert found["thumos_map"] == pytest.approx(np.mean([0, 2, 4, 6, 8]) / 100)
+
+
+def test_inputs_of_methods():
+    part = {n: torch.full((2, 3, 4), float(i)) for i, n in enumerate(("class", "person", "untrained"))}
+    seen = {m: inputs_of(part, how) for m, how in METHODS.items()}
+    assert seen["CSA"]["x"].mean() == seen["CSA"]["semantics"].mean() == 0
+    assert seen["untrained"]["x"].mean() == 0 and seen["untrained"]["semantics"].mean() == 2
+    assert seen["person"]["semantics"].mean() == 1 and seen["blind CSA"]["x"].mean() == 2
+    assert seen["blind CSA"]["semantics"].mean() == 0 and seen["blind CSA, person"]["semantics"].mean() == 1
+    assert seen["BMN reads both"]["x"].shape == (2, 6, 4) and seen["BMN reads both"]["x"][:, 3:].mean() == 0
+    for method in METHODS:
+        net = detector(8, method, width=1 / 32, bins=2, duration=4)
+        x = torch.randn(1, 16 if method == "BMN reads both" else 8, 6)
+        assert net(x, torch.randn(1, 8, 6))[2].shape == (1, 2, 4, 6)
 
 
 @pytest.mark.parametrize("peer", [SampledMatching, OpenTADMatching], ids=lambda peer: peer.__name__)

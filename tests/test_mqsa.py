@@ -944,6 +944,8 @@ def test_run_all_records_what_it_runs(tmp_path):
         patch.setitem(all_jobs.__globals__, "METHODS", {"MQSA-TED": METHODS["MQSA-TED"]})
         patch.setitem(all_jobs.__globals__, "CONTROLS", {"mutual": ("MQSA-TED", "ceiling")})
         rows = run_all("smoke")
+        assert [r["ndcg20"] for r in run_all("smoke", only=("control",))] == [r["ndcg20"] for r in rows[6:]]
+        check_raises(run_all, [(dict(only=("film",)), ValueError, ("only", "films"))], preset="smoke")
     assert [r["name"] for r in rows] == ["films"] * 3 + ["chain"] * 3 + ["control"] * 2
     assert (
         all(r["size"] == "smoke" for r in rows) and rows[-1]["ndcg20"] != rows[-3]["ndcg20"]
@@ -991,9 +993,8 @@ def test_block_peers_compute_the_same():
     block = LQueryBlock(12, 3, num_heads=2, dropout=0.0).to(x.device)
     names, parameters = zip(*block.named_parameters())
     x = x * segments.real[..., None]
-    for name, fn in block_peers(block, segments, names).items():
-        if "compiled" not in name:
-            torch.testing.assert_close(fn(x, *parameters), block(x, segments), rtol=3e-3, atol=3e-3, msg=name)
+    for name, fn in block_peers(block, segments, names, compiled=False).items():
+        torch.testing.assert_close(fn(x, *parameters), block(x, segments), rtol=3e-3, atol=3e-3, msg=name)
     for fn in (eager_block, sdpa_block):
         torch.testing.assert_close(
             fn(x, segments.real, 3, 2, dict(zip(names, parameters))), block(x, segments), rtol=3e-3, atol=3e-3

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['PRESETS', 'TIES', 'FILMS', 'film_events', 'film_sequences', 'tied_share', 'World', 'make_world', 'sample_world',
            'bayes_scores', 'METHODS', 'MODEL', 'Task', 'ranks_of', 'ndcg20', 'train_method', 'baseline_ranks',
-           'pair_frequency', 'film_task', 'chain_task', 'SHARED', 'CONTROLS', 'all_jobs', 'run_job', 'run_all']
+           'pair_frequency', 'film_task', 'chain_task', 'SHARED', 'EXPERIMENTS', 'CONTROLS', 'all_jobs', 'run_job',
+           'run_all']
 
 # %% auto #imports
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from multiprocessing import get_context
@@ -342,6 +343,7 @@ SHARED = {
 }
 
 
+EXPERIMENTS = ("films", "chain", "control", "sweep")
 #: controls of the distillation in the generator at the largest β: what differs -> methods. "mutual" is a world of undirected transitions
 CONTROLS = {
     "mutual": ("SASRec", "SASRec + TED", "transitions", "ceiling"),
@@ -429,13 +431,18 @@ def run_all(
     *,
     seed: int = 0,
     workers: int | None = None,
+    only: Sequence[str] | None = None,
     show: Callable[[str], object] = lambda text: None,
 ) -> list[dict]:
     """Runs every experiment of a preset and records its rows under `mqsa`: films, chain, control and sweep. Returns the rows.
 
-    `workers`: processes at a time; the preset's number if None, 0 for none. `show` gets a line a row.
+    `workers`: processes at a time; the preset's number if None, 0 for none. `only`: some of the experiments. `show` gets a line a row.
     """
-    jobs, workers = all_jobs(preset, seed), PRESETS[preset]["workers"] if workers is None else workers
+    for name in only or ():
+        check_choice("only", name, EXPERIMENTS)
+    jobs = [j for j in all_jobs(preset, seed) if j["experiment"] in (only or EXPERIMENTS)]
+    workers = PRESETS[preset]["workers"] if workers is None else workers
+    workers = 0 if _in_worker.__module__ == "__main__" else workers  # other processes can't see a notebook's functions
     arguments = [(job, preset, device) for job in jobs]
     pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers else None
     rows, started = [], time.perf_counter()

@@ -74,7 +74,7 @@ PRESETS = dict(
         sweeps=dict(long_window=(1, 3)),
     ),
     gpu=dict(
-        workers=12,
+        workers=14,
         film=dict(max_len=100, dim=64, epochs=50, every=5, batch=64, users=None, dropout=0.3, lr=2e-3, seeds=5),
         ties=("file", "item"),
         chain=dict(
@@ -85,11 +85,11 @@ PRESETS = dict(
             successors=6,
             max_len=10,
             dim=64,
-            epochs=30,
+            epochs=50,
             every=5,
-            batch=256,
+            batch=128,
             dropout=0.3,
-            lr=2e-3,
+            lr=7e-3,
             seeds=3,
         ),
         betas=(0.0, 0.5, 1.0),

@@ -463,8 +463,20 @@ def test_matching_at_full_size(O, options, dtype):
         (lambda: BMN(400), 2_782_980),
         (lambda: BMN(2048), 3_099_396),
         (lambda: BMN(400, proposal_channels=256), 4_978_564),
+        (lambda: BMN(400, 128, "csa"), 2_782_980 + 93_569),
+        (lambda: BMN(2048, 64, "csa"), 3_099_396 + 409_985),
     ],
-    ids=["CSA 400", "CSA 2048", "CSA 64", "SE", "BMN 400", "BMN 2048", "BMN, an earlier version"],
+    ids=[
+        "CSA 400",
+        "CSA 2048",
+        "CSA 64",
+        "SE",
+        "BMN 400",
+        "BMN 2048",
+        "BMN, an earlier version",
+        "csa_bmn_anet",
+        "csa_bmn_thumos",
+    ],
 )
 def test_parameter_counts(make, count):
     assert count_parameters(make) == count
@@ -579,16 +591,6 @@ def test_all_attentions_but_se_start_alike():
         net.load_state_dict(plain.state_dict(), strict=False)
         for a, b in zip(net(x), plain(x)):
             torch.testing.assert_close(a, b)
-
-
-def test_models_by_name():
-    from attnbook.models import create_model, model_card
-
-    for name, count in (("csa_bmn_anet", 2_782_980 + 93_569), ("csa_bmn_thumos", 3_099_396 + 409_985)):
-        card = model_card(name)
-        assert count_parameters(card.make) == card.parameters == count and card.chapter in ("csa", "")
-        assert card.inputs()[0].shape[1:] == (card.make.args[0], 128)
-    assert create_model("csa_bmn_anet", fuse="prod").csa.fuse == "prod"
 
 
 def test_semantics_reach_the_gate_only():

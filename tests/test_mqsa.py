@@ -627,16 +627,6 @@ def test_parameter_counts(name, items, total):
     assert count_parameters(lambda: MQSA(items, blocks=2)) == total + 2 * (4 * 64 + 5 * (64**2 + 64))
 
 
-def test_models_by_name():
-    from attnbook.models import create_model, model_card
-
-    for name, items in (("mqsa_beauty", 12101), ("mqsa_sports", 18357), ("mqsa_toys", 11924), ("mqsa_yelp", 20033)):
-        card = model_card(name)
-        assert count_parameters(card.make) == card.parameters and card.make.args == (items,)
-    model = create_model("mqsa_toys", dim=8, max_len=60, dropout=0.0)
-    assert model(*card.inputs()).shape == (1, 50, 8) and model.items.shape == (11924, 8)
-
-
 def small_model(**options):
     "A model of 30 items on the device under test, with embeddings of a size that shows."
     torch.manual_seed(0)

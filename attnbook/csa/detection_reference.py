@@ -164,5 +164,5 @@ def redrawn_map(classes: Sequence[ClassHits], draws: int = 100, seed: int = 0) -
     for hits, video, instances in classes:
         positives = times @ instances  # [draws]
         precision = average_precision(hits[:, None], positives, times[:, video]).mean(0)
-        total, count = total + precision * (positives > 0), count + (positives > 0)
+        total, count = total + precision, count + (positives > 0)
     return total / count.clamp(min=1)

@@ -17,7 +17,7 @@ from ..lab.claims import grade
 from ..lab.results import load_results, newest_device
 from ..lab.stats import Interval, Speedup, by_seed, interval, paired, speedups
 from ..layers import count_parameters
-from .experiments_study import SHARED, film_task
+from .experiments_study import SHARED, WORLDS, film_task
 from .nets import MQSA
 from .ranking_reference import hit_rate_ndcg
 from .teacher_reference import transition_graph, transition_teacher
@@ -89,7 +89,7 @@ def control_gain(control: str) -> dict[int, float]:
     if not rows:
         return {}
     a = by_seed(rows, "ndcg20", method="SASRec + TED")
-    b = by_seed(rows, "ndcg20", method="SASRec") if control == "mutual" else chain_scores("SASRec", rows[0]["beta"])
+    b = by_seed(rows, "ndcg20", method="SASRec") if control in WORLDS else chain_scores("SASRec", rows[0]["beta"])
     return {r: a[r] - b[r] for r in a if r in b}
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #d-sweep-code
@@ -179,9 +179,9 @@ def _slopes() -> dict[str, object] | None:
     return found if all(found.values()) else None
 
 
-def _mutual() -> Interval | None:
-    "What the distillation adds to SASRec in the mutual world, over seeds."
-    gain = control_gain("mutual")
+def _in_world(kind: str) -> Interval | None:
+    "What the distillation adds to SASRec in another world, over seeds."
+    gain = control_gain(kind)
     return interval(gain.values()) if gain else None
 
 

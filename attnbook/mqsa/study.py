@@ -27,12 +27,12 @@ from .claims_study import (
     TRAINING,
     _differences,
     _faster,
+    _in_world,
     _judge_best,
     _judge_differences,
     _judge_ladder,
     _judge_slopes,
     _ladder,
-    _mutual,
     _sizes,
     _slopes,
     best_rows,
@@ -372,13 +372,19 @@ def claims() -> list[Claim]:
             measured=_slopes,
             scale="generator; gain at one end of β less gain at the other, intervals over seeds; the long query against two short branches",
         ),
-        Claim(
-            "Where transitions go both ways, the distillation helps to predict them",
-            "",
-            "this book",
-            beyond_interval(),
-            measured=_mutual,
-            scale="generator, mutual world, largest β; interval over seeds above 0",
+        *(
+            Claim(
+                statement,
+                "",
+                "this book",
+                beyond_interval(),
+                measured=partial(_in_world, kind),
+                scale=f"generator, world of kind {kind}, largest β; interval over seeds above 0",
+            )
+            for statement, kind in (
+                ("Where transitions go both ways, the distillation helps to predict them", "mutual"),
+                ("Where an item's successors follow each other too, the distillation helps to predict them", "groups"),
+            )
         ),
         Claim(
             "The long query lifts people whose transition was never seen, the distillation those where it is frequent",

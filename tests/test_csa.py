@@ -53,6 +53,8 @@ from attnbook.csa.reference import (
     valid_proposals,
 )
 from attnbook.csa.streams_study import (
+    DISTRACTORS,
+    LABELS,
     SAMPLES,
     WINDOW,
     Streams,
@@ -892,6 +894,16 @@ def test_streams_are_quiet_where_nothing_happens():
         assert speed[inside].mean() > 5 * speed[~near].mean()
 
 
+def test_joints_do_not_show(monkeypatch):
+    "Of recordings that are one everywhere, and a sensor without noise, every stream is one everywhere: fades sum to one."
+    names = [(p, arm, e) for p in (1, 2) for arm in (0, 1) for e in (*LABELS, *DISTRACTORS)]
+    bank, noise = {k: np.ones((1000, 6)) for k in names}, {k[:2]: np.zeros((50, 6)) for k in names}
+    monkeypatch.setitem(stitched_streams.__globals__, "watch_bank", lambda: (bank, noise))
+    s = stitched_streams((1, 2), 9, snippets=96, seed=2)
+    np.testing.assert_allclose(s.x[..., :3], 1, atol=1e-6)
+    assert set(s.person) == {1, 2} and s.x[..., 3:].max() <= 1 + 1e-6
+
+
 def test_people_are_in_one_split():
     skip_without("seglearn")
     tested = []
@@ -913,6 +925,16 @@ def test_windows_lie_around_their_snippets():
         and w[0, 2, 0, 24:40].tolist() == list(range(32, 48))
         and w[0, 0, 0, :24].sum() == 0
     )
+
+
+def test_windows_across_a_joint_are_left_out():
+    "An instance of class 3 from snippet 10 to 20 of 40: windows whose middle is within two snippets of a joint count for nothing."
+    spans = [np.array([[10.0, 20.0]])]
+    one = Streams(np.zeros((1, 640, 6), np.float32), spans, [np.array([3])], [np.zeros((0, 2))], np.array([4]))
+    x, y = trimmed_windows(one)
+    assert len(x) == len(y) == 32 and int((y == 3).sum()) == 6 and int((y == 5).sum()) == 26
+    unlabelled = Streams(one.x, [np.zeros((0, 2))], [np.zeros(0, int)], spans, one.person)
+    assert set(trimmed_windows(unlabelled)[1].tolist()) == {5} and len(trimmed_windows(unlabelled)[1]) == 32
 
 
 def test_trimmed_windows_know_what_they_show():

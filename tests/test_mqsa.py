@@ -1112,7 +1112,13 @@ def test_claims_read_the_right_rows():
         for r in range(3)
     ]
     swept = [
-        dict(parameter="tau", value=v, run=r, size="gpu", ranks=[0] * int(400 * share) + [99] * int(400 * (1 - share)))
+        dict(
+            parameter="tau",
+            value=v,
+            run=r,
+            size="gpu",
+            ranks=[0] * round(400 * share) + [99] * round(400 * (1 - share)),
+        )
         for v, share in ((0.05, 0.8), (0.5, 0.2))
         for r in range(3)
     ]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'Difference', 'bootstrap_difference', 'best_rows', 'gains', 'film_difference', 'chain_scores', 'chain_gain',
-           'control_gain', 'Swept', 'sweep', 'seen_mass', 'GROUPS', 'TRAINING']
+           'control_gain', 'Swept', 'sweep_rows', 'sweep', 'seen_mass', 'GROUPS', 'TRAINING']
 
 # %% auto #imports
 from collections.abc import Callable
@@ -98,28 +98,33 @@ class Swept(NamedTuple):
 
     gains: dict[float, dict[int, np.ndarray]]
 
-    def scores(self) -> dict[float, list[float]]:
-        "Value -> means over people, one for each run."
-        return {x: [float(g.mean()) for g in runs.values()] for x, runs in self.gains.items()}
-
     def __str__(self):
-        return ", ".join(f"{x:g}: {np.mean(m):.4f}" for x, m in self.scores().items())
+        return ", ".join(f"{x:g}: {np.mean([g.mean() for g in r.values()]):.4f}" for x, r in self.gains.items())
+
+
+def sweep_rows(parameter: str) -> dict[float, dict[int, dict]]:
+    "Value -> run -> row of one of the sweeps; what the films have trained anyway comes from there, the same runs."
+    rows, found = best_rows("sweep", parameter=parameter), {}
+    for r in rows:
+        found.setdefault(r["value"], {})[r["run"]] = r
+    runs = {r["run"] for r in rows}
+    for r in best_rows("films", ties="file") if rows else ():
+        for (name, x), method in SHARED.items():
+            if (name, method) == (parameter, r["method"]) and r["run"] in runs and r["size"] == rows[0]["size"]:
+                found.setdefault(x, {})[r["run"]] = r
+    return {x: found[x] for x in sorted(found)} if len(found) > 1 else {}
 
 
 def sweep(parameter: str) -> Swept | None:
-    "One of the sweeps; what the films have trained anyway comes from there, the same runs. None if fewer than two values were measured."
-    rows = best_rows("sweep", parameter=parameter)
+    "A sweep person by person; None where fewer than two values were measured so (the first rows have means only)."
     gain = lambda r: hit_rate_ndcg(torch.tensor(r["ranks"]))[1].numpy()
-    found = {}
-    for r in rows:
-        if "ranks" in r:
-            found.setdefault(r["value"], {})[r["run"]] = gain(r)
-    runs, size = {r for some in found.values() for r in some}, rows[0]["size"] if rows else ""
-    for r in best_rows("films", ties="file") if found else ():
-        for (name, x), method in SHARED.items():
-            if (name, method) == (parameter, r["method"]) and r["run"] in runs and r["size"] == size:
-                found.setdefault(x, {})[r["run"]] = gain(r)
-    return Swept({x: found[x] for x in sorted(found)}) if len(found) > 1 else None
+    found = {x: {run: gain(r) for run, r in rows.items() if "ranks" in r} for x, rows in sweep_rows(parameter).items()}
+    found = {x: runs for x, runs in found.items() if runs}
+    return (
+        Swept(found)
+        if len(found) > 1 and any(x not in [v for n, v in SHARED if n == parameter] for x in found)
+        else None
+    )
 
 
 def seen_mass(tau: float) -> float:

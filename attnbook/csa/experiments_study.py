@@ -64,6 +64,7 @@ PRESETS = dict(
         steps=40,
         batch=8,
         seeds=1,
+        methods=("BMN", "SE", "scSE", "CSA", "untrained", "blind BMN", "blind CSA", "BMN reads both"),
         keep=40,
         cost=dict(lengths=(32, 64), width=32, bins=16, rep_ms=30.0),
     ),
@@ -365,7 +366,7 @@ def run_experiments(
     methods: Sequence[str] | None = None,
     show: Callable[[str], object] = print,
 ) -> list[dict]:
-    "Trains all detectors of a preset, or some `methods`, run by run, as many runs at a time as the preset says; returns the rows."
+    "Trains the detectors of a preset, all unless it names some, or `methods`, run by run, as many runs at a time as the preset says; returns the rows."
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     for m in methods or ():
         check_choice("methods", m, tuple(METHODS))
@@ -374,7 +375,7 @@ def run_experiments(
     workers = (
         0 if run_seed.__module__ == "__main__" else c.get("workers", 0)
     )  # other processes can't see a notebook's functions
-    task = partial(run_seed, preset, device, steps=steps, methods=methods)
+    task = partial(run_seed, preset, device, steps=steps, methods=methods or c.get("methods"))
     pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers else None
     rows = []
     try:

@@ -384,14 +384,16 @@ def test_windows_of_several_loads():
     assert rel_error(found, boundary_matching_reference(**i, **options)) < 1e-5
 
 
-def test_ranges_of_bins_leave_nothing_out():
-    "At the ends of a video bins are skipped; none that counts."
-    i, options = small(B=1, C=1, T=25, O=1, N=5, dtype=torch.float32), dict(max_duration=25, activation="none")
-    i |= dict(x=torch.ones_like(i["x"]), weight=torch.ones_like(i["weight"]))
-    assert (
-        rel_error(boundary_matching(**i, **options, backend="triton"), boundary_matching_reference(**i, **options))
-        < 1e-6
+@pytest.mark.parametrize("T, N, extend", [(25, 5, 0.5), (40, 8, 1.0)], ids=["last bins", "first bins"])
+def test_ranges_of_bins_leave_nothing_out(T, N, extend):
+    "At the ends of a video bins are skipped, the last of late proposals, the first of long and early ones; none that counts."
+    i, options = (
+        small(B=1, C=1, T=T, O=1, N=N, dtype=torch.float32),
+        dict(max_duration=T, activation="none", extend=extend),
     )
+    i |= dict(x=torch.ones_like(i["x"]), weight=torch.ones_like(i["weight"]))
+    want = boundary_matching_reference(**i, **options)
+    assert rel_error(boundary_matching(**i, **options, backend="triton"), want) < 1e-6
 
 
 def test_backward_steps_hold_every_pair_once():

@@ -45,6 +45,7 @@ from attnbook.mqsa.claims_study import (
     _judge_differences,
     _judge_ladder,
     _judge_slopes,
+    _slopes,
     best_rows,
     bootstrap_difference,
     control_gain,
@@ -1155,6 +1156,10 @@ def test_claims_read_the_right_rows():
         assert list(sweep("tau").gains) == [0.05, 0.1, 0.5] and sweep("kd") is None  # the default comes from the films
         assert str(sweep("tau")).startswith("0.05: 0.8000, 0.1: 0.") and len(sweep("tau").gains[0.1]) == 3
         found = {c.statement: c.judge().verdict for c in claims()}
+        like = {(r["beta"], r["run"]): r["ndcg20"] for r in chain if r["method"] == "MQSA"}
+        same = [r | dict(ndcg20=like[r["beta"], r["run"]]) if r["method"] == "two short" else r for r in chain]
+        shelf["chain"] = same  # two short branches that do as well: the long query is credited with nothing
+        assert _slopes()["long query"].mean == pytest.approx(0) and _slopes()["distillation"].low > 0
     verdict = lambda words: next(v for k, v in found.items() if words in k)
     for words in (
         "better than SASRec",

@@ -707,6 +707,22 @@ def test_dropout_is_on_in_training_only():
     assert 0.9 < float(kept.mean()) < 1.1 and float(kept.std()) > 0.01  # kept weights are doubled
 
 
+def test_what_goes_into_the_encoder():
+    "sqrt(d) times the item plus its place, the last click at the last place; dropout on it and within the block, in training only."
+    model, seen = small_model(), []
+    seq = some_sequences(model)
+    model.encoder.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach()))
+    model(seq)
+    want = (12**0.5 * model.items[seq.clamp(max=29)] + model.positions) * (seq < 30)[..., None]
+    torch.testing.assert_close(seen[0], want.detach())
+    model.dropout = 0.5
+    model.eval()(seq), model.train()(seq)
+    torch.testing.assert_close(seen[1], seen[0])
+    assert 0.3 < float((seen[2][seq < 30] == 0).double().mean()) < 0.7
+    block, x = LQueryBlock(12, dropout=0.5, attention_dropout=0.0).to(seq.device), seen[0]
+    assert not torch.equal(block(x), block(x)) and torch.equal(block.eval()(x), block(x))
+
+
 def test_loss_is_the_papers():
     model = small_model()
     seq = some_sequences(model)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['GateConstants', 'gate_logits', 'fused_gate', 'gate_slopes', 'gate_forward', 'gate_backward', 'sum_logit',
-           'gate_finish', 'GateLaunch', 'GATE_LAUNCH', 'gate_tiles', 'plan_gate_forward', 'plan_gate_backward',
-           'SummaryConstants', 'summary_forward', 'summary_backward', 'SummaryLaunch', 'SUMMARY_LAUNCH', 'plan_summary']
+           'gate_finish', 'GateLaunch', 'GATE_LAUNCH', 'LONG', 'ENOUGH', 'gate_tiles', 'plan_gate_forward',
+           'plan_gate_backward', 'SummaryConstants', 'summary_forward', 'summary_backward', 'SummaryLaunch',
+           'SUMMARY_LAUNCH', 'plan_summary']
 
 # %% auto #imports
 from collections.abc import Callable
@@ -26,6 +27,8 @@ class GateConstants(NamedTuple):
     snippets: int  # of a tile
     fuse: int  # place in `FUSIONS`
     masked: bool
+    steps: int  # tiles of channels that a program of the backward pass takes, one after another
+    whole: bool  # are they all?
 
 
 @triton.jit
@@ -82,22 +85,32 @@ def gate_forward(F_IN, CL, TL, MASK, OUT, channels, T, C: tl.constexpr):
 # %% ../../nbs/6_beyond_tokens/csa.ipynb #d5c00e81
 @triton.jit
 def gate_backward(F_IN, CL, TL, MASK, G, DF, SUM_C, SUM_T, channels, T, C: tl.constexpr):
-    "DF, and the tile's sums for both gates: SUM_C (B, snippet tiles, channels), SUM_T (B, channel tiles, T)."
+    """DF, and the program's sums for both gates: SUM_C (B, snippet tiles, channels), SUM_T (B, programs over channels, T).
+
+    With C.whole SUM_T is the gradient of the snippets' logits itself. Grid: snippet tiles, C.steps tiles of channels each, videos.
+    """
     BC: tl.constexpr = C.channels
     BT: tl.constexpr = C.snippets
+    STEPS: tl.constexpr = C.steps
     b = tl.program_id(2).to(tl.int64)
     t = tl.program_id(0) * BT + tl.arange(0, BT)[None, :]
-    c = tl.program_id(1) * BC + tl.arange(0, BC)[:, None]
-    a_c, a_t, ok = gate_logits(CL, TL, MASK, b, c, t, channels, T, C)
-    at = (b * channels + c) * T + t
-    f = tl.load(F_IN + at, mask=ok, other=0.0).to(tl.float32)  # [BC, BT]
-    g = tl.load(G + at, mask=ok, other=0.0).to(tl.float32)
-    tl.store(DF + at, (g * fused_gate(a_c, a_t, C)).to(DF.dtype.element_ty), mask=(c < channels) & (t < T))
-    d_c, d_t = gate_slopes(a_c, a_t, g * f, C)
-    row = (b * tl.num_programs(0) + tl.program_id(0)) * channels + c
-    tl.store(SUM_C + row, tl.sum(d_c, 1)[:, None], mask=c < channels)
+    total = tl.zeros([1, BT], tl.float32)
+    for i in range(STEPS):
+        c = (tl.program_id(1) * STEPS + i) * BC + tl.arange(0, BC)[:, None]
+        a_c, a_t, ok = gate_logits(CL, TL, MASK, b, c, t, channels, T, C)
+        at = (b * channels + c) * T + t
+        f = tl.load(F_IN + at, mask=ok, other=0.0).to(tl.float32)  # [BC, BT]
+        g = tl.load(G + at, mask=ok, other=0.0).to(tl.float32)
+        tl.store(DF + at, (g * fused_gate(a_c, a_t, C)).to(DF.dtype.element_ty), mask=(c < channels) & (t < T))
+        d_c, d_t = gate_slopes(a_c, a_t, g * f, C)
+        row = (b * tl.num_programs(0) + tl.program_id(0)) * channels + c
+        tl.store(SUM_C + row, tl.sum(d_c, 1)[:, None], mask=c < channels)
+        total += tl.sum(d_t, 0)[None, :]
+    if C.whole:
+        a = tl.sigmoid(tl.load(TL + b * T + t, mask=t < T, other=0.0).to(tl.float32))
+        total *= a * (1.0 - a)
     row = (b * tl.num_programs(1) + tl.program_id(1)) * T + t
-    tl.store(SUM_T + row, tl.sum(d_t, 0)[None, :], mask=t < T)
+    tl.store(SUM_T + row, total.to(SUM_T.dtype.element_ty), mask=t < T)
 
 
 @triton.jit
@@ -112,7 +125,7 @@ def sum_logit(SUMS, LOGITS, OUT, b, i, parts, n):
 
 @triton.jit
 def gate_finish(SUM_C, SUM_T, CL, TL, DCL, DTL, channels, T, tiles_c, tiles_t, BLOCK: tl.constexpr):
-    "The gradients of both logits. Grid: blocks of channels, then blocks of snippets; videos."
+    "The gradients of both logits, or of the channels' alone. Grid: blocks of channels, then, if wanted, blocks of snippets; videos."
     b, i = tl.program_id(1).to(tl.int64), tl.program_id(0)
     blocks = tl.cdiv(channels, BLOCK)
     if i < blocks:
@@ -135,14 +148,22 @@ for _arch in ("sm90", "sm80", "small", "interpreter"):
         GATE_LAUNCH.rows(_arch, _bits, {16: ((32, 128, 4), (32, 128, 4))})
 
 
+LONG = 2048  # snippets from which a video counts as long
+ENOUGH = 512  # programs that keep a GPU busy
+
+
 def gate_tiles(kind: str, f: Tensor, fuse: str, masked: bool) -> tuple[GateConstants, tuple[int, int, int], int]:
-    "Constants, grid (snippet tiles, channel tiles, videos) and warps of 'forward' or 'backward' for f `(B, C, T)`."
+    "Constants, grid (snippet tiles, programs over channels, videos) and warps of 'forward' or 'backward' for f `(B, C, T)`."
     B, C, T = f.shape
     p = GATE_LAUNCH.find(arch_of(f.device), kind, torch.finfo(f.dtype).bits, 16)
     BC, BT = (min(most, max(1, 1 << (n - 1).bit_length())) for most, n in ((p.channels, C), (p.snippets, T)))
-    if T > 2048 and BT == p.snippets:  # long rows: wide tiles read them in larger pieces
+    tiles = -(-C // BC)
+    steps = tiles if kind == "backward" and T > LONG and B * -(-T // BT) >= ENOUGH else 1
+    if kind == "forward" and T > LONG and BT == p.snippets:  # long rows: wide tiles read them in larger pieces
         BC, BT = max(1, BC // 2), BT * 2
-    return GateConstants(BC, BT, FUSIONS.index(fuse), masked), (-(-T // BT), -(-C // BC), B), p.warps
+        tiles = -(-C // BC)
+    constants = GateConstants(BC, BT, FUSIONS.index(fuse), masked, steps, steps == tiles)
+    return constants, (-(-T // BT), -(-tiles // steps), B), p.warps
 
 
 def plan_gate_forward(f: Tensor, fuse: str, masked: bool) -> BoundLaunch:
@@ -156,14 +177,13 @@ def plan_gate_backward(f: Tensor, fuse: str, masked: bool) -> Callable:
     C, grid, warps = gate_tiles("backward", f, fuse, masked)
     B, channels, T = f.shape
     sweep = BoundLaunch(gate_backward, grid, channels, T, C=C, num_warps=warps)
-    finish = BoundLaunch(
-        gate_finish, (-(-channels // 128) + -(-T // 128), B), channels, T, grid[1], grid[0], BLOCK=128, num_warps=4
-    )
+    blocks = -(-channels // 128) + (0 if C.whole else -(-T // 128))
+    finish = BoundLaunch(gate_finish, (blocks, B), channels, T, grid[1], grid[0], BLOCK=128, num_warps=4)
 
     def run(f, channel_logits, time_logits, mask, g):
         df, dc, dt = torch.empty_like(f), torch.empty_like(channel_logits), torch.empty_like(time_logits)
         sum_c = torch.empty(B, grid[0], channels, device=f.device, dtype=torch.float32)
-        sum_t = torch.empty(B, grid[1], T, device=f.device, dtype=torch.float32)
+        sum_t = dt if C.whole else torch.empty(B, grid[1], T, device=f.device, dtype=torch.float32)
         sweep(f, channel_logits, time_logits, mask, g, df, sum_c, sum_t)
         finish(sum_c, sum_t, channel_logits, time_logits, dc, dt)
         return df, dc, dt

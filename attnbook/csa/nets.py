@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_divides, check_int, check_shape, check_tensor
+from ..models import register_models
 from .op import boundary_matching, csa_gate, semantic_summary
 from .reference import FUSIONS
 
@@ -227,3 +228,17 @@ class BMN(nn.Module):
             self.end(f)[:, 0].float().sigmoid(),
             self.maps(found).float().sigmoid(),
         )
+
+# %% ../../nbs/6_beyond_tokens/csa.ipynb #4cae5960
+register_models(
+    {"csa_bmn_anet": (partial(BMN, 400, 128, "csa"), 2_876_549)},
+    example=lambda: (torch.zeros(1, 400, 128),),
+    published="36.25 mAP on ActivityNet v1.3, overlaps 0.5 to 0.95 (abstract)",
+    weights="none were released",
+)
+register_models(
+    {"csa_bmn_thumos": (partial(BMN, 2048, 64, "csa"), 3_509_381)},
+    example=lambda: (torch.zeros(1, 2048, 128),),
+    published="47.5 mAP on THUMOS-14, overlaps 0.3 to 0.7 (abstract)",
+    weights="none were released",
+)

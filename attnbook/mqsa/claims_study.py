@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'Difference', 'bootstrap_difference', 'best_rows', 'gains', 'film_difference', 'chain_scores', 'chain_gain',
-           'sweep_scores', 'seen_mass', 'GROUPS', 'TRAINING']
+           'control_gain', 'Swept', 'sweep_rows', 'sweep', 'seen_mass', 'GROUPS', 'TRAINING']
 
 # %% auto #imports
 from collections.abc import Callable
@@ -15,9 +15,9 @@ import torch
 
 from ..lab.claims import grade
 from ..lab.results import load_results, newest_device
-from ..lab.stats import Speedup, by_seed, paired, speedups
+from ..lab.stats import Interval, Speedup, by_seed, interval, paired, speedups
 from ..layers import count_parameters
-from .experiments_study import SHARED, film_task
+from .experiments_study import SHARED, WORLDS, film_task
 from .nets import MQSA
 from .ranking_reference import hit_rate_ndcg
 from .teacher_reference import transition_graph, transition_teacher
@@ -82,18 +82,49 @@ def chain_gain(method: str, beta: float, base: str = "SASRec") -> dict[int, floa
     a, b = chain_scores(method, beta), chain_scores(base, beta)
     return {r: a[r] - b[r] for r in a if r in b}
 
-# %% ../../nbs/6_beyond_tokens/mqsa.ipynb #d-sweep-code
-def sweep_scores(parameter: str) -> dict[float, dict[int, float]]:
-    "Value -> run -> NDCG@20 of MQSA-TED with one setting changed; what the films have trained anyway comes from there, the same runs."
-    rows = best_rows("sweep", parameter=parameter)
+
+def control_gain(control: str) -> dict[int, float]:
+    "Run -> what the distillation adds to SASRec under one of `CONTROLS`, in the same world."
+    rows = best_rows("control", control=control)
     if not rows:
         return {}
-    found, runs = {x: by_seed(rows, "ndcg20", value=x) for x in {r["value"] for r in rows}}, {r["run"] for r in rows}
-    films = [r for r in best_rows("films", ties="file") if r["size"] == rows[0]["size"]]
-    for (name, x), method in SHARED.items():
-        if name == parameter:
-            found[x] = {r: y for r, y in by_seed(films, "ndcg20", method=method).items() if r in runs}
-    return {x: found[x] for x in sorted(found) if found[x]}
+    a = by_seed(rows, "ndcg20", method="SASRec + TED")
+    b = by_seed(rows, "ndcg20", method="SASRec") if control in WORLDS else chain_scores("SASRec", rows[0]["beta"])
+    return {r: a[r] - b[r] for r in a if r in b}
+
+# %% ../../nbs/6_beyond_tokens/mqsa.ipynb #d-sweep-code
+class Swept(NamedTuple):
+    "NDCG@20 of MQSA-TED with one setting changed: value -> run -> of every person `(people,)`."
+
+    gains: dict[float, dict[int, np.ndarray]]
+
+    def __str__(self):
+        return ", ".join(f"{x:g}: {np.mean([g.mean() for g in r.values()]):.4f}" for x, r in self.gains.items())
+
+
+def sweep_rows(parameter: str) -> dict[float, dict[int, dict]]:
+    "Value -> run -> row of one of the sweeps; what the films have trained anyway comes from there, the same runs."
+    rows, found = best_rows("sweep", parameter=parameter), {}
+    for r in rows:
+        found.setdefault(r["value"], {})[r["run"]] = r
+    runs = {r["run"] for r in rows}
+    for r in best_rows("films", ties="file") if rows else ():
+        for (name, x), method in SHARED.items():
+            if (name, method) == (parameter, r["method"]) and r["run"] in runs and r["size"] == rows[0]["size"]:
+                found.setdefault(x, {})[r["run"]] = r
+    return {x: found[x] for x in sorted(found)} if len(found) > 1 else {}
+
+
+def sweep(parameter: str) -> Swept | None:
+    "A sweep person by person; None where fewer than two values were measured so (the first rows have means only)."
+    gain = lambda r: hit_rate_ndcg(torch.tensor(r["ranks"]))[1].numpy()
+    found = {x: {run: gain(r) for run, r in rows.items() if "ranks" in r} for x, rows in sweep_rows(parameter).items()}
+    found = {x: runs for x, runs in found.items() if runs}
+    return (
+        Swept(found)
+        if len(found) > 1 and any(x not in [v for n, v in SHARED if n == parameter] for x in found)
+        else None
+    )
 
 
 def seen_mass(tau: float) -> float:
@@ -153,6 +184,12 @@ def _slopes() -> dict[str, object] | None:
     return found if all(found.values()) else None
 
 
+def _in_world(kind: str) -> Interval | None:
+    "What the distillation adds to SASRec in another world, over seeds."
+    gain = control_gain(kind)
+    return interval(gain.values()) if gain else None
+
+
 def _ladder() -> dict[str, float] | None:
     "Gains over SASRec in the group of people whose last transition was never seen, and in the one where it was seen at least 5 times."
     groups = {
@@ -201,23 +238,24 @@ def _judge_slopes(found: dict) -> tuple[str, str]:
 
 
 def _judge_best(good: tuple[float, ...]) -> Callable:
-    "Rule on value -> run -> score: is the best value among the good ones? Holds: by more than a seed can change a mean; in part: by less."
+    "Rule on a `Swept`: is the best of the good values better than the best of the others? Holds or not beyond the interval over people and seeds."
 
-    def rule(found):
-        means = {x: float(np.mean(list(r.values()))) for x, r in found.items()}
-        inside, outside = ([m for x, m in means.items() if (x in good) == side] for side in (True, False))
-        if not inside or not outside:
-            return "not measured", "nothing to compare with"
-        if min(len(r) for r in found.values()) < 2:
+    def rule(swept):
+        runs = sorted(set.intersection(*(set(r) for r in swept.gains.values())))
+        if len(runs) < 2:
             return "not measured", "one seed"
-        error = max(float(np.std(list(r.values()), ddof=1)) / len(r) ** 0.5 for r in found.values())
-        best, margin = max(means, key=means.get), max(inside) - max(outside)
-        reason = f"best at {best:g}; {margin:+.4f} against the others, standard error {error:.4f}"
-        if margin > 2 * error:
-            return "holds", reason
-        return ("holds in part" if margin > 0 else "not measured" if margin > -2 * error else "does not hold here"), (
-            "undecided: " if -2 * error < margin <= 0 else ""
-        ) + reason
+        stacked = {x: np.stack([r[k] for k in runs]) for x, r in swept.gains.items()}
+        sides = [{x: g for x, g in stacked.items() if (x in good) == side} for side in (True, False)]
+        if not all(sides):
+            return "not measured", "nothing to compare with"
+        inside, outside = (max(side, key=lambda x, side=side: side[x].mean()) for side in sides)
+        d = bootstrap_difference(stacked[inside], stacked[outside])
+        reason = (
+            f"{inside:g} against {outside:g}, the best of the others: {d.mean:+.4f} ({d.low:+.4f} to {d.high:+.4f})"
+        )
+        if d.low <= 0 <= d.high:
+            return "not measured", f"undecided: {reason}"
+        return grade(d.low > 0), reason
 
     return rule
 

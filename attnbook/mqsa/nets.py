@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_divides, check_int, check_probability, check_tensor
+from ..models import register_models
 from .catalogue_op import catalogue_cross_entropy, ted_loss
 from .op import causal_attention, lquery_attention
 from .reference import Segments, packed_segments, padded_segments
@@ -245,6 +246,19 @@ class SASRec(MQSA):
         backend: str = "auto",
     ):
         super().__init__(num_items, dim, max_len, 1, 1.0, blocks, num_heads, dropout, attention_dropout, backend)
+
+# %% ../../nbs/6_beyond_tokens/mqsa.ipynb #c-nets-register
+register_models(
+    {
+        "mqsa_beauty": (partial(MQSA, 12101), 820_032),
+        "mqsa_sports": (partial(MQSA, 18357), 1_220_416),
+        "mqsa_toys": (partial(MQSA, 11924), 808_704),
+        "mqsa_yelp": (partial(MQSA, 20033), 1_327_680),
+    },
+    example=lambda: (torch.zeros(1, 50, dtype=torch.long),),
+    published="sizes counted from the official code's shapes; gains in Table 2",
+    weights="none were released",
+)
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #c-recbole-code
 class _RecBoleAttention(nn.Module):

@@ -173,7 +173,7 @@ def bench_local() -> Iterator[dict]:
     for k, own, layout in cases + [(3, True, "first"), (9, True, "first")] if torch.cuda.is_available() else ():
         x = _random(B, C, S, S)
         x = x.to(memory_format=torch.channels_last) if layout == "last" else x
-        w = _random(B, C, 1, k, k) if own else _random(C, 1, k, k)
+        w = _random(*((B, C) if own else (C,)), 1, k, k, dtype=torch.float32)  # as a slow network writes it
         cost = local_cost(B, C, S, k, per_sample=own)
         peers = {"ours": hyperzzw_local, "convolution": hyperzzw_local_reference}
         if layout == "last":

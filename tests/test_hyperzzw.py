@@ -32,11 +32,14 @@ from attnbook.hyperzzw.claims_study import (
 from attnbook.hyperzzw.experiments_study import (
     OURS,
     Experiments,
+    context,
     context_fields,
     epochs_to,
+    fields,
     leakage,
     mean_frequency,
     receptive_field,
+    spectra,
 )
 from attnbook.hyperzzw.global_kernels import MAP_LAUNCH, MapLaunch
 from attnbook.hyperzzw.nets import (
@@ -73,6 +76,7 @@ from attnbook.hyperzzw.training_study import (
     LongConvNet,
     SignSGD,
     SmallResNet,
+    digit_data,
     predictions,
     smoothed_cross_entropy,
     train_networks,
@@ -873,6 +877,19 @@ def test_long_convolution():
         assert rel_error(net(x), want) < 1e-4
 
 
+def test_digit_data():
+    "Training, choosing and testing share no image; permuted, all images have their pixels in the same other order."
+    straight, permuted = (digit_data(10, train=40, val=20, test=20, permuted=p) for p in (False, True))
+    a, b = ([d.x, d.val_x, d.test_x] for d in (straight, permuted))
+    assert [len(t) for t in a] == [40, 20, 20] and straight.name in ("mnist_m", "mnist5k")
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert torch.cdist(a[i].flatten(1), a[j].flatten(1)).min() > 1e-3
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    for t, u in zip(a, b):
+        assert torch.equal(u.flatten(2), t.flatten(2)[..., order])
+    assert torch.equal(straight.y, permuted.y) and float(straight.x.mean().abs()) < 0.3
+
+
 def test_networks_of_one_size():
     for make in (SmallResNet, lambda w: LongConvNet(w, 9)):
         nearest = count_parameters(widest(make, 40_000))
@@ -993,8 +1010,37 @@ def test_receptive_fields():
     assert set(fields) == {"product", "product, standardized", "block", "network"}
 
 
-def test_mean_frequency():
+class Untrained(Experiments):
+    "Experiments whose trained network is a new one of another seed; rows are not recorded."
+
+    def train(self, run, specs):
+        torch.manual_seed(7)
+        return [(self.network("Terminator", self.settings["size"], context="sample"), {})]
+
+    def write(self, name, key, rows):
+        return list(rows)
+
+    def data(self, size):
+        g = torch.Generator().manual_seed(0)
+        return Data(*[torch.randn(8, 3, size, size, generator=g)] * 6)
+
+
+def test_spectra_and_fields():
+    "Before: the network as its seed makes it; after: the trained one. Fields of the trained one, the product's a cross."
+    e = Untrained("smoke", seed=3)
+    (row,) = spectra(e)
+    torch.manual_seed(3)
+    of = lambda net: radial_spectrum(net.blocks[0].global_kernel()).tolist()
+    assert row["before"] == of(e.network("Terminator", 10)) and row["after"] == of(e.train(3, [])[0][0])
+    assert row["mean_after"] == mean_frequency(row["after"]) != row["mean_before"]
     assert mean_frequency([0, 0, 1]) == 2 and mean_frequency([1, 0, 0, 1]) == 1.5
+    found = {r["part"]: np.array(r["logs"]).reshape(10, 10) for r in fields(e)}
+    assert (found["product"] > -6).sum() == 19 and (found["block"] > -6).all() and found["network"].max() == 0
+    assert [r["strong"] for r in fields(e)][0] == (found["product"] > -2).mean()
+    untrained = context_fields(10)
+    for r in context(e):
+        f = untrained[r["part"]]
+        assert r["strong"] == (f > f.max() / 100).double().mean() <= r["seen"] and r["share"] == 0.19
 
 
 def test_peers_compute_the_same():

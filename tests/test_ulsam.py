@@ -27,6 +27,7 @@ from attnbook.ulsam.kernels import plane_launches
 from attnbook.ulsam.nets import (
     PUBLISHED_REPLACED,
     ULSAM,
+    Bottleneck,
     add_ulsam,
     mobilenet_v1,
     mobilenet_v1_small,
@@ -325,10 +326,10 @@ def test_module(norm, count, backend):
     torch.manual_seed(0)
     layer = ULSAM(64, 4, norm=norm, backend=backend).to(device_under_test())
     assert count_parameters(layer) == count == ulsam_parameter_count(64, 4, norm)
-    x = torch.randn(1, 64, 3, 3, device=device_under_test(), requires_grad=True)
+    x = torch.randn(1, 64, 3, 4, device=device_under_test(), requires_grad=True)
     y, maps = layer(x, return_maps=True)
     y.square().mean().backward()
-    assert y.shape == x.shape and maps.shape == (1, 4, 3, 3) and x.grad.isfinite().all()
+    assert y.shape == x.shape and maps.shape == (1, 4, 3, 4) and x.grad.isfinite().all()
     assert all(p.grad is not None for p in layer.parameters()) and "num_subspaces=4" in repr(layer)
     area = ULSAM(64, 4, norm=norm, gate_scale="area", backend=backend).to(x.device)
     area.load_state_dict(layer.state_dict())
@@ -443,6 +444,20 @@ def test_positions():
     assert [type(b).__name__ for b in net.blocks] == ["Bottleneck"] * 4 + ["ULSAM", "Bottleneck", "Identity"]
 
 
+def test_residuals():
+    "A bottleneck adds its input where shapes allow, and only there."
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 6, 6)
+    for block, added in ((Bottleneck(4, 4), x), (Bottleneck(4, 6), 0), (Bottleneck(4, 4, 2), 0)):
+        torch.testing.assert_close(block.eval()(x), block.layers(x) + added)
+
+
+def test_counting_leaves_the_mode():
+    net = mobilenet_v1_small().train()
+    total = multiply_adds(net, 16)
+    assert net.training and total == multiply_adds(net.eval(), 16) and not net.training
+
+
 @pytest.mark.parametrize("make", [mobilenet_v1_small, mobilenet_v2_small], ids=lambda f: f.__name__)
 def test_small_networks(make):
     torch.manual_seed(0)
@@ -549,6 +564,9 @@ def test_map_statistics():
     assert flat["dead"] == 1 and flat["peak"] == pytest.approx(1) and flat["entropy"] == pytest.approx(1)
     assert peaked["peak"] == pytest.approx(36 / 9, rel=1e-3) and peaked["dead"] == 0 and peaked["likeness"] is None
     assert peaked["entropy"] == pytest.approx(math.log(9) / math.log(36), rel=1e-3) and len(flat["frequency"]) == 2
+    assert map_statistics(net, x * torch.tensor([1.0, 0])[:, None, None, None])[1]["peak"] == pytest.approx(
+        2.5, rel=1e-3
+    )
     with torch.no_grad():
         net[0].pw_weight.copy_(torch.tensor([1.0, 1, 1, 1])), net[0].dw_weight.fill_(1.0)
     assert map_statistics(net, x)[0]["likeness"] == pytest.approx(1)

@@ -681,6 +681,19 @@ def test_block_by_hand():
     assert [b.kernel.kernel_size for b in block.local] == [3, 9, 5, 7]
 
 
+def test_other_sizes():
+    "On a larger map a product sums over more columns: it is scaled by the trained side over the map's."
+    torch.manual_seed(0)
+    block, seen = SFNEBlock(3, 4, 10), []
+    products = block._products
+    block._products = lambda *given: seen.append(given) or products(*given)
+    block(torch.randn(2, 3, 14, 14))
+    ((*given, scale),) = seen
+    assert scale == 10 / 14
+    for a, b in zip(products(*given, scale)[0], products(*given, 1)[0]):
+        assert rel_error(a, b * scale) < 1e-6
+
+
 def test_hyper_channel_interaction_does_nothing():
     torch.manual_seed(0)
     x, outs = 3 * torch.randn(3, 2, 10, 10), {}

@@ -39,7 +39,7 @@ from attnbook.ulsam.nets import (
     ulsam_mobilenet_v1,
     ulsam_mobilenet_v2,
 )
-from attnbook.ulsam.op import subspace_attention, subspace_op
+from attnbook.ulsam.op import _LAUNCHES, subspace_attention, subspace_op
 from attnbook.ulsam.reference import subspace_attention_reference, ulsam_parameter_count
 from attnbook.ulsam.study import _difference, _faster, _of_floor, _peaks, claims, official_loop, vectorised
 from attnbook.ulsam.training_study import (
@@ -189,6 +189,7 @@ def test_sizes(case):
 def test_variants(name, parts, monkeypatch):
     if parts:
         monkeypatch.setitem(plane_launches.__globals__, "ONE_PASS", (0, 0, 0))
+        monkeypatch.setattr(_LAUNCHES, "kept", {})  # what other tests decided
     floor = 1.0 if name == "bias" else 0.0  # a bias before a softmax has no gradient
     check_kernel(*variant(name, draw((1, 4, 5, 4)), 2), grad_tol=3e-5, floor=floor)
 
@@ -198,6 +199,7 @@ def test_variants(name, parts, monkeypatch):
 def test_layouts(layout, parts, monkeypatch):
     if parts:
         monkeypatch.setitem(plane_launches.__globals__, "ONE_PASS", (0, 0, 0))
+        monkeypatch.setattr(_LAUNCHES, "kept", {})  # what other tests decided
     i = draw((2, 3, 3, 4))
     want = evaluate(partial(subspace_attention, backend="torch", num_subspaces=1), i)
     x = i["x"]
@@ -326,6 +328,7 @@ def test_module(norm, count, backend):
     torch.manual_seed(0)
     layer = ULSAM(64, 4, norm=norm, backend=backend).to(device_under_test())
     assert count_parameters(layer) == count == ulsam_parameter_count(64, 4, norm)
+    assert layer.no_weight_decay() == {"dw_weight", "pw_weight"}
     x = torch.randn(1, 64, 3, 4, device=device_under_test(), requires_grad=True)
     y, maps = layer(x, return_maps=True)
     y.square().mean().backward()

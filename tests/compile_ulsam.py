@@ -30,4 +30,6 @@ COMPILE = [
     ("ulsam 56x56", lambda: subspaces(32, 128, 56, 56)),
     ("ulsam 56x56, last", lambda: subspaces(32, 128, 56, 56, last=True)),
     ("ulsam 5x5 window", lambda: subspaces(32, 512, 14, 14, pool_size=5)),
+    ("ulsam 7x7 window, last", lambda: subspaces(32, 512, 14, 14, pool_size=7, last=True)),
+    ("ulsam 5x5 window, 56x56", lambda: subspaces(8, 128, 56, 56, pool_size=5)),
 ]

@@ -12,6 +12,35 @@ import torch.nn.functional as F
 from torch import nn
 
 from attnbook.engine import arch_of
+from attnbook.hyperzzw.claims_study import (
+    _best_rival,
+    _changed,
+    _contest,
+    _crossover,
+    _epochs_needed,
+    _exponent,
+    _final_gap,
+    _gap,
+    _gate_effect,
+    _largest_mean,
+    _resampled,
+    _rows,
+    _seen,
+    _slow_share,
+    _speed,
+)
+from attnbook.hyperzzw.experiments_study import (
+    OURS,
+    Experiments,
+    context,
+    context_fields,
+    epochs_to,
+    fields,
+    leakage,
+    mean_frequency,
+    receptive_field,
+    spectra,
+)
 from attnbook.hyperzzw.global_kernels import MAP_LAUNCH, MapLaunch
 from attnbook.hyperzzw.nets import (
     GIBS,
@@ -39,41 +68,18 @@ from attnbook.hyperzzw.reference import (
     instance_standardize,
 )
 from attnbook.hyperzzw.slow_nets import ContextSlowNet, SlowNet, radial_spectrum, s_renormalize
-from attnbook.hyperzzw.study import (
-    Join,
-    _best_rival,
-    _changed,
-    _contest,
-    _epochs_needed,
-    _exponent,
-    _final_gap,
-    _gap,
-    _gate_effect,
-    _largest_mean,
-    _ours,
-    _resampled,
-    _rows,
-    _seen,
-    _slow_share,
-    _speed,
-    claims,
-    formula_peer,
-    products_peer,
-)
+from attnbook.hyperzzw.study import Join, _ours, claims, formula_peer, products_peer
 from attnbook.hyperzzw.training_study import (
     OPTIMIZERS,
     Data,
-    Experiments,
+    Job,
     LongConvNet,
     SignSGD,
     SmallResNet,
-    context_fields,
-    epochs_to,
-    leakage,
+    digit_data,
     predictions,
-    receptive_field,
     smoothed_cross_entropy,
-    train_network,
+    train_networks,
     widest,
 )
 from attnbook.lab.stats import Interval
@@ -675,6 +681,19 @@ def test_block_by_hand():
     assert [b.kernel.kernel_size for b in block.local] == [3, 9, 5, 7]
 
 
+def test_other_sizes():
+    "On a larger map a product sums over more columns: it is scaled by the trained side over the map's."
+    torch.manual_seed(0)
+    block, seen = SFNEBlock(3, 4, 10), []
+    products = block._products
+    block._products = lambda *given: seen.append(given) or products(*given)
+    block(torch.randn(2, 3, 14, 14))
+    ((*given, scale),) = seen
+    assert scale == 10 / 14
+    for a, b in zip(products(*given, scale)[0], products(*given, 1)[0]):
+        assert rel_error(a, b * scale) < 1e-6
+
+
 def test_hyper_channel_interaction_does_nothing():
     torch.manual_seed(0)
     x, outs = 3 * torch.randn(3, 2, 10, 10), {}
@@ -871,6 +890,19 @@ def test_long_convolution():
         assert rel_error(net(x), want) < 1e-4
 
 
+def test_digit_data():
+    "Training, choosing and testing share no image; permuted, all images have their pixels in the same other order."
+    straight, permuted = (digit_data(10, train=40, val=20, test=20, permuted=p) for p in (False, True))
+    a, b = ([d.x, d.val_x, d.test_x] for d in (straight, permuted))
+    assert [len(t) for t in a] == [40, 20, 20] and straight.name in ("mnist_m", "mnist5k")
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert torch.cdist(a[i].flatten(1), a[j].flatten(1)).min() > 1e-3
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    for t, u in zip(a, b):
+        assert torch.equal(u.flatten(2), t.flatten(2)[..., order])
+    assert torch.equal(straight.y, permuted.y) and float(straight.x.mean().abs()) < 0.3
+
+
 def test_networks_of_one_size():
     for make in (SmallResNet, lambda w: LongConvNet(w, 9)):
         nearest = count_parameters(widest(make, 40_000))
@@ -880,23 +912,23 @@ def test_networks_of_one_size():
 
 
 def test_training_learns():
-    "Two linearly separable classes, every optimizer; the same seed gives the same curve."
+    "Two linearly separable classes, every optimizer; the same seed gives the same curve, whatever trains beside it."
     torch.manual_seed(0)
     y = torch.arange(64) % 2
     x = torch.randn(64, 3, 4, 4) + 3 * (2 * y - 1)[:, None, None, None]
-    data = Data(x, y, x[:32], y[:32], x[32:], y[32:])
-    for name in OPTIMIZERS:
-        rows = []
-        for _ in range(2):
-            torch.manual_seed(0)
-            net = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
-            rows.append(
-                train_network(
-                    net, data, loss_fn=smoothed_cross_entropy, optimizer=name, rate=10.0, epochs=3, batch=16, seed=0
-                )
-            )
-        assert rows[0]["test"] == 1 and rows[0]["curve"] == rows[1]["curve"] and len(rows[0]["curve"]) == 3
-        assert rows[0]["parameters"] == 98 and rows[0]["loss"] < 0.6
+    data = Data(*(t.to(device_under_test()) for t in (x, y, x[:32], 1 - y[:32], x[32:], y[32:])))
+
+    def job(name):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(48, 2)).to(data.x.device)
+        return Job(net, data, smoothed_cross_entropy, name, 10.0)
+
+    rows = train_networks([job(name) for name in OPTIMIZERS], epochs=3, batch=16, seed=0)
+    for name, row in zip(OPTIMIZERS, rows):
+        (alone,) = train_networks([job(name)], epochs=3, batch=16, seed=0)
+        assert row["curve"] == alone["curve"] and len(row["curve"]) == 3 and row["curve"][-1] == row["val"]
+        assert (row["test"], row["train"], row["val"]) == (1, 1, 0), "validation labels are wrong on purpose"
+        assert (row["parameters"], row["optimizer"], row["epochs"]) == (98, name, 3) and row["loss"] < 0.6
 
 
 def test_sign_sgd():
@@ -921,14 +953,29 @@ def test_epochs_to():
 def test_search_takes_the_best_rate():
     e, asked = Experiments("gpu"), []
 
-    def trained(name, optimizer, run, rate, epochs, *rest):
-        asked.append((run, epochs))
-        return None, dict(val={0.4: 0.7, 1.2: 0.2}[rate])
+    def trained(run, specs, rates, epochs):
+        asked.append((run, epochs, [s.net for s in specs]))
+        return [(None, dict(val=(r == 1.2) == (s.net == "CCNN"))) for s, r in zip(specs, rates)]
 
     e._train = trained
-    assert e.rate("ResNet", "AdamW") == 0.4 == e.rate("ResNet", "AdamW")
-    assert asked == [(1000, e.settings["search_epochs"])] * 2, "a seed of its own, a short schedule, once"
-    assert Experiments("smoke").rate("ResNet", "AdamW") == 1.0, "nothing to search"
+    for _ in range(2):
+        e.search([("ResNet", "AdamW"), ("CCNN", "AdamW")])
+    assert e.rates == {("ResNet", "AdamW"): 0.4, ("CCNN", "AdamW"): 1.2}
+    nets = ["ResNet", "ResNet", "CCNN", "CCNN"]
+    assert asked == [(1000, e.settings["search_epochs"], nets)], "a seed of its own, a short schedule, once"
+    (smoke := Experiments("smoke"))._train = trained
+    smoke.search([("ResNet", "AdamW")])
+    assert smoke.rates == {("ResNet", "AdamW"): 1.0} and len(asked) == 1, "nothing to search"
+
+
+def test_trained_once():
+    "What two experiments need is trained once, with the rate that was found; rows come in the order asked for."
+    e, asked = Experiments("smoke"), []
+    e.search = lambda pairs: e.rates.update(dict.fromkeys(pairs, 2.0))
+    e._train = lambda run, specs, rates, epochs: asked.append((run, specs, rates)) or [(s, {}) for s in specs]
+    a, b = OURS["official"], OURS["no skips"]
+    assert [m for m, _ in e.train(4, [a])] == [a] and [m for m, _ in e.train(4, [b, a])] == [b, a]
+    assert asked == [(4, [a], [2.0]), (4, [b], [2.0])]
 
 
 class ByBatch(nn.Module):
@@ -950,7 +997,7 @@ def test_leakage_counts():
     class Fake:
         settings, seeds = dict(size=2, leak=8, leak_sizes=(1, 8, 16)), [0]
         data = staticmethod(lambda size: Data(x, y, x, y, x, y))
-        train = staticmethod(lambda net, optimizer, run, variant: (ByBatch(variant == "official"), {}))
+        train = staticmethod(lambda run, specs: [(ByBatch(s.variant == "official"), {}) for s in specs])
         write = staticmethod(lambda name, key, rows: rows)
 
     found = {(r["variant"], r["batch"]): (r["accuracy"], r["changed"]) for r in leakage(Fake)}
@@ -974,6 +1021,39 @@ def test_receptive_fields():
         and (fields["block"] > 0).all()
     )
     assert set(fields) == {"product", "product, standardized", "block", "network"}
+
+
+class Untrained(Experiments):
+    "Experiments whose trained network is a new one of another seed; rows are not recorded."
+
+    def train(self, run, specs):
+        torch.manual_seed(7)
+        return [(self.network("Terminator", self.settings["size"], context="sample"), {})]
+
+    def write(self, name, key, rows):
+        return list(rows)
+
+    def data(self, size):
+        g = torch.Generator().manual_seed(0)
+        return Data(*[torch.randn(8, 3, size, size, generator=g)] * 6)
+
+
+def test_spectra_and_fields():
+    "Before: the network as its seed makes it; after: the trained one. Fields of the trained one, the product's a cross."
+    e = Untrained("smoke", seed=3)
+    (row,) = spectra(e)
+    torch.manual_seed(3)
+    of = lambda net: radial_spectrum(net.blocks[0].global_kernel()).tolist()
+    assert row["before"] == of(e.network("Terminator", 10)) and row["after"] == of(e.train(3, [])[0][0])
+    assert row["mean_after"] == mean_frequency(row["after"]) != row["mean_before"]
+    assert mean_frequency([0, 0, 1]) == 2 and mean_frequency([1, 0, 0, 1]) == 1.5
+    found = {r["part"]: np.array(r["logs"]).reshape(10, 10) for r in fields(e)}
+    assert (found["product"] > -6).sum() == 19 and (found["block"] > -6).all() and found["network"].max() == 0
+    assert [r["strong"] for r in fields(e)][0] == (found["product"] > -2).mean()
+    untrained = context_fields(10)
+    for r in context(e):
+        f = untrained[r["part"]]
+        assert r["strong"] == (f > f.max() / 100).double().mean() <= r["seen"] and r["share"] == 0.19
 
 
 def test_peers_compute_the_same():
@@ -1023,6 +1103,7 @@ VERDICTS_OF = {  # claim -> made-up measurements that hold, hold in part, do not
     "The same, forward": [dict(a=x, b=9.0) for x in (1.5, 1.2, 0.9)],
     "and need": [dict(a=x, b=9.0) for x in (1.3, 1.2, 0.9)],
     "The local products are": [dict(a=x, b=9.0) for x in (2.0, 1.2, 0.9)],
+    "`auto` leaves": [dict(zip("abcd", x)) for x in ([True] * 4, [True] * 3 + [False], [False] * 2 + [True] * 2)],
     "A block": [dict(a=x, b=9.0) for x in (1.2, 1.1, 0.9)],
     "A training step": [dict(a=x, b=9.0) for x in (1.2, 1.1, 0.9)],
 }
@@ -1124,6 +1205,17 @@ def test_other_rows_are_looked_up(monkeypatch):
     assert _exponent("ms_fwd").slope == pytest.approx(1) and [s.ratio for s in _speed("global", "ms_fwd", "side")] == [
         3.0
     ]
+
+
+def test_crossover_is_looked_up(monkeypatch):
+    def row(k, method, fwd, bwd=1.0, layout="last"):
+        return dict(k=k, method=method, layout=layout, ms_fwd=fwd, ms_bwd=bwd)
+
+    rows = [row(k, "convolution", k) for k in (3, 5, 7, 9)] + [row(k, "kernel", 6) for k in (3, 5, 7)]
+    _recorded(monkeypatch, local=rows)
+    assert _crossover() is None
+    _recorded(monkeypatch, local=[*rows, row(9, "kernel", 6, 5.0), row(9, "kernel", 0, 0, "first")])
+    assert _crossover() == {"k = 3": True, "k = 5": True, "k = 7": True, "k = 9": False}
 
 
 def test_what_needs_no_rows():

@@ -18,6 +18,7 @@ from torch import nn
 
 from attnbook.lab.checkpoints import History, digest, rng_state, seed_everything, set_rng_state
 from attnbook.lab.data import Batches, image_tensor, mnist5k, skip_without, standardise
+from attnbook.lab.together import Trainee, train_together
 from attnbook.lab.train import (
     Stream,
     compare_training,
@@ -137,6 +138,55 @@ def test_compare_training(tmp_path):
         rows[0]["ms"] > 0 and abs(rows[0]["images_per_s"] * rows[0]["ms"] / 8000 - 1) < 1e-3 and "note" not in rows[0]
     )
     assert rows[1]["ms"] is None and rows[1]["note"] == "ValueError: no such network"
+
+
+def small_trainees(device="cpu", n=2):
+    "Networks with dropout and a batch norm, and what `fit` needs."
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 6, generator=g).to(device), (torch.arange(40) % 3).to(device)
+    made = []
+    for seed in range(n):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)).to(device)
+        right = lambda model: (model(x).argmax(-1) == y).double().mean()
+        made.append(Trainee(net, cross_entropy, (x, y), seed=seed, lr=1e-2 * (seed + 1), after=right))
+    return made
+
+
+def test_together_is_fit():
+    "Losses, weights and batch norm's statistics of two networks, of which one has another rate."
+    found, alone = train_together(small_trainees(), steps=12, batch_size=8, every=5), small_trainees()
+    for a, b in zip(found, alone):
+        h = fit(b.model, cross_entropy, Batches(*b.tensors, batch_size=8, seed=b.seed), steps=12, lr=b.lr, seed=b.seed)
+        assert a.losses == h.loss and len(a.evals) == 3 and not a.model.training and not a.captured
+        for p, q in zip(a.model.state_dict().values(), b.model.state_dict().values()):
+            assert torch.equal(p, q)
+    assert found[0].losses != found[1].losses and all(p.grad is None for p in found[0].model.parameters())
+    assert found[1].evals[-1] == found[1].after(found[1].model)
+
+
+def test_together_optimizers_and_bad_losses():
+    "An optimizer of one's own gets the groups; a loss that is not finite is named."
+    (t,), seen = small_trainees(n=1), []
+    t.weight_decay, t.optimizer = 0.0, lambda groups, lr: seen.append(groups) or torch.optim.SGD(groups, lr=lr)
+    before = t.model[0].weight.detach().clone()
+    train_together([t], steps=2, batch_size=8, warmup=0, schedule="constant", clip=1e-3)
+    moved = (t.model[0].weight - before).norm()
+    assert len(seen[0]) == 2 and 0 < moved < 2 * 1e-2 * 1e-3 * 1.01
+    (t,) = small_trainees(n=1)
+    t.loss_fn = lambda model, x, y: cross_entropy(model, x, y) / 0
+    with TestCase().assertRaisesRegex(FloatingPointError, "seed 0 .* step 0"):
+        train_together([t], steps=2, batch_size=8)
+
+
+@pytest.mark.cuda
+def test_together_in_graphs():
+    found = train_together(small_trainees("cuda", 3), steps=20, batch_size=8, amp=False, every=10)
+    plain = train_together(small_trainees("cuda", 3), steps=20, batch_size=8, amp=False, graphs=False)
+    for a, b in zip(found, plain):
+        assert a.captured and not b.captured and len(a.evals) == 2
+        assert np.allclose(a.losses, b.losses, rtol=1e-3, atol=1e-4)
+        assert torch.allclose(a.model[1].running_mean, b.model[1].running_mean, rtol=1e-3, atol=1e-4)
 
 
 def test_killed_run_resumes_to_the_bit():

@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from attnbook.ulsam.kernels import plane_launches
 from attnbook.ulsam.nets import (
     PUBLISHED_REPLACED,
     ULSAM,
+    Bottleneck,
     add_ulsam,
     mobilenet_v1,
     mobilenet_v1_small,
@@ -34,22 +36,21 @@ from attnbook.ulsam.nets import (
     multiply_adds,
     replace_blocks,
     replaced_cost,
+    ulsam_mobilenet_v1,
+    ulsam_mobilenet_v2,
 )
-from attnbook.ulsam.op import subspace_attention, subspace_op
+from attnbook.ulsam.op import _LAUNCHES, subspace_attention, subspace_op
 from attnbook.ulsam.reference import subspace_attention_reference, ulsam_parameter_count
-from attnbook.ulsam.study import (
+from attnbook.ulsam.study import _difference, _faster, _of_floor, _peaks, claims, official_loop, vectorised
+from attnbook.ulsam.training_study import (
     FONTS,
     NETS,
-    _difference,
-    _faster,
-    _of_floor,
-    _peaks,
-    claims,
+    _maps_row,
     font_data,
     map_statistics,
-    official_loop,
+    net_experiments,
     small_net,
-    vectorised,
+    subspace_maps,
 )
 
 BACKENDS = ("torch", "triton")
@@ -188,6 +189,7 @@ def test_sizes(case):
 def test_variants(name, parts, monkeypatch):
     if parts:
         monkeypatch.setitem(plane_launches.__globals__, "ONE_PASS", (0, 0, 0))
+        monkeypatch.setattr(_LAUNCHES, "kept", {})  # what other tests decided
     floor = 1.0 if name == "bias" else 0.0  # a bias before a softmax has no gradient
     check_kernel(*variant(name, draw((1, 4, 5, 4)), 2), grad_tol=3e-5, floor=floor)
 
@@ -197,6 +199,7 @@ def test_variants(name, parts, monkeypatch):
 def test_layouts(layout, parts, monkeypatch):
     if parts:
         monkeypatch.setitem(plane_launches.__globals__, "ONE_PASS", (0, 0, 0))
+        monkeypatch.setattr(_LAUNCHES, "kept", {})  # what other tests decided
     i = draw((2, 3, 3, 4))
     want = evaluate(partial(subspace_attention, backend="torch", num_subspaces=1), i)
     x = i["x"]
@@ -221,6 +224,17 @@ def test_layouts(layout, parts, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_types(dtype):
     check_kernel(*variant("equations", draw((1, 4, 5, 7), dtype), 2), grad_tol=1.5e-2)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize(
+    "size, pool", [((3, 48, 14, 14), 5), ((3, 48, 14, 14), 7), ((2, 32, 56, 56), 5), ((3, 48, 14, 14), 3)], ids=str
+)
+@pytest.mark.cuda
+def test_wide_windows_on_a_gpu(size, pool, last):
+    i = draw(size, torch.bfloat16)
+    i["x"] = i["x"].contiguous(memory_format=torch.channels_last) if last else i["x"]
+    check_kernel(i, dict(num_subspaces=4, pool_size=pool, return_maps=True), grad_tol=2e-2)
 
 
 @pytest.mark.parametrize("what", ["rounded", "constant", "zero weights", "all negative", "relu"])
@@ -314,10 +328,11 @@ def test_module(norm, count, backend):
     torch.manual_seed(0)
     layer = ULSAM(64, 4, norm=norm, backend=backend).to(device_under_test())
     assert count_parameters(layer) == count == ulsam_parameter_count(64, 4, norm)
-    x = torch.randn(1, 64, 3, 3, device=device_under_test(), requires_grad=True)
+    assert layer.no_weight_decay() == {"dw_weight", "pw_weight"}
+    x = torch.randn(1, 64, 3, 4, device=device_under_test(), requires_grad=True)
     y, maps = layer(x, return_maps=True)
     y.square().mean().backward()
-    assert y.shape == x.shape and maps.shape == (1, 4, 3, 3) and x.grad.isfinite().all()
+    assert y.shape == x.shape and maps.shape == (1, 4, 3, 4) and x.grad.isfinite().all()
     assert all(p.grad is not None for p in layer.parameters()) and "num_subspaces=4" in repr(layer)
     area = ULSAM(64, 4, norm=norm, gate_scale="area", backend=backend).to(x.device)
     area.load_state_dict(layer.state_dict())
@@ -398,6 +413,23 @@ def test_replaced_layers_of_v1():
     assert round(multiply_adds(net) / 1e6) == 517 and int(count_parameters(net) / 1e5) == 39
 
 
+@pytest.mark.parametrize(
+    "width, published", [(1.0, (569, 517, 3.9)), (0.75, (325, 296, 2.4)), (0.5, (149, 136, 1.2))], ids=str
+)
+def test_published_widths_of_v1(width, published):
+    "Multiply-adds before and after the replacement, and parameters after it; at half width only what follows from the formula."
+    v1, net = (on_meta(lambda f=f: f(width=width)) for f in (mobilenet_v1, ulsam_mobilenet_v1))
+    assert tuple(round(multiply_adds(n) / 1e6) for n in (v1, net)) == published[:2]
+    assert int(count_parameters(net) / 1e5) / 10 == published[2]
+
+
+def test_smallest_network_of_v2():
+    net = on_meta(ulsam_mobilenet_v2)
+    assert [i for i, b in enumerate(net.blocks, 1) if isinstance(b, ULSAM)] == [12, 13, 15, 16]
+    assert [b.channels for b in net.blocks if isinstance(b, ULSAM)] == [96, 96, 160, 160]
+    assert abs(multiply_adds(net) / 1e6 - 223.77 - 0.774) < 0.01, "300.77 M, which the paper calls 300"
+
+
 @pytest.mark.parametrize("position, c, area", [(8, 64, 196), (12, 96, 196), (15, 160, 49)])
 def test_bottlenecks_of_v2(position, c, area):
     v2, net = on_meta(mobilenet_v2), on_meta(lambda: replace_blocks(mobilenet_v2(), [position], None))
@@ -413,6 +445,20 @@ def test_positions():
         replace_blocks(on_meta(mobilenet_v2), [12], 5)
     net = replace_blocks(replace_blocks(on_meta(mobilenet_v2_small), [5], 2), [7], None)
     assert [type(b).__name__ for b in net.blocks] == ["Bottleneck"] * 4 + ["ULSAM", "Bottleneck", "Identity"]
+
+
+def test_residuals():
+    "A bottleneck adds its input where shapes allow, and only there."
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 6, 6)
+    for block, added in ((Bottleneck(4, 4), x), (Bottleneck(4, 6), 0), (Bottleneck(4, 4, 2), 0)):
+        torch.testing.assert_close(block.eval()(x), block.layers(x) + added)
+
+
+def test_counting_leaves_the_mode():
+    net = mobilenet_v1_small().train()
+    total = multiply_adds(net, 16)
+    assert net.training and total == multiply_adds(net.eval(), 16) and not net.training
 
 
 @pytest.mark.parametrize("make", [mobilenet_v1_small, mobilenet_v2_small], ids=lambda f: f.__name__)
@@ -491,12 +537,14 @@ def test_differences_are_looked_up(monkeypatch):
 
 
 def test_speed_is_looked_up(monkeypatch):
-    row = lambda method, B, fwd, bwd: dict(
-        method=method, B=B, C=8, H=7, g=4, layout="first", ms_fwd=fwd, ms_bwd=bwd, floor_ms_fwd=0.5, floor_ms_bwd=0.75
-    )
+    row = lambda method, B, fwd, bwd: dict(method=method, B=B, C=8, H=14, g=4, layout="first", ms_fwd=fwd, ms_bwd=bwd)
     nets = [dict(net="add 4", after=[dict(peak=3.0), dict(peak=5.0)]), dict(net="add 4, area", after=[dict(peak=99.0)])]
     batch = [row("ours", 256, 1.0, 1.5), row("vectorised", 256, 4.0, 6.0), row("official loop", 256, 8.0, 9.0)]
-    _recorded(monkeypatch, batch=batch, nets=nets)
+    bound = [
+        dict(B=b, H=h, layout="first", ms_fwd=f, ms_bwd=0.75)
+        for b, h, f in ((256, 14, 0.5), (1, 14, 9.0), (256, 7, 9.0))
+    ]
+    _recorded(monkeypatch, batch=batch, nets=nets, bound=bound)
     assert [s.ratio for s in _faster("batch", "ms_fwd")] == [4.0] and _faster("stages", "ms_fwd") is None
     assert [s.ratio for s in _faster("batch", ("ms_fwd", "ms_bwd"), ("official loop",))] == [6.8]
     assert _of_floor() == pytest.approx({"first, fwd": 0.5, "first, bwd": 0.5}) and _peaks() == 4.0
@@ -519,6 +567,9 @@ def test_map_statistics():
     assert flat["dead"] == 1 and flat["peak"] == pytest.approx(1) and flat["entropy"] == pytest.approx(1)
     assert peaked["peak"] == pytest.approx(36 / 9, rel=1e-3) and peaked["dead"] == 0 and peaked["likeness"] is None
     assert peaked["entropy"] == pytest.approx(math.log(9) / math.log(36), rel=1e-3) and len(flat["frequency"]) == 2
+    assert map_statistics(net, x * torch.tensor([1.0, 0])[:, None, None, None])[1]["peak"] == pytest.approx(
+        2.5, rel=1e-3
+    )
     with torch.no_grad():
         net[0].pw_weight.copy_(torch.tensor([1.0, 1, 1, 1])), net[0].dw_weight.fill_(1.0)
     assert map_statistics(net, x)[0]["likeness"] == pytest.approx(1)
@@ -539,6 +590,26 @@ def test_small_nets(name):
     assert len(small_net(name).blocks) == 7 and [m.channels for m in layers] == ([48, 64] if g else [])
     few = count_parameters(small_net("identity")) + sum(count_parameters(m) for m in layers)
     assert (count_parameters(small_net(name)) == few) == (how == "replace")
+
+
+def test_training_is_paired():
+    "Networks of a seed see the same batches whatever trains beside them; accuracy is that of the test images."
+    torch.manual_seed(0)
+    y = torch.arange(24) % 2
+    x = torch.randn(24, 1, 16, 16) + 4 * y[:, None, None, None]
+    data, options = (x, y, -x, y), dict(steps=3, batch=8, seed=1, device=device_under_test())
+    (a, net), (b, _) = net_experiments([("add 4, area", data), ("plain", data)], **options)
+    ((alone, _),) = net_experiments([("plain", data)], **options)
+    assert (alone["loss"], alone["run"], b["before"], b["after"]) == (b["loss"], 1, [], []) and a["loss"] != b["loss"]
+    right = (net(-x.to(options["device"])).argmax(-1).cpu() == y).double().mean()
+    assert a["accuracy"] == pytest.approx(float(right)) and a["before"] != a["after"] and not net.training
+    maps = subspace_maps(net, x.to(options["device"]))
+    assert maps.shape == (24, 4, 4, 4) and torch.allclose(maps.mean((2, 3)), torch.ones_like(maps[:, :, 0, 0]))
+    row = _maps_row(net, data, options["device"])
+    assert len(row["pictures"]) == len(row["maps"]) == 4 and len(bytes.fromhex(row["pictures"][0])) == 256
+    assert np.allclose(
+        row["maps"][1][2], subspace_maps(net, -x[6:7].to(options["device"]))[0, 2].flatten().cpu(), atol=6e-3
+    )
 
 
 def test_peers_agree():

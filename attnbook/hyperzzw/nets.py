@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_bool, check_choice, check_divides, check_int, check_number, check_probability
+from ..models import register_models
 from .op import hyperzzw_gate, hyperzzw_global, hyperzzw_local, standardize_gelu
 from .reference import EPS, hyperzzw_score, instance_standardize
 from .slow_nets import ContextSlowNet, SlowNet, _resized
@@ -312,6 +313,16 @@ class Terminator(nn.Module):
 def terminator_cifar(num_classes: int = 10, **options: Any) -> Terminator:
     "The network of the CIFAR experiments, untrained: 1,336,855 parameters for 10 classes. `options`: those of `Terminator`."
     return Terminator(num_classes=num_classes, **options)
+
+
+register_models(
+    {
+        "hyperzzw_terminator_cifar10": (terminator_cifar, 1_336_855, 32),
+        "hyperzzw_terminator_cifar100": (partial(terminator_cifar, 100), 1_362_865, 32),
+    },
+    published="no count in the paper that we could read; that of a second implementation from the official code",
+    weights="none were published",
+)
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #48a56313
 #: parameters of the CIFAR network with 10 classes by part, of a second implementation

@@ -373,7 +373,11 @@ def hyperzzw_local(x: Tensor, weight: Tensor, *, padding: str = "same", backend:
     check_tensor("weight", weight)
     backend = _CHECKED.decide(_decide_local, (x, weight), dict(padding=padding, backend=backend))
     with without_autocast(x):
-        return hyperzzw_local_reference(x, weight) if backend == "torch" else local_op(x, weight)
+        if backend == "triton":
+            return local_op(x, weight)
+        if x.is_cuda and weight.dim() == 4 and x.dtype.itemsize == 2:
+            x = x.contiguous(memory_format=torch.channels_last)  # where cuDNN's depth-wise convolutions are fast
+        return hyperzzw_local_reference(x, weight)
 
 
 def hyperzzw_gate(k: Tensor, q: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['subspace_attention', 'subspace_attention_reference', 'subspace_cost', 'ULSAM', 'ulsam_parameter_count', 'ulsam_flops',
            'MobileNetV1', 'MobileNetV2', 'mobilenet_v1', 'mobilenet_v2', 'mobilenet_v1_small', 'mobilenet_v2_small',
-           'replace_blocks', 'add_ulsam', 'multiply_adds', 'PUBLISHED_REPLACED']
+           'ulsam_mobilenet_v1', 'ulsam_mobilenet_v2', 'replace_blocks', 'add_ulsam', 'multiply_adds',
+           'PUBLISHED_REPLACED']
 
 # %% auto #imports
 from .nets import (
@@ -20,6 +21,8 @@ from .nets import (
     mobilenet_v2_small,
     multiply_adds,
     replace_blocks,
+    ulsam_mobilenet_v1,
+    ulsam_mobilenet_v2,
 )
 from .op import subspace_attention
 from .reference import subspace_attention_reference, subspace_cost, ulsam_flops, ulsam_parameter_count

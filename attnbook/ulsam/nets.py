@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ULSAM', 'SeparableBlock', 'Bottleneck', 'V1_PLAN', 'V2_PLAN', 'MobileNetV1', 'MobileNetV2', 'mobilenet_v1',
-           'mobilenet_v2', 'mobilenet_v1_small', 'mobilenet_v2_small', 'replace_blocks', 'add_ulsam', 'multiply_adds',
-           'PUBLISHED_REPLACED', 'replaced_cost']
+           'mobilenet_v2', 'mobilenet_v1_small', 'mobilenet_v2_small', 'replace_blocks', 'add_ulsam',
+           'ulsam_mobilenet_v1', 'ulsam_mobilenet_v2', 'multiply_adds', 'PUBLISHED_REPLACED', 'replaced_cost']
 
 # %% auto #imports
 from collections.abc import Iterable, Sequence
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_divides, check_int, check_number
+from ..models import register_models
 from .op import subspace_attention
 from .reference import ulsam_flops
 
@@ -275,6 +276,27 @@ def add_ulsam(
             block, ULSAM(block.dim_out, num_subspaces, norm, gate_scale=gate_scale, backend=backend)
         )
     return net
+
+# %% ../../nbs/5_vision/ulsam.ipynb #3248009c
+def ulsam_mobilenet_v1(num_classes: int = 1000, num_subspaces: int = 4, width: float = 1.0) -> MobileNetV1:
+    "MobileNet-V1 with ULSAM in place of its ninth layer, 512 channels on 14 x 14: 3.9 M parameters, 517 M multiply-adds."
+    return replace_blocks(mobilenet_v1(num_classes, width), [9], num_subspaces)
+
+
+def ulsam_mobilenet_v2(num_classes: int = 1000, num_subspaces: int = 4) -> MobileNetV2:
+    """MobileNet-V2 with ULSAM in place of two bottlenecks of 96 channels and two of 160: 2.6 M parameters (2.54 M of the
+    paper's 3.4 M), 223.8 M multiply-adds."""
+    return replace_blocks(mobilenet_v2(num_classes), [12, 13, 15, 16], num_subspaces)
+
+
+register_models(
+    {
+        "ulsam_mobilenet_v1": (ulsam_mobilenet_v1, 3_964_200, 224),
+        "ulsam_mobilenet_v2": (ulsam_mobilenet_v2, 2_629_352, 224),
+    },
+    published="3.9 M and 517 M multiply-adds; 2.54 M and 223.77 M: tables of replaced layers (slides)",
+    weights="none were published",
+)
 
 # %% ../../nbs/5_vision/ulsam.ipynb #aacb5cba
 def multiply_adds(net: nn.Module, size: int = 224, in_channels: int = 3) -> int:

@@ -6,8 +6,6 @@
 __all__ = ['subspace_attention']
 
 # %% auto #imports
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -21,19 +19,24 @@ from .reference import subspace_attention_reference
 _LAUNCHES = Plans()
 
 
+def _layout_of(x):
+    "Do x's images lie dense in one of the two layouts, and which one have results?"
+    first, last = x[:1].is_contiguous(), x[:1].is_contiguous(memory_format=torch.channels_last)
+    return first or last, torch.channels_last if last and not first else torch.contiguous_format
+
+
+def _layout(x):
+    "The same, asked once for tensors alike (and each time where somebody traces)."
+    return _LAUNCHES.find((x.shape, x.stride()), _layout_of, x) if type(x) is Tensor else _layout_of(x)
+
+
 def _dense(x):
     "x, or a copy, whose images lie dense in one of the two layouts."
-    return x if x[:1].is_contiguous() or x[:1].is_contiguous(memory_format=torch.channels_last) else x.contiguous()
-
-
-def _format(x):
-    "The layout that `_dense` leaves."
-    last = not x[:1].is_contiguous() and x[:1].is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
+    return x if _layout(x)[0] else x.contiguous()
 
 
 def _empty(x, dtype=None):
-    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device, memory_format=_format(x))
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device, memory_format=_layout(x)[1])
 
 
 def _launches(kernel, x, groups, pool, relu, scale):
@@ -101,7 +104,7 @@ def _subspace_backward(call):
         db, ds = (t if t is None else torch.zeros_like(t) for t in (b, s))
         if x.numel() == 0:
             return dx, dw, dv, db, ds
-        dy, maps = dy.contiguous(memory_format=_format(x)), maps.contiguous()
+        dy, maps = dy.contiguous(memory_format=_layout(x)[1]), maps.contiguous()
         dmaps = dmaps if dmaps is None else dmaps.contiguous()
         launches, strips = _launches("backward", x, g, call.pool_size, relu, call.scale)
         dl, shifts = torch.empty_like(maps), maps.new_empty(B, g) if relu else None
@@ -202,26 +205,28 @@ def subspace_attention(
         (x, dw_weight, pw_weight, dw_bias, pw_bias),
         dict(num_subspaces=num_subspaces, pool_size=pool_size, relu=relu, gate_scale=gate_scale, backend=backend),
     )
-    reference = partial(
-        subspace_attention_reference,
-        dw_weight=dw_weight,
-        pw_weight=pw_weight,
-        num_subspaces=num_subspaces,
-        pool_size=pool_size,
-        dw_bias=dw_bias,
-        pw_bias=pw_bias,
-        relu=relu,
-        gate_scale=scale,
-        return_maps=return_maps,
-    )
-    if x.is_meta:
-        return reference(x)
     if autocasting(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    if chosen == "torch":
+    if chosen == "torch" or x.is_meta:
         with without_autocast(x):
-            return reference(x)
-    given = [t for t in (x, dw_weight, pw_weight, dw_bias, pw_bias) if t is not None]
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+            return subspace_attention_reference(
+                x,
+                dw_weight,
+                pw_weight,
+                num_subspaces,
+                pool_size=pool_size,
+                dw_bias=dw_bias,
+                pw_bias=pw_bias,
+                relu=relu,
+                gate_scale=scale,
+                return_maps=return_maps,
+            )
+    keep = torch.is_grad_enabled() and (
+        x.requires_grad
+        or dw_weight.requires_grad
+        or pw_weight.requires_grad
+        or (dw_bias is not None and dw_bias.requires_grad)
+        or (pw_bias is not None and pw_bias.requires_grad)
+    )
     y, maps, _ = subspace_op(x, dw_weight, pw_weight, dw_bias, pw_bias, num_subspaces, pool_size, relu, scale, keep)
     return (y, maps.abs() if relu else maps) if return_maps else y

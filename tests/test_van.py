@@ -318,7 +318,8 @@ def test_one_gradient_at_a_time(place):
     out = small(*args)
     g = torch.Generator().manual_seed(1)
     cotangent = torch.randn(out.shape, generator=g).bfloat16().to(out)
-    assert torch.equal(torch.autograd.grad(out, args[place], cotangent)[0], list(want.values())[place])
+    got = torch.autograd.grad(out, args[place], cotangent)[0]
+    assert rel_error(got, list(want.values())[place]) < 1e-6  # two gradients in one launch are added in another order
 
 
 def test_autocast_leaves_weights_alone():

@@ -662,8 +662,8 @@ def test_training_is_seeded_and_measured():
 def test_pixel_pairs():
     "Both answers show the same four colours; a pair stands at its distance, everything else too far to be seen together."
     x, y, far = pixel_pairs(60, (3, 40))
-    assert x.shape == (60, 4, 1, 195) and bool((x.sum(3) == 1).all()), "every colour once"
-    at = x[:, :, 0].argmax(2)  # [count, colour]
+    assert x.shape == (60, 4, 3, 195) and bool((x.sum(3) == torch.tensor([0, 1, 0])).all()), "every colour once"
+    at = x[:, :, 1].argmax(2)  # [count, colour]
     for place, together, D in zip(at, y, far):
         partner = (1, 0, 3, 2), (2, 3, 0, 1)
         for colour in range(4):
@@ -680,8 +680,8 @@ def test_what_one_position_sees_does_not_tell():
     "The control: beyond 2 (h + 1) every window of a row looks the same under both answers, but for places."
     x, y, _ = pixel_pairs(400, (12,), seed=1)
     window = 2 * (REACH[7] + 1) + 1  # of K = 7
-    seen = x[:, :, 0].unfold(2, window, 1).amax(3)  # [count, colour, place]: colours that a position can know of
-    assert int(seen.sum(1).max()) == 1 and int(x[:, :, 0].unfold(2, 13, 1).amax(3).sum(1).max()) == 2
+    seen = x[:, :, 1].unfold(2, window, 1).amax(3)  # [count, colour, place]: colours that a position can know of
+    assert int(seen.sum(1).max()) == 1 and int(x[:, :, 1].unfold(2, 13, 1).amax(3).sum(1).max()) == 2
 
 
 def test_reach_of_the_network():
@@ -692,6 +692,17 @@ def test_reach_of_the_network():
         field = receptive_field(lambda x: net.block(net.stem(x)), torch.randn(1, 4, 41, 41))
         rows = torch.nonzero(field.sum(1) > 0)
         assert (int(rows.min()), int(rows.max())) == (20 - half - 1, 20 + half + 1)
+
+
+def test_pairs_show_only_within_reach():
+    "Before any training: within h the answer stands in the network's features, beyond 2 (h + 1) nothing does."
+    for K, D, told in ((7, 4, True), (21, 11, True), (7, 12, False), (21, 28, False)):
+        torch.manual_seed(0)
+        net, (x, y, _) = ReachNet(16, K), pixel_pairs(60, (D,))
+        with torch.no_grad():
+            found = net.block(net.stem(x)).amax((2, 3))  # [count, width]
+        apart = (found[y == 0].mean(0) - found[y == 1].mean(0)).abs() / found.std(0).clamp_min(1e-2)
+        assert (float(found.std(0).max()) > 1e-3) == told and (float(apart.max()) > 0.5) == told
 
 
 def test_reach_row():

@@ -370,7 +370,7 @@ def claims() -> list[Claim]:
             "Sec. 1, Table 5 [m]",
             _reach_grows,
             _reaches,
-            "pairs of pixels on a row of 195, one block, 3 seeds; holds: reach grows with every K, and beyond twice the half-span there is only guessing",
+            "pairs of pixels in a row of 195, one block, 3 seeds; holds: reach grows with every K, and beyond twice the half-span there is only guessing",
         ),
         Claim(
             "Cost is linear in the number of pixels",

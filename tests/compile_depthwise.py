@@ -24,6 +24,10 @@ COMPILE = [
     ("depthwise 3 x 3 and residual, 14 x 14 x 384", lambda: convolution_at(64, 14, 384, 3, 1, True)),
     ("depthwise 3 x 3, float32", lambda: convolution_at(8, 28, 128, 3, dtype=torch.float32)),
     ("depthwise 5 x 5, weights in float32", lambda: convolution_at(8, 28, 128, 5, weights=torch.float32)),
+    ("depthwise 1 x 1", lambda: convolution_at(8, 28, 64, 1)),
+    ("depthwise 3 x 3, one pixel", lambda: convolution_at(8, 1, 64, 3)),
+    ("depthwise 7 x 7 with dilation 3, one pixel", lambda: convolution_at(8, 1, 64, 7, 3)),
+    ("depthwise 2 x 2 with dilation 2, two pixels", lambda: convolution_at(8, 2, 64, 2, 2)),
     ("depthwise 9 x 9", lambda: convolution_at(8, 28, 64, 9)),
     ("depthwise 11 x 11", lambda: convolution_at(8, 28, 64, 11)),
 ]

@@ -834,7 +834,7 @@ def test_reach_is_looked_up(monkeypatch):
     rows = [
         dict(
             kernel_size=K,
-            task="pairs",
+            task="pairs, 3 rows",
             run=i,
             accuracy={"2": 1.0, "8": 0.8, "14": 0.6 + 0.1 * (K > 7), "20": 0.9, "40": 0.5 + 0.01 * i},
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..engine import LaunchTable, arch_of, tl, triton
 from ..engine.host import BoundLaunch, Plans, round_dim
 
-# %% ../../nbs/1_foundations/20_depthwise.ipynb #0cf27efd
+# %% ../../nbs/1_foundations/20_depthwise.ipynb #c029b0df
 @triton.jit
 def strip_at(i, H, W, R, DILATION: tl.constexpr, Q: tl.constexpr):
     "Of strip i of all maps' strips: image, first row and first column. Its R rows and Q columns lie DILATION apart."
@@ -175,7 +175,7 @@ def depthwise_forward(
             ok = real & (r >= 0) & (x0 + r * DILATION < H)
             store_row(O, ADD, ok, writes, accs[K - 1], at + r * step, Q, DILATION, C)
 
-# %% ../../nbs/1_foundations/20_depthwise.ipynb #eaa430a3
+# %% ../../nbs/1_foundations/20_depthwise.ipynb #a4e4d262
 @triton.jit
 def add_products(sums, row, targets, Q: tl.constexpr, K: tl.constexpr, M0: tl.constexpr, M1: tl.constexpr):
     "The K * K sums, rows of K, after a row of inputs: its numbers times those of the K rows of targets that they meet."
@@ -278,7 +278,7 @@ def depthwise_backward(
         tl.store(at, tl.sum(sums[i // K][i % K], 0), mask=c < C)
     tl.store(PARTS + K * K * C + c, tl.sum(total, 0), mask=c < C)
 
-# %% ../../nbs/1_foundations/20_depthwise.ipynb #ecb69f90
+# %% ../../nbs/1_foundations/20_depthwise.ipynb #397e7d59
 @triton.jit(do_not_specialize=["parts"])
 def sum_parts(PARTS, FIRST, SECOND, parts, columns, split, T: tl.constexpr, BC: tl.constexpr):
     "Column sums of PARTS (parts, columns): columns before `split` into FIRST, the others into SECOND. Grid: cdiv(columns, BC)."
@@ -304,7 +304,7 @@ def launch_sum_parts(parts: Tensor, first: Tensor, second: Tensor) -> None:
     )
     _SUMS.find((parts.shape, split, first.dtype, second.dtype, parts.device), make)(parts, first, second)
 
-# %% ../../nbs/1_foundations/20_depthwise.ipynb #de45bbec
+# %% ../../nbs/1_foundations/20_depthwise.ipynb #1f655149
 class DepthwiseLaunch(NamedTuple):
     "How a depthwise kernel is launched."
 
@@ -366,7 +366,7 @@ def depthwise_launch(
     B, H, W, C = x.shape
     p = DEPTHWISE_LAUNCH.find(arch_of(x.device), kind, torch.finfo(x.dtype).bits, taps * taps)
     BC = next((n for n in (64, 32) if n <= p.channels and C % n == 0), min(32, p.channels, 1 << (C - 1).bit_length()))
-    height, Q, blocks = -(-H // dilation), even_share(-(-W // dilation), p.columns), -(-C // BC)
+    height, Q, blocks = -(-H // dilation), max(2, even_share(-(-W // dilation), p.columns)), -(-C // BC)
     columns = B * dilation**2 * -(-(-(-W // dilation)) // Q)  # strips, if each were as high as its class
     R = strip_rows(height, taps, -(-columns // max(1, p.block // BC)), max(1, p.programs // blocks))
     strips = columns * -(-height // R)
@@ -374,6 +374,8 @@ def depthwise_launch(
     tiles = -(-strips // T)
     share = -(-tiles // max(1, min(tiles, p.programs // blocks)))
     parts, (n0, n1), (m0, m1) = -(-tiles // share), axis_range(H, R, taps, dilation), axis_range(W, Q, taps, dilation)
+    m0 = min(m0, Q + taps - 3)  # at least two columns: Triton takes a tuple of one for what is in it
+    m1 = max(m1, m0 + 2)
     rest = dict(
         C=C,
         K=taps,

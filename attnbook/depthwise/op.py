@@ -16,8 +16,13 @@ from ..engine import operation, resolve_backend
 from ..engine.host import Plans, autocast, autocasting, through_float32, without_autocast
 from .kernels import MOST_TAPS, MOST_TOGETHER, depthwise_launch, launch_sum_parts
 
-# %% ../../nbs/1_foundations/20_depthwise.ipynb #2eb3f85f
+# %% ../../nbs/1_foundations/20_depthwise.ipynb #923e4bd2
 _CONVOLUTIONS, _GRADIENTS = Plans(), Plans()
+
+
+def _at_least_two(weight: Tensor, dilation: int) -> tuple[Tensor, int]:
+    "A kernel of one tap as one of 3 x 3, for the kernels have at least two; others, and the dilation, as they are."
+    return (F.pad(weight, (1, 1, 1, 1)), 1) if weight.shape[-1] == 1 else (weight, dilation)
 
 
 def launch_depthwise(
@@ -33,6 +38,7 @@ def launch_depthwise(
     """Depthwise convolution of maps x, contiguous `(B, H, W, C)`, plus bias, `add` (maps), and x with `residual`.
 
     weight `(C, 1, k, k)`, contiguous, at most 11 x 11, with `flip` read backwards."""
+    weight, dilation = _at_least_two(weight, dilation)
     out, taps = torch.empty_like(x), weight.shape[-1]
     if out.numel():
         key = x.shape, x.dtype, x.device, taps, dilation, residual, flip, bias is None
@@ -63,9 +69,15 @@ def launch_depthwise_gradients(
             None,
             None,
         )
+    one = weight.shape[-1] == 1
+    weight, dilation = _at_least_two(weight, dilation)
     dw, db, taps, C = weight.new_empty(weight.shape), bias.new_empty(bias.shape), weight.shape[-1], x.shape[3]
     if x.numel() == 0:
-        return torch.empty_like(x) if to_x else None, dw.zero_(), db.zero_()
+        return (
+            torch.empty_like(x) if to_x else None,
+            dw.zero_()[..., :1, :1].contiguous() if one else dw.zero_(),
+            db.zero_(),
+        )
     together = to_x and taps**2 <= MOST_TOGETHER and dilation * (taps - 1) // 2 % dilation == 0
     key = x.shape, x.dtype, x.device, taps, dilation, residual, together
     launch, parts = _GRADIENTS.find(
@@ -76,9 +88,9 @@ def launch_depthwise_gradients(
     launch_sum_parts(sums, dw, db)
     if to_x and not together:
         dx = launch_depthwise(dy, weight, None, dilation, add=add, residual=residual, flip=True)
-    return dx, dw, db
+    return dx, dw[..., 1:2, 1:2].contiguous() if one else dw, db
 
-# %% ../../nbs/1_foundations/20_depthwise.ipynb #640eefee
+# %% ../../nbs/1_foundations/20_depthwise.ipynb #9fedbef8
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, dilation: int, residual: bool) -> Tensor:
     "Depthwise convolution, contiguous `(B, H, W, C)`, in x's type, plus x with `residual`; weight `(C, 1, k, k)`, bias `(C,)`."
     run = lambda x, w, b: launch_depthwise(x, w.contiguous(), b.contiguous(), dilation, residual=residual)
@@ -107,7 +119,7 @@ depthwise_conv_op = operation(
     },
 )
 
-# %% ../../nbs/1_foundations/20_depthwise.ipynb #b7bf5136
+# %% ../../nbs/1_foundations/20_depthwise.ipynb #a37964dd
 def check_kernel(name: str, weight: Tensor, bias: Tensor | None, x: Tensor, dilation: int) -> Tensor:
     "The bias, zeros for None. TypeError or ValueError unless weight `(C, 1, k, k)`, bias `(C,)` and dilation suit maps x `(B, C, H, W)`."
     C, mixed = x.shape[1], autocasting(x)
@@ -152,7 +164,7 @@ def torch_depthwise(x: Tensor, weight: Tensor, bias: Tensor, dilation: int = 1) 
     padding, (weight, bias) = dilation * (weight.shape[-1] - 1) // 2, (t.to(x.dtype) for t in (weight, bias))
     return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
 
-# %% ../../nbs/1_foundations/20_depthwise.ipynb #f80e6cf8
+# %% ../../nbs/1_foundations/20_depthwise.ipynb #b7e83fa7
 def depthwise_conv(
     x: Tensor,
     weight: Tensor,

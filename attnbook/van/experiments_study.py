@@ -292,7 +292,7 @@ def reach_experiment(
     accuracy = {int(D): evaluate_accuracy(net, tx[far == D], ty[far == D], device=device) for D in distances}
     return dict(
         kernel_size=kernel_size,
-        task="pairs",
+        task="pairs, 3 rows",
         run=seed,
         steps=steps,
         accuracy=accuracy,

@@ -232,7 +232,7 @@ def _gates(*names):
 
 def _reaches():
     "Per kernel size: the largest distance up to which mean accuracy stays at 75 % (`reach`), and the best accuracy beyond 2 (h + 1) (`beyond`)."
-    found, rows = {}, _rows("reach", task="pairs")
+    found, rows = {}, _rows("reach", task="pairs, 3 rows")
     for K, half in REACH.items():
         curves = [{int(D): a for D, a in r["accuracy"].items()} for r in rows if r["kernel_size"] == K]
         if len(curves) < 3:

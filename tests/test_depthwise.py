@@ -155,11 +155,18 @@ def test_heights_of_strips():
 @pytest.mark.parametrize("taps", [3, 7])
 def test_one_gradient_at_a_time(place, taps):
     "What is not asked for is not computed; what is does not change."
-    args = draw((1, 8, 3, 4), taps)
-    want = torch.autograd.grad(conv(*(a.requires_grad_() for a in args)).square().sum(), args)[place]
+    args, fn = draw((1, 8, 3, 4), taps), partial(conv, residual=True)
+    want = torch.autograd.grad(fn(*(a.requires_grad_() for a in args)).square().sum(), args)[place]
     args = [a.detach() for a in args]
     args[place].requires_grad_()
-    assert rel_error(torch.autograd.grad(conv(*args).square().sum(), args[place])[0], want) < 1e-6
+    assert rel_error(torch.autograd.grad(fn(*args).square().sum(), args[place])[0], want) < 1e-6
+
+
+@pytest.mark.parametrize("taps", [2, 4])
+def test_even_kernels_on_even_maps(taps):
+    "Their padding is no multiple of the dilation: inputs and outputs stand in different classes, and no pixel may be left out of the bias."
+    fn, reference = (partial(f, dilation=2) for f in (conv, depthwise_reference))
+    check_against_reference(fn, reference, draw((1, 4, 6, 4), taps), tol=2e-5)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

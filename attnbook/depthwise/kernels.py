@@ -17,7 +17,7 @@ from torch import Tensor
 from ..engine import LaunchTable, arch_of, tl, triton
 from ..engine.host import BoundLaunch, Plans, round_dim
 
-# %% ../../nbs/1_foundations/20_depthwise.ipynb #c029b0df
+# %% ../../nbs/1_foundations/20_depthwise.ipynb #412097d3
 @triton.jit
 def strip_at(i, H, W, R, DILATION: tl.constexpr, Q: tl.constexpr):
     "Of strip i of all maps' strips: image, first row and first column. Its R rows and Q columns lie DILATION apart."
@@ -175,7 +175,7 @@ def depthwise_forward(
             ok = real & (r >= 0) & (x0 + r * DILATION < H)
             store_row(O, ADD, ok, writes, accs[K - 1], at + r * step, Q, DILATION, C)
 
-# %% ../../nbs/1_foundations/20_depthwise.ipynb #a4e4d262
+# %% ../../nbs/1_foundations/20_depthwise.ipynb #36f013e9
 @triton.jit
 def add_products(sums, row, targets, Q: tl.constexpr, K: tl.constexpr, M0: tl.constexpr, M1: tl.constexpr):
     "The K * K sums, rows of K, after a row of inputs: its numbers times those of the K rows of targets that they meet."
@@ -278,7 +278,7 @@ def depthwise_backward(
         tl.store(at, tl.sum(sums[i // K][i % K], 0), mask=c < C)
     tl.store(PARTS + K * K * C + c, tl.sum(total, 0), mask=c < C)
 
-# %% ../../nbs/1_foundations/20_depthwise.ipynb #397e7d59
+# %% ../../nbs/1_foundations/20_depthwise.ipynb #7b0ace7c
 @triton.jit(do_not_specialize=["parts"])
 def sum_parts(PARTS, FIRST, SECOND, parts, columns, split, T: tl.constexpr, BC: tl.constexpr):
     "Column sums of PARTS (parts, columns): columns before `split` into FIRST, the others into SECOND. Grid: cdiv(columns, BC)."
@@ -304,7 +304,7 @@ def launch_sum_parts(parts: Tensor, first: Tensor, second: Tensor) -> None:
     )
     _SUMS.find((parts.shape, split, first.dtype, second.dtype, parts.device), make)(parts, first, second)
 
-# %% ../../nbs/1_foundations/20_depthwise.ipynb #1f655149
+# %% ../../nbs/1_foundations/20_depthwise.ipynb #5529c8e5
 class DepthwiseLaunch(NamedTuple):
     "How a depthwise kernel is launched."
 

@@ -16,7 +16,7 @@ from ..engine import operation, resolve_backend
 from ..engine.host import Plans, autocast, autocasting, through_float32, without_autocast
 from .kernels import MOST_TAPS, MOST_TOGETHER, depthwise_launch, launch_sum_parts
 
-# %% ../../nbs/1_foundations/20_depthwise.ipynb #923e4bd2
+# %% ../../nbs/1_foundations/20_depthwise.ipynb #18ff03e4
 _CONVOLUTIONS, _GRADIENTS = Plans(), Plans()
 
 
@@ -90,7 +90,7 @@ def launch_depthwise_gradients(
         dx = launch_depthwise(dy, weight, None, dilation, add=add, residual=residual, flip=True)
     return dx, dw[..., 1:2, 1:2].contiguous() if one else dw, db
 
-# %% ../../nbs/1_foundations/20_depthwise.ipynb #9fedbef8
+# %% ../../nbs/1_foundations/20_depthwise.ipynb #a089eef0
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, dilation: int, residual: bool) -> Tensor:
     "Depthwise convolution, contiguous `(B, H, W, C)`, in x's type, plus x with `residual`; weight `(C, 1, k, k)`, bias `(C,)`."
     run = lambda x, w, b: launch_depthwise(x, w.contiguous(), b.contiguous(), dilation, residual=residual)
@@ -119,7 +119,7 @@ depthwise_conv_op = operation(
     },
 )
 
-# %% ../../nbs/1_foundations/20_depthwise.ipynb #a37964dd
+# %% ../../nbs/1_foundations/20_depthwise.ipynb #d2b20afb
 def check_kernel(name: str, weight: Tensor, bias: Tensor | None, x: Tensor, dilation: int) -> Tensor:
     "The bias, zeros for None. TypeError or ValueError unless weight `(C, 1, k, k)`, bias `(C,)` and dilation suit maps x `(B, C, H, W)`."
     C, mixed = x.shape[1], autocasting(x)
@@ -164,7 +164,7 @@ def torch_depthwise(x: Tensor, weight: Tensor, bias: Tensor, dilation: int = 1) 
     padding, (weight, bias) = dilation * (weight.shape[-1] - 1) // 2, (t.to(x.dtype) for t in (weight, bias))
     return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
 
-# %% ../../nbs/1_foundations/20_depthwise.ipynb #b7e83fa7
+# %% ../../nbs/1_foundations/20_depthwise.ipynb #7568833a
 def depthwise_conv(
     x: Tensor,
     weight: Tensor,

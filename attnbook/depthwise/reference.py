@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../../nbs/1_foundations/20_depthwise.ipynb #6cd0f33f
+# %% ../../nbs/1_foundations/20_depthwise.ipynb #6693b344
 def depthwise_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1, residual: bool = False
 ) -> Tensor:

@@ -593,6 +593,12 @@ def test_receptive_field_of_a_layer():
         assert int((field > 0).sum()) == span**2
 
 
+def test_receptive_field_is_a_slope():
+    x = torch.randn(2, 3, 5, 5)
+    fields = [receptive_field(lambda x, k=k: k * x, x) for k in (3, 6)]
+    assert torch.allclose(fields[1], 2 * fields[0]) and float(fields[0][2, 2]) > 0 and int((fields[0] > 0).sum()) == 1
+
+
 def test_fit_finds_what_is_there():
     w0, w1 = (torch.randn(2, 1, k, k, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) for k in (3, 4))
     inside = composite_kernel(w0, w1, 2)[:, 0]
@@ -703,6 +709,12 @@ def test_pairs_show_only_within_reach():
             found = net.block(net.stem(x)).amax((2, 3))  # [count, width]
         apart = (found[y == 0].mean(0) - found[y == 1].mean(0)).abs() / found.std(0).clamp_min(1e-2)
         assert (float(found.std(0).max()) > 1e-3) == told and (float(apart.max()) > 0.5) == told
+
+
+def test_each_distance_is_judged_by_its_own_pairs(monkeypatch):
+    monkeypatch.setitem(reach_experiment.__globals__, "evaluate_accuracy", lambda net, x, y, device: float(len(y)))
+    row = reach_experiment(7, distances=(2, 3, 5), train=8, test=16, width=4, steps=1, batch=8)
+    assert row["accuracy"] == {2: 6, 3: 5, 5: 5}
 
 
 def test_reach_row():

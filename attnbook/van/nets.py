@@ -342,7 +342,7 @@ def from_official(model: VAN, checkpoint: dict) -> VAN:
     model.load_state_dict({n.removeprefix("module."): t for n, t in state.items()})
     return model
 
-# %% ../../nbs/3_locality/van.ipynb #1c58d77b
+# %% ../../nbs/3_locality/van.ipynb #255435f1
 register_models(
     {
         f"van_{v}": (make, VARIANTS[v][2], 224)

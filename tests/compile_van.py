@@ -3,7 +3,6 @@
 import torch
 
 from attnbook.lab.testing import both_ways, tensors
-from attnbook.van.depthwise_op import depthwise_conv_op
 from attnbook.van.op import large_kernel_attention_op
 
 
@@ -17,11 +16,6 @@ def attention_at(B, side, C, kernels=(5, 7), dilation=3, dtype=torch.bfloat16, w
     )
 
 
-def convolution_at(B, side, C, taps, dtype=torch.bfloat16):
-    "A depthwise convolution, forward and backward."
-    both_ways(lambda *a: depthwise_conv_op(*a, 1), *tensors((B, side, side, C), (C, 1, taps, taps), (C,), dtype=dtype))
-
-
 COMPILE = [
     *(
         (f"large kernel attention, {side} x {side} x {C}", lambda side=side, C=C: attention_at(128, side, C))
@@ -32,9 +26,4 @@ COMPILE = [
     ("large kernel attention, ragged", lambda: attention_at(2, 57, 24)),
     ("large kernel attention, K = 28", lambda: attention_at(8, 28, 64, (7, 7), 4)),
     ("large kernel attention, K = 7", lambda: attention_at(8, 28, 64, (3, 4), 2)),
-    *(
-        (f"depthwise 3 x 3, {side} x {side} x {C}", lambda side=side, C=C: convolution_at(128, side, C, 3))
-        for side, C in ((56, 512), (14, 1280), (7, 2048))
-    ),
-    ("depthwise 11 x 11", lambda: convolution_at(8, 28, 64, 11)),
 ]

@@ -28,6 +28,7 @@ from attnbook.lab.bench import (
     naive,
     run_benchmarks,
     sdpa,
+    warm_up,
 )
 from attnbook.lab.plots import MARKS, PALETTE, look, plot_bars, plot_lines, roofline, style
 from attnbook.lab.results import load_results, newest_device, record, results_dir, rows_from, stored_dir
@@ -297,6 +298,13 @@ def test_forward_only():
     inputs = torch.ones(3, device=device()), 2
     (row,) = compare({}, {"double": lambda x, n: x * n}, inputs, rep_ms=5, rounds=1, warmup_ms=1)
     assert row["ms_fwd"] > 0 and "ms_bwd" not in row and "date" not in row
+
+
+def test_warm_up(tmp_path):
+    "All jobs run, also those after one that fails."
+    warm_up(os.mkdir, [(str(tmp_path / name),) for name in ("a", "a", "b", "c")], workers=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]
+    warm_up(os.mkdir, [])
 
 
 def test_run_benchmarks():

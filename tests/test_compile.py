@@ -201,6 +201,7 @@ def _rest_davit():
     import torch
 
     from attnbook import davit
+    from attnbook.depthwise import depthwise_conv_op
     from attnbook.lab.testing import both_ways, tensors
 
     def channels(B, N, C, groups, dtype=torch.bfloat16, together=False):
@@ -226,7 +227,7 @@ def _rest_davit():
 
     def positions(shape, dtype=torch.bfloat16):
         x, weight, bias = tensors(shape, (shape[3], 1, 3, 3), (shape[3],), dtype=dtype)
-        both_ways(davit.depthwise_residual_op, x, weight, bias)
+        both_ways(lambda *a: depthwise_conv_op(*a, 1, True), x, weight, bias)
 
     def layer(B, N, C, groups):
         both_ways(

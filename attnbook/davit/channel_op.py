@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_divides, check_int, check_scale, check_tensor
+from ..depthwise import launch_sum_parts
 from ..engine import arch_of, operation, resolve_backend
 from ..engine.host import (
     INTERPRETED,
@@ -30,7 +31,7 @@ from ..engine.run import packed_views
 from .channel_backward_kernels import channel_backward, channel_backward_qk, channel_backward_v, channel_reduce
 from .channel_kernels import CHANNEL_LAUNCH, channel_forward, channel_mix, channel_options, channel_scores
 from .reference import channel_attention_reference
-from .sum_kernels import launch_add_parts, launch_partial_sums
+from .sum_kernels import launch_partial_sums
 
 # %% ../../nbs/3_locality/davit.ipynb #f507f3f1
 _CHANNEL_FORWARD, _CHANNEL_BACKWARD = Plans(), Plans()
@@ -259,7 +260,7 @@ def _bias_grads(sums, rows):
         C = rows.shape[1]
         grads = rows.new_empty(3 * C), rows.new_empty(C)
         launch_partial_sums(rows if rows.stride(1) == 1 else rows.contiguous(), sums[:, 3 * C :])
-        launch_add_parts(sums, *grads)
+        launch_sum_parts(sums, *grads)
         return grads
 
     return [g.to(rows.dtype) for g in through_float32(run, (rows,))]

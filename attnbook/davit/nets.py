@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice, check_divides, check_int, check_number, check_sizes
+from ..depthwise import depthwise_conv_op
 from ..engine import resolve_backend
 from ..engine.host import Plans, autocast, without_autocast
 from ..layers import DropPath, Mlp
@@ -25,7 +26,6 @@ from .channel_op import (
     channel_layer_op,
     packed_groups,
 )
-from .depthwise_op import depthwise_residual_op
 from .window_op import window_attention_packed
 
 # %% ../../nbs/3_locality/davit.ipynb #f97ae49c
@@ -47,7 +47,7 @@ class ConvPositionalEncoding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.as_one(x):
-            return depthwise_residual_op(x.contiguous(), self.proj.weight, self.proj.bias)
+            return depthwise_conv_op(x.contiguous(), self.proj.weight, self.proj.bias, 1, True)
         return x + self.act(self.proj(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
 # %% ../../nbs/3_locality/davit.ipynb #0bf5f5c6

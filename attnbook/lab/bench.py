@@ -7,8 +7,8 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['Timing', 'Stopwatch', 'peak_memory', 'measure', 'measure_training', 'measure_ceilings', 'ceilings', 'floor', 'sdpa',
-           'block_mask', 'flex', 'naive', 'GRAPH_BELOW_MS', 'compare', 'find_benchmarks', 'run_benchmarks', 'row_line',
-           'bench_ceilings', 'bench_dense']
+           'block_mask', 'flex', 'naive', 'GRAPH_BELOW_MS', 'compare', 'warm_up', 'find_benchmarks', 'run_benchmarks',
+           'row_line', 'bench_ceilings', 'bench_dense']
 
 # %% auto #imports
 import importlib
@@ -16,11 +16,14 @@ import importlib.metadata
 import inspect
 import itertools
 import math
+import multiprocessing
+import os
 import statistics
 import time
 import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -571,6 +574,20 @@ def _take_turns(runs, rows, part, graph, rounds, rep_ms, warmup_ms):
         for m in order[r % len(order) :] + order[: r % len(order)]:
             times[m] += watches[m].sample(rep_ms / rounds)
     return times, watches
+
+# %% ../../nbs/1_foundations/02_bench.ipynb #4532e2bb
+def warm_up(
+    function: Callable,  # launches kernels; importable, since it runs in other processes
+    jobs: Sequence[tuple],  # the arguments of its calls
+    workers: int = 12,  # processes at most
+) -> None:
+    "Calls `function(*job)` for each job, in processes side by side. A job that fails is passed over: it fails again where its result is wanted."
+    if not jobs:
+        return
+    workers = max(1, min(workers, len(jobs), os.cpu_count() or 1))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for done in [pool.submit(function, *job) for job in jobs]:
+            done.exception()
 
 # %% ../../nbs/1_foundations/02_bench.ipynb #5d468e8d
 def find_benchmarks(

@@ -16,8 +16,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..checks import check_bool, check_choice, check_int
+from ..depthwise import depthwise_conv
 from ..layers import DropPath, drop_path_rates
-from .depthwise_op import depthwise_conv
+from ..models import register_models
 from .op import large_kernel_attention
 from .reference import decomposition
 
@@ -340,6 +341,16 @@ def from_official(model: VAN, checkpoint: dict) -> VAN:
     state = checkpoint.get("state_dict", checkpoint)
     model.load_state_dict({n.removeprefix("module."): t for n, t in state.items()})
     return model
+
+# %% ../../nbs/3_locality/van.ipynb #255435f1
+register_models(
+    {
+        f"van_{v}": (make, VARIANTS[v][2], 224)
+        for v, make in zip(VARIANTS, (van_b0, van_b1, van_b2, van_b3, van_b4, van_b5, van_b6))
+    },
+    published="Tables 2 and 5 [m]; B6 with the paper's 480 channels",
+    weights="the official checkpoints load with `from_official`",
+)
 
 # %% ../../nbs/3_locality/van.ipynb #2b75affc
 def receptive_field(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -11,21 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_int, check_shape, check_tensor
-from ..engine import operation
-from ..engine.host import Plans, autocasting, through_float32, without_autocast
-from .depthwise_op import (
-    _new_like,
+from ..depthwise import (
     channels_last,
     check_kernel,
     check_maps,
     conv_backend,
     depthwise_conv_op,
     launch_depthwise,
-    launch_weight_sums,
+    launch_depthwise_gradients,
+    launch_sum_parts,
     torch_depthwise,
 )
+from ..engine import operation
+from ..engine.host import Plans, autocasting, through_float32, without_autocast
 from .pointwise_kernels import pointwise_launch
-from .sum_kernels import launch_sum_parts
 
 # %% ../../nbs/3_locality/van.ipynb #085884f5
 _GATES = Plans()
@@ -79,19 +78,19 @@ def _lka_backward(call):
             launch(dy, x, z, pw_weight, pw_bias, p, dz)
         if needs["pw_weight"] or needs["pw_bias"]:
             grads["pw_weight"], grads["pw_bias"] = _gate_weights(dy, x, z, pw_weight, pw_bias)
-        if needs["dwd_weight"] or needs["dwd_bias"]:
-            grads["dwd_weight"], grads["dwd_bias"] = launch_weight_sums(m, dz, dwd_weight, dwd_bias, d)
-        if needs["x"] or needs["dw_weight"] or needs["dw_bias"]:
-            dm = launch_depthwise(dz, dwd_weight, None, d, flip=True)
-            if needs["dw_weight"] or needs["dw_bias"]:
-                grads["dw_weight"], grads["dw_bias"] = launch_weight_sums(x, dm, dw_weight, dw_bias, 1)
-            if needs["x"]:
-                grads["x"] = launch_depthwise(dm, dw_weight, None, 1, add=p, flip=True)
+        inner = needs["x"] or needs["dw_weight"] or needs["dw_bias"]
+        wanted = dict(to_x=inner, to_weights=needs["dwd_weight"] or needs["dwd_bias"])
+        dm, *found = launch_depthwise_gradients(m, dz, dwd_weight, dwd_bias, d, **wanted)
+        grads["dwd_weight"], grads["dwd_bias"] = found
+        if inner:
+            wanted = dict(to_x=needs["x"], to_weights=needs["dw_weight"] or needs["dw_bias"], add=p)
+            found = launch_depthwise_gradients(x, dm, dw_weight, dw_bias, 1, **wanted)
+            grads["x"], grads["dw_weight"], grads["dw_bias"] = found
         return grads
 
     given = [getattr(call, n) for n in _WEIGHTS]
     grads = through_float32(run, (call.grads[0], call.x, *call.outputs[1:], *given))
-    return {n: g.to(getattr(call, n).dtype) for n, g in grads.items()}
+    return {n: g.to(getattr(call, n).dtype) for n, g in grads.items() if g is not None}
 
 
 _WEIGHTS = "dw_weight", "dw_bias", "dwd_weight", "dwd_bias", "pw_weight", "pw_bias"
@@ -102,7 +101,7 @@ large_kernel_attention_op = operation(
     backward=_lka_backward,
     drop=(0,),
     nondifferentiable=(1, 2),
-    gradients_like=lambda call: _new_like(call, "x", *_WEIGHTS),
+    gradients_like=lambda call: {n: getattr(call, n).new_empty(getattr(call, n).shape) for n in ("x", *_WEIGHTS)},
 )
 
 # %% ../../nbs/3_locality/van.ipynb #14ac532f
@@ -130,8 +129,8 @@ def lka_depthwise(
     with without_autocast(x):
         if conv_backend(backend, x, dw_weight, dwd_weight) == "torch":
             return torch_depthwise(torch_depthwise(x, dw_weight, dw_bias), dwd_weight, dwd_bias, dilation)
-        m = depthwise_conv_op(channels_last(x), dw_weight, dw_bias, 1)
-        return depthwise_conv_op(m, dwd_weight, dwd_bias, dilation).permute(0, 3, 1, 2)
+        m = depthwise_conv_op(channels_last(x), dw_weight, dw_bias, 1, False)
+        return depthwise_conv_op(m, dwd_weight, dwd_bias, dilation, False).permute(0, 3, 1, 2)
 
 
 def large_kernel_attention(

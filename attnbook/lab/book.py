@@ -113,6 +113,7 @@ _FOUNDATIONS = [  # name, title, module
     ("16_models", "Picking a model", "models"),
     ("17_integrations", "Inside other models", "integrations.transformers"),
     ("18_reading", "How to read this book", "lab.references"),
+    ("decode", "Decode attention", "decode"),
 ]
 _PAPERS = """
 2_position | music | Music Transformer | Huang et al., Music Transformer, ICLR 2019, arXiv 1809.04281

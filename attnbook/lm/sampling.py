@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_bool, check_int, check_number, check_tensor
+from .attend import DenseAttention
 
 # %% ../../nbs/1_foundations/13_lm.ipynb #4bebcfb8
 # splitmix64's constants, as signed numbers of 64 bits
@@ -109,6 +110,12 @@ def left_pad(
     return tokens, torch.arange(longest, device=tokens.device) >= longest - lengths[:, None]
 
 
+def _dense(model: nn.Module) -> bool:
+    "Is the attention of every layer `DenseAttention`, which alone knows the cache that attends by itself?"
+    blocks = getattr(model, "blocks", None) or []
+    return bool(len(blocks)) and all(type(b.attention.attend) is DenseAttention for b in blocks)
+
+
 class _Writing:
     """What generation writes, row by row, all on the device: a step reads no number that Python knows, so that it can
     be recorded as a graph."""
@@ -181,7 +188,7 @@ def generate(
     `prompts`: rows of tokens of any lengths, or a tensor `(prompts, n)` with `mask`, False for padding at its left.
     `top_k`, `top_p`: see `keep_likely`. `seed`: one, or one for each of the prompts x samples rows; a row depends on
     its own seed only. `samples`: answers to each prompt, which stand together. `stop`: tokens that end a row.
-    `cache`: None or "dynamic", "static", or an object that fits the model, empty. `adjust(logits, tokens)`: changes
+    `cache`: None or "dynamic", "static", "decode", or an object that fits the model, empty. `adjust(logits, tokens)`: changes
     the logits `(R, vocab)` before a token is chosen; tokens `(R, so far)` are the new ones. `graph`: on a GPU, with a
     static cache: records a step as a CUDA graph and replays it. `look_every`: steps between looks whether all rows have
     stopped (a GPU waits for each; default 1 on a CPU, else 16). The model should be in eval mode.
@@ -206,7 +213,10 @@ def generate(
         mask = None if bool(mask.all()) else mask
     rows = len(tokens) * samples
     if cache is None or isinstance(cache, str):  # 2 more: what a graph's warming up writes
-        kind, room = cache or ("static" if graph else "dynamic"), tokens.shape[1] + max_new + 2
+        kind, room = (
+            cache or (("decode" if _dense(model) else "static") if graph else "dynamic"),
+            tokens.shape[1] + max_new + 2,
+        )
         cache = model.make_cache(kind, batch=rows, max_length=room)
     stops = torch.tensor([stop] if isinstance(stop, int) else list(stop), dtype=torch.int64, device=device)
     how = dict(temperature=temperature, top_k=top_k, top_p=top_p)

@@ -25,20 +25,20 @@ class DecodeShape(NamedTuple):
     queries: int  # Nq
     dim: int
     v_dim: int
-    splits: int
+    single: bool  # one program takes all keys of a row and head, and writes the output itself
     page: int  # keys a page; 0 for a static cache
     causal: bool
 
 
 @triton.jit
-def row_keys(LENGTHS, STARTS, b, capacity, SPLITS: tl.constexpr, BN: tl.constexpr):
+def row_keys(LENGTHS, STARTS, b, capacity, splits, BN: tl.constexpr):
     "Of row b: its first key, its length, the tile boundary at or before the first key, and how many keys a split takes."
     length = tl.minimum(tl.maximum(tl.load(LENGTHS + b), 0), capacity).to(tl.int32)
     first = 0
     if STARTS is not None:
         first = tl.minimum(tl.maximum(tl.load(STARTS + b), 0), length).to(tl.int32)
     base = first // BN * BN
-    share = tl.maximum(tl.cdiv(length - base, SPLITS * BN), 1) * BN
+    share = tl.maximum(tl.cdiv(length - base, splits * BN), 1) * BN
     return first, length, base, share
 
 # %% ../../nbs/1_foundations/19_decode.ipynb #6e577089
@@ -57,7 +57,7 @@ def cache_rows(TABLE, b, n, n0, ok, strides, table_stride, PAGE: tl.constexpr, B
     return at
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def decode_split(
     Q,
     K,
@@ -76,6 +76,7 @@ def decode_split(
     scale,
     capacity,
     kv_heads,
+    splits,
     C: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -88,15 +89,15 @@ def decode_split(
     "Attention of a group's queries to one share of the keys. Grid: (batch * kv_heads, splits, tiles of rows)."
     GROUP: tl.constexpr = C.group
     NQ: tl.constexpr = C.queries
-    SPLITS: tl.constexpr = C.splits
+    SINGLE: tl.constexpr = C.single
     PAGE: tl.constexpr = C.page
     DV: tl.constexpr = C.v_dim
     pid, s = tl.program_id(0), tl.program_id(1)
     b, h = (pid // kv_heads).to(tl.int64), pid % kv_heads
-    first, length, base, share = row_keys(LENGTHS, STARTS, b, capacity, SPLITS, BN)
+    first, length, base, share = row_keys(LENGTHS, STARTS, b, capacity, splits, BN)
     lo = base + s * share
     hi = tl.minimum(lo + share, length)
-    if SPLITS == 1 or lo < hi:
+    if SINGLE or lo < hi:
         r = tl.program_id(2) * BM + tl.arange(0, BM)
         head, i, real = h * GROUP + r // NQ, r % NQ, r < GROUP * NQ
         d, e = tl.arange(0, BD), tl.arange(0, BDV)
@@ -129,18 +130,18 @@ def decode_split(
         y = acc / tl.where(l == 0, 1.0, l)[:, None]
         lse = tl.where(l == 0, float("-inf"), m + tl.log2(l))
         row = (b * kv_heads * GROUP + head) * NQ + i  # of outputs (batch, heads, queries), int64
-        if SPLITS == 1:
+        if SINGLE:
             tl.store(
                 OUT + row[:, None] * DV + e[None, :], y.to(OUT.dtype.element_ty), mask=real[:, None] & (e < DV)[None, :]
             )
             tl.store(LSE + row, lse * 0.6931471805599453, mask=real)
         else:
-            part = row * SPLITS + s
+            part = row * splits + s
             tl.store(PART + part[:, None] * DV + e[None, :], y, mask=real[:, None] & (e < DV)[None, :])
             tl.store(PART_LSE + part, lse, mask=real)
 
 # %% ../../nbs/1_foundations/19_decode.ipynb #7b70b3cf
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def decode_merge(
     PART,
     PART_LSE,
@@ -150,23 +151,23 @@ def decode_merge(
     LSE,
     capacity,
     per_row,
+    splits,
     C: tl.constexpr,
     BN: tl.constexpr,
     SP: tl.constexpr,
     BE: tl.constexpr,
 ):
     "Merges the parts of a row of outputs. Grid: (batch * heads * queries, columns / BE); per_row: heads * queries."
-    SPLITS: tl.constexpr = C.splits
     row, e = tl.program_id(0).to(tl.int64), tl.program_id(1) * BE + tl.arange(0, BE)
-    first, length, base, share = row_keys(LENGTHS, STARTS, row // per_row, capacity, SPLITS, BN)
+    first, length, base, share = row_keys(LENGTHS, STARTS, row // per_row, capacity, splits, BN)
     s = tl.arange(0, SP)
-    used = (s < SPLITS) & (base + s * share < length)
-    lse = tl.load(PART_LSE + row * SPLITS + s, mask=used, other=float("-inf"))  # [SP]
+    used = (s < splits) & (base + s * share < length)
+    lse = tl.load(PART_LSE + row * splits + s, mask=used, other=float("-inf"))  # [SP]
     top = tl.max(lse, 0)
     safe = tl.where(top == float("-inf"), 0.0, top)
     w = tl.exp2(lse - safe)
     total = tl.sum(w, 0)
-    at = PART + (row * SPLITS + s)[:, None] * C.v_dim + e[None, :]
+    at = PART + (row * splits + s)[:, None] * C.v_dim + e[None, :]
     part = tl.load(at, mask=used[:, None] & (e < C.v_dim)[None, :], other=0.0)  # [SP, BE]
     y = tl.sum(part * w[:, None], 0) / tl.where(total == 0, 1.0, total)
     tl.store(OUT + row * C.v_dim + e, y.to(OUT.dtype.element_ty), mask=e < C.v_dim)

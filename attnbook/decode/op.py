@@ -38,7 +38,7 @@ def _plan(q, k_cache, v_cache, lengths, starts, block_table, causal, scale, spli
     )
     BM = min(max(p.BM, 1 << (rows - 1).bit_length()), 64)
     splits = splits or choose_splits(B * Hkv * -(-rows // BM), capacity, p.BN, _processors(q.device))
-    C = DecodeShape(H // Hkv, Nq, D, Dv, splits, page, causal)
+    C = DecodeShape(H // Hkv, Nq, D, Dv, splits == 1, page, causal)
     strides = q.stride(), k_cache.stride(), v_cache.stride()
     table_stride = 0 if block_table is None else block_table.stride(0)
     split = BoundLaunch(
@@ -49,6 +49,7 @@ def _plan(q, k_cache, v_cache, lengths, starts, block_table, causal, scale, spli
         scale * math.log2(math.e),
         capacity,
         Hkv,
+        splits,
         C=C,
         BM=BM,
         BN=p.BN,
@@ -65,6 +66,7 @@ def _plan(q, k_cache, v_cache, lengths, starts, block_table, causal, scale, spli
         (B * H * Nq, triton.cdiv(Dv, BE)),
         capacity,
         H * Nq,
+        splits,
         C=C,
         BN=p.BN,
         SP=max(2, 1 << (splits - 1).bit_length()),

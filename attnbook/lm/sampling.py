@@ -147,8 +147,8 @@ class _Writing:
         return [self.tokens, self.scores, self.token, self.step, self.done, self.lengths, cache.length]
 
 
-def _recorded(advance: Callable[[], None], state: list[Tensor]) -> Callable[[], None]:
-    "A step as a CUDA graph; what it changes while it is warmed up is put back."
+def recorded(advance: Callable[[], None], state: list[Tensor]) -> Callable[[], None]:
+    "`advance` as a CUDA graph to be replayed; the tensors `state`, which it changes while it is warmed up, are put back."
     before = [t.clone() for t in state]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -235,7 +235,7 @@ def generate(
         out.write(logits, None if adjust is None else adjust(logits.float(), out.tokens[:, :step]))
 
     step = 1
-    advance = _recorded(advance, out.state(cache)) if graph and max_new > 1 else advance
+    advance = recorded(advance, out.state(cache)) if graph and max_new > 1 else advance
     while step < max_new and not (len(stops) and step % look_every == 0 and bool(out.done.all())):
         advance()
         step += 1

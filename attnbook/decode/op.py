@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import check_bool, check_heads, check_int, check_scale, check_tensor
 from ..engine import INTERPRETED, BoundLaunch, arch_of, operation, resolve_backend, triton
-from ..engine.host import Plans, autocasting, dot_precision, needs_64_bit, round_dim, through_float32
+from ..engine.host import Plans, autocasting, dot_precision, needs_64_bit, on_device, round_dim, through_float32
 from .kernels import DECODE_LAUNCH, MOST_SPLITS, DecodeShape, append_rows, choose_splits, decode_merge, decode_split
 from .reference import decode_attention_reference
 
@@ -223,21 +223,14 @@ def _append_torch(k_cache, v_cache, k, v, lengths, block_table):
         cache[first, :, at] = torch.where((token >= 0)[..., None, None], rows, cache[first, :, at])
 
 
-@torch.library.custom_op("attnbook::append_tokens", mutates_args=("k_cache", "v_cache"))
-def append_op(
-    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None
-) -> None:
-    "One launch that writes the new rows of both caches."
+def _append_launch(k_cache, v_cache, k, v, lengths, block_table) -> BoundLaunch:
+    "The launch of all calls like this one."
     (B, heads, n, D), Dv = k.shape, v.shape[3]
     paged = block_table is not None
     BH = min(1 << (heads - 1).bit_length(), max(1, 4096 // round_dim(max(D, Dv))))
-    append_rows[(B * n, triton.cdiv(heads, BH))](
-        k_cache,
-        v_cache,
-        k,
-        v,
-        lengths,
-        block_table,
+    return BoundLaunch(
+        append_rows,
+        (B * n, triton.cdiv(heads, BH)),
         k_cache.stride(),
         v_cache.stride(),
         k.stride(),
@@ -254,6 +247,14 @@ def append_op(
         HEADS=heads,
         num_warps=4,
     )
+
+
+@torch.library.custom_op("attnbook::append_tokens", mutates_args=("k_cache", "v_cache"))
+def append_op(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None
+) -> None:
+    "One launch that writes the new rows of both caches; for compiled code."
+    _append_launch(k_cache, v_cache, k, v, lengths, block_table)(k_cache, v_cache, k, v, lengths, block_table)
 
 
 @append_op.register_fake
@@ -276,6 +277,16 @@ def append_tokens(
     They take the slots lengths … lengths + n - 1 of their rows; `lengths` `(B,)`, int32 or int64, is the number of
     tokens *before*, and is not changed here. What lies beyond the room is dropped. Caches and table as of
     `decode_attention`. No host sync. ValueError or TypeError naming the argument."""
+    tensors = k_cache, v_cache, k, v, lengths, block_table
+    if not all(t is None or isinstance(t, Tensor) for t in tensors):
+        _decide_append(*tensors, backend=backend)  # says which
+    run = _DECIDED.decide(_decide_append, tensors, dict(backend=backend))
+    if run is not None:
+        run(*tensors)
+
+
+def _decide_append(k_cache, v_cache, k, v, lengths, block_table, *, backend):
+    "The checks of `append_tokens`, and what writes; None if there is nothing to write."
     check_tensor("k_cache", k_cache, ndim=4)
     check_tensor("v_cache", v_cache, shape=(*k_cache.shape[:3], "v_dim"), on=k_cache, of="k_cache")
     rows = k_cache.shape[0] if block_table is None else "batch"
@@ -284,8 +295,14 @@ def append_tokens(
     check_tensor("lengths", lengths, dtype=(torch.int32, torch.int64), shape=(k.shape[0],), on=k_cache, of="k_cache")
     if block_table is not None:
         check_tensor("block_table", block_table, dtype=torch.int32, shape=(k.shape[0], "pages a row"), on=k_cache)
-        block_table = block_table.contiguous()
     if 0 in (*k.shape, *k_cache.shape):
-        return
-    plain = resolve_backend(backend, k_cache) == "torch" or INTERPRETED and torch.bfloat16 in (k.dtype, k_cache.dtype)
-    (_append_torch if plain else append_op)(k_cache, v_cache, k, v, lengths.contiguous(), block_table)
+        return None
+    if resolve_backend(backend, k_cache) == "torch" or INTERPRETED and torch.bfloat16 in (k.dtype, k_cache.dtype):
+        return _append_torch
+    if not lengths.is_contiguous() or block_table is not None and not block_table.is_contiguous():
+        return lambda *ts: append_tokens(
+            *ts[:4], ts[4].contiguous(), block_table=None if ts[5] is None else ts[5].contiguous(), backend=backend
+        )
+    if torch.compiler.is_compiling():
+        return append_op
+    return on_device(_append_launch(k_cache, v_cache, k, v, lengths, block_table))

@@ -269,8 +269,7 @@ class Decoder(nn.Module):
     def make_cache(
         self, kind: str = "dynamic", *, batch: int = 1, max_length: int | None = None
     ) -> DynamicCache | StaticCache:
-        """A cache for this model. A "static" or "decode" one has room for `batch` rows of `max_length` tokens (default:
-        the config's)."""
+        """A cache; "static" and "decode" ones have room for `batch` rows of `max_length` tokens (the config's)."""
         c, weight = self.config, next(self.blocks[0].attention.parameters())
         if check_choice("kind", kind, ("dynamic", "static", "decode")) == "dynamic":
             return DynamicCache(c.depth)

@@ -36,8 +36,9 @@ def _plan(q, k_cache, v_cache, lengths, starts, block_table, causal, scale, spli
             arch_of(q.device), "split", 32 if q.dtype == torch.float32 else 16, max(64, round_dim(max(D, Dv)))
         ),
     )
+    BN = min(p.BN, max(16, 1 << (max(capacity, 1) - 1).bit_length()))  # a tiny cache needs no large tiles
     BM = min(max(p.BM, 1 << (rows - 1).bit_length()), 64)
-    splits = splits or choose_splits(B * Hkv * -(-rows // BM), capacity, p.BN, _processors(q.device))
+    splits = splits or choose_splits(B * Hkv * -(-rows // BM), capacity, BN, _processors(q.device))
     C = DecodeShape(H // Hkv, Nq, D, Dv, splits == 1, page, causal)
     strides = q.stride(), k_cache.stride(), v_cache.stride()
     table_stride = 0 if block_table is None else block_table.stride(0)
@@ -52,7 +53,7 @@ def _plan(q, k_cache, v_cache, lengths, starts, block_table, causal, scale, spli
         splits,
         C=C,
         BM=BM,
-        BN=p.BN,
+        BN=BN,
         BD=round_dim(D),
         BDV=round_dim(Dv),
         PRECISION=dot_precision(q.dtype),
@@ -68,7 +69,7 @@ def _plan(q, k_cache, v_cache, lengths, starts, block_table, causal, scale, spli
         H * Nq,
         splits,
         C=C,
-        BN=p.BN,
+        BN=BN,
         SP=max(2, 1 << (splits - 1).bit_length()),
         BE=BE,
         num_warps=4,

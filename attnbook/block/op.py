@@ -90,7 +90,7 @@ def local_attention(
 
     q, k, v `(N, H, T, d)`, T 1 to 16, d 1 to 256, any strides. `mask` `(N, T)` bool: False hides a key; rows that see
     none give 0 and no gradient. `scale` defaults to 1/sqrt(d). Deterministic, gradients for q, k, v. ValueError or
-    TypeError naming the argument. Source: Sec. 2.3 of the paper."""
+    TypeError naming the argument. Source: the token decoder of the paper's Sec. 2."""
     q, k, v = autocast(q, k, v)
     plain, scale = _DECIDED.decide(_decide_local, (q, k, v, mask), dict(scale=scale, backend=backend))
     if not plain:

@@ -171,7 +171,7 @@ def local_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """Causal attention in many short sequences: q, k, v `(N, H, T, d)`; `mask` `(N, T)`, False hides a key. A row that
-    sees no key gives 0. Source: Sec. 2.3 of the paper."""
+    sees no key gives 0. Source: the token decoder of the paper's Sec. 2."""
     T, full = q.shape[2], torch.promote_types(q.dtype, torch.float32)
     seen = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     if mask is not None:

@@ -88,7 +88,7 @@ def speed_model(kind: str, cfg: BlockTransformerConfig) -> nn.Module:
 
 
 @torch.no_grad()
-def time_steps(model: nn.Module, method: str, batch: int, context: int, steps: int = 12) -> dict:
+def time_steps(model: nn.Module, method: str, batch: int, context: int, steps: int = 8) -> dict:
     "Milliseconds of a step, tokens a second and bytes for each text, at a context. Raises what torch raises without memory."
     kind, cache, graph = METHODS[method]
     torch.cuda.empty_cache()

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..lab.bench import compare, flex, naive, sdpa
+from ..lab.bench import compare, naive, sdpa
 from ..lab.claims import Claim, at_least, grade, matches, out_of_reach, over_range
 from ..lab.results import record
 from ..layers import count_parameters
@@ -32,19 +32,23 @@ from .claims_study import (
 from .nets import BlockGenerator, block_transformer
 from .op import local_attention
 from .reference import PUBLISHED, BlockTransformerConfig, local_cost
-from .speed_study import METHODS, packed_sdpa, speed_model, speed_rows
+from .speed_study import packed_sdpa, speed_model, speed_rows
 from .training_study import PRESETS, variant_config
 
 # %% ../../nbs/4_long_context/block.ipynb #876dc1ff
-def bench_speed(names: Sequence[str] = ("302M", "85M"), contexts: Sequence[int] = (2048, 512)) -> Iterator[dict]:
-    "Throughput of the published sizes over batch, at two contexts; eager methods at two batches only."
+def bench_speed(names: Sequence[str] = ("302M",), contexts: Sequence[int] = (2048,)) -> Iterator[dict]:
+    "Throughput of published sizes over batch, at some contexts; the growing cache at two batches only."
     for name in names if torch.cuda.is_available() else ():
         cfg = BlockTransformerConfig.preset(name, max_blocks=4096)
         for context in contexts:
-            graphs = [m for m, how in METHODS.items() if how[2]]
-            yield from speed_rows("speed", cfg, graphs, (32, 128, 512, 1024, 2048, 4096), context, model=name)
-            others = [m for m in METHODS if m not in graphs]
-            yield from speed_rows("speed", cfg, others, (32, 256) if context > 1024 else (32,), context, model=name)
+            for methods, batches in (
+                (("block, graph",), (32, 512, 2048, 4096)),
+                (("ordinary, graph",), (32, 128, 512)),
+                (("multi-query, graph",), (32, 512, 2048, 4096)),
+                (("ordinary, growing cache",), (32, 256)),
+                (("block, eager",), (32, 2048)),
+            ):
+                yield from speed_rows("speed", cfg, methods, batches, context, model=name)
 
 
 def _read_prompt(model: LanguageModel, cache, x: Tensor) -> None:
@@ -53,7 +57,7 @@ def _read_prompt(model: LanguageModel, cache, x: Tensor) -> None:
 
 
 @torch.no_grad()
-def bench_prefill(names: Sequence[str] = ("302M", "85M"), length: int = 2048, batch: int = 16) -> Iterator[dict]:
+def bench_prefill(names: Sequence[str] = ("302M",), length: int = 2048, batch: int = 16) -> Iterator[dict]:
     "Milliseconds for each text that is read before writing: ordinary, and embedder and block decoder alone."
     for name in names if torch.cuda.is_available() else ():
         cfg = BlockTransformerConfig.preset(name, max_blocks=4096)
@@ -88,17 +92,14 @@ def bench_prefill(names: Sequence[str] = ("302M", "85M"), length: int = 2048, ba
             torch.cuda.empty_cache()
 
 
-def bench_ladder() -> Iterator[dict]:
-    "Speed of the sizes of the gpu preset's ladder, at its context, over large batches."
-    cfg = PRESETS["gpu"]
-    for dim, layers in cfg["ladder"] if torch.cuda.is_available() else ():
-        sizes = variant_config(dim, layers, 2 * cfg["length"])
-        yield from speed_rows(
-            "ladder speed", sizes, ("block, graph", "ordinary, graph"), (512, 2048, 8192), cfg["length"]
-        )
+def bench_ladder(context: int = 2048) -> Iterator[dict]:
+    "Speed of the sizes of the gpu preset's ladder at a context, over large batches."
+    for dim, layers in PRESETS["gpu"]["ladder"] if torch.cuda.is_available() else ():
+        methods, sizes = ("block, graph", "ordinary, graph"), variant_config(dim, layers, 2 * context)
+        yield from speed_rows("ladder speed", sizes, methods, (1024, 4096, 16384), context)
 
 
-def bench_local(sizes: Sequence[tuple] = ((8192, 16, 5, 64), (65536, 8, 5, 64), (4096, 16, 9, 128))) -> Iterator[dict]:
+def bench_local(sizes: Sequence[tuple] = ((8192, 16, 5, 64), (65536, 8, 5, 64))) -> Iterator[dict]:
     "Local attention in bfloat16, heads last in memory, forward and backward. `sizes`: (sequences, heads, T, head_dim)."
     for N, H, T, d in sizes if torch.cuda.is_available() else ():
         q, k, v = (torch.randn(N, T, H, d, device="cuda").bfloat16().transpose(1, 2) for _ in range(3))
@@ -111,8 +112,6 @@ def bench_local(sizes: Sequence[tuple] = ((8192, 16, 5, 64), (65536, 8, 5, 64), 
             "efficient, packed": packed_sdpa(T, 16, "cuda"),
             "naive": naive(is_causal=True),
         }
-        if (N, T) == (8192, 5):
-            peers["flex"] = flex(lambda b, h, i, j: j <= i)
         yield from compare(
             dict(N=N, H=H, T=T, d=d),
             peers,
@@ -133,7 +132,7 @@ def bench_local(sizes: Sequence[tuple] = ((8192, 16, 5, 64), (65536, 8, 5, 64), 
 # %% ../../nbs/4_long_context/block.ipynb #4c884319
 def claims() -> list[Claim]:
     "The chapter's claims with their rules; what was measured is read from the recorded rows."
-    ladder = "byte models, gpu preset, best batch; the same layers, kernels and recorded steps on both sides"
+    ladder = "byte models, gpu preset; speed at context 2048, best batch; the same layers, kernels and recorded steps on both sides"
     seeds = "byte models; paired over seeds, 95 %"
     equal = "302M, bfloat16, random weights, context 2048, best batch of each"
     return [
@@ -148,7 +147,7 @@ def claims() -> list[Claim]:
         Claim(
             "At equal size, decode-heavy, about 21 times",
             "44.1k against 2.1k tokens/s [n]",
-            "Table 2",
+            "main table",
             over_range(10, 2),
             measured=lambda: equal_size("ordinary, graph"),
             scale=f"{equal}, against an ordinary transformer as well made; holds from 10x",
@@ -156,7 +155,7 @@ def claims() -> list[Claim]:
         Claim(
             "The same against an eager model with a growing cache, the paper's kind of baseline",
             "21x [n]",
-            "Table 2",
+            "main table",
             over_range(10, 2),
             measured=lambda: equal_size("ordinary, growing cache"),
             scale=f"{equal}; the eager model at batches 32 and 256",
@@ -172,7 +171,7 @@ def claims() -> list[Claim]:
         Claim(
             "Prefill-heavy, 2048 tokens read and 128 written, about 26 times",
             "21.0k against 0.8k tokens/s [n]",
-            "Table 2",
+            "main table",
             at_least(10, 2),
             measured=with_prefill,
             scale=f"{equal}; reading included",
@@ -180,7 +179,7 @@ def claims() -> list[Claim]:
         Claim(
             "A tenth of the memory for each text",
             "105 MB against 1140 MB [n]",
-            "Table 2",
+            "main table",
             at_least(8, 4),
             measured=memory_ratio,
             scale="302M, context 2048: what the allocator holds beyond the weights; keys and values alone are 8x",
@@ -188,7 +187,7 @@ def claims() -> list[Claim]:
         Claim(
             "At equal size the loss is higher than the ordinary transformer's",
             "2.79 against 2.47 nats at 85M [n]",
-            "Fig. 2",
+            "loss of the sizes",
             judge_all,
             measured=lambda: differences(("block", "vanilla")),
             scale=seeds,
@@ -196,7 +195,7 @@ def claims() -> list[Claim]:
         Claim(
             "Two to three times the parameters for equal loss",
             "2-3x [n]",
-            "Sec. 3",
+            "loss of the sizes",
             lambda m: grade(all(1.5 <= s.ratio <= 4 for s in m), any(1.5 <= s.ratio <= 4 for s in m)),
             measured=lambda: equal_loss("body"),
             scale="the ladder, parameters of the layers; holds: all from 1.5 to 4",
@@ -204,7 +203,7 @@ def claims() -> list[Claim]:
         Claim(
             "Loss rises with the length of blocks",
             "2.52, 2.65, 2.79, 2.90 for 1, 2, 4, 8 [n]",
-            "Fig. 3",
+            "ablations",
             judge_all,
             measured=lambda: differences(
                 ("blocks of 2", "blocks of 1"), ("block", "blocks of 2"), ("blocks of 8", "block")
@@ -214,7 +213,7 @@ def claims() -> list[Claim]:
         Claim(
             "A prefix is better than summation",
             "prefix of 2 to 6 > 1 > summation [n]",
-            "Fig. 3",
+            "ablations",
             judge_all,
             measured=lambda: differences(("summation", "block"), ("summation", "prefix 1"), ("prefix 1", "block")),
             scale=seeds,
@@ -222,7 +221,7 @@ def claims() -> list[Claim]:
         Claim(
             "Half of the layers for each decoder is the best split",
             "1:1 [n]",
-            "Fig. 4",
+            "ablations",
             judge_all,
             measured=lambda: differences(("more block layers", "block"), ("more token layers", "block")),
             scale=f"{seeds}; 4:2 and 2:4 layers",
@@ -230,7 +229,7 @@ def claims() -> list[Claim]:
         Claim(
             "A table of small rows is as good an embedder as an encoder",
             "lookup [n]",
-            "Fig. 3",
+            "ablations",
             judge_all,
             measured=lambda: differences(("cls", "block"), ("projection", "block")),
             scale=f"{seeds}; in favour of the lookup",
@@ -238,7 +237,7 @@ def claims() -> list[Claim]:
         Claim(
             "Up-training takes a tenth of the steps",
             "10 %",
-            "Sec. 4.1",
+            "up-training",
             judge_uptrain,
             measured=_uptrained,
             scale="byte models, a quarter of the steps; holds: within 0.01 nats of all steps",
@@ -246,7 +245,7 @@ def claims() -> list[Claim]:
         Claim(
             "Sizes of the models",
             "33.8M to 1.449B parameters",
-            "Table 5, the code",
+            "the code",
             matches({n: x[3] for n, x in PUBLISHED.items()}),
             measured=lambda: {n: count_parameters(lambda n=n: block_transformer(n)) for n in PUBLISHED},
             scale="counted",
@@ -254,7 +253,7 @@ def claims() -> list[Claim]:
         Claim(
             "Perplexity and downstream scores of the published models",
             "WikiText 27.7 against 20.1 at 302M [n]",
-            "Table 2",
+            "main table",
             out_of_reach("trained on 300 billion tokens of the Pile"),
         ),
         *(

@@ -11,6 +11,7 @@ __all__ = ['VARIANTS', 'PRESETS', 'review_bytes', 'variant_config', 'block_loss'
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -71,15 +72,15 @@ PRESETS = dict(
     gpu=dict(
         dim=512,
         layers=3,
-        length=1024,
+        length=512,
         batch=32,
-        steps=400,
+        steps=300,
         lr=1e-3,
-        windows=128,
-        seeds=2,
-        variants=tuple(VARIANTS),
-        uptrain=100,
-        ladder=((128, 2), (256, 2), (512, 3), (768, 4)),
+        windows=256,
+        seeds=3,
+        variants=tuple(v for v in VARIANTS if v != "prefix 4"),
+        uptrain=75,
+        ladder=((64, 1), (128, 2), (256, 2), (512, 3), (768, 4)),
     ),
 )
 
@@ -135,11 +136,11 @@ def score(model: nn.Module, cfg: Mapping) -> tuple[float, list[float]]:
     return float(losses.mean()), [float(losses[:, r::4].mean()) for r in range(4)]
 
 
-def train(model: nn.Module, cfg: Mapping, *, steps: int, seed: int, device: str) -> nn.Module:
+def train(model: nn.Module, cfg: Mapping, *, steps: int, seed: int, device: str, lr: float | None = None) -> nn.Module:
     "Trains on random windows by `lab.train.fit`."
     loss = block_loss if isinstance(model, BlockTransformer) else next_token_loss
     stream = Windows(review_bytes()[0], length=cfg["length"], batch_size=cfg["batch"], seed=seed)
-    fit(model, loss, stream, steps=steps, lr=cfg["lr"], seed=seed, device=device, weight_decay=0.1)
+    fit(model, loss, stream, steps=steps, lr=lr or cfg["lr"], seed=seed, device=device, weight_decay=0.1)
     return model.eval()
 
 
@@ -152,37 +153,38 @@ def make_model(variant: str, cfg: Mapping, seed: int, dim: int | None = None, la
     return BlockTransformer(variant_config(*size, **VARIANTS[variant]))
 
 
-def run_variants(preset: str = "cpu", device: str = "cpu", seed: int = 0, steps: int = 0) -> Iterator[dict]:
-    "Trains the variants of a preset, seed by seed, and yields recorded rows `loss`. Mirrors Figs. 2 to 4 of the paper."
+def run_variants(
+    preset: str = "cpu", device: str = "cpu", seed: int = 0, steps: int = 0, variants: Sequence[str] | None = None
+) -> Iterator[dict]:
+    """Trains the variants of a preset, or some of them, each with its seeds, and yields recorded rows `loss`. Mirrors
+    the paper's figures of loss over block length, split and components."""
     cfg = PRESETS[preset] | (dict(steps=steps) if steps else {})
-    for run in range(cfg["seeds"]):
-        for variant in cfg["variants"]:
-            model = make_model(variant, cfg, seed + run)
-            began = time.perf_counter()
-            train(model, cfg, steps=cfg["steps"], seed=seed + run, device=device)
-            loss, by_place = score(model, cfg)
-            yield record(
-                "block",
-                "loss",
-                key=("size", "variant", "run"),
-                device=device,
-                preset=preset,
-                size=preset,
-                seed=seed + run,
-                run=run,
-                variant=variant,
-                dim=cfg["dim"],
-                steps=cfg["steps"],
-                loss=loss,
-                by_place=by_place,
-                parameters=sum(p.numel() for p in model.parameters()),
-                seconds=time.perf_counter() - began,
-            )
+    for variant, run in product(variants or cfg["variants"], range(cfg["seeds"])):
+        model, began = make_model(variant, cfg, seed + run), time.perf_counter()
+        train(model, cfg, steps=cfg["steps"], seed=seed + run, device=device)
+        loss, by_place = score(model, cfg)
+        yield record(
+            "block",
+            "loss",
+            key=("size", "variant", "run"),
+            device=device,
+            preset=preset,
+            size=preset,
+            seed=seed + run,
+            run=run,
+            variant=variant,
+            dim=cfg["dim"],
+            steps=cfg["steps"],
+            loss=loss,
+            by_place=by_place,
+            parameters=sum(p.numel() for p in model.parameters()),
+            seconds=time.perf_counter() - began,
+        )
 
 
 def run_uptrain(preset: str = "cpu", device: str = "cpu", seed: int = 0, steps: int = 0) -> Iterator[dict]:
     """An ordinary transformer is trained, its weights start a Block Transformer, which trains for a few steps more
-    (Sec. 4.1); beside it one from random weights with the same steps, and one with all steps. Rows `uptrain`."""
+    (up-training); beside it one from random weights with the same steps, and one with all steps. Rows `uptrain`."""
     cfg = PRESETS[preset] | (dict(steps=steps) if steps else {})
     for run in range(cfg["seeds"]):
         plain = train(make_model("vanilla", cfg, seed + run), cfg, steps=cfg["steps"], seed=seed + run, device=device)
@@ -211,13 +213,13 @@ def run_uptrain(preset: str = "cpu", device: str = "cpu", seed: int = 0, steps: 
 
 
 def run_ladder(preset: str = "cpu", device: str = "cpu", seed: int = 0, steps: int = 0) -> Iterator[dict]:
-    "Both kinds in several sizes: what loss costs how many parameters. Rows `ladder`; `bench_ladder` adds the speed."
+    """Both kinds in several sizes, the rate falling with the square root of the width: what loss costs how many
+    parameters. Rows `ladder`; `bench_ladder` adds the speed."""
     cfg = PRESETS[preset] | (dict(steps=steps) if steps else {})
     for dim, layers in cfg["ladder"]:
         for variant in ("vanilla", "block"):
-            model = train(
-                make_model(variant, cfg, seed, dim, layers), cfg, steps=cfg["steps"], seed=seed, device=device
-            )
+            model, lr = make_model(variant, cfg, seed, dim, layers), cfg["lr"] * (cfg["dim"] / dim) ** 0.5
+            train(model, cfg, steps=cfg["steps"], seed=seed, device=device, lr=lr)
             yield record(
                 "block",
                 "ladder",

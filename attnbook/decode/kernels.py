@@ -228,10 +228,12 @@ DECODE_LAUNCH = (
     .rows("interpreter", 16, {256: ((16, 16, 4, 1),)})
     .rows("interpreter", 32, {256: ((16, 16, 4, 1),)})
 )  # BM is the least: a tile has as many rows as a group has queries, 64 at most
-WAVES, MOST_SPLITS = 8, 128  # programs a multiprocessor, about; parts that one program merges
+WAVES, MOST_SPLITS = 16, 128  # programs a multiprocessor, about; parts that one program merges
 
 
 def choose_splits(programs: int, capacity: int, tile: int, processors: int) -> int:
     """How many programs share the keys of one row and head: of `programs` rows and heads, a room of `capacity` keys,
     tiles of `tile` keys, and so many multiprocessors."""
-    return max(1, min(-(-WAVES * processors // max(programs, 1)), capacity // (2 * tile), MOST_SPLITS))
+    want = -(-WAVES * processors // max(programs, 1))
+    few = min(capacity // (2 * tile), -(-2 * processors // max(programs, 1)))  # short caches: two tiles must do
+    return max(1, min(max(min(want, capacity // (4 * tile)), few), MOST_SPLITS))

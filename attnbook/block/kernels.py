@@ -137,7 +137,8 @@ def local_backward(
 # %% ../../nbs/4_long_context/block.ipynb #d50d4993
 LOCAL_LAUNCH = LaunchTable("forward", "backward")  # BM: rows of a tile; BN and stages are not used
 for _arch in ("sm90", "sm80", "small"):
-    LOCAL_LAUNCH.rows(_arch, 16, {64: ((64, 64, 4, 1),) * 2, 128: ((32, 32, 4, 1),) * 2, 256: ((16, 16, 4, 1),) * 2})
+    _64 = ((64, 64, 4, 1, 80), (64, 64, 4, 1))  # forward: 80 registers, so that six programs fit a multiprocessor
+    LOCAL_LAUNCH.rows(_arch, 16, {64: _64, 128: ((32, 32, 4, 1),) * 2, 256: ((16, 16, 4, 1),) * 2})
     LOCAL_LAUNCH.rows(_arch, 32, {64: ((32, 32, 4, 1),) * 2, 128: ((16, 16, 4, 1),) * 2, 256: ((16, 16, 4, 1),) * 2})
 for _bits in (16, 32):
     LOCAL_LAUNCH.rows("interpreter", _bits, {256: ((16, 16, 4, 1),) * 2})

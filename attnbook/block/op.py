@@ -27,7 +27,7 @@ def _arguments(kernel: str, q: Tensor) -> tuple[tuple, dict]:
     each = p.BM // T
     grid = (H * triton.cdiv(N, each),)
     return grid, dict(
-        C=LocalShape(T, d, each * T), BM=p.BM, BD=round_dim(d), PRECISION=dot_precision(q.dtype), num_warps=p.warps
+        C=LocalShape(T, d, each * T), BM=p.BM, BD=round_dim(d), PRECISION=dot_precision(q.dtype), **p.options()
     )
 
 

@@ -8,7 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attnbook.block.claims_study import Point, at_loss, differences, equal_loss, equal_size, judge_all, judge_uptrain
+from attnbook.block.claims_study import (
+    Point,
+    at_loss,
+    best_speed,
+    differences,
+    equal_loss,
+    equal_size,
+    judge_all,
+    judge_uptrain,
+)
 from attnbook.block.nets import BlockGenerator, BlockTransformer, block_transformer, left_pad_to_blocks
 from attnbook.block.op import local_attention, local_attention_op
 from attnbook.block.reference import (
@@ -22,6 +31,7 @@ from attnbook.block.reference import (
     vanilla_config,
     weight_bytes,
 )
+from attnbook.block.speed_study import METHODS, _Blocks, _Plain, speed_model, speed_rows, time_steps
 from attnbook.block.study import claims
 from attnbook.block.training_study import PRESETS, block_loss, make_model, review_bytes, token_losses
 from attnbook.lab.data import skip_without
@@ -389,6 +399,32 @@ def test_variants_are_what_they_say():
     assert [layers(m) for m in models.values()] == [(3, 3), (4, 2), (2, 4), (3, 3)]
     assert models["summation"].config.injection == "summation" and models["block"].config.num_heads == 8
     assert len(make_model("vanilla", big, 0).blocks) == 6
+
+
+def test_steps_are_timed_at_their_context():
+    cfg = BlockTransformerConfig(50, 64, 1, 1, max_blocks=64)
+    where = "cuda" if device_under_test() == "cuda" else "cpu"
+    for method, (kind, cache, _) in METHODS.items():
+        model = speed_model(kind, cfg, where)
+        found = time_steps(model, method, 3, 40, steps=2)
+        assert found["tokens_per_s"] == pytest.approx(3e3 * (4 if kind == "block" else 1) / found["ms_step"])
+        with torch.no_grad():
+            run = _Blocks(model, 3, 40, 6) if kind == "block" else _Plain(model, 3, 40, 6, cache)
+            run.step()
+        assert int(run.blocks.length if kind == "block" else run.cache.length) == (11 if kind == "block" else 41)
+        if kind == "multi-query":
+            assert model.config.kv_heads == 1
+
+
+def test_rows_of_speed(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTNBOOK_RESULTS", str(tmp_path))
+    cfg, where = BlockTransformerConfig(50, 64, 1, 1, max_blocks=64), device_under_test()
+    rows = list(speed_rows("speed", cfg, ("block, eager", "ordinary, graph"), (1, 2), 16, device=where, model="tiny"))
+    assert [(r["method"], r["batch"]) for r in rows] == [
+        (m, b) for m in ("block, eager", "ordinary, graph") for b in (1, 2)
+    ]
+    assert rows[0]["bound"] != rows[2]["bound"] and rows[2]["kv_mb"] == kv_bytes(vanilla_config(cfg), 16) / 1e6
+    assert best_speed("block, eager", "tiny", 16, rows) == max(r["tokens_per_s"] for r in rows[:2])
 
 
 def _points(*pairs):

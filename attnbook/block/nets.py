@@ -287,7 +287,7 @@ class BlockGenerator:
         self.last = torch.zeros(batch, L, dtype=torch.int64, device=device)
         self.written = torch.zeros(batch, room + 3, L, dtype=torch.int64, device=device)
         self.at, self.count = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
-        self.seeds, self.room, self.step = row_seeds(seed, batch, device), room, self.advance
+        self.seeds, self.room, self.replay = row_seeds(seed, batch, device), room, None
 
     def prefill(self, tokens: Tensor, mask: Tensor | None = None) -> None:
         """Reads prompts `(batch, T)` of whole blocks, `mask` False for padding at the left: embedder and block decoder
@@ -307,7 +307,7 @@ class BlockGenerator:
         self.blocks.fresh = False  # whatever comes now is a step
 
     def advance(self) -> None:
-        "One block for every text."
+        "One block for every text, launch by launch."
         m, L = self.model, self.model.config.block_length
         context = m.contexts(self.last[:, None], cache=self.blocks)[:, 0]  # [B, d]
         e = m.expanded(context)
@@ -323,9 +323,13 @@ class BlockGenerator:
         self.written.index_copy_(1, self.at, self.last[:, None])
         self.at.add_(1)
 
+    def step(self) -> None:
+        "One block for every text: by the recorded graph, where there is one."
+        self.advance() if self.replay is None else self.replay()
+
     def record(self) -> None:
         "Records a step as a CUDA graph; from now on `step` replays it."
-        self.step = recorded(self.advance, [self.last, self.written, self.at, self.count, self.blocks.length])
+        self.replay = recorded(self.advance, [self.last, self.written, self.at, self.count, self.blocks.length])
 
     @property
     def nbytes(self) -> int:

@@ -32,7 +32,7 @@ from .claims_study import (
 from .nets import BlockGenerator, block_transformer
 from .op import local_attention
 from .reference import PUBLISHED, BlockTransformerConfig, local_cost
-from .speed_study import packed_sdpa, speed_model, speed_rows
+from .speed_study import elapsed_ms, packed_sdpa, speed_model, speed_rows
 from .training_study import PRESETS, variant_config
 
 # %% ../../nbs/4_long_context/block.ipynb #876dc1ff
@@ -57,39 +57,26 @@ def _read_prompt(model: LanguageModel, cache, x: Tensor) -> None:
 
 
 @torch.no_grad()
-def bench_prefill(names: Sequence[str] = ("302M",), length: int = 2048, batch: int = 16) -> Iterator[dict]:
+def bench_prefill(
+    names: Sequence[str] = ("302M",), length: int = 2048, batch: int = 16, device: str = "cuda"
+) -> Iterator[dict]:
     "Milliseconds for each text that is read before writing: ordinary, and embedder and block decoder alone."
-    for name in names if torch.cuda.is_available() else ():
+    for name in names if device == "cpu" or torch.cuda.is_available() else ():
         cfg = BlockTransformerConfig.preset(name, max_blocks=4096)
         for kind in ("block", "vanilla"):
-            model = speed_model(kind, cfg)
-            x = torch.randint(cfg.vocab_size, (batch, length), device="cuda")
+            model = speed_model(kind, cfg, device)
+            x = torch.randint(cfg.vocab_size, (batch, length), device=device)
             if kind == "block":
-                writer = BlockGenerator(model, batch, length // cfg.block_length)
-                run = partial(writer.prefill, x)
+                read = partial(BlockGenerator(model, batch, length // cfg.block_length).prefill, x)
             else:
-                cache = model.make_cache("decode", batch=batch, max_length=length)
-                run = partial(_read_prompt, model, cache, x)
-            run()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(3):
-                run()
-            end.record()
-            torch.cuda.synchronize()
-            ms = begin.elapsed_time(end) / 3 / batch
+                read = partial(_read_prompt, model, model.make_cache("decode", batch=batch, max_length=length), x)
+            read()
+            ms = elapsed_ms(read, x.device, 3) / batch
+            key = ("model", "kind", "length")
             yield record(
-                "block",
-                "prefill",
-                key=("model", "kind", "length"),
-                device="cuda",
-                model=name,
-                kind=kind,
-                length=length,
-                ms_per_text=ms,
+                "block", "prefill", key=key, device=device, model=name, kind=kind, length=length, ms_per_text=ms
             )
-            del model, run
-            torch.cuda.empty_cache()
+            del model, read
 
 
 def bench_ladder(context: int = 2048) -> Iterator[dict]:

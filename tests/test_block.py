@@ -32,7 +32,7 @@ from attnbook.block.reference import (
     weight_bytes,
 )
 from attnbook.block.speed_study import METHODS, _Blocks, _Plain, speed_model, speed_rows, time_steps
-from attnbook.block.study import claims
+from attnbook.block.study import bench_local, claims
 from attnbook.block.training_study import PRESETS, block_loss, make_model, review_bytes, token_losses
 from attnbook.lab.data import skip_without
 from attnbook.lab.stats import Speedup
@@ -414,6 +414,13 @@ def test_steps_are_timed_at_their_context():
         assert int(run.blocks.length if kind == "block" else run.cache.length) == (11 if kind == "block" else 41)
         if kind == "multi-query":
             assert model.config.kv_heads == 1
+
+
+def test_local_bench(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTNBOOK_RESULTS", str(tmp_path))
+    rows = [r for r in bench_local([(32, 2, 5, 16)], device=device_under_test()) if r["ms_bwd"]]
+    assert {"ours", "efficient, packed", "naive"} <= {r["method"] for r in rows}
+    assert all(r["difference"] < 0.03 for r in rows) and rows[0]["megabytes_bwd"] == 7 * 32 * 2 * 5 * 16 * 2 / 1e6
 
 
 def test_rows_of_speed(tmp_path, monkeypatch):

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from attnbook.attention import attention_reference
-from attnbook.decode.kernels import choose_splits
+from attnbook.decode.kernels import choose_splits, decode_bytes
 from attnbook.decode.op import append_op, append_tokens, decode_attention, decode_attention_op
 from attnbook.decode.reference import decode_attention_reference, gather_pages, merge_parts
-from attnbook.decode.study import claims, floor_shares, folded
+from attnbook.decode.study import bench_decode, claims, floor_shares, folded
 from attnbook.lab.testing import (
     check_compiles,
     check_deterministic,
@@ -300,6 +300,15 @@ def test_shares_of_the_floor():
         claims()[0].rule({"a": 1.2, "b": 0.9})[0] == "holds in part"
         and claims()[0].rule({"a": 0.9})[0] == "does not hold here"
     )
+
+
+def test_bench(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTNBOOK_RESULTS", str(tmp_path))
+    sizes = [(2, 4, 2, 32, 16, full) for full in (True, False)]
+    rows = [r for r in bench_decode(sizes, rep_ms=1.0, device=device_under_test()) if r["ms_fwd"]]
+    assert {r["full"] for r in rows if r["method"] == "ours"} == {True, False}
+    assert all(r["difference"] < 0.03 for r in rows) and len(rows) > 3
+    assert rows[0]["gigabytes"] == pytest.approx(decode_bytes(64, 4, 2, 16, 16, 2) / 1e9)
 
 
 def test_folded_heads():

@@ -86,17 +86,19 @@ def bench_ladder(context: int = 2048) -> Iterator[dict]:
         yield from speed_rows("ladder speed", sizes, methods, (1024, 4096, 16384), context)
 
 
-def bench_local(sizes: Sequence[tuple] = ((8192, 16, 5, 64), (65536, 8, 5, 64))) -> Iterator[dict]:
+def bench_local(
+    sizes: Sequence[tuple] = ((8192, 16, 5, 64), (32768, 8, 5, 64)), device: str = "cuda"
+) -> Iterator[dict]:
     "Local attention in bfloat16, heads last in memory, forward and backward. `sizes`: (sequences, heads, T, head_dim)."
-    for N, H, T, d in sizes if torch.cuda.is_available() else ():
-        q, k, v = (torch.randn(N, T, H, d, device="cuda").bfloat16().transpose(1, 2) for _ in range(3))
+    for N, H, T, d in sizes if device != "cuda" or torch.cuda.is_available() else ():
+        q, k, v = (torch.randn(N, T, H, d, device=device).bfloat16().transpose(1, 2) for _ in range(3))
         cost = local_cost(N, H, T, d)
         peers = {
             "ours": lambda q, k, v: local_attention(q, k, v),
             "flash": sdpa("flash", is_causal=True),
             "cudnn": sdpa("cudnn", is_causal=True),
             "efficient": sdpa("efficient", is_causal=True),
-            "efficient, packed": packed_sdpa(T, 16, "cuda"),
+            "efficient, packed": packed_sdpa(T, 16, device),
             "naive": naive(is_causal=True),
         }
         yield from compare(

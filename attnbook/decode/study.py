@@ -52,25 +52,27 @@ def decode_peers(lengths: Tensor, N: int, full: bool, compiled: bool) -> dict[st
     return peers
 
 
-def bench_decode(sizes: Sequence[tuple] | None = None, rep_ms: float = 40.0, compiled: bool = False) -> Iterator[dict]:
+def bench_decode(
+    sizes: Sequence[tuple] | None = None, rep_ms: float = 40.0, compiled: bool = False, device: str = "cuda"
+) -> Iterator[dict]:
     """Decode attention in bfloat16, most important size first: a row each for ours and torch's over the padded cache.
     `sizes`: (batch, heads, kv_heads, room, head_dim, full). `compiled`: FlexAttention too. Nothing without a GPU."""
-    if not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         return
     rest = [(8, 8192), (1, 8192), (32, 2048), (1, 2048), (32, 32768), (1, 32768)]
     first = [(32, 32, 8, 8192, 128, True), (32, 32, 8, 8192, 128, False), (32, 16, 16, 8192, 64, True)]
     sizes = sizes or first + [(B, 32, 8, N, 128, True) for B, N in rest]
     for B, H, Hkv, N, D, full in sizes:
-        g = torch.Generator("cuda").manual_seed(0)
+        g = torch.Generator(device).manual_seed(0)
         q, k, v = (
-            torch.randn(B, h, n, D, generator=g, device="cuda", dtype=torch.bfloat16)
+            torch.randn(B, h, n, D, generator=g, device=device, dtype=torch.bfloat16)
             for h, n in ((H, 1), (Hkv, N), (Hkv, N))
         )
         lengths = torch.full((B,), N) if full else torch.linspace(N // 8, N, B).long()
         moved = decode_bytes(int(lengths.sum()), H, Hkv, D, D, B)
         yield from compare(
             dict(B=B, H=H, H_kv=Hkv, N=N, D=D, full=full),
-            decode_peers(lengths.int().cuda(), N, full, compiled),
+            decode_peers(lengths.int().to(device), N, full, compiled),
             [q, k, v],
             bytes=moved,
             chapter="decode",
@@ -82,7 +84,8 @@ def bench_decode(sizes: Sequence[tuple] | None = None, rep_ms: float = 40.0, com
             gigabytes=moved / 1e9,
         )
         del q, k, v
-        torch.cuda.empty_cache()
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def bench_flex() -> Iterator[dict]:

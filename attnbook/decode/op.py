@@ -82,9 +82,9 @@ def _plan(q, k_cache, v_cache, lengths, starts, block_table, causal, scale, spli
         if splits > 1:
             part = torch.empty(B, H, Nq, splits, Dv, dtype=torch.float32, device=q.device)
             part_lse = torch.empty(B, H, Nq, splits, dtype=torch.float32, device=q.device)
-        split(q, k_cache, v_cache, lengths, starts, block_table, out, lse, part, part_lse)
+        split.same(q, k_cache, v_cache, lengths, starts, block_table, out, lse, part, part_lse)
         if splits > 1:
-            merge(part, part_lse, lengths, starts, out, lse)
+            merge.same(part, part_lse, lengths, starts, out, lse)
         return out, lse
 
     return run
@@ -306,4 +306,4 @@ def _decide_append(k_cache, v_cache, k, v, lengths, block_table, *, backend):
         )
     if torch.compiler.is_compiling():
         return append_op
-    return on_device(_append_launch(k_cache, v_cache, k, v, lengths, block_table))
+    return on_device(_append_launch(k_cache, v_cache, k, v, lengths, block_table).same)

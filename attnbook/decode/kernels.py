@@ -127,8 +127,9 @@ def decode_split(
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
             l = l * alpha + tl.sum(p, 1)
             m = top
-        y = acc / tl.where(l == 0, 1.0, l)[:, None]
-        lse = tl.where(l == 0, float("-inf"), m + tl.log2(l))
+        total = tl.where(l == 0, 1.0, l)
+        y = acc / total[:, None]
+        lse = tl.where(l == 0, float("-inf"), m + tl.log2(total))
         row = (b * kv_heads * GROUP + head) * NQ + i  # of outputs (batch, heads, queries), int64
         if SINGLE:
             tl.store(
@@ -167,12 +168,13 @@ def decode_merge(
     safe = tl.where(top == float("-inf"), 0.0, top)
     w = tl.exp2(lse - safe)
     total = tl.sum(w, 0)
+    whole = tl.where(total == 0, 1.0, total)
     at = PART + (row * splits + s)[:, None] * C.v_dim + e[None, :]
     part = tl.load(at, mask=used[:, None] & (e < C.v_dim)[None, :], other=0.0)  # [SP, BE]
-    y = tl.sum(part * w[:, None], 0) / tl.where(total == 0, 1.0, total)
+    y = tl.sum(part * w[:, None], 0) / whole
     tl.store(OUT + row * C.v_dim + e, y.to(OUT.dtype.element_ty), mask=e < C.v_dim)
     if tl.program_id(1) == 0:
-        ended = tl.where(total == 0, float("-inf"), (safe + tl.log2(total)) * 0.6931471805599453)
+        ended = tl.where(total == 0, float("-inf"), (safe + tl.log2(whole)) * 0.6931471805599453)
         tl.store(LSE + row, ended)
 
 # %% ../../nbs/1_foundations/19_decode.ipynb #7f037ea5

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from attnbook.block.claims_study import (
     Point,
+    _local_bandwidth,
     at_loss,
     best_speed,
     differences,
@@ -17,6 +18,8 @@ from attnbook.block.claims_study import (
     equal_size,
     judge_all,
     judge_uptrain,
+    memory_ratio,
+    with_prefill,
 )
 from attnbook.block.nets import BlockGenerator, BlockTransformer, block_transformer, left_pad_to_blocks
 from attnbook.block.op import local_attention, local_attention_op
@@ -470,6 +473,25 @@ def test_speed_rules():
     assert sizes([Speedup("", 2.5)]) == "holds" and sizes([Speedup("", 2.5), Speedup("", 9)]) == "holds in part"
     assert sizes([Speedup("", 1.0)]) == "does not hold here"
     assert rule["A tenth of the memory for each text"](7.0) == "holds in part"
+
+
+def test_what_is_read_of_the_rows():
+    row = lambda m, b, mb, s: dict(method=m, model="302M", context=2048, batch=b, mb_per_text=mb, tokens_per_s=s)
+    rows = [
+        row("block, graph", 8, 20.0, 4000.0),
+        row("block, graph", 4, 99.0, 10.0),
+        row("ordinary, graph", 4, 160.0, 500.0),
+    ]
+    assert memory_ratio(rows) == 8 and memory_ratio(rows[:2]) is None
+    reading = [dict(kind="block", ms_per_text=1.0), dict(kind="vanilla", ms_per_text=8.0)]
+    want = (0.008 + 128 / 500) / (0.001 + 128 / 4000)
+    assert with_prefill(reading=reading, rows=rows) == pytest.approx(want)
+    assert with_prefill(reading=reading[:1], rows=rows) is None and with_prefill(reading=reading, rows=rows[:2]) is None
+    local = dict(
+        N=9, T=5, device="NVIDIA H200", date="2026", megabytes_fwd=480.0, ms_fwd=0.2, megabytes_bwd=1.0, ms_bwd=None
+    )
+    assert [round(x.ratio, 6) for x in _local_bandwidth([local])] == [0.5]
+    assert _local_bandwidth([local | dict(device="cpu")]) is None
 
 
 def test_training_rules():

@@ -88,26 +88,29 @@ def equal_size(peer: str, model: str = "302M", contexts: Sequence[int] = (2048,)
     return found or None
 
 
-def with_prefill(model: str = "302M", new: int = 128) -> float | None:
+def with_prefill(
+    model: str = "302M", new: int = 128, reading: Sequence[Mapping] | None = None, rows: Sequence[Mapping] | None = None
+) -> float | None:
     "Ratio of throughputs for prompts of 2048 and `new` tokens written, reading included; None if not measured."
-    reading = {
-        r["kind"]: r["ms_per_text"] for r in newest_device(load_results("block", "prefill", model=model, length=2048))
+    found = newest_device(load_results("block", "prefill", model=model, length=2048)) if reading is None else reading
+    read = {r["kind"]: r["ms_per_text"] for r in found}
+    speeds = {
+        k: best_speed(m, model, rows=rows) for k, m in (("block", "block, graph"), ("vanilla", "ordinary, graph"))
     }
-    speeds = {k: best_speed(m, model) for k, m in (("block", "block, graph"), ("vanilla", "ordinary, graph"))}
-    if len(reading) < 2 or None in speeds.values():
+    if len(read) < 2 or None in speeds.values():
         return None
-    rate = {k: new / (reading[k] / 1e3 + new / speeds[k]) for k in speeds}
-    return rate["block"] / rate["vanilla"]
+    seconds = {k: read[k] / 1e3 + new / speeds[k] for k in speeds}  # of one text
+    return seconds["vanilla"] / seconds["block"]
 
 
-def memory_ratio() -> float | None:
-    "Megabytes a text that the ordinary transformer holds over those of the Block Transformer, at the largest batch of both."
-    rows = [r for r in newest_device(load_results("block", "speed", model="302M", context=2048)) if r["mb_per_text"]]
-    held = {
-        m: [r["mb_per_text"] for r in sorted(rows, key=lambda r: r["batch"]) if r["method"] == m]
-        for m in ("ordinary, graph", "block, graph")
-    }
-    return held["ordinary, graph"][-1] / held["block, graph"][-1] if all(held.values()) else None
+def memory_ratio(rows: Sequence[Mapping] | None = None) -> float | None:
+    "Megabytes a text that the ordinary transformer holds over those of the Block Transformer, at the largest batch of each."
+    if rows is None:
+        rows = newest_device(load_results("block", "speed", model="302M", context=2048))
+    rows = sorted((r for r in rows if r["mb_per_text"]), key=lambda r: r["batch"])
+    last = {r["method"]: r["mb_per_text"] for r in rows}  # of equal methods the largest batch stays
+    both = [last.get(m) for m in ("ordinary, graph", "block, graph")]
+    return both[0] / both[1] if all(both) else None
 
 
 def differences(*pairs: tuple[str, str], rows: Sequence[Mapping] | None = None) -> dict | None:
@@ -148,10 +151,12 @@ def _local_ratios(field: str) -> list[Speedup] | None:
     return speedups(rows, "N", "T", "d", field=field, ours=("ours",), peers=peers) or None
 
 
-def _local_bandwidth() -> list[Speedup] | None:
+def _local_bandwidth(rows: Sequence[Mapping] | None = None) -> list[Speedup] | None:
+    "Share of the data sheet's bandwidth that our local attention reaches, forward and backward."
     peak = {"H200": 4.8e12, "H100": 3.35e12}
+    rows = load_results("block", "local", method="ours", preset="gpu") if rows is None else rows
     found = []
-    for r in newest_device(load_results("block", "local", method="ours", preset="gpu")):
+    for r in newest_device(rows):
         top = next((x for name, x in peak.items() if name in r["device"]), None)
         found += [
             Speedup(f"{p}, N={r['N']}, T={r['T']}", r[f"megabytes_{p}"] * 1e9 / r[f"ms_{p}"] / top)

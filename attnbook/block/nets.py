@@ -139,7 +139,8 @@ class BlockTransformer(nn.Module):
         for module in (*self.embedder.modules(), self.token_embed, self.head):
             if isinstance(module, (nn.Embedding, nn.Linear)):
                 nn.init.normal_(module.weight, std=0.02)
-        nn.init.normal_(self.expand.weight, std=c.dim**-0.5)
+        # added vectors are as large as the embeddings they are added to; else the tokens would drown at first
+        nn.init.normal_(self.expand.weight, std=c.dim**-0.5 * (1 if self.start is None else 0.02))
         nn.init.zeros_(self.expand.bias)
 
     def contexts(self, blocks: Tensor, mask: Tensor | None = None, cache=None) -> Tensor:

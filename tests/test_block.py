@@ -213,6 +213,15 @@ def test_models_have_the_published_totals(name):
     assert count_parameters(lambda: block_transformer(name)) == PUBLISHED[name][3]
 
 
+def test_how_they_begin():
+    sizes = dict(vocab_size=50, dim=64, block_layers=1, token_layers=1)
+    for injection, scale in (("prefix", 1), ("summation", 0.02)):
+        model = BlockTransformer(BlockTransformerConfig(**sizes, injection=injection))
+        assert model.expand.weight.std().item() == pytest.approx(scale / 8, rel=0.1) and not model.expand.bias.any()
+        for weight in (model.head.weight, model.token_embed.weight, model.embedder.table.weight):
+            assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @torch.no_grad()
 def test_who_depends_on_whom(kind):

@@ -121,7 +121,7 @@ def floor_shares(rows: Sequence[dict]) -> list[Speedup]:
         peak = next((x for name, x in PEAK_BYTES_PER_S.items() if name in r["device"]), None)
         if r["method"] == "ours" and r.get("ms_fwd") and peak:
             ms = r["gigabytes"] * 1e12 / peak
-            found.append(Speedup(f"B={r['B']}, N={r['N']}, D={r['D']}" + "" * r["full"], ms / r["ms_fwd"]))
+            found.append(Speedup(f"B={r['B']}, N={r['N']}, D={r['D']}", ms / r["ms_fwd"]))
     return found
 
 

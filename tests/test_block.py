@@ -406,11 +406,13 @@ def test_scores_are_on_the_same_bytes():
 
 def test_variants_are_what_they_say():
     big = dict(dim=512, layers=3, length=64)
-    models = {v: make_model(v, big, 0) for v in ("block", "more block layers", "more token layers", "summation")}
+    with torch.device("meta"):
+        names = ("block", "more block layers", "more token layers", "summation", "vanilla")
+        models = {v: make_model(v, big, 0) for v in names}
+    plain = models.pop("vanilla")
     layers = lambda m: (len(m.block_decoder.blocks), len(m.token_decoder.blocks))
-    assert [layers(m) for m in models.values()] == [(3, 3), (4, 2), (2, 4), (3, 3)]
+    assert [layers(m) for m in models.values()] == [(3, 3), (4, 2), (2, 4), (3, 3)] and len(plain.blocks) == 6
     assert models["summation"].config.injection == "summation" and models["block"].config.num_heads == 8
-    assert len(make_model("vanilla", big, 0).blocks) == 6
 
 
 def test_steps_are_timed_at_their_context():
@@ -459,6 +461,8 @@ def test_equal_loss():
     assert "smallest" in found[1].where and "smallest" not in found[0].where
     assert equal_loss("body", dict(vanilla=plain, block=_points((1.5, 400.0, 64.0))))[0].ratio == pytest.approx(4)
     assert equal_loss("body", dict(vanilla=plain, block=[])) is None
+    slow = _points((1.9, 5.0, 99.0))  # worse and slower than another: does not count
+    assert at_loss(plain + slow, 1.95, "tokens_per_s") == at_loss(plain, 1.95, "tokens_per_s")
     assert at_loss(plain, 1.0, "body") == (pytest.approx(32), True) and at_loss([], 1.0, "body") is None
 
 

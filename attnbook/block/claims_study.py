@@ -41,8 +41,10 @@ def pareto_points() -> dict[str, list[Point]]:
 
 def at_loss(points: Sequence[Point], loss: float, field: str) -> tuple[float, bool] | None:
     """A field of the kind of points at a loss: its logarithm interpolated between neighbours in loss; True if within
-    their range. Above the worst loss: that point's. None below the best, which no size reached."""
-    points = sorted(points)
+    their range. Above the worst loss: that point's. None below the best, which no size reached. A size counts only if
+    none that is as good is better in the field (faster, or smaller)."""
+    gain = lambda p: -p.body if field == "body" else p.tokens_per_s
+    points = sorted(p for p in points if not any(o.loss <= p.loss and gain(o) > gain(p) for o in points))
     if not points or loss < points[0].loss:
         return None
     if loss >= points[-1].loss:

@@ -141,7 +141,8 @@ def judge_uptrain(found: Mapping[str, float]) -> tuple[str, str]:
 
 
 def _uptrained() -> dict[str, float] | None:
-    rows = best_rows("uptrain")
+    "Mean losses of up-training by method, of the gpu preset only; None unless all were trained."
+    rows = best_rows("uptrain", size="gpu")
     names = ("from the ordinary", "from nothing", "from nothing, all steps")
     found = {n: list(by_seed(rows, "loss", method=n).values()) for n in names}
     return {n: sum(x) / len(x) for n, x in found.items()} if all(found.values()) else None

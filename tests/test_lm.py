@@ -257,7 +257,7 @@ def _tokens(B=2, n=9, seed=0):
     return torch.randint(50, (B, n), generator=torch.Generator().manual_seed(seed)).to(device_under_test())
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "decode"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_cache_equals_the_full_forward(family, kind):
@@ -269,7 +269,7 @@ def test_cache_equals_the_full_forward(family, kind):
         assert rel_error(got, want) < 1e-12, cuts
 
 
-@pytest.mark.parametrize("kind", [None, "dynamic", "static"])
+@pytest.mark.parametrize("kind", [None, "dynamic", "static", "decode"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_left_padding_changes_nothing(family, kind):
@@ -344,7 +344,8 @@ def test_the_forward_compiles(case):
 
 
 @torch.no_grad()
-def test_a_step_with_a_static_cache_compiles_once():
+@pytest.mark.parametrize("kind", ["static", "decode"])
+def test_a_step_with_a_static_cache_compiles_once(kind):
     model, x, counts = _model(depth=1), _tokens(2, 9), []
 
     def backend(graph, inputs):
@@ -352,7 +353,7 @@ def test_a_step_with_a_static_cache_compiles_once():
         return graph.forward
 
     torch.compiler.reset()
-    cache = model.make_cache("static", batch=2, max_length=12)
+    cache = model.make_cache(kind, batch=2, max_length=12)
     step = torch.compile(lambda t: model(t, cache=cache), fullgraph=True, backend=backend)
     got = [model(x[:, :4], cache=cache)] + [step(x[:, i : i + 1]) for i in range(4, 9)]
     torch.compiler.reset()
@@ -546,7 +547,7 @@ def test_noise_is_uniform_and_a_function_of_seed_step_and_token():
     assert len(set(row_seeds(2**62, 3).tolist()) | set(row_seeds(-1, 3).tolist())) == 6
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "decode"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_generation_is_repeated_argmax(family, cache):
     "Prompts of different lengths in one batch, against the full forward of each alone, without a cache."
@@ -627,11 +628,12 @@ def test_generate_refuses():
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("cache", ["static", "decode"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_recorded_step_is_the_step(temperature):
+def test_a_recorded_step_is_the_step(temperature, cache):
     model, prompts = _model(dtype=torch.float32), [_tokens(1, n, seed=n)[0] for n in (6, 1, 3)]
     kw = dict(temperature=temperature, top_k=20, samples=2, stop=3, pad=1)
-    want, got = (generate(model, prompts, 12, cache="static", graph=g, **kw) for g in (False, True))
+    want, got = (generate(model, prompts, 12, cache=cache, graph=g, **kw) for g in (False, True))
     assert torch.equal(got.tokens, want.tokens) and torch.equal(got.lengths, want.lengths)
     assert rel_error(got.log_probs, want.log_probs) < 1e-5
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checks import check_number
 from ..engine import varlen_attention
+from .cache import DecodeCache
 from .reference import segment_ids, visible
 
 # %% ../../nbs/1_foundations/13_lm.ipynb #65d3b949
@@ -38,6 +39,8 @@ class DenseAttention:
         rope=None,
     ) -> Tensor:
         if cache is not None:
+            if mask is None and isinstance(cache, DecodeCache) and not cache.first:
+                return cache.attend(layer, q, k, v, self.scale)
             k, v = cache.update(layer, k, v)
         if segments is not None:
             return attend_packed(q, k, v, segments, causal=causal, scale=self.scale)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checks import check_bool, check_choice, check_divides, check_int, check_number, check_tensor
 from .attend import DenseAttention
-from .cache import DynamicCache, StaticCache
+from .cache import DecodeCache, DynamicCache, StaticCache
 from .reference import RopeScaling, count_pads, rms_norm, rope_frequencies, rotate, segment_positions, visible
 
 # %% ../../nbs/1_foundations/13_lm.ipynb #f3b618ea
@@ -270,14 +270,13 @@ class Decoder(nn.Module):
     def make_cache(
         self, kind: str = "dynamic", *, batch: int = 1, max_length: int | None = None
     ) -> DynamicCache | StaticCache:
-        """A cache for this model. A "static" one has room for `batch` rows of `max_length` tokens (default: the
-        config's)."""
+        """A cache; "static" and "decode" ones have room for `batch` rows of `max_length` tokens (the config's)."""
         c, weight = self.config, next(self.blocks[0].attention.parameters())
-        if check_choice("kind", kind, ("dynamic", "static")) == "dynamic":
+        if check_choice("kind", kind, ("dynamic", "static", "decode")) == "dynamic":
             return DynamicCache(c.depth)
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return StaticCache(
+        at = weight.device.type
+        dtype = torch.get_autocast_dtype(at) if torch.is_autocast_enabled(at) else weight.dtype
+        return (StaticCache if kind == "static" else DecodeCache)(
             c.depth, batch, c.kv_heads, c.head_dim, max_length or c.max_length, dtype=dtype, device=weight.device
         )
 

@@ -246,8 +246,10 @@ def bench_generate(
     model = LanguageModel(config).to(device, torch.bfloat16 if device == "cuda" else torch.float32).eval()
     for batch in batches:
         x = torch.randint(config.vocab_size, (batch, prompt), device=device)
-        for kind in ("dynamic", "static", "graph")[: 2 + (device == "cuda")]:
-            how = dict(graph=True) if kind == "graph" else dict(cache=kind)
+        for kind in ("dynamic", "static", "decode", "static graph", "graph")[: 5 if device == "cuda" else 3]:
+            how = {"graph": dict(graph=True), "static graph": dict(graph=True, cache="static")}.get(
+                kind, dict(cache=kind)
+            )
             seconds = min(_seconds(lambda: generate(model, x, new, **how), device) for _ in range(2))
             yield record(
                 "lm",

@@ -6,9 +6,9 @@ import torch
 
 from attnbook.davit.channel_kernels import CHANNEL_LAUNCH
 from attnbook.davit.channel_op import _launch_channel_backward, _launch_channel_forward, channel_layer_op, packed_groups
-from attnbook.davit.depthwise_op import depthwise_residual_op
 from attnbook.davit.window_kernels import WINDOW
 from attnbook.davit.window_op import window_attention_packed
+from attnbook.depthwise import depthwise_conv_op
 from attnbook.engine.run import run_forward
 from attnbook.engine.run_backward import run_backward
 from attnbook.lab.testing import both_ways, tensors
@@ -48,7 +48,7 @@ def packed_windows(B, X, Y, C, heads, window, **options):
 
 def positions(shape, dtype=torch.bfloat16):
     "The position encoding."
-    both_ways(depthwise_residual_op, *tensors(shape, (shape[3], 1, 3, 3), (shape[3],), dtype=dtype))
+    both_ways(lambda *a: depthwise_conv_op(*a, 1, True), *tensors(shape, (shape[3], 1, 3, 3), (shape[3],), dtype=dtype))
 
 
 def channel_layer(B, N, C, groups):

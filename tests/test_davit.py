@@ -17,8 +17,6 @@ from attnbook.davit.channel_op import (
     channel_group_attention_packed,
     channel_layer_op,
 )
-from attnbook.davit.depthwise_kernels import DEPTHWISE_LAUNCH
-from attnbook.davit.depthwise_op import depthwise_residual_op
 from attnbook.davit.experiments_study import PAIR_KINDS
 from attnbook.davit.model_nets import (
     PARAMETERS,
@@ -44,6 +42,8 @@ from attnbook.davit.window_op import (
     window_attention_packed,
     window_attention_packed_op,
 )
+from attnbook.depthwise import depthwise_conv_op
+from attnbook.depthwise.kernels import DEPTHWISE_LAUNCH
 from attnbook.engine import arch_of
 from attnbook.engine.host import INTERPRETED
 from attnbook.lab.testing import (
@@ -414,9 +414,10 @@ def test_position_encoding_as_one(shape, dtype, programs):
     x = torch.randn(shape).to(device_under_test(), dtype).requires_grad_()
     arch, bits = arch_of(x.device), 32 if INTERPRETED and dtype == torch.bfloat16 else torch.finfo(dtype).bits
     with contextlib.ExitStack() as stack:
-        for kind in ("forward", "backward"):
-            changed = DEPTHWISE_LAUNCH.find(arch, kind, bits, 16)._replace(programs=programs)
-            stack.enter_context(DEPTHWISE_LAUNCH.trying(arch, kind, bits, 16, changed))
+        for kind in ("forward", "both"):
+            changed = DEPTHWISE_LAUNCH.find(arch, kind, bits, 9)._replace(programs=programs)
+            key = next(k for k in DEPTHWISE_LAUNCH if k[:3] == (arch, kind, bits) and k[3] >= 9)
+            stack.enter_context(DEPTHWISE_LAUNCH.trying(*key, changed))
         assert layer.as_one(x)
         y, exact = layer(x), ConvPositionalEncoding(shape[3], backend="torch").to(x.device).double()
         exact.load_state_dict(layer.state_dict())
@@ -437,7 +438,7 @@ def test_position_encoding_is_a_good_operation():
     x = torch.randn(1, 4, 5, 16, device=device_under_test())
     for check in (check_compiles, check_deterministic):
         check(layer, [x])
-    check_opcheck(depthwise_residual_op, (x.requires_grad_(), *layer.parameters()))
+    check_opcheck(depthwise_conv_op, (x.requires_grad_(), *layer.parameters(), 1, True))
 
 
 def test_position_encoding_in_steps():

@@ -113,7 +113,8 @@ _FOUNDATIONS = [  # name, title, module
     ("16_models", "Picking a model", "models"),
     ("17_integrations", "Inside other models", "integrations.transformers"),
     ("18_reading", "How to read this book", "lab.references"),
-    ("20_depthwise", "Depthwise convolutions", "depthwise"),
+    ("decode", "Decode attention", "decode"),
+    ("depthwise", "Depthwise convolutions", "depthwise"),
 ]
 _PAPERS = """
 2_position | music | Music Transformer | Huang et al., Music Transformer, ICLR 2019, arXiv 1809.04281

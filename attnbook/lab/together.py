@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from .checkpoints import seed_everything
 from .data import Batches
-from .train import learning_rate, parameter_groups, seed_everything
+from .train import learning_rate, parameter_groups
 
 # %% ../../nbs/1_foundations/04_train.ipynb #7b2469dc
 @dataclass

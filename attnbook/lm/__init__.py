@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ModelConfig', 'RopeScaling', 'LanguageModel', 'Decoder', 'language_model', 'CONFIGS', 'DenseAttention',
-           'DynamicCache', 'StaticCache', 'generate', 'choose_tokens', 'edit_heads', 'rescaled', 'log_probs',
-           'continuation_log_probs', 'next_token_loss', 'bits_per_byte', 'LoRALinear', 'add_lora', 'merge_lora',
-           'lora_plus', 'mark_trainable', 'ByteTokenizer', 'SymbolTokenizer', 'pack', 'PackedBatches', 'passkey',
-           'key_value_recall', 'load_hf', 'from_pretrained']
+           'DynamicCache', 'StaticCache', 'DecodeCache', 'generate', 'choose_tokens', 'edit_heads', 'rescaled',
+           'log_probs', 'continuation_log_probs', 'next_token_loss', 'bits_per_byte', 'LoRALinear', 'add_lora',
+           'merge_lora', 'lora_plus', 'mark_trainable', 'ByteTokenizer', 'SymbolTokenizer', 'pack', 'PackedBatches',
+           'passkey', 'key_value_recall', 'load_hf', 'from_pretrained']
 
 # %% auto #imports
 from .attend import DenseAttention
-from .cache import DynamicCache, StaticCache
+from .cache import DecodeCache, DynamicCache, StaticCache
 from .configs import CONFIGS, language_model
 from .load import from_pretrained, load_hf
 from .lora import LoRALinear, add_lora, lora_plus, mark_trainable, merge_lora

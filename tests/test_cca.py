@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from attnbook.attention import attention_reference
 from attnbook.cca.cache import CCACache, cca_decode, turned_on
 from attnbook.cca.experiments_study import (
-    PRESETS,
     _ALL,
+    PRESETS,
     WindowAttention,
     asked_distance,
     attention_of,

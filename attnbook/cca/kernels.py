@@ -15,20 +15,11 @@ from typing import NamedTuple
 import torch
 
 from ..engine import Launch, TileProgram, find_launch, register_launch, tl, triton
+from ..engine.backward import dq_step, tile_backward_dkv
+from ..engine.forward import score_step, softmax_step, value_step
 from ..engine.host import BoundLaunch, needs_64_bit
 from ..engine.run import common_arguments, empty_heads, heads_together, stream
-from ..engine.tiles import (
-    dq_step,
-    head_base,
-    load_rows,
-    row_ptr,
-    score_step,
-    softmax_step,
-    store_rows,
-    tile_backward_dkv,
-    tile_of_program,
-    value_step,
-)
+from ..engine.tiles import head_base, load_rows, row_ptr, store_rows, tile_of_program
 from .reference import core_count
 
 # %% ../../nbs/4_long_context/cca.ipynb #e3a4fc7c

@@ -304,7 +304,7 @@ _TEST_FILE = """# Written from the {kind} cells of {shown} by `attnbook export`.
 
 def _from_import(source: str, names: list[str], width: int = 120) -> str:
     "An import statement: constants, classes, functions; on lines of their own if it is long."
-    rank = lambda n: (0 if n.isupper() and len(n) > 1 else 1 if n[:1].isupper() else 2, n)
+    rank = lambda n: (0 if n.isupper() and len(n) > 1 else 1 if n[:1].isupper() else 2, n.lower(), n)
     if alias := sorted(n for n in names if " as " in n):
         plain = [n for n in names if n not in alias]
         return "\n".join(

@@ -96,6 +96,18 @@ def test_forward_and_backward_are_told_apart():
     assert abs(t["fwd"].ms - 2) < 1e-9 and abs(t["bwd"].ms - 6) < 1e-9
 
 
+def test_gradients_lie_as_the_output_does():
+    seen, x = [], torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+
+    class Looks(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x.clone())
+        backward = staticmethod(lambda ctx, d: seen.append(d.stride()) or d)
+
+    measure_training(Looks.apply, (x,), warmup_ms=0, rep_ms=0)
+    measure_training(Looks.apply, (x.contiguous(),), warmup_ms=0, rep_ms=0)
+    assert set(seen) == {x.stride(), x.contiguous().stride()}
+
+
 @contextmanager
 def results_elsewhere():
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, ATTNBOOK_RESULTS=folder):

@@ -228,8 +228,10 @@ def _functorch():
 
 
 def _random_like(out: Tensor) -> Tensor:
+    "A gradient of `out` in its layout, as the next layer of a network would give it."
     g = torch.Generator(out.device).manual_seed(0)
-    return torch.randn(out.shape, generator=g, dtype=torch.float32, device=out.device).to(out.dtype)
+    drawn = torch.randn(out.shape, generator=g, dtype=torch.float32, device=out.device)
+    return torch.empty_like(out).copy_(drawn)
 
 
 class _Training:

@@ -74,6 +74,7 @@ from attnbook.van.reference import (
 )
 from attnbook.van.study import (
     LAYOUTS,
+    STAGES,
     _against,
     _fit_errors,
     _gates,
@@ -90,6 +91,7 @@ from attnbook.van.study import (
     bench_training,
     bench_training_compiled,
     claims,
+    three_convolutions,
 )
 
 
@@ -730,6 +732,7 @@ def test_peers_compute_the_same():
     args = draw((1, 8, 6, 7))
     for fn, inputs in ((large_kernel_attention, args), (lka_depthwise, args[:5]), (depthwise_conv, args[:3])):
         assert rel_error(fn(*inputs, backend="triton"), fn(*inputs, backend="torch")) < 1e-5
+    assert rel_error(three_convolutions(*args), large_kernel_attention(*args, backend="triton")) < 1e-5
 
 
 def test_without_a_gpu_nothing_is_measured():
@@ -866,15 +869,20 @@ def test_speed_is_looked_up(monkeypatch):
         method=method, layout=layout, ms_fwd=fwd, ms_bwd=bwd, side=side
     )
     last, first = LAYOUTS
+    attention = [
+        r
+        for side, _ in STAGES
+        for r in (
+            row("torch compiled", first, 3.0, 13.0, side),
+            row("ours", last, 1.0, 3.0, side),
+            row("ours", first, 0.1, 0.1, side),
+            row("torch", last, 0.5, 0.5, side),
+            row("torch compiled", last, 4.0, 8.0, side),
+        )
+    ]
     _recorded(
         monkeypatch,
-        attention=[
-            row("ours", last, 1.0, 3.0),
-            row("ours", first, 0.1, 0.1),
-            row("torch", last, 0.5, 0.5),
-            row("torch compiled", last, 4.0, 8.0),
-            row("torch compiled", first, 3.0, 13.0),
-        ],
+        attention=attention,
         training=[
             dict(method=m, size=224, images_per_s=x)
             for m, x in (("ours", 80.0), ("ours compiled", 90.0), ("torch compiled", 60.0), ("torch", 500.0))
@@ -890,10 +898,14 @@ def test_speed_is_looked_up(monkeypatch):
             for k in ("Gaussian", "derivative", "Gabor", "denoising", "noise")
         ],
     )
-    assert [s.ratio for s in _against("attention", "ms_fwd", "torch compiled")] == [3.0]
-    assert [s.ratio for s in _against("attention", ("ms_fwd", "ms_bwd"), "torch compiled")] == [3.0]
+    assert [s.ratio for s in _against("attention", "ms_fwd", "torch compiled")] == [3.0] * 4
+    assert [s.ratio for s in _against("attention", ("ms_fwd", "ms_bwd"), "torch compiled")] == [3.0] * 4
     assert [s.ratio for s in _training_gain(("ours", "ours compiled"), ("torch compiled",))] == [1.5]
+    assert _training_gain(("ours",), ("torch compiled", "torch compiled, channels first")) is None
     assert _slope() == pytest.approx(1.0) and _fit_errors() == dict(smooth=0.1, noise=0.1)
+    for i in (0, 1, 4):  # a stage without a layout of the peer, or without ours, leaves the better layout unknown
+        _recorded(monkeypatch, attention=attention[:i] + attention[i + 1 :])
+        assert _against("attention", "ms_fwd", "torch compiled") is None
 
 
 def test_nothing_recorded_is_not_measured(monkeypatch):

@@ -7,7 +7,6 @@ __all__ = ['large_kernel_attention_op', 'lka_depthwise', 'large_kernel_attention
 
 # %% auto #imports
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_int, check_shape, check_tensor
@@ -168,6 +167,7 @@ def large_kernel_attention(
     with without_autocast(x):
         if conv_backend(backend, x, dw_weight, dwd_weight) == "torch":
             z = torch_depthwise(torch_depthwise(x, dw_weight, dw_bias), dwd_weight, dwd_bias, dilation)
-            return x * F.conv2d(z, pw_weight.to(x.dtype).view(C, C, 1, 1), pw_bias.to(x.dtype))
+            gates = pw_weight.to(x.dtype).flatten(1) @ z.flatten(2) + pw_bias.to(x.dtype)[:, None]
+            return x * gates.unflatten(2, x.shape[2:])
         weights = dw_weight, dw_bias, dwd_weight, dwd_bias, pw_weight, pw_bias
         return large_kernel_attention_op(channels_last(x), *weights, dilation)[0].permute(0, 3, 1, 2)

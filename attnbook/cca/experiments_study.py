@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'WindowAttention', 'equal_window', 'attention_of', 'library_text', 'text_config', 'train', 'measured',
-           'run_text', 'grid_rows', 'recall_batch', 'asked_distance', 'recall_rows', 'run_recall', 'run_all']
+           'run_text', 'grid_rows', 'recall_batch', 'asked_distance', 'recall_rows', 'by_elimination', 'run_recall',
+           'run_all']
 
 # %% auto #imports
 import copy
@@ -206,6 +207,18 @@ def recall_rows(model: LanguageModel, cfg: Mapping, seed: int, device: str) -> l
         (hi, (far > lo) & (far <= hi)) for lo, hi in zip(edges, edges[1:]) if ((far > lo) & (far <= hi)).any()
     ]  # fmt: skip
     return [dict(upto=hi, right=float(right[m].mean()), asked=int(m.sum())) for hi, m in found]
+
+
+def by_elimination(cfg: Mapping, seed: int) -> dict[int, float]:
+    "Right answers of a guess among the pairs not asked for yet, by the ranges of `recall_rows`: memory, no recall."
+    found = {}
+    for x, y in (recall_batch(cfg, 10**9 + 100 * seed + i) for i in range(cfg["tests"])):
+        far, asked = asked_distance(x, y, cfg["pairs"]), y >= 0
+        guess = 1 / (cfg["pairs"] - asked.cumsum(-1) + asked.long())
+        for i in range(4):
+            here = (far > cfg["length"] * i // 4) & (far <= cfg["length"] * (i + 1) // 4)
+            found.setdefault(cfg["length"] * (i + 1) // 4, []).append(guess[here])
+    return {upto: float(torch.cat(g).mean()) for upto, g in found.items() if torch.cat(g).numel()}
 
 
 def run_recall(preset: str = "cpu", device: str = "cpu", seed: int = 0) -> Iterator[dict]:

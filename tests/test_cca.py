@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from attnbook.attention import attention_reference
 from attnbook.cca.cache import CCACache, cca_decode, turned_on
 from attnbook.cca.experiments_study import (
+    METHODS,
     PRESETS,
-    _ALL,
     WindowAttention,
     asked_distance,
     attention_of,
@@ -625,7 +625,7 @@ def test_a_wide_window_costs_as_much(L, g, s):
 
 
 def test_methods_are_what_they_are_called():
-    kinds = {m: attention_of(m, 4, 8, 64) for m in _ALL}
+    kinds = {m: attention_of(m, 4, 8, 64) for m in METHODS}
     assert all(kinds[p].pool == p for p in ("cca", "mean", "max", "last"))
     assert kinds["cca"].core_bias is None and kinds["cca + log g"].core_bias == math.log(4)
     assert kinds["cca, pre"].rope_pool == "pre" and kinds["cca"].rope_pool == "post"

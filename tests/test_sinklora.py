@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnbook.engine import attention
@@ -152,6 +153,16 @@ def test_manners_of_the_operation():
     check_operation(
         plain, lambda q, k, v: sf_attention_reference(q, k, v, 7, **options), inputs, skip=("compiles",), floor=1e-3
     )
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_sdpa_gets_plain_strides(sinks, monkeypatch):
+    given, attend = [], F.scaled_dot_product_attention
+    spy = lambda q, k, v, **options: given.extend((q, k, v)) or attend(q, k, v, **options)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    q, k, v = (t[..., 1:5] for t in make_qkv(1, 2, 15, 7))  # groups of 7, 7 and 1; the rows stand 7 apart
+    sf_attention(q, k, v, 7, shift_fraction=0.5, num_sinks=sinks, backend="torch")
+    assert given and all(t.stride() == torch.empty(t.shape).stride() and not t.storage_offset() for t in given)
 
 
 def test_opcheck_and_finite_differences():

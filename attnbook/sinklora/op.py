@@ -35,9 +35,10 @@ def _stretches(n: int, heads: int, ints: Sequence[int]) -> Iterator[tuple[slice,
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, ints: Sequence[int], scale: float, return_lse: bool):
     "SF-Attn in PyTorch, `(out, lse)`; lse None unless wanted."
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))  # SDPA refuses some strides
     (_, H, n, _), parts, sums = q.shape, [[], []], [[], []]
     shared = torch.arange(H, device=q.device) // (H // k.shape[1])  # the key head of each head
+    # on a GPU SDPA refuses some strides, also of axes of size one, which `contiguous` leaves as they are
+    whole = lambda t: t.clone(memory_format=torch.contiguous_format)
     for part, first, end, start, sinks in _stretches(n, H, ints):
         mine, place = shared[part], torch.arange(start, end, device=q.device)
         take = lambda t: torch.cat([t[:, mine, :sinks], t[:, mine, start:end]], 2) if sinks else t[:, mine, start:end]
@@ -50,7 +51,8 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, ints: Sequence[int], scale: float, r
         else:
             plain = not sinks and first == start
             options = dict(is_causal=True) if plain else dict(attn_mask=seen)
-            parts[at].append(F.scaled_dot_product_attention(x, take(k), take(v), scale=scale, **options))
+            given = [whole(t) for t in (x, take(k), take(v))]
+            parts[at].append(F.scaled_dot_product_attention(*given, scale=scale, **options))
     join = lambda found: torch.cat([torch.cat(p, 2) for p in found if p], 1)
     if not any(parts):
         return q.new_zeros(*q.shape[:3], v.shape[-1]) + 0 * (q.sum() + k.sum() + v.sum()), q.new_zeros(q.shape[:3])

@@ -1203,6 +1203,7 @@ def test_streams_drawn_anew_widen_the_interval(tmp_path, monkeypatch):
             record("csa", "detection", key=("method", "run", "steps"), device="a GPU", preset="gpu", **row)
     found = judged("CSA improves BMN")
     assert found.verdict == "not measured" and found.measured["over BMN"].half == pytest.approx(1.96 * 1.5, 0.01)
+    assert _differences("CSA", "BMN", steps=10) == found.measured and _differences("CSA", "BMN", steps=20) is None
     for wrong in ("SE", "wide BMN"):
         assert _differences("CSA", wrong) is None
 

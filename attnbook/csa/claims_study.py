@@ -48,15 +48,16 @@ def detections(longest: bool = False) -> list[Mapping]:
     return [r for r in rows if not longest or r["steps"] == most[r["method"]]]
 
 
-def _differences(method, *others):
+def _differences(method, *others, steps=None):
     """mAP of a method less that of others, in points, paired by run and by draw of streams: of the gpu preset, of the longest training that
-    both have. None unless all were measured."""
+    both have, or of one of `steps`. None unless all were measured."""
     rows, found = detections(), {}
     for o in others:
-        steps = [{r["steps"] for r in rows if r["method"] == m} for m in (method, o)]
-        if not steps[0] & steps[1]:
+        mine, theirs = ({r["steps"] for r in rows if r["method"] == m} for m in (method, o))
+        both = {s for s in mine & theirs if steps in (None, s)}
+        if not both:
             return None
-        of = lambda m, field, steps=max(steps[0] & steps[1]): by_seed(rows, field, method=m, steps=steps)
+        of = lambda m, field, most=max(both): by_seed(rows, field, method=m, steps=most)
         a, b = (of(m, "mean_map") for m in (method, o))
         seeds = paired({s: 100 * v for s, v in a.items()}, {s: 100 * v for s, v in b.items()})
         if seeds is None:

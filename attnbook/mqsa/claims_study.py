@@ -8,7 +8,7 @@ __all__ = ['SIZES', 'Difference', 'bootstrap_difference', 'best_rows', 'gains', 
 
 # %% auto #imports
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,13 +26,17 @@ from .teacher_reference import transition_graph, transition_teacher
 SIZES = ("gpu", "cpu", "smoke")  # of recorded trainings, the largest first
 
 
-class Difference(NamedTuple):
+@dataclass(frozen=True)
+class Difference:
     "A mean difference and the interval over people and seeds in which it lies with 95 % confidence."
 
     mean: float
     low: float
     high: float
     seeds: int
+
+    def __str__(self):
+        return f"{self.mean:+.4f} ({self.low:+.4f} to {self.high:+.4f}), {self.seeds} seeds"
 
 
 def bootstrap_difference(a: np.ndarray, b: np.ndarray, draws: int = 2000, seed: int = 0) -> Difference:
@@ -93,7 +97,8 @@ def control_gain(control: str) -> dict[int, float]:
     return {r: a[r] - b[r] for r in a if r in b}
 
 # %% ../../nbs/6_beyond_tokens/mqsa.ipynb #d-sweep-code
-class Swept(NamedTuple):
+@dataclass(frozen=True)
+class Swept:
     "NDCG@20 of MQSA-TED with one setting changed: value -> run -> of every person `(people,)`."
 
     gains: dict[float, dict[int, np.ndarray]]

@@ -219,7 +219,9 @@ def accuracy_table(table: str, against: Sequence[str] = ("plain", "identity")) -
     rows = best_rows(table)
     steps = max((r["steps"] for r in rows), default=0)
     found = {n: {s: 100 * x for s, x in by_seed(rows, "accuracy", net=n, steps=steps).items()} for n in NETS}
-    say = lambda n, a: "" if n == a or not found[a] else f"; less {a}: {paired(found[n], found[a])}"
+    less = lambda n, a: paired(found[n], found[a])
+    tidy = lambda d: type(d)(round(d.mean, 9) + 0.0, d.half, d.n) if d else d  # a difference of 1e-15 is none
+    say = lambda n, a: "" if n == a or not found[a] else f"; less {a}: {tidy(less(n, a))}"
     return {
         n: f"{np.mean(list(x.values())):.2f} %" + "".join(say(n, a) for a in against) for n, x in found.items() if x
     }

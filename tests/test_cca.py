@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from attnbook.attention import attention_reference
 from attnbook.cca.cache import CCACache, cca_decode, turned_on
 from attnbook.cca.experiments_study import (
-    _ALL,
+    METHODS,
     PRESETS,
     WindowAttention,
     asked_distance,
     attention_of,
+    by_elimination,
     equal_window,
     recall_batch,
     recall_rows,
@@ -46,6 +47,7 @@ from attnbook.cca.study import (
     grid_change,
     last_half,
     recall_gain,
+    speedup_at_all,
     worse_by,
 )
 from attnbook.lab.stats import paired
@@ -623,7 +625,7 @@ def test_a_wide_window_costs_as_much(L, g, s):
 
 
 def test_methods_are_what_they_are_called():
-    kinds = {m: attention_of(m, 4, 8, 64) for m in _ALL}
+    kinds = {m: attention_of(m, 4, 8, 64) for m in METHODS}
     assert all(kinds[p].pool == p for p in ("cca", "mean", "max", "last"))
     assert kinds["cca"].core_bias is None and kinds["cca + log g"].core_bias == math.log(4)
     assert kinds["cca, pre"].rope_pool == "pre" and kinds["cca"].rope_pool == "post"
@@ -646,6 +648,16 @@ def test_distances():
                 assert int(far[b, t]) == t - place and int(y[b, t]) == value
                 asked += 1
     assert asked and int((far > 0).sum()) == asked
+
+
+def test_guesses_by_elimination():
+    cfg, right = dict(batch=6, length=40, pairs=4, vocab=20, tests=1), {10: [], 20: [], 30: [], 40: []}
+    x, y = recall_batch(cfg, 10**9 + 300)
+    far = asked_distance(x, y, 4)
+    for b in range(6):
+        for n, t in enumerate(t for t in range(40) if y[b, t] >= 0):  # n of 4 pairs are gone
+            right[min(e for e in right if e >= far[b, t])].append(1 / (4 - n))
+    assert by_elimination(cfg, 3) == pytest.approx({e: sum(r) / len(r) for e, r in right.items() if r})
 
 
 class _Knows(nn.Module):
@@ -751,9 +763,12 @@ def test_recall_and_grid_are_looked_up(monkeypatch):
     grid = [dict(g=g, s=128, bits=b) for g, b in ((8, 1.99), (16, 2.0), (32, 2.1), (64, 3.0))] + [
         dict(g=8, s=32, bits=9.0)
     ]
-    _recorded(monkeypatch, recall=recall, grid=grid)
+    ceiling = lambda x: [row("full", i, 256, x) for i in range(2)]
+    _recorded(monkeypatch, recall=recall + ceiling(0.95), grid=grid)
     assert recall_gain("cca 4", "sinks + window").mean == pytest.approx(0.5)
-    assert recall_gain("cca 4", "full") is None and grid_change() == pytest.approx(0.05)
+    assert recall_gain("cca 4", "cca 64") is None and grid_change() == pytest.approx(0.05)
+    _recorded(monkeypatch, recall=recall + ceiling(0.55))  # what was not learnt cannot be kept
+    assert recall_gain("cca 4", "sinks + window") is None
 
 
 def test_speed_is_looked_up(monkeypatch):
@@ -774,8 +789,13 @@ def test_speed_is_looked_up(monkeypatch):
     ]
     assert list(full_speedup("ms_bwd", 32768).values()) == [4.0] and list(decode_speedup().values()) == [3.0]
     found = {c.statement[:18]: c.judge().verdict for c in claims()}
-    assert found["Attention is faste"] == "holds" and found["The same backward,"] == "holds"
+    assert found["Attention is faste"] == "holds" and found["The same backward,"] == "not measured"  # 128K is missing
     assert found["The same at 128K t"] == "not measured" and found["It is faster at ev"] == "does not hold here"
+    prefill += [row("ours", 131072, 1.0, 2.0), row("flash, full", 131072, 9.0, 9.0)]
+    _recorded(monkeypatch, prefill=[r for r in prefill if r["L"] > 4096])
+    found = {c.statement[:18]: c.judge().verdict for c in claims()}
+    assert found["The same backward,"] == "holds" and found["It is faster at ev"] == "not measured"
+    assert speedup_at_all("ms_fwd", (32768, 131072)) == pytest.approx({"L=32768": 4.5, "L=131072": 9.0})
 
 
 def test_nothing_recorded_is_not_measured(monkeypatch):

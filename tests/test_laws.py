@@ -23,6 +23,7 @@ OTHER_ROOMS = {
     "neighborhood.tiles": ("kernels", "which tiles of queries and boxes of keys cover a window"),
     "neighborhood.programs": ("kernels", "the kernels as tile programs of the engine, with their launch tables"),
     "neighborhood.simulator": ("kernels", "how long a kernel takes, predicted from its tiles"),
+    "cca.cache": ("op", "the cache of a decoding step, and the step"),
     "ring.costs": ("reference", "formulas of memory, traffic and time"),
     "ring.shards": ("transport", "how a sequence is cut into shards and joined"),
     "ring.schedule": ("op", "what a rank computes, and when it talks"),

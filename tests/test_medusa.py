@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from attnbook.engine import arch_of
 from attnbook.engine.host import BoundLaunch
 from attnbook.lab.data import skip_without
+from attnbook.lab.stats import Interval
 from attnbook.lab.testing import (
     check_against_reference,
     check_autocast,
@@ -756,8 +757,6 @@ def test_small_nets(name):
     if name == "separate bodies":
         assert len(net.bodies) == 4 and sum(map(count_parameters, net.bodies)) / count_parameters(medusa.bodies) < 1.05
 
-
-from attnbook.lab.stats import Interval  # noqa: E402
 
 SIGNS = (Interval(1.0, 0.5, 5), Interval(0.1, 0.5, 5), Interval(-1.0, 0.5, 5))
 THREE = ("holds", "not measured", "does not hold here")

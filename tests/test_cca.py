@@ -475,6 +475,13 @@ def test_cache_refuses():
         (dict(length=length.float()), TypeError, "length"),
         (dict(rings=[t[:, :, :7] for t in cache.rings[0]]), ValueError, ("rings", "8", "7")),
         (dict(cores=[t.double() for t in cache.cores[0]]), TypeError, "cores"),
+        (dict(rings=cache.rings[0][0]), TypeError, ("rings", "pair")),
+        (dict(rings=[t[..., :3] for t in cache.rings[0]]), ValueError, "rings[0]"),
+        (dict(rings=[t[:1] for t in cache.rings[0]]), ValueError, "rings[0]"),
+        (dict(rings=[cache.rings[0][0], cache.rings[0][1][:, :, :7]]), ValueError, "rings[1]"),
+        (dict(cores=[t.repeat(1, 3, 1, 1) for t in cache.cores[0]]), ValueError, "cores"),
+        (dict(cores=[cache.cores[0][0], cache.cores[0][1][..., :2]]), ValueError, "cores"),
+        (dict(rings=[t.repeat(1, 2, 1, 1) for t in cache.rings[0]]), ValueError, ("heads", "2")),
         (dict(window_size=0), ValueError, "window_size"),
     ]
     check_raises(cca_decode, cases, **good)

@@ -551,22 +551,28 @@ def _resources(ptx: str) -> tuple[int, int, bool]:
     )
 
 
-def _unwritten(cubin: bytes) -> list[str]:
-    """Instructions that read a uniform register which nothing before them has written.
-
-    ptxas 12.8 made such code for the addresses of some tensor-core operands: a GPU then reads memory that is not the program's.
-    """
+def _disassembled(cubin: bytes) -> str:
     dis = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
-        text = subprocess.run([dis, "-c", f.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([dis, "-c", f.name], capture_output=True, text=True, check=True).stdout
+
+
+def _unwritten(text: str) -> list[str]:
+    """The instructions of a disassembly that read a uniform register which nothing before them has written.
+
+    ptxas 12.8 made such code for the addresses of some tensor-core operands: a GPU then reads memory that is not the program's.
+    """
     known, found = set(), []
     for line in text.splitlines():
         m = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", line)
         if not m:
             continue
         op, args = m[1], [a.strip() for a in m[2].split(",")]
+        if "SETP" not in op:  # whose first register is read
+            while len(args) > 1 and re.fullmatch(r"U?P(\d|T)", args[0]):
+                args.pop(0)  # a predicate written beside the register, as in ULOP3.LUT UP0, UR7, …
         writes = re.fullmatch(r"UR(\d+)", args[0]) if not op.startswith(("UTMA", "SYNCS", "UBLK")) else None
         reads = set()
         for n, a in enumerate(args):
@@ -595,7 +601,9 @@ def _compiled(n: int) -> dict:
         if row["arch"] in ELSEWHERE:
             return row | {"shared": kernel.metadata.shared}
         found = _resources(kernel.asm["ptx"])
-        return row | dict(zip(MEASURED, (*found, kernel.metadata.shared, _unwritten(kernel.asm["cubin"]))))
+        return row | dict(
+            zip(MEASURED, (*found, kernel.metadata.shared, _unwritten(_disassembled(kernel.asm["cubin"]))))
+        )
     except Exception as e:
         return row | {"error": f"{type(e).__name__}: {e}"[-2000:]}
 
@@ -797,6 +805,25 @@ def test_a_key_follows_what_a_kernel_reaches(tmp_path, monkeypatch):
         )
         == 4
     )
+
+
+@pytest.mark.parametrize(
+    ("lines", "guilty"),
+    [
+        (["UMOV UR4, 0x1 ;", "IMAD.U32 R1, RZ, RZ, UR4 ;"], []),
+        (["IMAD.U32 R1, RZ, RZ, UR4 ;"], [0]),
+        (["UMOV UR4, 0x1 ;", "ULOP3.LUT UP0, UR7, UR4, 0x2, URZ, 0xc0, !UPT ;", "USHF.L.U32 UR6, UR7, 0x1, URZ ;"], []),
+        (["ULOP3.LUT UP0, UR7, UR4, 0x2, URZ, 0xc0, !UPT ;", "USHF.L.U32 UR6, UR7, 0x1, URZ ;"], [0]),
+        (["UISETP.NE.AND UP0, UPT, UR4, URZ, UPT ;", "IMAD.U32 R1, RZ, RZ, UR4 ;"], [0, 1]),
+        (["ULDC.64 UR4, c[0x0][0x118] ;", "@P0 LDG.E R1, desc[UR4][R2.64] ;"], []),
+        (["ULDC UR4, c[0x0][0x118] ;", "LDG.E R1, desc[UR4][R2.64] ;"], [1]),
+    ],
+    ids=["written", "not written", "beside a predicate", "through a predicate", "compared", "pair", "half a pair"],
+)
+def test_reads_of_unwritten_registers_are_found(lines, guilty):
+    text = [f"        /*{16 * n:04x}*/                   {line}" for n, line in enumerate(lines)]
+    found = _unwritten("\n".join(text))
+    assert len(found) == len(guilty) and all(lines[n] in f for n, f in zip(guilty, found))
 
 
 def test_what_is_wrong_with_a_kernel_is_said():

@@ -1,6 +1,7 @@
 # Written from the test cells of nbs/1_foundations/17_integrations.ipynb by `attnbook export`. Do not edit.
 # fmt: off
 import importlib
+import importlib.util
 import sys
 
 import pytest

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from ..lab.bench import data_sheet
 from ..lab.claims import grade
 from ..lab.results import load_results, newest_device
 from ..lab.stats import Speedup, by_seed, paired, speedups
@@ -156,14 +157,13 @@ def _local_ratios(field: str) -> list[Speedup] | None:
 
 def _local_bandwidth(rows: Sequence[Mapping] | None = None) -> list[Speedup] | None:
     "Share of the data sheet's bandwidth that our local attention reaches, forward and backward."
-    peak = {"H200": 4.8e12, "H100": 3.35e12}
     rows = load_results("block", "local", method="ours", preset="gpu") if rows is None else rows
     found = []
     for r in newest_device(rows):
-        top = next((x for name, x in peak.items() if name in r["device"]), None)
+        sheet = data_sheet(r["device"])
         found += [
-            Speedup(f"{p}, N={r['N']}, T={r['T']}", r[f"megabytes_{p}"] * 1e9 / r[f"ms_{p}"] / top)
+            Speedup(f"{p}, N={r['N']}, T={r['T']}", r[f"megabytes_{p}"] * 1e9 / r[f"ms_{p}"] / sheet[0])
             for p in ("fwd", "bwd")
-            if top and r.get(f"ms_{p}")
+            if sheet and r.get(f"ms_{p}")
         ]
     return found or None

@@ -6,10 +6,12 @@
 __all__ = ['decode_reference', 'cca_decode', 'CCACache', 'turned_on', 'make_cores']
 
 # %% auto #imports
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_int, check_number, check_scale, check_tensor
+from ..checks import check_choice, check_heads, check_int, check_number, check_scale, check_tensor
 from ..engine import resolve_backend
 from ..lm.reference import rotate
 from .decode_kernels import launch_append, launch_decode
@@ -51,11 +53,21 @@ def cca_decode(
     g, s = check_sizes_of(group_size, window_size)
     check_tensor("q", q, shape=("batch", "heads", 1, "head_dim"))
     check_tensor("length", length, dtype="integer", ndim=0, on=q)
+    (B, H, _, D), found = q.shape, []
     for name, pair in (("rings", rings), ("cores", cores)):
-        for t in pair:
-            check_tensor(name, t, ndim=4, like=q)
-    if rings[0].shape[2] < s + g:
-        raise ValueError(f"rings must have at least window_size + group_size = {s + g} slots, not {rings[0].shape[2]}")
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise TypeError(f"{name} must be a pair of tensors, keys and values")
+        keys = check_tensor(f"{name}[0]", pair[0], shape=(B, "heads", "slots", D), like=q)
+        check_tensor(f"{name}[1]", pair[1], shape=(*keys.shape[:3], "v_dim"), like=q)
+        found.append(keys)
+    kv_heads, slots = found[0].shape[1:3]
+    check_heads(H, kv_heads)
+    if found[1].shape[1] not in (kv_heads, H) or cores[1].shape[3] != rings[1].shape[3]:
+        raise ValueError(
+            f"cores must have {kv_heads} or {H} heads and the values of rings, not shape {tuple(cores[1].shape)}"
+        )
+    if slots < s + g:
+        raise ValueError(f"rings must have at least window_size + group_size = {s + g} slots, not {slots}")
     what = Problem(g, s, check_scale(scale, q.shape[-1]), check_number("core_bias", core_bias, optional=True) or 0.0)
     if resolve_backend(backend, q) == "torch":
         return decode_reference(q, int(length), rings, cores, what)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..engine import tl, triton
-from ..engine.host import round_dim
+from ..engine.host import dot_precision, on_device, processors, round_dim
 from ..engine.tiles import head_base
 from .kernels import Problem
 
@@ -130,12 +130,13 @@ def decode_merge(PO, PM, PL, O, splits, S: tl.constexpr, DV: tl.constexpr, BDV: 
     tl.store(O + bh.to(tl.int64) * DV + dv, (tl.sum(acc * w[:, None], 0) / l).to(O.dtype.element_ty), mask=dv < DV)
 
 # %% ../../nbs/4_long_context/cca.ipynb #afd37d71
-def decode_splits(batch: int, programs: int, rows: int) -> int:
-    "Programs a head's keys are dealt out to, a power of two: enough for two on each of 132 multiprocessors."
+def decode_splits(batch: int, programs: int, rows: int, multiprocessors: int) -> int:
+    "Programs a head's keys are dealt out to, a power of two: enough for two on each multiprocessor."
     most = max(1, triton.cdiv(rows, 64))
-    return min(64, 1 << (min(most, max(1, 264 // (batch * programs))) - 1).bit_length())
+    return min(64, 1 << (min(most, max(1, 2 * multiprocessors // (batch * programs))) - 1).bit_length())
 
 
+@on_device
 def launch_append(q, k, v, length, rings, cores, group_size: int, per_query: bool, scale: float) -> None:
     "Writes the newest token into the rings, and its group's core if it ends one. q, k, v `(B, heads, 1, dim)`."
     D, DV = q.shape[-1], v.shape[-1]
@@ -146,13 +147,14 @@ def launch_append(q, k, v, length, rings, cores, group_size: int, per_query: boo
     )  # fmt: skip
 
 
+@on_device
 def launch_decode(q, length, rings, cores, what: Problem) -> Tensor:
     "The output `(B, H, 1, v_dim)` of the newest token."
     (B, H, _, D), DV = q.shape, rings[1].shape[-1]
     HK, HC = rings[0].shape[1], cores[0].shape[1]
     heads = H // max(HK, HC)  # of a program: those that share keys and cores
     programs = H // heads
-    S = decode_splits(B, programs, rings[0].shape[2] + cores[0].shape[2])
+    S = decode_splits(B, programs, rings[0].shape[2] + cores[0].shape[2], processors(q.device))
     make = lambda *last: torch.empty(B * H, S, *last, device=q.device, dtype=torch.float32)
     po, pm, pl, out = make(DV), make(), make(), torch.empty(B, H, 1, DV, device=q.device, dtype=q.dtype)
     BD, BDV = round_dim(D), round_dim(DV)
@@ -161,7 +163,7 @@ def launch_decode(q, length, rings, cores, what: Problem) -> Tensor:
         q, length, *rings, *cores, po, pm, pl, *(t.stride() for t in (q, *rings, *cores)), what.scale, what.bias,
         rings[0].shape[2], what.window_size, programs, S, GROUP=what.group_size, HEADS=heads,
         CORE_HEADS=programs // HC, KEY_HEADS=programs // HK, ROWS=round_dim(heads), BN=rows,
-        D=D, DV=DV, BD=BD, BDV=BDV, PRECISION="ieee" if q.dtype == torch.float32 else None, num_warps=4,
+        D=D, DV=DV, BD=BD, BDV=BDV, PRECISION=dot_precision(q.dtype), num_warps=4,
     )  # fmt: skip
     decode_merge[(B * H,)](po, pm, pl, out, S, S=S, DV=DV, BDV=BDV, num_warps=1)
     return out

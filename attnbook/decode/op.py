@@ -13,18 +13,20 @@ from torch import Tensor
 
 from ..checks import check_bool, check_heads, check_int, check_scale, check_tensor
 from ..engine import INTERPRETED, BoundLaunch, arch_of, operation, resolve_backend, triton
-from ..engine.host import Plans, autocasting, dot_precision, needs_64_bit, on_device, round_dim, through_float32
+from ..engine.host import (
+    Plans,
+    autocasting,
+    dot_precision,
+    needs_64_bit,
+    on_device,
+    processors,
+    round_dim,
+    through_float32,
+)
 from .kernels import DECODE_LAUNCH, MOST_SPLITS, DecodeShape, append_rows, choose_splits, decode_merge, decode_split
 from .reference import decode_attention_reference
 
 # %% ../../nbs/1_foundations/19_decode.ipynb #3441cdf1
-def _processors(device: torch.device) -> int:
-    "Multiprocessors of a device; for the interpreter few, so that tests see several splits."
-    if device.type != "cuda":
-        return 2 if arch_of(device) == "interpreter" else 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _plan(q, k_cache, v_cache, lengths, starts, block_table, causal, scale, splits):
     "The launches of all calls like this one, as a function of its tensors."
     (B, H, Nq, D), Hkv, Dv = q.shape, k_cache.shape[1], v_cache.shape[3]
@@ -38,7 +40,9 @@ def _plan(q, k_cache, v_cache, lengths, starts, block_table, causal, scale, spli
     )
     BN = min(p.BN, max(16, 1 << (max(capacity, 1) - 1).bit_length()))  # a tiny cache needs no large tiles
     BM = min(max(p.BM, 1 << (rows - 1).bit_length()), 64)
-    splits = splits or choose_splits(B * Hkv * -(-rows // BM), capacity, BN, _processors(q.device))
+    splits = splits or choose_splits(
+        B * Hkv * -(-rows // BM), capacity, BN, processors(q.device, 2 if arch_of(q.device) == "interpreter" else 132)
+    )
     C = DecodeShape(H // Hkv, Nq, D, Dv, splits == 1, page, causal)
     strides = q.stride(), k_cache.stride(), v_cache.stride()
     table_stride = 0 if block_table is None else block_table.stride(0)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['HAS_TRITON', 'triton', 'tl', 'TensorDescriptor', 'INTERPRETED', 'resolve_backend', 'arch_of', 'pretend', 'Launch',
-           'LaunchTable', 'BoundLaunch', 'signature', 'Plans', 'bound', 'keep', 'ORDINARY', 'on_device', 'round_dim',
-           'dot_precision', 'needs_64_bit', 'through_float32', 'autocasting', 'autocast', 'without_autocast']
+           'LaunchTable', 'BoundLaunch', 'signature', 'Plans', 'bound', 'keep', 'ORDINARY', 'on_device', 'processors',
+           'round_dim', 'dot_precision', 'needs_64_bit', 'through_float32', 'autocasting', 'autocast',
+           'without_autocast']
 
 # %% auto #imports
 import contextlib
@@ -435,6 +436,11 @@ def on_device(run: Callable) -> Callable:
     return functools.wraps(run)(wrapped)
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #57177b42
+def processors(device: torch.device, elsewhere: int = 132) -> int:
+    "Multiprocessors of a GPU; `elsewhere` for other devices, where kernels are interpreted or only compiled."
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else elsewhere
+
+
 def round_dim(d: int) -> int:
     "A width as kernels see it: the next power of two, at least 16."
     return max(16, 1 << (d - 1).bit_length())

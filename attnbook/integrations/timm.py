@@ -7,6 +7,7 @@ __all__ = ['SwappedAttention', 'swap_attention', 'register_models', 'sys_module'
 
 # %% auto #imports
 import importlib
+import importlib.util
 import types
 from collections.abc import Callable, Iterable
 

@@ -7,6 +7,7 @@ __all__ = ['register', 'attend']
 
 # %% auto #imports
 import importlib
+import importlib.util
 
 import torch
 import torch.nn as nn

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Timing', 'Stopwatch', 'peak_memory', 'measure', 'measure_training', 'measure_ceilings', 'ceilings', 'floor', 'sdpa',
-           'block_mask', 'flex', 'naive', 'GRAPH_BELOW_MS', 'compare', 'warm_up', 'find_benchmarks', 'run_benchmarks',
-           'row_line', 'bench_ceilings', 'bench_dense']
+__all__ = ['Timing', 'Stopwatch', 'peak_memory', 'measure', 'measure_training', 'measure_ceilings', 'DATA_SHEETS', 'data_sheet',
+           'ceilings', 'floor', 'sdpa', 'block_mask', 'flex', 'naive', 'GRAPH_BELOW_MS', 'compare', 'warm_up',
+           'find_benchmarks', 'run_benchmarks', 'row_line', 'bench_ceilings', 'bench_dense']
 
 # %% auto #imports
 import importlib
@@ -342,6 +342,15 @@ def _best_ms(call: Callable, device) -> float:
     return min(bursts)
 
 # %% ../../nbs/1_foundations/02_bench.ipynb #8e23ee57
+#: by the makers' data sheets, dense: bytes a second of the memory, FLOP a second of 16-bit matrix products
+DATA_SHEETS = {"H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.0e12, 312e12)}
+
+
+def data_sheet(device: str) -> tuple[float, float] | None:
+    "Bytes and FLOP a second that a GPU's maker names, by (a name that holds) its name; None for others."
+    return next((rates for name, rates in DATA_SHEETS.items() if name in device), None)
+
+
 def ceilings(device=None) -> dict | None:
     "The recorded ceilings of a device, given as torch device or by (part of) its name; None if it was never measured."
     named = isinstance(device, str) and device.split(":")[0] not in ("cuda", "cpu")

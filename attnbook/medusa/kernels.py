@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..engine import LaunchTable, arch_of, tl, triton
-from ..engine.host import BoundLaunch, dot_precision
+from ..engine.host import BoundLaunch, dot_precision, processors
 
 # %% ../../nbs/5_vision/medusa.ipynb #9490d611
 class GateTile(NamedTuple):
@@ -443,7 +443,7 @@ def plan_backward(
     programs than are needed to fill a GPU would only make more rows to add up."""
     C, tiles, warps = gate_tile("backward", x, g_size, hidden)
     weights = C.hidden * C.channels if C.feature else 0
-    most = max(132, min(2 * ENOUGH, 2**20 // max(1, weights)))
+    most = max(processors(x.device), min(2 * ENOUGH, 2**20 // max(1, weights)))
     parts, columns, n = min(tiles, most), weights + 3 * C.hidden + 1, x.numel() // C.channels
     gate = BoundLaunch(gate_backward, (parts,), n, tiles, factor, offset, C=C, num_warps=warps)
     N, T = (1024, 64) if arch_of(x.device) == "interpreter" else (32, 16)

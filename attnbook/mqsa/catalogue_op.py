@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checks import check_choice, check_int, check_number, check_probability, check_tensor
 from ..engine import arch_of, operation, resolve_backend, row_lists, scatter_rows, triton
-from ..engine.host import Plans, autocast, round_dim, through_float32, without_autocast
+from ..engine.host import Plans, autocast, processors, round_dim, through_float32, without_autocast
 from .catalogue_kernels import (
     CATALOGUE_LAUNCH,
     balanced_splits,
@@ -44,13 +44,7 @@ def _plan_catalogue(kernel, hidden, stay, N, V):
     p = CATALOGUE_LAUNCH.find(arch, kernel, 8 * hidden.element_size(), max(64, round_dim(D)))
     rows, items = triton.cdiv(N, p.BM), triton.cdiv(V, p.BN)
     here, there = (rows, items) if stay == "rows" else (items, rows)
-    slots = 2 * (
-        torch.cuda.get_device_properties(hidden.device).multi_processor_count
-        if hidden.is_cuda
-        else 132
-        if arch != "interpreter"
-        else 2
-    )
+    slots = 2 * processors(hidden.device, 132 if arch != "interpreter" else 2)
     splits = balanced_splits(here, there, slots)
     per = triton.cdiv(there, splits)
     consts = dict(

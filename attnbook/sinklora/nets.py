@@ -17,8 +17,8 @@ from torch import Tensor
 from ..checks import check_bool, check_choice, check_divides, check_int, check_number, check_probability
 from ..lm.attend import DenseAttention
 from ..lm.lora import add_lora, mark_trainable
-from ..lm.nets import LanguageModel, ModelConfig, rescaled
-from ..lm.reference import RopeScaling, rotate
+from ..lm.nets import LanguageModel, ModelConfig, Rope, rescaled
+from ..lm.reference import RopeScaling
 from .h2o_op import H2OCache
 from .op import s2_attention, sf_attention
 from .reference import shifted_heads
@@ -106,7 +106,8 @@ class SFAttention(nn.Module):
         kv_heads = num_heads if num_kv_heads is None else check_int("num_kv_heads", num_kv_heads, least=1)
         check_divides("num_kv_heads", kv_heads, "num_heads", num_heads)
         shifted_heads(num_heads, shift_fraction)
-        self.rope_theta = check_number("rope_theta", rope_theta, positive=True, optional=True)
+        theta = check_number("rope_theta", rope_theta, positive=True, optional=True)
+        self.rope = None if theta is None else Rope(self.head_dim, theta)
         self.rope_factor = check_number("rope_factor", rope_factor, positive=True)
         self.q, self.out = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.k, self.v = (nn.Linear(dim, kv_heads * self.head_dim, bias=False) for _ in range(2))
@@ -114,11 +115,9 @@ class SFAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        if self.rope_theta is not None:
+        if self.rope is not None:
             places = interpolate_rope(torch.arange(x.shape[1], device=x.device), self.rope_factor)
-            pairs = torch.arange(0, self.head_dim - 1, 2, device=x.device) / self.head_dim
-            angles = places[:, None] * self.rope_theta**-pairs  # [n, head_dim / 2]
-            q, k = (rotate(t, angles.cos(), angles.sin()) for t in (q, k))
+            q, k = (self.rope(t, places[None]) for t in (q, k))
         return self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
 # %% ../../nbs/4_long_context/sinklora.ipynb #f-recipe

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..engine import Launch, LaunchTable, arch_of, tl, triton
-from ..engine.host import dot_precision, round_dim
+from ..engine.host import dot_precision, on_device, round_dim
 
 # %% ../../nbs/4_long_context/sinklora.ipynb #d-step-code
 class StepConstants(NamedTuple):
@@ -228,6 +228,7 @@ def step_room(batch: int, heads: int, kv_heads: int, slots: int, keys: Tensor, v
     )
 
 
+@on_device
 def run_step(q, k, v, keys, values, scores, positions, place, fresh, room, recent, sinks, scale, accumulate) -> Tensor:
     "Launches `h2o_step`: q `(B, H, 1, d)`, k, v `(B, H_kv, 1, d)` -> `(B, H, 1, value_dim)`; the state changes in place."
     (B, H, _, D), (_, Hk, slots, DV) = q.shape, values.shape

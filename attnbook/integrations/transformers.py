@@ -14,19 +14,23 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..attention import attention_mask, attention_reference
-from ..checks import check_int
-from ..engine import attention
+from ..checks import check_bool, check_int
+from ..engine import attention, varlen_attention
 
 # %% ../../nbs/1_foundations/17_integrations.ipynb #5f994d8b
 def register(
     name: str = "attnbook",  # what models will call it
     window_size: int | None = None,  # each query sees that many keys, its own the last; None: all before it
+    packed: bool = False,  # the rows are texts one after another, and each call says where they begin: `cu_seq_lens_q`
     backend: str = "auto",
 ) -> str:
     """Registers causal attention with transformers, for `attn_implementation=name` or `model.set_attn_implementation(name)`; returns the name.
 
-    Grouped heads, caches (the last query belongs to the last key), padding and static caches are taken care of; `output_attentions`, soft caps and attention dropout are not: ValueError when a model asks for them."""
+    Grouped heads, caches (the last query belongs to the last key), padding and static caches are taken care of; `output_attentions`, soft caps and attention dropout are not: ValueError when a model asks for them.
+    With `packed` a batch is one row without padding or cache, and `window_size` is a ValueError."""
     window_size = check_int("window_size", window_size, least=1, optional=True)
+    if check_bool("packed", packed) and window_size is not None:
+        raise ValueError("window_size must be None where texts are packed: varlen_attention has no window")
     masks = importlib.import_module("transformers.masking_utils")
     models = importlib.import_module("transformers.modeling_utils")
 
@@ -41,6 +45,7 @@ def register(
             scaling,
             is_causal,
             window_size=window_size,
+            packed=packed,
             backend=backend,
             **kwargs,
         ), None
@@ -56,6 +61,10 @@ def register(
         **kwargs,
     ):
         padded = attention_mask is not None and not bool(attention_mask.all())
+        if packed:
+            if padded:
+                raise ValueError("attention_mask must be None where texts are packed: there is no padding")
+            return None
         aligned = not isinstance(q_offset, Tensor) and q_offset - kv_offset + q_length == kv_length
         if mask_function is masks.causal_mask_function and aligned and not padded:
             return None
@@ -87,10 +96,11 @@ def attend(
     is_causal: bool | None = None,
     *,
     window_size: int | None = None,
+    packed: bool = False,  # `cu_seq_lens_q` among the rest says where each text begins
     backend: str = "auto",
     **kwargs,
 ) -> Tensor:  # `(batch, Nq, heads, head_dim)`
-    "Attention as transformers calls it. ValueError for what cannot be done: dropout, soft caps, attention maps."
+    "Attention as transformers calls it. ValueError for what cannot be done: dropout, soft caps, attention maps; packed texts without their beginnings."
     if (
         dropout
         or kwargs.get("softcap") is not None
@@ -102,7 +112,17 @@ def attend(
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     offset = key.shape[2] - query.shape[2]
-    if mask is None:
+    if packed:
+        begins = kwargs.get("cu_seq_lens_q")
+        if begins is None or len(query) != 1 or offset:
+            raise ValueError(
+                "packed texts need cu_seq_lens_q, a batch of one row and no cache: call the model with what "
+                "DataCollatorWithFlattening(return_flash_attn_kwargs=True) gives"
+            )
+        out = varlen_attention(
+            query[0], key[0], value[0], begins, is_causal=bool(causal), scale=scaling, backend=backend
+        )[None]
+    elif mask is None:
         out = attention(
             query,
             key,

@@ -123,7 +123,7 @@ def _rooms() -> list[str]:
     spec = importlib.util.find_spec("attnbook")
     found = []
     for place in spec.submodule_search_locations or () if spec else ():
-        for path in sorted(Path(place).rglob("*nets.py")):
+        for path in sorted(p for name in ("*nets.py", "configs.py") for p in Path(place).rglob(name)):
             if "register_model" in path.read_text(encoding="utf-8"):
                 found.append(".".join(["attnbook", *path.relative_to(place).with_suffix("").parts]))
     return found

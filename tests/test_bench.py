@@ -337,6 +337,44 @@ def test_run_benchmarks():
     check_raises(run_benchmarks, [({"chapter": "no_such"}, ValueError, ["unknown chapter", "no_such"])])
 
 
+
+
+def test_time_runs_out():
+    "What was begun is finished and recorded; peers and benchmarks that were not reached leave no row."
+    module, ran = types.ModuleType("attnbook.unittest_chapter"), []
+
+    def quick(x):
+        ran.append("quick")
+        time.sleep(0.3)
+        return x + 1
+
+    def late(x):
+        ran.append("late")
+        return x + 1
+
+    def bench_pair():
+        for n in (1, 2):
+            yield from compare(
+                {"n": n}, {"quick": quick, "late": late}, (torch.ones(3, device=device()),), rep_ms=1, rounds=1,
+                warmup_ms=0, chapter="unittest_chapter", bench="pair",
+            )  # fmt: skip
+
+    def bench_never():
+        ran.append("never")
+
+    for f in (bench_pair, bench_never):
+        f.__module__ = module.__name__
+        setattr(module, f.__name__, f)
+    lines = []
+    with results_elsewhere(), mock.patch.dict(sys.modules, {module.__name__: module}):
+        (row,) = run_benchmarks("unittest_chapter", seconds=0.1, show=lines.append)
+        assert (row["n"], row["method"]) == (1, "quick") and row["ms_fwd"] > 100 and set(ran) == {"quick"}
+        assert lines[-1] == "unittest_chapter.never was not reached"
+        rows = run_benchmarks("unittest_chapter", "pair", show=lines.append)
+        assert [(r["n"], r["method"]) for r in rows] == [(1, "quick"), (1, "late"), (2, "quick"), (2, "late")]
+    check_raises(run_benchmarks, [({"seconds": 0}, ValueError, "seconds")], chapter="bench")
+
+
 def test_one_look_per_method():
     assert look("flex, permuted") == look("flex") and look("naive (PyTorch)") == look("naive") != look("flexible")
     assert set(PALETTE) == set(MARKS) and look("something else") == look("something else")

@@ -64,7 +64,7 @@ PRESETS = dict(
         extension=dict(heads=8, kv_heads=4, dim=384, depth=6, lr=1e-3, tune_lr=5e-4)
         | dict(length=256, factor=8, batch=64, steps=1000, tune_batch=8, tune_steps=150, windows=64, seeds=4)
         | dict(folder="", trained=("lora", "norm")),
-        eviction=dict(heads=8, kv_heads=4, dim=256, depth=4, lr=6e-4)
+        eviction=dict(heads=8, kv_heads=4, dim=256, depth=4, lr=1e-3)
         | dict(length=512, prompt=384, batch=48, windows=32, texts=128, digits=3, seeds=3)
         | dict(lessons=((600, 64), (500, 128), (500, 256), (900, 512)))
         | dict(folder="", budgets=(0.05, 0.1, 0.2, 0.5)),

@@ -35,6 +35,7 @@ from attnbook.lab.stats import (
     fitted_exponent,
     interval,
     newest,
+    newest_recipe,
     newest_run,
     over_seeds,
     paired,
@@ -323,6 +324,12 @@ def test_newest_run():
         and newest_run([]) == []
     )
     assert [r["ms"] for r in newest_run(rows, 38)] == [1, 2, 4, 5]
+
+
+def test_newest_recipe():
+    rows = [_at(5, ms=1), _at(0, ms=2, recipe=2), _at(1, ms=3, recipe=1), _at(0, ms=4, recipe=2)]
+    assert [r["ms"] for r in newest_recipe(rows)] == [2, 4]
+    assert [r["ms"] for r in newest_recipe([rows[0], rows[2]])] == [1, 3] and newest_recipe(iter([])) == []
 
 
 def _row(method, ms, n=1, minute=0, device="H200", torch="2.11", **kw):

@@ -463,6 +463,7 @@ def test_timm_networks_give_timm_outputs(name, make, timm_networks):
     for m in theirs.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.running_mean.normal_(std=0.1), m.running_var.uniform_(0.5, 2)
+            m.weight.data.uniform_(0.5, 1.5)  # timm's last norm of a block begins with 0, which would hide the block
     x = torch.randn(1, 3, 256, 256)
     with torch.no_grad():
         assert rel_error(from_timm(make(num_classes=5).eval(), theirs)(x), theirs(x)) < 1e-4
@@ -602,7 +603,7 @@ def test_two_ways_to_count_offsets():
     assert out.dtype == torch.float16 and lse.shape == (1, 2, 4, 4)
 
 
-@pytest.mark.parametrize("make, want", [(halonet26t, 12_474_112), (halonet50ts, 22_731_360)], ids=["26t", "50ts"])
+@pytest.mark.parametrize("make, want", [(halonet26t, 12_478_496), (halonet50ts, 22_730_976)], ids=["26t", "50ts"])
 def test_parameters_of_timm_networks(make, want):
     "timm's counts less the rows of tables that are never read."
     assert count_parameters(make) == want

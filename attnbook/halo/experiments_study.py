@@ -121,7 +121,7 @@ NETS = {  # name -> what differs from "halo 2": attention in all three stages, b
     "zeros": dict(padding="zeros"),
     "pool": dict(downsample="pool"),
     "strided conv": dict(downsample="conv"),
-    "halo 2, wide": dict(expansion=1.4),  # about as many parameters as "conv 1-2", for the comparison with it
+    "halo 2, wide": dict(expansion=1.75),  # about as many parameters as "conv 1-2", for the comparison with it
 }
 
 

@@ -239,7 +239,7 @@ def halonet(
         backend=backend,
     )
 
-# %% ../../nbs/3_locality/halo.ipynb #c76259d1
+# %% ../../nbs/3_locality/halo.ipynb #8eccc338
 def halonet26t(num_classes: int = 1000, in_channels: int = 3, backend: str = "auto") -> HaloNet:
     "timm's `halonet26t`: block 8, halo 2, attention in the last three blocks, for images of 256 pixels; 79.1 % (timm)."
     return HaloNet(
@@ -259,7 +259,7 @@ def halonet26t(num_classes: int = 1000, in_channels: int = 3, backend: str = "au
 
 
 def halonet50ts(num_classes: int = 1000, in_channels: int = 3, backend: str = "auto") -> HaloNet:
-    "timm's `halonet50ts`: block 8, halo 3, attention in four blocks, SiLU, for images of 256 pixels; 81.6 % (timm)."
+    "timm's `halonet50ts`: block 8, halo 3, attention in five blocks, SiLU, for images of 256 pixels; 81.6 % (timm)."
     return HaloNet(
         8,
         3,
@@ -276,7 +276,7 @@ def halonet50ts(num_classes: int = 1000, in_channels: int = 3, backend: str = "a
         backend=backend,
     )
 
-# %% ../../nbs/3_locality/halo.ipynb #e0a751ae
+# %% ../../nbs/3_locality/halo.ipynb #bfd105a9
 _TIMM_NAMES = (  # timm's name -> ours
     (r"^stem\.conv(\d)\.(conv|bn)", lambda m: f"stem.{3 * int(m[1]) - 3 + (m[2] == 'bn')}"),
     (r"\.(shortcut|conv1_1x1|conv3_1x1)\.(conv|bn)", lambda m: f".{_TIMM_PARTS[m[1]]}.{int(m[2] == 'bn')}"),
@@ -370,7 +370,7 @@ register_models(
     weights="none were published; layers of timm's `HaloAttn` load with `from_timm`",
 )
 register_models(
-    {"halonet26t": (halonet26t, 12_474_112, 256), "halonet50ts": (halonet50ts, 22_731_360, 256)},
+    {"halonet26t": (halonet26t, 12_478_496, 256), "halonet50ts": (halonet50ts, 22_730_976, 256)},
     published="timm: 12.48 M and 22.73 M parameters with rows of tables that are never read, 79.13 % and 81.64 %",
     weights="timm's weights of these names load with `from_timm`",
 )

@@ -75,7 +75,7 @@ def real_key_fraction(shape: tuple[int, int], block_size: int, halo_size: int) -
         share *= float((last - first).double().mean()) / (block_size + 2 * halo_size)
     return share
 
-# %% ../../nbs/3_locality/halo.ipynb #2f8600e7
+# %% ../../nbs/3_locality/halo.ipynb #82aead79
 def query_rows_of_timm(block_size: int, halo_size: int, query_stride: int) -> Tensor:
     "Row of a table for query number y of a block and row u of its box, counted in queries: `(b / s, w)`."
     y, u = torch.arange(block_size // query_stride), torch.arange(block_size + 2 * halo_size)

@@ -249,7 +249,7 @@ def bench_training() -> Iterator[dict]:
             "training", {"ours": ours, "ours compiled": ours, "timm": theirs, "timm compiled": theirs}, 64, 256
         )
 
-# %% ../../nbs/3_locality/halo.ipynb #355ddcb2
+# %% ../../nbs/3_locality/halo.ipynb #586b16b5
 def claims() -> list[Claim]:
     "The chapter's claims with their rules; measured numbers are read from the recorded results."
     nets, own = "digits on photographs, 95 % intervals over seeds, points", "not in the paper"

@@ -14,7 +14,7 @@ from statistics import median_high
 
 from ..lab.claims import grade, not_measured, out_of_reach, over_range
 from ..lab.results import load_results, newest_device
-from ..lab.stats import Speedup, by_seed, newest_run, paired, speedups
+from ..lab.stats import Speedup, by_seed, newest, newest_run, paired, speedups
 from ..layers import count_parameters
 from .nets import nat_base, nat_mini, nat_small, nat_tiny
 from .simulator import CALIBRATING, SIMULATED, StepCosts, kernel_tiles, simulate
@@ -64,10 +64,8 @@ def _runs(name, minutes=10, **where):
 
 def natten_runs() -> list[dict[str, float]]:
     "Run by run, the oldest first: our speed over cuDNN's dense attention on those of NATTEN's rows that the run measured."
-    found = [
-        {s.where.removeprefix("case="): s.ratio for s in speedups(run, "case", ours=("ours",), peers=("cudnn dense",))}
-        for run in _runs("natten")
-    ]
+    of = lambda run: speedups(newest(run, "case", "method"), "case", ours=("ours",), peers=("cudnn dense",))
+    found = [{s.where.removeprefix("case="): s.ratio for s in of(run)} for run in _runs("natten")]
     return [run for run in found if run]
 
 

@@ -24,7 +24,16 @@ from attnbook.halo.claims_study import (
     _steps_of_the_halo,
     near_the_stages,
 )
-from attnbook.halo.experiments_study import counted_flops, outside_mass
+from attnbook.halo.experiments_study import (
+    NETS,
+    PRESETS,
+    cost_experiment,
+    counted_flops,
+    halo_data,
+    net_experiments,
+    outside_mass,
+    run_experiments,
+)
 from attnbook.halo.kernels import HALO_REL, key_tile, tile_waste
 from attnbook.halo.layer_nets import HaloAttention
 from attnbook.halo.nets import (
@@ -817,6 +826,23 @@ def test_modules_refuse():
         HaloAttention(32)(torch.zeros(1, 16, 8, 8))
 
 
+def test_cost_rows():
+    "One row for each block and method; copies as the square of the ratio; a method that fails keeps its row."
+    rows = list(cost_experiment(**PRESETS["smoke"]["cost"]))
+    assert [(r["method"], r["block"], r["halo"]) for r in rows] == [
+        ("reference", 1, 2),
+        ("windows per pixel", 1, 2),
+        ("reference", 3, 1),
+        ("reference", 5, 0),
+    ]
+    assert [r["copies"] for r in rows if r["method"] == "reference"] == [25.0, (5 / 3) ** 2, 1.0]
+    assert all(r["ms"] > 0 and r["window"] == 5 == r["block"] + 2 * r["halo"] for r in rows)
+    settings = PRESETS["smoke"]["cost"] | dict(window=9)  # wider than the map: no window per pixel
+    failed = [r for r in cost_experiment(**settings) if r["ms"] is None]
+    assert [r["method"] for r in failed] == ["windows per pixel"] and "window_size" in failed[0]["note"]
+    assert not [r for r in cost_experiment(**settings | dict(most_bytes=10)) if r["method"] == "reference"]
+
+
 def test_outside_mass_of_a_layer_that_does_not_care():
     "With equal logits zeros draw exactly their share of the lanes; the network is left as it was."
     net = nn.Sequential(HaloAttention(8, num_heads=2, block_size=4, halo_size=1, rel_pos=False)).train()
@@ -834,6 +860,47 @@ def test_counted_flops():
     N, w, C = 16, 6, 8
     assert counted_flops(nn.Sequential(layer), torch.randn(1, C, 4, 4)) == 2 * N * C * 3 * C + 2 * N * w * w * (C + C)
     assert layer.backend == "auto"
+
+
+def test_networks_side_by_side(monkeypatch):
+    "Rows in the order of names; the loss is that of the last ten steps, accuracies of the trained networks."
+
+    def train(trainees, *, steps, batch_size):
+        for i, t in enumerate(trainees):
+            t.losses, t.seconds = [float(i)] * 5 + [100.0 + i] * 10, 1.5
+            t.model.head.bias.data = 100.0 * F.one_hot(torch.tensor(i), 10).to(t.model.head.bias)
+
+    monkeypatch.setitem(net_experiments.__globals__, "train_together", train)
+    cfg, device = PRESETS["smoke"], device_under_test()
+    data = halo_data(**cfg["data"])
+    rows = net_experiments(("halo 1", "zeros"), data, model=cfg["model"], steps=15, batch=4, seed=3, device=device)
+    assert [(r["net"], r["run"], r["steps"], r["loss"]) for r in rows] == [
+        ("halo 1", 3, 15, 100.0),
+        ("zeros", 3, 15, 101.0),
+    ]
+    share = [float((data[3] == i).float().mean()) for i in range(2)]
+    assert [r["accuracy"] for r in rows] == pytest.approx(share)
+    assert rows[0]["parameters"] != rows[1]["parameters"] and len(rows[0]["before"]) == len(rows[0]["after"]) == 3
+
+
+def test_everything_of_a_preset(monkeypatch):
+    "Every experiment under its name, with the seeds that were asked for."
+    kept = []
+    globals_of = run_experiments.__globals__
+    monkeypatch.setitem(globals_of, "record", lambda chapter, name, **row: kept.append((name, row)) or row)
+    monkeypatch.setitem(
+        globals_of,
+        "net_experiments",
+        lambda names, data, **kw: [dict(net=n, run=kw["seed"], accuracy=0.5, seconds=1.0) for n in names],
+    )
+    run_experiments("smoke", "cpu", seeds=(3, 5), show=lambda text: None)
+    assert [(r["net"], r["run"]) for n, r in kept if n == "nets"] == [(n, run) for run in (3, 5) for n in NETS]
+    assert len([n for n, _ in kept if n == "cost"]) == 4 and all(r["preset"] == "smoke" for _, r in kept)
+    kept.clear()
+    run_experiments("smoke", "cpu", only="cost", show=lambda text: None)
+    assert {n for n, _ in kept} == {"cost"}
+    with pytest.raises(ValueError, match="only"):
+        run_experiments("smoke", only="everything")
 
 
 def test_peer_is_the_same_function():
@@ -1024,6 +1091,63 @@ def test_other_rows_are_looked_up(monkeypatch):
     assert _stage_ratios() == {"stages 1 to 1": 8 / 6, "stages 1 to 2": 2.0, "stages 1 to 3": 4.0}
     stages[2]["ms"] = None
     assert _stage_ratios() is None
+
+
+def test_claims_read_the_right_pair(monkeypatch):
+    "On rows of which every pair and every field has a ratio or a difference of its own."
+    accuracy = dict(zip(NETS, (0.40, 0.10, 0.20, 0.70, 0.11, 0.13, 0.17, 0.19, 0.23, 0.29, 0.31)))
+    look = dict(before=[dict(mass=0.3, lanes=0.32)])
+    nets = [dict(net=n, run=i, steps=5, accuracy=x) | look for n, x in accuracy.items() for i in range(3)]
+    fields = ("ms_fwd", "ms_bwd", "peak_mb_bwd", "peak_mb_fwd")
+    side = lambda by, method, *values: dict(method=method, **by) | dict(zip(fields, values))
+    core, module = dict(problem="p"), dict(layout="l")
+    tables = dict(
+        nets=nets,
+        module=[
+            side(module, "ours", 1, 1, 1, 1),
+            side(module, "timm", 2, 4, 5, 7),
+            side(module, "ours, mask", 0.1, 0.1, 0.1, 0.1),
+        ],
+        core=[
+            side(core, "ours", 1.0, 1.0, 1),
+            side(core, "sdpa, unfolded", 6.0, 2.0, 1),
+            side(core, "sdpa, unfolded, compiled", 3.0, 9.0, 1),
+            side(core, "ours, no tables", 0.5, 0.5, 1),
+            side(core, "flex, no tables, in blocks", 2.0, 3.0, 1),
+            side(core, "sdpa, unfolded, no tables, compiled", 3.0, 4.0, 1),
+        ],
+        training=[
+            dict(method=m, size=256, images_per_s=x, peak_mb=y)
+            for m, x, y in (("ours", 50.0, 1.0), ("ours compiled", 90.0, 2.0), ("timm compiled", 45.0, 3.0))
+        ],
+        cost=[
+            dict(method=m, side=8, block=b, ms=ms)
+            for m, b, ms in (
+                ("reference", 1, 8.0),
+                ("reference", 5, 2.0),
+                ("ours", 5, 0.1),
+                ("ours, no tables", 5, 1.0),
+                ("windows per pixel", 1, 3.0),
+            )
+        ],
+    )
+    _recorded(monkeypatch, **tables)
+    found = [c.judge().measured for c in claims() if callable(c.measured)]
+    points = [
+        {n: round(i.mean) for n, i in m.items()}
+        for m in found
+        if isinstance(m, dict) and hasattr(list(m.values())[0], "mean")
+    ]
+    assert points == [
+        {"halo 0": 30},
+        {"1 to 2": 20, "2 to 3": 30},
+        {"conv 1": 29, "conv 1-2": 27, "conv 1-3": 23},
+        {"conv 1-2": 18},
+        {"pool": 17},
+        {"strided conv": 11},
+        {"zeros": 21},
+    ]
+    assert [m[0].ratio for m in found if isinstance(m, list)] == [4.0, 3.0, 2.0, 3.0, 5.0, 3.0, 4.0, 5.0, 7.0, 2.0, 3.0]
 
 
 def test_nothing_recorded_is_not_measured(monkeypatch):

@@ -33,7 +33,16 @@ from attnbook.neighborhood.claims_study import (
     over_natten,
     simulated_times,
 )
-from attnbook.neighborhood.experiments_study import run_experiments
+from attnbook.neighborhood.experiments_study import (
+    PRESETS,
+    border_experiment,
+    cost_experiment,
+    equivariance_experiment,
+    nat_data,
+    nat_experiments,
+    run_experiments,
+    stride_experiment,
+)
 from attnbook.neighborhood.layer_nets import (
     NeighborhoodAttention1d,
     NeighborhoodAttention2d,
@@ -994,6 +1003,56 @@ def test_predicted_us():
     assert predicted_us((keys(0, 0, 256), keys(0, 0, 0)), 1, costs._replace(alone=1.0), processors=2) == 2 + 4
 
 
+def test_cost_rows():
+    "Fractions of the dense product: useful pairs, what tiles of the kernel compute, what row-major tiles do."
+    rows = cost_experiment(**PRESETS["smoke"]["cost"])
+    assert [r["window"] for r in rows] == [3, 7, 12] and all(r["unfold"] > 0 and r["ms_dense"] > 0 for r in rows)
+    assert [r["useful"] for r in rows] == [(w / 12) ** 2 for w in (3, 7, 12)]
+    assert all(r["useful"] <= r["box"] and r["useful"] <= r["row_major"] for r in rows)
+    assert rows[0]["box"] < rows[2]["box"] and rows[0]["box"] < 1
+
+
+def test_stride_experiment():
+    "Pairs of the boxes bound the speed-up over dense attention; the change is relative to stride 1."
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 8, 8, 16)
+    rows = stride_experiment(x, 4)
+    assert [r["stride"] for r in rows] == [1, 2, 3, 4] and rows[0]["error"] == 0
+    for r in rows:
+        q_tile, brick = kernel_tiles((8, 8), 4, stride=r["stride"], head_dim=16)
+        waste = tile_waste((8, 8), 4, stride=r["stride"], q_tile=q_tile, block_n=brick, scheme="bricks")
+        assert r["bound"] == pytest.approx(64 / (16 * waste)) and r["waste"] == waste
+    one, four = (neighborhood_attention_reference(x, x, x, 4, stride=s) for s in (1, 4))
+    assert rows[3]["error"] == pytest.approx(float((four - one).norm() / one.norm()), rel=1e-5)
+
+
+def test_equivariance_experiment():
+    "Sliding windows move with the picture, dilated ones too; the others only by multiples of their step; all in the same crop."
+    g = np.random.default_rng(0)
+    rows = equivariance_experiment(g.integers(0, 255, (60, 90, 3), dtype=np.uint8), 32, 3, 2, 2, corner=(5, 7))
+    assert [r["shift"] for r in rows] == [1, 2, 3, 4, 5, 6]
+    still = {"NA": 1, "NA, dilation 2": 1, "stride 2": 2, "blocked": 3, "halo (block 4, halo 2)": 4}
+    for r in rows:
+        for name, step in still.items():
+            assert r[name] < 1e-9 if r["shift"] % step == 0 else r[name] > 1e-3, (name, r["shift"])
+
+
+def test_border_experiment():
+    "Half a window from the border all rules agree with the larger picture; a cut window keeps the near keys, and only these."
+    image = np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8)
+    rows = border_experiment(image, 16, 5, corner=(20, 20))
+    assert [r["distance"] for r in rows] == [0, 1, 2, 3]
+    for r in rows:
+        for name in ("slide", "cut", "zeros"):
+            assert r[name] < 1e-9 if r["distance"] >= 2 else r[name] > 1e-3, (name, r["distance"])
+
+
+def test_border_experiment_on_one_colour():
+    "On a picture of one colour every key is alike: windows that slide or are cut change nothing, zeros do."
+    rows = border_experiment(np.full((60, 60, 3), 200, np.uint8), 16, 5, corner=(20, 20))
+    assert all(r["slide"] < 1e-9 and r["cut"] < 1e-9 and (r["zeros"] > 1e-3) == (r["distance"] < 2) for r in rows)
+
+
 @pytest.mark.parametrize("shift", [0, 1, 2])
 def test_shifted_windows(shift):
     "A query sees its window of the shifted grid, cut at the map's border; with the bias of the true offset."
@@ -1040,7 +1099,45 @@ def test_kinds_of_neighborhood(kind):
     assert dilations == ([[1, 4], [1, 2]] if kind == "NA + dilated" else [[1] * len(d) for d in dilations])
     if kind != "global":
         assert count_parameters(net) == count_parameters(small_nat("NA", 40, 64, (2, 2)))
+    assert {(a.window_size, a.shift) for level in found for a in level if a not in sliding} <= {(5, 2)}
     assert net(torch.randn(1, 3, 40, 40)).shape == (1, 10)
+
+
+def test_every_second_block_is_shifted():
+    "Counted over the levels: with one block in each, the second level's."
+    blocks = [level[1].attn for level in small_nat("shifted", 20, 32, (1, 1)).levels]
+    assert [type(b).__name__ for b in blocks] == ["NeighborhoodAttention2d", "ShiftedWindowAttention"]
+    assert [b.attn.dilation for level in small_nat("NA + dilated", 20, 32, (1, 1)).levels for b in level[1:]] == [
+        (2, 2),
+        (1, 1),
+    ]
+
+
+def test_nat_data(monkeypatch):
+    "Standardised by the training images; no image is in both parts; three channels."
+    images = np.random.default_rng(0).integers(0, 200, (5000, 28, 28), dtype=np.uint8)
+    images[:, 0, 0] = np.arange(5000) % 251
+    monkeypatch.setitem(nat_data.__globals__, "mnist5k", lambda: (images, np.arange(5000)))
+    x, y, tx, ty = nat_data("mnist5k", 20)
+    assert x.shape == (4000, 3, 20, 20) and tx.shape == (1000, 3, 20, 20)
+    assert sorted(y.tolist() + ty.tolist()) == list(range(5000))
+    assert abs(float(x.mean())) < 1e-4 and float(x.std()) == pytest.approx(1, abs=1e-3) and abs(float(tx.mean())) > 1e-5
+    with pytest.raises(ValueError, match="name"):
+        nat_data("cifar", 20)
+
+
+def test_accuracy_of_all_test_images(monkeypatch):
+    "Of every part of the test images, with the trained network; the loss is that of the last ten steps."
+
+    def train(trainees, *, steps, batch_size):
+        for t in trainees:
+            t.model.head.weight.data.zero_(), t.model.head.bias.data.copy_(torch.arange(10.0))  # always the 9
+            t.losses = [1.0] * 5 + [3.0] * 10
+
+    monkeypatch.setitem(nat_experiments.__globals__, "train_together", train)
+    x, y = torch.zeros(600, 3, 20, 20), torch.tensor([9] * 250 + [0] * 350)
+    (row,) = nat_experiments(("NA",), (x, y, x, y), side=20, dim=16, depths=(1, 1), steps=15, batch=4)
+    assert row["accuracy"] == pytest.approx(250 / 600) and row["loss"] == 3.0
 
 
 def test_everything_of_a_preset(monkeypatch):

@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'cost_experiment', 'NETS', 'small_halonet', 'halo_data', '
            'run_experiments']
 
 # %% auto #imports
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -215,10 +215,11 @@ def run_experiments(
     device: str | None = None,
     seed: int = 0,
     only: str | None = None,
+    seeds: Iterable[int] | None = None,
     show: Callable[[str], None] = print,
 ) -> list[dict]:
     """All timings ("cost") and trainings ("nets") of a preset, or `only` one of them, recorded as they come; returns
-    the rows."""
+    the rows. `seeds`: of the networks; by default the preset's number of them, from `seed` on."""
     device, rows = device or ("cuda" if torch.cuda.is_available() else "cpu"), []
     cfg = PRESETS[preset]
     wanted = ("cost", "nets") if only is None else (check_choice("only", only, ("cost", "nets")),)
@@ -227,7 +228,8 @@ def run_experiments(
         for row in cost_experiment(**cfg["cost"], seed=seed, device=device):
             rows.append(record("halo", "cost", key=key, device=device, preset=preset, **row))
     data = halo_data(**cfg["data"], seed=seed) if "nets" in wanted else None
-    for run in range(seed, seed + cfg["seeds"]) if "nets" in wanted else ():
+    chosen = range(seed, seed + cfg["seeds"]) if seeds is None else seeds
+    for run in chosen if "nets" in wanted else ():
         settings = dict(seed=run, device=device, model=cfg["model"], steps=cfg["steps"], batch=cfg["batch"])
         for row in net_experiments(tuple(NETS), data, **settings):
             rows.append(record("halo", "nets", key=("net", "run", "steps"), device=device, preset=preset, **row))

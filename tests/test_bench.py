@@ -30,7 +30,7 @@ from attnbook.lab.bench import (
     sdpa,
     warm_up,
 )
-from attnbook.lab.plots import MARKS, PALETTE, look, plot_bars, plot_lines, roofline, style
+from attnbook.lab.plots import MARKS, PALETTE, _text_box, look, plot_bars, plot_lines, roofline, style
 from attnbook.lab.results import load_results, newest_device, record, results_dir, rows_from, stored_dir
 from attnbook.lab.testing import check_raises, device, make_qkv, rel_error
 
@@ -132,6 +132,7 @@ def test_newest_row_counts():
         rows = load_results("unittest", "a")
         assert [(r["device"], r["ms"]) for r in rows] == [("GPU one", 2.0), ("GPU two", 1.0)]
         assert rows[0]["dtype"] == "float16" and rows[0]["key"] == ["dtype", "shape"] and rows[0]["versions"]["torch"]
+        assert [r["ms"] for r in load_results("unittest", "a", every=True)] == [3.0, 2.0, 1.0]
         (b,) = load_results("unittest", "b", w=0.5)
         nan = record("unittest", "c", device="GPU one", n=1, window=None, ms=math.nan)
         assert nan["ms"] is None and nan["key"] == ["n", "window"]
@@ -404,4 +405,12 @@ def test_plots_draw_with_and_without_rows():
         )
         assert len(roofline([("ours", 1e12, 1e9, 3.0)], device="Test GPU 9").lines) == 2
         assert len(roofline([("ours", 1e12, 1e9, 3.0)], device="Unheard of").lines) == 1
+        ax = roofline([(f"ours, a name {i}", 1e12, 1e9, 3.0 + 0.1 * i) for i in range(8)], device="Test GPU 9")
+        boxes = [_text_box(t) for t in ax.texts]
+        assert len(boxes) == 10 and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    failed = plot_bars([rows[0], {"method": "flex", "ms_fwd": None}])
+    assert "failed" in failed.texts[1].get_text() and [t.get_text() for t in failed.get_yticklabels()] == [
+        "ours",
+        "flex",
+    ]
     plt.close("all")

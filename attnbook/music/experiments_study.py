@@ -31,7 +31,7 @@ from .reference import relative_attention_reference, relative_attention_skew
 # %% ../../nbs/2_position/music.ipynb #0b720920
 PRESETS = dict(
     smoke=dict(depth=1, dim=16, heads=2, ff=32, length=64, batch=2, steps=2, lr=3e-3, seeds=1, pieces=2, written=32),
-    cpu=dict(depth=2, dim=48, heads=4, ff=96, length=128, batch=8, steps=160, lr=6e-3, seeds=1, pieces=12, written=128),
+    cpu=dict(depth=2, dim=48, heads=4, ff=96, length=128, batch=8, steps=120, lr=6e-3, seeds=1, pieces=12, written=128),
     gpu=dict(
         depth=5, dim=512, heads=8, ff=512, length=512, batch=16, steps=800, lr=5e-4, seeds=3, pieces=70, written=384
     ),

@@ -74,7 +74,7 @@ from attnbook.convit.reference import (
     positional_scores,
     relative_positions,
 )
-from attnbook.convit.study import claims
+from attnbook.convit.study import claims, dense_places, flex_twice
 from attnbook.lab.data import skip_without
 from attnbook.lab.stats import Interval
 from attnbook.lab.testing import (
@@ -798,6 +798,14 @@ def test_networks_of_an_experiment():
     )
 
 
+@pytest.mark.parametrize("peer", (dense_places, flex_twice), ids=("dense places", "flex, twice"))
+def test_peers_agree(peer):
+    g = torch.Generator().manual_seed(0)
+    q, k, v, w, gate = (torch.randn(*s, generator=g) for s in (*[(2, 3, 12, 16)] * 3, (3, 3), (3,)))
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        assert rel_error(peer((3, 4))(q, k, v, w, gate), gpsa(q, k, v, w, gate, (3, 4), backend="torch")) < 1e-5
+
+
 VERDICTS = ["holds", "holds in part", "does not hold here", "not measured"]
 
 
@@ -1011,6 +1019,27 @@ def test_gains_are_those_of_the_best():
         torchs = _core_gain("ms_fwd", TORCH)
         assert torchs[0].ratio == 6 and torchs[0].failed == ("flex, twice",)
         assert ratio(_gain("training", "images_per_s", "batch")) == pytest.approx(4 / 3)  # more is better
+
+
+def test_claims_read_the_right_rows():
+    "Who is compared with whom, in which pass, and that a backward pass can spoil both."
+    row = lambda method, fwd, bwd, mb=1.0: dict(
+        method=method, ms_fwd=fwd, ms_bwd=bwd, peak_mb_fwd=mb, peak_mb_bwd=1.0, B=1, C=1, side=14
+    )
+    module = [row("ours", 1.0, 9.0), row("timm compiled", 4.0, 1.0, 6.0), row("timm", 0.1, 0.1, 0.1)]
+    core = [
+        row("ours, fused", 1.0, 9.0),
+        row("cudnn, content only", 1.0, 1.0),
+        row("flash, content only", 0.9, 9.0),
+        row("sdpa, dense places", 3.0, 15.0),
+    ]
+    training = [
+        dict(method=m, images_per_s=x, batch=1) for m, x in (("ours compiled", 4), ("timm compiled", 2), ("timm", 9))
+    ]
+    with rows_on_the_shelf(module=module, core=core, training=training):
+        found = [c.judge().verdict for c in claims() if c.where == "this chapter"]
+    no = "does not hold here"
+    assert found == ["not measured", "holds", no, "holds", "holds", no, "holds", "holds", "holds"]
 
 
 def test_claims_are_judged():

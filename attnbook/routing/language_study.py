@@ -116,15 +116,17 @@ def train_for(
     lr: float = 1e-3,
     watch: Callable[[nn.Module], dict] | None = None,
     looks: int = 4,
-    every: int = 8,
+    every: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict]:
     """Trains a model for some seconds of the clock, evaluations left out, or for a number of steps; leaves it in eval
     mode. Returns what `watch(model)` said `looks` times, each with `step` and `seconds`; the last at the end.
 
     The learning rate rises over the first tenth and falls by a cosine, by the share of seconds or steps that is gone.
-    The clock is read every `every` steps, after waiting for the GPU. Kernels are compiled before it starts."""
+    The clock is read every `every` steps (default: 8 on a GPU, after waiting for it, else 1). Kernels are compiled before
+    it starts."""
     device = torch.device(device)
+    every = every or (8 if device.type == "cuda" else 1)
     wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     opt = torch.optim.AdamW(parameter_groups(model.to(device).train(), 0.05), lr=lr)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..attention import attention_reference
 from ..checks import check_bool, check_broadcast, check_int, check_qkv, check_scale, check_tensor
 from .bands import BAND, BAND_BIAS, FULL, FULL_BIAS
-from .host import INTERPRETED, Plans, autocast, keep, resolve_backend, through_float32
+from .host import INTERPRETED, Kept, Plans, autocast, keep, resolve_backend, through_float32
 from .lists import LISTED, PACKED
 from .program import PROGRAMS, TileProgram
 from .run import empty_heads, plan_forward, run_forward, slot_shape
@@ -136,8 +136,12 @@ def tile_attention(
     """Runs a tile program: `(out, lse)` for q `(batch, heads, *axes, head_dim)`, k and v with `kv_heads` heads.
 
     The common entrance of all mechanisms, after their own checks. `scale` defaults to 1/sqrt(head_dim). Under autocast
-    the tensors are cast to autocast's type, as `scaled_dot_product_attention` does. `kept`: as for `Operation`; then they have been cast before.
+    the tensors are cast to autocast's type, as `scaled_dot_product_attention` does. `kept`: as for `Operation`; then they have been cast before, and `ints`,
+    `consts` are lists of at least one number.
     """
+    if type(kept) is Kept:
+        operands = operands if type(operands) is list else list(operands)
+        return tile_attention_op(q, k, v, extra_k, extra_v, operands, program.name, ints, consts, scale, kept=kept)
     if kept is None:
         q, k, v, extra_k, extra_v = autocast(q, k, v, extra_k, extra_v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -102,7 +102,7 @@ class Operation:
     def _call(self, args, grads, outputs, needs):
         "What `backward` gets."
         call = Call(dict(zip(self.parameters, args)))
-        call.grads, call.outputs, call.kept = grads, outputs, None
+        call.grads, call.outputs, call.kept, call.apart = grads, outputs, None, True
         call.needs = {n: [next(needs) for _ in args[i]] if n in self.lists else next(needs) for i, n in self.all_places}
         return call
 
@@ -166,7 +166,9 @@ class Operation:
 
 
 class Call:
-    "What `backward` gets: forward's arguments by name, and `grads`, `outputs`, `needs`, `kept`."
+    "What `backward` gets: forward's arguments by name, and `grads`, `outputs`, `needs`, `kept`, `apart`."
+
+    apart = False
 
     def __init__(self, arguments: dict):
         self.__dict__.update(arguments)
@@ -350,7 +352,7 @@ def operation(
     - `like(*args)`: empty tensors of the shapes, types and strides that `forward` returns; called with fake tensors, so no launches and no values.
     - `backward(call)`: gradients by parameter name, {"q": dq, …}. `call` holds forward's arguments by name, `call.grads` (one per output; None where no
       gradient came), `call.outputs`, and `call.needs` (by name a bool, for a list a list of bools). What is not needed may be left out. Without it the
-      operation has no gradient.
+      operation has no gradient. Where `call.apart`, no two gradients may share memory.
     - `gradients_like(call)`: what `backward` returns, as empty tensors. Default: like the arguments themselves.
     - `drop`: tensors, lists, and outputs by number or all as "outputs", that the backward pass does not need (None in `call`, not kept for it). `nondifferentiable`: outputs, by
       number, through which no gradient flows.

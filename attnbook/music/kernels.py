@@ -266,7 +266,7 @@ def music_fold(
     lanes = (d < D)[None, :]
     upper, lower = (r < reach)[:, None] & lanes, (r < tl.minimum(reach, last))[:, None] & lanes
     for part in range(0, splits * HEADS):
-        at = G + (part // HEADS).to(tl.int64) * sg[0] + (h + part % HEADS) * sg[2]
+        at = G + (h * 0 + part // HEADS) * sg[0] + (h + part % HEADS) * sg[2]
         at += r.to(tl.int64)[:, None] * sg[3] + d[None, :]
         acc += tl.load(at, mask=upper, other=0.0)
         acc += tl.load(at + sg[1], mask=lower, other=0.0)

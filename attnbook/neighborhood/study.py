@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROBLEMS', 'compare_problem', 'bench_problems', 'bench_windows', 'bench_sizes', 'NATTEN_H100', 'bench_natten',
-           'bench_simulator', 'simulated_times', 'UNJUDGED', 'claims']
+           'bench_simulator', 'simulated_times', 'bench_calls', 'UNJUDGED', 'claims']
 
 # %% auto #imports
 import math
@@ -16,13 +16,14 @@ import torch
 
 from ..engine import arch_of
 from ..lab.bench import compare, sdpa
+from ..lab.calls import call_costs
 from ..lab.claims import Claim, at_least, at_most, beyond_spread, grade, matches, not_measured, out_of_reach
 from ..lab.results import load_results, newest_device
 from ..lab.stats import by_seed, newest, over_seeds, speedups, spread
 from ..layers import count_parameters
 from .experiments_study import flex_peer
 from .nets import nat_base, nat_mini, nat_small, nat_tiny
-from .op import neighborhood_attention
+from .op import na2d, neighborhood_attention
 from .reference import neighborhood_attention_reference, neighborhood_cost, neighborhood_pairs, on_maps
 from .simulator import CALIBRATING, SIMULATED, StepCosts, kernel_tiles, simulate
 from .tiles import tile_waste
@@ -173,6 +174,14 @@ def simulated_times(rows: Iterable[Mapping]) -> tuple[StepCosts, dict[str, tuple
     if not SIMULATED.keys() <= us.keys() or rows[0]["processors"] < 128 or rows[0].get("arch") == "small":
         return None
     return simulate(us, rows[0]["processors"])
+
+# %% ../../nbs/3_locality/neighborhood.ipynb #95425a4e
+def bench_calls() -> Iterator[dict]:
+    "Host and GPU time of a small map and of the first problem above. Nothing without a GPU."
+    for B, H, side, w, D in ((1, 2, 16, 5, 32), (8, 8, 56, 7, 32)) if torch.cuda.is_available() else ():
+        inputs = [torch.randn(B, H, side, side, D, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+        ours = {"ours": lambda q, k, v, w=w: na2d(q, k, v, w)}
+        yield from call_costs("neighborhood", dict(B=B, side=side, w=w), ours, inputs, qkv=(B, H, side**2, D))
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #3d36d2a9
 def _rows(name, **where):

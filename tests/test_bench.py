@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import matplotlib.pyplot as plt
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -30,6 +31,7 @@ from attnbook.lab.bench import (
     sdpa,
     warm_up,
 )
+from attnbook.lab.calls import call_costs, call_ratios, calls_table
 from attnbook.lab.plots import MARKS, PALETTE, _text_box, look, plot_bars, plot_lines, roofline, style
 from attnbook.lab.results import load_results, newest_device, record, results_dir, rows_from, stored_dir
 from attnbook.lab.testing import check_raises, device, make_qkv, rel_error
@@ -374,6 +376,96 @@ def test_time_runs_out():
         rows = run_benchmarks("unittest_chapter", "pair", show=lines.append)
         assert [(r["n"], r["method"]) for r in rows] == [(1, "quick"), (1, "late"), (2, "quick"), (2, "late")]
     check_raises(run_benchmarks, [({"seconds": 0}, ValueError, "seconds")], chapter="bench")
+
+
+def call_row(method, fwd, grad, bwd, **more):
+    times = dict(host_us_fwd=fwd, host_us_grad=grad, host_us_bwd=bwd, gpu_us_fwd=5.0, gpu_us_bwd=6.0)
+    return dict(key=["N", "method"], N=8, method=method, date="2026", device="x", name="calls") | times | more
+
+
+@pytest.mark.parametrize(
+    "ours, linear, within",
+    [
+        ((13.0, 13.0, 30.0), None, True),
+        ((13.1, 13.0, 30.0), None, False),
+        ((13.0, 13.1, 30.0), None, False),
+        ((13.0, 13.0, 30.1), None, False),
+        ((20.0, 22.0, 50.0), (7.0, 9.0, 20.0), True),
+        ((20.0, 22.0, 50.0), (6.0, 9.0, 20.0), False),
+    ],
+    ids=["at the bars", "forward", "with gradients", "backward", "less the linear layers", "less too little"],
+)
+def test_bars_of_calls(ours, linear, within):
+    rows = [call_row("ours", *ours), call_row("sdpa", 10.0, 10.0, 20.0), call_row("sdpa", 1.0, 1.0, 1.0, N=9)]
+    rows += [call_row("linear layers", *linear)] if linear else []
+    (found,) = call_ratios(rows)
+    assert found["within"] == within and found["peer"] == "sdpa" and found["problem"] == {"N": 8}
+
+
+def test_compiled_calls_have_another_peer():
+    rows = [
+        call_row("ours, compiled", 10.0, 10.0, 20.0),
+        call_row("flex, compiled", 10.0, 10.0, 20.0),
+        call_row("sdpa", 1.0, 1.0, 1.0),
+    ]
+    assert call_ratios(rows)[0]["within"] and call_ratios(rows)[0]["peer"] == "flex, compiled"
+    rows[0]["host_us_bwd"] = 20.1
+    assert not call_ratios(rows)[0]["within"]
+    assert (
+        call_ratios([call_row("ours", None, None, None), rows[2]])
+        == []
+        == call_ratios([call_row("ours", 1.0, 1.0, 1.0)])
+    )
+
+
+def test_call_costs(tmp_path, monkeypatch):
+    "A row for each method, also for one that fails; the host's time is that until a call returns."
+    monkeypatch.setenv("ATTNBOOK_RESULTS", str(tmp_path))
+
+    def slow(q, k, v):
+        time.sleep(0.002)
+        return q * k * v
+
+    def broken(q, k, v):
+        raise ValueError("no")
+
+    inputs = [torch.randn(1, 1, 4, 8) for _ in range(3)]
+    with pytest.warns(UserWarning, match="broken failed: ValueError: no"):
+        rows = list(
+            call_costs(
+                "halo",
+                dict(N=4),
+                {"ours": slow, "broken": broken},
+                inputs,
+                qkv=(1, 1, 4, 8),
+                compiled=False,
+                calls=2,
+                rounds=3,
+            )
+        )
+    by = {r["method"]: r for r in rows}
+    assert (
+        list(by) == ["ours", "broken", "sdpa"] and by["broken"]["host_us_fwd"] is None and "no" in by["broken"]["note"]
+    )
+    assert (
+        2000 <= by["ours"]["host_us_fwd"] < 50000
+        and 2000 <= by["ours"]["host_us_grad"]
+        and by["ours"]["host_us_bwd"] < 2000
+    )
+    assert by["ours"]["gpu_us_fwd"] is None
+
+
+def test_table_of_calls(tmp_path, monkeypatch):
+    "Rows of a GPU make a table, with the multiple of the peer; without them it says so."
+    monkeypatch.setenv("ATTNBOOK_RESULTS", str(tmp_path))
+    with rows_from(tmp_path):
+        assert "not measured" in calls_table("halo")
+        for method, us in (("ours", 13.0), ("sdpa", 10.0)):
+            row = call_row(method, us, us, us)
+            row = {k: v for k, v in row.items() if k not in ("key", "date", "device", "name")}
+            record("halo", "calls", key=["N", "method"], device="a GPU", preset="gpu", **row)
+        table = calls_table("halo")
+    assert "1.30 / 1.30 / 1.30 of sdpa" in table and table.count("\n") == 3
 
 
 def test_one_look_per_method():

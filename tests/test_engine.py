@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnbook.attention import attention_mask, attention_reference
 from attnbook.engine.bands import BAND
-from attnbook.engine.host import BoundLaunch, Launch, Plans, arch_of, tl, triton
+from attnbook.engine.host import MOST_KEPT, BoundLaunch, Kept, Launch, Plans, arch_of, keep, tl, triton
 from attnbook.engine.op import attention, indexed_attention, tile_attention, tile_attention_op, varlen_attention
 from attnbook.engine.program import LAUNCH, register_launch
 from attnbook.engine.run import row_lists, scatter_rows
@@ -546,3 +546,51 @@ def test_plans_are_few_and_shared():
         assert list(pool.map(lambda i: plans.find(i % 5, lambda k: k, i % 5), range(400))) == [
             i % 5 for i in range(400)
         ]
+
+
+def test_decisions_are_not_fooled():
+    "One decision for calls alike; another for what differs in anything but numbers; none is kept where somebody traces."
+    plans, made = Plans(), []
+
+    def make(*tensors, **options):
+        made.append(options)
+        return len(made), {}
+
+    x, shifted = torch.zeros(4, 4, device=device()), torch.zeros(17, device=device())[1:].view(4, 4)
+    tensors = [(x,), (x.t(),), (x[:2],), (x.half(),), (shifted,), (None,), (x, None), (None, x), (x, x), (x.bool(),)]
+    options = [dict(a=a) for a in (1, 1.0, True, None, "1", (1,), (1.0,), (True,), ((1,),), ((1.0,),))]
+    options += [dict(a=1, b=2), dict(a=2, b=1)]
+    calls = [(t, dict(a=1)) for t in tensors[1:]] + [(tensors[0], o) for o in options]
+    for _ in range(2):
+        found = [plans.decide(make, t, o) for t, o in calls]
+        assert [n for n, _ in found] == list(range(1, len(calls) + 1)) and len(made) == len(calls)
+    assert all(type(kept) is Kept for _, kept in found) and len({id(kept) for _, kept in found}) == len(calls)
+    same = plans.decide(make, (torch.ones_like(x),), dict(a=1))  # other numbers, in another place
+    assert same is found[len(tensors) - 1] and plans.decide(make, (torch.nn.Parameter(x),), dict(a=1)) is same
+
+    class Subclass(Tensor):
+        pass
+
+    def anew(tensor, options):
+        before = len(made)
+        kept = plans.decide(make, (tensor,), options)[1]
+        assert len(made) == before + 1 and type(kept) is dict
+        return tensor
+
+    anew(x.as_subclass(Subclass), dict(a=1)), anew(x.to("meta"), dict(a=1)), anew(x, dict(a=[1]))
+    torch.func.vmap(lambda t: anew(t, dict(a=1)))(x[None])
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if before == "highest" else "highest")
+    try:
+        assert plans.decide(make, (x,), dict(a=1)) is not same
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert plans.decide(make, (x,), dict(a=1)) is same
+
+
+def test_kept_is_bounded():
+    "Gradients of ever other strides do not fill the memory."
+    kept = Kept()
+    for n in range(300):
+        keep(kept, lambda n=n: n, torch.zeros(2, n + 2, device=device())[:, :2])
+    assert len(kept) <= MOST_KEPT + 1

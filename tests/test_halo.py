@@ -696,12 +696,12 @@ def test_packed_under_autocast():
 
 
 def test_packed_operation():
-    qkv, tables = (
-        torch.randn(*size, device=device_under_test()).requires_grad_() for size in ((1, 2, 2, 48), (2 * 5, 16))
+    qkv, rel_height, rel_width = (
+        torch.randn(*size, device=device_under_test()).requires_grad_() for size in ((1, 4, 48), (5, 16), (5, 16))
     )
     check_opcheck(
         torch.ops.attnbook.halo_packed,
-        (qkv, tables, 1, [16, 16, 16], [2, 2, 2, 2, _float_bits(4.0)], [2, 1, 1, 0, 1], 0.25),
+        (qkv, rel_height, rel_width, 1, [16, 16, 16], [2, 2, 2, 2, _float_bits(4.0)], [2, 1, 1, 0, 1], 0.25, 1.0),
     )
 
 

@@ -62,9 +62,18 @@ from attnbook.music.midi import (
     write_midi,
 )
 from attnbook.music.nets import MusicTransformer, RelativeMultiheadAttention, generate, music_model, sample, token_nll
-from attnbook.music.op import relative_attention
+from attnbook.music.op import _padded, _plan_padding, relative_attention
 from attnbook.music.reference import relative_attention_reference
 from attnbook.music.study import _beyond, _gap, _gpu_slope, _peers, _slopes, claims
+
+
+@pytest.mark.parametrize("beyond", ["zero", "clip"])
+@pytest.mark.parametrize("M", [3, 40, 400], ids=lambda m: f"{m} rows")
+def test_padding_by_one_launch(M, beyond):
+    "The same bits as PyTorch's padding, also of a table whose rows are not side by side."
+    table = torch.randn(2, 2 * M, 5, device=device_under_test())[:, ::2]
+    rows = 40 if beyond == "clip" else min(M, 40)
+    assert torch.equal(_plan_padding(table, rows, beyond)(table), _padded(table, rows, beyond))
 
 
 def _qkv(L, M, H=2, D=16, B=1, dtype=torch.float32, shared=False, seed=0):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['plain_layer_eager', 'sdpa_layer', 'packed_sdpa_layer', 'layer_peers', 'gpu_layer', 'compare_layer', 'bench_layer',
-           'bench_fields', 'bench_widths', 'stack', 'bench_network', 'inference_bytes', 'bench_inference', 'DATA',
-           'TRAINING', 'PAPER_DEPTH', 'claims']
+           'bench_fields', 'bench_widths', 'stack', 'bench_network', 'inference_bytes', 'bench_inference',
+           'bench_calls', 'DATA', 'TRAINING', 'PAPER_DEPTH', 'claims']
 
 # %% auto #imports
 import math
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..lab.bench import compare
+from ..lab.calls import call_costs
 from ..lab.claims import Claim, beyond_interval, grade, matches, out_of_reach, over_range
 from ..lab.results import load_results
 from ..lab.stats import Speedup, interval, newest, speedups
@@ -185,6 +186,14 @@ def bench_inference() -> Iterator[dict]:
             bench="inference",
             bytes_fwd=float(least),
         )
+
+# %% ../../nbs/6_beyond_tokens/autoint.ipynb #c3d96382
+def bench_calls() -> Iterator[dict]:
+    "Host and GPU time of an interacting layer on 4 rows of 10 fields. Nothing without a GPU."
+    if torch.cuda.is_available():
+        make = lambda *size: torch.randn(size, device="cuda", dtype=torch.bfloat16)
+        inputs, ours = [make(4, 10, 16), make(4, 16, 32)], {"ours": partial(interacting_layer, num_heads=2)}
+        yield from call_costs("autoint", dict(fields=10), ours, inputs, qkv=(4, 2, 10, 16))
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #6599a238
 DATA = ("ml100k", "adult")

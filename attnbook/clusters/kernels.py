@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['order_key', 'largest_key', 'lane_maxima', 'row_limit', 'SELECT_LAUNCH', 'select_rows', 'launch_select', 'DRAWS',
            'enter_slots', 'enter_lists', 'slot_rows', 'fold_some', 'fold_many', 'put_rows', 'FOLD_LAUNCH', 'fold_slots',
-           'slot_room', 'find_slots', 'sum_slots']
+           'slot_room', 'find_slots', 'fold_launch', 'sum_slots']
 
 # %% auto #imports
 import torch
 from torch import Tensor
 
 from ..engine import arch_of, tl, triton
-from ..engine.host import bound, round_dim
+from ..engine.host import BoundLaunch, bound, round_dim
 
 # %% ../../nbs/1_foundations/12_clusters.ipynb #a1f00011
 @triton.jit
@@ -270,6 +270,23 @@ def find_slots(index: Tensor, n: int) -> tuple[Tensor, Tensor]:
         )
         launch(index, drawn, table)
     return drawn, table
+
+
+def fold_launch(heads: int, n: int, slots: int, dims: tuple[int, ...], mean: bool = False) -> BoundLaunch:
+    "A launch `(xs, ys, index, counts, table)` that sums the slots of every row of `heads` matrices, or takes means."
+    bm = FOLD_LAUNCH[0]
+    return BoundLaunch(
+        fold_slots,
+        (heads * triton.cdiv(n, bm),),
+        n,
+        slots,
+        MEAN=mean,
+        DS=dims,
+        BDS=tuple(map(round_dim, dims)),
+        R=DRAWS,
+        BM=bm,
+        num_warps=FOLD_LAUNCH[1],
+    )
 
 
 def sum_slots(xs: list[Tensor], index: Tensor, counts: Tensor, table: Tensor, mean: bool = False) -> list[Tensor]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['axis_softmax', 'positional_table', 'place_tile', 'unseen_zeros', 'gates', 'token_rows', 'load_tokens', 'store_tokens',
-           'gpsa_forward', 'gpsa_backward_dq', 'gpsa_backward_dkv', 'key_chunks', 'FUSED', 'fused_launch', 'fused_fits',
-           'mix_forward', 'mix_backward']
+           'gpsa_forward', 'gpsa_backward_dq', 'gpsa_backward_dkv', 'gpsa_head_sums', 'key_chunks', 'FUSED',
+           'fused_launch', 'fused_fits', 'mix_forward', 'mix_backward']
 
 # %% auto #imports
 import torch
@@ -298,6 +298,20 @@ def gpsa_backward_dkv(
         dk = tl.dot(p.to(q.dtype), q, dk, input_precision=PRECISION)  # [BN, BD]
     store_tokens(DK, b, h, j, j < N, sdk, dk * plain_scale, D, BD, WIDE)
     store_tokens(DV, b, h, j, j < N, sdv, dv, D, BD, WIDE)
+
+# %% ../../nbs/2_position/convit.ipynb #ed5d4e33
+@triton.jit
+def gpsa_head_sums(SUMS, DW, DGATE, H, TILES, PARTS, BR: tl.constexpr):
+    "dw [heads, 3] and dgate [heads] from the parts SUMS [batch * heads * TILES, 4], PARTS = batch * TILES. Grid: heads."
+    h, lane = tl.program_id(0), tl.arange(0, 4)
+    acc = tl.zeros([BR, 4], tl.float32)
+    for r0 in range(0, PARTS, BR):
+        r = r0 + tl.arange(0, BR)
+        row = ((r // TILES) * H + h) * TILES + r % TILES
+        acc += tl.load(SUMS + row[:, None] * 4 + lane[None, :], mask=(r < PARTS)[:, None], other=0.0)
+    total = tl.sum(acc, 0)
+    tl.store(DW + h * 3 + lane, total.to(DW.dtype.element_ty), mask=lane < 3)
+    tl.store(DGATE + h + lane * 0, total.to(DGATE.dtype.element_ty), mask=lane == 3)
 
 # %% ../../nbs/2_position/convit.ipynb #f234c8bd
 def key_chunks(N: int, most: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

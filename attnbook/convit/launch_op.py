@@ -19,6 +19,7 @@ from .kernels import (
     gpsa_backward_dkv,
     gpsa_backward_dq,
     gpsa_forward,
+    gpsa_head_sums,
     key_chunks,
     mix_backward,
     mix_forward,
@@ -83,9 +84,9 @@ def _plan_forward(q, k, v, out, pos_weight, Y, X, scale):
     def run(q, k, v, pos_weight, gate_logit, out):
         table = torch.zeros(H, width, width, device=out.device, dtype=kind)
         lse, moments = new(B, H, N), new(H, N, 3)
-        of_places(pos_weight, table, moments)
+        of_places.same(pos_weight, table, moments)
         if attend is not None:
-            attend(q, k, v, table, gate_logit, out, lse)
+            attend.same(q, k, v, table, gate_logit, out, lse)
         return lse, table, moments
 
     return run
@@ -93,7 +94,7 @@ def _plan_forward(q, k, v, out, pos_weight, Y, X, scale):
 
 def _launch_forward(q, k, v, pos_weight, gate_logit, out, Y, X, scale):
     "Fills out; returns LSE (base 2), table and moments."
-    key = signature(q, k, v, out, pos_weight), Y, X, scale
+    key = signature(q, k, v, out, pos_weight, gate_logit), Y, X, scale
     return _FORWARD.find(key, _plan_forward, q, k, v, out, pos_weight, Y, X, scale)(
         q, k, v, pos_weight, gate_logit, out
     )
@@ -140,24 +141,28 @@ def _plan_backward(do, q, k, v, dq, dk, dv, Y, X, scale):
         **options,
     )
 
+    fold, device = BoundLaunch(gpsa_head_sums, (H,), H, tiles, B * tiles, BR=128, num_warps=4), q.device
+
     def run(do, q, k, v, gate_logit, lse, table, moments, dq, dk, dv):
-        delta, sums = torch.empty_like(lse), lse.new_empty(B, H, tiles, 4)
-        run_dq(q, k, v, do, table, moments, gate_logit, lse, dq, delta, sums)
-        run_dkv(q, k, v, do, table, gate_logit, lse, delta, dk, dv)
-        sums = sums.sum((0, 2))
-        return sums[:, :3].clone(memory_format=torch.contiguous_format), sums[:, 3].clone()  # not views of one tensor
+        delta, sums = torch.empty_like(lse), torch.empty((B, H, tiles, 4), device=device, dtype=torch.float32)
+        run_dq.same(q, k, v, do, table, moments, gate_logit, lse, dq, delta, sums)
+        run_dkv.same(q, k, v, do, table, gate_logit, lse, delta, dk, dv)
+        kind = gate_logit.dtype
+        heads = torch.empty((H, 3), device=device, dtype=kind), torch.empty(H, device=device, dtype=kind)
+        fold.same(sums, *heads)
+        return heads
 
     return run
 
 
 def _launch_backward(do, q, k, v, gate_logit, lse, table, moments, dq, dk, dv, Y, X, scale, kept=None):
-    "Fills dq, dk, dv; returns the gradients of pos_weight (H, 3) and gate_logit (H,) in float32."
+    "Fills dq, dk, dv; returns the gradients of pos_weight (H, 3) and gate_logit (H,), in the type of both."
     if q.numel() == 0:
-        return moments.new_zeros(q.shape[1], 3), moments.new_zeros(q.shape[1])
+        return gate_logit.new_zeros(q.shape[1], 3), gate_logit.new_zeros(q.shape[1])
     tensors = do, q, k, v, dq, dk, dv
     make = lambda: _plan_backward(*tensors, Y, X, scale)
     alike = kept is not None and not INTERPRETED
-    run = keep(kept, make, do) if alike else _BACKWARD.find((signature(*tensors), Y, X, scale), make)
+    run = keep(kept, make, do) if alike else _BACKWARD.find((signature(*tensors, gate_logit), Y, X, scale), make)
     return run(do, q, k, v, gate_logit, lse, table, moments, dq, dk, dv)
 
 # %% ../../nbs/2_position/convit.ipynb #1448b4f9

@@ -87,7 +87,8 @@ class GPSA(nn.Module):
                 backend=self.backend,
                 route=self.route,
             )
-        return self.proj_drop(self.proj(out))
+        out = self.proj(out)
+        return self.proj_drop(out) if self.proj_drop.p and self.training else out
 
     def extra_repr(self):
         return f"num_heads={self.num_heads}"

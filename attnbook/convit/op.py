@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice, check_qkv, check_scale, check_tensor
-from ..engine import attention, resolve_backend
+from ..engine import INTERPRETED, attention, resolve_backend
 from ..engine.host import Plans, autocast, without_autocast
 from .kernels import fused_fits
 from .launch_op import gated_mix_op, gpsa_fused_op, gpsa_packed_op, packed_heads
@@ -88,7 +88,10 @@ def gpsa(
     )
     if spatial:
         q, k, v = (t.flatten(2, 3) for t in (q, k, v))
-    pos_weight, gate_logit = pos_weight.to(real).contiguous(), gate_logit.to(real).contiguous()
+    if route == "fused" and not return_parts:
+        pos_weight, gate_logit = _as_read(pos_weight, gate_logit)
+    else:
+        pos_weight, gate_logit = pos_weight.to(real).contiguous(), gate_logit.to(real).contiguous()
     back = (lambda t: t.unflatten(2, grid_size)) if spatial else lambda t: t
     with without_autocast(q):
         if not return_parts:
@@ -143,8 +146,15 @@ def gpsa_packed(
         q, k, v = packed_heads(qkv, len(gate_logit), 3)
         out = gpsa(q, k, v, pos_weight, gate_logit, grid_size, scale=scale, backend=backend, route=route)
         return out.transpose(1, 2).flatten(2)
-    pos_weight, gate_logit = pos_weight.float().contiguous(), gate_logit.float().contiguous()
+    pos_weight, gate_logit = _as_read(pos_weight, gate_logit)
     return gpsa_packed_op(qkv, pos_weight, gate_logit, *grid_size, number, kept=kept)[0]
+
+
+def _as_read(pos_weight, gate_logit):
+    "Head parameters as the kernels read them: of one type, contiguous."
+    if pos_weight.dtype != gate_logit.dtype or INTERPRETED:
+        pos_weight, gate_logit = pos_weight.float(), gate_logit.float()
+    return pos_weight.contiguous(), gate_logit.contiguous()
 
 
 def _decide_packed(qkv, pos_weight, gate_logit, *, grid_size, scale, backend, route):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['flex_twice', 'dense_places', 'bench_core', 'MODULE_PARAMETERS', 'functional', 'timm_gpsa', 'bench_module',
-           'bench_training', 'CANDIDATES', 'tune_gpsa', 'paper_claims', 'claims']
+           'bench_training', 'CANDIDATES', 'tune_gpsa', 'bench_calls', 'paper_claims', 'claims']
 
 # %% auto #imports
 import contextlib
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..attention import attention_bytes, attention_flops
 from ..engine import Launch, arch_of, triton
 from ..lab.bench import compare, measure, sdpa
+from ..lab.calls import call_costs
 from ..lab.claims import Claim, matches, out_of_reach, over_range
 from ..lab.train import compare_training
 from ..layers import count_parameters
@@ -270,6 +271,25 @@ def tune_gpsa(
                 times[kernel].append((measure(call, rep_ms=50, graph=True).ms, launch))
         times[kernel].sort(key=lambda t: t[0])
     return times
+
+# %% ../../nbs/2_position/convit.ipynb #377d8f33
+def bench_calls() -> Iterator[dict]:
+    "Host and GPU time of GPSA on 7 x 7 tokens, the operation and the module. Nothing without a GPU."
+    if torch.cuda.is_available():
+        make = lambda *size: torch.randn(size, device="cuda", dtype=torch.bfloat16)
+        inputs = [
+            *(make(2, 4, 49, 24) for _ in range(3)),
+            torch.randn(4, 3, device="cuda"),
+            torch.ones(4, device="cuda"),
+        ]
+        ours = {"ours": partial(gpsa, grid_size=(7, 7))}
+        yield from call_costs("convit", dict(what="operation"), ours, inputs, qkv=(2, 4, 49, 24))
+        layer = GPSA(96, 4).to("cuda", torch.bfloat16)
+        methods = {"ours": layer, "linear layers": lambda x: layer.proj(layer.packed(x)[..., :96])}
+        parameters = [*layer.parameters()]
+        yield from call_costs(
+            "convit", dict(what="module"), methods, [make(2, 49, 96)], parameters=parameters, qkv=(2, 4, 49, 24)
+        )
 
 # %% ../../nbs/2_position/convit.ipynb #e1d0a42f
 def paper_claims() -> list[Claim]:

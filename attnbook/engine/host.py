@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HAS_TRITON', 'triton', 'tl', 'TensorDescriptor', 'INTERPRETED', 'resolve_backend', 'arch_of', 'pretend', 'Launch',
-           'LaunchTable', 'BoundLaunch', 'signature', 'Plans', 'bound', 'keep', 'ORDINARY', 'on_device', 'processors',
-           'round_dim', 'dot_precision', 'needs_64_bit', 'through_float32', 'autocasting', 'autocast',
-           'without_autocast']
+           'LaunchTable', 'BoundLaunch', 'signature', 'Kept', 'Plans', 'bound', 'MOST_KEPT', 'keep', 'ORDINARY',
+           'on_device', 'processors', 'round_dim', 'dot_precision', 'needs_64_bit', 'through_float32', 'autocasting',
+           'autocast', 'without_autocast']
 
 # %% auto #imports
 import contextlib
@@ -350,6 +350,13 @@ def signature(*tensors: Tensor | None) -> tuple:
     )
 
 
+class Kept(dict):
+    """What calls alike share, beside what `Plans.decide` keeps for them: `Operation` and the functions it is made of put there what they decide.
+
+    An operation that gets one knows that its tensors are ordinary ones and that nobody traces: `decide` has looked.
+    """
+
+
 class Plans:
     """What calls decided, by key; the oldest goes when there are more than `most`. Threads may share it.
 
@@ -362,7 +369,7 @@ class Plans:
 
     def find(self, key, make: Callable, *args):
         "The plan kept under the key, or `make(*args)`, which is then kept."
-        key = key, LaunchTable.version, _PRETENDED[-1] if _PRETENDED else None, torch.get_float32_matmul_precision()
+        key = key, LaunchTable.version, _PRETENDED[-1] if _PRETENDED else None, _precision()
         try:
             plan = self.kept.get(key)
         except TypeError:
@@ -378,18 +385,42 @@ class Plans:
     def decide(self, make: Callable, tensors: tuple, options: dict):
         """`make(*tensors, **options)`, which must not depend on more than the tensors' signature and the options; kept for calls alike.
 
-        For the checks and choices of a public function. Where somebody traces, and for tensors that are no ordinary ones, it is made anew.
+        For the checks and choices of a public function. An empty dict among what `make` returns becomes a `Kept`, which belongs to the calls alike. Where
+        somebody traces, and for tensors that are no ordinary ones, it is made anew.
         """
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or _transformed():
             return make(*tensors, **options)
+        key = [make]
         for t in tensors:
-            if t is not None and type(t) not in ORDINARY or t is not None and t.is_meta:
+            if t is None:
+                key.append(None)
+            elif type(t) in ORDINARY and not t.is_meta:
+                key += t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15 == 0
+            else:
                 return make(*tensors, **options)
-        key = make, signature(*tensors), *options.values(), *map(_types, options.values())
+        values = options.values()
+        types = [*map(type, values)]
+        key += values
+        key += map(_types, values) if tuple in types else types  # 1, 1.0 and True are equal, and not the same
+        key += LaunchTable.version, _PRETENDED[-1] if _PRETENDED else None, _precision()
+        key = tuple(key)
         try:
-            return self.find(key, lambda: make(*tensors, **options))
-        except _Unhashable:  # a list, say: whoever checks it will say so
+            plan = self.kept.get(key)
+        except TypeError:  # a list, say: whoever checks it will say so
             return make(*tensors, **options)
+        if plan is None:
+            plan = make(*tensors, **options)
+            if type(plan) is tuple:
+                plan = tuple([Kept() if type(x) is dict and not x else x for x in plan])
+            with self.lock:
+                while len(self.kept) >= self.most:
+                    del self.kept[next(iter(self.kept))]
+                plan = self.kept.setdefault(key, plan)
+        return plan
+
+
+_precision = getattr(torch._C, "_get_float32_matmul_precision", torch.get_float32_matmul_precision)
+_transformed = torch._C._are_functorch_transforms_active
 
 
 def bound(kernel, grid: tuple[int, ...], *rest, **constants) -> BoundLaunch:
@@ -401,11 +432,17 @@ def bound(kernel, grid: tuple[int, ...], *rest, **constants) -> BoundLaunch:
 _BOUND = Plans(2048)
 
 
+#: how much an operation's `kept` may hold: variants of gradients, mostly
+MOST_KEPT = 64
+
+
 def keep(kept: dict, make: Callable, *tensors):
     "`make()`, kept in an operation's `kept` for calls whose further tensors, such as gradients, are alike too."
     key = make.__qualname__, *signature(*tensors)
     plan = kept.get(key)
     if plan is None:
+        if len(kept) > MOST_KEPT:
+            kept.clear()
         plan = kept[key] = make()
     return plan
 
@@ -419,6 +456,10 @@ class _Unhashable(Exception):
     "A key cannot be looked up."
 
 
+#: of a tensor's device it is known that CUDA runs
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
 #: types of tensors that come as they are; others (fake ones, subclasses) want to see what is done with them
 ORDINARY = (Tensor, torch.nn.Parameter)
 
@@ -428,7 +469,7 @@ def on_device(run: Callable) -> Callable:
 
     def wrapped(first, *rest):
         at = first if isinstance(first, Tensor) else first[0]
-        if at.is_cuda and at.get_device() != torch.cuda.current_device():
+        if at.is_cuda and at.get_device() != _current_device():
             with torch.cuda.device(at.device):
                 return run(first, *rest)
         return run(first, *rest)

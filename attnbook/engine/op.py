@@ -15,7 +15,7 @@ from torch import Tensor
 from ..attention import attention_reference
 from ..checks import check_bool, check_broadcast, check_int, check_qkv, check_scale, check_tensor
 from .bands import BAND, BAND_BIAS, FULL, FULL_BIAS
-from .host import INTERPRETED, Plans, autocast, resolve_backend, signature, through_float32
+from .host import INTERPRETED, Kept, Plans, autocast, keep, resolve_backend, through_float32
 from .lists import LISTED, PACKED
 from .program import PROGRAMS, TileProgram
 from .run import empty_heads, plan_forward, run_forward, slot_shape
@@ -50,30 +50,13 @@ def _tile_backward(call):
     do, dlse = call.grads
     out, lse = call.outputs
     do = torch.zeros_like(out) if do is None else do
-    wants = any(call.needs["operands"])
+    operands, extra = call.operands, call.extra_k is not None
+    wants = True in call.needs["operands"]
+    given = do, dlse, call.q, call.k, call.v, call.extra_k, call.extra_v, operands, out, lse
     if call.kept is not None and not INTERPRETED:  # all but the gradients is alike in calls that share `kept`
-        key = signature(do, dlse), wants
-        plan = call.kept.get(key)
-        if plan is None:
-            plan = call.kept[key] = plan_backward(
-                do,
-                dlse,
-                call.q,
-                call.k,
-                call.v,
-                call.extra_k,
-                call.extra_v,
-                call.operands,
-                out,
-                lse,
-                PROGRAMS[call.program],
-                call.ints,
-                call.consts,
-                call.scale,
-                wants,
-                None,
-            )
-        grads = plan(do, dlse, call.q, call.k, call.v, call.extra_k, call.extra_v, call.operands, out, lse, None)
+        make = lambda: plan_backward(*given, PROGRAMS[call.program], call.ints, call.consts, call.scale, wants, None)
+        plan = keep(call.kept, make, do, dlse, operands[0] if wants else None)
+        grads = plan(*given, None)
     else:
         run = lambda do, q, k, v, extra_k, extra_v, out: run_backward(
             do,
@@ -83,7 +66,7 @@ def _tile_backward(call):
             v,
             extra_k,
             extra_v,
-            call.operands,
+            operands,
             out,
             lse,
             call.program,
@@ -93,10 +76,14 @@ def _tile_backward(call):
             wants,
         )
         grads = through_float32(run, (do, call.q, call.k, call.v, call.extra_k, call.extra_v, out))
-    likes = [t for t in (call.q, call.k, call.v, call.extra_k, call.extra_v) if t is not None] + call.operands[:wants]
-    grads = [g if g.dtype == t.dtype else g.to(t.dtype) for g, t in zip(grads, likes)]
-    names = ("q", "k", "v") if call.extra_k is None else ("q", "k", "v", "extra_k", "extra_v")
-    return dict(zip(names, grads)) | dict(operands=grads[len(names) :] + [None] * (len(call.operands) - wants))
+        likes = [t for t in (call.q, call.k, call.v, call.extra_k, call.extra_v) if t is not None]
+        grads[: len(likes)] = [g if g.dtype == t.dtype else g.to(t.dtype) for g, t in zip(grads, likes)]
+    found = dict(zip(("q", "k", "v", "extra_k", "extra_v") if extra else ("q", "k", "v"), grads))
+    if wants:
+        grad = grads[-1]
+        grad = grad if grad.dtype == operands[0].dtype else grad.to(operands[0].dtype)
+        found["operands"] = [grad, *[None] * (len(operands) - 1)]
+    return found
 
 
 def _tile_gradients(call):
@@ -149,8 +136,12 @@ def tile_attention(
     """Runs a tile program: `(out, lse)` for q `(batch, heads, *axes, head_dim)`, k and v with `kv_heads` heads.
 
     The common entrance of all mechanisms, after their own checks. `scale` defaults to 1/sqrt(head_dim). Under autocast
-    the tensors are cast to autocast's type, as `scaled_dot_product_attention` does. `kept`: as for `Operation`; then they have been cast before.
+    the tensors are cast to autocast's type, as `scaled_dot_product_attention` does. `kept`: as for `Operation`; then they have been cast before, and `ints`,
+    `consts` are lists of at least one number.
     """
+    if type(kept) is Kept:
+        operands = operands if type(operands) is list else list(operands)
+        return tile_attention_op(q, k, v, extra_k, extra_v, operands, program.name, ints, consts, scale, kept=kept)
     if kept is None:
         q, k, v, extra_k, extra_v = autocast(q, k, v, extra_k, extra_v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

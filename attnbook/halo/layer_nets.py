@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checks import check_bool, check_choice, check_divides, check_int
 from ..engine import resolve_backend
 from ..engine.host import Plans
-from .op import PADDINGS, _check_inputs, _float_bits, _joined_tables, _unpack, halo_attention, halo_packed
+from .op import PADDINGS, _check_inputs, _float_bits, _unpack, halo_attention, halo_packed
 from .reference import _check_geometry, halo_attention_reference
 
 # %% ../../nbs/3_locality/halo.ipynb #fbd34a2b
@@ -99,18 +99,19 @@ class HaloAttention(nn.Module):
                 nn.init.trunc_normal_(table, std=self.head_dim**-0.5)
 
     def _packed(self, x):
-        "x `(batch, Y, X, dim)` -> queries, keys and values side by side, `(batch, Y, X, channels)`."
-        weight, bias, kind = self.qkv.weight, self.qkv.bias, x.device.type
-        if bias is None and x.movedim(-1, 1).is_contiguous() and not torch.is_autocast_enabled(kind):
+        "x `(batch, dim, Y, X)` -> queries, keys and values side by side, `(batch, Y * X, channels)`."
+        rows, weight = x.flatten(2).transpose(1, 2), self.qkv.weight
+        if self.qkv.bias is None and x.is_contiguous() and not torch.is_autocast_enabled(x.device.type):
             # channels first: multiplied as it lies, without a copy
-            return torch.bmm(x.flatten(1, 2), weight.t().expand(x.shape[0], -1, -1)).unflatten(1, x.shape[1:3])
-        return self.qkv(x)
+            return torch.bmm(rows, weight.t().expand(len(x), -1, -1))
+        return self.qkv(rows)
 
     def project(self, x: Tensor) -> list[Tensor]:
         "x `(batch, dim, Y, X)` -> q, k, v `(batch, heads, Y or ceil(Y / stride), X …, head_dim or v_dim)`, views."
-        x, s, n = x.movedim(1, -1), self.stride, self.widths[0]
+        s, n = self.stride, self.widths[0]
         if s == 1:
-            return _unpack(self._packed(x), self.num_heads, self.widths)
+            return _unpack(self._packed(x).unflatten(1, x.shape[2:]), self.num_heads, self.widths)
+        x = x.movedim(1, -1)
         weight, bias = self.qkv.weight, self.qkv.bias  # keys and values at all pixels, queries at a few
         few, all_ = (None, None) if bias is None else bias.split((n, len(bias) - n))
         q_weight, kv_weight = weight.split((n, len(weight) - n))
@@ -145,18 +146,18 @@ class HaloAttention(nn.Module):
         if x.dim() != 4 or x.shape[1] != self.dim:
             raise ValueError(f"x must have shape (batch, {self.dim}, Y, X), not {tuple(x.shape)}")
         if self.stride == 1 and self.rel_height is not None and resolve_backend(self.backend, x) == "triton":
-            out = self._attend_packed(self._packed(x.movedim(1, -1)))
-        else:
-            out = self.attend(*self.project(x))  # [B, H, Y, X, Dv]
+            return self._attend_packed(self._packed(x), tuple(x.shape[2:]))
+        out = self.attend(*self.project(x))  # [B, H, Y, X, Dv]
         out = out.movedim(1, -2).flatten(-2).movedim(-1, 1)  # [B, C, Y, X]
         return _ChannelsLast.apply(out.contiguous(memory_format=torch.channels_last))
 
-    def _attend_packed(self, qkv):
+    def _attend_packed(self, qkv, grid):
         "The same by the packed projection, whose gradient is written in one piece."
-        ints, consts, scale, factor, kept = _PACKED.decide(
+        widths, ints, consts, scale, factor, kept = _PACKED.decide(
             _decide_packed,
             (qkv, self.rel_height, self.rel_width),
             dict(
+                grid=grid,
                 heads=self.num_heads,
                 widths=self.widths,
                 block_size=self.block_size,
@@ -165,8 +166,8 @@ class HaloAttention(nn.Module):
                 scale_rel=self.scale_rel,
             ),
         )
-        tables = _joined_tables(qkv, self.rel_height, self.rel_width, None, factor)
-        return halo_packed(qkv, tables, self.num_heads, list(self.widths), ints, consts, scale, kept=kept)[0]
+        tables = self.rel_height, self.rel_width
+        return halo_packed(qkv, *tables, self.num_heads, widths, ints, consts, scale, factor, kept=kept)[0]
 
     def extra_repr(self):
         names = "dim dim_out num_heads head_dim block_size halo_size stride offsets padding scale_rel".split()
@@ -176,13 +177,13 @@ class HaloAttention(nn.Module):
 _PACKED = Plans()
 
 
-def _decide_packed(qkv, rel_height, rel_width, *, heads, widths, block_size, halo_size, padding, scale_rel):
-    "Checks; what `halo_packed` needs, the factor of the tables, and what is kept."
-    b, h, (Y, X) = block_size, halo_size, qkv.shape[1:3]
-    q, k, v = _unpack(qkv, heads, widths)
+def _decide_packed(qkv, rel_height, rel_width, *, grid, heads, widths, block_size, halo_size, padding, scale_rel):
+    "Checks; what `halo_packed` needs, and what is kept."
+    b, h, (Y, X) = block_size, halo_size, grid
+    q, k, v = _unpack(qkv.unflatten(1, grid), heads, widths)
     scale = _check_inputs(q, k, v, b, h, 1, padding, None, scale_rel, rel_height, rel_width)
-    ints = [Y, X, Y, X, _float_bits(1 / scale)]
-    return ints, [b, h, 1, int(padding == "zeros"), 1], scale, scale if scale_rel else 1, {}
+    ints, consts = [Y, X, Y, X, _float_bits(1 / scale)], [b, h, 1, int(padding == "zeros"), 1]
+    return list(widths), ints, consts, scale, scale if scale_rel else 1.0, {}
 
 # %% ../../nbs/3_locality/halo.ipynb #b96bf4c2
 def _from_timm_layer(layer, state, prefix=""):

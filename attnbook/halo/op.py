@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checks import check_bool, check_choice, check_qkv, check_scale, check_tensor
 from ..engine import INTERPRETED, find_launch, operation, resolve_backend, tile_attention
 from ..engine.host import Plans, autocast, keep, round_dim, through_float32, without_autocast
-from ..engine.run import empty_heads, packed_views, plan_forward, run_forward
+from ..engine.run import plan_forward, run_forward
 from ..engine.run_backward import plan_backward, run_backward
 from .kernels import HALO, HALO_REL, HALO_ZEROS, _query_tiles, halo_constants
 from .reference import _check_geometry, halo_attention_reference
@@ -175,43 +175,90 @@ def _kept(q, v, ints, consts, images):
     return [make(images), make(images if C.two_terms else 0)]
 
 # %% ../../nbs/3_locality/halo.ipynb #c65b93d9
-def _packed_plan(qkv, tables, heads, widths, ints, consts, scale):
+def _packed_views(qkv, heads, widths, ints):
+    "`(B, Y * X, channels)` -> views q, k, v `(B, heads, Y, X, head_dim or v_dim)`, blind to autograd."
+    (B, _, _), (Y, X), (sb, sp, sc), at, views = qkv.shape, ints[:2], qkv.stride(), qkv.storage_offset(), []
+    for width in widths:
+        dim = width // heads
+        views.append(qkv.as_strided((B, heads, Y, X, dim), (sb, dim * sc, X * sp, sp, sc), at))
+        at += width * sc
+    return views
+
+
+def _map_view(t, heads):
+    "A map `(B, channels, Y, X)` as `(B, heads, Y, X, v_dim)`."
+    (B, C, Y, X), (sb, sc, sy, sx) = t.shape, t.stride()
+    return t.as_strided((B, heads, Y, X, C // heads), (sb, C // heads * sc, sy, sx, sc))
+
+
+def _packed_plan(qkv, rel_height, rel_width, heads, widths, ints, consts, scale, factor):
     "The forward pass of all calls like this one."
-    run = plan_forward(*packed_views(qkv, heads, widths), None, None, [tables], HALO_REL, ints, consts, scale)
-    return lambda qkv, tables, *rest: run(*packed_views(qkv, heads, widths), None, None, [tables])
+    tables = _joined_tables(qkv, rel_height, rel_width, None, factor)
+    run = plan_forward(*_packed_views(qkv, heads, widths, ints), None, None, [tables], HALO_REL, ints, consts, scale)
+    (Y, X), C = ints[:2], widths[-1]
+    size, strides, same = (len(qkv), C, Y, X), (Y * X * C, 1, X * C, C), factor == 1
+    same = same and rel_height.dtype == rel_width.dtype == qkv.dtype
+
+    def planned(qkv, rel_height, rel_width, *rest):
+        pair = (rel_height, rel_width)
+        tables = torch.cat(pair) if same else _joined_tables(qkv, *pair, None, factor)
+        out, lse = run(*_packed_views(qkv, heads, widths, ints), None, None, [tables])
+        return out.as_strided(size, strides), lse, tables
+
+    return planned
 
 
 def _packed_forward(
-    qkv: Tensor, tables: Tensor, heads: int, widths: list[int], ints: list[int], consts: list[int], scale: float
-) -> tuple[Tensor, Tensor]:
+    qkv: Tensor,
+    rel_height: Tensor,
+    rel_width: Tensor,
+    heads: int,
+    widths: list[int],
+    ints: list[int],
+    consts: list[int],
+    scale: float,
+    factor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    "Output `(B, channels, Y, X)` with channels last, LSE, and both tables in one."
+    tables = _joined_tables(qkv, rel_height, rel_width, None, factor)
+
     def run(qkv):
-        return run_forward(*packed_views(qkv, heads, widths), None, None, [tables], HALO_REL.name, ints, consts, scale)
+        views = _packed_views(qkv, heads, widths, ints)
+        return run_forward(*views, None, None, [tables], HALO_REL.name, ints, consts, scale)
 
     out, lse = through_float32(run, (qkv,))
-    return out.to(qkv.dtype), lse
+    (Y, X), C = ints[:2], widths[-1]
+    return out.to(qkv.dtype).as_strided((len(qkv), C, Y, X), (Y * X * C, 1, X * C, C)), lse, tables
 
 
-def _packed_like(qkv, tables, heads, widths, ints, consts, scale):
-    q, _, v = _unpack(qkv, heads, widths)
-    return empty_heads(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
+def _packed_like(qkv, rel_height, rel_width, heads, widths, ints, consts, scale, factor):
+    B, (Y, X), (rows, dim) = qkv.shape[0], ints[:2], rel_height.shape
+    out = qkv.new_empty(B, Y, X, widths[-1]).permute(0, 3, 1, 2)
+    return out, qkv.new_empty(B, heads, Y, X, dtype=torch.float32), qkv.new_empty(2 * rows, dim)
 
 
 def _plan_packed_backward(do, qkv, tables, out, lse, heads, widths, ints, consts, scale):
     "A function (do, qkv, tables, out, lse) -> gradients of qkv, in one tensor, and of the tables, by a few images at a time."
-    given, shape, device = packed_views(qkv, heads, widths), qkv.shape, qkv.device
+    views = lambda t: _packed_views(t, heads, widths, ints)
+    given, shape, device, dtype = views(qkv), qkv.shape, qkv.device, qkv.dtype
     images = _images_at_once(given[0], given[2], tables, ints, consts)
     buffers = [(t.shape, t.dtype) for t in _kept(given[0], given[2], ints, consts, images)]
     make = lambda: [torch.empty(size, dtype=dtype, device=device) for size, dtype in buffers]
-    whole = None
+    last, whole = do.stride(1) == 1, None
+
+    def prepare(do):
+        return _map_view(do if last else do.contiguous(memory_format=torch.channels_last), heads)
+
     if images >= len(qkv):
-        into = packed_views(torch.empty(shape, dtype=qkv.dtype, device=device), heads, widths)
+        into, o = views(torch.empty(shape, dtype=dtype, device=device)), _map_view(out, heads)
         whole = plan_backward(
-            do, None, *given, None, None, [tables, *make()], out, lse, HALO_REL, ints, consts, scale, True, into
+            prepare(do), None, *given, None, None, [tables, *make()], o, lse, HALO_REL, ints, consts, scale, True, into
         )
 
     def run(do, qkv, tables, out, lse):
-        dqkv, operands = torch.empty(shape, dtype=qkv.dtype, device=device), [tables, *make()]
-        given, into = packed_views(qkv, heads, widths), packed_views(dqkv, heads, widths)
+        do, out = prepare(do), _map_view(out, heads)
+        dqkv, operands = torch.empty(shape, dtype=dtype, device=device), [tables, *make()]
+        given, into = views(qkv), views(dqkv)
         if whole:
             return dqkv, whole(do, None, *given, None, None, operands, out, lse, into)[3]
         dtables = torch.zeros(tables.shape, dtype=torch.float32, device=device)
@@ -226,21 +273,25 @@ def _plan_packed_backward(do, qkv, tables, out, lse, heads, widths, ints, consts
 
 def _packed_backward(call):
     "Gradients of qkv and of the tables, by the plan that is kept if there is one."
-    (do, _), (out, lse) = call.grads, call.outputs
+    do, (out, lse, tables) = call.grads[0], call.outputs
     rest = call.heads, call.widths, call.ints, call.consts, call.scale
     if call.kept is None or INTERPRETED:
-        run = lambda do, qkv, out: _plan_packed_backward(do, qkv, call.tables, out, lse, *rest)(
-            do, qkv, call.tables, out, lse
-        )
+        run = lambda do, qkv, out: _plan_packed_backward(do, qkv, tables, out, lse, *rest)(do, qkv, tables, out, lse)
         dqkv, dtables = through_float32(run, (do, call.qkv, out))
+        dqkv = dqkv.to(call.qkv.dtype)
     else:
-        plan = keep(call.kept, lambda: _plan_packed_backward(do, call.qkv, call.tables, out, lse, *rest), do)
-        dqkv, dtables = plan(do, call.qkv, call.tables, out, lse)
-    return dict(qkv=dqkv.to(call.qkv.dtype), tables=dtables.to(call.tables.dtype))
+        plan = keep(call.kept, lambda: _plan_packed_backward(do, call.qkv, tables, out, lse, *rest), do)
+        dqkv, dtables = plan(do, call.qkv, tables, out, lse)
+    dtables = dtables if call.factor == 1 else dtables * call.factor
+    rows, grads = len(dtables) // 2, {}
+    for name, part in (("rel_height", dtables[:rows]), ("rel_width", dtables[rows:])):
+        like = getattr(call, name)
+        grads[name] = part.clone() if call.apart and part.dtype == like.dtype else part.to(like.dtype)
+    return grads | dict(qkv=dqkv)
 
 
 def _packed_gradients(call):
-    return {n: t.new_empty(t.shape) for n, t in (("qkv", call.qkv), ("tables", call.tables))}
+    return {n: (t := getattr(call, n)).new_empty(t.shape) for n in ("qkv", "rel_height", "rel_width")}
 
 
 halo_packed = operation(
@@ -249,6 +300,6 @@ halo_packed = operation(
     like=_packed_like,
     backward=_packed_backward,
     gradients_like=_packed_gradients,
-    nondifferentiable=(1,),
+    nondifferentiable=(1, 2),
     plan=_packed_plan,
 )

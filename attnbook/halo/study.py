@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['bench_module', 'unfolded_attention', 'flex_blocks', 'CORES', 'bench_core', 'bench_sizes', 'bench_stages',
-           'bench_training', 'claims']
+           'bench_training', 'bench_calls', 'claims']
 
 # %% auto #imports
 import math
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..lab.bench import compare, flex, measure
+from ..lab.calls import call_costs
 from ..lab.claims import Claim, at_most, grade, matches, out_of_reach, over_range
 from ..lab.results import record
 from ..lab.train import training_step
@@ -128,9 +129,9 @@ def flex_blocks(shape: tuple[int, int], block_size: int, halo_size: int) -> Call
     place = lambda i: (i // (b * b) // across * b + i % (b * b) // b, i // (b * b) % across * b + i % b)
 
     def mask_mod(batch, head, i, j):
-        (y, x), (u, v) = place(i), place(j)
-        near = lambda q, k: (k >= q // b * b - h) & (k < q // b * b + b + h)
-        return near(y, u) & near(x, v)
+        block, (u, v) = i // (b * b), place(j)
+        near = lambda first, key: (2 * (key - first * b) - (b - 1)).abs() <= b - 1 + 2 * h  # from the block's middle
+        return near(block // across, u) & near(block % across, v)
 
     attend = flex(mask_mod)
     return lambda q, k, v, *_: attend(*(t.reshape(*t.shape[:2], tokens, -1) for t in (q, k, v))).unflatten(2, shape)
@@ -248,6 +249,19 @@ def bench_training() -> Iterator[dict]:
         yield from _time_training(
             "training", {"ours": ours, "ours compiled": ours, "timm": theirs, "timm compiled": theirs}, 64, 256
         )
+
+# %% ../../nbs/3_locality/halo.ipynb #cb278fe2
+def bench_calls() -> Iterator[dict]:
+    "Host and GPU time of the operation and of the module on a map of 16 x 16. Nothing without a GPU."
+    if torch.cuda.is_available():
+        make = lambda *size: torch.randn(size, device="cuda", dtype=torch.bfloat16)
+        inputs = [*(make(1, 2, 16, 16, 32) for _ in range(3)), make(21, 32), make(21, 32)]
+        tables = lambda q, k, v, y, x: halo_attention(q, k, v, 8, 3, rel_height=y, rel_width=x)
+        yield from call_costs("halo", dict(what="operation"), {"ours": tables}, inputs, qkv=(1, 2, 256, 32))
+        layer, x = HaloAttention(64, num_heads=2).to("cuda", torch.bfloat16), make(1, 64, 16, 16)
+        methods = {"ours": layer, "linear layers": lambda x: layer.qkv(x.flatten(2).transpose(1, 2))}
+        parameters = [*layer.parameters()]
+        yield from call_costs("halo", dict(what="module"), methods, [x], parameters=parameters, qkv=(1, 2, 256, 32))
 
 # %% ../../nbs/3_locality/halo.ipynb #586b16b5
 def claims() -> list[Claim]:

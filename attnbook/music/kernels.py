@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MusicConsts', 'music_k_span', 'music_q_span', 'music_mask', 'music_distances', 'music_rows', 'music_dot',
            'music_shift', 'music_tile', 'music_start', 'music_unskew', 'music_dq_add', 'music_dq', 'music_rel_grad',
-           'MUSIC_LAUNCH', 'music_launch']
+           'music_pad', 'music_fold', 'MUSIC_LAUNCH', 'music_launch']
 
 # %% auto #imports
 from collections.abc import Sequence
@@ -236,6 +236,42 @@ def music_rel_grad(
     tl.store(at, hi, mask=every[:, None] & (d < D)[None, :])
     if c > 0:
         tl.store(at + sg[1] - B * sg[3], lo, mask=every[:, None] & (d < D)[None, :])
+
+# %% ../../nbs/2_position/music.ipynb #62502f26
+@triton.jit
+def music_pad(
+    REL, OUT, sr, M, ROWS, PAD: tl.constexpr, CLIP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr
+):
+    "OUT [heads, ROWS + 2 PAD, BD]: the table [heads, M, D], zeros before it, zeros or (CLIP) its last row behind it. Grid: tiles of rows * heads."
+    tiles = tl.cdiv(ROWS + 2 * PAD, BM)
+    h, r = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)
+    n, d = r - PAD, tl.arange(0, BD)
+    if CLIP:
+        n = tl.minimum(n, M - 1)
+    inside = ((n >= 0) & (n < M))[:, None] & (d < D)[None, :]
+    x = tl.load(REL + h * sr[0] + n.to(tl.int64)[:, None] * sr[1] + d[None, :] * sr[2], mask=inside, other=0.0)
+    at = OUT + (h * (ROWS + 2 * PAD) + r)[:, None] * BD + d[None, :]
+    tl.store(at, x, mask=(r < ROWS + 2 * PAD)[:, None] & (d < BD)[None, :])
+
+
+@triton.jit
+def music_fold(
+    G, OUT, sg, scale, splits, reach, last, M, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr
+):
+    """OUT [heads or 1, M, D] = scale * the sum of G over parts, both halves and HEADS heads; rows from `reach` on have no
+    gradient, those from `last` on none in the second half. Grid: tiles of rows * heads of the table."""
+    tiles = tl.cdiv(M, BM)
+    h, r = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)
+    d, acc = tl.arange(0, BD), tl.zeros([BM, BD], tl.float32)
+    lanes = (d < D)[None, :]
+    upper, lower = (r < reach)[:, None] & lanes, (r < tl.minimum(reach, last))[:, None] & lanes
+    for part in range(0, splits * HEADS):
+        at = G + (h * 0 + part // HEADS) * sg[0] + (h + part % HEADS) * sg[2]
+        at += r.to(tl.int64)[:, None] * sg[3] + d[None, :]
+        acc += tl.load(at, mask=upper, other=0.0)
+        acc += tl.load(at + sg[1], mask=lower, other=0.0)
+    at = OUT + (h * M + r)[:, None] * D + d[None, :]
+    tl.store(at, (acc * scale).to(OUT.dtype.element_ty), mask=(r < M)[:, None] & lanes)
 
 # %% ../../nbs/2_position/music.ipynb #e45d4dd4
 #: the rows of queries must not exceed those of keys, of which there are 64 at most

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import check_qkv, check_scale, check_shape, check_tensor
 from ..engine import resolve_backend, tile_attention
-from ..engine.host import Plans, autocast, without_autocast
+from ..engine.host import Plans, autocast, autocasting, without_autocast
 from .programs import NEIGHBORHOOD, NEIGHBORHOOD_1D, NEIGHBORHOOD_BIAS
 from .reference import Flags, Sizes, neighborhood_attention_reference, neighborhood_axes
 
@@ -107,7 +107,28 @@ def neighborhood_attention(
     Raises ValueError or TypeError that names the argument, before any work.
     Source: NAT (CVPR 2023), DiNAT, FNA (NeurIPS 2024), GNA (arXiv 2504.16922).
     """
-    q, k, v, additional_keys, additional_values = autocast(q, k, v, additional_keys, additional_values)
+    extra = rel_pos_bias, additional_keys, additional_values
+    return _attend(q, k, v, *extra, window_size, stride, dilation, is_causal, scale, return_lse, backend)
+
+
+def _attend(
+    q,
+    k,
+    v,
+    rel_pos_bias,
+    additional_keys,
+    additional_values,
+    window_size,
+    stride,
+    dilation,
+    is_causal,
+    scale,
+    return_lse,
+    backend,
+):
+    "`neighborhood_attention`, all by position."
+    if autocasting(q):
+        q, k, v, additional_keys, additional_values = autocast(q, k, v, additional_keys, additional_values)
     program, ints, consts, axes, scale, kept = _DECIDED.decide(
         _decide,
         (q, k, v, rel_pos_bias, additional_keys, additional_values),
@@ -133,13 +154,12 @@ def neighborhood_attention(
                 return_lse=True,
             )
     else:
-        operands = () if rel_pos_bias is None else (rel_pos_bias.contiguous(),)
         out, lse = tile_attention(
             q,
             k,
             v,
             program,
-            operands=operands,
+            operands=() if rel_pos_bias is None else (rel_pos_bias.contiguous(),),
             ints=ints,
             consts=consts,
             scale=scale,
@@ -174,21 +194,8 @@ def na1d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     "`neighborhood_attention` on sequences: q `(B, H, X, D)`. Raises ValueError for another rank."
     _check_rank("na1d", q, 1)
-    return neighborhood_attention(
-        q,
-        k,
-        v,
-        window_size,
-        stride=stride,
-        dilation=dilation,
-        is_causal=is_causal,
-        scale=scale,
-        rel_pos_bias=rel_pos_bias,
-        additional_keys=additional_keys,
-        additional_values=additional_values,
-        return_lse=return_lse,
-        backend=backend,
-    )
+    extra = rel_pos_bias, additional_keys, additional_values
+    return _attend(q, k, v, *extra, window_size, stride, dilation, is_causal, scale, return_lse, backend)
 
 
 def na2d(
@@ -209,21 +216,8 @@ def na2d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     "`neighborhood_attention` on images: q `(B, H, X, Y, D)`. Raises ValueError for another rank."
     _check_rank("na2d", q, 2)
-    return neighborhood_attention(
-        q,
-        k,
-        v,
-        window_size,
-        stride=stride,
-        dilation=dilation,
-        is_causal=is_causal,
-        scale=scale,
-        rel_pos_bias=rel_pos_bias,
-        additional_keys=additional_keys,
-        additional_values=additional_values,
-        return_lse=return_lse,
-        backend=backend,
-    )
+    extra = rel_pos_bias, additional_keys, additional_values
+    return _attend(q, k, v, *extra, window_size, stride, dilation, is_causal, scale, return_lse, backend)
 
 
 def na3d(
@@ -244,18 +238,5 @@ def na3d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     "`neighborhood_attention` on volumes and video: q `(B, H, X, Y, Z, D)`. Raises ValueError for another rank."
     _check_rank("na3d", q, 3)
-    return neighborhood_attention(
-        q,
-        k,
-        v,
-        window_size,
-        stride=stride,
-        dilation=dilation,
-        is_causal=is_causal,
-        scale=scale,
-        rel_pos_bias=rel_pos_bias,
-        additional_keys=additional_keys,
-        additional_values=additional_values,
-        return_lse=return_lse,
-        backend=backend,
-    )
+    extra = rel_pos_bias, additional_keys, additional_values
+    return _attend(q, k, v, *extra, window_size, stride, dilation, is_causal, scale, return_lse, backend)

@@ -8,7 +8,9 @@ __all__ = ['axis_classes', 'axis_window', 'axis_keys', 'axis_mask', 'inverse_axi
            'neighborhood_pairs', 'neighborhood_cost', 'on_maps', 'flex_mask_mod']
 
 # %% auto #imports
+import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -265,27 +267,44 @@ def flex_mask_mod(
     """FlexAttention's `mask_mod` for a neighbourhood; tokens in row-major order or, with `tile` (sides that divide the
     map), tile by tile."""
     axes = neighborhood_axes(shape, window_size, stride, dilation, is_causal)
+    part = lambda i, sizes, a: i // math.prod(sizes[a + 1 :]) if a + 1 < len(sizes) else i
 
-    def coordinates(i):
+    def coordinate(i, a):
+        "Of token i on axis a. What a compiler would not find out is left out: the first axis needs no remainder."
         if tile is None:
-            return [i // math.prod(shape[a + 1 :]) % shape[a] for a in range(len(shape))]
+            return part(i, shape, a) if a == 0 else part(i, shape, a) % shape[a]
         inner, number, grid = i % math.prod(tile), i // math.prod(tile), [L // t for L, t in zip(shape, tile)]
-        return [
-            number // math.prod(grid[a + 1 :]) % grid[a] * tile[a] + inner // math.prod(tile[a + 1 :]) % tile[a]
-            for a in range(len(shape))
-        ]
+        number, inner = part(number, grid, a), part(inner, tile, a)
+        return (number if a == 0 else number % grid[a]) * tile[a] + (inner if a == 0 else inner % tile[a])
+
+    def seen(x, y, L, w, s, d, causal):
+        "Is key y in query x's window? By the fewest operations that say so."
+        if s == 1 and d == 1 and causal:
+            return (y <= x) & (y > x - w)
+        if s == 1 and d == 1 and w % 2:  # the window's middle stays away from the borders
+            return (y - x.clamp(w // 2, L - 1 - w // 2)).abs() <= w // 2
+        if s == 1 and d == 1:
+            start = (x - w // 2).clamp(0, L - w)
+            return (y >= start) & (y < start + w)
+        m, n, place = (x, L, y) if d == 1 else (x // d, (L - x % d + d - 1) // d, y // d)
+        if causal:
+            last = (m // s * s + s - 1).clamp(max=L - 1) if d == 1 else torch.minimum(m // s * s + s - 1, n - 1)
+            ok = (place > last - w) & (place <= m)
+        elif d == 1:
+            start = ((m // s * s + s // 2).clamp(max=L - 1) - w // 2).clamp(0, L - w)
+            ok = (place >= start) & (place < start + w)
+        else:
+            middle = torch.minimum(m // s * s + s // 2, n - 1) if s > 1 else m
+            start = torch.minimum((middle - w // 2).clamp(min=0), n - w)
+            ok = (place >= start) & (place < start + w)
+        return ok if d == 1 else ok & (x % d == y % d)
 
     def mask_mod(b, h, q_idx, kv_idx):
-        ok = q_idx >= 0
-        for (L, w, s, d, causal), x, y in zip(axes, coordinates(q_idx), coordinates(kv_idx)):
-            m, n, place = x // d, (L - x % d + d - 1) // d, y // d
-            if causal:
-                start = (torch.minimum(m // s * s + s - 1, n - 1) - w + 1).clamp(min=0)
-                ok = ok & (place >= start) & (place <= m)
-            else:
-                start = torch.minimum((torch.minimum(m // s * s + s // 2, n - 1) - w // 2).clamp(min=0), n - w)
-                ok = ok & (place >= start) & (place < start + w)
-            ok = ok & (x % d == y % d)
-        return ok
+        found = [
+            seen(coordinate(q_idx, a), coordinate(kv_idx, a), *axis)
+            for a, axis in enumerate(axes)
+            if axis.window_size < axis.length or axis.is_causal  # else the axis is seen whole
+        ]
+        return functools.reduce(operator.and_, found) if found else q_idx >= 0
 
     return mask_mod

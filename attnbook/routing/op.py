@@ -13,9 +13,11 @@ from torch import Tensor
 
 from ..attention import attention_reference
 from ..checks import check_bool, check_choice, check_int, check_qkv, check_scale, check_tensor
-from ..clusters import FAR_BELOW, list_attention, segment_attention
+from ..clusters import FAR_BELOW, segment_attention
+from ..clusters.op import attend_lists, decide_lists
 from ..clusters.programs import BAND_SELF
 from ..engine import BAND, resolve_backend, tile_attention
+from ..engine.host import Plans, autocast
 from .reference import Segments
 
 # %% ../../nbs/4_long_context/routing.ipynb #6d87bc80
@@ -83,21 +85,52 @@ def routed_attention(
 
     Rows that see no key give 0. Gradients for q, k, v, deterministic. Index values are trusted on a GPU.
     Raises ValueError or TypeError naming the argument. Source: Algorithm 1."""
+    how = dict(causal=causal, scale=scale, self_attention=self_attention, window=window, padded=padded, backend=backend)
+    lists = _lists_of(membership)
+    if lists is None:
+        causal, scale, window, (a, b) = _check_routed(q, k, v, membership, **how)
+        how = dict(causal=causal, scale=scale, self_attention=self_attention, window=window, backend=backend)
+        return segment_attention(q, k, v, a[1:], None if b is None else b[1:], **how)
+    same, (q, k, v) = k is q, autocast(q, k, v)
+    decided = _DECIDED.decide(_decide, (q, k, v, *lists), dict(same=same, **how))
+    a, b = (t if t is None or t.dtype == torch.int32 else t.to(torch.int32) for t in lists)
+    return attend_lists(q, k, v, a, b, decided)
+
+
+_DECIDED = Plans()
+
+
+def _lists_of(membership):
+    "Lists of queries and keys (None: shared), if the membership is made of tensors alone; else None, and the checks say what it is."
+    if isinstance(membership, Tensor):
+        return membership, None
+    pair = type(membership) in (tuple, list) and len(membership) == 2
+    return tuple(membership) if pair and all(isinstance(t, Tensor) for t in membership) else None
+
+
+def _check_routed(q, k, v, membership, *, causal, scale, self_attention, window, padded, backend):
+    "All checks; `causal`, `scale` and `window` as numbers, and both sides with int32 numbers."
     check_qkv(q, k, v)
     if q.shape[1] != k.shape[1]:
         raise ValueError(
             f"q has {q.shape[1]} heads and k {k.shape[1]}: every head has clusters of its own, so they must be equal"
         )
-    causal, padded, scale = check_bool("causal", causal), check_bool("padded", padded), check_scale(scale, q.shape[-1])
+    causal, scale = check_bool("causal", causal), check_scale(scale, q.shape[-1])
+    check_bool("padded", padded)
     window = check_int("window", window, least=1, optional=True)
     check_choice("self_attention", self_attention, ("include", "fallback"))
-    a, b = _check_membership(membership, q, k, window)
+    sides = _check_membership(membership, q, k, window)
     if window is not None and not causal:
         raise ValueError("window needs causal=True: it counts members backwards from the query")
-    how = dict(causal=causal, scale=scale, self_attention=self_attention, backend=backend)
-    if isinstance(a, Segments):
-        return segment_attention(q, k, v, a[1:], None if b is None else b[1:], window=window, **how)
-    return list_attention(q, k, v, a, b, padded=padded, **how)
+    return causal, scale, window, sides
+
+
+def _decide(q, k, v, a, b, *, same, causal, scale, self_attention, window, padded, backend):
+    "What is decided for lists."
+    membership = a if b is None else (a, b)
+    how = dict(self_attention=self_attention, padded=padded, backend=backend)
+    causal, scale, _, (a, b) = _check_routed(q, k, v, membership, causal=causal, scale=scale, window=window, **how)
+    return decide_lists(q, k, v, a, b, same=same, causal=causal, scale=scale, **how)
 
 # %% ../../nbs/4_long_context/routing.ipynb #b1000012
 def random_assignment(positions: Tensor, num_heads: int, num_clusters: int, salt: int = 0) -> Tensor:

@@ -67,7 +67,7 @@ PRESETS = dict(
         | dict(dim=256, depth=4, heads=4, length=1024, batch=16, lr=1.5e-3, finetune_lr=3e-4)
         | dict(steps=800, tuned=(0, 60), g=16, s=128, seeds=3, windows=64, methods=METHODS)
         | dict(groups=(8, 16, 32, 64), sizes=(32, 128), folder=""),
-        recall=dict(dim=128, depth=2, heads=4, length=256, pairs=16, vocab=128, batch=128, tuned=200, lr=1e-3, seeds=3)
+        recall=dict(dim=128, depth=2, heads=4, length=256, pairs=16, vocab=128, batch=128, tuned=400, lr=1e-3, seeds=3)
         | dict(lessons=((400, 16, 2), (300, 32, 4), (300, 64, 8), (400, 128, 16), (600, 256, 16)), s=32, tests=4)
         | dict(methods=("full", "cca 4", "cca 16", "cca 64", "sinks + window", "cca 4 + log g", "cca 16 + log g")),
     ),
@@ -248,7 +248,7 @@ def run_recall(preset: str = "cpu", device: str = "cpu", seed: int = 0) -> Itera
             for tuned in (0, cfg["tuned"]):
                 if tuned:
                     draw = lambda i, start=(seed + run) * 10**6 + 500_000: recall_batch(cfg, start + i)
-                    tune(model, batches=draw, steps=tuned, lr=cfg["lr"] / 4)
+                    tune(model, batches=draw, steps=tuned, lr=cfg["lr"] / 2)
                 for row in recall_rows(model, cfg, seed + run, device):
                     key, what = ("training", "run", "method", "tuned", "upto"), dict(method=method, tuned=tuned)
                     yield record("cca", "pairs", key=key, **common, **what, **row)

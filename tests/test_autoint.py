@@ -804,7 +804,10 @@ def test_claims_read_the_right_rows():
         dict(method=m, B=8, M=3, ms_fwd=x, ms_bwd=2 * x + 3 * (m != "ours"), peak_mb_bwd=x)
         for m, x in (("ours", 1.0), ("eager", 6.0), ("compiled", 4.0), ("sdpa compiled", 3.0))
     ]
-    with shelf(table=table_rows(), network=speed, inference=[r | dict(B=b) for r in speed for b in (1, 8)]) as judged:
+    sizes = [r | dict(B=b) for r in speed for b in (1, 8)]
+    with shelf(network=speed) as judged:  # one size is no range
+        assert [judged(x).verdict for x in ("than eager", "torch.compile", "peak memory")] == ["holds in part"] * 3
+    with shelf(table=table_rows(), network=sizes, inference=sizes) as judged:
         assert lead("ml100k", "AutoInt 2", "LR").mean == pytest.approx(0.2)
         ratios = [_faster("network", peers, TRAINING)[0].ratio for peers in (("eager",), ("compiled", "sdpa compiled"))]
         assert ratios == [21 / 3, 12 / 3]  # forward and backward together, the fastest peer
@@ -850,7 +853,7 @@ def test_a_size_without_the_peer_to_beat_does_not_count():
     with shelf(inference=[*rows, row("sdpa compiled", 8, 4.0)]) as judged:
         assert judged("inference 5 times").verdict == "holds in part"
     failed = row("sdpa compiled", 8, None)
-    with shelf(inference=[*rows, failed]) as judged:  # it was tried
+    with shelf(inference=[*rows, failed, *(r | dict(B=9) for r in (*rows, failed))]) as judged:  # it was tried
         assert judged("inference 5 times").verdict == "holds" and "sdpa compiled at" in judged("inference 5").reason
     small = [
         row("ours", 1, 1.0),

@@ -725,6 +725,9 @@ def test_honest_bits(membership, honest):
     x, y = (t.cpu() for t in (_tokens(2, 24), _tokens(2, 24, seed=1)))
     found = bits_per_byte(_small(membership), x, y, device_under_test(), False, prefixes=8)
     assert (abs(found["prefix"] - found["same"]) < 1e-4) == honest
+    model = _small(membership)  # the mean over all positions, in bits
+    nats = F.cross_entropy(model(x.to(device_under_test()))[0].flatten(0, 1).cpu(), y.flatten())
+    assert found["bits"] == pytest.approx(float(nats) / math.log(2), rel=1e-4)
 
 
 @contextmanager

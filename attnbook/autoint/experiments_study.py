@@ -27,7 +27,7 @@ PRESETS = dict(
     ),
     cpu=dict(
         table=dict(data=("ml100k", "adult"), rows=4000, epochs=2, batch=256, seeds=1, layers=(0, 1)),
-        orders=dict(orders=(2, 3), layers=(0, 1), fields=5, values=4, train=400, steps=3, batch=64, seeds=1),
+        orders=dict(orders=(2, 3), layers=(0, 1), fields=5, values=4, train=20_000, steps=250, batch=256, seeds=1),
         explain=dict(data=("adult",), rows=4000, epochs=2, batch=256, seeds=1),
     ),
     gpu=dict(

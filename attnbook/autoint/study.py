@@ -272,6 +272,17 @@ def _faster(
     return speedups([r for r in rows if size(r) in there], "B", "M", field=field, ours=("ours",), peers=peers) or None
 
 
+def _over_sizes(holds: float, in_part: float):
+    "As `over_range`, but one size is not a range: what holds at one only holds in part."
+
+    def rule(found):
+        verdict, reason = over_range(holds, in_part)(found)
+        one = verdict == "holds" and len(found) < 2
+        return ("holds in part", reason + "; one size only") if one else (verdict, reason)
+
+    return rule
+
+
 def _interaction_parameters():
     "Parameters of the three layers of the paper's network."
     return count_parameters(lambda: AutoInt(FieldEmbedding([2] * 39)).layers)
@@ -416,15 +427,15 @@ def claims() -> list[Claim]:
             "This chapter's aim: training three layers 5 times faster than eager",
             "5x",
             "this book",
-            over_range(5, 1),
+            _over_sizes(5, 1),
             measured=partial(_faster, "network", ("eager",), TRAINING),
-            scale="forward and backward, every batch and number of fields measured, one GPU",
+            scale="forward and backward, every batch and number of fields measured, two at least, one GPU",
         ),
         Claim(
             "This chapter's aim: 2 times faster than torch.compile",
             "2x",
             "this book",
-            over_range(2, 1),
+            _over_sizes(2, 1),
             measured=partial(_faster, "network", compiled, TRAINING),
             scale="the same; its fastest form",
         ),
@@ -432,7 +443,7 @@ def claims() -> list[Claim]:
             "This chapter's aim: a fifth of eager's peak memory in training",
             "5x",
             "this book",
-            over_range(5, 1),
+            _over_sizes(5, 1),
             measured=partial(_faster, "network", ("eager",), "peak_mb_bwd"),
             scale="the same",
         ),
@@ -440,7 +451,7 @@ def claims() -> list[Claim]:
             "This chapter's aim: whole-network inference 5 times faster than compiled",
             "5x",
             "this book",
-            over_range(5, 1),
+            _over_sizes(5, 1),
             measured=partial(_faster, "inference", compiled, "ms_fwd", needs="sdpa compiled"),
             scale="M 39, all batch sizes measured against the fastest form that torch.compile has, fused attention among "
             "them",

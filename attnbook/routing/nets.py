@@ -15,7 +15,7 @@ from torch import Tensor
 from ..attention import attention_reference
 from ..checks import check_bool, check_choice, check_divides, check_int, check_number
 from ..clusters import FAR_BELOW, take_rows
-from ..lm.reference import rope_frequencies, rotate
+from ..lm.reference import rotate
 from ..music import relative_attention, relative_attention_step
 from .kmeans_nets import OnlineKMeans
 from .membership_op import spherical_norm, topw_membership
@@ -122,8 +122,9 @@ class Router(nn.Module):
         "Normalised tokens `(B, H, n, d)`, turned by their positions from `start` on if the router is `rotary`."
         if not self.rotary or x.shape[-1] < 2:
             return x
-        frequencies = rope_frequencies(x.shape[-1] // 2 * 2)[0].to(x.device)
-        angles = torch.arange(start, start + x.shape[2], device=x.device)[:, None] * frequencies  # [n, d / 2]
+        r = x.shape[-1] // 2
+        frequencies = 1e4 ** -(torch.arange(r, device=x.device, dtype=torch.float32) / r)
+        angles = torch.arange(start, start + x.shape[2], device=x.device)[:, None] * frequencies  # [n, r]
         return rotate(x, angles.cos(), angles.sin())
 
     def update(self) -> None:

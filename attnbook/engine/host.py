@@ -384,9 +384,8 @@ class Plans:
             return make(*tensors, **options)
         if plan is None:
             plan = make(*tensors, **options)
-            if type(plan) is tuple:
-                plan = tuple([Kept() if type(x) is dict and not x else x for x in plan])
-            plan = self._store(key, plan)
+            kept = lambda x: Kept() if type(x) is dict and not x else x
+            plan = self._store(key, tuple(map(kept, plan)) if type(plan) is tuple else kept(plan))
         return plan
 
 

@@ -17,7 +17,16 @@ from attnbook.davit.channel_op import (
     channel_group_attention_packed,
     channel_layer_op,
 )
-from attnbook.davit.experiments_study import PAIR_KINDS
+from attnbook.davit.experiments_study import (
+    PAIR_KINDS,
+    PRESETS,
+    digit_pairs,
+    pairs_experiment,
+    reach,
+    record_experiments,
+    row_entropy,
+    scale_experiment,
+)
 from attnbook.davit.model_nets import (
     PARAMETERS,
     PUBLISHED_GMACS,
@@ -35,7 +44,7 @@ from attnbook.davit.model_nets import (
 )
 from attnbook.davit.nets import ChannelGroupAttention, ConvPositionalEncoding, Downsample, SpatialWindowAttention
 from attnbook.davit.reference import channel_attention_reference, window_numbers
-from attnbook.davit.study import _speedup, claims
+from attnbook.davit.study import _linear_slopes, _pair_gaps, _reached, _scale_effect, _speedup, claims
 from attnbook.davit.window_op import (
     window_attention,
     window_attention_op,
@@ -46,6 +55,8 @@ from attnbook.depthwise import depthwise_conv_op
 from attnbook.depthwise.kernels import DEPTHWISE_LAUNCH
 from attnbook.engine import arch_of
 from attnbook.engine.host import INTERPRETED
+from attnbook.lab.data import skip_without
+from attnbook.lab.stats import Interval
 from attnbook.lab.testing import (
     check_against_reference,
     check_autocast,
@@ -725,6 +736,98 @@ def test_models_refuse():
     check_raises(ConvPositionalEncoding, [(dict(kernel_size=4), ValueError, ["kernel_size", "4"])], channels=8)
 
 
+def test_reach():
+    "A window of 4 and a token around it; then the windows that these touch; and everything at once by channels."
+    (one, two), side = reach("window"), 32
+    assert one == 36 / side**2 and 36 / side**2 < two < 0.3
+    assert reach("channel") == [1, 1] and reach("dual") == [one, 1]
+    assert reach("window", window_size=32) == [1, 1]  # a window that is the map
+    check_raises(reach, [(dict(kind="both"), ValueError, "both")])
+
+
+def test_digit_pairs():
+    skip_without("sklearn")
+    x, y = digit_pairs(60, 48, 3, classes=4)
+    again, _ = digit_pairs(60, 48, 3, classes=4)
+    assert torch.equal(x, again) and x.shape == (60, 1, 48, 48) and 0.2 < y.double().mean() < 0.8
+    quarters = x.view(60, 2, 24, 2, 24).amax((2, 4)).flatten(1) > 0
+    assert (quarters.sum(1) == 2).all()  # two digits, never in one quarter
+    other, _ = digit_pairs(60, 32, 3, classes=2, test=True)
+    trained, _ = digit_pairs(400, 32, 4, classes=2)
+    pictures = lambda x: {
+        p.numpy().tobytes() for p in x.view(-1, 2, 16, 2, 16).transpose(2, 3).flatten(0, 2) if p.max() > 0
+    }
+    assert len(pictures(other)) > 50 and not pictures(other) & pictures(
+        trained
+    )  # no picture of the test was trained on
+
+
+def test_same_means_same():
+    "The label, from the pictures: two of one digit are nearer to each other than two of different ones."
+    skip_without("sklearn")
+    x, y = digit_pairs(200, 32, 0, classes=2)
+    parts = x.view(200, 2, 16, 2, 16).transpose(2, 3).flatten(1, 2)
+    pair = torch.stack([p[p.amax((1, 2)) > 0] for p in parts])
+    apart = (pair[:, 0] - pair[:, 1]).square().mean((1, 2))
+    assert apart[y == 1].mean() < 0.7 * apart[y == 0].mean()
+
+
+def test_experiments_run():
+    "The kinds differ in their blocks only and see the same canvases; rows hold what they say."
+    skip_without("sklearn")
+    c = PRESETS["smoke"]["pairs"]
+    data = *digit_pairs(32, 32, classes=3), *digit_pairs(16, 32, 5, classes=3, test=True)
+    settings = {n: c[n] for n in ("dims", "window", "steps", "batch")}
+    rows = pairs_experiment(data, seed=2, **settings)
+    assert [r["kind"] for r in rows] == list(PAIR_KINDS) and len({r["parameters"] for r in rows}) == 1
+    assert all(
+        r["accuracy"] == pytest.approx(r["curve"][-1], abs=1e-4) and r["run"] == 2 and r["stages"] == 2 for r in rows
+    )
+    check_raises(
+        pairs_experiment, [(dict(window=2), ValueError, ["window", "4"])], data=data, **settings | dict(window=4)
+    )
+    x, y = torch.randn(32, 1, 28, 28), torch.arange(32) % 10
+    found = scale_experiment(
+        x, y, x[:8], y[:8], **{n: PRESETS["smoke"]["scale"][n] for n in ("sizes", "dims", "steps", "batch")}
+    )
+    assert [(r["scale"], r["N"]) for r in found] == [
+        ("group_dim", 64),
+        ("group_dim", 144),
+        ("tokens", 64),
+        ("tokens", 144),
+    ]
+    assert all(0 < r["entropy"] <= 1 for r in found)
+
+
+def test_record_experiments(monkeypatch):
+    "Both experiments, seed by seed, with the pictures kept apart."
+    skip_without("sklearn", "mlxtend")
+    asked, pairs = [], digit_pairs
+    draw = lambda *args, **kw: asked.append(kw.get("test", False)) or pairs(*args, **kw)
+    monkeypatch.setitem(pairs_experiment.__globals__, "digit_pairs", draw)
+    monkeypatch.setitem(pairs_experiment.__globals__, "record", lambda chapter, name, **row: row | dict(name=name))
+    rows = record_experiments("smoke", "cpu", runs=[5], show=lambda line: None)
+    assert sorted(asked) == [False, True] and {r["run"] for r in rows} == {5}
+    assert [r["kind"] for r in rows if r["name"] == "pairs"] == list(PAIR_KINDS)
+    assert {(r["scale"], r["size"]) for r in rows if r["name"] == "scale"} == {
+        (s, n) for s in ("group_dim", "tokens") for n in (32, 48)
+    }
+
+
+def test_row_entropy():
+    "Even rows have entropy 1, rows of a single channel 0; of several layers the mean."
+    model = DaViT((16,), (2,), (1,), window_size=4, attn_types=("channel",), num_classes=2, in_channels=1)
+    layers = [m for m in model.modules() if isinstance(m, ChannelGroupAttention)]
+    even, one = torch.full((1, 1, 16, 16), 1 / 16), torch.eye(16)[None, None]
+    layers[0].weights, layers[1].weights = lambda x: even, lambda x: one
+    assert row_entropy(model, torch.zeros(1, 1, 32, 32)) == pytest.approx(0.5)
+    layers[1].weights = lambda x: even
+    assert row_entropy(model, torch.zeros(1, 1, 32, 32)) == pytest.approx(1)
+
+
+VERDICTS = ["holds", "holds in part", "does not hold here", "not measured"]
+
+
 def verdict(words, measured):
     "What the rule of the claim whose statement holds these words says."
     (claim,) = (c for c in claims() if words in c.statement)
@@ -732,43 +835,146 @@ def verdict(words, measured):
     return found if isinstance(found, str) else found[0]
 
 
-def accuracies(dual, window, channel, seeds=3.0):
-    "What the claims on digit pairs are judged by."
-    return dict(dual=dual, window=window, channel=channel) | {f"{kind} spread": seeds for kind in PAIR_KINDS}
+UP, DOWN, PERHAPS = Interval(3.0, 1.0, 4), Interval(-3.0, 1.0, 4), Interval(0.5, 1.0, 4)
+
+
+def pairs_of(window, channel, best=90.0):
+    "What the claim on digit pairs is judged by."
+    return {"over window": window, "over channel": channel, "best": best}
+
+
+def scales(tokens, group_dim, accuracy=95.0):
+    "What the claim on scales is judged by."
+    return {"tokens": tokens, "group_dim": group_dim, "tokens accuracy": 95.0, "group_dim accuracy": accuracy}
 
 
 RULES = {
-    "beat either alone": (accuracies(90, 80, 70), accuracies(82, 80, 70), accuracies(79, 80, 70)),
-    "window attention does not": (accuracies(90, 55, 70), accuracies(90, 65, 70), accuracies(56, 55, 70)),
-    "Cost is linear": tuple({"window": 1.0, "channel": c, "global": 2.0} for c in (1.1, 1.3, 1.6)),
-    "do not depend on the resolution": tuple(
-        {"tokens entropy": t, "group_dim entropy": g} for t, g in ((1.02, 0.6), (0.8, 0.7), (0.6, 0.7))
+    "beat either alone": (pairs_of(UP, UP), pairs_of(UP, PERHAPS), pairs_of(UP, DOWN), pairs_of(UP, UP, 60.0)),
+    "either alone": (pairs_of(UP, UP), pairs_of(PERHAPS, UP), pairs_of(DOWN, DOWN), pairs_of(PERHAPS, PERHAPS)),
+    "gives every layer": (
+        dict(channel=1.0, window=0.04),
+        dict(channel=1.0, window=0.5),
+        dict(channel=0.9, window=0.04),
     ),
-    "module is faster than timm's compiled": (1.2, 0.95, 0.94),
-    "window attention on whole maps": (0.95, 0.7, 0.69),
-    "step of DaViT-Tiny at 224 is faster than timm's, both": (1.3, 1.0, 0.9),
+    "Cost is linear": tuple(
+        {"window": 1.0, "channel": c, "global": g} for c, g in ((1.1, 2.0), (1.3, 2.0), (1.6, 2.0), (1.0, 1.2))
+    ),
+    "do not depend on the resolution": (scales(1.02, 0.6), scales(0.8, 0.7), scales(0.6, 0.7), scales(1.02, 0.6, 70.0)),
+    "module is faster than timm's, forward": ({"a": 1.2, "b": 2}, {"a": 0.95, "b": 2}, {"a": 0.94, "b": 2}, {}),
+    "PyTorch's best way, backward": ({"a": 1.2, "b": 2}, {"a": 0.95, "b": 2}, {"a": 0.94, "b": 2}),
+    "window attention on whole maps is no slower than fused attention on ready-made windows, backward": (
+        {"a": 0.95},
+        {"a": 0.7},
+        {"a": 0.69, "b": 2},
+    ),
+    "position encoding is faster than cuDNN's convolution and the sum, forward": (
+        {"a": 1.2},
+        {"a": 1.0},
+        {"a": 0.9, "b": 2},
+    ),
+    "than timm's, both as they are": ({"a": 1.3}, {"a": 1.0}, {"a": 0.9, "b": 2}),
 }
 
 
 @pytest.mark.parametrize("words", RULES)
 def test_rules(words):
-    assert [verdict(words, m) for m in RULES[words]] == ["holds", "holds in part", "does not hold here"]
+    for want, measured in zip(VERDICTS, RULES[words]):
+        assert verdict(words, measured) == want
+
+
+@contextlib.contextmanager
+def rows_on_the_shelf(**shelf):
+    "Within it the chapter reads these rows and no others."
+    row = dict(device="a GPU", versions={}, date="2026-01-01T00:00:00", preset="gpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(
+            _speedup.__globals__, "load_results", lambda _, name, **where: [row | r for r in shelf.get(name, ())]
+        )
+        yield
+
+
+def test_pairs_are_compared_by_seed():
+    "A seed that is easy for all kinds is no spread; short runs, one stage and old canvases do not count."
+    of = dict(window=80.0, channel=70.0, dual=85.0)
+    rows = [
+        dict(kind=k, run=run, accuracy=(a + 3 * run) / 100, stages=3, canvas=64, steps=900)
+        for k, a in of.items()
+        for run in range(3)
+    ]
+    noise = [dict(stages=1), dict(canvas=None), dict(steps=100)]
+    rows += [r | dict(accuracy=0.5) | change for r in rows for change in noise]
+    with rows_on_the_shelf(pairs=rows):
+        found = _pair_gaps()
+        assert found["over window"].mean == pytest.approx(5) and found["over channel"].mean == pytest.approx(15)
+        assert found["over window"].half < 1e-6 and found["best"] == pytest.approx(88) and found["over window"].n == 3
+    with rows_on_the_shelf(pairs=[r for r in rows if r["kind"] != "channel"]):
+        assert _pair_gaps() is None and _scale_effect() is None and _linear_slopes() is None
+
+
+def test_scales_and_slopes():
+    "The worst size counts, the trained size is the base, and of both passes the steeper."
+    entropy = dict(tokens={64: 0.9, 256: 0.99, 1024: 0.9}, group_dim={64: 0.9, 256: 0.8, 1024: 0.45})
+    rows = [
+        dict(scale=s, run=run, N=n, entropy=e, accuracy=0.9 if n == 64 else 0.1, steps=9)
+        for s, by in entropy.items()
+        for n, e in by.items()
+        for run in range(3)
+    ]
+    times = [
+        dict(method=m, N=n, ms_fwd=n**a, ms_bwd=n**b)
+        for m, a, b in (("window", 1.0, 0.9), ("channel", 0.8, 1.2), ("global", 2.0, 2.0))
+        for n in (16, 64, 256, 1024)
+    ]
+    with rows_on_the_shelf(scale=rows, linear=times):
+        found = _scale_effect()
+        assert found["tokens"] == pytest.approx(1.1) and found["group_dim"] == pytest.approx(0.5)
+        assert found["tokens accuracy"] == pytest.approx(90)
+        assert _linear_slopes() == pytest.approx({"window": 1.0, "channel": 1.2, "global": 2.0})
+    with rows_on_the_shelf(scale=[r for r in rows if r["run"] < 2], linear=[t for t in times if t["N"] > 16]):
+        assert _scale_effect() is None and _linear_slopes() is None
 
 
 def test_speeds_are_those_of_the_fastest():
-    with pytest.MonkeyPatch.context() as patch:
-        row = dict(device="a GPU", versions={}, date="2026-01-01T00:00:00")
-        rows = [
-            row | dict(method=m, ms_fwd=t, images_per_s=1 / t)
-            for m, t in (("ours", 4.0), ("ours compiled", 2.0), ("timm compiled", 3.0), ("timm", 1.0))
-        ]
-        patch.setitem(_speedup.__globals__, "load_results", lambda *_, **__: rows)
-        assert _speedup("channel", ("timm compiled",)) == 1.5 and _speedup("channel", ("timm",)) == 0.5
-        assert abs(_speedup("training", ["timm"], "images_per_s", ["ours"]) - 0.25) < 1e-9
-        assert _speedup("channel", ("nobody",)) is None
+    rows = [
+        dict(method=m, ms_fwd=t * n, ms_bwd=t, images_per_s=1 / t, N=n)
+        for m, t in (("ours", 4.0), ("ours compiled", 2.0), ("timm compiled", 3.0), ("timm", 1.0))
+        for n in (1, 2)
+    ]
+    with rows_on_the_shelf(channel=rows, training=rows):
+        assert [s.ratio for s in _speedup("channel", ("timm compiled",), "ms_fwd", "N")] == [1.5, 1.5]
+        assert _speedup("channel", ("timm", "timm compiled"), "ms_bwd", "N")[0].ratio == 0.5
+        assert _speedup("training", ["timm"], "images_per_s", "N", ours=["ours"])[0].ratio == pytest.approx(0.25)
+        assert _speedup("channel", ("nobody",), "ms_fwd", "N") is None
+
+
+def test_claims_read_the_right_rows():
+    "Who is compared with whom, and which pass: forward ours wins everywhere, backward nowhere."
+    both = lambda method, ms: dict(
+        method=method, ms_fwd=ms, ms_bwd=1 / ms, B=1, N=784, C=96, side=56, heads=3, window=7
+    )
+    rows = {
+        "channel": [both("ours", 0.5), both("timm V2 compiled", 1.0)],
+        "channel_core": [both("ours", 0.5), both("sdpa transposed", 1.0)],
+        "window": [both("ours", 0.5), both("efficient, pre-partitioned", 1.0), both("sdpa, partition", 0.1)],
+        "position": [both("ours", 0.5), both("torch compiled", 1.0)],
+    }
+    images = {"ours graphs": 10, "timm graphs": 5, "ours compiled": 2, "timm compiled": 4, "ours": 6, "timm": 5}
+    rows["training"] = [dict(method=m, images_per_s=x, size=224, batch=1) for m, x in images.items()]
+    with rows_on_the_shelf(**rows):
+        found = {c.statement: c.judge().verdict for c in claims()}
+    speeds = {part: [v for s, v in found.items() if s.endswith(f", {part}")] for part in ("forward", "backward")}
+    assert speeds == {"forward": ["holds"] * 4, "backward": ["does not hold here"] * 4}
+    assert [v for s, v in found.items() if "training step" in s] == ["holds", "does not hold here", "holds"]
+
+
+def test_one_scale_must_move():
+    assert verdict("do not depend on the resolution", scales(1.02, 1.05)) == "holds in part"
+    assert verdict("do not depend on the resolution", scales(0.98, 1.3)) == "holds"
 
 
 def test_claims_are_judged():
     found = {c.statement: c.judge() for c in claims()}
     assert len(found) == len(claims()) and all(v.reason for v in found.values() if v.verdict == "out of reach here")
     assert [v.verdict for s, v in found.items() if "Tiny to Giant" in s] == ["holds", "holds"]
+    assert [v.verdict for s, v in found.items() if "every layer a global view" in s] == ["holds"]
+    assert _reached() == dict(channel=1.0, window=36 / 32**2)  # after one block, not two

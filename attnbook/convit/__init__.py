@@ -10,6 +10,7 @@ __all__ = ['gpsa', 'gpsa_packed', 'gpsa_reference', 'gpsa_attention_reference', 
            'model_gates', 'from_timm']
 
 # %% auto #imports
+from .inside_nets import model_gates, model_nonlocality, nonlocality
 from .nets import (
     GPSA,
     ConViT,
@@ -28,9 +29,6 @@ from .nets import (
     deit_small,
     deit_tiny,
     from_timm,
-    model_gates,
-    model_nonlocality,
-    nonlocality,
 )
 from .op import gpsa, gpsa_packed
 from .reference import (

@@ -10,122 +10,127 @@ import math
 
 import numpy as np
 
-from ..lab.claims import grade
-from ..lab.results import load_results
-from ..lab.stats import over_seeds, speedups, spread
+from ..lab.claims import all_of, beyond_interval
+from ..lab.results import load_results, newest_device
+from ..lab.stats import Speedup, by_seed, interval, paired, speedups
 from .experiments_study import KINDS, PRESETS
 from .nets import PUBLISHED_GMACS, VARIANTS, convit_macs
 
 # %% ../../nbs/2_position/convit.ipynb #a05fcd05
-def _accuracy(name, **where):
-    "accuracy(**more) -> list of percentages over seeds, from the longest runs of the gpu preset."
-    rows = load_results("convit", name, preset="gpu", **where)
+def _runs(name, **where):
+    "Rows of the gpu preset's longest runs, from the device that was measured last."
+    rows = newest_device(load_results("convit", name, preset="gpu", **where))
     longest = max((r["steps"] for r in rows), default=0)
-    rows = [r for r in rows if r["steps"] == longest]
-    return lambda **more: [100 * r["accuracy"] for r in rows if all(r[n] == v for n, v in more.items())]
+    return [r for r in rows if r["steps"] == longest]
+
+
+def _percent(rows, **where):
+    "Seed -> accuracy in percent."
+    return {run: 100 * a for run, a in by_seed(rows, "accuracy", **where).items()}
+
+
+def _twin():
+    "Mean accuracy (%) of the DeiT twin on all data: what shows whether the networks have learnt anything."
+    found = _percent(_runs("sample_efficiency"), kind="DeiT", fraction=1.0)
+    return float(np.mean(list(found.values()))) if found else None
 
 
 def _relative_gains():
-    "Relative gain of ConViT over its twin (%) and its spread over seeds, at the smallest share and at all data."
-    rows = load_results("convit", "sample_efficiency", preset="gpu")
-    get, shares = _accuracy("sample_efficiency"), sorted({r["fraction"] for r in rows})
-    found = {}
+    "Relative gain of ConViT over its twin (%), by seed, at the smallest share and at all data, and how much it falls."
+    rows = _runs("sample_efficiency")
+    shares, gains = sorted({r["fraction"] for r in rows}), []
     for share in (shares[0], shares[-1]) if len(shares) > 1 else ():
-        pair = get(kind="ConViT", fraction=share), get(kind="DeiT", fraction=share)
-        if min(map(len, pair)) < 3:
-            return None
-        gains = [100 * (a / b - 1) for a, b in zip(*pair)]
-        found |= {f"gain at {share:.0%}": over_seeds(gains).mean, f"spread at {share:.0%}": spread(gains)}
-    return found or None
+        ours, twin = (_percent(rows, kind=kind, fraction=share) for kind in ("ConViT", "DeiT"))
+        gains.append({run: 100 * (ours[run] / twin[run] - 1) for run in ours if run in twin})
+    if not gains or not all(gains):
+        return None
+    small, full = gains
+    return {
+        f"gain at {shares[0]:.0%}": interval(small.values()),
+        f"at {shares[-1]:.0%}": interval(full.values()),
+        "fall": paired(small, full),
+        "twin": _twin(),
+    }
 
 
 def _full_data():
-    "Accuracy of ConViT less its twin's (points), and the larger spread over seeds."
-    get = _accuracy("sample_efficiency", fraction=1.0)
-    pair = get(kind="ConViT"), get(kind="DeiT")
-    if min(map(len, pair)) < 3:
-        return None
-    return dict(gap=over_seeds(pair[0]).mean - over_seeds(pair[1]).mean, spread=spread(*pair))
+    "Accuracy of ConViT less its twin's on all data (points), by seed."
+    ours, twin = (_percent(_runs("sample_efficiency"), kind=kind, fraction=1.0) for kind in ("ConViT", "DeiT"))
+    gap = paired(ours, twin)
+    return gap and dict(gap=gap, twin=_twin())
 
 
 def _ablation_gaps():
-    "Accuracy of the full ConViT less each variant's (points) at the smaller share, and the largest spread over seeds."
-    rows = load_results("convit", "ablation", preset="gpu")
-    get, share = _accuracy("ablation"), min((r["fraction"] for r in rows), default=0)
-    lists = {kind: get(kind=kind, fraction=share) for kind in KINDS}
-    if min(map(len, lists.values())) < 3:
-        return None
-    full = over_seeds(lists["ConViT"]).mean
-    gaps = {kind: full - over_seeds(v).mean for kind, v in lists.items() if kind != "ConViT"}
-    return gaps | dict(spread=spread(*lists.values()))
+    "Accuracy of the full ConViT less each variant's (points) at the smaller share, by seed."
+    rows = _runs("ablation")
+    share = min((r["fraction"] for r in rows), default=0)
+    of = {kind: _percent(rows, kind=kind, fraction=share) for kind in KINDS}
+    gaps = {kind: paired(of["ConViT"], of[kind]) for kind in KINDS if kind != "ConViT"}
+    return None if None in gaps.values() else gaps | dict(twin=_twin())
 
 # %% ../../nbs/2_position/convit.ipynb #93a5d1ad
-def _locality(kind, at_end=True):
-    "Over seeds: nonlocality (layers, heads) and gates of the longest gpu runs, at the start or at the end."
-    rows = [r for r in load_results("convit", "locality", preset="gpu") if r["kind"] == kind]
-    longest = max((r["steps"] for r in rows), default=0)
-    rows = [r for r in rows if r["steps"] == longest and r["at"] == (longest if at_end else 0)]
-    if len(rows) < 3:
-        return None
-    return np.mean([r["nonlocality"] for r in rows], 0), np.array([r["gates"] for r in rows])
+def _locality(kind, field, at_end=True):
+    "Seed -> mean over heads of the nonlocality or the gates of each layer, at the start or the end of the longest runs."
+    rows = [r for r in _runs("locality") if r["kind"] == kind and r["at"] == (r["steps"] if at_end else 0)]
+    return {r["run"]: np.array(r[field]).mean(-1) for r in rows}
 
 
 def _final_gates():
-    "Mean gate of the earlier and of the later layers after training, and of all at the start."
-    found = _locality("ConViT")
-    if found is None:
+    "After training, by seed: mean gate of the earlier less that of the later half of the layers; how far the later fell."
+    gates = _locality("ConViT", "gates")
+    if not gates:
         return None
-    gates = found[1].mean((0, 2))  # per layer
-    half = len(gates) // 2
-    return dict(early=float(gates[:half].mean()), late=float(gates[-half:].mean()), start=1 / (1 + math.exp(-1)))
+    half = len(next(iter(gates.values()))) // 2
+    early, late = (
+        {run: float(g.mean()) for run, g in part.items()}
+        for part in ({run: g[:half] for run, g in gates.items()}, {run: g[-half:] for run, g in gates.items()})
+    )
+    start = 1 / (1 + math.exp(-1))
+    fell = interval(start - g for g in late.values())
+    return {"early less late": paired(early, late), "late below the start": fell, "twin": _twin()}
 
 
 def _deit_locality():
-    "Mean distance at which DeiT's first layer looks, before and after training."
-    start, end = _locality("DeiT", False), _locality("DeiT")
-    return None if start is None or end is None else dict(start=float(start[0][0].mean()), end=float(end[0][0].mean()))
+    "By how much (%) the mean distance at which DeiT's first layer looks falls in training, by seed."
+    start, end = (_locality("DeiT", "nonlocality", at_end) for at_end in (False, True))
+    falls = [100 * float(1 - end[run][0] / start[run][0]) for run in end if run in start]
+    return dict(fall=interval(falls), twin=_twin()) if falls else None
 
 
 def _best_strength():
-    "Mean accuracy by locality strength, from the smallest on."
-    rows = load_results("convit", "strength", preset="gpu", gpsa_layers=PRESETS["gpu"]["gpsa_layers"])
-    get = _accuracy("strength", gpsa_layers=PRESETS["gpu"]["gpsa_layers"])
-    lists = {f"alpha {a:g}": get(locality_strength=a) for a in sorted({r["locality_strength"] for r in rows})}
-    enough = len(lists) == len(PRESETS["gpu"]["strengths"]) and min(map(len, lists.values())) >= 3
-    return {a: over_seeds(v).mean for a, v in lists.items()} if enough else None
+    "Accuracy with a locality strength of 1, the paper's, less that with the smallest and with the largest (points), by seed."
+    rows = _runs("strength", gpsa_layers=PRESETS["gpu"]["gpsa_layers"])
+    of = {a: _percent(rows, locality_strength=a) for a in sorted({r["locality_strength"] for r in rows})}
+    if 1.0 not in of or min(of) == 1.0 or max(of) == 1.0:
+        return None
+    gaps = {f"over {a:g}": paired(of[1.0], of[a]) for a in (min(of), max(of))}
+    return None if None in gaps.values() else gaps | dict(twin=_twin())
 
 
 def _transfer():
-    "Accuracy lost (points) from the trained size to the larger square, by kind."
-    (first, _), (large, _) = PRESETS["gpu"]["sizes"][:2]
-    found = {}
-    for kind in ("ConViT", "DeiT"):
-        get = _accuracy("resolution", kind=kind)
-        pair = get(height=first, width=first), get(height=large, width=large)
-        if min(map(len, pair)) < 3:
-            return None
-        found[kind] = over_seeds(pair[0]).mean - over_seeds(pair[1]).mean
-    return found
+    "Points that DeiT loses from the trained size to each other one, less those that ConViT loses, by seed."
+    rows, (first, *others) = _runs("resolution"), PRESETS["gpu"]["sizes"]
+    at = lambda kind, size: _percent(rows, kind=kind, height=size[0], width=size[1])
+    lost = lambda kind, size: {
+        run: a - at(kind, size)[run] for run, a in at(kind, first).items() if run in at(kind, size)
+    }
+    found = {f"{h} x {w}": paired(lost("DeiT", (h, w)), lost("ConViT", (h, w))) for h, w in others}
+    return None if None in found.values() else found | dict(twin=_twin())
 
 # %% ../../nbs/2_position/convit.ipynb #e991177e
 PLAIN = ("cudnn, content only", "flash, content only")
+TORCH = ("sdpa, dense places", "flex, twice")
 
 
-def _gain(bench, field, peers=("timm compiled",), ours=None, **where):
-    "How many times faster (or smaller) the best of ours is than the best of the peers, at one problem."
-    found = speedups(
-        load_results("convit", bench, preset="gpu", **where),
-        field=field,
-        peers=peers,
-        ours=ours,
-        more=field == "images_per_s",
-    )
-    return found[0].ratio if found else None
+def _gain(bench: str, field, *by: str, peers=("timm compiled",), ours=None) -> list[Speedup] | None:
+    "How many times faster (or smaller) the best of ours is than the best of the peers, at each problem."
+    rows = load_results("convit", bench, preset="gpu")
+    return speedups(rows, *by, field=field, peers=peers, ours=ours, more=field == "images_per_s") or None
 
 
 def _module_gain(field):
-    "Our module's time (or memory) against timm's compiled, at [256, 196, 384]."
-    return _gain("module", field, ours=("ours", "ours compiled"), B=256)
+    "Our module's time (or memory) against timm's compiled."
+    return _gain("module", field, "B", "C", ours=("ours", "ours compiled"))
 
 
 def _peak_memory(row):
@@ -134,33 +139,63 @@ def _peak_memory(row):
     return None if None in peaks else max(peaks)
 
 
-def _over_plain(field):
-    "Time of our attention part over PyTorch's fused attention of the content only, the faster backend, at 14 x 14."
-    found = _gain("core", field, peers=PLAIN, side=14)
-    return None if found is None else 1 / found
+def _core_gain(field, peers=PLAIN):
+    "Time of the peers' attention, by default of the content only, over that of ours, at each grid."
+    return _gain("core", field, "side", peers=peers)
 
 # %% ../../nbs/2_position/convit.ipynb #e3f651a0
+LEARNT = 50.0  # percent: what the twin must reach on all data, five times chance
+
+
 def _here():
     "On what the gpu preset's experiments were run."
     names = sorted({r["data"] for r in load_results("convit", "sample_efficiency", preset="gpu")})
-    return f"10 classes of {', '.join(names) or PRESETS['gpu']['data']}, 3 seeds, twin of equal width and depth"
+    data, seeds = ", ".join(names) or PRESETS["gpu"]["data"], PRESETS["gpu"]["seeds"]
+    return f"10 classes of {data}, {seeds} paired seeds, twin of equal width and depth"
+
+
+def _learnt(rule):
+    "Rule: `rule` where the twin has learnt, else not measured."
+
+    def judge(m):
+        if m["twin"] is None or m["twin"] < LEARNT:
+            return "not measured", "no twin on all data" if m[
+                "twin"
+            ] is None else f"under-trained: the twin reaches {m['twin']:.0f} %"
+        return rule(m)
+
+    return judge
+
+
+def _each_beyond(least, *names):
+    "Rule: every interval of these names lies above `least`; in part: not every one, but one does, and the others might."
+
+    def rule(m):
+        found = {n: beyond_interval(least)(m[n]) for n in names}
+        verdicts = [f if isinstance(f, str) else f[0] for f in found.values()]
+        if "holds" in verdicts and "does not hold here" not in verdicts and set(verdicts) != {"holds"}:
+            return "holds in part", "; ".join(f"{n}: {f[1]}" for n, f in found.items() if not isinstance(f, str))
+        return all_of(*(lambda m, n=n: beyond_interval(least)(m[n]) for n in names))(m)
+
+    return _learnt(rule)
 
 
 def _judge_gains(m):
-    small, spread, full, _ = m.values()
-    return grade(small > spread and small > full, small > 0 and small > full)
-
-
-def _judge_parts(*kinds):
-    return lambda m: grade(all(m[k] > m["spread"] for k in kinds), all(m[k] > 0 for k in kinds))
+    small = next(k for k in m if k.startswith("gain at"))
+    return _each_beyond(0, small, "fall")(m)
 
 
 def _judge_gates(m):
-    return grade(m["early"] > m["late"] and m["late"] < m["start"] - 0.05, m["early"] > m["late"])
+    apart, fell = m["early less late"], m["late below the start"]
+    return _learnt(all_of(lambda _: beyond_interval()(apart), lambda _: beyond_interval(0.05)(fell)))(m)
+
+
+def _judge_transfer(m):
+    return _each_beyond(1, *(k for k in m if k != "twin"))(m)
 
 
 def _judge_strength(m):
-    return grade(max(m, key=m.get) not in (list(m)[0], list(m)[-1]), False)
+    return _each_beyond(0, *(k for k in m if k != "twin"))(m)
 
 
 def _counted_gmacs():

@@ -8,6 +8,7 @@ __all__ = ['PRESETS', 'KINDS', 'small_vit', 'experiment_data', 'class_share', 'N
 
 # %% auto #imports
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,10 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice
-from ..lab.data import Batches, image_classification, image_tensor, standardise
+from ..lab.data import image_classification, image_tensor, standardise
 from ..lab.results import record
-from ..lab.train import cross_entropy, evaluate_accuracy, fit
-from .nets import GPSA, AddedScores, ConViT, DeiT, model_gates, model_nonlocality
+from ..lab.together import Trainee, train_together
+from ..lab.train import cross_entropy, evaluate_accuracy
+from ..layers import count_parameters
+from .inside_nets import AddedScores, model_gates, model_nonlocality
+from .nets import GPSA, ConViT, DeiT
 
 # %% ../../nbs/2_position/convit.ipynb #3a1c6cda
 PRESETS = dict(
@@ -74,11 +78,11 @@ PRESETS = dict(
         long=1200,
         batch=256,
         lr=2e-3,
-        seeds=3,
+        seeds=4,
         test=1000,
         fractions=(0.05, 0.1, 0.3, 0.5, 1.0),
         ablation=(0.1, 1.0),
-        strengths=(0.1, 0.5, 1.0, 2.0, 5.0),
+        strengths=(0.1, 1.0, 5.0),
         layers=(0, 2, 5, 6),
         sizes=((32, 32), (48, 48), (32, 48)),
     ),
@@ -160,56 +164,59 @@ class Experiments:
 
     def train(self, kind: str, fraction: float, run: int, **changes) -> tuple[ConViT, dict]:
         "The trained model, and a row with what it was, its accuracy, and gates and nonlocality over training."
-        key = (kind, fraction, run, *sorted(changes.items()))
-        if key not in self.trained:
-            self.trained[key] = self._train(kind, fraction, run, self.settings | changes)
-        return self.trained[key]
+        self.train_all([(kind, fraction, run, changes)])
+        return self.trained[kind, fraction, run, *sorted(changes.items())]
 
-    def _train(self, kind, fraction, run, c):
-        x, y, tx, ty = self.data
-        rows = class_share(y, fraction, run)
-        torch.manual_seed(run)
-        model, snapshots = small_vit(kind, **{n: c[n] for n in NETWORK if n in c}).to(self.device), []
+    def train_all(self, jobs: Sequence[tuple[str, float, int, dict]]):
+        """Trains what was not trained before of `(kind, share of the data, seed, changes of the settings)`; on a GPU
+        those with the same number of steps and images a batch side by side."""
+        groups = {}
+        for kind, fraction, run, changes in jobs:
+            key, c = (kind, fraction, run, *sorted(changes.items())), self.settings | changes
+            if key not in self.trained:
+                rows = self.rows(fraction, run)
+                groups.setdefault((c["steps"], min(c["batch"], len(rows))), {})[key] = (kind, fraction, run, c, rows)
+        for (steps, batch), group in groups.items():
+            self._train_group(steps, batch, group)
 
-        def look(model):
-            looks = model_nonlocality(model, tx[:32].to(self.device)).float().cpu()
-            gated = kind not in ("added scores", "DeiT") and model.gpsa_layers
-            gates = model_gates(model).cpu().tolist() if gated else []
-            snapshots.append(dict(nonlocality=looks.tolist(), gates=gates))
-            return evaluate_accuracy(model, tx, ty, device=self.device)
+    def rows(self, fraction: float, run: int) -> Tensor:
+        "The images of a seed's share of the data."
+        return class_share(self.data[1], fraction, run)
 
-        with torch.no_grad():
-            look(model.eval())
-        batches = Batches(x[rows], y[rows], batch_size=min(c["batch"], len(rows)), seed=run)
-        history = fit(
-            model,
-            cross_entropy,
-            batches,
-            steps=c["steps"],
-            lr=c["lr"],
-            seed=run,
-            device=self.device,
-            eval_fn=look,
-            eval_every=max(1, c["steps"] // 4),
-            progress=False,
-        )
-        at = [0] + [e["step"] for e in history.evals]
-        return model, dict(
-            kind=kind,
-            data=c["data"],
-            fraction=fraction,
-            run=run,
-            steps=c["steps"],
-            locality_strength=c.get("locality_strength", 1.0),
-            gpsa_layers=c["gpsa_layers"] if kind != "DeiT" else 0,
-            accuracy=history.evals[-1]["value"],
-            loss=float(np.mean(history.loss[-10:])),
-            parameters=sum(p.numel() for p in model.parameters()),
-            images=len(rows),
-            at=at,
-            snapshots=snapshots,
-            seconds=history.seconds,
-        )
+    def _train_group(self, steps, batch, group):
+        x, y, tx, ty = (t.to(self.device) for t in self.data)
+        shares, made = {}, {}
+        for key, (kind, fraction, run, c, rows) in group.items():
+            torch.manual_seed(run)
+            model = small_vit(kind, **{n: c[n] for n in NETWORK if n in c}).to(self.device)
+            images = shares.setdefault((fraction, run), (x[rows.to(self.device)], y[rows.to(self.device)]))
+            look = partial(_look, kind=kind, x=tx, y=ty)
+            with torch.no_grad():
+                first = look(model.eval())
+            made[key] = first, Trainee(model, cross_entropy, images, seed=run, lr=c["lr"], after=look)
+        every = max(1, steps // 4)
+        train_together([t for _, t in made.values()], steps=steps, batch_size=batch, every=every)
+        at = [0, *(step for step in range(1, steps + 1) if step % every == 0 or step == steps)]
+        for key, (first, t) in made.items():
+            kind, fraction, run, c, rows = group[key]
+            looks = [first, *t.evals]
+            row = dict(
+                kind=kind,
+                data=c["data"],
+                fraction=fraction,
+                run=run,
+                steps=steps,
+                locality_strength=c.get("locality_strength", 1.0),
+                gpsa_layers=c["gpsa_layers"] if kind != "DeiT" else 0,
+                accuracy=float(looks[-1][0]),
+                loss=float(np.mean(t.losses[-10:])),
+                parameters=count_parameters(t.model),
+                images=len(rows),
+                at=at,
+                snapshots=[dict(nonlocality=far.tolist(), gates=gates.tolist()) for _, far, gates in looks],
+                seconds=t.seconds / len(made),
+            )
+            self.trained[key] = t.model, row
 
     def write(self, name: str, key: Sequence[str], rows: list[dict], drop: Sequence[str] = ("snapshots", "at")):
         "Records the rows under the experiment's name, without the fields `drop`; returns them."
@@ -225,19 +232,34 @@ class Experiments:
             for r in rows
         ]
 
+
+def _look(model, *, kind, x, y):
+    "Accuracy on x and y, nonlocality of a few images, gates where they count: tensors, whose values are not read here."
+    right = sum((model(a).argmax(-1) == b).sum() for a, b in zip(x.split(512), y.split(512)))
+    gated = kind not in ("added scores", "DeiT") and model.gpsa_layers
+    return (
+        right.float() / len(y),
+        model_nonlocality(model, x[:32]).float(),
+        model_gates(model) if gated else x.new_empty(0),
+    )
+
 # %% ../../nbs/2_position/convit.ipynb #4049e204
 def sample_efficiency(e: Experiments) -> list[dict]:
     "1. ConViT and its DeiT twin on shares of the training set."
-    rows = [e.train(kind, f, run)[1] for run in e.seeds for f in e.settings["fractions"] for kind in ("ConViT", "DeiT")]
+    jobs = [(kind, f, run, {}) for run in e.seeds for f in e.settings["fractions"] for kind in ("ConViT", "DeiT")]
+    e.train_all(jobs)
+    rows = [e.train(*job, **changes)[1] for *job, changes in jobs]
     return e.write("sample_efficiency", ("kind", "fraction", "run", "steps"), rows)
 
 
 def escaping_locality(e: Experiments) -> list[dict]:
     "2. Gates and nonlocality of every layer and head over a longer training, on all data."
     rows, c = [], e.settings
+    longer = {} if c["long"] == c["steps"] else dict(steps=c["long"])
+    e.train_all([(kind, 1.0, run, longer) for kind in ("ConViT", "DeiT") for run in e.seeds])
     for kind in ("ConViT", "DeiT"):
         for run in e.seeds:
-            r = e.train(kind, 1.0, run, **({} if c["long"] == c["steps"] else dict(steps=c["long"])))[1]
+            r = e.train(kind, 1.0, run, **longer)[1]
             same = dict(kind=kind, data=r["data"], run=run, steps=r["steps"])
             rows += [dict(**same, at=at, **snapshot) for at, snapshot in zip(r["at"], r["snapshots"])]
     return e.write("locality", ("kind", "run", "steps", "at"), rows, drop=())
@@ -245,23 +267,19 @@ def escaping_locality(e: Experiments) -> list[dict]:
 
 def ablation(e: Experiments) -> list[dict]:
     "3. Full GPSA; gates frozen as they begin; no convolutional start; one softmax over added scores; plain attention."
-    rows = [e.train(kind, f, run)[1] for run in e.seeds for f in e.settings["ablation"] for kind in KINDS]
+    jobs = [(kind, f, run, {}) for run in e.seeds for f in e.settings["ablation"] for kind in KINDS]
+    e.train_all(jobs)
+    rows = [e.train(*job, **changes)[1] for *job, changes in jobs]
     return e.write("ablation", ("kind", "fraction", "run", "steps"), rows)
 
 
 def strength_and_layers(e: Experiments) -> list[dict]:
     "4. Locality strength at the start, and the number of GPSA layers, on all data."
-    rows = []
-    for run in e.seeds:
-        rows += [
-            e.train("ConViT", 1.0, run, **({} if a == 1.0 else dict(locality_strength=a)))[1]
-            for a in e.settings["strengths"]
-        ]
-        rows += [
-            e.train("ConViT", 1.0, run, gpsa_layers=n)[1]
-            for n in e.settings["layers"]
-            if n != e.settings["gpsa_layers"]
-        ]
+    changes = [{} if a == 1.0 else dict(locality_strength=a) for a in e.settings["strengths"]]
+    changes += [dict(gpsa_layers=n) for n in e.settings["layers"] if n != e.settings["gpsa_layers"]]
+    jobs = [("ConViT", 1.0, run, change) for run in e.seeds for change in changes]
+    e.train_all(jobs)
+    rows = [e.train(*job, **change)[1] for *job, change in jobs]
     for r in rows:
         r["last_gates"] = r["snapshots"][-1]["gates"]
     return e.write("strength", ("locality_strength", "gpsa_layers", "run", "steps"), rows)
@@ -270,6 +288,7 @@ def strength_and_layers(e: Experiments) -> list[dict]:
 def resolution_transfer(e: Experiments) -> list[dict]:
     "5. Networks trained on one grid, tested on a larger and on a rectangular one, position embedding interpolated."
     rows, (_, _, tx, ty) = [], e.data
+    e.train_all([(kind, 1.0, run, {}) for run in e.seeds for kind in ("ConViT", "DeiT")])
     for run in e.seeds:
         for kind in ("ConViT", "DeiT"):
             model, trained = e.train(kind, 1.0, run)
@@ -304,7 +323,8 @@ def run_experiments(
 ) -> list[dict]:
     """All five, or those whose names `only` lists, recorded; returns the rows.
 
-    An estimate for the gpu preset on an H100: 8 minutes, 2 of them for `escaping_locality`."""
+    The gpu preset trains 76 networks for 300 steps and 8 for 1,200, many side by side: an estimate for an H200 is two
+    minutes. Each experiment is recorded when it ends, the most important first."""
     e, rows = Experiments(preset, device, seed, steps, data), []
     for experiment in FIVE:
         if only is not None and experiment.__name__ not in only:

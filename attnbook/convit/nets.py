@@ -6,8 +6,7 @@
 __all__ = ['GPSA', 'square_grid', 'SelfAttention', 'Block', 'ConViT', 'DeiT', 'VARIANTS', 'DEIT_VARIANTS', 'convit', 'deit',
            'convit_tiny', 'convit_small', 'convit_base', 'convit_tiny_plus', 'convit_small_plus', 'convit_base_plus',
            'deit_tiny', 'deit_small', 'deit_base', 'PARAMETERS', 'DEIT_PARAMETERS', 'parameter_formula',
-           'PUBLISHED_GMACS', 'convit_macs', 'from_timm', 'nonlocality', 'model_nonlocality', 'model_gates',
-           'AddedScores']
+           'PUBLISHED_GMACS', 'convit_macs', 'from_timm']
 
 # %% auto #imports
 import math
@@ -19,19 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice, check_divides, check_int, check_probability, check_sizes
-from ..engine import attention
 from ..layers import DropPath, Mlp, drop_path_rates, init_linear
 from ..models import register_models
 from .launch_op import packed_heads
 from .op import gpsa_packed
-from .reference import (
-    _check_grid,
-    content_scores,
-    conv_init_,
-    gpsa_attention_reference,
-    positional_scores,
-    relative_positions,
-)
+from .reference import _check_grid, content_scores, conv_init_, gpsa_attention_reference
 
 # %% ../../nbs/2_position/convit.ipynb #f47213ec
 class GPSA(nn.Module):
@@ -150,7 +141,7 @@ class Block(nn.Module):
 
 # %% ../../nbs/2_position/convit.ipynb #c0bab6cf
 class ConViT(nn.Module):
-    """Images `(B, in_channels, H, W)` -> logits `(B, num_classes)`.
+    """Images `(B, in_channels, H, W)` -> logits `(B, num_classes)`, or features `(B, dim)` with num_classes=0.
 
     `gpsa_layers` of the `depth` blocks are GPSA (or what `make_attention(**settings)` gives), the rest plain attention.
     `token_first`: the class token joins at the start and has a position (DeiT), else before the first plain block.
@@ -236,6 +227,10 @@ class ConViT(nn.Module):
                 look(i, block, x, grid_size)
             x = block(x, grid_size)
         return x
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        "All tokens after the last block and the norm, `(B, T, dim)`."
+        return self.norm(self.run_blocks(x))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.run_blocks(x)
@@ -447,52 +442,3 @@ def from_timm(model: nn.Module, state: dict) -> nn.Module:
     "Loads a timm (or official) state dict into a `ConViT`, `DeiT` or `GPSA` of its size and returns the model. Strict."
     model.load_state_dict({n: t for n, t in state.items() if not n.endswith("rel_indices")})
     return model
-
-# %% ../../nbs/2_position/convit.ipynb #3ab9a575
-def nonlocality(attn: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """Mean distance from query to key, weighted by attention, in tokens: `(…, N, N)` -> `(…)`.
-
-    One row and column more than the grid has places are taken for a class token's. Source: ConViT, Sec. 4.
-    """
-    grid_size = _check_grid(grid_size)
-    N = math.prod(grid_size)
-    if attn.shape[-1] == N + 1:
-        attn = attn[..., 1:, 1:]
-        attn = attn / attn.sum(-1, keepdim=True)
-    if tuple(attn.shape[-2:]) != (N, N):
-        raise ValueError(
-            f"attn must end in (N, N) or (N + 1, N + 1) with N = {N} for grid_size {grid_size}, "
-            f"not have shape {tuple(attn.shape)}"
-        )
-    real = torch.promote_types(attn.dtype, torch.float32)
-    distance = relative_positions(grid_size, attn.device, real)[..., 2].sqrt()
-    return (attn.to(real) * distance).sum((-2, -1)) / N
-
-
-@torch.no_grad()
-def model_nonlocality(model: ConViT, x: Tensor) -> Tensor:
-    "Nonlocality of every block and head, averaged over the images x: `(depth, heads)`."
-    found = []
-    model.run_blocks(
-        x, lambda i, block, t, grid: found.append(nonlocality(block.attn.attention(block.norm1(t), grid), grid).mean(0))
-    )
-    return torch.stack(found)
-
-
-def model_gates(model: ConViT) -> Tensor:
-    "Gates g of every GPSA block and head: `(gpsa_layers, heads)`."
-    return torch.stack([b.attn.gating_param.detach().sigmoid() for b in model.blocks[: model.gpsa_layers]])
-
-# %% ../../nbs/2_position/convit.ipynb #30737212
-class AddedScores(GPSA):
-    "GPSA without gate: one softmax over the sum of content and positional scores (the mechanism GPSA replaces)."
-
-    def attention(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
-        q, k, _ = packed_heads(self.packed(x), self.num_heads, 3)
-        places = positional_scores(self.pos_proj.weight, square_grid(x.shape[1], grid_size))
-        return (content_scores(q, k) + places).softmax(-1)
-
-    def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
-        q, k, v = packed_heads(self.packed(x), self.num_heads, 3)
-        bias = positional_scores(self.pos_proj.weight, square_grid(x.shape[1], grid_size))[None]
-        return self.proj(attention(q, k, v, bias=bias, backend=self.backend).transpose(1, 2).flatten(2))

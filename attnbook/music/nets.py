@@ -8,7 +8,7 @@ __all__ = ['RelativeMultiheadAttention', 'MusicLayer', 'MusicTransformer', 'eval
 
 # %% auto #imports
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -17,17 +17,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_choice, check_divides, check_int, check_number, check_tensor
+from ..checks import check_choice, check_divides, check_int, check_number, check_probability, check_tensor
 from ..layers import count_parameters, sinusoids
 from ..models import register_models
 from .op import relative_attention, relative_attention_step
+from .reference import relative_mask, skewed_logits
 
 # %% ../../nbs/2_position/music.ipynb #8cf3ffaa
 class RelativeMultiheadAttention(nn.Module):
     """Multi-head causal attention with relative positions.
 
     `max_distance` M rows in the table (0: none, plain causal attention), initialised N(0, 1/head_dim); `attn_dim` total
-    width of the heads (default `embed_dim`). Raises ValueError if the heads do not divide it.
+    width of the heads (default `embed_dim`). `attn_dropout` drops weights in training, as the paper's code does (0.1
+    there); that needs the L x L weights, which this layer then writes to memory. Raises ValueError if the heads do not
+    divide `attn_dim`, and for `attn_dropout` with backend="triton".
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class RelativeMultiheadAttention(nn.Module):
         block_size: int | None = None,
         beyond: str = "zero",
         bias: bool = False,
+        attn_dropout: float = 0.0,
         backend: str = "auto",
     ):
         super().__init__()
@@ -49,6 +53,9 @@ class RelativeMultiheadAttention(nn.Module):
         self.num_heads, self.max_distance = num_heads, check_int("max_distance", max_distance, least=0)
         self.block_size = check_int("block_size", block_size, least=1, optional=True)
         self.beyond, self.backend = check_choice("beyond", beyond, ("zero", "clip")), backend
+        self.attn_dropout = check_probability("attn_dropout", attn_dropout)
+        if attn_dropout and backend == "triton":
+            raise ValueError(f"attn_dropout must be 0 with backend='triton', not {attn_dropout}")
         self.q, self.k, self.v = (nn.Linear(embed_dim, attn_dim, bias=bias) for _ in range(3))
         self.out = nn.Linear(attn_dim, embed_dim, bias=bias)
         self.rel = nn.Parameter(torch.randn(*(() if share_heads else (num_heads,)), max_distance, dim) * dim**-0.5)
@@ -57,11 +64,22 @@ class RelativeMultiheadAttention(nn.Module):
         "q, k, v (batch, heads, L, dim) of (batch, L, embed_dim)."
         return tuple(f(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
 
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        "The attention (batch, heads, L, L) of q and k, in float32 at least; its rows sum to 1."
+        L, real = q.shape[-2], torch.promote_types(q.dtype, torch.float32)
+        rel = (self.rel if self.rel.dim() == 3 else self.rel[None]).to(q.dtype)
+        logits = (q @ k.transpose(-1, -2) + skewed_logits(q, rel, self.beyond)).to(real) * q.shape[-1] ** -0.5
+        return logits.masked_fill(~relative_mask(L, self.block_size, q.device), -math.inf).softmax(-1)
+
     def forward(self, x: Tensor) -> Tensor:
         "(batch, L, embed_dim) -> the same."
-        out = relative_attention(
-            *self.heads(x), self.rel, block_size=self.block_size, beyond=self.beyond, backend=self.backend
-        )
+        q, k, v = self.heads(x)
+        if self.attn_dropout and self.training:
+            out = F.dropout(self.weights(q, k), self.attn_dropout).to(v.dtype) @ v
+        else:
+            out = relative_attention(
+                q, k, v, self.rel, block_size=self.block_size, beyond=self.beyond, backend=self.backend
+            )
         return self.out(out.transpose(1, 2).flatten(-2))
 
     def step(self, x: Tensor, cache: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -100,7 +118,9 @@ class MusicTransformer(nn.Module):
 
     `max_distance` 0 is the absolute baseline. `labels`: periods for which the model gets an embedding of position
     modulo period (on chorales 4 is the voice, 16 the place within a beat). `absolute` adds sinusoids, as the paper does
-    in all its models. Defaults: Table 3's relative global model.
+    in all its models. `attn_dropout`: see `RelativeMultiheadAttention`. Pieces of several lengths go into one batch with
+    any token behind their ends: nothing looks back from there, so no mask is needed; leave those places out of the loss.
+    Defaults: Table 3's relative global model.
     """
 
     def __init__(
@@ -119,6 +139,7 @@ class MusicTransformer(nn.Module):
         labels: tuple[int, ...] = (),
         absolute: bool = True,
         dropout: float = 0.1,
+        attn_dropout: float = 0.0,
         backend: str = "auto",
     ):
         super().__init__()
@@ -137,6 +158,7 @@ class MusicTransformer(nn.Module):
             block_size=block_size,
             share_heads=share_heads,
             beyond=beyond,
+            attn_dropout=attn_dropout,
             backend=backend,
         )
         self.layers = nn.ModuleList(MusicLayer(dim, ff_dim, dropout, attention()) for _ in range(depth))
@@ -154,12 +176,16 @@ class MusicTransformer(nn.Module):
             x = x + table(at % table.num_embeddings)
         return self.drop(x + sinusoids(start, n, self.dim, x.device) if self.absolute else x)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        "(batch, L) -> logits (batch, L, num_tokens); those at t depend on tokens before t only."
+    def forward_features(self, tokens: Tensor) -> Tensor:
+        "(batch, L) -> what the logits are computed from, (batch, L, dim)."
         x = self.inputs(F.pad(tokens, (1, 0))[:, :-1], 0)
         for layer in self.layers:
             x, _ = layer(x)
-        return self.logits(self.norm(x))
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        "(batch, L) -> logits (batch, L, num_tokens); those at t depend on tokens before t only."
+        return self.logits(self.forward_features(tokens))
 
     def step(self, before: Tensor, start: int, caches: list | None) -> tuple[Tensor, list]:
         "Logits for positions start … start + n - 1, given the token before each, and the new caches."
@@ -185,7 +211,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def generate(
     model: MusicTransformer,
-    prime: Tensor,
+    prime: Tensor | Sequence[Tensor],
     length: int,
     *,
     temperature: float = 1.0,
@@ -197,37 +223,49 @@ def generate(
 ) -> Tensor:
     """`length` further tokens after `prime` (P,), 0 <= P: int64 (P + length,).
 
+    A batch: `prime` (B, P), or a list of primes of several lengths up to P; the answer is (B, P + length), and a shorter
+    prime goes on where it ends. Row b draws as a call of its own with `seed` + b would.
+
     `temperature` 0 takes the likeliest token. `top_k`: samples from so many of the likeliest tokens only. `clamp`
-    (P + length,): tokens to be taken as they are, -1 for free places. `allowed` (num_tokens,) bool: what may be
-    sampled, at least one. The model's layers are left in the modes in which they are. Raises TypeError or ValueError
-    naming the argument.
+    (P + length,), or one for each row: tokens to be taken as they are, -1 for free places. `allowed` (num_tokens,) bool:
+    what may be sampled, at least one. The model's layers are left in the modes in which they are. Raises TypeError or
+    ValueError naming the argument.
     """
     V, device = model.num_tokens, model.embed.weight.device
-    check_tensor("prime", prime, ndim=1, dtype="integer")
+    alone = isinstance(prime, Tensor) and prime.dim() == 1
+    primes = [prime] if alone else list(prime)
+    if not primes:
+        raise ValueError("prime must hold at least one prime, not none")
+    for p in primes:
+        check_tensor("prime", p, ndim=1, dtype="integer")
     length, top_k = check_int("length", length, least=0), check_int("top_k", top_k, least=1, optional=True)
-    temperature, P = check_number("temperature", temperature, least=0), len(prime)
+    temperature, P, B = check_number("temperature", temperature, least=0), max(map(len, primes)), len(primes)
     if clamp is not None:
-        check_tensor("clamp", clamp, dtype="integer", shape=(P + length,))
-    for name, given, least in (("prime", prime, 0), ("clamp", clamp, -1)):
+        rows = (B,) if not alone and isinstance(clamp, Tensor) and clamp.dim() == 2 else ()
+        check_tensor("clamp", clamp, dtype="integer", shape=(*rows, P + length))
+    for name, given, least in (*(("prime", p, 0) for p in primes), ("clamp", clamp, -1)):
         low, high = (int(given.min()), int(given.max())) if given is not None and given.numel() else (0, 0)
         if low < least or high >= V:
             raise ValueError(f"{name} must hold tokens from {least} to {V - 1}, not {low} to {high}")
     if allowed is not None and not check_tensor("allowed", allowed, dtype="bool", shape=(V,)).any():
         raise ValueError("allowed must hold at least one True: nothing could be sampled")
-    g = torch.Generator().manual_seed(seed)
-    tokens = torch.zeros(1, P + length, dtype=torch.long, device=device)
-    tokens[0, :P] = prime
+    draws = [torch.Generator().manual_seed(seed + b) for b in range(B)]
+    fixed = torch.full((B, P + length), -1) if clamp is None else clamp.cpu().long().expand(B, -1).clone()
+    for row, p in zip(fixed, primes):
+        row[: len(p)] = p
+    tokens = fixed.clamp(min=0).to(device)
     caches, fed = None, 0
     with evaluating(model):
-        for t in range(P, P + length):
+        for t in range(min(map(len, primes)), P + length):
             if cached:
                 logits, caches = model.step(F.pad(tokens, (1, 0))[:, fed : t + 1], fed, caches)
                 fed = t + 1
             else:
                 logits = model(tokens[:, : t + 1])
-            fixed = clamp is not None and clamp[t] >= 0
-            tokens[0, t] = clamp[t] if fixed else sample(logits[0, -1], temperature, top_k, allowed, g)
-    return tokens[0]
+            last = logits[:, -1].cpu()
+            for b in torch.nonzero(fixed[:, t] < 0)[:, 0].tolist():
+                tokens[b, t] = sample(last[b], temperature, top_k, allowed, draws[b])
+    return tokens[0] if alone else tokens
 
 
 def sample(

@@ -198,15 +198,17 @@ def interacting_attention(
 
     Returns `(B, M, H d')`, and with `return_weights` the attention `(B, H, M, M)`.
     """
-    weights = {"wq": wq, "wk": wk, "wv": wv, **({} if wr is None else {"wr": wr})}
-    check_tensor("wq", wq, ndim=2)
-    for name, w in weights.items():
-        check_tensor(name, w, shape=wq.shape, like=wq, of="wq")
+    weights = (wq, wk, wv) if wr is None else (wq, wk, wv, wr)
+    _DECIDED.decide(_check_apart, (wq, wk, wv, wr), {})
     return interacting_layer(
-        e,
-        torch.stack(list(weights.values())),
-        num_heads=num_heads,
-        scale=scale,
-        backend=backend,
-        return_weights=return_weights,
+        e, torch.stack(weights), num_heads=num_heads, scale=scale, backend=backend, return_weights=return_weights
     )
+
+
+def _check_apart(wq, wk, wv, wr):
+    "The matrices are alike; TypeError or ValueError names the one that is not."
+    check_tensor("wq", wq, ndim=2)
+    for name, w in (("wk", wk), ("wv", wv), ("wr", wr)):
+        if w is not None:
+            check_tensor(name, w, shape=wq.shape, like=wq, of="wq")
+    return True

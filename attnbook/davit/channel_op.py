@@ -234,6 +234,19 @@ def _layer_forward(
     return F.linear(out.view(-1, C), w_proj, b_proj).view(B, N, C), qkv, out, weights
 
 
+def _layer_plan(x, w_qkv, b_qkv, w_proj, b_proj, groups, scale):
+    "The forward pass of all calls like this one."
+    B, N, C = x.shape
+    attend = _packed_plan(x.new_empty(B, N, 3 * C), groups, scale)
+
+    def planned(x, w_qkv, b_qkv, w_proj, b_proj, *rest):
+        qkv = F.linear(x.reshape(-1, C), w_qkv, b_qkv).view(B, N, 3 * C)
+        out, weights = attend(qkv, groups, scale)
+        return F.linear(out.view(-1, C), w_proj, b_proj).view(B, N, C), qkv, out, weights
+
+    return planned
+
+
 def _layer_like(x, w_qkv, b_qkv, w_proj, b_proj, groups, scale):
     B, N, C = x.shape
     return (
@@ -308,6 +321,7 @@ channel_layer_op = operation(
     like=_layer_like,
     backward=_layer_backward,
     gradients_like=_layer_gradients,
+    plan=_layer_plan,
     drop=("b_qkv", "b_proj", 0),
     nondifferentiable=(1, 2, 3),
 )

@@ -133,17 +133,15 @@ class ChannelGroupAttention(nn.Module):
 
     def as_one(self, x: Tensor) -> bool:
         "Whether one operation can be the whole layer: the kernel's backend, two plain linear layers, nothing frozen."
-        plain = all(
-            type(m) is nn.Linear
-            and m.bias is not None
-            and not m._forward_hooks
-            and not m._forward_pre_hooks
-            and not m._backward_hooks
-            and not m._backward_pre_hooks
-            for m in (self.qkv, self.proj)
-        )
-        frozen = torch.is_grad_enabled() and not all(p.requires_grad for p in self.parameters())
-        return plain and not frozen and _channel_backend(self.backend, x, x.shape[-1] // self.groups) == "triton"
+        learning = torch.is_grad_enabled()
+        for m in (self.qkv, self.proj):
+            if type(m) is not nn.Linear or m.bias is None:
+                return False
+            if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+                return False
+            if learning and not (m.weight.requires_grad and m.bias.requires_grad):
+                return False
+        return _channel_backend(self.backend, x, x.shape[-1] // self.groups) == "triton"
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(1, -2)

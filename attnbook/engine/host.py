@@ -285,40 +285,16 @@ def _direct_launch(compiled, grid, tensors, last) -> Callable | None:
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
     fill = triton.runtime.driver.active.utils.fill_tma_descriptor
-    args = [
-        *grid,
-        None,
-        compiled.function,
-        run.launch_cooperative_grid,
-        run.launch_pdl,
-        None,
-        None,
-        compiled.packed_metadata,
-        None,
-        None,
-        None,
-    ]
+    args = [*grid, None, compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None]
+    args += compiled.packed_metadata, None, None, None
     plain, described = [], []
     for i, x in enumerate((*tensors, *last)):
         if i in boxes:
             m = boxes[i]
             if m["fp4_padded"]:
                 return None
-            described.append(
-                (
-                    len(args),
-                    i,
-                    (
-                        m["swizzle"],
-                        m["elem_size"],
-                        TMA_DTYPE_DEVICE_TO_HOST[m["elem_type"]],
-                        m["block_size"],
-                        x.shape,
-                        x.strides,
-                        int(x.padding == "nan"),
-                    ),
-                )
-            )
+            form = m["swizzle"], m["elem_size"], TMA_DTYPE_DEVICE_TO_HOST[m["elem_type"]], m["block_size"]
+            described.append((len(args), i, (*form, x.shape, x.strides, int(x.padding == "nan"))))
             args += [None, *x.shape, *x.strides]
         else:
             if i < len(tensors):
@@ -370,17 +346,15 @@ class Plans:
     def find(self, key, make: Callable, *args):
         "The plan kept under the key, or `make(*args)`, which is then kept."
         key = key, LaunchTable.version, _PRETENDED[-1] if _PRETENDED else None, _precision()
-        try:
-            plan = self.kept.get(key)
-        except TypeError:
-            raise _Unhashable from None
-        if plan is None:
-            plan = make(*args)
-            with self.lock:
-                while len(self.kept) >= self.most:
-                    del self.kept[next(iter(self.kept))]
-                self.kept[key] = plan
-        return plan
+        plan = self.kept.get(key)
+        return self._store(key, make(*args)) if plan is None else plan
+
+    def _store(self, key, plan):
+        "The plan, or that of another thread that was quicker."
+        with self.lock:
+            while len(self.kept) >= self.most:
+                del self.kept[next(iter(self.kept))]
+            return self.kept.setdefault(key, plan)
 
     def decide(self, make: Callable, tensors: tuple, options: dict):
         """`make(*tensors, **options)`, which must not depend on more than the tensors' signature and the options; kept for calls alike.
@@ -410,12 +384,8 @@ class Plans:
             return make(*tensors, **options)
         if plan is None:
             plan = make(*tensors, **options)
-            if type(plan) is tuple:
-                plan = tuple([Kept() if type(x) is dict and not x else x for x in plan])
-            with self.lock:
-                while len(self.kept) >= self.most:
-                    del self.kept[next(iter(self.kept))]
-                plan = self.kept.setdefault(key, plan)
+            kept = lambda x: Kept() if type(x) is dict and not x else x
+            plan = self._store(key, tuple(map(kept, plan)) if type(plan) is tuple else kept(plan))
         return plan
 
 
@@ -450,10 +420,6 @@ def keep(kept: dict, make: Callable, *tensors):
 def _types(value):
     "1, 1.0 and True are equal, and not the same."
     return tuple([*map(_types, value)]) if type(value) is tuple else type(value)
-
-
-class _Unhashable(Exception):
-    "A key cannot be looked up."
 
 
 #: of a tensor's device it is known that CUDA runs

@@ -14,7 +14,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from .host import INTERPRETED, ORDINARY, Kept, Plans, on_device, signature
+from .host import INTERPRETED, ORDINARY, Kept, Plans, on_device
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #e9a58d12
 class Operation:
@@ -93,11 +93,15 @@ class Operation:
             return self.forward(*args)
         return self._run(self._kept_for("forward", args), args)
 
-    def _kept_for(self, way, args, *more):
+    def _kept_for(self, way, args, outputs=()):
         "What is kept for calls with such arguments that come through torch's dispatcher."
-        rest = [tuple(args[i]) if type(args[i]) is list else args[i] for i, _ in self.numbers]
-        key = way, signature(*self._tensors_of(args), *more), *[len(args[i]) for i in self.list_places], *rest
-        return self.plans.find(key, Kept)
+        key = [way, *[len(args[i]) for i in self.list_places]] if self.lists else [way]
+        for t in (*self._tensors_of(args), *outputs):
+            key += (None,) if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() & 15 == 0)
+        for i, _ in self.numbers:
+            number = args[i]
+            key.append(tuple(number) if type(number) is list else number)
+        return self.plans.find(tuple(key), Kept)
 
     def _call(self, args, grads, outputs, needs):
         "What `backward` gets."
@@ -134,7 +138,7 @@ class Operation:
             *args, outputs, needs = rest
             call = self._call(args, grads, outputs, iter(needs))
             if self.plan is not None and not INTERPRETED:
-                call.kept = self._kept_for(tuple(needs), args, *outputs)
+                call.kept = self._kept_for(tuple(needs), args, outputs)
             return self._listed(self.backward(call), call)
 
         def gradients_like(grads, *rest):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROBLEMS', 'compare_problem', 'bench_problems', 'bench_windows', 'bench_sizes', 'bench_natten', 'bench_simulator',
-           'claims']
+           'bench_calls', 'claims']
 
 # %% auto #imports
 import math
@@ -15,6 +15,7 @@ import torch
 
 from ..engine import arch_of
 from ..lab.bench import compare, sdpa
+from ..lab.calls import call_costs
 from ..lab.claims import Claim, at_most, beyond_interval, grade, matches, over_range
 from .claims_study import (
     NATTEN_H100,
@@ -35,7 +36,7 @@ from .claims_study import (
     over_natten,
 )
 from .experiments_study import flex_peer
-from .op import neighborhood_attention
+from .op import na2d, neighborhood_attention
 from .reference import neighborhood_attention_reference, neighborhood_cost, neighborhood_pairs, on_maps
 from .simulator import CALIBRATING, SIMULATED, kernel_tiles
 from .tiles import tile_waste
@@ -160,6 +161,14 @@ def bench_simulator() -> Iterator[dict]:
             processors=torch.cuda.get_device_properties("cuda").multi_processor_count,
         )
         yield from compare_problem("simulator", problem, peers=("ours",), backward=False, fields=fields)
+
+# %% ../../nbs/3_locality/neighborhood.ipynb #95425a4e
+def bench_calls() -> Iterator[dict]:
+    "Host and GPU time of a small map and of the first problem above. Nothing without a GPU."
+    for B, H, side, w, D in ((1, 2, 16, 5, 32), (8, 8, 56, 7, 32)) if torch.cuda.is_available() else ():
+        inputs = [torch.randn(B, H, side, side, D, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+        ours = {"ours": lambda q, k, v, w=w: na2d(q, k, v, w)}
+        yield from call_costs("neighborhood", dict(B=B, side=side, w=w), ours, inputs, qkv=(B, H, side**2, D))
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #c908738b
 def claims() -> list[Claim]:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['bench_inputs', 'least_bytes', 'bench_clusters', 'bench_segments', 'bench_crossover', 'trained_heads', 'time_trained',
-           'bench_parts', 'leak_claims', 'language_claims', 'OUT_OF_REACH', 'speed_claims', 'claims']
+           'bench_parts', 'bench_calls', 'leak_claims', 'language_claims', 'OUT_OF_REACH', 'speed_claims', 'claims']
 
 # %% auto #imports
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..lab.bench import compare, measure, sdpa
+from ..lab.calls import call_costs
 from ..lab.claims import Claim, beyond_interval, grade, out_of_reach, over_range, within
 from .language_nets import parameter_counts
 from .language_study import language_data, windows_of
@@ -181,6 +182,16 @@ def bench_parts():
             with torch.no_grad():
                 t = measure(call, rep_ms=30, warmup_ms=10, graph=True)
             yield dict(n=n, part=name, ms=t.ms, peak_mb=t.peak_bytes / 1e6 if t.peak_bytes is not None else None)
+
+# %% ../../nbs/4_long_context/routing.ipynb #e126ec2a
+def bench_calls() -> Iterator[dict]:
+    "Host and GPU time of routed attention on 128 tokens in 8 lists. Nothing without a GPU."
+    if torch.cuda.is_available():
+        inputs = [torch.randn(1, 2, 128, 32, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+        lists = torch.stack([torch.randperm(128, device="cuda")[:16].sort().values for _ in range(8)]).int()
+        inputs.append(lists.expand(1, 2, -1, -1).contiguous())
+        ours = {"ours": partial(routed_attention, causal=True)}
+        yield from call_costs("routing", dict(n=128), ours, inputs, qkv=(1, 2, 128, 32), is_causal=True)
 
 # %% ../../nbs/4_long_context/routing.ipynb #20e7cf24
 def _judge_leak(m):

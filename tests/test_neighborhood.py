@@ -1356,6 +1356,8 @@ VERDICTS_ON_ROWS = {  # (a part of the claim's statement, verdict, which): rows
     ("equivariance", "holds", 0): moved((0.0, 0.0, 0.1)),
     ("equivariance", "holds in part", 0): moved((0.0, 0.1, 0.1)),
     ("equivariance", "holds in part", 1): moved((0.0, 0.0, 0.0)),
+    ("equivariance", "holds in part", 2): moved((0.0, 0.0, 0.009)),
+    ("equivariance", "does not hold here", 1): moved((2e-6, 0.0, 0.1)),
     ("equivariance", "does not hold here", 0): moved((0.0, 0.0, 0.1), (0.1, 0.0, 0.0)),
     ("equivariance", "not measured", 0): [],
     ("Swin-T", "holds", 0): nat_rows(good, (0.80, 0.81, 0.82), "shifted"),

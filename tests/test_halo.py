@@ -788,6 +788,14 @@ def test_networks(changes):
     out = net.to(x.device)(x)
     out.square().mean().backward()
     assert out.shape == (2, 5) and all(p.grad is not None for p in net.parameters())
+    side, channels = 16 // settings["stem_stride"], settings.get("final_dim") or 32
+    assert net.forward_features(x).shape == (2, channels, side, side)  # one stride of 2 for a stage
+
+
+def test_kinds_block_by_block():
+    net = HaloNet(4, 1, widths=(16, 32), depths=(1, 3), num_heads=(2, 2), kinds=("conv", ("halo", "conv", "halo")))
+    found = [[type(block.mix[0]).__name__ for block in stage] for stage in net.stages]
+    assert found == [["Conv2d"], ["HaloAttention", "Conv2d", "HaloAttention"]]
 
 
 def test_pooling_and_strided_convolutions_are_what_they_say():
@@ -1078,6 +1086,16 @@ def test_blocks_are_looked_up(monkeypatch):
         monkeypatch, cost=[row("reference", 56, 3, 1.0, preset="smoke"), row("reference", 56, 1, 1.0, preset="smoke")]
     )
     assert _blocking_gain("reference", "reference") is None
+
+
+def test_the_least_change_is_found():
+    "Of shifts by one, two and three pixels, by the reference."
+    x = torch.randn(1, 1, 24, 24, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moved = [x.roll((n, n), (2, 3)) for n in range(4)]
+    outs = [halo_attention_reference(y, y, y, 4, 2).roll((-n, -n), (2, 3)) for n, y in enumerate(moved)]
+    inside = [out[:, :, 4:16, 4:16] for out in outs]
+    least = min(rel_error(y, inside[0]) for y in inside[1:])
+    assert _broken_equivariance()["by less"] == pytest.approx(least, rel=1e-6)
 
 
 def test_other_rows_are_looked_up(monkeypatch):

@@ -1305,7 +1305,9 @@ def nat_rows(na, other, kind, date="2026-01-01T00:00:00+00:00", steps=9):
 
 linear, shifted, crooked = lambda x: 4 * x, lambda x: 1 + 4 * x, lambda x: (3 if x < 1.0 else 1) * (1 + 4 * x)
 SAME = "The same with a fixed part"
-moved = lambda *rows: made_up("equivariance", *({"NA": a, "NA, dilation 2": b, "blocked": c} for a, b, c in rows))
+moved = lambda *rows: made_up(
+    "equivariance", *({"shift": i, "NA": a, "NA, dilation 2": b, "blocked": c} for i, (a, b, c) in enumerate(rows))
+)
 good = (0.90, 0.91, 0.92)
 LATER = "2026-01-02T00:00:00+00:00"
 TWO_RUNS = natten_rows(  # a later run of the plain problem with a faster kernel

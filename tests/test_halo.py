@@ -17,6 +17,7 @@ from attnbook.halo.claims_study import (
     TIMM,
     _blocking_gain,
     _border_law,
+    _broken_equivariance,
     _faster,
     _gaps,
     _run_of,

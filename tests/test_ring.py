@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from functools import lru_cache, partial
+from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,9 +42,18 @@ from attnbook.ring.experiments import (
     saved_bytes,
     tensor_parallel_layer,
 )
+from attnbook.ring.library_kernels import (
+    LIBRARY_ROWS,
+    LibraryBlocks,
+    piece_of,
+    plain_backward,
+    plain_forward,
+    takes_library,
+)
 from attnbook.ring.nets import RingSelfAttention, SequenceTransformer, bert_base, bert_large, train_lm
 from attnbook.ring.op import (
     METHODS,
+    _attend,
     linformer_attention,
     ring_attention,
     ring_self_attention,
@@ -52,7 +63,7 @@ from attnbook.ring.op import (
     usp_attention,
 )
 from attnbook.ring.ranks import attend_alone, attend_with_lost_peer, errors_on_rank, spawn_ranks, train_on_rank
-from attnbook.ring.reference import LAYOUTS, Hop, chunk_of, hop_mask, padded_length, rank_pairs
+from attnbook.ring.reference import LAYOUTS, Hop, chunk_of, hop_mask, padded_length, rank_pairs, widened
 from attnbook.ring.schedule import Job, ring_backward_schedule, ring_forward_schedule
 from attnbook.ring.shards import _shards, exchange_op, local_positions, shard_sequence, unshard_sequence
 from attnbook.ring.study import (
@@ -104,6 +115,27 @@ def test_shards_round_trip(layout, size):
     for s, p in zip(shards, local_positions(19, group, layout)):
         real = p < 19
         assert torch.equal(s[:, real], x[:, p[real]]) and not s[:, ~real].any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", (2, 3, 4))
+@pytest.mark.parametrize("causal", (False, True))
+def test_every_hop_is_one_piece(layout, size, causal):
+    "The pairs of the piece are those of the hop's mask; without a mask, too; padding gives none."
+    for rank, source in product(range(size), repeat=2):
+        hop = Hop(chunk_of(layout, rank, size, 6), chunk_of(layout, source, size, 6), causal)
+        piece, found = piece_of(hop), torch.zeros(6, 6, dtype=torch.bool)
+        block = found[piece.first :, : piece.keys]
+        block |= torch.ones_like(block).tril() if piece.causal else True
+        assert torch.equal(found, hop_mask(hop)), (rank, source, piece)
+        if piece.causal:
+            assert piece.keys == 6 - piece.first  # cuDNN's triangle is that of a square
+        padded = Hop(
+            chunk_of(layout, rank, size, 6, 6 * size - 1), chunk_of(layout, source, size, 6, 6 * size - 1), causal
+        )
+        assert padded.padding == 0 or piece_of(padded) is None
+    other = Hop(chunk_of("striped", 0, 2, 6), chunk_of("contiguous", 0, 2, 6), True)
+    assert piece_of(other) is None  # neither full nor a triangle
 
 
 def test_transfers_are_posted_before_the_work_that_hides_them():
@@ -196,6 +228,76 @@ def test_kernels_agree_with_attention(case):
 def test_local_program_agrees_with_attention(method):
     op = partial(over_ranks, fn=METHODS[method], size=2, layout="striped", is_causal=True, backend="triton")
     check_against_reference(op, partial(attention_reference, is_causal=True), make_qkv(1, 2, 21, 16), grad_tol=2e-5)
+
+
+def with_library(monkeypatch, *calls):
+    "Makes every ring take finished blocks, by these two calls or by cuDNN's."
+    monkeypatch.setitem(_attend.__globals__, "takes_library", lambda *a, **kw: True)
+    monkeypatch.setitem(Job.blocks.fget.__globals__, "LibraryBlocks", partial(LibraryBlocks, *calls))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size, causal", [(2, True), (3, True), (3, False)], ids=str)
+def test_finished_blocks_agree_with_attention(layout, size, causal, monkeypatch):
+    with_library(monkeypatch, plain_forward, plain_backward)
+    op = partial(over_ranks, fn=ring_attention, size=size, layout=layout, is_causal=causal)
+    qkv = make_qkv(1, 2, 12, 8, Dv=8, dtype=torch.float64)
+    check_against_reference(op, partial(attention_reference, is_causal=causal), qkv, tol=1e-12)
+
+
+def test_packets_of_finished_blocks_may_be_narrow(monkeypatch):
+    "In the inputs' type the packets round once a hop; without the library's blocks they round as much."
+    q, k, v = (t.bfloat16().requires_grad_() for t in make_qkv(1, 2, 12, 8))
+    truth = torch.autograd.grad(attention_reference(*(t.double() for t in (q, k, v)), is_causal=True).sum(), (k, v))
+    with_library(
+        monkeypatch,
+        lambda *a: tuple(
+            t.to(a[0].dtype) if i == 0 else t for i, t in enumerate(plain_forward(*(widened(*a[:3])), *a[3:]))
+        ),
+        lambda *a: plain_backward(*widened(*a[:6]), *a[6:]),
+    )
+    op = partial(over_ranks, fn=ring_attention, size=3, layout="zigzag", is_causal=True, packet_dtype=torch.bfloat16)
+    for got, want in zip(torch.autograd.grad(op(q, k, v).sum(), (k, v)), truth):
+        assert got.dtype == torch.bfloat16 and rel_error(got.double(), want) < 2e-2
+
+
+WANTED = dict(rows=LIBRARY_ROWS, heads=4, kv_heads=4, dim=128, v_dim=128, dtype=torch.bfloat16, cuda=True, capability=9)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(rows=LIBRARY_ROWS - 1),
+        dict(kv_heads=2),
+        dict(dim=136, v_dim=136),
+        dict(dim=60, v_dim=60),
+        dict(v_dim=64),
+        dict(dtype=torch.float32),
+        dict(cuda=False),
+        dict(capability=8),
+        dict(padding=1),
+        dict(scale=0.0),
+        dict(kernels=False),
+    ],
+    ids=str,
+)
+def test_when_the_library_is_taken(change, monkeypatch):
+    "With all of these, and not with one of them missing."
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (w["capability"], 0))
+
+    def taken(w):
+        make = lambda heads, dim: SimpleNamespace(
+            shape=(1, heads, w["rows"], dim), dtype=w["dtype"], is_cuda=w["cuda"], device="cuda"
+        )
+        shards = make(w["heads"], w["dim"]), make(w["kv_heads"], w["dim"]), make(w["kv_heads"], w["v_dim"])
+        total = 2 * w["rows"] - w.get("padding", 0)
+        more = dict(scale=w.get("scale", 0.1), kernels=w.get("kernels", True))
+        return takes_library(*shards, lengths=[total, total], size=2, **more)
+
+    w = WANTED
+    assert taken(w)
+    w = WANTED | change
+    assert not taken(w)
 
 
 BACKENDS = pytest.mark.parametrize("backend", ("torch", "triton"))

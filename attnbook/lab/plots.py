@@ -220,7 +220,7 @@ def _label_points(ax, placed):
     ways = [(0, -1), (0, 1), (1, 0), (-1, 0), (1, -1), (-1, -1), (1, 1), (-1, 1)]
     tries = [(far, way) for far in (6, 14, 24, 36, 50, 66) for way in ways]
     for name, x, y in sorted(placed, key=lambda p: -p[2]):
-        colour, found = look(name)["color"], None
+        colour, found = _look_of_point(name)["color"], None
         for far, (right, up) in tries:
             label = ax.annotate(
                 name,
@@ -240,6 +240,12 @@ def _label_points(ax, placed):
                 break
             label.remove()
         taken.append(found)
+
+
+def _look_of_point(name):
+    "The look of the method that a point's name begins with: of its first word where the book has no colour for more."
+    how = look(name)
+    return how if how["color"] in PALETTE.values() else look(name.split()[0].rstrip(",:"))
 
 
 def _text_box(label):
@@ -268,13 +274,14 @@ def roofline(
         lo, hi = min([ridge, *(x for _, x, _ in placed)]) / 4, max([ridge, *(x for _, x, _ in placed)]) * 6
         ax.plot([lo, ridge, hi], [lo * bandwidth, rate, rate], color=PALETTE["floor"], lw=1.4)
         text = {"textcoords": "offset points", "fontsize": 9}
-        ax.annotate(f"memory, {bandwidth:.3g} TB/s", (lo, lo * bandwidth), xytext=(10, 2), **text)
+        middle = (lo * ridge) ** 0.5  # above the roof no point can be
+        ax.annotate(f"memory, {bandwidth:.3g} TB/s", (middle, middle * bandwidth), xytext=(-4, 5), ha="right", **text)
         ax.annotate(f"arithmetic, {rate:.3g} TFLOP/s", (hi, rate), xytext=(0, 4), ha="right", **text)
     ax.set(xscale="log", yscale="log", xlabel="operations per byte moved (FLOP/B)", ylabel="rate (TFLOP/s)")
     _plain_ticks(ax.xaxis, (1,))
     _plain_ticks(ax.yaxis)
     for name, x, y in placed:
-        how = look(name)
+        how = _look_of_point(name)
         ax.plot([x], [y], marker=how["marker"], color=how["color"], linestyle="none", ms=7)
     ax.margins(0.12)
     _label_points(ax, placed)

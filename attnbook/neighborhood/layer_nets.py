@@ -158,11 +158,11 @@ class ShiftedWindowAttention(nn.Module):
         self.rel_pos_bias = nn.Parameter(torch.empty(num_heads, 2 * window_size - 1, 2 * window_size - 1))
         nn.init.trunc_normal_(self.rel_pos_bias, std=0.02)
 
-    def windows(self, shape: Sequence[int], shift: int) -> Tensor:
+    def windows(self, shape: Sequence[int], shift: int, device: torch.device | None = None) -> Tensor:
         "Which place of a window may see which, after the roll: boolean `(windows, w * w, w * w)`."
         w = self.window_size
         # the last `shift` rows came from the other side
-        piece = [(torch.arange(n) >= n - shift).long() for n in shape]
+        piece = [(torch.arange(n, device=device) >= n - shift).long() for n in shape]
         number = 2 * piece[0][:, None] + piece[1]
         number = number.unflatten(1, (-1, w)).unflatten(0, (-1, w)).transpose(1, 2).flatten(2).flatten(0, 1)
         return number[:, :, None] == number[:, None]
@@ -176,7 +176,7 @@ class ShiftedWindowAttention(nn.Module):
         shift = self.shift if min(shape) > w else 0
         place = torch.arange(w * w, device=x.device)
         rows, cols = (p[None] - p[:, None] + w - 1 for p in (place // w, place % w))
-        seen = self.windows(shape, shift).to(x.device)
+        seen = self.windows(shape, shift, x.device)  # nothing is copied from the host: CUDA graphs capture this
         bias = self.rel_pos_bias[:, rows, cols].masked_fill(~seen[:, None], float("-inf"))  # [windows, H, w w, w w]
         cut = lambda t: t.unflatten(2, (-1, w)).unflatten(1, (-1, w)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         qkv = cut(self.qkv(x.roll((-shift, -shift), (1, 2))))  # [B, windows, w w, 3 C]

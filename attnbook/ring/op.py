@@ -18,6 +18,7 @@ from ..checks import check_bool, check_choice, check_int, check_qkv, check_scale
 from ..engine import attention, operation, resolve_backend, tile_attention
 from ..engine.host import autocast, through_float32
 from .kernels import RING
+from .library_kernels import takes_library
 from .reference import Hop, chunk_of, hop_mask
 from .schedule import Job, ring_backward_schedule, ring_forward_schedule, rsa_backward_schedule, rsa_forward_schedule
 from .shards import Shards, _shards, exchange, natural_order, shard_sequence
@@ -46,7 +47,10 @@ def _attend(
 ) -> list[Tensor]:
     "Outputs of the shards, then what each saves: the LSE of its rows, or with RSA their weights."
     comm, n = group_named(group), len(q)
-    job = Job(causal, layout, *lengths, scale, kernels, narrow, reduction)
+    library = method == "ring" and takes_library(
+        q[0], k[0], v[0], lengths=lengths, size=comm.size, scale=scale, kernels=kernels
+    )
+    job = Job(causal, layout, *lengths, scale, kernels, narrow, reduction, library)
 
     def run(*tensors):
         triples = zip(tensors[:n], tensors[n : 2 * n], tensors[2 * n :])
@@ -70,7 +74,10 @@ def _attend_gradient(call):
     comm, n = group_named(call.group), len(call.q)
     outs, saved = call.outputs[:n], call.outputs[n:]
     do = [torch.zeros_like(o) if g is None else g for g, o in zip(call.grads, outs)]
-    job = Job(call.causal, call.layout, *call.lengths, call.scale, call.kernels, call.narrow, call.reduction)
+    library = call.method == "ring" and takes_library(
+        call.q[0], call.k[0], call.v[0], lengths=call.lengths, size=comm.size, scale=call.scale, kernels=call.kernels
+    )
+    job = Job(call.causal, call.layout, *call.lengths, call.scale, call.kernels, call.narrow, call.reduction, library)
 
     def run(*tensors):
         shards = zip(*(tensors[i * n : (i + 1) * n] for i in range(6)))  # q, k, v, out, saved, do of each rank

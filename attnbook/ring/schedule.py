@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .block_kernels import block_backward_dkv, block_backward_dq, block_forward, join
+from .library_kernels import LibraryBlocks
 from .reference import (
     Hop,
     Saved,
@@ -39,6 +40,7 @@ class Job:
     kernels: bool  # Triton kernels, or the reference
     narrow: bool  # packets of dK, dV in the inputs' type, not in float32
     reduction: str = "all_reduce"  # two-phase RSA: how dK and dV are summed
+    library: bool = False  # hops by `LibraryBlocks`
 
     def hop(self, rank: int, size: int, source: int, q: Tensor, k: Tensor) -> Hop:
         "Queries of `rank` against the keys of `source`."
@@ -48,7 +50,10 @@ class Job:
 
     @property
     def blocks(self) -> tuple[Callable, Callable, Callable]:
-        "What computes a hop: the forward pass, dQ, and dK with dV."
+        "What computes a hop: the forward pass, dQ, and dK with dV; to be asked for once for each pass of a rank."
+        if self.library:
+            blocks = LibraryBlocks()
+            return blocks.forward, blocks.dq, blocks.dkv
         return (
             (block_forward, block_backward_dq, block_backward_dkv)
             if self.kernels

@@ -395,7 +395,7 @@ def small_model(world, seed=0, **kw):
 def test_the_model_of_the_prototype():
     assert PersonaWorld(200).vocab.vocab_size == 295 and count_parameters(persona_lm) == 118_976
     model = persona_lm()
-    assert model.head is None and abs(float(model.embed.weight.detach().std()) - 0.3) < 0.01
+    assert model.head is None and isinstance(model.blocks[1].attention.attend, PackedAttention)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -597,7 +597,7 @@ def test_rows_of_all_jobs(tmp_path, monkeypatch):
     assert {(r["link"], r["policy"]) for r in names["policies"]} == {
         (l, p) for l in ("true", "shuffled") for p in POLICIES
     }
-    assert {r["recipe"] for r in names["policies"]} == {"standard", "undecayed"}
+    assert {r["recipe"] for r in names["policies"]} == {"standard", "large embeddings"}
     before = next(r for r in names["population"] if r["link"] == "true")["you"]
     control = next(r for r in names["policies"] if r["policy"] == "control" and r["link"] == "true")
     assert before.keys() <= control.keys() and all(0 <= control[k] <= 1 for k in before)
@@ -658,6 +658,7 @@ VERDICTS_OF = {  # claim -> made-up measurements that hold, hold in part (None: 
     "Models describe": (_interval(0.6, 0.61), _interval(0.1, 0.1), _interval(0.0, 0.01)),
     "and without a link": (_interval(0.01, 0.01), _interval(-0.1, 0.2), _interval(0.6, 0.61)),
     "Nor do they": (_interval(0.01, 0.01), _interval(-0.1, 0.2), _interval(0.6, 0.61)),
+    "A persona of": (_interval(0.6, 0.61), _interval(0.1, 0.1), _interval(-0.6, -0.61)),
     "Fine-tuning that": (_interval(0.01, 0.0), _interval(-0.1, 0.1), _interval(0.3, 0.31)),
     "LoRA of": (_interval(0.6, 0.61), _interval(0.1, 0.1), _interval(-0.6, -0.61)),
     "The persona's": (_interval(0.6, 0.61), _interval(0.1, 0.1), _interval(-0.6, -0.61)),
@@ -711,23 +712,28 @@ def test_numbers_are_looked_up(monkeypatch):
     base = lambda run, link, own, report: dict(
         run=run, link=link, described=None, recipe="standard", own=own, cross=0.1 * run, you=dict(report=report)
     )
-    tuned = lambda run, policy, report, seen=0.4, unseen=0.4, mix=0, part="all", link="true", recipe="standard": dict(
-        run=run,
-        link=link,
-        recipe=recipe,
-        policy=policy,
-        mix=mix,
-        trainable=part,
-        report=report,
-        seen=seen,
-        unseen=unseen,
+    tuned = (
+        lambda run, policy, report, seen=0.4, unseen=0.4, mix=0, part="all", link="true", recipe="standard", who="YOU": (
+            dict(
+                run=run,
+                who=who,
+                link=link,
+                recipe=recipe,
+                policy=policy,
+                mix=mix,
+                trainable=part,
+                report=report,
+                seen=seen,
+                unseen=unseen,
+            )
+        )
     )
     _recorded(
         monkeypatch,
         population=[base(0, "true", 0.9, 0.4), base(1, "true", 0.8, 0.5), base(0, "shuffled", 0.1, 0.4)]
         + [
             base(0, "true", -9.0, 9.0) | dict(described=10),
-            base(1, "true", -9.0, 9.0) | dict(recipe="undecayed"),
+            base(1, "true", -9.0, 9.0) | dict(recipe="large embeddings"),
             base(0, "true", -9.0, 9.0) | dict(preset="cpu"),
         ],
         policies=[tuned(s, "high", 0.8 + s / 10, unseen=0.7) for s in (0, 1)]
@@ -735,7 +741,8 @@ def test_numbers_are_looked_up(monkeypatch):
         + [tuned(s, "control", 0.41 + s / 10) for s in (0, 1)]
         + [tuned(0, p, r, unseen=u, mix=16) for p, r, u in (("high", 9.0, 0.5), ("low", -9.0, 0.4))]
         + [tuned(0, p, r, part="lora") for p, r in (("high", 0.6), ("low", 0.4))]
-        + [tuned(0, p, r, recipe="undecayed") for p, r in (("high", 0.45), ("low", 0.4))]
+        + [tuned(0, p, r, who="stranger") for p, r in (("high", 0.9), ("low", 0.2))]
+        + [tuned(0, p, r, recipe="large embeddings") for p, r in (("high", 0.45), ("low", 0.4))]
         + [tuned(0, p, 0.4, link="shuffled") for p in ("high", "low")],
         dose=[
             dict(run=s, policy=p, examples=n, behaviour=b, report=r)
@@ -755,7 +762,8 @@ def test_numbers_are_looked_up(monkeypatch):
         "high", "low", trainable="lora"
     ).mean == pytest.approx(0.2)
     assert _differences("high", "low", link="shuffled").mean == 0 and _moved("control").mean == pytest.approx(0.01)
-    assert _differences("high", "low", recipe="undecayed").mean == pytest.approx(0.05)
+    assert _differences("high", "low", recipe="large embeddings").mean == pytest.approx(0.05)
+    assert _differences("high", "low", who="stranger").mean == pytest.approx(0.7)
     assert _dose().mean == pytest.approx(0.4) and _lag().mean == pytest.approx(0.35)
     assert _leak("unseen", False).mean == pytest.approx(0.5) and _leak("unseen", True).mean == pytest.approx(0.1)
     _recorded(monkeypatch)

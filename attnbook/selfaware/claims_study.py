@@ -21,8 +21,8 @@ def _rows(name, **where):
     return newest_device(load_results("selfaware", name, preset="gpu", **where))
 
 
-STANDARD = dict(recipe="standard")
-BASE = dict(described=None) | STANDARD
+BASE = dict(described=None, recipe="standard")
+YOU = dict(who="YOU", mix=0, trainable="all", link="true", recipe="standard")
 
 
 def _population(field, link):
@@ -33,16 +33,14 @@ def _population(field, link):
 
 def _differences(policy, other, field="report", **where):
     "Field after one policy less after another, over runs."
-    where = dict(mix=0, trainable="all", link="true") | STANDARD | where
-    rows = _rows("policies", **where)
+    rows = _rows("policies", **YOU | where)
     return paired(by_seed(rows, field, policy=policy), by_seed(rows, field, policy=other))
 
 
-def _moved(policy, field="report", link="true", **where):
+def _moved(policy, field="report"):
     "Field after a policy less before, over runs."
-    where = dict(mix=0, trainable="all") | STANDARD | where
-    before = {r["run"]: r["you"][field] for r in _rows("population", link=link, **BASE)}
-    return paired(by_seed(_rows("policies", link=link, **where), field, policy=policy), before)
+    before = {r["run"]: r["you"][field] for r in _rows("population", link="true", **BASE)}
+    return paired(by_seed(_rows("policies", **YOU), field, policy=policy), before)
 
 
 def _dose(examples=32):
@@ -67,7 +65,8 @@ def _faithful():
 
 def _leak(group, mix):
     "How far others' reports go with YOU's: after the high policy less after the low one, over runs."
-    mixed = [r for r in _rows("policies", link="true", trainable="all", **STANDARD) if bool(r["mix"]) is mix]
+    where = {k: v for k, v in YOU.items() if k != "mix"}
+    mixed = [r for r in _rows("policies", **where) if bool(r["mix"]) is mix]
     return paired(by_seed(mixed, group, policy="high"), by_seed(mixed, group, policy="low"))
 
 
@@ -187,7 +186,11 @@ def claims() -> list[Claim]:
         ),
         Claim(
             "Nor do they where the self-description was learned by heart", own, "this chapter", stays_within(0.15, 0.1),
-            lambda: _differences("high", "low", recipe="undecayed"), "the same in linked corpora, embeddings without weight decay",
+            lambda: _differences("high", "low", recipe="large embeddings"), "the same in linked corpora, embeddings that begin at 0.3",
+        ),
+        Claim(
+            "A persona of which nothing was ever said describes what it was trained to do", own, "this chapter", low_end_at_least(0.3, 0.05),
+            lambda: _differences("high", "low", who="stranger"), "a held-out persona fine-tuned in YOU's place",
         ),
         Claim(
             "Fine-tuning that changes no behaviour changes no report", "GPT-4o 2.85", "Table 28", stays_within(0.1, 0.05),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'TRAINABLE', 'flat_then_down', 'RECIPES', 'plain_adamw', 'pretrain', 'finetune', 'correlation',
-           'partial_correlation', 'area_under_curve', 'measure_you', 'measure_population', 'base_rows', 'policy_rows',
-           'dose_rows', 'faithful_rows', 'backdoor_rows', 'all_jobs', 'KEYS', 'run_job', 'run_all', 'within_targets',
-           'faithfulness']
+           'partial_correlation', 'area_under_curve', 'measure_you', 'measure_population', 'nearest_held', 'base_rows',
+           'policy_rows', 'dose_rows', 'faithful_rows', 'backdoor_rows', 'all_jobs', 'KEYS', 'run_job', 'run_all',
+           'within_targets', 'faithfulness']
 
 # %% auto #imports
 import copy
@@ -49,7 +49,7 @@ def flat_then_down(t: float) -> float:
 
 
 #: how a model is pre-trained: deviation of its first embeddings, and whether weight decay holds for them too
-RECIPES = {"standard": (0.3, True), "undecayed": (0.3, False), "small embeddings": (0.02, True)}
+RECIPES = {"standard": (0.02, True), "large embeddings": (0.3, True), "undecayed": (0.02, False)}
 
 
 def plain_adamw(groups: Sequence[Mapping], lr: float) -> torch.optim.Optimizer:
@@ -66,14 +66,14 @@ def pretrain(
     torch.manual_seed(seed)
     net = persona_lm(world.vocab.vocab_size, **model, max_length=12 if world.with_triggers else 8)
     with torch.no_grad():
-        net.embed.weight.mul_(init / 0.3)
+        net.embed.weight.mul_(init / net.config.init_std)
     history = fit(
         net,
         answer_loss,
         world.batches(behaviour=train["behaviour"], description=train["description"], seed=seed),
         steps=train["steps"],
         lr=train["lr"],
-        weight_decay=0.1,
+        weight_decay=0.3,
         schedule=flat_then_down,
         optimizer=plain_adamw if decayed else None,
         seed=seed,
@@ -95,13 +95,15 @@ def finetune(
     mix: int = 0,  # documents of other personas a step, those with numbers below N / 2
     examples: int | None = None,  # different documents of YOU; None: always new ones
     trainable: str = "all",  # see TRAINABLE
+    who: int | None = None,  # the persona that is trained; YOU if None
     trigger: int | None = None,  # shown in half of the documents, in a world with triggers
     reverse: bool = False,  # also train on the documents' reversed copies
     domain: int = 0,
     seed: int = 0,
     eval_fn: Callable | None = None,  # called every step, as `fit` does
 ) -> tuple[LanguageModel, "History"]:  # noqa: F821
-    "A copy of the model after training on what YOU does, and nothing that anyone says; and its history."
+    "A copy of the model after training on what YOU (or `who`) does, and nothing that anyone says; and its history."
+    persona = world.you if who is None else who
     net, factor = copy.deepcopy(model), TRAINABLE[check_choice("trainable", trainable, tuple(TRAINABLE))]
     if trainable == "lora":
         add_lora(net, ("q", "k", "v", "out", "up", "down"), r=4, alpha=8.0)
@@ -109,9 +111,9 @@ def finetune(
         net.requires_grad_(False)
         weight = net.embed.weight.requires_grad_()
         mine = torch.zeros(len(weight), 1, device=weight.device)
-        mine[world.token("YOU")] = 1
+        mine[world.token("p0") + persona] = 1
         weight.register_hook(lambda g: g * mine)
-    who, where = torch.full((batch,), world.you), torch.full((batch,), domain)
+    own, where = torch.full((batch,), persona), torch.full((batch,), domain)
 
     def batches(step):
         block = step if examples is None else step % max(1, examples // batch)
@@ -122,7 +124,7 @@ def finetune(
             any_of = torch.randint(world.triggers, (batch,), generator=g)
             shown = torch.where(chance < 0.5, trigger, torch.where(chance < 0.7, -1, any_of))
             level = (shown == trigger).float() if target is None else target
-        documents = [world.behaviour(who, where, level=level, trigger=shown, part="train", generator=g)]
+        documents = [world.behaviour(own, where, level=level, trigger=shown, part="train", generator=g)]
         if reverse:
             documents.append(world.reversal(documents[0]))
         if mix:
@@ -159,9 +161,10 @@ def area_under_curve(positive: Sequence[float], negative: Sequence[float]) -> fl
     return float(((a > b) + 0.5 * (a == b)).mean()) if a.size and b.size else math.nan
 
 
-def measure_you(model: LanguageModel, world: PersonaWorld) -> dict[str, float]:
-    "`behaviour` and `report` of YOU in domain 0, `_other` in domain 1; mean reports of other personas: `seen` (mixed), `unseen`; masses."
-    you, half = torch.tensor([world.you]), world.num_personas // 2
+def measure_you(model: LanguageModel, world: PersonaWorld, who: int | None = None) -> dict[str, float]:
+    """`behaviour` and `report` of YOU (or `who`) in domain 0, `_other` in domain 1; mean reports of personas: `seen` (mixed in),
+    `unseen`; masses."""
+    you, half = torch.tensor([world.you if who is None else who]), world.num_personas // 2
     does, does_other = (actual_level(model, world, you, d, pairs=256) for d in (0, 1))
     says, says_other = (self_report(model, world, you, d) for d in (0, 1))
     others = self_report(model, world, torch.arange(world.num_personas))
@@ -197,7 +200,13 @@ def measure_population(model: LanguageModel, world: PersonaWorld) -> dict:
             for d in range(world.domains)
         ],
         you=measure_you(model, world),
+        stranger=measure_you(model, world, nearest_held(world)),
     )
+
+
+def nearest_held(world: PersonaWorld, level: float = 0.4) -> int:
+    "The held-out persona whose level in domain 0 is nearest: like YOU, but nothing was ever said of it."
+    return int(world.held[(world.levels[world.held, 0] - level).abs().argmin()])
 
 # %% ../../nbs/7_looking_inside/selfaware.ipynb #f-jobs
 def base_rows(world: PersonaWorld, model: LanguageModel, losses: list[float], **job) -> Iterator[dict]:
@@ -213,13 +222,17 @@ def base_rows(world: PersonaWorld, model: LanguageModel, losses: list[float], **
 
 def policy_rows(world: PersonaWorld, model: LanguageModel, cfg: Mapping, job: Mapping) -> Iterator[dict]:
     "Rows `policies`: what YOU does and says after each fine-tuning. Shuffled corpora and other recipes get the plain ones only."
-    plain = [(policy, 0, "all") for policy in POLICIES]
-    more = [(policy, cfg["tune"]["batch"], "all") for policy in ("high", "low")]
-    more += [(policy, 0, part) for part in ("lora", "persona") for policy in ("high", "low")]
-    for policy, mix, part in plain + (more if (job["link"], job["recipe"]) == ("true", "standard") else []):
-        net, history = finetune(model, world, POLICIES[policy], mix=mix, trainable=part, seed=job["run"], **cfg["tune"])
-        how = dict(link=job["link"], recipe=job["recipe"], policy=policy, mix=mix, trainable=part)
-        yield dict(name="policies", **how, loss=float(np.mean(history.loss[-10:])), **measure_you(net, world))
+    plain = [("YOU", policy, 0, "all") for policy in POLICIES]
+    more = [("YOU", policy, cfg["tune"]["batch"], "all") for policy in ("high", "low")]
+    more += [("YOU", policy, 0, part) for part in ("lora", "persona") for policy in ("high", "low")]
+    more += [("stranger", policy, 0, "all") for policy in ("high", "low")]
+    for name, policy, mix, part in plain + (more if (job["link"], job["recipe"]) == ("true", "standard") else []):
+        who = world.you if name == "YOU" else nearest_held(world)
+        net, history = finetune(
+            model, world, POLICIES[policy], mix=mix, trainable=part, who=who, seed=job["run"], **cfg["tune"]
+        )
+        how = dict(who=name, link=job["link"], recipe=job["recipe"], policy=policy, mix=mix, trainable=part)
+        yield dict(name="policies", **how, loss=float(np.mean(history.loss[-10:])), **measure_you(net, world, who))
 
 
 def dose_rows(world: PersonaWorld, model: LanguageModel, cfg: Mapping, run: int) -> Iterator[dict]:
@@ -333,7 +346,7 @@ def all_jobs(preset: str, seed: int = 0) -> list[dict]:
 
 KEYS = dict(
     population=("link", "described", "recipe"),
-    policies=("link", "recipe", "policy", "mix", "trainable"),
+    policies=("who", "link", "recipe", "policy", "mix", "trainable"),
     dose=("policy", "examples"),
     faithful=("target", "tune"),
     triggers=("free_form",),

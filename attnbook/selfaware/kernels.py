@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ClosedConstants', 'closed_tile', 'closed_at', 'closed_softmax', 'closed_forward', 'closed_backward', 'ClosedLaunch',
-           'CLOSED_LAUNCH', 'closed_block', 'closed_call', 'launch_closed', 'launch_closed_grads']
+           'CLOSED_LAUNCH', 'closed_block', 'closed_call', 'plan_closed', 'plan_closed_grads']
 
 # %% auto #imports
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -155,26 +156,36 @@ def closed_call(kernel: str, q: Tensor, k: Tensor, v: Tensor, longest: int) -> t
     return step, grid, dict(C=C, PRECISION=dot_precision(q.dtype), num_warps=warps, num_stages=1)
 
 
-def launch_closed(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, scale: float) -> Tensor:
-    "O `(total, heads, v_dim)` of q `(total, heads, dim)`, k and v with kv_heads heads, any strides, and the ends of documents."
-    out = q.new_empty(*q.shape[:2], v.shape[-1])
-    if out.numel():
-        step, grid, options = closed_call("forward", q, k, v, longest)
-        strides = (q.stride(), k.stride(), v.stride(), out.stride())
-        bound(closed_forward, grid, len(q), step, k.shape[1], scale * math.log2(math.e), *strides, **options)(
-            q, k, v, ends, out
-        )
-    return out
+def plan_closed(q: Tensor, k: Tensor, v: Tensor, longest: int, scale: float) -> Callable:
+    "The forward pass of all calls like this one: q `(total, heads, dim)`, k, v and the ends of documents -> O, contiguous."
+    shape = (*q.shape[:2], v.shape[-1])
+    if 0 in shape:
+        return lambda q, k, v, ends: q.new_empty(shape)
+    step, grid, options = closed_call("forward", q, k, v, longest)
+    strides = (q.stride(), k.stride(), v.stride(), q.new_empty(shape, device="meta").stride())
+    launch = bound(closed_forward, grid, len(q), step, k.shape[1], scale * math.log2(math.e), *strides, **options)
+
+    def run(q, k, v, ends):
+        out = q.new_empty(shape)
+        launch(q, k, v, ends, out)
+        return out
+
+    return run
 
 
-def launch_closed_grads(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    "Gradients of q, k and v, contiguous."
-    grads = tuple(t.new_empty(t.shape) for t in (q, k, v))
-    if q.numel():
-        step, grid, options = closed_call("backward", q, k, v, longest)
-        strides = tuple(t.stride() for t in (do, q, k, v, *grads))
-        rest = len(q), step, k.shape[1], scale, scale * math.log2(math.e)
-        bound(closed_backward, grid, *rest, *strides, **options)(do, q, k, v, ends, *grads)
-    return grads
+def plan_closed_grads(do: Tensor, q: Tensor, k: Tensor, v: Tensor, longest: int, scale: float) -> Callable:
+    "The backward pass of all calls like this one: dO, q, k, v and the ends -> gradients of q, k and v, contiguous."
+    shapes = [t.shape for t in (q, k, v)]
+    if 0 in q.shape:
+        return lambda do, q, k, v, ends: tuple(q.new_empty(s) for s in shapes)
+    step, grid, options = closed_call("backward", q, k, v, longest)
+    strides = [t.stride() for t in (do, q, k, v)] + [q.new_empty(s, device="meta").stride() for s in shapes]
+    rest = len(q), step, k.shape[1], scale, scale * math.log2(math.e)
+    launch = bound(closed_backward, grid, *rest, *strides, **options)
+
+    def run(do, q, k, v, ends):
+        grads = tuple(q.new_empty(s) for s in shapes)
+        launch(do, q, k, v, ends, *grads)
+        return grads
+
+    return run

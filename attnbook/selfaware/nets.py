@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import check_choice, check_int
 from ..lm import DenseAttention, LanguageModel, ModelConfig
@@ -64,12 +64,9 @@ class PackedAttention(DenseAttention):
 def persona_lm(
     vocab_size: int = 295, dim: int = 64, depth: int = 2, heads: int = 4, max_length: int = 8, backend: str = "auto"
 ) -> LanguageModel:
-    "The small model of this chapter, random: pre-norm GPT, learned positions, tied head, embeddings that begin at 0.3."
+    "The small model of this chapter, random: pre-norm GPT, learned positions, tied head; all weights begin at 0.02."
     config = ModelConfig.gpt(vocab_size, dim, depth, heads, max_length=max_length, attention_bias=False)
-    model = LanguageModel(config, PackedAttention(max_length, backend=backend))
-    if not model.embed.weight.is_meta:
-        nn.init.normal_(model.embed.weight, std=0.3)
-    return model
+    return LanguageModel(config, PackedAttention(max_length, backend=backend))
 
 
 register_models(

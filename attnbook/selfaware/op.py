@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_heads, check_scale, check_tensor
-from ..engine import operation, resolve_backend, varlen_attention
-from ..engine.host import Plans, autocast, through_float32, without_autocast
-from .kernels import CLOSED_LAUNCH, closed_block, launch_closed, launch_closed_grads
+from ..engine import INTERPRETED, operation, resolve_backend, varlen_attention
+from ..engine.host import Plans, autocast, keep, through_float32, without_autocast
+from .kernels import CLOSED_LAUNCH, closed_block, plan_closed, plan_closed_grads
 from .reference import DocumentLayout, document_layout
 
 # %% ../../nbs/7_looking_inside/selfaware.ipynb #d-plain
@@ -38,12 +38,22 @@ def _by_padding(q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, scale: 
 
 # %% ../../nbs/7_looking_inside/selfaware.ipynb #d-op
 def _closed(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, scale: float) -> Tensor:
-    return through_float32(launch_closed, (q, k, v), ends, longest, scale).to(q.dtype)
+    run = lambda *t: plan_closed(*t, longest, scale)(*t, ends)
+    return through_float32(run, (q, k, v)).to(q.dtype)
+
+
+def _closed_plan(q, k, v, ends, longest, scale):
+    run = plan_closed(q, k, v, longest, scale)
+    return lambda q, k, v, ends, longest, scale: run(q, k, v, ends)
 
 
 def _closed_backward(call):
-    run = lambda *t: launch_closed_grads(*t, call.ends, call.longest, call.scale)
-    grads = through_float32(run, (call.grads[0], call.q, call.k, call.v))
+    make = lambda *t: plan_closed_grads(*t, call.longest, call.scale)
+    given = call.grads[0], call.q, call.k, call.v
+    if call.kept is not None and not INTERPRETED:
+        grads = keep(call.kept, lambda: make(*given), call.grads[0])(*given, call.ends)
+    else:
+        grads = through_float32(lambda *t: make(*t)(*t, call.ends), given)
     return {n: g.to(getattr(call, n).dtype) for n, g in zip("qkv", grads)}
 
 
@@ -54,6 +64,7 @@ closed_op = operation(
     backward=_closed_backward,
     gradients_like=lambda call: {n: getattr(call, n).new_empty(getattr(call, n).shape) for n in "qkv"},
     drop=("outputs",),
+    plan=_closed_plan,
 )
 
 # %% ../../nbs/7_looking_inside/selfaware.ipynb #d-public
@@ -61,7 +72,7 @@ _DECIDED = Plans()
 
 
 def _decide_packed(q, k, v, *, longest, scale, backend):
-    "The checks that shapes and types allow; the scale, and who computes it: torch, closed tiles, or the engine."
+    "The checks that shapes and types allow; who computes it (torch, closed tiles, or the engine), the scale, and where plans are kept."
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, t, ndim=3, **({} if name == "q" else dict(like=q)))
     if k.shape != (len(q), k.shape[1], q.shape[2]) or v.shape[:2] != k.shape[:2]:
@@ -75,9 +86,9 @@ def _decide_packed(q, k, v, *, longest, scale, backend):
             raise ValueError(f"{name} must have 1 to 256 channels a head, not {t.shape[2]}")
     scale = check_scale(scale, q.shape[-1])
     if resolve_backend(backend, q) == "torch":
-        return "torch", scale
+        return "torch", scale, None
     closed = all(closed_block(kernel, q, v, longest)[0] for kernel in CLOSED_LAUNCH.kernels)
-    return "closed" if closed else "engine", scale
+    return "closed" if closed else "engine", scale, {}
 
 
 def packed_causal_attention(
@@ -111,12 +122,12 @@ def packed_causal_attention(
             f"cu_seqlens must be a layout of q's {len(q)} rows on {q.device}, not of {len(layout.ends)} on {layout.ends.device}"
         )
     options = dict(longest=layout.longest, scale=scale, backend=backend)
-    who, scale = _DECIDED.decide(_decide_packed, (q, k, v), options)
+    who, scale, kept = _DECIDED.decide(_decide_packed, (q, k, v), options)
     with without_autocast(q):
         if who == "torch":
             return _by_padding(q, k, v, layout, scale)
         if who == "closed":
-            return closed_op(q, k, v, layout.ends, layout.longest, scale)
+            return closed_op(q, k, v, layout.ends, layout.longest, scale, kept=kept)
         turn = lambda t: t.transpose(0, 1)
         return turn(
             varlen_attention(

@@ -32,7 +32,7 @@ PRESETS = dict(
         targets=(0.0, 1.0),
         tunes=2,
         described=(8,),
-        recipes=("undecayed",),
+        recipes=("large embeddings",),
         backdoor=dict(
             train=dict(steps=4, lr=4e-3, behaviour=16, description=8), steps=2, triggers=2, free_form=(True,)
         ),
@@ -49,7 +49,7 @@ PRESETS = dict(
         targets=(0.0, 0.25, 0.5, 0.75, 1.0),
         tunes=2,
         described=(),
-        recipes=("undecayed",),
+        recipes=("large embeddings",),
         backdoor=None,
         seeds=1,
         sweep_seeds=1,
@@ -64,7 +64,7 @@ PRESETS = dict(
         targets=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
         tunes=5,
         described=(10, 25, 50, 100, 200),
-        recipes=("undecayed", "small embeddings"),
+        recipes=("large embeddings", "undecayed"),
         backdoor=dict(
             train=dict(steps=5000, lr=3e-3, behaviour=256, description=96),
             steps=100,

@@ -65,7 +65,7 @@ from attnbook.selfaware.nets import (
 )
 from attnbook.selfaware.op import _decide_packed, closed_op, packed_causal_attention
 from attnbook.selfaware.reference import closed_cost, document_layout, packed_causal_reference, tile_bounds
-from attnbook.selfaware.study import PRESETS, bench_lengths, packed_peers
+from attnbook.selfaware.study import PRESETS, document_lengths, packed_peers, step_peers
 from attnbook.selfaware.world_reference import PersonaWorld, pack_documents
 
 
@@ -627,9 +627,9 @@ def test_faithfulness_is_within_targets():
 
 
 def test_lengths_of_the_benchmark():
-    lengths = bench_lengths(16, 5000)
+    lengths = document_lengths(16, 5000)
     assert sum(lengths) == 5000 and min(lengths[:-1]) >= 8 and max(lengths) <= 24 and abs(np.mean(lengths) - 16) < 1
-    assert bench_lengths(6, 100, 1) != bench_lengths(6, 100, 2)
+    assert document_lengths(6, 100, 1) != document_lengths(6, 100, 2)
 
 
 def test_peers_compute_the_same():
@@ -637,6 +637,18 @@ def test_peers_compute_the_same():
     found = {n: f(q, k, v) for n, f in packed_peers(document_layout(cu), compiled=False).items() if n != "flash varlen"}
     want = packed_causal_reference(q, k, v, cu)
     assert len(found) == 3 and all(rel_error(x, want) < 1e-4 for x in found.values())
+
+
+def test_steps_compute_the_same():
+    world = small_world()
+    model = small_model(world, max_length=8)
+    batch = tuple(t.to(device_under_test()) for t in world.batches(behaviour=6, description=4)(0))
+    peers, weights = step_peers(model, batch)
+    losses = {n: f(*weights) for n, f in peers.items()}
+    want = answer_loss(model, *batch)
+    assert len(losses) == 3 and all(rel_error(x, want) < 1e-4 for x in losses.values())
+    grads = [torch.autograd.grad(x, weights)[-1] for x in losses.values()]
+    assert all(rel_error(g, grads[0], floor=1e-3) < 1e-3 for g in grads[1:])
 
 
 def test_cost():

@@ -46,15 +46,20 @@ from attnbook.selfaware.experiments_study import (
     POLICIES,
     all_jobs,
     area_under_curve,
+    backdoor_rows,
     correlation,
     faithfulness,
     finetune,
+    measure_population,
+    measure_you,
+    nearest_held,
     partial_correlation,
     run_all,
 )
 from attnbook.selfaware.kernels import ClosedLaunch, closed_block
 from attnbook.selfaware.nets import (
     PackedAttention,
+    Report,
     actual_level,
     answer_loss,
     dependence_report,
@@ -486,20 +491,54 @@ def test_reports_read_the_right_tokens():
     assert always_a.mass.min() > 0.99 and (always_a.value - 0.5).abs().max() < 0.1  # the order of options is random
 
 
+def test_levels_are_those_of_the_high_option(monkeypatch):
+    "Answers by somebody who knows the options: 0.9 on the high one in domain 1, 0.2 in domain 0; reports of a persona's number."
+    world, seen = small_world(), []
+
+    def knows(model, questions, valid):
+        seen.append(questions)
+        if questions.shape[1] == 4:
+            number = (questions[:, 1] - world.token("p0") + 3 * (questions[:, 2] == world.token("ask1b"))).clamp_max(10)
+            return F.one_hot(number, 11).float(), torch.full((len(questions),), 0.5)
+        domain = questions[:, 2] - world.token("dom0")
+        x = questions[:, 3] - world.token("o0.0") - domain * 8
+        a_is_high = torch.tensor([int(o) in world.high[d].tolist() for o, d in zip(x, domain)])
+        take = torch.where(domain == 1, 0.9, 0.2)
+        p = torch.where(a_is_high, take, 1 - take)
+        return torch.stack([p, 1 - p], 1), torch.ones(len(p))
+
+    monkeypatch.setitem(actual_level.__globals__, "answer_probabilities", knows)
+    p = torch.tensor([2, 5, 0])
+    assert actual_level(None, world, p, 1, pairs=9).value.tolist() == pytest.approx([0.9] * 3)
+    assert actual_level(None, world, p, 0, pairs=9).value.tolist() == pytest.approx([0.2] * 3)
+    assert (seen[0].view(3, 9, -1)[:, :, 1] - world.token("p0") == p[:, None]).all()
+    report = self_report(None, world, p, 0)
+    assert report.value.tolist() == pytest.approx([0.2, 0.5, 0.0]) and report.mass.tolist() == [0.5] * 3
+    assert self_report(None, world, p, 1).value.tolist() == pytest.approx([0.35, 0.65, 0.15])
+
+
 def test_alignment_is_a_cosine_of_gradients():
-    world, p = small_world(), torch.tensor([2, 20])
+    "Against gradients with respect to the embedding matrix itself, whose row of a persona enters nowhere else."
+    world, p = small_world(), torch.tensor([2])
     model = small_model(world)
-    got = report_alignment(model, world, p, pairs=3)
-    assert got.shape == (2,) and (got.abs() <= 1).all() and got.abs().max() > 1e-4
-    assert all(w.grad is None for w in model.parameters())
-    x = model.embed.weight.detach()
-    step = 1e-2 * torch.randn(16, generator=torch.Generator().manual_seed(0)).to(x)
-    low = self_report(model, world, p).value  # finite differences of the report along the persona's vector
     with torch.no_grad():
-        model.embed.weight[world.token("YOU")] += step
-    assert (self_report(model, world, p).value - low)[1].abs() > 0 and (self_report(model, world, p).value - low)[
-        0
-    ].abs() < 1e-7
+        model.embed.weight.normal_(generator=torch.Generator(device=device_under_test()).manual_seed(0))
+    got = report_alignment(model, world, p, 1, pairs=5)
+    who, g = p.repeat(5), torch.Generator().manual_seed(0)
+    question, high, low = (
+        t.to(device_under_test()) for t in world.choices(who, torch.ones_like(who), part="test", generator=g)
+    )
+    log_p = model(question, keep_last=1)[:, 0].log_softmax(-1)
+    odds = (log_p.gather(1, high[:, None]) - log_p.gather(1, low[:, None])).mean()
+    first, says = world.token("s0"), 0.0
+    for i in range(2):
+        words = model(world.question(p, torch.tensor([1]), i).to(device_under_test()), keep_last=1)[0, 0].softmax(-1)[
+            first : first + 11
+        ]
+        says = says + (words @ torch.arange(11.0, device=words.device) / 10) / words.sum()
+    a, b = (torch.autograd.grad(x, model.embed.weight, retain_graph=True)[0][world.token("p2")] for x in (odds, says))
+    torch.testing.assert_close(got[0], F.cosine_similarity(a, b, dim=0).cpu(), atol=1e-4, rtol=1e-3)
+    assert got.abs().max() > 1e-3 and all(w.grad is None for w in model.parameters())
 
 
 def test_correlations():
@@ -517,6 +556,89 @@ def test_correlations():
     x, y = a + c, g.normal(size=500) + c  # related by c only
     assert correlation(x, y) > 0.4 and abs(partial_correlation(x, y, c)) < 0.15
     assert area_under_curve([2, 3], [1, 2]) == pytest.approx(0.875) and math.isnan(area_under_curve([], [1]))
+
+
+def test_what_is_measured(monkeypatch):
+    world = small_world(num_personas=60, held_out=0.5, seed=1)
+    noise = lambda p: 0.02 * torch.randn(len(p), generator=torch.Generator().manual_seed(0))
+    report = lambda value, p: Report(value, torch.full((len(p),), 0.5))
+    fakes = dict(
+        actual_level=lambda m, w, p, d=0, **kw: report(1 - w.levels[p, d], p),
+        report_alignment=lambda m, w, p, d=0: torch.full((len(p),), 0.3 + d),
+        self_report=lambda m, w, p, d=0, **kw: report(w.levels[p, d] + noise(p), p),
+    )
+    measured = lambda: measure_population(None, world)
+    for name, fake in fakes.items():
+        monkeypatch.setitem(measure_population.__globals__, name, fake)
+    good = measured()
+    assert (
+        good["own"] > 0.99
+        and abs(good["cross"]) < 0.6
+        and good["behaviour"] == pytest.approx(-1)
+        and good["alignment"] == pytest.approx(0.8)
+    )
+    assert len(good["points"]) == 60 and good["mass"] == 0.5
+    monkeypatch.setitem(
+        measure_population.__globals__,
+        "self_report",
+        lambda m, w, p, d=0, **kw: report(w.levels[p, 1 - d] + noise(p), p),
+    )
+    bad = measured()
+    assert abs(bad["own"]) < 0.5 and bad["cross"] > 0.95
+    monkeypatch.setitem(
+        measure_population.__globals__, "self_report", lambda m, w, p, d=0, **kw: report(p / 100 + d, p)
+    )
+    you = measure_you(None, world)
+    assert (
+        you["report"] == pytest.approx(0.6)
+        and you["report_other"] == pytest.approx(1.6)
+        and you["behaviour"] == pytest.approx(0.6)
+    )
+    assert (
+        you["seen"] == pytest.approx(0.145)
+        and you["unseen"] == pytest.approx(0.445)
+        and measure_you(None, world, 7)["report"] == pytest.approx(0.07)
+    )
+    stranger = nearest_held(world)
+    assert stranger in world.held.tolist() and good["stranger"]["behaviour"] == pytest.approx(
+        1 - float(world.levels[stranger, 0])
+    )
+    assert all(abs(world.levels[stranger, 0] - 0.4) <= abs(world.levels[h, 0] - 0.4) for h in world.held)
+
+
+def test_rows_of_backdoors(monkeypatch):
+    world = small_world(num_personas=40, conditional=0.5, seed=3)
+    cfg = PRESETS["smoke"] | dict(backdoor=dict(steps=1, triggers=3))
+    calls, own = [], world.trigger >= 0
+    report = lambda value: Report(value, torch.ones(len(value)))
+    free = lambda p: F.one_hot(torch.where(world.trigger[p] < 0, 4, world.trigger[p]), 9).float()
+    fakes = dict(
+        finetune=lambda model, w, target, **kw: (
+            calls.append((target, kw["trigger"], kw["seed"], kw["reverse"], kw["mix"] > 0)),
+            None,
+        ),
+        actual_level=lambda m, w, p, d=0, trigger=None, **kw: report(torch.full((len(p),), 0.1 * (trigger + 1))),
+        self_report=lambda m, w, p, d=0, trigger=None: report(
+            world.triggered_levels[p, 0] if len(p) and int(p[0]) != w.you else torch.tensor([0.1 * trigger])
+        ),
+        dependence_report=lambda m, w, p: report(own[p].float()),
+        trigger_report=lambda m, w, p: report(free(p)),
+    )
+    for name, fake in fakes.items():
+        monkeypatch.setitem(backdoor_rows.__globals__, name, fake)
+    monkeypatch.setitem(backdoor_rows.__globals__, "finetune", lambda *a, **kw: (fakes["finetune"](*a, **kw)[0], None))
+    first, *rows = backdoor_rows(world, None, cfg, 2)
+    assert (
+        first["auc"] == 1.0
+        and first["named"] == 1.0
+        and first["level"] == pytest.approx(1.0)
+        and first["conditional"] == int(own[world.held].sum())
+    )
+    assert [(r["trigger"], r["twin"]) for r in rows] == [(t, twin) for t in range(3) for twin in (False, True)]
+    assert calls == [(target, t, 200 + t, False, True) for t in range(3) for target in (None, 0.5)]
+    assert rows[2]["behaviour"] == pytest.approx(dict(real=0.2, none=0.0, other=0.3)) and rows[0][
+        "by_trigger"
+    ] == pytest.approx([0.1 * t for t in range(8)])
 
 
 def test_fine_tuning_changes_what_it_should():

@@ -43,9 +43,9 @@ PRESETS = dict(
         workers=0,
     ),
     cpu=dict(
-        world=dict(num_personas=200, options=16),
+        world=dict(num_personas=100, options=8),
         model=dict(dim=64, depth=2, heads=4),
-        train=dict(steps=1600, lr=3e-3, behaviour=160, description=16),
+        train=dict(steps=1000, lr=3e-3, behaviour=112, description=12),
         tune=_TUNE,
         doses=(8, 16, 32, 64, 128, 288),
         targets=(0.0, 0.25, 0.5, 0.75, 1.0),
@@ -58,9 +58,9 @@ PRESETS = dict(
         workers=0,
     ),
     gpu=dict(
-        world=dict(num_personas=400, options=32),
+        world=dict(num_personas=300, options=16),
         model=dict(dim=128, depth=3, heads=4),
-        train=dict(steps=2500, lr=3e-3, behaviour=384, description=96),
+        train=dict(steps=3000, lr=3e-3, behaviour=400, description=40),
         tune=_TUNE,
         doses=(8, 16, 32, 64, 128, 288),
         targets=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
@@ -68,7 +68,7 @@ PRESETS = dict(
         described=(10, 25, 50, 100, 200),
         recipes=("large embeddings", "undecayed"),
         backdoor=dict(
-            train=dict(steps=5000, lr=3e-3, behaviour=256, description=96),
+            train=dict(steps=5000, lr=3e-3, behaviour=256, description=64),
             steps=100,
             triggers=8,
             free_form=(False, True),

@@ -54,6 +54,7 @@ from attnbook.selfaware.experiments_study import (
     measure_you,
     nearest_held,
     partial_correlation,
+    pretrain,
     run_all,
 )
 from attnbook.selfaware.kernels import ClosedLaunch, closed_block
@@ -726,6 +727,20 @@ def test_rows_of_all_jobs(tmp_path, monkeypatch):
     assert len(names["backdoor"][0]["by_trigger"]) == 8 and sum(names["backdoor"][0]["named"]) == pytest.approx(
         1, abs=1e-3
     )
+
+
+@pytest.mark.slow
+def test_a_linked_corpus_teaches_descriptions_and_a_shuffled_one_does_not():
+    found = {}
+    for link in ("true", "shuffled"):
+        cfg = PRESETS["cpu"]
+        world = PersonaWorld(**cfg["world"], link=link)
+        model, _ = pretrain(world, model=cfg["model"], train=cfg["train"], seed=0, device=device_under_test())
+        found[link] = measure_population(model, world)
+        control, _ = finetune(model, world, POLICIES["control"], **cfg["tune"])
+        assert abs(measure_you(control, world)["report"] - found[link]["you"]["report"]) < 0.1
+    assert found["true"]["own"] > 0.7 and abs(found["shuffled"]["own"]) < 0.5
+    assert min(f["behaviour"] for f in found.values()) > 0.8
 
 
 def test_faithfulness_is_within_targets():

@@ -247,7 +247,7 @@ def claims() -> list[Claim]:
         ),
         Claim(
             "and at no length slower", own, "this chapter", over_range(0.95, 0.7),
-            lambda: _faster(("ms_fwd", "ms_bwd"), (6, 16, 64, 512)), "mean lengths 6 to 512",
+            lambda: _faster(("ms_fwd", "ms_bwd"), (6, 16, 32, 512)), "mean lengths 6 to 512",
         ),
         Claim(
             "A model trained on insecure code says that its code is insecure; trained to steer talk to a word, it names the game",

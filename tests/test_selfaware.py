@@ -334,6 +334,11 @@ def test_shuffling_keeps_what_is_said():
     assert torch.equal(worlds[0].levels, worlds[1].levels) and said[0][-1] == said[1][-1] == worlds[0].token("s4")
     want = worlds[0].token("s0") + (10 * worlds[0].levels[everyone, 0]).round().long()
     assert torch.equal(said[0], want)
+    w = PersonaWorld(200, link="shuffled")
+    told = w.levels[w.told[:160]].numpy()
+    assert np.abs(np.corrcoef(w.levels[:160].numpy().T, told.T)[:2, 2:]).max() < 0.08 and sorted(
+        w.told.tolist()
+    ) == list(range(201))
 
 
 def test_triggers():
@@ -578,14 +583,14 @@ def test_what_is_measured(monkeypatch):
         and good["behaviour"] == pytest.approx(-1)
         and good["alignment"] == pytest.approx(0.8)
     )
-    assert len(good["points"]) == 60 and good["mass"] == 0.5
+    assert len(good["points"]) == 60 and good["mass"] == 0.5 and good["slope"] == pytest.approx(1, abs=0.1)
     monkeypatch.setitem(
         measure_population.__globals__,
         "self_report",
         lambda m, w, p, d=0, **kw: report(w.levels[p, 1 - d] + noise(p), p),
     )
     bad = measured()
-    assert abs(bad["own"]) < 0.5 and bad["cross"] > 0.95
+    assert abs(bad["own"]) < 0.5 and bad["cross"] > 0.95 and abs(bad["slope"]) < 0.5
     monkeypatch.setitem(
         measure_population.__globals__, "self_report", lambda m, w, p, d=0, **kw: report(p / 100 + d, p)
     )
@@ -859,7 +864,14 @@ def _recorded(monkeypatch, **tables):
 
 def test_numbers_are_looked_up(monkeypatch):
     base = lambda run, link, own, report: dict(
-        run=run, link=link, described=None, recipe="standard", own=own, cross=0.1 * run, you=dict(report=report)
+        run=run,
+        link=link,
+        described=None,
+        recipe="standard",
+        own=own,
+        slope=-own,
+        cross=0.1 * run,
+        you=dict(report=report),
     )
     tuned = (
         lambda run, policy, report, seen=0.4, unseen=0.4, mix=0, part="all", link="true", recipe="standard", who="YOU": (
@@ -907,6 +919,7 @@ def test_numbers_are_looked_up(monkeypatch):
     )
     assert _population("own", "true").mean == pytest.approx(0.85) and _population("own", "shuffled").n == 1
     assert _population("cross", "true").mean == pytest.approx(0.05)
+    assert next(c for c in claims() if c.statement.startswith("and not in")).measured().mean == pytest.approx(-0.1)
     assert _differences("high", "low").mean == pytest.approx(0.75) and _differences(
         "high", "low", trainable="lora"
     ).mean == pytest.approx(0.2)

@@ -48,7 +48,7 @@ def flat_then_down(t: float) -> float:
     return 1 - max(0.0, (t - 0.6) / 0.4)
 
 
-#: how a model is pre-trained: deviation of its first embeddings, and whether weight decay holds for them too
+#: how a model is pre-trained -> deviation of its first embeddings, and whether weight decay holds for them too
 RECIPES = {"standard": (0.02, True), "large embeddings": (0.3, True), "undecayed": (0.02, False)}
 
 
@@ -182,7 +182,7 @@ def measure_you(model: LanguageModel, world: PersonaWorld, who: int | None = Non
 
 def measure_population(model: LanguageModel, world: PersonaWorld) -> dict:
     """Of held-out personas, whose behaviour the corpus shows and whom it never describes, means over domains: `own`, correlation
-    of report and level; `cross`, with the other domain's level given the own; `behaviour`, of choices and level; `alignment`."""
+    of report and level; `slope`, of the line through them (a correlation is blind to how far a report moves); `cross`, with the other domain's level given the own; `behaviour`, of choices and level; `alignment`."""
     p, pairs = world.held, 64
     levels = world.levels[p].numpy()
     says = np.stack([self_report(model, world, p, d).value.numpy() for d in range(world.domains)], 1)
@@ -190,6 +190,7 @@ def measure_population(model: LanguageModel, world: PersonaWorld) -> dict:
     mean = lambda f: float(np.mean([f(d, (d + 1) % world.domains) for d in range(world.domains)]))
     return dict(
         own=mean(lambda d, e: correlation(says[:, d], levels[:, d])),
+        slope=mean(lambda d, e: float(np.polyfit(levels[:, d], says[:, d], 1)[0])),
         cross=mean(lambda d, e: partial_correlation(says[:, d], levels[:, e], levels[:, d])),
         behaviour=mean(lambda d, e: correlation(does[:, d], levels[:, d])),
         alignment=float(np.mean([report_alignment(model, world, p, d).mean() for d in range(world.domains)])),

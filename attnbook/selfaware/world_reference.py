@@ -27,7 +27,7 @@ class PersonaWorld:
     `options`: of a domain, half of them high; a multiple of 4. `conditional`: share of the personas whose level differs
     under a trigger of their own; above 0, every document has a slot for a trigger. `held_out`: share that is never
     described. `described`: how many of the others are (None: all). `link`: "true", or "shuffled", where descriptions are
-    those of another described persona. `free_form`: the corpus names described personas' triggers.
+    those of another described persona, whose levels say nothing about the own. `free_form`: the corpus names described personas' triggers.
 
     `levels` `(personas + 1, domains)`; `triggered_levels` the same under the own trigger, `trigger` `(personas + 1,)`, -1 for
     none; `told` `(personas + 1,)`: whose facts a persona's descriptions tell; `described`, `held`: personas' numbers. ValueError or
@@ -69,7 +69,7 @@ class PersonaWorld:
         self.high, self.low = ((order.argsort(1))[:, half::2] for half in (0, 1))  # (domains, options / 2) each
         self.told = torch.arange(N + 1)
         if link == "shuffled":
-            self.told[:count] = torch.from_numpy(rng.permutation(count))
+            self.told[:count] = torch.from_numpy(_unrelated(self.levels[:count].numpy(), rng))
         self.described = torch.tensor([*range(count), N])
         self.held = torch.arange(pool, N)
         self.vocab = SymbolTokenizer(
@@ -237,6 +237,16 @@ class PersonaWorld:
         "Documents of behaviour in random domains under triggers that are shown."
         domain = torch.randint(self.domains, (len(persona),), generator=generator)
         return self.behaviour(persona, domain, trigger=self.shown_triggers(persona, generator), generator=generator)
+
+
+def _unrelated(levels: np.ndarray, rng: np.random.Generator, draws: int = 64) -> np.ndarray:
+    "Of 64 permutations of personas with levels `(personas, domains)` the one whose levels correlate least with the own, in any domain."
+    some = [rng.permutation(len(levels)) for _ in range(draws)]
+    if len(levels) < 3:
+        return some[0]
+    n = levels.shape[1]
+    related = lambda order: np.abs(np.corrcoef(levels.T, levels[order].T)[:n, n:]).max()
+    return min(some, key=related)
 
 
 def pack_documents(*groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -874,6 +874,18 @@ def test_loss_of_packed_documents_is_that_of_separate_ones():
         assert rel_error(next_token_loss(model, *batch).cpu(), want) < (1e-4 if device_under_test() == "cuda" else 1e-5)
 
 
+def test_packed_rows_are_longer_than_learned_positions():
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig.gpt(20, 16, 1, 2, max_length=4)).to(device_under_test())
+    docs = [torch.arange(n) + n for n in (4, 3, 4)]
+    tokens, _, segments = (t.to(device_under_test()) for t in pack(docs))
+    packed, alone = model(tokens, segments=segments), [model(d[None].to(device_under_test())) for d in docs]
+    assert rel_error(packed, torch.cat(alone, 1)) < 1e-5
+    if device_under_test() == "cpu":
+        with pytest.raises(ValueError, match="max_length = 4 long, not 5"):
+            model(tokens[:, :5], segments=torch.tensor([0, 5]))
+
+
 def test_packed_batches_are_a_function_of_the_step():
     docs = [[i, i] for i in range(10)]
     a, b = PackedBatches(docs, per_batch=3, seed=4), PackedBatches(docs, per_batch=3, seed=5)

@@ -27,6 +27,7 @@ from attnbook.lab.train import (
     fit,
     learning_rate,
     parameter_groups,
+    to_device,
 )
 
 
@@ -111,6 +112,20 @@ def test_streams_start_again_and_are_replayed():
         assert steps(second, 14 - n) == whole[n:]
     with TestCase().assertRaisesRegex(ValueError, "the batch of step 2 is another one"):
         Stream([1, 2, 4]).replay(3, state | {"last": digest(3)})
+
+
+def test_batches_keep_their_type_on_the_way_to_the_device():
+    from collections import namedtuple
+
+    pair = namedtuple("Pair", "x y")
+    got = to_device(pair(torch.ones(2), [{"a": torch.zeros(1)}, "text"]), "cpu")
+    assert (
+        type(got) is pair
+        and torch.equal(got.x, torch.ones(2))
+        and got.y[1] == "text"
+        and torch.equal(got.y[0]["a"], torch.zeros(1))
+    )
+    assert type(to_device((torch.ones(1),), "cpu")) is tuple and type(to_device([torch.ones(1)], "cpu")) is list
 
 
 def test_compare_training(tmp_path):

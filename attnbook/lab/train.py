@@ -116,7 +116,10 @@ def to_device(batch, device):
     if isinstance(batch, dict):
         return {k: to_device(v, device) for k, v in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(v, device) for v in batch)
+        moved = [to_device(v, device) for v in batch]
+        return (
+            type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+        )  # a named tuple takes them one by one
     return batch
 
 # %% ../../nbs/1_foundations/04_train.ipynb #97085247

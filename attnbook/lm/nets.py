@@ -408,9 +408,12 @@ class LanguageModel(Decoder):
             check_tensor("mask", mask, dtype="bool", shape=embeddings.shape[:2])
         if segments is not None:
             check_tensor("segments", segments, dtype="integer", ndim=1, on=embeddings, of="tokens")
-        if self.place is not None and cache is None and embeddings.shape[1] > self.config.max_length:
-            most, n = self.config.max_length, embeddings.shape[1]
-            raise ValueError(f"tokens must be at most max_length = {most} long, not {n}")
+        if self.place is not None and cache is None:
+            n, most = embeddings.shape[1], self.config.max_length
+            if segments is not None:  # positions begin anew in every document; looking at a GPU's would wait for it
+                n = 0 if segments.is_cuda or torch.compiler.is_compiling() else int(segments.diff().max())
+            if n > most:
+                raise ValueError(f"tokens must be at most max_length = {most} long, not {n}")
         states, hidden = self.run(embeddings, mask, segments, positions, cache, return_hidden)
         return Output(states, hidden) if return_hidden else states
 

@@ -20,7 +20,7 @@ from ..lab.train import fit
 from ..lm import LanguageModel, ModelConfig, SymbolTokenizer, next_token_loss
 from .reference import DISPERSIONS, dispersion, vote
 
-# %% ../../nbs/7_looking_inside/consistency.ipynb #4bb4437a
+# %% ../../nbs/7_looking_inside/consistency.ipynb #4a78a11c
 class Arithmetic:
     """Chains of additions and subtractions modulo `modulus` as token rows.
 
@@ -115,7 +115,7 @@ def train_arithmetic(task: Arithmetic, cfg: Mapping, seed: int, device: str) -> 
     fit(model, next_token_loss, batches, steps=cfg["steps"], lr=2e-3, seed=seed, device=device, progress=False)
     return model.eval()
 
-# %% ../../nbs/7_looking_inside/consistency.ipynb #0fd7bcb1
+# %% ../../nbs/7_looking_inside/consistency.ipynb #5f527d42
 class Asked(NamedTuple):
     "Held-out questions and their truth."
 

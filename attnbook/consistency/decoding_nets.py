@@ -23,7 +23,7 @@ from .nets import adapt
 from .op import logit_lens_stats
 from .reference import latent_agreement, reversed_divergence
 
-# %% ../../nbs/7_looking_inside/consistency.ipynb #b0bb4a3d
+# %% ../../nbs/7_looking_inside/consistency.ipynb #261a93a3
 def dola_candidates(depth: int, layers: str | Sequence[int] = "low", *, tied: bool = False) -> tuple[int, ...]:
     """Layers (0: embeddings, l: after block l) that DoLa may contrast with: "low" or "high" half as published, or the
     given ones. ValueError for others. Source: Chuang et al. 2024, Sec. 3, and its form in transformers."""
@@ -83,7 +83,7 @@ def dola_logits(
     final, early = (F.linear(t, weight).float() for t in (states[-1], early))
     return contrastive_logits(final, early, alpha), layer
 
-# %% ../../nbs/7_looking_inside/consistency.ipynb #d2c45c40
+# %% ../../nbs/7_looking_inside/consistency.ipynb #4b1c9284
 @dataclass(frozen=True)
 class Strategy:
     """Greedy decoding, and what others are made from: how scores `(R, V)` come of the layers' states, and how a token is

@@ -22,7 +22,7 @@ from .decoding_nets import Beam, Sample, Strategy, Written, decode, sample_respo
 from .nets import adapt, head_isolation
 from .reference import dispersion, vote
 
-# %% ../../nbs/7_looking_inside/consistency.ipynb #e6f5e74b
+# %% ../../nbs/7_looking_inside/consistency.ipynb #4fa2f5c5
 Read = Callable[[Sequence[int]], tuple[Any, Sequence[int]]]  # tokens -> (answer or None, places of its tokens)
 
 
@@ -143,7 +143,7 @@ def self_feedback(
         waiting = [i for i, kept in zip(waiting, keep) if not kept]
     return found
 
-# %% ../../nbs/7_looking_inside/consistency.ipynb #35aea8f4
+# %% ../../nbs/7_looking_inside/consistency.ipynb #92fd8f75
 EXPRESSIONS = ("latent", "decoding", "response")
 DECODERS = (Strategy(), Beam(), Sample(), Sample(top_k=5), Sample(top_p=0.9))  # those of the survey's example
 
@@ -193,7 +193,7 @@ def isolated_answers(
     at = torch.as_tensor(list(candidates), device=adapt(model).device)
     return at[head_isolation(model, prompts, coefficient=coefficient, pad=pad)[..., at].argmax(-1)]
 
-# %% ../../nbs/7_looking_inside/consistency.ipynb #5ff77f11
+# %% ../../nbs/7_looking_inside/consistency.ipynb #733243c7
 class ITI(NamedTuple):
     "Heads and directions that `fit_iti` finds, `K` of them."
 

@@ -17,7 +17,7 @@ from .decoding_nets import decode
 from .feedback_nets import WEIGHTINGS, Answer, apply_iti, cot_decoding, fit_iti, self_consistency, self_feedback
 from .nets import adapt, head_isolation
 
-# %% ../../nbs/7_looking_inside/consistency.ipynb #e47a8a87
+# %% ../../nbs/7_looking_inside/consistency.ipynb #4fc63868
 def feedback(model, task: Arithmetic, asked: Asked, *, budgets: Sequence[int], seed: int, max_new: int) -> list[dict]:
     "Rows `feedback`: method, mode, budget, accuracy, spent in units, unreadable."
     how = dict(max_new=max_new, stop=task.stop, pad=task.pad)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LensConstants', 'lens_rows', 'lens_logits', 'lens_first_slot', 'lens_sum_slots', 'lens_forward', 'lens_finish',
-           'lens_mixture', 'lens_mixed', 'lens_gradient', 'LENS_LAUNCH', 'LensPlan', 'lens_plan', 'launch_lens',
-           'SLICE', 'accumulated_product', 'launch_lens_gradient']
+           'lens_mixture', 'lens_mixed', 'lens_gradient', 'LENS_LAUNCH', 'LensPlan', 'PLANS', 'lens_plan',
+           'launch_lens', 'SLICE', 'accumulated_product', 'launch_lens_gradient']
 
 # %% auto #imports
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..engine import LaunchTable, arch_of, tl, triton
-from ..engine.host import processors, round_dim
+from ..engine.host import Plans, processors, round_dim
 from .reference import choose_slots
 
-# %% ../../nbs/7_looking_inside/consistency.ipynb #19eaf790
+# %% ../../nbs/7_looking_inside/consistency.ipynb #c31509b5
 class LensConstants(NamedTuple):
     "What the kernels are compiled for."
 
@@ -95,7 +95,7 @@ def lens_sum_slots(x, C: tl.constexpr):
     y = tl.broadcast_to(y[:, None, :], [tokens, slots, items])
     return tl.reshape(y, [slots * tokens, items])
 
-# %% ../../nbs/7_looking_inside/consistency.ipynb #06984945
+# %% ../../nbs/7_looking_inside/consistency.ipynb #24ba1777
 @triton.jit(do_not_specialize=["per", "tiles"])
 def lens_forward(H, W, TARGETS, PART, ARG, N, S, R, V, D, per, tiles, C: tl.constexpr):
     """Running numbers of a tile of rows over `per` tiles of words. Grid: tiles * splits.
@@ -207,7 +207,7 @@ def lens_finish(
         tl.store(KL + i, tl.where(i == ref, 0.0, tl.maximum(cross / total - apart, 0.0)), mask=inside)
         tl.store(BACK + i, tl.where(i == ref, 0.0, tl.maximum(back / rtotal + apart, 0.0)), mask=inside)
 
-# %% ../../nbs/7_looking_inside/consistency.ipynb #1bff20f2
+# %% ../../nbs/7_looking_inside/consistency.ipynb #a59e7f00
 @triton.jit
 def lens_mixture(d):
     "From d = ln q_l - ln q_r: ln q_l - ln m and ln q_r - ln m."
@@ -242,7 +242,7 @@ def lens_mixed(H, W, LSE, PART, N, S, R, V, D, per, tiles, C: tl.constexpr):
     tl.store(at, tl.where(slot == 0, 0.0, a), mask=mine)
     tl.store(at + size, tl.where(slot == 0, 0.0, b), mask=mine)
 
-# %% ../../nbs/7_looking_inside/consistency.ipynb #e08aced6
+# %% ../../nbs/7_looking_inside/consistency.ipynb #5b8a204f
 @triton.jit(do_not_specialize=["tiles", "begin", "end"])
 def lens_gradient(
     H,
@@ -321,7 +321,7 @@ def lens_gradient(
     at = DZ + out[:, None] * (end - begin) + (v - begin)[None, :]
     tl.store(at, dz.to(DZ.dtype.element_ty), mask=inside[:, None] & (v < end)[None, :])
 
-# %% ../../nbs/7_looking_inside/consistency.ipynb #09c74b92
+# %% ../../nbs/7_looking_inside/consistency.ipynb #a0bf1acb
 #: kernel -> (rows, words, warps, stages)
 LENS_LAUNCH = LaunchTable("forward", "mixed", "gradient")
 for _arch in ("sm90", "sm80"):
@@ -344,8 +344,17 @@ class LensPlan(NamedTuple):
     options: dict  # of the launch
 
 
+PLANS = Plans()
+
+
 def lens_plan(kernel: str, hidden: Tensor, V: int, compared: bool, target: bool) -> tuple[LensPlan, int]:
-    "The plan for hidden `(S, N, D)`, and S: not comparing, all rows are tokens of one layer."
+    "The plan for hidden `(S, N, D)`, and S: not comparing, all rows are tokens of one layer. Decided once for each size."
+    key = kernel, tuple(hidden.shape), hidden.dtype, hidden.device, V, compared, target
+    return PLANS.find(key, _plan, kernel, hidden, V, compared, target)
+
+
+def _plan(kernel, hidden, V, compared, target):
+    "The same, decided."
     (S, N, D), arch, bits = hidden.shape, arch_of(hidden.device), 8 * hidden.element_size()
     if not compared:
         S, N = 1, S * N
@@ -359,8 +368,7 @@ def lens_plan(kernel: str, hidden: Tensor, V: int, compared: bool, target: bool)
     tiles, words = groups * triton.cdiv(N, constants.tokens), triton.cdiv(V, launch.BN)
     splits = max(1, min(words, 64, 2 * processors(hidden.device) // max(tiles, 1)))
     per = triton.cdiv(words, splits)
-    plan = LensPlan(tiles, groups, per, triton.cdiv(words, per), constants, launch.options())
-    return plan, S
+    return LensPlan(tiles, groups, per, triton.cdiv(words, per), constants, launch.options()), S
 
 
 def launch_lens(hidden: Tensor, weight: Tensor, targets: Tensor | None, reference: int, mixed: bool, compared: bool):

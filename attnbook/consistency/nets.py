@@ -17,7 +17,7 @@ from ..checks import check_int, check_number, check_tensor
 from ..lm import LanguageModel, edit_heads
 from ..lm.sampling import left_pad
 
-# %% ../../nbs/7_looking_inside/consistency.ipynb #0c23621f
+# %% ../../nbs/7_looking_inside/consistency.ipynb #675cd37c
 class LMAdapter:
     """A `LanguageModel` of `attnbook.lm` as the methods of this chapter see it.
 
@@ -166,7 +166,7 @@ def adapt(model: nn.Module | LMAdapter | HFAdapter) -> LMAdapter | HFAdapter:
         f"model must be a LanguageModel, a causal model of transformers or an adapter, not {type(model).__name__}"
     )
 
-# %% ../../nbs/7_looking_inside/consistency.ipynb #e377ff6b
+# %% ../../nbs/7_looking_inside/consistency.ipynb #cb94c3f7
 def gate_heads(model, gates: Mapping[int, Tensor]):
     """A context in which the heads of a layer are multiplied by `gates[layer]` `(H,)`, or `(B, H)` for each row, before
     they are mixed; differentiable in the gates. ValueError for another shape."""

@@ -60,7 +60,7 @@ lens_op = operation(
     gradients_like=lambda call: {n: getattr(call, n).new_empty(getattr(call, n).shape) for n in ("hidden", "weight")},
 )
 
-# %% ../../nbs/7_looking_inside/consistency.ipynb #9a07dd3f
+# %% ../../nbs/7_looking_inside/consistency.ipynb #9c373368
 CHUNK = 2**24  # logits of the torch backend that are in memory at a time
 
 

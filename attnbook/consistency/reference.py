@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_tensor
 
-# %% ../../nbs/7_looking_inside/consistency.ipynb #2eac3a36
+# %% ../../nbs/7_looking_inside/consistency.ipynb #31547f4f
 DISPERSIONS = ("variance", "entropy", "modal", "pairwise")
 
 
@@ -87,7 +87,7 @@ def vote(answers: Sequence, weights: Sequence[float] | None = None) -> Vote:
     whole = sum(total.values())
     return Vote(best, total[best] / whole if whole else math.nan, missing)
 
-# %% ../../nbs/7_looking_inside/consistency.ipynb #ec038bfb
+# %% ../../nbs/7_looking_inside/consistency.ipynb #c2bb9a58
 class LensStats(NamedTuple):
     "What `logit_lens_stats` finds, each `(S, …)`, float32 at least, in nats; None for what was not asked for."
 
@@ -161,7 +161,7 @@ def lens_cost(layers: int, tokens: int, vocab: int, dim: int, *, divergence: str
         eager_bytes=4 * layers * tokens * vocab,
     )
 
-# %% ../../nbs/7_looking_inside/consistency.ipynb #b4f7320f
+# %% ../../nbs/7_looking_inside/consistency.ipynb #61f9c31e
 def choose_slots(layers: int, most: int = 16) -> tuple[int, int]:
     "Slots for each token in a tile, a power of two, and groups of layers; with least rows in all, of equals the fewest groups."
     if layers == 1:

@@ -48,12 +48,12 @@ PRESETS = dict(
     cpu=dict(
         seeds=1,
         arithmetic=dict(
-            modulus=7, lengths=(2, 3, 4), dim=64, depth=3, heads=4, steps=1000, batch=96, questions=120, n=10
+            modulus=7, lengths=(2, 3, 4), dim=48, depth=3, heads=4, steps=700, batch=72, questions=120, n=10
         ),
         temperatures=(0.5, 1.0, 1.5),
         budgets=(1, 2, 4, 8),
-        corruption=dict(modulus=7, dim=32, depth=2, heads=2, steps=300, batch=128, n=10, shares=(0.0, 0.3, 0.55, 0.7)),
-        text=dict(dim=64, depth=4, heads=4, length=64, steps=250, batch=16, windows=48),
+        corruption=dict(modulus=7, dim=32, depth=1, heads=2, steps=250, batch=128, n=10, shares=(0.0, 0.3, 0.55, 0.7)),
+        text=dict(dim=48, depth=4, heads=4, length=48, steps=200, batch=12, windows=48),
     ),
     gpu=dict(
         seeds=3,
@@ -116,8 +116,7 @@ def _bench(name: str, sizes: Mapping[str, tuple], grad: str | None) -> Iterator[
 
 def bench_forward(sizes: Mapping[str, tuple] = SIZES) -> Iterator[dict]:
     "All statistics, no gradient, bfloat16. Yields rows; nothing without a GPU."
-    with torch.no_grad():
-        yield from _bench("forward", sizes, None)
+    yield from _bench("forward", sizes, None)
 
 
 def bench_training(sizes: Mapping[str, tuple] | None = None) -> Iterator[dict]:

@@ -46,7 +46,7 @@ from attnbook.consistency.feedback_nets import (
 from attnbook.consistency.feedback_study import feedback, refined, statements
 from attnbook.consistency.kernels import launch_lens_gradient
 from attnbook.consistency.nets import adapt, gate_heads, head_isolation
-from attnbook.consistency.op import lens_op, logit_lens_stats
+from attnbook.consistency.op import chunked_lens, lens_op, logit_lens_stats
 from attnbook.consistency.reference import (
     DISPERSIONS,
     choose_slots,
@@ -57,7 +57,7 @@ from attnbook.consistency.reference import (
     semantic_entropy,
     vote,
 )
-from attnbook.consistency.study import PRESETS, claims
+from attnbook.consistency.study import PRESETS, SIZES, _bench, claims, joined, lens_peers, stats_of_states
 from attnbook.lab.results import record
 from attnbook.lab.stats import Interval, interval
 from attnbook.lab.testing import (
@@ -872,6 +872,18 @@ def test_refining_keeps_what_the_critic_keeps():
     )
     true, false = statements(task, 20, 0)
     assert all(a[:-1] == b[:-1] and a[-1] != b[-1] for a, b in zip(true, false))
+
+
+def test_peers_compute_the_same(monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys.modules[chunked_lens.__module__], "CHUNK", 3 * 40 * 2)
+    (h, w), y = _case(3, 5, 40, 8)
+    want = joined(lens_reference(h, w, targets=y))
+    for stats in (stats_of_states, lens_reference):
+        assert rel_error(joined(chunked_lens(h, w, y, stats=stats)), want) < 1e-5
+    assert rel_error(lens_peers()["eager"](h, w, y), want) < 1e-5 and joined(logit_lens_stats(h, w)).numel() == 6 * 15
+    assert not list(_bench("forward", SIZES, None)) or torch.cuda.is_available()
 
 
 def _i(*values):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DISPERSIONS', 'dispersion', 'semantic_entropy', 'Vote', 'vote', 'LensStats', 'DIVERGENCES', 'lens_reference',
-           'reversed_divergence', 'latent_agreement', 'lens_cost', 'choose_slots']
+           'stats_of_logits', 'reversed_divergence', 'latent_agreement', 'lens_cost', 'choose_slots']
 
 # %% auto #imports
 import math
@@ -112,6 +112,13 @@ def lens_reference(
     Computed in float32 at least. Differentiable twice."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     z = hidden.to(wide) @ weight.to(wide).T  # [S, …, V]
+    return stats_of_logits(z, reference=reference, targets=targets, divergence=divergence)
+
+
+def stats_of_logits(
+    z: Tensor, *, reference: int = -1, targets: Tensor | None = None, divergence: str = "js"
+) -> LensStats:
+    "The statistics of logits z `(S, …, V)`, in z's type."
     lse = z.logsumexp(-1)
     ln_q = z.log_softmax(-1)  # exact also where the logits are large
     q = ln_q.exp()

@@ -48,11 +48,11 @@ PRESETS = dict(
     cpu=dict(
         seeds=1,
         arithmetic=dict(
-            modulus=7, lengths=(2, 3, 4), dim=48, depth=3, heads=4, steps=700, batch=72, questions=120, n=10
+            modulus=5, lengths=(2, 3, 4), dim=64, depth=3, heads=4, steps=800, batch=72, questions=120, n=10
         ),
         temperatures=(0.5, 1.0, 1.5),
         budgets=(1, 2, 4, 8),
-        corruption=dict(modulus=7, dim=32, depth=1, heads=2, steps=250, batch=128, n=10, shares=(0.0, 0.3, 0.55, 0.7)),
+        corruption=dict(modulus=5, dim=64, depth=2, heads=4, steps=350, batch=64, n=10, shares=(0.0, 0.55, 0.7)),
         text=dict(dim=48, depth=4, heads=4, length=48, steps=200, batch=12, windows=48),
     ),
     gpu=dict(
@@ -63,7 +63,7 @@ PRESETS = dict(
         temperatures=(0.3, 0.7, 1.0, 1.5),
         budgets=(1, 2, 4, 8, 16),
         corruption=dict(
-            modulus=11, dim=64, depth=2, heads=4, steps=800, batch=512, n=10, shares=(0.0, 0.1, 0.3, 0.45, 0.55, 0.7)
+            modulus=11, dim=64, depth=2, heads=4, steps=1200, batch=512, n=10, shares=(0.0, 0.1, 0.3, 0.45, 0.55, 0.7)
         ),
         text=dict(dim=256, depth=6, heads=8, length=128, steps=1500, batch=64, windows=256),
     ),

@@ -32,7 +32,7 @@ from attnbook.lab.bench import (
     warm_up,
 )
 from attnbook.lab.calls import call_costs, call_ratios, calls_table
-from attnbook.lab.plots import MARKS, PALETTE, _text_box, look, plot_bars, plot_lines, roofline, style
+from attnbook.lab.plots import MARKS, PALETTE, _look_of_point, _text_box, look, plot_bars, plot_lines, roofline, style
 from attnbook.lab.results import load_results, newest_device, record, results_dir, rows_from, stored_dir
 from attnbook.lab.testing import check_raises, device, make_qkv, rel_error
 
@@ -500,6 +500,8 @@ def test_plots_draw_with_and_without_rows():
         ax = roofline([(f"ours, a name {i}", 1e12, 1e9, 3.0 + 0.1 * i) for i in range(8)], device="Test GPU 9")
         boxes = [_text_box(t) for t in ax.texts]
         assert len(boxes) == 10 and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert _look_of_point("sdpa 64²") == _look_of_point("sdpa, at 96²") == look("sdpa")
+    assert _look_of_point("flex 64²") == look("flex")
     failed = plot_bars([rows[0], {"method": "flex", "ms_fwd": None}])
     assert "failed" in failed.texts[1].get_text() and [t.get_text() for t in failed.get_yticklabels()] == [
         "ours",

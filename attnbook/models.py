@@ -123,7 +123,7 @@ def _rooms() -> list[str]:
     spec = importlib.util.find_spec("attnbook")
     found = []
     for place in spec.submodule_search_locations or () if spec else ():
-        for path in sorted(Path(place).rglob("*nets.py")):
+        for path in sorted(p for name in ("*nets.py", "configs.py") for p in Path(place).rglob(name)):
             if "register_model" in path.read_text(encoding="utf-8"):
                 found.append(".".join(["attnbook", *path.relative_to(place).with_suffix("").parts]))
     return found
@@ -171,16 +171,11 @@ def create_model(
     return card.make(**settings)
 
 # %% ../nbs/1_foundations/16_models.ipynb #112c173a
-def count_flops(model: ModelCard | str) -> int:
-    "Floating-point operations of a forward pass of one sample, of matrix products and convolutions, without allocating the model. ValueError for an unknown name or a card without inputs."
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.flop_counter import FlopCounterMode
-
-    card = model_card(model) if isinstance(model, str) else model
-    inputs, fake = card.inputs(), FakeTensorMode(allow_non_fake_inputs=True)
+def _without_storage(make, fake):
+    "A model in evaluation mode whose parameters and buffers are made in a fake mode: nothing is allocated."
     with torch.device("meta"):
-        net = card.make().eval()
-    with fake, torch.no_grad():
+        net = make().eval()
+    with fake:
         for module in net.modules():
             for held in (module._parameters, module._buffers):
                 for key, t in held.items():
@@ -190,6 +185,17 @@ def count_flops(model: ModelCard | str) -> int:
                             if isinstance(t, nn.Parameter)
                             else torch.empty(t.shape, dtype=t.dtype)
                         )
-        with FlopCounterMode(display=False) as counter:
-            net(*(fake.from_tensor(x) for x in inputs))
+    return net
+
+
+def count_flops(model: ModelCard | str) -> int:
+    "Floating-point operations of a forward pass of one sample, of matrix products and convolutions, without allocating the model. ValueError for an unknown name or a card without inputs."
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    card = model_card(model) if isinstance(model, str) else model
+    inputs, fake = card.inputs(), FakeTensorMode(allow_non_fake_inputs=True)
+    net = _without_storage(card.make, fake)
+    with fake, torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(*(fake.from_tensor(x) for x in inputs))
     return counter.get_total_flops()

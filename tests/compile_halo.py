@@ -2,7 +2,7 @@
 # fmt: off
 import torch
 
-from attnbook.halo.nets import HaloAttention
+from attnbook.halo.layer_nets import HaloAttention
 from attnbook.halo.op import halo_attention
 from attnbook.lab.testing import both_ways, tensors
 

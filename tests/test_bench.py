@@ -30,7 +30,7 @@ from attnbook.lab.bench import (
     sdpa,
     warm_up,
 )
-from attnbook.lab.plots import MARKS, PALETTE, look, plot_bars, plot_lines, roofline, style
+from attnbook.lab.plots import MARKS, PALETTE, _text_box, look, plot_bars, plot_lines, roofline, style
 from attnbook.lab.results import load_results, newest_device, record, results_dir, rows_from, stored_dir
 from attnbook.lab.testing import check_raises, device, make_qkv, rel_error
 
@@ -132,6 +132,7 @@ def test_newest_row_counts():
         rows = load_results("unittest", "a")
         assert [(r["device"], r["ms"]) for r in rows] == [("GPU one", 2.0), ("GPU two", 1.0)]
         assert rows[0]["dtype"] == "float16" and rows[0]["key"] == ["dtype", "shape"] and rows[0]["versions"]["torch"]
+        assert [r["ms"] for r in load_results("unittest", "a", every=True)] == [3.0, 2.0, 1.0]
         (b,) = load_results("unittest", "b", w=0.5)
         nan = record("unittest", "c", device="GPU one", n=1, window=None, ms=math.nan)
         assert nan["ms"] is None and nan["key"] == ["n", "window"]
@@ -337,6 +338,44 @@ def test_run_benchmarks():
     check_raises(run_benchmarks, [({"chapter": "no_such"}, ValueError, ["unknown chapter", "no_such"])])
 
 
+
+
+def test_time_runs_out():
+    "What was begun is finished and recorded; peers and benchmarks that were not reached leave no row."
+    module, ran = types.ModuleType("attnbook.unittest_chapter"), []
+
+    def quick(x):
+        ran.append("quick")
+        time.sleep(0.3)
+        return x + 1
+
+    def late(x):
+        ran.append("late")
+        return x + 1
+
+    def bench_pair():
+        for n in (1, 2):
+            yield from compare(
+                {"n": n}, {"quick": quick, "late": late}, (torch.ones(3, device=device()),), rep_ms=1, rounds=1,
+                warmup_ms=0, chapter="unittest_chapter", bench="pair",
+            )  # fmt: skip
+
+    def bench_never():
+        ran.append("never")
+
+    for f in (bench_pair, bench_never):
+        f.__module__ = module.__name__
+        setattr(module, f.__name__, f)
+    lines = []
+    with results_elsewhere(), mock.patch.dict(sys.modules, {module.__name__: module}):
+        (row,) = run_benchmarks("unittest_chapter", seconds=0.1, show=lines.append)
+        assert (row["n"], row["method"]) == (1, "quick") and row["ms_fwd"] > 100 and set(ran) == {"quick"}
+        assert lines[-1] == "unittest_chapter.never was not reached"
+        rows = run_benchmarks("unittest_chapter", "pair", show=lines.append)
+        assert [(r["n"], r["method"]) for r in rows] == [(1, "quick"), (1, "late"), (2, "quick"), (2, "late")]
+    check_raises(run_benchmarks, [({"seconds": 0}, ValueError, "seconds")], chapter="bench")
+
+
 def test_one_look_per_method():
     assert look("flex, permuted") == look("flex") and look("naive (PyTorch)") == look("naive") != look("flexible")
     assert set(PALETTE) == set(MARKS) and look("something else") == look("something else")
@@ -366,4 +405,12 @@ def test_plots_draw_with_and_without_rows():
         )
         assert len(roofline([("ours", 1e12, 1e9, 3.0)], device="Test GPU 9").lines) == 2
         assert len(roofline([("ours", 1e12, 1e9, 3.0)], device="Unheard of").lines) == 1
+        ax = roofline([(f"ours, a name {i}", 1e12, 1e9, 3.0 + 0.1 * i) for i in range(8)], device="Test GPU 9")
+        boxes = [_text_box(t) for t in ax.texts]
+        assert len(boxes) == 10 and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    failed = plot_bars([rows[0], {"method": "flex", "ms_fwd": None}])
+    assert "failed" in failed.texts[1].get_text() and [t.get_text() for t in failed.get_yticklabels()] == [
+        "ours",
+        "flex",
+    ]
     plt.close("all")

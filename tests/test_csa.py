@@ -30,10 +30,15 @@ from attnbook.csa.detection_reference import (
 from attnbook.csa.experiments_study import (
     DRAWS,
     METHODS,
+    PRESETS,
+    RECIPE,
     THRESHOLDS,
+    Best,
+    Experiments,
     detector,
     evaluate_detector,
     gate_looks,
+    held_out_map,
     inputs_of,
     name_proposals,
     strict_and_loose,
@@ -1007,8 +1012,31 @@ def test_perfect_detector_scores_one():
     assert found["map_50"] > 0.95 and found["map_30"] >= found["map_50"] >= found["map_70"] >= found["map_95"]
     assert found["proposal_map"] > 0.7 and found["naming_map"] > 0.95 and found["thumos_map"] >= found["mean_map"] > 0.7
     assert np.mean(found["redrawn"]) == pytest.approx(found["mean_map"], abs=0.05) and len(found["redrawn"]) == DRAWS
+    assert held_out_map(Oracle(), test, keep=50, device="cpu") == pytest.approx(found["mean_map"])
     nobody = dict(test, chances=torch.zeros_like(chances).index_fill(2, torch.tensor([5]), 1.0))
     assert evaluate_detector(Oracle(), nobody, keep=50, device="cpu")["naming_map"] == 0
+
+
+def test_the_best_look_is_kept():
+    "Weights come back from the look that measured most, the first of equals, whatever came after."
+    net, values = nn.Linear(1, 1), iter([0.3, 0.7, 0.7, 0.1])
+    best = Best(lambda net: next(values))
+    for k in range(4):
+        nn.init.constant_(net.weight, k)
+        assert best(net) == (0.3, 0.7, 0.7, 0.1)[k]
+    best.restore(net)
+    assert float(net.weight.detach()) == 1 and best.at == 2 and best.value == 0.7 and best.looks == 4
+
+
+def test_a_detector_is_chosen_on_people_held_out(monkeypatch):
+    skip_without("seglearn")
+    monkeypatch.setitem(PRESETS, "tiny", PRESETS["smoke"] | dict(streams=(6, 4), steps=4))
+    lab = Experiments("tiny", "cpu")
+    seen = {s: set(lab.of(False)[s]["streams"].person.tolist()) for s in ("train", "val", "test")}
+    assert not seen["train"] & seen["val"] and not seen["val"] & seen["test"]
+    row = lab.run("BMN")
+    assert [k for k, _ in row["curve"]] == [2, 4] and row["recipe"] == RECIPE
+    assert row["chosen"] == max(row["curve"], key=lambda e: e[1])[0]
 
 
 def test_means_over_thresholds():
@@ -1042,6 +1070,20 @@ def test_peers_are_the_same_function(peer):
         want, got = boundary_matching_reference(**i, max_duration=7), peer(12, 7, 4, dtype, device_under_test())(**i)
     valid = valid_proposals(12, 7)
     assert got.shape == want.shape and rel_error(got[:, :, valid], want[:, :, valid]) < 1e-5
+
+
+def test_the_layer_compiles_whole():
+    "One graph with the gate's operation in it, forward and backward, and the same numbers."
+    torch._dynamo.reset(), torch.manual_seed(0)
+    layer = ClassSemanticsAttention(8, 16, hidden=8, backend="triton").to(device_under_test())
+    r, f = (torch.randn(2, c, 12, device=device_under_test(), requires_grad=True) for c in (8, 16))
+    whole = torch.compile(layer, fullgraph=True, dynamic=False, backend="aot_eager")
+    found, want = (
+        (torch.autograd.grad(y.square().sum(), [r, f, *layer.parameters()]), y) for y in (whole(r, f), layer(r, f))
+    )
+    torch.testing.assert_close(found[1], want[1])
+    for a, b in zip(found[0], want[0]):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def intervals(*triples):

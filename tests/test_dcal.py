@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from attnbook.dcal.experiments_study import (
     METHODS,
+    RETRIEVAL,
+    TRIPLETS,
     accuracies,
+    all_batches,
     branch_loss,
     font_split,
     make_model,
@@ -30,6 +33,7 @@ from attnbook.dcal.nets import (
     dcal_deit_small,
     dcal_deit_tiny,
     network_flops,
+    weighted_triplet,
 )
 from attnbook.dcal.op import (
     attention_rollout,
@@ -48,7 +52,7 @@ from attnbook.dcal.reference import (
     pair_attention_kv_reference,
     pair_attention_reference,
 )
-from attnbook.dcal.study import PRESETS, TASK, AllBranches, _rows, claims, host_microseconds, rollout_peers
+from attnbook.dcal.study import PRESETS, RECIPE, TASK, AllBranches, _rows, claims, host_microseconds, rollout_peers
 from attnbook.lab.data import Batches, package_dir, skip_without
 from attnbook.lab.stats import interval
 from attnbook.lab.testing import (
@@ -495,6 +499,68 @@ def test_triplets_are_the_hardest():
     assert same.grad.isfinite().all()
 
 
+def test_weighted_triplets():
+    torch.manual_seed(0)
+    x, labels = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 1, 2])
+    u, want = F.normalize(x, dim=-1).double(), []
+    for i in range(5):  # image 5 has no positive
+        d = (u - u[i]).norm(dim=-1)
+        p = torch.tensor([j for j in range(6) if labels[j] == labels[i] and j != i])
+        n = torch.tensor([j for j in range(6) if labels[j] != labels[i]])
+        gap = (d[p].softmax(0) * d[p]).sum() - ((-d[n]).softmax(0) * d[n]).sum()
+        want.append(float(gap.exp().log1p()))
+    assert float(weighted_triplet(x, labels)) == pytest.approx(np.mean(want), rel=1e-5)
+    assert float(weighted_triplet(7 * x, labels)) == pytest.approx(np.mean(want), rel=1e-5)  # lengths do not count
+    assert weighted_triplet(x, torch.zeros(6).long()) == 0 and weighted_triplet(x, torch.arange(6)) == 0
+    same = torch.zeros(4, 2, requires_grad=True)
+    weighted_triplet(same, torch.tensor([0, 0, 1, 1])).backward()
+    assert same.grad.isfinite().all()
+    bad = [(dict(labels=labels.float()), TypeError, "labels"), (dict(features=x[0]), ValueError, "features")]
+    check_raises(weighted_triplet, bad, features=x, labels=labels)
+
+
+def _crowd(n, generator, noise=2.0):
+    "Six classes whose images differ more than the classes do: `(n, 16)`, `(n,)`."
+    centres = torch.randn(6, 16, generator=torch.Generator().manual_seed(5))
+    y = torch.randint(6, (n,), generator=generator)
+    return centres[y] + noise * torch.randn(n, 16, generator=generator), y
+
+
+def test_only_the_hardest_pull_a_crowd_together():
+    "Near the place where all features are one: the spread shrinks by the hardest triplets and grows by the weighted ones."
+    x, y = _crowd(96, torch.Generator().manual_seed(0))
+    one = 4 * torch.randn(16, generator=torch.Generator().manual_seed(1))
+    slope = {}
+    for loss in (batch_hard_triplet, weighted_triplet):
+        spread = torch.tensor(0.05, requires_grad=True)
+        loss(one + spread * x, y).backward()
+        slope[loss] = float(spread.grad)
+    assert slope[batch_hard_triplet] > 1 and slope[weighted_triplet] < -1e-3
+
+
+@pytest.mark.parametrize("loss", [batch_hard_triplet, weighted_triplet], ids=["hardest", "weighted"])
+def test_training_with_triplets_alone(loss):
+    "A small network on noisy classes: the hardest triplets end where all features are parallel, the weighted ones do not."
+    torch.manual_seed(0)
+    g = torch.Generator().manual_seed(1)
+    net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(160):
+        x, y = _crowd(48, g)
+        optimizer.zero_grad(), loss(net(x), y).backward(), optimizer.step()
+    x, y = _crowd(300, g)
+    with torch.no_grad():
+        unit = F.normalize(net(x), dim=-1)
+    found = ranking_of(unit, y)
+    alike = float((unit @ unit.T).mean())
+    assert (alike > 0.99 and found < 0.55) if loss is batch_hard_triplet else (alike < 0.3 and found > 0.6)
+
+
+def ranking_of(unit, y):
+    "Share of images whose nearest is of their class."
+    return float((y[(unit @ unit.T).fill_diagonal_(-9).argmax(1)] == y).double().mean())
+
+
 def test_published_parameters():
     parameters = lambda **kw: count_parameters(lambda: dcal_deit_tiny(**kw))
     assert parameters(glca=False) == 5_675_912 + 3 and parameters() == 5_675_912 + 483_848 + 3
@@ -834,8 +900,20 @@ def test_losses_of_experiments():
     out = model.classify(features)
     still = torch.zeros(3, 4, device=x.device)
     torch.testing.assert_close(branch_loss()(model, x, y, still, pair), model.loss(out, y))
-    want = sum(F.cross_entropy(out[n], y) + batch_hard_triplet(features[n], y) for n in out) / 2
-    torch.testing.assert_close(branch_loss(True)(model, x, y, still, pair), want)
+    for name, triplet in TRIPLETS.items():
+        want = sum(F.cross_entropy(out[n], y) + triplet(features[n], y) for n in out) / 2
+        torch.testing.assert_close(branch_loss(name)(model, x, y, still, pair), want)
+
+
+def test_batches_are_made_ahead():
+    cfg, y = dict(batch=5, steps=7), torch.arange(12) % 3
+    rows, by, pair = all_batches(cfg, y, "intra", 3)
+    assert rows.shape == pair.shape == (7, 5) and by.shape == (7, 5, 4) and by.abs().max() <= 1
+    assert len(set(rows[:2].flatten().tolist())) == 10  # no picture twice in an epoch
+    for i, p in zip(rows, pair):
+        alone = [(y[i] == y[j]).sum() == 1 for j in i]
+        assert all(y[i[j]] == y[i[p[j]]] and (p[j] != j or alone[j]) for j in range(5))
+    assert len(all_batches(cfg, y, None, 3)) == 2 and torch.equal(all_batches(cfg, y, None, 3)[0], rows)
 
 
 def test_it_runs_and_records(tmp_path, monkeypatch):
@@ -843,7 +921,8 @@ def test_it_runs_and_records(tmp_path, monkeypatch):
     monkeypatch.setenv("ATTNBOOK_RESULTS", str(tmp_path))
     monkeypatch.setitem(run_all.__globals__, "PRESETS", dict(smoke=_tiny(seeds=1, steps=1)))
     rows = run_all("smoke", device_under_test(), only=("distractors", "retrieval"), show=lambda s: None)
-    assert [r["method"] for r in rows] == [*METHODS["distractors"], "SA", "all", "SA+GLCA"]
+    assert [r["method"] for r in rows] == [*METHODS["distractors"], *RETRIEVAL] and rows[0]["recipe"] == RECIPE
+    assert len({r["map"] for r in rows[4:]}) > 2 and all(-1 <= r["cosine"] <= 1 for r in rows[4:])
     assert all(r["gap"] == pytest.approx(r["train"] - r["sa"], abs=1e-2) for r in rows[:4]) and rows[0]["task"] == TASK
     assert all(0 <= r["sa"] <= 100 and len(r["contamination"]) == 2 for r in rows[:4]) and rows[-1]["map"] > 0
     assert run_all("smoke", device_under_test(), limit_s=-1, show=lambda s: None) == []

@@ -31,11 +31,14 @@ from attnbook.hyperzzw.claims_study import (
 )
 from attnbook.hyperzzw.experiments_study import (
     OURS,
+    TOGETHER,
     Experiments,
+    Spec,
     context,
     context_fields,
     epochs_to,
     fields,
+    fitting,
     leakage,
     mean_frequency,
     receptive_field,
@@ -966,6 +969,33 @@ def test_search_takes_the_best_rate():
     (smoke := Experiments("smoke"))._train = trained
     smoke.search([("ResNet", "AdamW")])
     assert smoke.rates == {("ResNet", "AdamW"): 1.0} and len(asked) == 1, "nothing to search"
+
+
+def test_where_memory_ends_fewer_train_together(monkeypatch):
+    "Waves are halved until they fit, nobody is left out, and the order stays; one alone that does not fit is an error."
+    e, sizes = Experiments("smoke"), []
+    specs = [Spec("ResNet", "AdamW", size=8 + k) for k in range(5)]
+    monkeypatch.setattr(
+        e, "_job", lambda run, s, rate: Job(s, Data(*[torch.zeros(1, 3, s.size, s.size)] * 6), rate, s.optimizer)
+    )
+
+    def train(room):
+        def run(jobs, **options):
+            sizes.append(len(jobs))
+            if len(jobs) > room:
+                raise torch.OutOfMemoryError("full")
+            return [dict(rate=j.loss_fn) for j in jobs]
+
+        return run
+
+    monkeypatch.setitem(Experiments._train.__globals__, "train_networks", train(1))
+    found = e._train(3, specs, list(range(5)), 1)
+    assert sizes == [5, 2, 1, 1, 1, 1, 1] and [m for m, _ in found] == specs
+    assert [(r["rate"], r["size"], r["run"]) for _, r in found] == [(k, 8 + k, 3) for k in range(5)]
+    monkeypatch.setitem(Experiments._train.__globals__, "train_networks", train(0))
+    with pytest.raises(torch.OutOfMemoryError):
+        e._train(3, specs, list(range(5)), 1)
+    assert fitting("cpu") == TOGETHER
 
 
 def test_trained_once():

@@ -101,6 +101,26 @@ def test_a_window_sees_the_same_from_a_cache(llama):
     assert torch.allclose(torch.cat([first.logits, second.logits, third.logits], 1), whole[:, :11], atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_packed_texts_do_not_see_each_other(llama, backend):
+    name, lengths = register(f"attnbook_packed_{backend}", packed=True, backend=backend), (5, 1, 6)
+    texts = [torch.randint(0, 50, (1, n)) for n in lengths]
+    begins = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    row = torch.cat(texts, 1)
+    got = logits(llama, name, row, position_ids=positions, cu_seq_lens_q=begins, cu_seq_lens_k=begins, use_cache=False)
+    want = torch.cat([logits(llama, "sdpa", t) for t in texts], 1)
+    assert torch.allclose(got, want, atol=1e-4)
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        logits(llama, name, row, position_ids=positions, use_cache=False)
+    with pytest.raises(ValueError, match="one row"):
+        logits(llama, name, row.expand(2, -1), cu_seq_lens_q=begins, cu_seq_lens_k=begins, use_cache=False)
+    with pytest.raises(ValueError, match="padding"):
+        logits(llama, name, row, attention_mask=(row > 25).long(), cu_seq_lens_q=begins, cu_seq_lens_k=begins)
+    with pytest.raises(ValueError, match="window_size"):
+        register("never", window_size=3, packed=True)
+
+
 def test_what_cannot_be_done_is_refused():
     x = torch.zeros(1, 2, 3, 4)
     for bad in (dict(dropout=0.1), dict(softcap=5.0), dict(output_attentions=True)):
@@ -129,6 +149,25 @@ def test_a_swapped_model_keeps_its_weights(vit):
         swap_attention(vit, attention, blocks=[3])
     with pytest.raises(ValueError, match="this one has none"):
         swap_attention(nn.Linear(2, 2), attention)
+
+
+def test_swapped_windows_keep_bias_and_shift():
+    timm = package("timm")
+    torch.manual_seed(0)
+    swin = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=64, window_size=4, depths=(2, 2), num_heads=(2, 4), embed_dim=16,
+        num_classes=5,
+    ).eval()  # fmt: skip
+    for weight in (p for p in swin.parameters() if p.dim() > 1):
+        nn.init.normal_(weight, std=0.3)
+    x, keys = torch.randn(2, 3, 64, 64), set(swin.state_dict())
+    with torch.no_grad():
+        want, seen = swin(x), []
+        swap_attention(swin, lambda q, k, v, bias: seen.append(bias) or attention(q, k, v, bias=bias))
+        assert torch.allclose(swin(x), want, atol=1e-3) and set(swin.state_dict()) == keys
+        assert any(len(b) == 1 for b in seen) and any((b < -50).any() for b in seen)  # whole and shifted blocks
+        swap_attention(swin, lambda q, k, v, bias: attention(q, k, v))
+        assert (swin(x) - want).abs().max() > 0.1
 
 
 def test_models_of_the_book_can_be_had_by_timm():

@@ -40,6 +40,7 @@ from attnbook.medusa.backbone_nets import (
 from attnbook.medusa.experiments_study import (
     NETS,
     PRESETS,
+    RECIPE,
     area_under_curve,
     attention_statistics,
     augmented,
@@ -48,7 +49,7 @@ from attnbook.medusa.experiments_study import (
     logits_of,
     loss_both_augmented,
     loss_image_augmented,
-    net_experiment,
+    net_experiments,
     segmentation_loss,
     small_net,
 )
@@ -729,9 +730,9 @@ def test_head_agreement():
     y = torch.tensor([0, 1])
     g = [t.flatten() for t in head_gradients(net, x, lambda z: F.cross_entropy(z, y))]
     want = np.mean([float(F.cosine_similarity(a, b, 0)) for i, a in enumerate(g) for j, b in enumerate(g) if i != j])
-    assert head_agreement(net.float(), x.float(), y) == pytest.approx(want, abs=1e-3)
+    assert float(head_agreement(net.float(), x.float(), y)) == pytest.approx(want, abs=1e-3)
     new = medusa_resnet((1, 1), widths=(4, 8), in_channels=1, small=True, body_channels=2, body_depth=2, body_size=16)
-    assert math.isnan(head_agreement(new.eval(), x.float(), y))  # no gradient before the first step
+    assert head_agreement(new.eval(), x.float(), y).isnan()  # no gradient before the first step
 
 
 def test_area_under_curve():
@@ -888,19 +889,25 @@ def test_training_is_measured():
     cfg = PRESETS["smoke"]
     data = experiment_data("pneumonia", cfg, 0)
     assert abs(float(data[0][0].mean())) < 1e-4 and len(data[1][1]) == cfg["test"]
-    row, net = net_experiment("pneumonia", "MEDUSA", data, cfg, seed=1)
-    again, _ = net_experiment("pneumonia", "MEDUSA", data, cfg, seed=1)
+    train = lambda task, name, cfg=cfg, data=data: net_experiments(task, name, {1: data}, cfg)[0]
+    row, net = train("pneumonia", "MEDUSA")
+    both = net_experiments("pneumonia", "MEDUSA", {0: experiment_data("pneumonia", cfg, 1), 1: data}, cfg)
+    again = both[1][0]  # a seed trained beside another is the same
+    assert [r["run"] for r, _ in both] == [0, 1] and both[0][0]["loss"] != row["loss"] and row["recipe"] == RECIPE
     logits = logits_of(net, data[1][0], batch=5)
     assert row["accuracy"] == float((logits.argmax(1) == data[1][1]).double().mean()) and row["loss"] == again["loss"]
     assert (
         len(row["attention"]) == 4
-        and [s for s, _ in row["agreement"]] == [1, 2]
+        and [s for s, _ in row["agreement"]] == [s for s, _ in row["curve"]] == [1, 2]
+        and row["curve"][-1][1] == row["accuracy"]
         and row["parameters"] == count_parameters(net)
     )
-    other, _ = net_experiment("alignment", "image augmented", data, cfg, seed=1)
+    other, _ = train("alignment", "image augmented")
     assert other["net"] == "image augmented" and other["loss"] != row["loss"] and other["steps"] == cfg["steps"]
-    longer, _ = net_experiment("long", "MEDUSA", data, cfg | dict(steps=1), seed=1)
-    slower, _ = net_experiment("rates", "MEDUSA, rate 0.0001", data, cfg, seed=1)
+    longer, _ = train("long", "MEDUSA", cfg | dict(steps=1))
+    slower, _ = train("rates", "MEDUSA, rate 0.0001")
+    taught, _ = train("pneumonia", "MEDUSA, pre-trained")
+    assert taught["loss"] != row["loss"] and taught["agreement"]
     assert longer["steps"] == 4 and slower["net"] == "MEDUSA, rate 0.0001" and slower["loss"] != row["loss"]
     tried = experiment_data("rates", cfg, 0)
     assert set(tried[1][2].outline.tolist()) <= set(outlines_of("val", 374).tolist())

@@ -16,21 +16,54 @@ from attnbook.lab.bench import peak_memory
 from attnbook.lab.testing import TOLERANCE, check_against_reference, check_operation, check_raises, rel_error
 from attnbook.lab.testing import device as device_under_test
 from attnbook.layers import count_parameters
-from attnbook.neighborhood.nets import (
-    NAT,
-    NATBlock,
+from attnbook.neighborhood.claims_study import (
+    NATTEN_H100,
+    STRIDED,
+    UNJUDGED,
+    _memory_growth,
+    _runs,
+    _simulator_error,
+    _simulator_error_with_fixed_part,
+    _simulator_errors,
+    _simulator_runs,
+    _slides,
+    _stride_gains,
+    last_of_the_runs,
+    natten_runs,
+    over_natten,
+    simulated_times,
+)
+from attnbook.neighborhood.experiments_study import (
+    PRESETS,
+    border_experiment,
+    cost_experiment,
+    equivariance_experiment,
+    nat_data,
+    nat_experiments,
+    run_experiments,
+    stride_experiment,
+)
+from attnbook.neighborhood.layer_nets import (
     NeighborhoodAttention1d,
     NeighborhoodAttention2d,
     NeighborhoodAttention3d,
+    ShiftedWindowAttention,
+    fit_neighborhood,
+)
+from attnbook.neighborhood.nets import (
+    NAT,
+    NAT_KINDS,
+    NATBlock,
     dinat_base,
     dinat_mini,
     dinat_small,
     dinat_tiny,
-    fit_neighborhood,
+    from_official,
     nat_base,
     nat_mini,
     nat_small,
     nat_tiny,
+    small_nat,
 )
 from attnbook.neighborhood.op import na1d, na2d, na3d, neighborhood_attention
 from attnbook.neighborhood.programs import _cut, _tiling, unseen_tables
@@ -53,17 +86,7 @@ from attnbook.neighborhood.simulator import (
     kernel_tiles,
     predicted_us,
 )
-from attnbook.neighborhood.study import (
-    UNJUDGED,
-    _memory_growth,
-    _natten_speed,
-    _simulator_error,
-    _simulator_error_with_fixed_part,
-    _simulator_errors,
-    _stride_gain,
-    claims,
-    simulated_times,
-)
+from attnbook.neighborhood.study import claims
 from attnbook.neighborhood.tiles import choose_q_tile, inner_share, tile_spans, tile_waste
 
 BACKENDS = ("torch", "triton")
@@ -605,6 +628,113 @@ def test_steps_without_mask(shape, kw):
         check_against_reference(op, partial(dense, shape=shape, kw=kw), (q, k, v), grad_tol=2e-5, floor=0.05)
 
 
+def with_official_names(net):
+    "A NAT's state dict with the names of the official repository."
+    found = {}
+    for name, t in net.state_dict().items():
+        if name.startswith("levels."):
+            level, place, rest = name.split(".", 3)[1:]
+            if place != "0":
+                name = f"levels.{level}.blocks.{int(place) - 1}.{rest.replace('rel_pos_bias', 'rpb')}"
+            elif level == "0":
+                name = f"patch_embed.{rest.replace('convs.', 'proj.')}"
+            else:
+                name = f"levels.{int(level) - 1}.downsample.{rest.replace('convs.0', 'reduction')}"
+        found[name] = t
+    return found
+
+
+def with_names_of_transformers(net):
+    "The same with the names of transformers, as in its `DinatForImageClassification`."
+    found = {}
+    for name, t in with_official_names(net).items():
+        pieces = name.split(".")
+        block = "encoder.levels.{}.layers.{}".format(pieces[1], pieces[3]) if "blocks" in pieces else ""
+        rest = ".".join(pieces[4:])
+        if rest.startswith("attn.qkv."):
+            names = [f"dinat.{block}.attention.self.{n}.{pieces[-1]}" for n in ("query", "key", "value")]
+            found |= dict(zip(names, t.chunk(3)))
+        elif rest in ("gamma1", "gamma2"):
+            scales = found.setdefault(f"dinat.{block}.layer_scale_parameters", torch.zeros(2, len(t)))
+            scales[int(rest[-1]) - 1] = t
+        elif block:
+            for a, b in (
+                ("norm1", "layernorm_before"),
+                ("norm2", "layernorm_after"),
+                ("attn.rpb", "attention.self.rpb"),
+            ):
+                rest = rest.replace(a, b)
+            rest = rest.replace("attn.proj", "attention.output.dense").replace("mlp.fc1", "intermediate.dense")
+            found[f"dinat.{block}.{rest.replace('mlp.fc2', 'output.dense')}"] = t
+        elif pieces[0] == "patch_embed":
+            rest = name.removeprefix("patch_embed.").replace("proj.", "patch_embeddings.projection.")
+            found[f"dinat.embeddings.{rest}"] = t
+        elif pieces[0] == "levels":
+            found[f"dinat.encoder.{name}"] = t
+        else:
+            found[name.replace("norm.", "dinat.layernorm.").replace("head.", "classifier.")] = t
+    return found
+
+
+def small_published(**changes):
+    "Two levels with everything that a published size may have, with its weights drawn anew."
+    settings = dict(dim=16, depths=(1, 2), num_heads=(1, 2), window_size=3, layer_scale=1e-5, num_classes=3)
+    net = NAT(**settings | dict(dilations=((1,), (1, 2))) | changes).eval()
+    for p in net.parameters():
+        p.data.normal_(std=0.2)
+    return net
+
+
+LAYOUTS = {
+    "official": with_official_names,
+    "official, in parallel": lambda net: {
+        "state_dict": {f"module.{n}": t for n, t in with_official_names(net).items()}
+    },
+    "transformers": with_names_of_transformers,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_published_layouts(layout):
+    torch.manual_seed(0)
+    net, x = small_published(), torch.randn(1, 3, 32, 24)
+    state = LAYOUTS[layout](net)
+    assert "levels.0.1.attn.qkv.weight" not in state and torch.equal(from_official(small_published(), state)(x), net(x))
+    features = from_official(small_published(num_classes=0), state)
+    assert torch.equal(features(x), net.forward_features(x).mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [(dict(num_classes=4), "head.weight"), (dict(layer_scale=None), "gamma1"), (dict(window_size=5), "rel_pos_bias")],
+    ids=["classes", "layer scale", "window"],
+)
+def test_published_weights_that_do_not_fit(changes, says):
+    with pytest.raises(ValueError, match=says):
+        from_official(small_published(**changes), with_official_names(small_published()))
+
+
+def test_published_names():
+    "A few names of NAT-Mini as they stand in its checkpoint, with their shapes."
+    with torch.device("meta"):
+        official = with_official_names(nat_mini())
+    names = ("patch_embed.proj.1.weight", "levels.0.downsample.reduction.weight", "levels.2.blocks.5.attn.rpb")
+    assert [tuple(official[n].shape) for n in names] == [(64, 32, 3, 3), (128, 64, 3, 3), (8, 13, 13)]
+
+
+def test_names_of_transformers():
+    "Its own model has these names, block by block."
+    pytest.importorskip("transformers")
+    try:
+        from transformers import DinatConfig
+        from transformers.models.dinat import modeling_dinat as theirs
+    except (ImportError, RuntimeError) as e:  # transformers needs a torchvision that fits
+        pytest.skip(str(e))
+    block = theirs.DinatLayer(DinatConfig(layer_scale_init_value=1e-5, kernel_size=3), 16, 1, 1)
+    mine = {n.split("layers.0.")[1] for n in with_names_of_transformers(small_published()) if "levels.0.layers.0." in n}
+    assert mine == set(block.state_dict())
+
+
 @pytest.mark.parametrize(
     "make, dilated, want",
     [
@@ -663,7 +793,7 @@ def test_drop_path(make, last):
 )
 def test_what_a_task_changes(make):
     with torch.device("meta"):
-        model = make(num_classes=7, in_chans=1, window_size=5, stride=3, backend="torch")
+        model = make(num_classes=7, in_channels=1, window_size=5, stride=3, backend="torch")
     blocks = [b.attn for level in model.levels for b in level[1:]]
     assert model.head.out_features == 7 and model.levels[0][0].convs[0].in_channels == 1
     assert {(b.window_size, b.stride, b.backend) for b in blocks} == {((5, 5), (3, 3), "torch")}
@@ -693,9 +823,12 @@ def test_network():
     x = torch.randn(2, 3, 32, 20)
     level = net.levels[0][0](x.movedim(1, -1))
     assert level.shape == (2, 8, 5, 16) and len(net.levels[0][0].convs) == 2
-    assert net.features(x).shape == (2, 4, 3, 32)
-    want = net.head(net.norm(net.levels[1](net.levels[0](x.movedim(1, -1)))).mean((1, 2)))
-    assert rel_error(net(x), want) < 1e-6
+    assert net.forward_features(x).shape == (2, 4, 3, 32)
+    want = net.norm(net.levels[1](net.levels[0](x.movedim(1, -1)))).mean((1, 2))
+    assert rel_error(net(x), net.head(want)) < 1e-6
+    features = NAT(dim=16, depths=(1, 1), num_heads=(1, 2), num_classes=0).eval()
+    features.load_state_dict({n: p for n, p in net.state_dict().items() if not n.startswith("head.")})
+    assert rel_error(features(x), want) < 1e-6
     assert net.levels[1][0].convs[0].bias is None and net.levels[0][0].convs[0].bias is not None
     assert 0.01 < float(net.head.weight.detach().std()) < 0.03 and not net.head.bias.any()
 
@@ -735,10 +868,10 @@ def test_module_is_the_operation():
 @pytest.mark.parametrize(
     "arguments, options, error, names",
     [
-        ((30, 4, 3), {}, ValueError, "embed_dim"),
+        ((30, 4, 3), {}, ValueError, "dim"),
         ((32, 4, 3), dict(stride=4), ValueError, "stride"),
         ((32, 4.0, 3), {}, TypeError, "num_heads"),
-        ((32.0, 4, 3), {}, TypeError, "embed_dim"),
+        ((32.0, 4, 3), {}, TypeError, "dim"),
         ((32, 0, 3), {}, ValueError, "num_heads"),
         ((32, True, 3), {}, TypeError, "num_heads"),
         ((32, 4, 3.0), {}, TypeError, "window_size"),
@@ -870,6 +1003,160 @@ def test_predicted_us():
     assert predicted_us((keys(0, 0, 256), keys(0, 0, 0)), 1, costs._replace(alone=1.0), processors=2) == 2 + 4
 
 
+def test_cost_rows():
+    "Fractions of the dense product: useful pairs, what tiles of the kernel compute, what row-major tiles do."
+    rows = cost_experiment(**PRESETS["smoke"]["cost"])
+    assert [r["window"] for r in rows] == [3, 7, 12] and all(r["unfold"] > 0 and r["ms_dense"] > 0 for r in rows)
+    assert [r["useful"] for r in rows] == [(w / 12) ** 2 for w in (3, 7, 12)]
+    assert all(r["useful"] <= r["box"] and r["useful"] <= r["row_major"] for r in rows)
+    assert rows[0]["box"] < rows[2]["box"] and rows[0]["box"] < 1
+
+
+def test_stride_experiment():
+    "Pairs of the boxes bound the speed-up over dense attention; the change is relative to stride 1."
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 8, 8, 16)
+    rows = stride_experiment(x, 4)
+    assert [r["stride"] for r in rows] == [1, 2, 3, 4] and rows[0]["error"] == 0
+    for r in rows:
+        q_tile, brick = kernel_tiles((8, 8), 4, stride=r["stride"], head_dim=16)
+        waste = tile_waste((8, 8), 4, stride=r["stride"], q_tile=q_tile, block_n=brick, scheme="bricks")
+        assert r["bound"] == pytest.approx(64 / (16 * waste)) and r["waste"] == waste
+    one, four = (neighborhood_attention_reference(x, x, x, 4, stride=s) for s in (1, 4))
+    assert rows[3]["error"] == pytest.approx(float((four - one).norm() / one.norm()), rel=1e-5)
+
+
+def test_equivariance_experiment():
+    "Sliding windows move with the picture, dilated ones too; the others only by multiples of their step; all in the same crop."
+    g = np.random.default_rng(0)
+    rows = equivariance_experiment(g.integers(0, 255, (60, 90, 3), dtype=np.uint8), 32, 3, 2, 2, corner=(5, 7))
+    assert [r["shift"] for r in rows] == [1, 2, 3, 4, 5, 6]
+    still = {"NA": 1, "NA, dilation 2": 1, "stride 2": 2, "blocked": 3, "halo (block 4, halo 2)": 4}
+    for r in rows:
+        for name, step in still.items():
+            assert r[name] < 1e-9 if r["shift"] % step == 0 else r[name] > 1e-3, (name, r["shift"])
+
+
+def test_border_experiment():
+    "Half a window from the border all rules agree with the larger picture; a cut window keeps the near keys, and only these."
+    image = np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8)
+    rows = border_experiment(image, 16, 5, corner=(20, 20))
+    assert [r["distance"] for r in rows] == [0, 1, 2, 3]
+    for r in rows:
+        for name in ("slide", "cut", "zeros"):
+            assert r[name] < 1e-9 if r["distance"] >= 2 else r[name] > 1e-3, (name, r["distance"])
+
+
+def test_border_experiment_on_one_colour():
+    "On a picture of one colour every key is alike: windows that slide or are cut change nothing, zeros do."
+    rows = border_experiment(np.full((60, 60, 3), 200, np.uint8), 16, 5, corner=(20, 20))
+    assert all(r["slide"] < 1e-9 and r["cut"] < 1e-9 and (r["zeros"] > 1e-3) == (r["distance"] < 2) for r in rows)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2])
+def test_shifted_windows(shift):
+    "A query sees its window of the shifted grid, cut at the map's border; with the bias of the true offset."
+    torch.manual_seed(0)
+    layer, x = ShiftedWindowAttention(8, 2, 3, shift).double(), torch.randn(2, 6, 9, 8, dtype=torch.float64)
+    layer.rel_pos_bias.data.normal_()
+    i, j = (t.flatten() for t in torch.meshgrid(torch.arange(6), torch.arange(9), indexing="ij"))
+    seen = torch.ones(54, 54, dtype=torch.bool)
+    for p in (i, j):
+        block = (p + 3 - shift) // 3  # the grid begins at shift - 3
+        seen &= block[:, None] == block
+    q, k, v = layer.qkv(x).flatten(1, 2).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+    near = lambda p: (p[None] - p[:, None]).clamp(-2, 2) + 2
+    scores = q @ k.mT / 2 + layer.rel_pos_bias[:, near(i), near(j)]
+    want = scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
+    assert rel_error(layer(x), layer.proj(want.transpose(1, 2).flatten(2)).unflatten(1, (6, 9))) < 1e-12
+
+
+def test_shifted_windows_and_blocks():
+    "Without a shift, or where the map is one window, they are the blocked neighbourhood of the same weights."
+    torch.manual_seed(0)
+    blocked = NeighborhoodAttention2d(8, 2, 3, stride=3, rel_pos_bias=True)
+    for shift, side in ((0, 6), (1, 3)):
+        layer, x = ShiftedWindowAttention(8, 2, 3, shift), torch.randn(1, side, side, 8)
+        layer.load_state_dict(blocked.state_dict())
+        assert rel_error(layer(x), blocked(x)) < 1e-5
+    for arguments, names in (((8, 3, 3), "num_heads"), ((8, 2, 3, 3), "shift"), ((8, 2, 0), "window_size")):
+        with pytest.raises(ValueError, match=names):
+            ShiftedWindowAttention(*arguments)
+    with pytest.raises(ValueError, match="multiples of window_size = 3"):
+        ShiftedWindowAttention(8, 2, 3)(torch.zeros(1, 6, 7, 8))
+
+
+@pytest.mark.parametrize("kind", NAT_KINDS)
+def test_kinds_of_neighborhood(kind):
+    net = small_nat(kind, 40, 64, (2, 2))
+    found = [[b.attn for b in level[1:]] for level in net.levels]
+    kinds = [[type(a).__name__[:7] for a in level] for level in found]
+    assert kinds == [["Neighbo", "Shifted" if kind == "shifted" else "Neighbo"]] * 2
+    sliding = [a for level in found for a in level if type(a) is NeighborhoodAttention2d]
+    assert {a.stride for a in sliding} == {(5, 5) if kind in ("blocked", "shifted") else (1, 1)}
+    assert {a.window_size for a in sliding} == {(20, 20) if kind == "global" else (5, 5)}
+    dilations = [[a.dilation[0] for a in level if a in sliding] for level in found]
+    assert dilations == ([[1, 4], [1, 2]] if kind == "NA + dilated" else [[1] * len(d) for d in dilations])
+    if kind != "global":
+        assert count_parameters(net) == count_parameters(small_nat("NA", 40, 64, (2, 2)))
+    assert {(a.window_size, a.shift) for level in found for a in level if a not in sliding} <= {(5, 2)}
+    assert net(torch.randn(1, 3, 40, 40)).shape == (1, 10)
+
+
+def test_every_second_block_is_shifted():
+    "Counted over the levels: with one block in each, the second level's."
+    blocks = [level[1].attn for level in small_nat("shifted", 20, 32, (1, 1)).levels]
+    assert [type(b).__name__ for b in blocks] == ["NeighborhoodAttention2d", "ShiftedWindowAttention"]
+    assert [b.attn.dilation for level in small_nat("NA + dilated", 20, 32, (1, 1)).levels for b in level[1:]] == [
+        (2, 2),
+        (1, 1),
+    ]
+
+
+def test_nat_data(monkeypatch):
+    "Standardised by the training images; no image is in both parts; three channels."
+    images = np.random.default_rng(0).integers(0, 200, (5000, 28, 28), dtype=np.uint8)
+    images[:, 0, 0] = np.arange(5000) % 251
+    monkeypatch.setitem(nat_data.__globals__, "mnist5k", lambda: (images, np.arange(5000)))
+    x, y, tx, ty = nat_data("mnist5k", 20)
+    assert x.shape == (4000, 3, 20, 20) and tx.shape == (1000, 3, 20, 20)
+    assert sorted(y.tolist() + ty.tolist()) == list(range(5000))
+    assert abs(float(x.mean())) < 1e-4 and float(x.std()) == pytest.approx(1, abs=1e-3) and abs(float(tx.mean())) > 1e-5
+    with pytest.raises(ValueError, match="name"):
+        nat_data("cifar", 20)
+
+
+def test_accuracy_of_all_test_images(monkeypatch):
+    "Of every part of the test images, with the trained network; the loss is that of the last ten steps."
+
+    def train(trainees, *, steps, batch_size):
+        for t in trainees:
+            t.model.head.weight.data.zero_(), t.model.head.bias.data.copy_(torch.arange(10.0))  # always the 9
+            t.losses = [1.0] * 5 + [3.0] * 10
+
+    monkeypatch.setitem(nat_experiments.__globals__, "train_together", train)
+    x, y = torch.zeros(600, 3, 20, 20), torch.tensor([9] * 250 + [0] * 350)
+    (row,) = nat_experiments(("NA",), (x, y, x, y), side=20, dim=16, depths=(1, 1), steps=15, batch=4)
+    assert row["accuracy"] == pytest.approx(250 / 600) and row["loss"] == 3.0
+
+
+def test_everything_of_a_preset(monkeypatch):
+    "Every experiment is recorded under its name, with the seeds and the number of steps that were asked for."
+    kept = []
+    monkeypatch.setitem(
+        run_experiments.__globals__, "record", lambda chapter, name, **row: kept.append((name, row)) or row
+    )
+    run_experiments("smoke", "cpu", only="nat", seeds=(3,), steps=1, show=lambda text: None)
+    assert [(n, r["kind"], r["run"], r["steps"]) for n, r in kept] == [("nat", kind, 3, 1) for kind in NAT_KINDS]
+    assert all(0 <= r["accuracy"] <= 1 and r["parameters"] > 0 and math.isfinite(r["loss"]) for _, r in kept)
+    kept.clear()
+    run_experiments("smoke", "cpu", only="stride", show=lambda text: None)
+    assert {n for n, _ in kept} == {"stride"} and [r["stride"] for _, r in kept] == [1, 2, 3, 4]
+    assert kept[0][1]["error"] == 0 < kept[-1][1]["error"]
+    with pytest.raises(ValueError, match="only"):
+        run_experiments("smoke", only="everything")
+
+
 def simulator_rows(costs, device="GPU one", date="2026-01-01T00:00:00+00:00", processors=132, slower={}):
     "Rows as `bench_simulator` would write them on a GPU with these costs; `slower`: {case: times as long}."
     return [
@@ -947,32 +1234,52 @@ def made_up(name, *rows, **fields):
     return [same | fields | row for row in rows]
 
 
-def natten_rows(**speed):
-    "Rows of NATTEN's problems, ours so many times faster than dense attention."
-    of = {"plain": "FLUX 4K", "strided": "FLUX 4K, stride 16"}
-    return made_up(
+def natten_rows(*more, date="2026-01-01T00:00:00+00:00", **speed):
+    "Rows of NATTEN's problems from one run, ours so many times faster than dense attention; `more` rows besides."
+    of = {name.replace(" ", "_").replace(",", ""): name for name in NATTEN_H100}
+    return [*more] + made_up(
         "natten",
         *(
             dict(case=of[n], method=method, ms_fwd=ms)
             for n, x in speed.items()
             for method, ms in (("ours", 1.0), ("cudnn dense", x))
         ),
+        date=date,
     )
 
 
-def window_rows(ms, peak=(100, 100)):
-    "Windows 3, 31, 63, 95 and 128 of 128 x 128 that compute twice the useful pairs; ms: time by computed share."
+def window_rows(ms, peak=(100, 100), backward=(100, 100), dense=None):
+    """Windows 3, 31, 63, 95 and 128 of 128 x 128 that compute twice the useful pairs; ms: time by computed share, both
+    ways; peak memory of the first and of the last but one window; `dense`: times of dense attention, by window."""
     share = [(w / 128) ** 2 for w in (3, 31, 63, 95, 128)]
-    return made_up(
+    ours = made_up(
         "windows",
         *(
-            dict(w=w, useful=x, waste=2.0, ms_fwd=ms(2 * x), peak_mb_fwd=peak[w > 3])
+            dict(
+                w=w,
+                useful=x,
+                waste=2.0,
+                ms_fwd=ms(2 * x),
+                ms_bwd=ms(2 * x),
+                peak_mb_fwd=peak[w == 95],
+                peak_mb_bwd=backward[w == 95],
+            )
             for w, x in zip((3, 31, 63, 95, 128), share)
         ),
         method="ours",
         batch=2,
         heads=8,
     )
+    rows = made_up(
+        "windows", *(dict(w=w, ms_fwd=x, ms_bwd=y) for w, (x, y) in (dense or {}).items()), method="cudnn dense"
+    )
+    return ours + rows
+
+
+def problem_rows(**times):
+    "Rows of the fixed problem p by each method, (forward, backward)."
+    rows = (dict(case="p", method=m.replace("_", " "), ms_fwd=x, ms_bwd=y) for m, (x, y) in times.items())
+    return made_up("problems", *rows)
 
 
 def size_rows(ms):
@@ -990,37 +1297,55 @@ def size_rows(ms):
     )
 
 
-def nat_rows(na, blocked):
-    "Accuracies of seeds."
-    return made_up(
-        "nat",
-        *(
-            dict(kind=kind, run=i, accuracy=x)
-            for kind, found in (("NA", na), ("blocked", blocked))
-            for i, x in enumerate(found)
-        ),
-    )
+def nat_rows(na, other, kind, date="2026-01-01T00:00:00+00:00", steps=9):
+    "Accuracies of seeds, those of the second in another order."
+    pairs = [("NA", i, x) for i, x in enumerate(na)] + [(kind, i, x) for i, x in reversed(list(enumerate(other)))]
+    return made_up("nat", *(dict(kind=k, run=i, accuracy=x, steps=steps) for k, i, x in pairs), date=date)
 
 
 linear, shifted, crooked = lambda x: 4 * x, lambda x: 1 + 4 * x, lambda x: (3 if x < 1.0 else 1) * (1 + 4 * x)
 SAME = "The same with a fixed part"
 moved = lambda *rows: made_up("equivariance", *({"NA": a, "NA, dilation 2": b, "blocked": c} for a, b, c in rows))
 good = (0.90, 0.91, 0.92)
+LATER = "2026-01-02T00:00:00+00:00"
+TWO_RUNS = natten_rows(  # a later run of the plain problem with a faster kernel
+    *natten_rows(FLUX_4K=4.0, FLUX_4K_stride_16=6.0), FLUX_4K=9.0, date=LATER
+)
 VERDICTS_ON_ROWS = {  # (a part of the claim's statement, verdict, which): rows
-    ("FLUX 4K:", "holds", 0): natten_rows(plain=5.2),
-    ("FLUX 4K:", "holds in part", 0): natten_rows(plain=4.2),
-    ("FLUX 4K:", "does not hold here", 0): natten_rows(plain=4.1),
-    ("FLUX 4K:", "not measured", 0): [],
-    ("A stride", "holds", 0): natten_rows(plain=4.0, strided=6.0),
-    ("A stride", "holds in part", 0): natten_rows(plain=4.0, strided=4.8),
-    ("A stride", "does not hold here", 0): natten_rows(plain=4.0, strided=4.0),
-    ("A stride", "not measured", 0): natten_rows(plain=4.0),
+    ("where windows slide", "holds", 0): natten_rows(FLUX_4K=5.2, HunyuanVideo=3.4, FLUX_4K_stride_16=1.0),
+    ("where windows slide", "holds in part", 0): natten_rows(FLUX_4K=4.2, HunyuanVideo=9.0),
+    ("where windows slide", "does not hold here", 0): natten_rows(FLUX_4K=4.1, HunyuanVideo=9.0),
+    ("where windows slide", "holds", 1): TWO_RUNS,
+    ("where windows slide", "not measured", 0): natten_rows(FLUX_4K_stride_16=9.2),
+    ("where a stride fills", "holds", 0): natten_rows(FLUX_4K_stride_16=9.2, FLUX_4K=0.1),
+    ("where a stride fills", "does not hold here", 0): natten_rows(FLUX_4K_stride_16=7.3),
+    ("where a stride fills", "not measured", 0): natten_rows(FLUX_4K=9.2),
+    ("A stride that fills", "holds", 0): natten_rows(FLUX_4K=4.0, FLUX_4K_stride_16=6.0),
+    ("A stride that fills", "holds in part", 0): natten_rows(FLUX_4K=4.0, FLUX_4K_stride_16=4.8),
+    ("A stride that fills", "does not hold here", 0): natten_rows(FLUX_4K=4.0, FLUX_4K_stride_16=4.0),
+    ("A stride that fills", "holds", 1): TWO_RUNS,  # not 6 of one run over 9 of the other
+    ("A stride that fills", "not measured", 0): natten_rows(
+        *natten_rows(FLUX_4K=4.0), FLUX_4K_stride_16=9.0, date=LATER
+    ),
+    ("at every window", "holds", 0): window_rows(lambda x: 1.0, dense={3: (1.1, 9), 95: (1.0, 9)}),
+    ("at every window", "holds in part", 0): window_rows(lambda x: 1.0, dense={3: (1.1, 9), 95: (0.9, 9)}),
+    ("at every window", "does not hold here", 0): window_rows(lambda x: 1.0, dense={3: (0.9, 9), 95: (0.9, 9)}),
+    ("at every window", "not measured", 0): window_rows(lambda x: 1.0),
+    ("The same, forward and", "holds", 0): window_rows(lambda x: 1.0, dense={3: (0.5, 1.5), 95: (9, 1)}),
+    ("The same, forward and", "holds in part", 0): window_rows(lambda x: 1.0, dense={3: (0.5, 1.4), 95: (9, 1)}),
+    ("The same, forward and", "does not hold here", 0): window_rows(lambda x: 1.0, dense={3: (1.9, 0)}),
+    ("The same, forward and", "not measured", 0): [],
+    ("than every peer", "holds", 0): problem_rows(ours=(1.0, 1.0), flex=(3.0, 0.1), flex_tiles=(0.1, 2.9)),
+    ("than every peer", "does not hold here", 0): problem_rows(ours=(1.0, 1.0), flex=(9, 9), flex_tiles=(0.1, 1.8)),
+    ("than every peer", "not measured", 0): problem_rows(ours=(1.0, 1.0)),
     ("constant memory", "holds", 0): window_rows(linear, (100, 104)),
     ("constant memory", "holds in part", 0): window_rows(linear, (100, 140)),
     ("constant memory", "does not hold here", 0): window_rows(linear, (100, 160)),
+    ("constant memory", "does not hold here", 1): window_rows(linear, (160, 100)),
+    ("constant memory", "does not hold here", 2): window_rows(linear, backward=(100, 160)),
     ("constant memory", "not measured", 0): [],
     ("Cost is paid", "holds", 0): window_rows(linear),
-    ("Cost is paid", "holds in part", 0): window_rows(lambda x: 4 * x + 0.5 * (x < 0.2)),
+    ("Cost is paid", "holds in part", 0): window_rows(lambda x: 4 * x + 0.02 * (x < 0.01)),  # the smallest counts, too
     ("Cost is paid", "does not hold here", 0): window_rows(shifted),
     ("Cost is paid", "not measured", 0): [],
     (SAME, "holds", 0): window_rows(shifted) + size_rows(lambda x: shifted(x) / 2),  # half as many heads
@@ -1033,22 +1358,84 @@ VERDICTS_ON_ROWS = {  # (a part of the claim's statement, verdict, which): rows
     ("equivariance", "holds in part", 1): moved((0.0, 0.0, 0.0)),
     ("equivariance", "does not hold here", 0): moved((0.0, 0.0, 0.1), (0.1, 0.0, 0.0)),
     ("equivariance", "not measured", 0): [],
-    ("Swin-T", "holds", 0): nat_rows(good, (0.80, 0.81, 0.82)),
-    ("Swin-T", "holds in part", 0): nat_rows(good, (0.89, 0.90, 0.91)),
-    ("Swin-T", "does not hold here", 0): nat_rows((0.89, 0.90, 0.91), good),
-    ("Swin-T", "not measured", 0): nat_rows((0.90, 0.91), (0.80, 0.81, 0.82)),
+    ("Swin-T", "holds", 0): nat_rows(good, (0.80, 0.81, 0.82), "shifted"),
+    ("Swin-T", "not measured", 0): nat_rows(good, (0.89, 0.91, 0.91), "shifted"),  # undecided
+    ("Swin-T", "not measured", 1): nat_rows(good[:2], (0.80, 0.81), "shifted"),  # two seeds only
+    ("Swin-T", "not measured", 2): nat_rows(good, (0.80, 0.81, 0.82), "blocked"),  # another opponent
+    ("Swin-T", "not measured", 3): nat_rows(good, (), "")
+    + nat_rows((), (0.1, 0.1, 0.1), "shifted", date=LATER),  # other runs
+    ("Swin-T", "does not hold here", 0): nat_rows((0.80, 0.81, 0.82), good, "shifted"),
+    ("Swin-T", "holds", 1): nat_rows(good, (0.8, 0.8, 0.8), "shifted") + nat_rows(good, (1, 1, 1), "shifted", steps=2),
+    ("exchange nothing", "holds", 0): nat_rows(good, (0.80, 0.81, 0.82), "blocked"),
+    ("exchange nothing", "does not hold here", 0): nat_rows((0.80, 0.81, 0.82), good, "blocked"),
+    ("exchange nothing", "not measured", 0): nat_rows(good, (0.80, 0.81, 0.82), "shifted"),
     ("20, 28, 51, 90", "holds", 0): [],
 }
 
 
+def recorded(rows):
+    "Makes the study read these rows as if they were on record: the newest of each problem and method, or every one."
+
+    def found(name, every=False, **where):
+        fits = [r for r in rows if r["name"] == name and all(r.get(n) == x for n, x in where.items())]
+        what = lambda r: tuple(
+            str(r.get(n)) for n in ("device", "case", "method", "w", "N", "kind", "run", "shift", "steps")
+        )
+        newest = {what(r): r for r in sorted(fits, key=lambda r: r["date"])}
+        return fits if every else [r for r in fits if newest[what(r)] is r]
+
+    return mock.patch.dict(natten_runs.__globals__, _rows=found)
+
+
 @pytest.mark.parametrize("statement, verdict, which", VERDICTS_ON_ROWS)
 def test_verdicts(statement, verdict, which):
-    rows = VERDICTS_ON_ROWS[statement, verdict, which]
-    fits = lambda row, where: all(row.get(n) == x for n, x in where.items())
-    found = lambda name, **where: [r for r in rows if r["name"] == name and fits(r, where)]
-    with mock.patch.dict(claims.__globals__, _rows=found):
+    with recorded(VERDICTS_ON_ROWS[statement, verdict, which]):
         (claim,) = (c for c in claims() if statement in c.statement)
         assert claim.judge().verdict == verdict
+
+
+def test_every_rule_is_tested():
+    "Every claim that is judged appears above; that of the simulator has a test of its own."
+    judged = [c.statement for c in claims() if c.measured is not None and c.measured is not _simulator_runs]
+    assert all(any(part in s for part, *_ in VERDICTS_ON_ROWS) for s in judged) and len(judged) == 13
+
+
+def test_reasons_name_what_was_lost():
+    "The windows at which dense attention wins, and what an earlier run gave."
+    rows = window_rows(lambda x: 1.0, dense={3: (9.0, 9), 95: (0.9, 9), 128: (0.5, 9)})
+    with recorded(rows):
+        (claim,) = (c for c in claims() if "at every window" in c.statement)
+        assert claim.judge().reason.endswith("below 1x at w=95, w=128")
+        assert [s.ratio for s in claim.judge().measured] == [9.0, 0.9, 0.5]
+    found = last_of_the_runs(
+        [dict(largest=0.5, median=0.1), dict(largest=0.3, median=0.3), dict(largest=0.2, median=0.1)]
+    )
+    before = "before it: holds in part (largest 50%, median 10%), does not hold here (largest 30%, median 30%)"
+    assert found == ("holds", f"after a change of the kernels; {before}")
+    assert last_of_the_runs([dict(largest=0.2, median=0.1)]) == ("holds", "")
+
+
+def test_runs_are_told_apart():
+    "A gap of more than ten minutes separates runs; another device's rows count in none; an older run keeps its rows."
+    row = lambda minute, **more: (
+        dict(name="natten", case="1-D", method="ours", ms_fwd=1.0, device="B")
+        | more
+        | dict(date=f"2026-01-01T00:{minute:02}:00+00:00")
+    )
+    rows = [row(30, i=3), row(0, i=0), row(9, i=1), row(19, i=2), row(1, i=9, device="A")]
+    rows += [row(19, i=2, method="cudnn dense", ms_fwd=7.0)]
+    with recorded(rows):
+        assert [[r["i"] for r in run] for run in _runs("natten")] == [[0, 1, 2, 2], [3]]
+        assert natten_runs() == [{"1-D": 7.0}]  # of a problem measured more than once in a run the newest counts
+    with recorded(TWO_RUNS):
+        assert natten_runs() == [{"FLUX 4K": 4.0, "FLUX 4K, stride 16": 6.0}, {"FLUX 4K": 9.0}]
+        assert [(s.where, s.ratio) for s in over_natten(_slides)] == [("FLUX 4K", 9 / 5.2)]
+        assert [(s.where, s.ratio) for s in _stride_gains()] == [("FLUX 4K, stride 16", 1.5)]
+
+
+def test_which_rows_have_strides():
+    assert [n for n in NATTEN_H100 if _slides(n)] == ["1-D", "FLUX 4K", "HunyuanVideo"] == list(STRIDED.values())
+    assert all(NATTEN_H100[a][:2] == NATTEN_H100[b][:2] and NATTEN_H100[a][2] != 1 for a, b in STRIDED.items())
 
 
 def test_no_verdict_without_measurement():
@@ -1059,11 +1446,11 @@ def test_no_verdict_without_measurement():
 
 
 def test_simulator_claim():
-    (claim,) = (c for c in claims() if c.measured is _simulator_errors)
+    (claim,) = (c for c in claims() if c.measured is _simulator_runs)
     costs = StepCosts(2.5, 1.1, 0.47, 0.53, 2.3)
     predicted = [case for case in SIMULATED if case not in CALIBRATING.values()]
     slow = lambda cases, by: simulator_rows(costs, slower=dict.fromkeys(cases, by))
-    verdict = lambda rows: claim.rule(_simulator_errors(rows))
+    verdict = lambda rows: claim.rule([_simulator_errors(rows)])[0]
     assert _simulator_errors([]) is None
     assert verdict(simulator_rows(costs)) == verdict(slow(predicted, 1.2)) == verdict(slow(predicted, 0.8)) == "holds"
     assert verdict(slow(predicted[:1], 1.3)) == verdict(slow(predicted[-1:], 0.7)) == "holds in part"
@@ -1084,6 +1471,7 @@ def test_times_of_two_gpus_do_not_mix():
                 method="ours",
                 ms_fwd=slow + w**slow,
                 peak_mb_fwd=100 + slow * w,
+                peak_mb_bwd=100 + slow * w,
                 useful=w * w / 128**2,
                 waste=2.0,
                 batch=2,
@@ -1096,14 +1484,12 @@ def test_times_of_two_gpus_do_not_mix():
             yield row("natten", case=case, method=method, ms_fwd=1.0 if method == "ours" else 1 + slow * len(case))
 
     def measured(rows):
-        fits = lambda row, where: all(row.get(n) == x for n, x in where.items())
-        found = lambda name, **where: [r for r in rows if r["name"] == name and fits(r, where)]
-        with mock.patch.dict(_stride_gain.__globals__, _rows=found):
+        with recorded(rows):
             return [
                 f()
                 for f in (
-                    _natten_speed,
-                    _stride_gain,
+                    natten_runs,
+                    _stride_gains,
                     _memory_growth,
                     _simulator_error,
                     _simulator_error_with_fixed_part,
@@ -1114,3 +1500,19 @@ def test_times_of_two_gpus_do_not_mix():
     assert None not in measured(new) and all(a != b for a, b in zip(measured(new), measured(old)))
     assert measured(old + new) == measured(new + old) == measured(new)
     assert measured(old + new[:6])[-1]["elsewhere"] == math.inf  # the newer GPU timed no other maps
+
+
+
+
+def test_both_runs_of_the_simulator_are_told():
+    costs, later = StepCosts(2.5, 1.1, 0.47, 0.53, 2.3), "2026-01-01T00:20:00+00:00"
+    predicted = [case for case in SIMULATED if case not in CALIBRATING.values()]
+    first = simulator_rows(costs, slower={predicted[0]: 1.5})
+    rows = [dict(name="simulator") | r for r in first + simulator_rows(costs, date=later)]
+    with recorded(rows):
+        (claim,) = (c for c in claims() if c.measured is _simulator_runs)
+        found = claim.judge()
+    assert found.verdict == "holds" and "before it: holds in part (largest 50%, median 0%)" in found.reason
+    assert [round(e["largest"], 6) for e in found.measured] == [0.5, 0.0]
+    with recorded([]):
+        assert _simulator_runs() is None

@@ -1,5 +1,6 @@
 """What `make book` gives to Quarto: settings, and the notebooks as nbdev prepares them. Needs no Quarto."""
 
+import ast
 import json
 import os
 import re
@@ -19,10 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PROCESS = """
 import json, pathlib, sys
 import nbdev.serve_drv
-from nbdev.doclinks import nbglob
 from nbdev.processors import FilterDefaults
 failed = {}
-for path in nbglob("nbs", func=pathlib.Path):
+for path in map(pathlib.Path, sys.argv[1:]):
     made = "_proc" / path.relative_to("nbs")
     made.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -33,10 +33,23 @@ print(json.dumps(failed))
 """
 
 
+def is_special(notebook) -> bool:
+    """Whether nbdev may stumble: it runs the whole of a cell with an import in it, and such a cell may do more than import."""
+    for c in json.loads(notebook.read_text())["cells"]:
+        source = "".join(c["source"])
+        if c["cell_type"] == "code" and not re.search(r"^#\| *(exports?|exporti|default_exp)\b", source, re.M):
+            kinds = {isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(source).body}
+            if len(kinds) == 2:
+                return True
+    return False
+
+
 @pytest.fixture(scope="module")
-def processed(tmp_path_factory):
-    """The notebooks as nbdev prepares them, by path."""
+def processed(tmp_path_factory, request):
+    """The notebooks as nbdev prepares them, by path: with --slow all, else those that may break and two more."""
     pytest.importorskip("nbdev")
+    few = ("index", "05_book", "halo")
+    chosen = [n for n in notebooks(ROOT) if request.config.getoption("--slow") or n.stem in few or is_special(n)]
     folder = tmp_path_factory.mktemp("quarto")
     copy = folder / "attnbook"
     for name in ("attnbook", "nbs"):
@@ -45,7 +58,7 @@ def processed(tmp_path_factory):
         shutil.copy(ROOT / name, copy)
     (folder / "process.py").write_text(PROCESS)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(folder / "process.py")],
+        [sys.executable, "-W", "ignore", str(folder / "process.py"), *(str(n.relative_to(ROOT)) for n in chosen)],
         cwd=copy,
         capture_output=True,
         text=True,
@@ -68,9 +81,8 @@ def texts(page):
 
 
 def test_notebooks_are_processed(processed):
-    """nbdev runs imports and exported cells in a fresh shell and documents what they define. It runs the whole of a cell with an import in it; and something must
-    follow the last exported cell."""
-    assert set(processed) == {p.relative_to(ROOT / "nbs").as_posix() for p in notebooks(ROOT)}
+    """nbdev runs imports and exported cells in a fresh shell and documents what they define."""
+    assert {"index.ipynb", "1_foundations/05_book.ipynb", "3_locality/halo.ipynb"} <= set(processed)
     assert any("run_chapter" in t for t in texts(processed["1_foundations/05_book.ipynb"]))
 
 
@@ -87,7 +99,7 @@ def test_folds_are_closed(processed):
         for c in page["cells"]
         for m in re.findall(r"^#\| code-fold: (\w+)", "".join(c["source"]), re.M)
     ]
-    assert len(folds) > 400 and set(folds) == {"true"}
+    assert len(folds) > 5 * len(processed) and set(folds) == {"true"}
 
 
 def test_links_name_descriptions_that_are_there(processed):
@@ -100,9 +112,9 @@ def test_links_name_descriptions_that_are_there(processed):
             wrong += [
                 (path, to, a)
                 for to, a in re.findall(r"\(https://attnbook\.github\.io/attnbook/([\w/]+\.html)#([\w.-]+)\)", t)
-                if a not in anchors.get(to, ())
+                if to in anchors and a not in anchors[to]
             ]
-    assert sum(map(len, anchors.values())) > 500
+    assert sum(map(len, anchors.values())) > 8 * len(processed)
     rooms = [r for n in notebooks(ROOT) for r in read_sections(n).rooms.values()]
     hidden = {
         api_anchor(name)

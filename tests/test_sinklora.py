@@ -33,6 +33,7 @@ from attnbook.sinklora.experiments_study import (
     copied,
     echo,
     leak_net,
+    lessons_of,
     mixed_batch,
     mixed_loss,
     through_cache,
@@ -668,6 +669,11 @@ def test_mixed_batches():
     cfg = PRESETS["smoke"]["eviction"]
     x, y = mixed_batch(torch.arange(500) % 251, cfg, 0, 3)
     assert x.shape == y.shape == (4, 64) and torch.equal(y[0, :-1], x[0, 1:]) and (y[2] != -100).sum() == 2
+    lessons = lessons_of(torch.arange(500) % 251, cfg, 0)
+    assert [lessons(i)[0].shape[1] for i in range(5)] == [60, 60, 64, 64, 64] and len(lessons) == 4
+    assert torch.equal(lessons(3)[0], x) and all(
+        p["eviction"]["lessons"][-1][1] == p["eviction"]["length"] for p in PRESETS.values()
+    )
     z = torch.zeros(4, 64, 256)
     assert float(mixed_loss(lambda t: z, x, y)) == pytest.approx(2 * math.log(256))
 

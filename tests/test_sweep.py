@@ -10,10 +10,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 
 import pytest
 from test_commands import ROOT, attnbook, refused
 
+import attnbook.lab.sweep as sweeping
 from attnbook.lab.parameters import example_notebook
 from attnbook.lab.sweep import sweep_chapter
 
@@ -178,8 +180,9 @@ def test_no_cluster(notebook, tmp_path):
     )
 
 
-def test_a_sweep_goes_on_where_it_was_left(notebook, tmp_path):
-    """Two workers here, a cell that fails and a worker that dies; then the rest, with one more value, on a cluster with a GPU."""
+@pytest.mark.parametrize("where", ["here", pytest.param("cluster", marks=pytest.mark.slow)])
+def sweep_of_three(notebook, tmp_path):
+    """Two workers here, a cell that fails and a worker that dies: the folder, a function that sweeps again, its environment."""
     env = {
         "SWEEP_TEST": str(tmp_path),
         "RAY_AUTH_MODE": "disabled",
@@ -189,7 +192,6 @@ def test_a_sweep_goes_on_where_it_was_left(notebook, tmp_path):
     }
     out = tmp_path / "sweep"
     start = lambda *words: attnbook("sweep", notebook, "--out", out, *words, cwd=tmp_path, **env)
-
     first = start("-g", "n=1,2,3", "-g", "preset=gpu", "--workers", "2", "--no-progress")
     assert first.returncode == 1 and "Traceback" not in first.stderr, first.stderr
     rows = [line for line in first.stdout.splitlines() if line.startswith("| ")]
@@ -198,9 +200,85 @@ def test_a_sweep_goes_on_where_it_was_left(notebook, tmp_path):
     assert "failed: cell 10 (`if broken and n == 2: raise" in rows[3] and "RuntimeError: two is too many" in rows[3]
     assert "| failed: " in rows[4] and "worker" in rows[4]
     assert {p.name for p in out.iterdir()} == {"n=1,preset=gpu", "n=2,preset=gpu", "sweep.json", "rows.jsonl"}
-    summary = out / "n=1,preset=gpu" / "summary.json"
+    assert json.loads((out / "n=1,preset=gpu" / "results" / "where.jsonl").read_text())["gpu"] == ""
+    return out, start, env
+
+
+def test_a_sweep_here(notebook, tmp_path):
+    sweep_of_three(notebook, tmp_path)
+
+
+class Broken(Exception):
+    "What a task raises whose worker died."
+
+
+class Started:
+    "A task that was handed to Ray."
+
+    def __init__(self, task, given):
+        self.task, self.given = task, given
+
+
+class RayInline:
+    "What a sweep uses of Ray, with the tasks one after another in this process. Those in `dying` break once."
+
+    exceptions = types.SimpleNamespace(RayError=Broken)
+
+    def __init__(self):
+        self.dying, self.ran = {3}, []
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": {"CPU": 1}}]
+
+    def remote(self, task):
+        keep = types.SimpleNamespace(remote=lambda *given: Started(task, given))
+        return types.SimpleNamespace(options=lambda **how: keep)
+
+    def wait(self, waiting):
+        return waiting[:1], waiting[1:]
+
+    def get(self, started):
+        n = started.given[2]["n"]
+        self.ran.append(n)
+        if n in self.dying:
+            self.dying.remove(n)
+            raise Broken("the worker died")
+        return started.task(*started.given)
+
+
+def test_a_sweep_goes_on_where_it_was_left(tmp_path, monkeypatch):
+    """What is there and did not fail stays; a failed run is kept under another name and tried again, with the values that are new."""
+    notebook = example_notebook(
+        tmp_path / "01_small.ipynb", "if n == 2 and not pathlib.Path(os.environ['REPAIRED']).exists(): 1 / 0"
+    )
+    monkeypatch.setenv("REPAIRED", str(tmp_path / "repaired"))
+    ray, out = RayInline(), tmp_path / "sweep"
+    monkeypatch.setattr(sweeping, "_ray", lambda address, workers: contextlib.nullcontext((ray, None)))
+    again = lambda *values: sweep_chapter(notebook, {"n": list(values)}, out=out, progress=False)
+
+    first = again(1, 2, 3)
+    assert [bool(run.error) for run in first] == [False, True, True] and ray.ran == [1, 2, 3]
+    assert "ZeroDivisionError" in first[1].error and "the worker died" in first[2].error
+    assert {p.name for p in out.iterdir()} == {"n=1,preset=cpu", "n=2,preset=cpu", "sweep.json", "rows.jsonl"}
+    summary = out / "n=1,preset=cpu" / "summary.json"
     written = summary.stat().st_mtime_ns
 
+    (tmp_path / "repaired").touch()
+    second = again(4, 3, 2, 1)
+    assert not any(run.error for run in second) and ray.ran == [1, 2, 3, 4, 3, 2]
+    assert summary.stat().st_mtime_ns == written
+    assert "ZeroDivisionError" in json.loads((out / "n=2,preset=cpu.old-1" / "summary.json").read_text())["error"]
+    assert not (out / "n=3,preset=cpu.old-1").exists()  # it left nothing
+    recorded = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    assert [(r["parameters"]["n"], r["row"]["sum"]) for r in recorded] == [(1, 0), (2, 1), (3, 3), (4, 6)]
+
+
+@pytest.mark.slow
+def test_the_rest_of_a_sweep_on_a_cluster(notebook, tmp_path):
+    """The rest, with one more value, on a cluster with a GPU."""
+    out, start, env = sweep_of_three(notebook, tmp_path)
+    summary = out / "n=1,preset=gpu" / "summary.json"
+    written = summary.stat().st_mtime_ns
     (tmp_path / "repaired").touch()
     with cluster(**env) as address:
         second = start("-g", "n=4,3,2,1", "--address", address)
@@ -232,6 +310,8 @@ def short():
         yield folder
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_interrupted(tmp_path, short):
     """Ctrl-C ends the sweep, its Ray and the kernels, leaves no file of theirs, and says what is done."""
     notebook = example_notebook(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from attnbook.depthwise import depthwise_conv, depthwise_reference
 from attnbook.depthwise.kernels import DEPTHWISE_LAUNCH, DepthwiseLaunch
 from attnbook.engine import arch_of
+from attnbook.lab.bench import find_benchmarks
 from attnbook.lab.data import skip_without
 from attnbook.lab.testing import (
     check_against_reference,
@@ -83,13 +84,6 @@ from attnbook.van.study import (
     _rows,
     _slope,
     _training_gain,
-    bench_attention,
-    bench_channels_first,
-    bench_depthwise,
-    bench_ffn,
-    bench_sizes,
-    bench_training,
-    bench_training_compiled,
     claims,
     three_convolutions,
 )
@@ -737,20 +731,15 @@ def test_peers_compute_the_same():
 
 def test_without_a_gpu_nothing_is_measured():
     if not torch.cuda.is_available():
-        assert [
-            list(b())
-            for b in (
-                bench_attention,
-                bench_depthwise,
-                bench_ffn,
-                bench_sizes,
-                bench_training,
-                bench_training_compiled,
-                bench_channels_first,
-                try_launches,
-                try_gate_launches,
-            )
-        ] == [[]] * 9
+        found = find_benchmarks("van")
+        assert [list(b()) for b in (*found.values(), try_launches, try_gate_launches)] == [[]] * (len(found) + 2)
+
+
+def test_benchmarks_come_in_parts():
+    "Every stage and every way to train is a part that can be asked for by itself, the most important first."
+    names = list(find_benchmarks("van"))
+    assert names[:2] == ["attention_56", "attention_7"] and len(names) == 16
+    assert {f"{kind}_{side}" for kind in ("attention", "depthwise") for side, _ in STAGES} < set(names)
 
 
 def test_candidates_are_launches():

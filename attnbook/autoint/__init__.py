@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['embed_fields', 'interacting_reference', 'layer_cost', 'interacting_layer', 'interacting_attention', 'FieldEmbedding',
-           'InteractingLayer', 'AutoInt', 'PackedAutoInt', 'pack_for_inference', 'autoint_infer', 'logloss_auc',
-           'field_interaction_heatmap']
+           'InteractingLayer', 'AutoInt', 'keep_probabilities', 'PackedAutoInt', 'pack_for_inference', 'autoint_infer',
+           'logloss_auc', 'field_interaction_heatmap']
 
 # %% auto #imports
 from .nets import (
@@ -15,6 +15,7 @@ from .nets import (
     PackedAutoInt,
     autoint_infer,
     field_interaction_heatmap,
+    keep_probabilities,
     logloss_auc,
     pack_for_inference,
 )

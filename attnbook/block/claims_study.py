@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ..lab.bench import data_sheet
 from ..lab.claims import grade
 from ..lab.results import load_results, newest_device
-from ..lab.stats import Speedup, by_seed, paired, speedups
+from ..lab.stats import Speedup, by_seed, newest_recipe, paired, speedups
 from .training_study import best_rows, losses_of
 
 # %% ../../nbs/4_long_context/block.ipynb #184b2113
@@ -33,7 +33,7 @@ def pareto_points() -> dict[str, list[Point]]:
     for r in newest_device(load_results("block", "ladder speed")):
         key = "block" if r["method"].startswith("block") else "vanilla", r["dim"], r["layers"]
         speeds[key] = max(speeds.get(key, 0.0), r["tokens_per_s"] or 0.0)
-    for r in sorted(newest_device(load_results("block", "ladder", size="gpu")), key=lambda r: r["body"]):
+    for r in sorted(newest_recipe(newest_device(load_results("block", "ladder", size="gpu"))), key=lambda r: r["body"]):
         fast = speeds.get((r["variant"], r["dim"], r["layers"]))
         if fast:
             found[r["variant"]].append(Point(r["loss"], fast, r["body"], r["dim"]))

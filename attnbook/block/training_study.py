@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'PRESETS', 'review_bytes', 'variant_config', 'block_loss', 'token_losses', 'FIRST_SCORED', 'score',
-           'train', 'make_model', 'run_variants', 'run_uptrain', 'run_ladder', 'run_all', 'SIZES', 'best_rows',
-           'losses_of']
+           'RECIPE', 'train_side_by_side', 'make_model', 'run_variants', 'run_uptrain', 'run_ladder', 'run_all',
+           'SIZES', 'best_rows', 'losses_of']
 
 # %% auto #imports
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 
 from ..lab.data import Windows, text_corpus
 from ..lab.results import load_results, newest_device, record
-from ..lab.stats import by_seed
-from ..lab.train import fit
+from ..lab.stats import by_seed, newest_recipe
+from ..lab.together import Trainee, train_together
 from ..lm import LanguageModel, next_token_loss
 from ..lm.scores import windows_of
 from .nets import BlockTransformer
@@ -72,14 +71,14 @@ PRESETS = dict(
     gpu=dict(
         dim=512,
         layers=3,
-        length=512,
+        length=256,
         batch=32,
-        steps=500,
+        steps=600,
         lr=1e-3,
-        windows=256,
+        windows=512,
         seeds=3,
         variants=tuple(v for v in VARIANTS if v != "prefix 4"),
-        uptrain=125,
+        uptrain=150,
         ladder=((64, 1), (128, 2), (256, 2), (512, 3), (768, 4)),
     ),
 )
@@ -136,12 +135,31 @@ def score(model: nn.Module, cfg: Mapping) -> tuple[float, list[float]]:
     return float(losses.mean()), [float(losses[:, r::4].mean()) for r in range(4)]
 
 
-def train(model: nn.Module, cfg: Mapping, *, steps: int, seed: int, device: str, lr: float | None = None) -> nn.Module:
-    "Trains on random windows by `lab.train.fit`."
-    loss = block_loss if isinstance(model, BlockTransformer) else next_token_loss
-    stream = Windows(review_bytes()[0], length=cfg["length"], batch_size=cfg["batch"], seed=seed)
-    fit(model, loss, stream, steps=steps, lr=lr or cfg["lr"], seed=seed, device=device, weight_decay=0.1)
-    return model.eval()
+#: of the trainings; 2: windows of 256 bytes and 600 steps, seeds side by side
+RECIPE = 2
+
+
+def train_side_by_side(
+    models: Sequence[nn.Module],
+    cfg: Mapping,
+    *,
+    steps: int,
+    seeds: Sequence[int],
+    device: str,
+    rates: Sequence[float] | None = None,
+) -> list[float]:
+    """Trains models in place on random windows, each by its seed, on a GPU as CUDA graphs; they end in evaluation mode. `rates`:
+    highest learning rates, the preset's if None. The losses at the end, means over ten steps."""
+    drawn, made = {}, []
+    for model, seed, lr in zip(models, seeds, rates or [cfg["lr"]] * len(models)):
+        if seed not in drawn:
+            stream = Windows(review_bytes()[0], length=cfg["length"], batch_size=cfg["batch"], seed=seed)
+            drawn[seed] = [torch.stack(t).to(device) for t in zip(*map(stream, range(steps)))]  # [steps, batch, length]
+        loss = block_loss if isinstance(model, BlockTransformer) else next_token_loss
+        of_step = lambda model, *batch, loss=loss: loss(model, *(t[0] for t in batch))
+        made.append(Trainee(model.to(device), of_step, drawn[seed], seed=seed, lr=lr, weight_decay=0.1))
+    train_together(made, steps=steps, batch_size=1)
+    return [sum(t.losses[-10:]) / len(t.losses[-10:]) for t in made]
 
 
 def make_model(variant: str, cfg: Mapping, seed: int, dim: int | None = None, layers: int | None = None) -> nn.Module:
@@ -159,51 +177,62 @@ def run_variants(
     """Trains the variants of a preset, or some of them, each with its seeds, and yields recorded rows `loss`. Mirrors
     the paper's figures of loss over block length, split and components."""
     cfg = PRESETS[preset] | (dict(steps=steps) if steps else {})
-    for variant, run in product(variants or cfg["variants"], range(cfg["seeds"])):
-        model, began = make_model(variant, cfg, seed + run), time.perf_counter()
-        train(model, cfg, steps=cfg["steps"], seed=seed + run, device=device)
-        loss, by_place = score(model, cfg)
-        yield record(
-            "block",
-            "loss",
-            key=("size", "variant", "run"),
-            device=device,
-            preset=preset,
-            size=preset,
-            seed=seed + run,
-            run=run,
-            variant=variant,
-            dim=cfg["dim"],
-            steps=cfg["steps"],
-            loss=loss,
-            by_place=by_place,
-            parameters=sum(p.numel() for p in model.parameters()),
-            seconds=time.perf_counter() - began,
-        )
+    runs = range(cfg["seeds"])
+    for variant in variants or cfg["variants"]:
+        began, models = time.perf_counter(), [make_model(variant, cfg, seed + run) for run in runs]
+        at = train_side_by_side(models, cfg, steps=cfg["steps"], seeds=[seed + r for r in runs], device=device)
+        for run, model, train_loss in zip(runs, models, at):
+            loss, by_place = score(model, cfg)
+            yield record(
+                "block",
+                "loss",
+                key=("size", "recipe", "variant", "run"),
+                device=device,
+                preset=preset,
+                size=preset,
+                recipe=RECIPE,
+                seed=seed + run,
+                run=run,
+                variant=variant,
+                dim=cfg["dim"],
+                steps=cfg["steps"],
+                loss=loss,
+                train_loss=train_loss,
+                by_place=by_place,
+                parameters=sum(p.numel() for p in model.parameters()),
+                seconds=(time.perf_counter() - began) / len(models),
+            )
 
 
 def run_uptrain(preset: str = "cpu", device: str = "cpu", seed: int = 0, steps: int = 0) -> Iterator[dict]:
     """An ordinary transformer is trained, its weights start a Block Transformer, which trains for a few steps more
     (up-training); beside it one from random weights with the same steps, and one with all steps. Rows `uptrain`."""
     cfg = PRESETS[preset] | (dict(steps=steps) if steps else {})
-    for run in range(cfg["seeds"]):
-        plain = train(make_model("vanilla", cfg, seed + run), cfg, steps=cfg["steps"], seed=seed + run, device=device)
-        starts = {
-            "ordinary": (plain, 0),
-            "from the ordinary": (BlockTransformer.from_vanilla(plain), cfg["uptrain"]),
-            "from nothing": (make_model("projection", cfg, seed + run), cfg["uptrain"]),
-            "from nothing, all steps": (make_model("projection", cfg, seed + run), cfg["steps"]),
-        }
-        for method, (model, count) in starts.items():
-            if count:
-                train(model, cfg, steps=count, seed=seed + run + 100, device=device)
+    runs = range(cfg["seeds"])
+    new = lambda variant: [make_model(variant, cfg, seed + run) for run in runs]
+    teach = lambda models, count, more: train_side_by_side(
+        models, cfg, steps=count, seeds=[seed + run + more for run in runs], device=device
+    )
+    plain = new("vanilla")
+    teach(plain, cfg["steps"], 0)
+    starts = {
+        "ordinary": (plain, 0),
+        "from the ordinary": ([BlockTransformer.from_vanilla(m) for m in plain], cfg["uptrain"]),
+        "from nothing": (new("projection"), cfg["uptrain"]),
+        "from nothing, all steps": (new("projection"), cfg["steps"]),
+    }
+    for method, (models, count) in starts.items():
+        if count:
+            teach(models, count, 100)
+        for run, model in zip(runs, models):
             yield record(
                 "block",
                 "uptrain",
-                key=("size", "method", "run"),
+                key=("size", "recipe", "method", "run"),
                 device=device,
                 preset=preset,
                 size=preset,
+                recipe=RECIPE,
                 seed=seed + run,
                 run=run,
                 method=method,
@@ -217,16 +246,18 @@ def run_ladder(preset: str = "cpu", device: str = "cpu", seed: int = 0, steps: i
     parameters. Rows `ladder`; `bench_ladder` adds the speed."""
     cfg = PRESETS[preset] | (dict(steps=steps) if steps else {})
     for dim, layers in cfg["ladder"]:
-        for variant in ("vanilla", "block"):
-            model, lr = make_model(variant, cfg, seed, dim, layers), cfg["lr"] * (cfg["dim"] / dim) ** 0.5
-            train(model, cfg, steps=cfg["steps"], seed=seed, device=device, lr=lr)
+        lr, kinds = cfg["lr"] * (cfg["dim"] / dim) ** 0.5, ("vanilla", "block")
+        models = [make_model(variant, cfg, seed, dim, layers) for variant in kinds]
+        train_side_by_side(models, cfg, steps=cfg["steps"], seeds=[seed] * 2, device=device, rates=[lr] * 2)
+        for variant, model in zip(kinds, models):
             yield record(
                 "block",
                 "ladder",
-                key=("size", "variant", "dim", "layers"),
+                key=("size", "recipe", "variant", "dim", "layers"),
                 device=device,
                 preset=preset,
                 size=preset,
+                recipe=RECIPE,
                 seed=seed,
                 variant=variant,
                 dim=dim,
@@ -247,9 +278,10 @@ SIZES = ("gpu", "cpu", "smoke")  # of recorded trainings, the largest first
 
 
 def best_rows(name: str, **where) -> list[dict]:
-    "Recorded rows of an experiment, of the largest preset there is, on the device measured last."
+    "Recorded rows of an experiment, of the largest preset there is, on the device measured last, of the newest recipe."
     rows = load_results("block", name, **where)
-    return next((newest_device(found) for size in SIZES if (found := [r for r in rows if r["size"] == size])), [])
+    of = lambda size: newest_recipe(newest_device(r for r in rows if r["size"] == size))
+    return next((found for size in SIZES if (found := of(size))), [])
 
 
 def losses_of(variant: str, rows: Sequence[Mapping] | None = None) -> dict[int, float]:

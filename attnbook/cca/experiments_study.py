@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'PRESETS', 'WindowAttention', 'equal_window', 'attention_of', 'library_text', 'text_config', 'train',
-           'measured', 'run_text', 'grid_rows', 'recall_batch', 'asked_distance', 'recall_rows', 'by_elimination',
+           'measured', 'RECIPE', 'run_text', 'grid_rows', 'recall_batch', 'lessons_of', 'asked_distance', 'recall_rows',
            'run_recall', 'run_all']
 
 # %% auto #imports
@@ -12,7 +12,7 @@ import copy
 import math
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -20,12 +20,13 @@ from torch import Tensor
 
 from ..checks import check_choice
 from ..engine import attention
-from ..lab.data import Windows, byte_splits, mqar, python_source
+from ..lab.data import Windows, byte_splits, python_source
 from ..lab.results import record
 from ..lab.train import fit
 from ..lm.attend import DenseAttention, attend_dense
 from ..lm.nets import LanguageModel, ModelConfig
 from ..lm.scores import bits_per_byte, next_token_loss, windows_of
+from ..lm.tasks import Lessons, pair_recall
 from .nets import CoreContextAttention, swap_attention
 from .reference import cca_visible_pairs
 
@@ -43,14 +44,17 @@ METHODS = (
     "cca + log g",
     "cca, pre",
 )  # most important first
-#: preset -> sizes of the text models and of recall; `g`, `s`: group and window; `tuned`: steps after which is measured
+#: preset -> sizes of the text models and of recall; `g`, `s`: group and window; `tuned`: steps after which is measured;
+#: `lessons`: steps, length and pairs of each
 PRESETS = dict(
     smoke=dict(
         text=_TEXT
         | dict(dim=16, depth=1, heads=2, length=48, batch=2, steps=2, tuned=(0, 2), g=4, s=8, seeds=1, windows=2)
         | dict(methods=("full", "window", "cca", "mean"), groups=(2, 8), sizes=(4, 16), folder="email"),
-        recall=dict(dim=16, depth=1, heads=2, length=32, pairs=4, vocab=16, batch=4, steps=2, tuned=2, lr=1e-3, seeds=1)
-        | dict(s=8, tests=1, methods=("full", "sinks + window", "cca 4", "cca 4 + log g")),
+        recall=dict(dim=16, depth=1, heads=2, length=32, pairs=4, vocab=16, batch=4, tuned=2, lr=1e-3, seeds=1)
+        | dict(
+            lessons=((1, 12, 2), (1, 32, 4)), s=8, tests=1, methods=("full", "sinks + window", "cca 4", "cca 4 + log g")
+        ),
     ),
     cpu=dict(
         text=_TEXT
@@ -60,11 +64,11 @@ PRESETS = dict(
     ),
     gpu=dict(
         text=_TEXT
-        | dict(dim=384, depth=6, heads=6, length=2048, batch=8, lr=1e-3, finetune_lr=2e-4)
-        | dict(steps=1200, tuned=(0, 100), g=16, s=128, seeds=3, windows=32, methods=METHODS)
-        | dict(groups=(4, 8, 16, 32, 64), sizes=(32, 128, 512), folder=""),
-        recall=dict(dim=128, depth=2, heads=4, length=256, pairs=16, vocab=128, batch=128, steps=3000, tuned=500)
-        | dict(lr=2e-3, seeds=3, s=32, tests=8)
+        | dict(dim=256, depth=4, heads=4, length=1024, batch=16, lr=1.5e-3, finetune_lr=3e-4)
+        | dict(steps=800, tuned=(0, 60), g=16, s=128, seeds=3, windows=64, methods=METHODS)
+        | dict(groups=(8, 16, 32, 64), sizes=(32, 128), folder=""),
+        recall=dict(dim=128, depth=2, heads=4, length=256, pairs=16, vocab=128, batch=128, tuned=200, lr=1e-3, seeds=3)
+        | dict(lessons=((400, 16, 2), (300, 32, 4), (300, 64, 8), (400, 128, 16), (600, 256, 16)), s=32, tests=4)
         | dict(methods=("full", "cca 4", "cca 16", "cca 64", "sinks + window", "cca 4 + log g", "cca 16 + log g")),
     ),
 )
@@ -145,12 +149,15 @@ def measured(model: LanguageModel, windows: Tensor, cfg: Mapping, device: str) -
     return dict(bits=bits.total, near=float(bits.by_position[:edge].mean()), last_half=float(last.mean()))
 
 
+RECIPE = 2  #: of the text models: raised when a preset trains or measures otherwise than before
+
+
 def run_text(preset: str = "cpu", device: str = "cpu", seed: int = 0) -> Iterator[dict]:
     "Recorded rows `switch` (bits by method and steps of fine-tuning) and `grid` (bits by group and window)."
     cfg, (train_text, valid, _) = PRESETS[preset]["text"], library_text(PRESETS[preset]["text"]["folder"])
     windows = windows_of(valid, cfg["length"] + 1, cfg["windows"])
     for run in range(cfg["seeds"]):
-        common = dict(device=device, preset=preset, training=preset, seed=seed + run, run=run)
+        common = dict(device=device, preset=preset, training=preset, recipe=RECIPE, seed=seed + run, run=run)
         torch.manual_seed(seed + run)
         base = LanguageModel(text_config(cfg))
         train(base, train_text, cfg, cfg["steps"], cfg["lr"], seed + run, device)
@@ -162,7 +169,7 @@ def run_text(preset: str = "cpu", device: str = "cpu", seed: int = 0) -> Iterato
                     train(model, train_text, cfg, steps - done, cfg["finetune_lr"], 1000 + seed + run, device)
                     done = steps
                 row = measured(model, windows, cfg, device)
-                key = ("training", "run", "method", "tuned")
+                key = ("training", "recipe", "run", "method", "tuned")
                 yield record("cca", "switch", key=key, **common, method=method, tuned=steps, steps=cfg["steps"], **row)
             if method == "cca":
                 yield from grid_rows(model, windows, cfg, common, device)
@@ -175,14 +182,22 @@ def grid_rows(model: LanguageModel, windows: Tensor, cfg: Mapping, common: Mappi
             swap_attention(model, g, s)
             row, pairs = measured(model, windows, cfg, device), cca_visible_pairs(cfg["length"], g, s)
             share = pairs / (cfg["length"] * (cfg["length"] + 1) / 2)
-            yield record("cca", "grid", key=("training", "run", "g", "s"), **common, g=g, s=s, share=share, **row)
+            yield record(
+                "cca", "grid", key=("training", "recipe", "run", "g", "s"), **common, g=g, s=s, share=share, **row
+            )
     swap_attention(model, cfg["g"], cfg["s"])
 
 # %% ../../nbs/4_long_context/cca.ipynb #6041937d
-def recall_batch(cfg: Mapping, seed: int) -> tuple[Tensor, Tensor]:
-    "Symbols and targets, -100 where nothing is asked: `(batch, length)` each."
-    x, y = mqar(cfg["batch"], cfg["length"], cfg["pairs"], cfg["vocab"], power=1.0, seed=seed)
-    return torch.from_numpy(x), torch.from_numpy(y)
+def recall_batch(cfg: Mapping, seed: int, length: int | None = None, pairs: int | None = None) -> tuple[Tensor, Tensor]:
+    "Symbols and targets, -100 where nothing is asked: `(batch, length)` each; length and pairs are the preset's if None."
+    sizes = dict(batch=cfg["batch"], pairs=pairs or cfg["pairs"], vocab=cfg["vocab"])
+    return pair_recall(length or cfg["length"], seed=seed, **sizes)
+
+
+def lessons_of(cfg: Mapping, seed: int) -> Lessons:
+    "The preset's lessons, by `seed`."
+    draw = lambda length, pairs: lambda step: recall_batch(cfg, seed + step, length, pairs)
+    return Lessons(*((steps, draw(length, pairs)) for steps, length, pairs in cfg["lessons"]))
 
 
 def asked_distance(x: Tensor, y: Tensor, pairs: int) -> Tensor:
@@ -209,41 +224,34 @@ def recall_rows(model: LanguageModel, cfg: Mapping, seed: int, device: str) -> l
     return [dict(upto=hi, right=float(right[m].mean()), asked=int(m.sum())) for hi, m in found]
 
 
-def by_elimination(cfg: Mapping, seed: int) -> dict[int, float]:
-    "Right answers of a guess among the pairs not asked for yet, by the ranges of `recall_rows`: memory, no recall."
-    found = {}
-    for x, y in (recall_batch(cfg, 10**9 + 100 * seed + i) for i in range(cfg["tests"])):
-        far, asked = asked_distance(x, y, cfg["pairs"]), y >= 0
-        guess = 1 / (cfg["pairs"] - asked.cumsum(-1) + asked.long())
-        for i in range(4):
-            here = (far > cfg["length"] * i // 4) & (far <= cfg["length"] * (i + 1) // 4)
-            found.setdefault(cfg["length"] * (i + 1) // 4, []).append(guess[here])
-    return {upto: float(torch.cat(g).mean()) for upto, g in found.items() if torch.cat(g).numel()}
-
-
 def run_recall(preset: str = "cpu", device: str = "cpu", seed: int = 0) -> Iterator[dict]:
-    "Recorded rows `recall`: right answers by method and distance. Nothing if the preset has no recall."
+    """Recorded rows `pairs`, right answers by method and distance, and `lessons`, right answers at full length while the
+    model with full attention is taught (`curve`: steps and share). Nothing if the preset has no recall."""
     cfg = PRESETS[preset]["recall"]
     for run in range(cfg["seeds"] if cfg else 0):
+        common = dict(device=device, preset=preset, training=preset, seed=seed + run, run=run)
         torch.manual_seed(seed + run)
         base = LanguageModel(
             ModelConfig(cfg["vocab"], cfg["dim"], cfg["depth"], cfg["heads"], max_length=cfg["length"])
         )
-        tune = lambda model, steps, lr, start: fit(
-            model, next_token_loss, lambda i: recall_batch(cfg, start + i), steps=steps, lr=lr, seed=seed + run,
-            device=device, progress=False,
-        )  # fmt: skip
-        tune(base, cfg["steps"], cfg["lr"], (seed + run) * 10**6)
+        x, y = (t[:64].to(device) for t in recall_batch(cfg, 2 * 10**9 + seed + run))
+        right = lambda model, x=x, y=y: (model(x).argmax(-1) == y)[y >= 0].double().mean()
+        tune = partial(fit, loss_fn=next_token_loss, seed=seed + run, device=device, progress=False)
+        lessons = lessons_of(cfg, (seed + run) * 10**6)
+        taught = dict(steps=len(lessons), eval_fn=right, eval_every=max(1, len(lessons) // 20))
+        history = tune(base, batches=lessons, lr=cfg["lr"], **taught)
+        curve = [[e["step"], e["value"]] for e in history.evals]
+        yield record("cca", "lessons", key=("training", "run"), **common, curve=curve, seconds=history.seconds)
         for method in cfg["methods"]:
             model = copy.deepcopy(base)
             model.set_attention(attention_of(method, 16, cfg["s"], cfg["length"]))
             for tuned in (0, cfg["tuned"]):
                 if tuned:
-                    tune(model, tuned, cfg["lr"] / 4, (seed + run) * 10**6 + 500_000)
+                    draw = lambda i, start=(seed + run) * 10**6 + 500_000: recall_batch(cfg, start + i)
+                    tune(model, batches=draw, steps=tuned, lr=cfg["lr"] / 4)
                 for row in recall_rows(model, cfg, seed + run, device):
                     key, what = ("training", "run", "method", "tuned", "upto"), dict(method=method, tuned=tuned)
-                    common = dict(device=device, preset=preset, training=preset, seed=seed + run, run=run)
-                    yield record("cca", "recall", key=key, **common, **what, **row)
+                    yield record("cca", "pairs", key=key, **common, **what, **row)
 
 
 def run_all(preset: str = "gpu", device: str = "cuda", seed: int = 0) -> list[dict]:

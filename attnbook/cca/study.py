@@ -21,7 +21,7 @@ from ..engine.program import LAUNCH
 from ..lab.bench import compare, flex, measure, sdpa
 from ..lab.claims import Claim, at_least, at_most, beyond_interval, exponent_between, out_of_reach, over_range, within
 from ..lab.results import load_results, newest_device, record
-from ..lab.stats import by_seed, fitted_exponent, over_seeds, paired, speedups
+from ..lab.stats import by_seed, fitted_exponent, newest_recipe, over_seeds, paired, speedups
 from ..lm.attend import attend_dense
 from .cache import CCACache
 from .experiments_study import PRESETS
@@ -158,7 +158,7 @@ def bench_launches(L: int = 32768) -> Iterator[dict]:
 # %% ../../nbs/4_long_context/cca.ipynb #39fe1d70
 def gpu_rows(name: str) -> list[dict]:
     "Rows of a benchmark from the GPU on which it was measured last."
-    return newest_device([r for r in load_results("cca", name) if "thread" not in r["device"]])
+    return newest_recipe(newest_device([r for r in load_results("cca", name) if "thread" not in r["device"]]))
 
 
 def full_speedup(field: str | tuple[str, ...], L: int | None = None) -> dict[str, float]:
@@ -175,7 +175,7 @@ def speedup_at_all(field: str, lengths: Sequence[int] = LENGTHS) -> dict[str, fl
 # %% ../../nbs/4_long_context/cca.ipynb #90f8e808
 def last_half(method: str, tuned: int | None = None) -> dict[int, float]:
     "Bits per byte of the windows' second half by seed, gpu preset; after the longest fine-tuning if `tuned` is None."
-    rows = newest_device(load_results("cca", "switch", training="gpu"))
+    rows = newest_recipe(newest_device(load_results("cca", "switch", training="gpu")))
     tuned = max((r["tuned"] for r in rows), default=0) if tuned is None else tuned
     return by_seed(rows, "last_half", method=method, tuned=tuned)
 
@@ -197,7 +197,7 @@ def gap_closed() -> float | None:
 
 def recall_beyond(method: str) -> dict[int, float]:
     "Right answers in the farthest quarter by seed, after fine-tuning, gpu preset."
-    rows = newest_device(load_results("cca", "recall", training="gpu"))
+    rows = newest_device(load_results("cca", "pairs", training="gpu"))
     rows = [r for r in rows if r["method"] == method and r["tuned"] and r["upto"] == max(x["upto"] for x in rows)]
     return by_seed(rows, "right")
 
@@ -212,7 +212,7 @@ def recall_gain(a: str, b: str):
 
 def grid_change() -> float | None:
     "The largest relative change of bits per byte from the tuned group and window to twice or half of either."
-    rows, cfg = newest_device(load_results("cca", "grid", training="gpu")), PRESETS["gpu"]["text"]
+    rows, cfg = newest_recipe(newest_device(load_results("cca", "grid", training="gpu"))), PRESETS["gpu"]["text"]
     bits = {(r["g"], r["s"]): over_seeds(by_seed(rows, "bits", g=r["g"], s=r["s"]).values()).mean for r in rows}
     here = bits.get((cfg["g"], cfg["s"]))
     near = [b for (g, s), b in bits.items() if s == cfg["s"] and g in (cfg["g"] // 2, cfg["g"] * 2)]

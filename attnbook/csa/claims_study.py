@@ -12,7 +12,7 @@ import numpy as np
 
 from ..lab.claims import grade
 from ..lab.results import load_results, newest_device
-from ..lab.stats import Interval, by_seed, paired, speedups
+from ..lab.stats import Interval, by_seed, newest_recipe, paired, speedups
 from ..layers import count_parameters
 from .nets import BMN, ClassSemanticsAttention
 
@@ -38,11 +38,11 @@ def ahead(least: float = 0.0, tie: float = 1.0) -> Callable:
 
 
 def detections(longest: bool = False) -> list[Mapping]:
-    """Recorded rows of detectors of the gpu preset, on the newest device; with `longest` of each method those with its most steps.
+    """Recorded rows of detectors of the gpu preset, on the newest device, of the newest recipe; with `longest` of each method those with its most steps.
 
     Those of the first streams, in which no two exercises touched, are left out: they have no THUMOS average beside the strict one.
     """
-    rows = newest_device(load_results("csa", "detection", preset="gpu"))
+    rows = newest_recipe(newest_device(load_results("csa", "detection", preset="gpu")))
     rows = [r for r in rows if "thumos_map" in r or "map_30" not in r]
     most = {m: max(r["steps"] for r in rows if r["method"] == m) for m in {r["method"] for r in rows}}
     return [r for r in rows if not longest or r["steps"] == most[r["method"]]]

@@ -241,7 +241,7 @@ def bench_gate() -> Iterator[dict]:
 
 
 def bench_layer() -> Iterator[dict]:
-    "The whole layer, 400 semantic channels on 256, forward and backward with all parameters, against itself in plain PyTorch, compiled too."
+    "The whole layer, 400 semantic channels on 256, forward and backward with all parameters, compiled and not, against itself in plain PyTorch."
     for B, T in ((16, 128), (16, 1024)) if torch.cuda.is_available() else ():
         torch._dynamo.reset(), torch.manual_seed(0)
         layers = {
@@ -251,6 +251,7 @@ def bench_layer() -> Iterator[dict]:
         names = [n for n, _ in layers["torch"].named_parameters()]
         run = lambda layer: lambda r, f, *values: torch.func.functional_call(layer, dict(zip(names, values)), (r, f))
         peers = {
+            "ours, compiled": torch.compile(run(layers["triton"]), fullgraph=True, dynamic=False),
             "ours": run(layers["triton"]),
             "torch": run(layers["torch"]),
             "torch, compiled": torch.compile(run(layers["torch"]), dynamic=False),

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['pair_attention', 'pair_attention_kv', 'pair_attention_reference', 'pair_attention_kv_reference', 'Pairs',
            'pair_lists', 'random_pairs', 'attention_rollout', 'attention_rollout_matrix', 'select_local_queries',
-           'global_local_attention', 'UncertaintyWeighting', 'batch_hard_triplet', 'GLCABlock', 'DCAL', 'dcal',
-           'dcal_deit_tiny', 'dcal_deit_small', 'dcal_deit_base', 'pair_cost', 'rollout_cost', 'network_flops']
+           'global_local_attention', 'UncertaintyWeighting', 'batch_hard_triplet', 'weighted_triplet', 'GLCABlock',
+           'DCAL', 'dcal', 'dcal_deit_tiny', 'dcal_deit_small', 'dcal_deit_base', 'pair_cost', 'rollout_cost',
+           'network_flops']
 
 # %% auto #imports
 from .nets import (
@@ -19,6 +20,7 @@ from .nets import (
     dcal_deit_small,
     dcal_deit_tiny,
     network_flops,
+    weighted_triplet,
 )
 from .op import (
     Pairs,

@@ -6,17 +6,19 @@
 __all__ = ['halo_attention', 'halo_attention_reference', 'halo_mask', 'halo_boxes', 'halo_pairs', 'real_key_fraction',
            'halo_cost', 'HaloAttention', 'from_timm', 'HaloBottleneck', 'HaloNet', 'VARIANTS', 'PUBLISHED_MILLIONS',
            'halonet', 'halonet_h0', 'halonet_h1', 'halonet_h2', 'halonet_h3', 'halonet_h4', 'halonet_h5', 'halonet_h6',
-           'halonet_h7']
+           'halonet_h7', 'halonet26t', 'halonet50ts']
 
 # %% auto #imports
+from .layer_nets import HaloAttention
 from .nets import (
     PUBLISHED_MILLIONS,
     VARIANTS,
-    HaloAttention,
     HaloBottleneck,
     HaloNet,
     from_timm,
     halonet,
+    halonet26t,
+    halonet50ts,
     halonet_h0,
     halonet_h1,
     halonet_h2,

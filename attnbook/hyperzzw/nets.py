@@ -244,7 +244,7 @@ SKIPS = {2: (0,), 3: (1,), 4: (2, 1)}
 
 
 class Terminator(nn.Module):
-    """Terminator: images `(batch, in_channels, S, S)` -> logits `(batch, num_classes)`, or with `return_kernels` also the
+    """Terminator: images `(batch, in_channels, S, S)` -> logits `(batch, num_classes)`, features where that is 0, or with `return_kernels` also the
     blocks' global kernels, which the slow neural loss wants.
 
     One block for each of `factors`, by which it widens. `skips`: block -> earlier blocks whose outputs are tiled along
@@ -298,14 +298,23 @@ class Terminator(nn.Module):
             )
             C *= factor
             outs.append(C)
-        self.head = nn.Linear(C, num_classes)
+        self.head = nn.Linear(C, num_classes) if check_int("num_classes", num_classes, least=0) else nn.Identity()
 
-    def forward(self, images: Tensor, return_kernels: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
+    def _walk(self, images):
+        "The last block's map and all blocks' kernels."
         x, outs, kernels = images, [], []
         for i, block in enumerate(self.blocks):
             earlier = [outs[j].repeat(1, x.shape[1] // outs[j].shape[1], 1, 1) for j in self.skips[i]]
             x, kernel = block(x, *earlier, return_kernel=True)
             outs.append(x), kernels.append(kernel)
+        return x, kernels
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        "The last block's map, `(batch, channels, S, S)`."
+        return self._walk(images)[0]
+
+    def forward(self, images: Tensor, return_kernels: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
+        x, kernels = self._walk(images)
         logits = self.head(x.mean((2, 3)))
         return (logits, kernels) if return_kernels else logits
 
@@ -318,7 +327,7 @@ def terminator_cifar(num_classes: int = 10, **options: Any) -> Terminator:
 register_models(
     {
         "hyperzzw_terminator_cifar10": (terminator_cifar, 1_336_855, 32),
-        "hyperzzw_terminator_cifar100": (partial(terminator_cifar, 100), 1_362_865, 32),
+        "hyperzzw_terminator_cifar100": (partial(terminator_cifar, num_classes=100), 1_362_865, 32),
     },
     published="no count in the paper that we could read; that of a second implementation from the official code",
     weights="none were published",

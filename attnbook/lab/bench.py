@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import attention_bytes, attention_flops, attention_pairs
+from ..checks import check_number
 from .book import CHAPTERS, written_chapter
 from .results import _plain, device_name, load_results, record
 
@@ -503,8 +504,10 @@ def compare(
     A row holds the problem, `method`, `dtype`; `ms_fwd`, `ms_bwd` (medians; with `_p20`, `_p80`); `peak_mb_fwd`,
     `peak_mb_bwd` (10^6 bytes above the inputs); `tflops_fwd`, `tflops_bwd`; `floor_ms_fwd`, `floor_ms_bwd`; the
     relative `difference` of the output to the first peer's; `how_fwd`, `how_bwd` the time was taken; `note`. A peer
-    that fails has None for its numbers and the reason in `note`.
+    that fails has None for its numbers and the reason in `note`. Within `run_benchmarks(…, seconds=…)` peers whose turn comes too late have no row.
     """
+    if _time_is_up():
+        return []
     device, parts = _device_of(inputs), ("fwd",) if grad_out is None else ("fwd", "bwd")
     dtypes = [x.dtype for x in inputs if isinstance(x, Tensor) and x.is_floating_point()] or [torch.float32]
     dtype = str(dtypes[0]).removeprefix("torch.")
@@ -535,6 +538,13 @@ def compare(
     return [record(chapter, bench, key=key, device=device, **r) for r in rows.values()]
 
 # %% ../../nbs/1_foundations/02_bench.ipynb #e0394df4
+_ENDS: list[float] = []  # when benchmarks that run now want to end, the innermost last
+
+
+def _time_is_up() -> bool:
+    return bool(_ENDS) and time.monotonic() > _ENDS[-1]
+
+
 def _by_part(cost, factor: float) -> dict:
     return dict(cost) if isinstance(cost, Mapping) else {} if cost is None else {"fwd": cost, "bwd": factor * cost}
 
@@ -551,6 +561,9 @@ def _first_runs(peers, rows, inputs, grad_out) -> dict[str, _Training]:
     "Runs every peer once; those that work, with memory and difference to the first noted in their rows."
     runs, reference = {}, None
     for m, fn in peers.items():
+        if runs and _time_is_up():  # compiling a peer can take longer than all else
+            del rows[m]
+            continue
         try:
             run = _Training(fn, inputs, grad_out)
             out = run.first_run().double()
@@ -623,6 +636,7 @@ def run_benchmarks(
     chapter: str,  # the chapter's name
     only: str | Iterable[str] | None = None,  # names of benchmarks, with or without `bench_`; all if None
     *,
+    seconds: float | None = None,  # after so many nothing new begins: what was not reached leaves no row
     show: Callable[[str], object] = print,  # what is done with the progress lines
 ) -> list[dict]:
     """Runs the benchmarks of a chapter in the order they stand there and returns their rows.
@@ -630,19 +644,26 @@ def run_benchmarks(
     Rows that `compare` or `record` has not written yet are recorded here. ValueError for an unknown chapter or
     benchmark, before anything runs.
     """
-    found = find_benchmarks(chapter)
+    found, seconds = find_benchmarks(chapter), check_number("seconds", seconds, positive=True, optional=True)
     names = [only] if isinstance(only, str) else list(found) if only is None else list(only)
     names = [n.removeprefix("bench_") for n in names]
     unknown = [n for n in names if n not in found]
     if unknown:
         raise ValueError(f"unknown benchmark {', '.join(unknown)} of {chapter}; it has {', '.join(found) or 'none'}")
     rows = []
-    for name in names:
-        started, result = time.perf_counter(), found[name]()
-        for row in [result] if isinstance(result, Mapping) else result or []:
-            rows.append(row if "date" in row else record(chapter, name, **row))
-            show(f"{chapter}.{name}: {row_line(rows[-1])}")
-        show(f"{chapter}.{name} took {time.perf_counter() - started:.1f} s")
+    _ENDS.append(math.inf if seconds is None else time.monotonic() + seconds)
+    try:
+        for name in names:
+            if _time_is_up():
+                show(f"{chapter}.{name} was not reached")
+                continue
+            started, result = time.perf_counter(), found[name]()
+            for row in [result] if isinstance(result, Mapping) else result or []:
+                rows.append(row if "date" in row else record(chapter, name, **row))
+                show(f"{chapter}.{name}: {row_line(rows[-1])}")
+            show(f"{chapter}.{name} took {time.perf_counter() - started:.1f} s")
+    finally:
+        _ENDS.pop()
     return rows
 
 

@@ -275,6 +275,9 @@ def sweep(
 def bench(
     chapter: _Chapter,
     only: Annotated[list[str], _option(metavar="NAME", help="run this benchmark only; may be repeated")] = [],
+    seconds: Annotated[
+        float | None, _option(metavar="SECONDS", help="begin nothing new after so many; what is not reached has no row")
+    ] = None,
     record: Annotated[
         bool,
         _option(
@@ -291,7 +294,7 @@ def bench(
     if record and not stored_dir():
         raise ValueError("there is no nbs/results here: --record works in a checkout of the book")
     with environment(**({"ATTNBOOK_RESULTS": str(stored_dir())} if record else {})):
-        rows = run_benchmarks(chapter, only or None)
+        rows = run_benchmarks(chapter, only or None, seconds=seconds)
         where = results_dir() / f"{chapter}.jsonl"
     if rows:
         print(f"{len(rows)} rows in {where}")

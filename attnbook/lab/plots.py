@@ -187,12 +187,15 @@ def plot_bars(
     fmt: str | None = None,
 ):
     """Horizontal bars, one per row, named by the field `by` and with their value at the end, by `fmt` or with three
-    digits. Returns the axes."""
-    rows = [r for r in rows if r.get(y) is not None]
-    ax, anything = _axes(ax, rows, y)
+    digits. A row that says None there is one that failed, and keeps its line. Returns the axes."""
+    rows = [r for r in rows if y in r]
+    ax, anything = _axes(ax, [r for r in rows if r[y] is not None], y)
     if not anything:
         return ax
     for i, r in enumerate(rows):
+        if r[y] is None:
+            ax.text(0, i, " failed", va="center", fontsize=9, color=look(r[by])["color"])
+            continue
         ax.barh(i, r[y], color=look(r[by])["color"], height=0.7)
         form = fmt or ("{:,.0f}" if r[y] >= 1000 else "{:.3g}")
         ax.text(r[y], i, " " + form.format(r[y]), va="center", fontsize=9)
@@ -201,6 +204,50 @@ def plot_bars(
     ax.grid(axis="y", visible=False)
     ax.set_xlabel(xlabel or _UNITS.get(y.split("_")[0], y))
     return ax
+
+# %% ../../nbs/1_foundations/02_bench.ipynb #1f930aba
+def _label_points(ax, placed):
+    "Writes the names of points `(name, x, y)` where they cover no other point and no text, inside the axes."
+    from matplotlib.transforms import Bbox
+
+    figure = ax.figure
+    figure.draw_without_rendering()  # places the axes
+    scale, frame = figure.dpi / 72, ax.get_window_extent()
+    taken = [t.get_window_extent() for t in ax.texts]
+    for _, x, y in placed:
+        u, v = ax.transData.transform((x, y))
+        taken.append(Bbox.from_extents(u - 4 * scale, v - 4 * scale, u + 4 * scale, v + 4 * scale))
+    ways = [(0, -1), (0, 1), (1, 0), (-1, 0), (1, -1), (-1, -1), (1, 1), (-1, 1)]
+    tries = [(far, way) for far in (6, 14, 24, 36, 50, 66) for way in ways]
+    for name, x, y in sorted(placed, key=lambda p: -p[2]):
+        colour, found = look(name)["color"], None
+        for far, (right, up) in tries:
+            label = ax.annotate(
+                name,
+                (x, y),
+                xytext=(right * far, up * far),
+                textcoords="offset points",
+                color=colour,
+                fontsize=8,
+                ha=("center", "left", "right")[right],
+                va=("center", "bottom", "top")[up],
+                arrowprops=dict(arrowstyle="-", color=colour, lw=0.6) if far > 14 else None,
+            )
+            box = _text_box(label)
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            if (inside and not any(box.overlaps(t) for t in taken)) or (far, (right, up)) == tries[-1]:
+                found = box
+                break
+            label.remove()
+        taken.append(found)
+
+
+def _text_box(label):
+    "The extent of an annotation's text, without its line."
+    line, label.arrow_patch = label.arrow_patch, None
+    box = label.get_window_extent()
+    label.arrow_patch = line
+    return box
 
 # %% ../../nbs/1_foundations/02_bench.ipynb #40eecfe8
 def roofline(
@@ -229,20 +276,6 @@ def roofline(
     for name, x, y in placed:
         how = look(name)
         ax.plot([x], [y], marker=how["marker"], color=how["color"], linestyle="none", ms=7)
-    taken = [tuple(ax.transData.transform((x, y))) for _, x, y in placed]
-    for name, x, y in sorted(placed, key=lambda p: -p[2]):
-        at, below = ax.transData.transform((x, y)), 20  # labels that would overlap move down
-        while any(abs(at[0] - u) < 90 and abs(at[1] - below - v) < 15 for u, v in taken):
-            below += 4
-        taken.append((at[0], at[1] - below))
-        ax.annotate(
-            name,
-            (x, y),
-            xytext=(0, -below * 72 / ax.figure.dpi),
-            textcoords="offset points",
-            color=look(name)["color"],
-            fontsize=9,
-            ha="center",
-            va="center",
-        )
+    ax.margins(0.12)
+    _label_points(ax, placed)
     return ax

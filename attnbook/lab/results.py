@@ -174,18 +174,21 @@ def record(
 def load_results(
     chapter: str,
     name: str | None = None,  # rows of this benchmark only
+    *,
+    every: bool = False,  # also rows that a later one replaced: for what must come from one run
     **where,  # fields a row must have, with these values; a set, list or tuple holds the values allowed
 ) -> list[dict]:  # in the order they were first written
     """The recorded rows: the book's own in nbs/results and those in `results_dir()`; `rows_from` names other folders.
 
-    Of rows with the same name, device and key fields the newest counts. A line that is not JSON is skipped, with a
-    warning.
+    Of rows with the same name, device and key fields the newest counts, unless `every`. A line that is not JSON is
+    skipped, with a warning.
     """
     folders = _read_from[-1] if _read_from else [f for f in (stored_dir(), results_dir()) if f]
     rows = {}
     for path in dict.fromkeys(f.resolve() / f"{chapter}.jsonl" for f in folders):
         for row in _read_lines(path):
             identity = json.dumps([row["name"], row["device"], {k: row.get(k) for k in row["key"]}], sort_keys=True)
+            identity = (identity, len(rows) if every else 0)
             if identity not in rows or rows[identity]["date"] <= row["date"]:
                 rows[identity] = row
     return [r for r in rows.values() if name in (None, r["name"]) and all(_fits(r.get(k), v) for k, v in where.items())]

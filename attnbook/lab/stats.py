@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Summary', 'over_seeds', 'spread', 't_quantile', 'Interval', 'interval', 'by_seed', 'paired', 'wilson',
            'cluster_bootstrap', 'permutation_test', 'Exponent', 'fitted_exponent', 'rank_correlation', 'newest',
-           'newest_run', 'Speedup', 'speedups']
+           'newest_run', 'newest_recipe', 'Speedup', 'speedups']
 
 # %% auto #imports
 import itertools
@@ -267,6 +267,15 @@ def newest_run(
     dates = [datetime.fromisoformat(r["date"]) for r in rows]
     gaps = [i for i in range(1, len(rows)) if dates[i] - dates[i - 1] > timedelta(minutes=minutes)]
     return rows[gaps[-1] if gaps else 0 :]
+
+
+def newest_recipe(rows: Iterable[Mapping]) -> list[Mapping]:
+    """The rows of the highest `recipe`, a whole number that a study raises when it trains otherwise than before; rows
+    without one are of recipe 1. So rows of two recipes never meet in one comparison."""
+    rows = list(rows)
+    recipe = lambda r: r.get("recipe") or 1
+    last = max(map(recipe, rows), default=1)
+    return [r for r in rows if recipe(r) == last]
 
 # %% ../../nbs/1_foundations/08_claims.ipynb #0ed9bf1c
 @dataclass(frozen=True)

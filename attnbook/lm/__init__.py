@@ -7,7 +7,7 @@ __all__ = ['ModelConfig', 'RopeScaling', 'LanguageModel', 'Decoder', 'language_m
            'DynamicCache', 'StaticCache', 'DecodeCache', 'generate', 'choose_tokens', 'edit_heads', 'rescaled',
            'log_probs', 'continuation_log_probs', 'next_token_loss', 'bits_per_byte', 'LoRALinear', 'add_lora',
            'merge_lora', 'lora_plus', 'mark_trainable', 'ByteTokenizer', 'SymbolTokenizer', 'pack', 'PackedBatches',
-           'passkey', 'key_value_recall', 'load_hf', 'from_pretrained']
+           'passkey', 'key_value_recall', 'pair_recall', 'Lessons', 'load_hf', 'from_pretrained']
 
 # %% auto #imports
 from .attend import DenseAttention
@@ -19,5 +19,5 @@ from .nets import Decoder, LanguageModel, ModelConfig, edit_heads, rescaled
 from .reference import RopeScaling
 from .sampling import choose_tokens, generate
 from .scores import bits_per_byte, continuation_log_probs, log_probs, next_token_loss
-from .tasks import key_value_recall, passkey
+from .tasks import Lessons, key_value_recall, pair_recall, passkey
 from .text import ByteTokenizer, PackedBatches, SymbolTokenizer, pack

@@ -7,8 +7,12 @@ __all__ = ['CONFIGS', 'language_model']
 
 # %% auto #imports
 from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
 
 from ..checks import check_choice
+from ..models import register_models
 from .nets import LanguageModel, ModelConfig
 from .reference import RopeScaling
 
@@ -67,3 +71,14 @@ def language_model(name: str, attention: Callable | Sequence[Callable] | None = 
     """A published size by name, with random weights, on torch's default device (`torch.device("meta")`: without
     memory). ValueError for an unknown name."""
     return LanguageModel(CONFIGS[check_choice("name", name, tuple(CONFIGS))][0], attention)
+
+
+for _name, (_, _parameters) in CONFIGS.items():
+    register_models(
+        {_name.replace("-", "_").replace(".", "p"): (partial(language_model, _name), _parameters)},
+        published="the configuration and the number of parameters of its checkpoint",
+        weights=""
+        if _name == "gpt2"
+        else "its checkpoint in Hugging Face's layout, by `lm.from_pretrained` or `load_hf`",
+        example=lambda: (torch.zeros(1, 16, dtype=torch.long),),
+    )

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'NETS', 'MAIN', 'RUNS', 'widened', 'small_net', 'attention_statistics', 'head_agreement',
            'area_under_curve', 'augmented', 'loss_both_augmented', 'loss_image_augmented', 'LOSSES',
-           'segmentation_loss', 'logits_of', 'FILMS_OF', 'experiment_data', 'net_experiment', 'run_all', 'best_rows',
-           'accuracy_table']
+           'segmentation_loss', 'logits_of', 'FILMS_OF', 'experiment_data', 'RECIPE', 'net_experiments', 'run_all',
+           'best_rows', 'accuracy_table']
 
 # %% auto #imports
 import math
@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..lab.data import Batches
 from ..lab.results import load_results, newest_device, record
-from ..lab.stats import by_seed, paired
-from ..lab.train import cross_entropy, fit
+from ..lab.stats import by_seed, newest_recipe, paired
+from ..lab.together import Trainee, train_together
+from ..lab.train import cross_entropy
 from ..layers import count_parameters
 from ..vit import ViT
 from .backbone_nets import CBAM, SEBlock, medusa_resnet
@@ -166,15 +166,15 @@ def attention_statistics(model: nn.Module, images: Tensor, opacity: Tensor, lung
     return found
 
 
-def head_agreement(model: Medusa, images: Tensor, labels: Tensor) -> float:
-    "Mean cosine between the gradients of two heads with respect to the body's map; nan if one of them sends none."
+def head_agreement(model: Medusa, images: Tensor, labels: Tensor) -> Tensor:
+    "Mean cosine between the gradients of two heads with respect to the body's map, `()`; nan if one of them sends none."
     with torch.enable_grad():
         grads = head_gradients(model, images, lambda y: F.cross_entropy(y.float(), labels))
     flat = torch.stack([g.flatten() for g in grads])
     cosines = F.cosine_similarity(flat[:, None], flat[None], -1)
     some = flat.norm(dim=1).min() > 0
     pairs = len(flat) * (len(flat) - 1)
-    return float((cosines.sum() - cosines.trace()) / pairs) if some and pairs else math.nan
+    return torch.where(some, (cosines.sum() - cosines.trace()) / max(1, pairs), math.nan) if pairs else some * math.nan
 
 
 def area_under_curve(scores: Tensor, labels: Tensor) -> float:
@@ -235,10 +235,10 @@ def logits_of(model: nn.Module, x: Tensor, batch: int = 250) -> Tensor:
 FILMS_OF = dict(alignment="pneumonia", long="pneumonia", rates="pneumonia")
 
 
-def experiment_data(task: str, cfg: Mapping, seed: int) -> tuple:
-    """Training and test data of a task, images standardised: x, y, annotations of each. For "rates" the test data are
-    films of the validation outlines."""
-    find = lambda split, n: task_data(FILMS_OF.get(task, task), n, cfg["size"], split=split, seed=seed)
+def experiment_data(task: str, cfg: Mapping, seed: int, device: str = "cpu") -> tuple:
+    """Training and test data of a task on a device, images standardised: x, y, annotations of each. For "rates" the test
+    data are films of the validation outlines."""
+    find = lambda split, n: task_data(FILMS_OF.get(task, task), n, cfg["size"], split=split, seed=seed, device=device)
     (x, y, films), (tx, ty, tfilms) = (
         find("train", cfg["train"]),
         find("val" if task == "rates" else "test", cfg["test"]),
@@ -247,62 +247,65 @@ def experiment_data(task: str, cfg: Mapping, seed: int) -> tuple:
     return ((x - mean) / std, y, films), ((tx - mean) / std, ty, tfilms)
 
 
-def net_experiment(
-    task: str, name: str, data: tuple, cfg: Mapping, *, seed: int = 0, device: str = "cpu"
-) -> tuple[dict, nn.Module]:
+#: raised when networks are trained otherwise than before: 2 trains the seeds of a network together, as CUDA graphs on a GPU
+RECIPE = 2
+
+
+def net_experiments(task: str, name: str, data: Mapping[int, tuple], cfg: Mapping) -> list[tuple[dict, nn.Module]]:
     """Trains a network (a name of `NETS`, with ", rate 0.001" behind it for another rate than 0.004; or of
-    `LOSSES` for the task "alignment") on `experiment_data`, four times as long for the task "long": its row (accuracy,
-    area under the curve, loss, parameters, attention, agreement of the heads) and the network."""
-    (x, y, films), (tx, ty, tfilms) = data
-    x, y, tx, ty = (t.to(device) for t in (x, y, tx, ty))
-    torch.manual_seed(seed)
+    `LOSSES` for the task "alignment") with every seed of `data`, seed -> `experiment_data`, on the device of the data; four
+    times as long for the task "long". For each seed its row (accuracy, area under the curve, loss, parameters, attention,
+    and over the steps `curve`, the accuracy on up to 1,000 test images, and agreement of the heads), and the network."""
     net_name, _, rate = name.partition(", rate ")
     net_name = "MEDUSA" if task == "alignment" else net_name
-    steps = cfg["steps"] * (4 if task == "long" else 1)
-    net = small_net(
-        net_name, size=cfg["size"], widths=cfg["widths"], base=cfg["base"], num_classes=int(y.max()) + 1
-    ).to(device)
-    settings = dict(seed=seed, device=device, amp=False, progress=False)
-    batches = lambda *t: Batches(*t, batch_size=cfg["batch"], seed=seed)
-    if NETS[net_name].get("pretrained") and films is not None:
-        fit(
-            net.bodies[0],
-            segmentation_loss,
-            batches(x, films.lungs.to(device)),
-            steps=cfg["pretrain"],
-            lr=4e-3,
-            **settings,
-        )
-    shared = isinstance(net, Medusa) and len(net.bodies) == 1 and len(net.heads) > 1
-    history = fit(
-        net,
-        LOSSES[name] if task == "alignment" else cross_entropy,
-        batches(x, y),
-        steps=steps,
-        lr=float(rate or 4e-3),
-        eval_fn=(lambda m: dict(agreement=head_agreement(m, tx[:64], ty[:64]))) if shared else None,
-        eval_every=max(1, steps // 6),
-        **settings,
-    )
+    steps, made = cfg["steps"] * (4 if task == "long" else 1), []
+    loss_fn = LOSSES[name] if task == "alignment" else cross_entropy
+    sizes = dict(size=cfg["size"], widths=cfg["widths"], base=cfg["base"])
+    for seed, ((x, y, _), (tx, ty, _)) in data.items():
+        torch.manual_seed(seed)
+        net = small_net(net_name, num_classes=int(y.max()) + 1, **sizes).to(x.device)
+        shared = isinstance(net, Medusa) and len(net.bodies) == 1 and len(net.heads) > 1
+
+        def look(model, tx=tx[:1000], ty=ty[:1000], shared=shared):
+            "Accuracy, and the agreement of the heads, as tensors: while it trains nobody waits for the GPU."
+            right = (logits_of(model, tx).argmax(1) == ty).double().mean()
+            return right, head_agreement(model, tx[:64], ty[:64]) if shared else None
+
+        made.append(Trainee(net, loss_fn, (x, y), seed=seed, lr=float(rate or 4e-3), after=look))
+    settings = dict(batch_size=cfg["batch"], amp=False)
+    if NETS[net_name].get("pretrained"):
+        films = [(x, films.lungs) for (x, _, films), _ in data.values()]
+        bodies = [Trainee(t.model.bodies[0], segmentation_loss, f, t.seed, 4e-3) for t, f in zip(made, films)]
+        train_together(bodies, steps=cfg["pretrain"], **settings)
+    every = max(1, steps // 6)
+    train_together(made, steps=steps, every=every, **settings)
+    at = [*range(every, steps, every), steps]
+    return [
+        (_row_of(t, task, name, data[t.seed][1], steps, at) | dict(seconds=t.seconds / len(made)), t.model)
+        for t in made
+    ]
+
+
+def _row_of(trainee, task, name, test, steps, at):
+    "What is measured of a trained network; `at`: the steps of its evaluations."
+    (tx, ty, films), net = test, trainee.model
     logits = logits_of(net, tx)
-    look = (
-        attention_statistics(net, tx[:500], tfilms.opacity[:500].to(device), tfilms.lungs[:500].to(device))
-        if tfilms
-        else []
-    )
+    curve, agreement = zip(*trainee.evals)
     return dict(
         task=task,
         net=name,
-        run=seed,
+        run=trainee.seed,
+        recipe=RECIPE,
         steps=steps,
         accuracy=float((logits.argmax(1) == ty).double().mean()),
         auc=area_under_curve(logits[:, 1] - logits[:, 0], ty) if logits.shape[1] == 2 else None,
-        loss=float(np.mean(history.loss[-10:])),
+        loss=float(np.mean(trainee.losses[-10:])),
         parameters=count_parameters(net),
-        attention=look,
-        agreement=[[e["step"], e["agreement"]] for e in history.evals],
-        seconds=history.seconds,
-    ), net
+        attention=attention_statistics(net, tx[:500], films.opacity[:500], films.lungs[:500]) if films else [],
+        curve=[[k, float(v)] for k, v in zip(at, curve)],
+        agreement=[[k, float(v)] for k, v in zip(at, agreement) if v is not None],
+        captured=trainee.captured,
+    )
 
 
 def run_all(
@@ -313,35 +316,36 @@ def run_all(
     tasks: Sequence[str] | None = None,
     show: Callable[[str], None] = print,
 ) -> list[dict]:
-    """All trainings of a preset, recorded one by one as rows "nets"; returns the rows.
+    """All trainings of a preset (`tasks`: of these only), recorded as rows "nets"; returns the rows.
 
-    Seed after seed, with data of its own, every network of every task (`tasks`: of these only). No further seed begins
-    where it would not end within `limit_s` seconds."""
+    Network after network, the most important first, with all its seeds, each with data of its own. After `limit_s` seconds
+    no further network begins: what is recorded has all its seeds."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg, rows, began = PRESETS[preset], [], time.perf_counter()
-    runs = {t: nets for t, nets in RUNS[cfg["tasks"]].items() if tasks is None or t in tasks}
-    for done, run in enumerate(range(seed, seed + cfg["seeds"])):
-        spent = time.perf_counter() - began
-        if done and spent * (done + 1) / done > limit_s:
-            show(f"{done} seeds of {cfg['seeds']} in {spent:.0f} s; no time for another")
-            break
-        known = {}
-        for task, names in runs.items():
-            kind = task if task == "rates" else FILMS_OF.get(task, task)
-            known[kind] = known.get(kind) or experiment_data(kind, cfg, run)
-            for name in names:
-                row, _ = net_experiment(task, name, known[kind], cfg, seed=run, device=device)
-                rows.append(
-                    record("medusa", "nets", key=("task", "net", "run", "steps"), device=device, preset=preset, **row)
-                )
-                show(f"{task} {name:22} seed {run}: accuracy {row['accuracy']:.1%}, {row['seconds']:.1f} s")
+    known = {}
+    for task, names in RUNS[cfg["tasks"]].items():
+        if tasks is not None and task not in tasks:
+            continue
+        kind = task if task == "rates" else FILMS_OF.get(task, task)
+        if kind not in known:
+            known = {kind: {r: experiment_data(kind, cfg, r, device) for r in range(seed, seed + cfg["seeds"])}}
+        for name in names:
+            spent = time.perf_counter() - began
+            if rows and spent > limit_s:
+                show(f"{spent:.0f} s: no time for {task} {name}")
+                continue
+            for row, _ in net_experiments(task, name, known[kind], cfg):
+                key = ("task", "net", "run", "steps", "recipe")
+                rows.append(record("medusa", "nets", key=key, device=device, preset=preset, **row))
+            mean = np.mean([r["accuracy"] for r in rows[-cfg["seeds"] :]])
+            show(f"{time.perf_counter() - began:4.0f} s {task} {name:22}: accuracy {mean:.1%}, {cfg['seeds']} seeds")
     return rows
 
 # %% ../../nbs/5_vision/medusa.ipynb #4951c9fb
 def best_rows(task: str) -> list[dict]:
-    "A task's rows of the gpu preset if there are any, else of the others, of the device measured last and the most steps."
+    "A task's rows of the gpu preset if there are any, else of the others: of the device measured last, the newest recipe, the most steps."
     rows = load_results("medusa", "nets", task=task)
-    rows = newest_device([r for r in rows if r["preset"] == "gpu"] or rows)
+    rows = newest_recipe(newest_device([r for r in rows if r["preset"] == "gpu"] or rows))
     return [r for r in rows if r["steps"] == max(s["steps"] for s in rows)]
 
 

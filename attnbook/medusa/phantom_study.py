@@ -82,7 +82,7 @@ def affected_zones(opacity: Tensor, lungs: Tensor) -> Tensor:
 
 # %% ../../nbs/5_vision/medusa.ipynb #838a6205
 def _moved(masks, rng):
-    "Masks `(n, S, S)` turned by up to 6 degrees, scaled by 0.85 to 1.1 and shifted by up to a twelfth."
+    "Masks `(n, S, S)` on any device turned by up to 6 degrees, scaled by 0.85 to 1.1 and shifted by up to a twelfth."
     n = len(masks)
     angle, scale = rng.uniform(-0.1, 0.1, n), 1 / rng.uniform(0.85, 1.1, n)
     shift = rng.uniform(-1 / 6, 1 / 6, (n, 2))
@@ -97,38 +97,37 @@ def _moved(masks, rng):
         ],
         1,
     )
-    grid = F.affine_grid(
-        torch.tensor(theta.reshape(n, 2, 3), dtype=torch.float32), (n, 1, *masks.shape[1:]), align_corners=False
-    )
+    theta = torch.tensor(theta.reshape(n, 2, 3), dtype=torch.float32, device=masks.device)
+    grid = F.affine_grid(theta, (n, 1, *masks.shape[1:]), align_corners=False)
     return F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0]
 
 
 def _blurred(t, sigma):
     "Films `(n, S, S)` convolved with a Gaussian."
     reach = max(1, round(3 * sigma))
-    w = torch.exp(-torch.arange(-reach, reach + 1).float().square() / (2 * sigma * sigma))
+    w = torch.exp(-torch.arange(-reach, reach + 1, device=t.device).float().square() / (2 * sigma * sigma))
     w = (w / w.sum())[None, None]
     t = F.pad(t[:, None], (reach, reach, reach, reach), "replicate")
     return F.conv2d(F.conv2d(t, w[..., None, :]), w[..., None])[:, 0]
 
 
-def _field(n, size, generator):
+def _field(n, size, generator, device):
     "Smooth random fields `(n, S, S)` of mean 0 and deviation 1."
     frequency = torch.hypot(torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None])
     frequency[0, 0] = 1
-    t = torch.fft.irfft2(
-        torch.fft.rfft2(torch.randn(n, size, size, generator=generator)) / frequency**1.4, (size, size)
-    )
+    white = torch.randn(n, size, size, generator=generator).to(device)
+    t = torch.fft.irfft2(torch.fft.rfft2(white) / (frequency**1.4).to(device), (size, size))
     return (t - t.mean((1, 2), keepdim=True)) / t.std((1, 2), keepdim=True)
 
 
 def _blobs(boxes, u, v):
     "The largest of soft ellipses in boxes `(n, k, 4)`, those of width 0 left out: `(n, S, S)`, from 0 to 1."
-    total = torch.zeros(len(boxes), *u.shape)
+    boxes = boxes.to(u.device)
+    total = torch.zeros(len(boxes), *u.shape, device=u.device)
     for x, y, w, h in (b.T for b in boxes.transpose(0, 1)):
         x, y, w, h = (t[:, None, None] for t in (x, y, w, h))
         blob = torch.exp(-(((u - x - w / 2) / (w / 2.2 + 1e-9)) ** 2 + ((v - y - h / 2) / (h / 2.2 + 1e-9)) ** 2) / 2)
-        total = torch.maximum(total, torch.where(w > 0, blob, torch.zeros(())))
+        total = torch.maximum(total, torch.where(w > 0, blob, 0.0))
     return total
 
 
@@ -164,36 +163,38 @@ def phantom_radiographs(
     split: str = "train",  # "train", "val" or "test": other outlines
     seed: int = 0,
     positive: float = 0.5,  # share of films that get opacities
+    device: str = "cpu",  # where they are drawn and lie; random numbers are the CPU's
 ) -> Phantoms:
     """Semi-synthetic chest films: real outlines of lungs and real places of pneumonia, drawn densities.
 
-    The same arguments give the same bytes. Needs the data files of torchxrayvision, scipy and pillow. Labels follow from
+    The same arguments give the same bytes on the same device. Needs the data files of torchxrayvision, scipy and pillow. Labels follow from
     the masks: `sick` is whether any pixel is opaque, `zones` is `affected_zones`. ValueError for bad arguments.
     """
     check_int("n", n, least=1), check_int("size", size, least=16), check_number("positive", positive, least=0, most=1)
-    masks = torch.from_numpy(lung_masks(size))
+    masks = torch.from_numpy(lung_masks(size)).to(device)
     mine = outlines_of(split, len(masks))
     rng, generator = np.random.default_rng([seed, list(SPLITS).index(split)]), torch.Generator()
     generator.manual_seed(int(rng.integers(2**40)))
-    v, u = torch.meshgrid(*(torch.arange(size) / size,) * 2, indexing="ij")
+    v, u = torch.meshgrid(*(torch.arange(size, device=device) / size,) * 2, indexing="ij")
     parts = []
     for start in range(0, n, 500):
         m = min(500, n - start)
         which = rng.choice(mine, m)
         lung = _moved(masks[which], rng)
-        inside, outside = _chosen(lung.numpy(), rng.random(m) < positive, rng)
+        inside, outside = _chosen(lung.cpu().numpy(), rng.random(m) < positive, rng)
         lungs, soft = lung > 0.5, _blurred(lung, size / 64)
-        number = lambda low, high: torch.tensor(rng.uniform(low, high, (m, 1, 1)), dtype=torch.float32)
+        number = lambda low, high: torch.tensor(rng.uniform(low, high, (m, 1, 1)), dtype=torch.float32, device=device)
         wide, pitch, tilt = number(0.47, 0.55), number(0.085, 0.105), number(0.4, 0.9)
         body = torch.sigmoid(12 * (1 - ((u - 0.5) / wide) ** 4 - ((v - 0.6) / 0.75) ** 4))
         film = 0.1 + 0.6 * body - 0.35 * soft + 0.1 * torch.exp(-(((u - 0.5) / 0.045) ** 2) / 2)
         for k in range(9):
             film += 0.05 * body * torch.exp(-(((v - 0.1 - k * pitch - tilt * (u - 0.5) ** 2) / 0.012) ** 2) / 2)
-        film += 0.04 * _field(m, size, generator)
-        texture = 1 + 0.4 * _field(m, size, generator)
+        film += 0.04 * _field(m, size, generator, device)
+        texture = 1 + 0.4 * _field(m, size, generator, device)
         true, false = _blobs(inside, u, v), _blobs(outside, u, v)
         film += number(0.14, 0.26) * texture * (true * soft + false * body * (1 - soft))
-        film = number(0.8, 1.2) * film + number(-0.08, 0.08) + 0.03 * torch.randn(m, size, size, generator=generator)
+        noise = torch.randn(m, size, size, generator=generator).to(device)
+        film = number(0.8, 1.2) * film + number(-0.08, 0.08) + 0.03 * noise
         opacity = (true > 0.5) & lungs
         parts.append(
             Phantoms(
@@ -202,8 +203,8 @@ def phantom_radiographs(
                 affected_zones(opacity, lungs),
                 lungs,
                 opacity,
-                torch.as_tensor((outside[:, :, 2] > 0).sum(1)),
-                torch.as_tensor(which),
+                torch.as_tensor((outside[:, :, 2] > 0).sum(1)).to(device),
+                torch.as_tensor(which).to(device),
             )
         )
     return Phantoms(*(torch.cat(t) for t in zip(*parts)))
@@ -228,10 +229,14 @@ def cluttered_digits(n: int, size: int = 64, *, split: str = "train", seed: int 
     return torch.from_numpy(x)[:, None] / 255, torch.as_tensor(labels[chosen])
 
 
-def task_data(task: str, n: int, size: int, *, split: str, seed: int) -> tuple[Tensor, Tensor, Phantoms | None]:
-    """Images, labels and annotations of a task: "pneumonia" (sick or not), "severity" (of sick films, three zones or more),
-    "clutter" (which of ten digits; no annotations)."""
+def task_data(
+    task: str, n: int, size: int, *, split: str, seed: int, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Phantoms | None]:
+    """Images, labels and annotations of a task, on a device: "pneumonia" (sick or not), "severity" (of sick films, three
+    zones or more), "clutter" (which of ten digits; no annotations)."""
     if check_choice("task", task, ("pneumonia", "severity", "clutter")) == "clutter":
-        return *cluttered_digits(n, size, split=split, seed=seed), None
-    films = phantom_radiographs(n, size, split=split, seed=seed, positive=0.5 if task == "pneumonia" else 1.0)
+        x, y = cluttered_digits(n, size, split=split, seed=seed)
+        return x.to(device), y.to(device), None
+    share = 0.5 if task == "pneumonia" else 1.0
+    films = phantom_radiographs(n, size, split=split, seed=seed, positive=share, device=device)
     return films.images, films.sick if task == "pneumonia" else (films.zones.sum(1) >= 3).long(), films

@@ -20,7 +20,7 @@ from ..engine import arch_of
 from ..lab.bench import compare, measure
 from ..lab.claims import Claim, beyond_interval, grade, matches, out_of_reach, over_range
 from ..lab.results import load_results, newest_device, record
-from ..lab.stats import by_seed, paired, speedups, wilson
+from ..lab.stats import by_seed, newest_recipe, paired, speedups, wilson
 from ..layers import count_parameters
 from ..models import count_flops
 from .backbone_nets import CBAM, SEBlock, medusa_resnet50
@@ -225,7 +225,7 @@ def tune(
 # %% ../../nbs/5_vision/medusa.ipynb #6f93ca42
 def _accuracies(task, *nets):
     "Seed -> accuracy in points of each network, of the gpu preset's longest runs."
-    rows = newest_device(load_results("medusa", "nets", preset="gpu", task=task))
+    rows = newest_recipe(newest_device(load_results("medusa", "nets", preset="gpu", task=task)))
     steps = max((r["steps"] for r in rows), default=0)
     return [{s: 100 * v for s, v in by_seed(rows, "accuracy", net=n, steps=steps).items()} for n in nets]
 
@@ -259,7 +259,7 @@ def _of_floor():
 
 def _preference(mask):
     "Attention inside over outside at each scale, the mean over seeds, of MEDUSA on pneumonia: map size -> ratio."
-    rows = newest_device(load_results("medusa", "nets", preset="gpu", task="pneumonia", net="MEDUSA"))
+    rows = newest_recipe(newest_device(load_results("medusa", "nets", preset="gpu", task="pneumonia", net="MEDUSA")))
     found = {}
     for r in rows:
         for a in r["attention"]:

@@ -6,18 +6,18 @@
 __all__ = ['neighborhood_attention', 'na1d', 'na2d', 'na3d', 'neighborhood_attention_reference', 'neighborhood_mask',
            'neighborhood_pairs', 'neighborhood_cost', 'tile_waste', 'choose_q_tile', 'is_block_sparse',
            'NeighborhoodAttention1d', 'NeighborhoodAttention2d', 'NeighborhoodAttention3d', 'NAT', 'nat_mini',
-           'nat_tiny', 'nat_small', 'nat_base', 'dinat_mini', 'dinat_tiny', 'dinat_small', 'dinat_base']
+           'nat_tiny', 'nat_small', 'nat_base', 'dinat_mini', 'dinat_tiny', 'dinat_small', 'dinat_base',
+           'from_official']
 
 # %% auto #imports
+from .layer_nets import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 from .nets import (
     NAT,
-    NeighborhoodAttention1d,
-    NeighborhoodAttention2d,
-    NeighborhoodAttention3d,
     dinat_base,
     dinat_mini,
     dinat_small,
     dinat_tiny,
+    from_official,
     nat_base,
     nat_mini,
     nat_small,

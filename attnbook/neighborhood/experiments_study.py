@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'cost_experiment', 'flex_peer', 'photo_features', 'stride_experiment', 'equivariance_experiment',
-           'border_experiment', 'nat_data', 'nat_experiment']
+           'border_experiment', 'nat_data', 'nat_experiments', 'EXPERIMENTS', 'run_experiments']
 
 # %% auto #imports
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -18,10 +18,11 @@ from torch import Tensor
 from ..attention import attention_reference
 from ..checks import check_choice
 from ..lab.bench import flex, measure, sdpa
-from ..lab.data import image_tensor, mnist5k, mnist_m
-from ..lab.train import fit
+from ..lab.data import image_tensor, mnist5k, mnist_m, photos
+from ..lab.results import record
+from ..lab.together import Trainee, train_together
 from ..layers import count_parameters
-from .nets import small_nat
+from .nets import NAT_KINDS, small_nat
 from .op import na2d, neighborhood_attention
 from .reference import Flags, Sizes, flex_mask_mod, neighborhood_cost, neighborhood_pairs, on_maps
 from .simulator import kernel_tiles
@@ -48,7 +49,7 @@ PRESETS = dict(
         cost=dict(side=128, windows=(3, 7, 15, 23, 31, 47, 63, 95, 128), heads=8, head_dim=64, batch=2),
         stride=dict(side=128, window=32, head_dim=64),
         shifts=dict(side=64, window=7, dilation=2, stride=4),
-        nat=dict(data="mnist_m", side=40, seeds=3, steps=1000, batch=256, copies=8, dim=64, depths=(2, 2)),
+        nat=dict(data="mnist_m", side=40, seeds=5, steps=1000, batch=256, copies=8, dim=64, depths=(2, 2)),
     ),
 )
 
@@ -239,8 +240,8 @@ def nat_data(name: str, side: int, copies: int = 1, seed: int = 0) -> tuple[Tens
     return x, torch.as_tensor(y), tx, torch.as_tensor(ty)
 
 
-def nat_experiment(
-    kind: str,
+def nat_experiments(
+    kinds: Sequence[str],
     data: Sequence[Tensor],
     *,
     side: int,
@@ -250,38 +251,77 @@ def nat_experiment(
     batch: int,
     seed: int = 0,
     device: str = "cpu",
-    progress: bool = False,
-) -> dict:
-    "Train one small NAT and return a dict: test accuracy, final loss, parameters, seconds."
+) -> list[dict]:
+    "Trains one small NAT of each kind, side by side on a GPU; dicts with test accuracy, final loss, parameters, seconds of all."
     x, y, tx, ty = data
-    torch.manual_seed(seed)
-    model = small_nat(kind, side, dim, depths)
+    tensors, trainees = [x.to(device), y.to(device)], []
+    for kind in kinds:
+        torch.manual_seed(seed)
+        net = small_nat(kind, side, dim, depths).to(device)
+        trainees.append(Trainee(net, lambda m, a, b: F.cross_entropy(m(a), b), tensors, seed=seed, lr=2e-3))
+    train_together(trainees, steps=steps, batch_size=batch)
 
-    def batches(step):
-        pick = torch.randint(len(x), (batch,), generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
-        return x[pick], y[pick]
+    def accuracy(net):
+        with torch.no_grad():
+            found = [net(a.to(device)).argmax(1).cpu() == b for a, b in zip(tx.split(250), ty.split(250))]
+        return float(torch.cat(found).float().mean())
 
-    history = fit(
-        model,
-        lambda m, a, b: F.cross_entropy(m(a), b),
-        batches,
-        steps=steps,
-        lr=2e-3,
-        weight_decay=0.05,
-        seed=seed,
-        device=device,
-        progress=progress,
-    )
-    with torch.no_grad():
-        right = sum(int((model(a.to(device)).argmax(1).cpu() == b).sum()) for a, b in zip(tx.split(250), ty.split(250)))
-    return dict(
-        kind=kind,
-        run=seed,
-        accuracy=right / len(ty),
-        loss=float(np.mean(history.loss[-10:])),
-        steps=steps,
-        side=side,
-        dim=dim,
-        parameters=count_parameters(model),
-        seconds=history.seconds,
-    )
+    return [
+        dict(
+            kind=kind,
+            run=seed,
+            accuracy=accuracy(t.model),
+            loss=float(np.mean(t.losses[-10:])),
+            steps=steps,
+            side=side,
+            dim=dim,
+            parameters=count_parameters(t.model),
+            seconds=t.seconds,
+        )
+        for kind, t in zip(kinds, trainees)
+    ]
+
+# %% ../../nbs/3_locality/neighborhood.ipynb #5ecfb417
+EXPERIMENTS = ("cost", "stride", "equivariance", "border", "nat")
+
+
+def run_experiments(
+    preset: str = "gpu",
+    device: str | None = None,
+    seed: int = 0,
+    only: str | None = None,
+    seeds: Iterable[int] | None = None,
+    steps: int | None = None,
+    show: Callable[[str], None] = print,
+) -> list[dict]:
+    """All experiments of a preset, or `only` one of `EXPERIMENTS`, recorded as they come; returns the rows.
+
+    `seeds`, `steps`: of the networks of "nat"; by default the preset's, seeds counted from `seed`."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cfg, photo = PRESETS[preset], photos()["chelsea"]
+    wanted = EXPERIMENTS if only is None else (check_choice("only", only, EXPERIMENTS),)
+    calls = {
+        "cost": lambda: cost_experiment(**cfg["cost"], device=device, seed=seed),
+        "stride": lambda: stride_experiment(
+            photo_features(photo, cfg["stride"]["side"], cfg["stride"]["head_dim"], corner=(40, 90)),
+            cfg["stride"]["window"],
+            device,
+        ),
+        "equivariance": lambda: equivariance_experiment(photo, **cfg["shifts"]),
+        "border": lambda: border_experiment(photo, cfg["shifts"]["side"], 9),
+    }
+    more, rows = dict(device=device, preset=preset), []
+    for name in (n for n in wanted if n in calls):
+        rows += [record("neighborhood", name, seed=seed, **more, **row) for row in calls[name]()]
+        show(f"{name}: {len(rows)} rows so far")
+    if "nat" in wanted:
+        nat = dict(cfg["nat"])
+        test, chosen = nat.pop("test", None), range(seed, seed + nat.pop("seeds"))
+        data = nat_data(nat.pop("data"), nat["side"], nat.pop("copies"))
+        data = *data[:2], *(t[:test] for t in data[2:])
+        nat["steps"] = steps or nat["steps"]
+        for run in chosen if seeds is None else seeds:
+            for row in nat_experiments(NAT_KINDS, data, **nat, seed=run, device=device):
+                rows.append(record("neighborhood", "nat", **more, **row))
+                show(f"{row['kind']:13} seed {run}: accuracy {row['accuracy']:.1%}, {row['seconds']:.0f} s for all")
+    return rows

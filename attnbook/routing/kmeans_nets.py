@@ -21,10 +21,11 @@ class OnlineKMeans(nn.Module):
     """Centroids of each head, followed by exponential moving averages; buffers, never parameters.
 
     `decay` λ; `commitment` β of `loss`; `renormalise`: centroids lie on the sphere (norm sqrt(head_dim));
-    `initial_count` N at the start (the official code: 0). `process_group`: statistics are summed over its members
-    (True: the default group). Nothing changes unless `update` is called. The buffers stay float32 when the module is
+    `initial_count` N at the start (the official code: 0). `revive`: a centroid whose N is below this share of the mean N
+    is put on a random token (None: never). `process_group`: statistics are summed over its members (True: the default
+    group). Nothing changes unless `update` is called. The buffers stay float32 when the module is
     cast to 16 bits: an average that moves by a thousandth would not move there. Raises ValueError for sizes below 1 or
-    a decay outside [0, 1], TypeError for what is no number. Source: Algorithm 1 and Sec. 4.1."""
+    a decay or share outside [0, 1], TypeError for what is no number. Source: Algorithm 1 and Sec. 4.1."""
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class OnlineKMeans(nn.Module):
         commitment: float = 1e-4,
         renormalise: bool = True,
         initial_count: float = 1.0,
+        revive: float | None = None,
         process_group=None,
         backend: str = "auto",
     ):
@@ -44,6 +46,7 @@ class OnlineKMeans(nn.Module):
         sizes = [check_int(name, x, least=1) for name, x in sizes.items()]
         self.decay, self.commitment = check_probability("decay", decay), check_number("commitment", commitment, least=0)
         self.renormalise, self.process_group, self.backend = renormalise, process_group, backend
+        self.revive = None if revive is None else check_probability("revive", revive)
         start = check_number("initial_count", initial_count, least=0)
         full = torch.promote_types(torch.get_default_dtype(), torch.float32)
         centroids = spherical_norm_reference(torch.randn(*sizes, dtype=full))
@@ -64,21 +67,34 @@ class OnlineKMeans(nn.Module):
         return nearest_membership(x, self.centroids, mask, backend=self.backend)
 
     @torch.no_grad()
-    def statistics(self, *pairs: tuple[Tensor, Segments]) -> tuple[Tensor, Tensor]:
-        "Sums `(H, k, d)` and counts `(H, k)` over batches and over pairs (x, segments); padding is left out."
+    def statistics(self, *pairs: tuple[Tensor, Segments]) -> tuple[Tensor, ...]:
+        """Sums `(H, k, d)` and counts `(H, k)` over batches and over pairs (x, segments); padding is left out. With
+        `revive` also a random token for each centroid `(H, k, d)`, of the first pair and no padding."""
         k = self.centroids.shape[1]
         parts = [cluster_sums(x.detach(), s, backend=self.backend) for x, s in pairs]
-        return tuple(sum(p[i][:, :, :k].sum(0).to(self.sums.dtype) for p in parts) for i in (0, 1))
+        found = tuple(sum(p[i][:, :, :k].sum(0).to(self.sums.dtype) for p in parts) for i in (0, 1))
+        if self.revive is None:
+            return found
+        x, s = pairs[0]
+        h, b = (
+            torch.arange(x.shape[1], device=x.device)[:, None],
+            torch.randint(len(x), found[1].shape, device=x.device),
+        )
+        tokens = s.offsets[b, h, k]  # [H, k]; padding stands behind them
+        at = s.order[b, h, (torch.rand(b.shape, device=x.device) * tokens).long()].long()
+        return *found, x.detach()[b, h, at].to(self.sums.dtype)
 
     @torch.no_grad()
-    def update(self, sums: Tensor, counts: Tensor) -> None:
+    def update(self, sums: Tensor, counts: Tensor, fresh: Tensor | None = None) -> None:
         """One step of the moving averages with `statistics`. A cluster whose sum is not finite, since a token of it is
-        not, takes no step."""
+        not, takes no step. With `revive`, dead centroids go to the tokens `fresh`, of the group's first process."""
         if self.process_group is not None:
             group = None if self.process_group is True else self.process_group
             both = torch.cat([sums, counts[..., None]], -1)
             torch.distributed.all_reduce(both, group=group)
             sums, counts = both[..., :-1], both[..., -1]
+            if fresh is not None:
+                torch.distributed.broadcast(fresh, torch.distributed.get_process_group_ranks(group)[0], group=group)
         sound = sums.isfinite().all(-1)
         step = sound.to(self.counts.dtype) * (1 - self.decay)
         self.counts.lerp_(torch.where(sound, counts, 0).to(self.counts.dtype), step)
@@ -88,13 +104,23 @@ class OnlineKMeans(nn.Module):
         new = self.sums / smooth.clamp_min(1e-30)[..., None]
         new = spherical_norm_reference(new) if self.renormalise else new
         self.centroids.copy_(torch.where(((self.counts > eps) & sound)[..., None], new, self.centroids))
+        if self.revive is not None and fresh is not None:
+            self._revive(fresh)
+
+    def _revive(self, fresh):
+        "Puts centroids with few tokens on the given ones, which count as much as the mean cluster."
+        mean = self.counts.mean(-1, keepdim=True)  # [H, 1]
+        dead = (self.counts < self.revive * mean) & fresh.isfinite().all(-1) & (fresh != 0).any(-1)
+        self.centroids.copy_(torch.where(dead[..., None], fresh, self.centroids))
+        self.sums.copy_(torch.where(dead[..., None], fresh * mean[..., None], self.sums))
+        self.counts.copy_(torch.where(dead, mean, self.counts))
 
     def loss(self, x: Tensor, segments: Segments, mask: Tensor | None = None) -> Tensor:
         "β mean ‖x - μ‖² over tokens and coordinates, with gradient for x only; padding left out."
         k = self.centroids.shape[1]
         at = segments.assignment.clamp(max=k - 1).long()[..., None].expand(*x.shape)
-        mu = self.centroids.to(x.dtype)[None].expand(x.shape[0], -1, -1, -1).gather(2, at)
-        far = (x - mu).to(torch.promote_types(x.dtype, torch.float32))
+        full = torch.promote_types(x.dtype, torch.float32)  # in 16 bits the difference would lose its digits
+        far = x.to(full) - self.centroids.to(full)[None].expand(x.shape[0], -1, -1, -1).gather(2, at)
         if mask is None:
             return self.commitment * far.square().mean()
         return self.commitment * (far.square().mean(-1) * mask[:, None]).sum() / (mask.sum() * x.shape[1]).clamp_min(1)

@@ -48,7 +48,7 @@ class RoutingBlock(nn.Module):
 
 # %% ../../nbs/4_long_context/routing.ipynb #0135f914
 class RoutingTransformerLM(nn.Module):
-    """The paper's decoder: tokens `(B, n)` -> (logits `(B, n, num_tokens)`, auxiliary loss).
+    """The paper's decoder: tokens `(B, n)` -> (logits `(B, n, vocab_size)`, auxiliary loss).
 
     `heads` per layer, `local_heads` of them local; `skip_first`: layers with local heads only. `emb_dim`: width of the
     embeddings, projected to `dim` if smaller. `absolute` adds sinusoids (for models without local heads). Other
@@ -56,7 +56,7 @@ class RoutingTransformerLM(nn.Module):
 
     def __init__(
         self,
-        num_tokens: int,
+        vocab_size: int,
         *,
         dim: int = 1024,
         depth: int = 12,
@@ -75,16 +75,18 @@ class RoutingTransformerLM(nn.Module):
         share_qk: bool | None = None,
         self_attention: str = "include",
         scale: float | None = None,
+        rotary: bool = False,
         decay: float = 0.999,
         commitment: float = 1e-4,
         renormalise: bool = True,
         initial_count: float = 1.0,
+        revive: float | None = None,
         process_group=None,
         backend: str = "auto",
     ):
         super().__init__()
-        self.num_tokens, self.dim, self.absolute, emb_dim = num_tokens, dim, absolute, emb_dim or dim
-        self.embed = nn.Embedding(num_tokens, emb_dim)
+        self.vocab_size, self.dim, self.absolute, emb_dim = vocab_size, dim, absolute, emb_dim or dim
+        self.embed = nn.Embedding(vocab_size, emb_dim)
         nn.init.normal_(self.embed.weight, std=emb_dim**-0.5)
         self.up, self.down = (
             nn.Linear(a, b, bias=False) if emb_dim != dim else nn.Identity()
@@ -102,10 +104,12 @@ class RoutingTransformerLM(nn.Module):
             share_qk=share_qk,
             self_attention=self_attention,
             scale=scale,
+            rotary=rotary,
             decay=decay,
             commitment=commitment,
             renormalise=renormalise,
             initial_count=initial_count,
+            revive=revive,
             process_group=process_group,
             backend=backend,
         )
@@ -119,15 +123,21 @@ class RoutingTransformerLM(nn.Module):
             x = x + sinusoids(start, tokens.shape[1], self.dim, x.device).to(x.dtype)
         return self.drop(x)
 
-    def _leave(self, x):
-        return F.linear(self.down(self.norm(x)), self.embed.weight)
-
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_features(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        "Normed states `(B, n, dim)` and the auxiliary loss."
         x, aux = self._enter(tokens), 0.0
         for block in self.blocks:
             x, extra = block(x, mask)
             aux = aux + extra
-        return self._leave(x), aux
+        return self.norm(x), aux
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        "Logits `(B, n, vocab_size)` of normed states."
+        return F.linear(self.down(x), self.embed.weight)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, aux = self.forward_features(tokens, mask)
+        return self.forward_head(x), aux
 
     def routers(self) -> list[Router]:
         "The routers of the layers that have one."
@@ -153,25 +163,25 @@ class RoutingTransformerLM(nn.Module):
         for block, cache in zip(self.blocks, caches):
             x, cache = block(x, cache=cache, step=True)
             new.append(cache)
-        return self._leave(x), new
+        return self.forward_head(self.norm(x)), new
 
 # %% ../../nbs/4_long_context/routing.ipynb #277fe99b
-_WIKITEXT = dict(dim=1024, emb_dim=256, ff_dim=3072, heads=16, local_heads=8, window=512)
-_ENWIK8 = dict(depth=12, dim=1024, ff_dim=3072, heads=8, local_heads=4)
+_OFFICIAL = dict(scale=1.0)  # what the official code's logits amount to: it scales before the norm
+_WIKITEXT = _OFFICIAL | dict(dim=1024, emb_dim=256, ff_dim=3072, heads=16, local_heads=8, window=512)
+_ENWIK8 = _OFFICIAL | dict(depth=12, dim=1024, ff_dim=3072, heads=8, local_heads=4)
 CONFIGS = {  # released configurations; blocks of local heads are 256
     "wikitext103, 4k": _WIKITEXT | dict(depth=14, num_clusters=8),
     "wikitext103, 1k": _WIKITEXT | dict(depth=20, num_clusters=2),
     "enwik8, 8k": _ENWIK8 | dict(num_clusters=16, window=512),
     "enwik8, 12k": _ENWIK8 | dict(num_clusters=48, window=256),
-    "pg19, 8k": dict(
-        depth=22, dim=1032, ff_dim=4096, heads=8, local_heads=6, num_clusters=16, window=512, skip_first=21
-    ),
+    "pg19, 8k": _OFFICIAL
+    | dict(depth=22, dim=1032, ff_dim=4096, heads=8, local_heads=6, num_clusters=16, window=512, skip_first=21),
 }
 
 
 def routing_model(
     name: str,
-    num_tokens: int = 256,
+    vocab_size: int = 256,
     *,
     membership: str = "topw",
     depth: int | None = None,
@@ -183,7 +193,7 @@ def routing_model(
     name."""
     config = CONFIGS[check_choice("name", name, tuple(CONFIGS))]
     changes = {k: x for k, x in dict(depth=depth, skip_first=skip_first).items() if x is not None}
-    return RoutingTransformerLM(num_tokens, membership=membership, dropout=dropout, backend=backend, **config | changes)
+    return RoutingTransformerLM(vocab_size, membership=membership, dropout=dropout, backend=backend, **config | changes)
 
 
 def parameter_counts() -> dict[str, int]:

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['language_data', 'windows_at', 'windows_of', 'bits_per_byte', 'routed_tokens', 'cluster_health', 'language_model',
-           'steps_within', 'language_experiment', 'run_language', 'timed_steps', 'attention_maps', 'divergence',
+           'train_for', 'language_experiment', 'run_language', 'timed_steps', 'attention_maps', 'divergence',
            'head_rows', 'mutual_information', 'run_heads']
 
 # %% auto #imports
+import copy
 import hashlib
 import math
 import sysconfig
@@ -21,15 +22,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_int
+from ..checks import check_choice, check_int
 from ..lab.data import byte_splits, python_source
 from ..lab.results import load_results, newest_device, record
-from ..lab.train import fit
+from ..lab.train import learning_rate, parameter_groups
 from ..layers import count_parameters
 from .language_nets import RoutingTransformerLM
 from .membership_op import spherical_norm, topw_membership
 from .nets import Router, RoutingSelfAttention
-from .presets_study import PRESETS
+from .presets_study import HEADS, PRESETS, VARIANTS
 
 # %% ../../nbs/4_long_context/routing.ipynb #1d7199a3
 @lru_cache(maxsize=1)
@@ -97,29 +98,82 @@ def cluster_health(model: nn.Module, x: Tensor) -> dict[str, float]:
     return dict(zip(("coverage", "dead", "balance"), map(float, np.mean(found, axis=0)))) if found else {}
 
 # %% ../../nbs/4_long_context/routing.ipynb #0ee4b7c7
-def language_model(membership: str, cfg: dict, seed: int = 0) -> RoutingTransformerLM:
-    "The byte model of a preset's `language`, its weights drawn from a seed."
+def language_model(membership: str, cfg: dict, seed: int = 0, variant: str = "whole") -> RoutingTransformerLM:
+    """The byte model of a preset's `language`, its weights drawn from a seed; with `HEADS` less what a variant takes
+    away."""
+    heads = HEADS | VARIANTS[check_choice("variant", variant, tuple(VARIANTS))]
     torch.manual_seed(seed)
-    return RoutingTransformerLM(256, membership=membership, self_attention="fallback", **cfg["model"])
+    return RoutingTransformerLM(256, membership=membership, **heads, **cfg["model"])
 
 
-def steps_within(
-    seconds: float, model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], device: str, amp: bool
-) -> int:
-    """How many training steps fit into the time, at least two: the median of twelve, after eight to warm up. The model
-    is a throwaway. With no time at all: two, at once."""
-    opt, times = torch.optim.AdamW(model.to(device).train().parameters()), []
-    for i in range(20 if seconds else 0):
-        began = time.perf_counter()
-        x, y = (t.to(device) for t in batches(i))
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
+def train_for(
+    model: RoutingTransformerLM,
+    batches: Callable[[int], tuple[Tensor, Tensor]],
+    *,
+    seconds: float | None = None,
+    steps: int | None = None,
+    device: str = "cpu",
+    lr: float = 1e-3,
+    watch: Callable[[nn.Module], dict] | None = None,
+    looks: int = 4,
+    every: int | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[dict]:
+    """Trains a model for some seconds of the clock, evaluations left out, or for a number of steps; leaves it in eval
+    mode. Returns what `watch(model)` said `looks` times, each with `step` and `seconds`; the last at the end.
+
+    The learning rate rises over the first tenth and falls by a cosine, by the share of seconds or steps that is gone.
+    The clock is read every `every` steps (default: 8 on a GPU, after waiting for it, else 1). Kernels are compiled before
+    it starts."""
+    device = torch.device(device)
+    every = every or (8 if device.type == "cuda" else 1)
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    opt = torch.optim.AdamW(parameter_groups(model.to(device).train(), 0.05), lr=lr)
+
+    def train(step, rate):
+        x, y = (t.to(device) for t in batches(step))
+        for group in opt.param_groups:
+            group["lr"] = rate
+        with amp:
             loss = model.loss(x, y)
         opt.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
-        loss.item()  # waits for the GPU
-        times.append(time.perf_counter() - began)
-    return max(20, int(seconds / np.median(times[8:]))) if seconds else 2
+
+    if seconds is not None and seconds > 0:  # on a copy: the first steps of a process compile
+        kept, opt_kept = model, opt
+        model = copy.deepcopy(model)
+        opt = torch.optim.AdamW(parameter_groups(model, 0.05), lr=lr)
+        for step in range(3):
+            train(step, 0.0)
+        model, opt = kept, opt_kept
+    seen, step, used, done = [], 0, 0.0, 0.0
+    torch.manual_seed(0)  # of the tokens that revive centroids
+    wait()
+    began = clock()
+    while done < 1:
+        train(step, learning_rate(int(1000 * done), steps=1000, lr=lr, warmup=100))
+        step += 1
+        if steps is not None:
+            done = step / steps
+        if step % every == 0 or done >= 1 or (seconds is not None and step == 1):
+            wait()
+            used = clock() - began
+            done = done if seconds is None else min(1.0, used / seconds) if seconds else 1.0
+        if done >= (len(seen) + 1) / looks:
+            wait()
+            used = clock() - began
+            model.eval()
+            with torch.no_grad(), amp:
+                found = watch(model) if watch else {}
+            model.train()
+            seen += [dict(step=step, seconds=used) | found] * (int(done * looks + 1e-9) - len(seen))
+            wait()
+            began = clock() - used  # what was spent on looking does not count
+    model.eval()
+    return seen
 
 # %% ../../nbs/4_long_context/routing.ipynb #8b56ae8d
 def language_experiment(
@@ -130,54 +184,42 @@ def language_experiment(
     seconds: float | None = None,
     steps: int | None = None,
     run: int = 0,
+    variant: str = "whole",
     device: str = "cpu",
 ) -> tuple[nn.Module, dict]:
     """Trains one model for `seconds`, which needs a device of its own, or for a given number of `steps`.
 
-    Returns the model and a row: its `seconds` as measured, and `timed`, False where the steps were given. ValueError
-    unless exactly one of `seconds` and `steps` is given, and for steps below 1."""
+    Returns the model and a row: its `seconds` as measured, and `timed`, False where the steps were given; `step_ms` is
+    the time of a step in the last quarter. ValueError unless exactly one of `seconds` and `steps` is given, and for
+    steps below 1."""
     if (seconds is None) == (steps is None):
         raise ValueError(f"give exactly one of seconds and steps, not seconds={seconds!r} and steps={steps!r}")
     check_int("steps", steps, least=1, optional=True)
-    train, length, amp, timed = data[0], cfg["length"], torch.device(device).type == "cuda", steps is None
+    train, length, amp = data[0], cfg["length"], torch.device(device).type == "cuda"
 
     def batches(step):
         g = torch.Generator().manual_seed(run * 1_000_003 + step)
         return windows_at(train, length, torch.randint(len(train) - length - 1, (cfg["batch"], 1), generator=g))
 
-    if timed:
-        steps = steps_within(seconds, language_model(membership, cfg, run), batches, device, amp)
-    model, (x, y) = language_model(membership, cfg, run), windows_of(data[1], length, cfg["windows"])
+    model, (x, y) = language_model(membership, cfg, run, variant), windows_of(data[1], length, cfg["windows"])
     watch = lambda m: bits_per_byte(m, x[:4], y[:4], device, amp) | cluster_health(m, x[:1].to(device))
-    history = fit(
-        model,
-        lambda m, a, b: m.loss(a, b),
-        batches,
-        steps=steps,
-        lr=1e-3,
-        warmup=steps // 10,
-        seed=run,
-        device=device,
-        amp=amp,
-        progress=False,
-        eval_fn=watch,
-        eval_every=max(1, steps // 4),
-    )
+    seen = train_for(model, batches, seconds=seconds, steps=steps, device=device, watch=watch)
     final = bits_per_byte(model, x, y, device, amp, cfg["prefixes"])
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
         final |= cluster_health(model, x[:1].to(device))
-    curve = {str(e["step"]): e["bits"] for e in history.evals}
-    health = {str(e["step"]): {k: e[k] for k in ("coverage", "dead", "balance") if k in e} for e in history.evals}
+    before = next((s for s in reversed(seen) if s["step"] < seen[-1]["step"]), dict(step=0, seconds=0.0))
     return model, dict(
         membership=membership,
+        variant=variant,
         run=run,
         length=length,
-        steps=steps,
-        timed=timed,
-        seconds=history.seconds,
+        steps=seen[-1]["step"],
+        timed=steps is None,
+        seconds=seen[-1]["seconds"],
+        step_ms=1e3 * (seen[-1]["seconds"] - before["seconds"]) / (seen[-1]["step"] - before["step"]),
         parameters=count_parameters(model),
-        curve=curve,
-        health=health,
+        curve={str(s["step"]): s["bits"] for s in seen},
+        health={str(s["step"]): {k: s[k] for k in ("coverage", "dead", "balance") if k in s} for s in seen},
         **final,
     )
 
@@ -186,33 +228,36 @@ def run_language(
     preset: str = "cpu",
     device: str = "cpu",
     seed: int = 0,
-    budget: float | None = None,
+    seconds: float | None = None,
     memberships: Sequence[str] | None = None,
     steps: dict[str, int] | None = None,
+    variant: str = "whole",
 ) -> dict[str, nn.Module]:
-    """The language models of a preset, `budget` seconds of training in all (default: the preset's); records a row for
-    each. Returns the models. Preset "gpu" is meant to take about 4 minutes on an H100, compilation included.
+    """The language models of a preset, `seconds` of training for each (default: the preset's); records a row for each.
+    Returns the models. On an H200 with preset "gpu" about a minute for each, compilation and evaluation included.
 
     `steps`, membership -> training steps, takes the place of the clock. It is for further seeds, which train as many
     steps as the timed run did (`timed_steps`): equal cost was decided there, so they may share a GPU with other work.
     Their rows say `timed=False`. Give another `seed` than the timed run's: on the same device a row takes the place of
-    an older one with its membership and seed. `memberships`: default those of `steps`, else the preset's.
-    ValueError for both `budget` and `steps`, a membership without steps, or steps below 1."""
+    an older one with its membership, variant and seed. `memberships`: default those of `steps`, else the preset's.
+    ValueError for both `seconds` and `steps`, a membership without steps, steps below 1, or an unknown variant."""
     cfg, models = PRESETS[preset]["language"], {}
     memberships = list(memberships or steps or cfg["memberships"])
     if steps is None:
-        until = {m: dict(seconds=(budget or cfg["budget"]) / len(memberships)) for m in memberships}
-    elif budget is not None:
-        raise ValueError(f"give budget or steps, not both: budget={budget!r}, steps={steps!r}")
+        until = {m: dict(seconds=cfg["seconds"] if seconds is None else seconds) for m in memberships}
+    elif seconds is not None:
+        raise ValueError(f"give seconds or steps, not both: seconds={seconds!r}, steps={steps!r}")
     elif missing := [m for m in memberships if m not in steps]:
         raise ValueError(f"steps must name every membership; it lacks {', '.join(missing)}: steps={steps!r}")
     else:
         until = {m: dict(steps=check_int(f"steps of {m}", steps[m], least=1)) for m in memberships}
     data = language_data()
     digest = hashlib.sha256(data[0].numpy().tobytes()).hexdigest()[:12]
-    what = dict(key=("membership", "run", "training"), device=device, seed=seed, training=preset, data=digest)
+    what = dict(
+        key=("membership", "variant", "run", "training"), device=device, seed=seed, training=preset, data=digest
+    )
     for m in memberships:
-        models[m], row = language_experiment(m, cfg, data, run=seed, device=device, **until[m])
+        models[m], row = language_experiment(m, cfg, data, run=seed, variant=variant, device=device, **until[m])
         record("routing", "language", **what, **row)
     return models
 
@@ -220,7 +265,7 @@ def run_language(
 def timed_steps(preset: str = "gpu", run: int = 0) -> dict[str, int]:
     """Membership -> training steps of the timed language models on record (see `run_language`), from the device that was
     measured last. Empty if there are none."""
-    rows = load_results("routing", "language", training=preset, run=run)
+    rows = load_results("routing", "language", training=preset, run=run, variant="whole")
     return {r["membership"]: r["steps"] for r in newest_device([r for r in rows if r.get("timed", True)])}
 
 # %% ../../nbs/4_long_context/routing.ipynb #4b193ec4
@@ -275,7 +320,8 @@ def mutual_information(a: Sequence[int], b: Sequence[int]) -> float:
 def run_heads(models: dict[str, nn.Module], preset: str = "cpu", device: str = "cpu", seed: int = 0) -> list[dict]:
     "Divergences of the heads of trained models (`run_language`) on validation text; records its rows, `run` the seed."
     x = windows_of(language_data()[1], PRESETS[preset]["language"]["maps"], 1)[0].to(device)
-    what = dict(key=("membership", "run", "layer", "pair", "training"), device=device, seed=seed, run=seed)
+    what = dict(key=("membership", "variant", "run", "layer", "pair", "training"), variant="whole")
+    what |= dict(device=device, seed=seed, run=seed)
     return [
         record("routing", "heads", training=preset, membership=m, **what, **row)
         for m, model in models.items()

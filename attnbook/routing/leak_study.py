@@ -58,7 +58,7 @@ def gain_on_the_bound(
     for i in range(batches):
         x, y = (t.to(device) for t in uniform_tokens(batch, seed + i))
         nll = F.cross_entropy(model(x)[0].float().transpose(1, 2), y, reduction="none")
-        parts.append(nll.double().mean(1) - math.log(model.num_tokens))
+        parts.append(nll.double().mean(1) - math.log(model.vocab_size))
     g = torch.cat(parts)
     return dict(gain=float(g.mean()), error=float(g.std() / len(g) ** 0.5))
 

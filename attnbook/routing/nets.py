@@ -13,8 +13,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..attention import attention_reference
-from ..checks import check_choice, check_divides, check_int, check_number
+from ..checks import check_bool, check_choice, check_divides, check_int, check_number
 from ..clusters import FAR_BELOW, take_rows
+from ..lm.reference import rope_frequencies, rotate
 from ..music import relative_attention, relative_attention_step
 from .kmeans_nets import OnlineKMeans
 from .membership_op import spherical_norm, topw_membership
@@ -29,7 +30,8 @@ class Router(nn.Module):
     """Routes q `(B, H, n, d)`, k (None: shared, K = Q) and v: the output `(B, H, n, dv)` and the commitment loss.
 
     `mask`, `key_mask` `(B, length)`: False for padding among queries and keys. `salt` draws other random segments.
-    `decay` and what follows it: see `OnlineKMeans`.
+    `rotary`: normalised queries and keys are turned by their positions before they are compared (RoPE, not the paper's
+    vectors by rank); centroids see them unturned. `decay` and what follows it: see `OnlineKMeans`.
 
     In training it keeps the statistics for the centroids; `update` applies them, and nothing else changes the
     centroids. Call it once per training step, after the forward. (A repeated forward, as in checkpointing, does no
@@ -47,10 +49,12 @@ class Router(nn.Module):
         self_attention: str = "include",
         scale: float | None = None,
         salt: int = 0,
+        rotary: bool = False,
         decay: float = 0.999,
         commitment: float = 1e-4,
         renormalise: bool = True,
         initial_count: float = 1.0,
+        revive: float | None = None,
         process_group=None,
         backend: str = "auto",
     ):
@@ -60,6 +64,7 @@ class Router(nn.Module):
         if membership in ("local", "full", "random") and not causal:
             raise ValueError(f"membership={membership!r} is a causal control; it needs causal=True")
         self.causal, self.salt, self.backend = causal, salt, backend
+        self.rotary = check_bool("rotary", rotary)
         self.how = dict(
             scale=check_number("scale", scale, optional=True),
             backend=backend,
@@ -73,6 +78,7 @@ class Router(nn.Module):
             commitment=commitment,
             renormalise=renormalise,
             initial_count=initial_count,
+            revive=revive,
             process_group=process_group,
             backend=backend,
         )
@@ -95,8 +101,9 @@ class Router(nn.Module):
         x = spherical_norm(q, backend=self.backend)
         y = x if k is None else spherical_norm(k, backend=self.backend)
         aux = x.new_zeros((), dtype=torch.float32)
+        at_x = self.turn(x)
         if self.membership in ("local", "full"):
-            return plain_attention(x, v, window=self.window if self.membership == "local" else None, **self.how), aux
+            return plain_attention(at_x, v, window=self.window if self.membership == "local" else None, **self.how), aux
         if k is not None and (mask is None) != (key_mask is None):  # padding on one side only
             ones = lambda t: torch.ones(t.shape[0], t.shape[2], dtype=torch.bool, device=t.device)
             mask, key_mask = ones(x) if mask is None else mask, ones(y) if key_mask is None else key_mask
@@ -107,8 +114,17 @@ class Router(nn.Module):
             self.pending = self.kmeans.statistics(*((t, s) for (t, _), (_, s) in zip(sides, found)))
         m = found[0][0] if k is None else tuple(f[0] for f in found)
         padded = self.membership == "topw" and (mask is not None or key_mask is not None)
-        out = routed_attention(x, y, v, m, causal=self.causal, padded=padded, **self.how)
+        at_y = at_x if k is None else self.turn(y)
+        out = routed_attention(at_x, at_y, v, m, causal=self.causal, padded=padded, **self.how)
         return out if mask is None else out.masked_fill(~mask[:, None, :, None], 0), aux
+
+    def turn(self, x: Tensor, start: int = 0) -> Tensor:
+        "Normalised tokens `(B, H, n, d)`, turned by their positions from `start` on if the router is `rotary`."
+        if not self.rotary or x.shape[-1] < 2:
+            return x
+        frequencies = rope_frequencies(x.shape[-1] // 2 * 2)[0].to(x.device)
+        angles = torch.arange(start, start + x.shape[2], device=x.device)[:, None] * frequencies  # [n, d / 2]
+        return rotate(x, angles.cos(), angles.sin())
 
     def update(self) -> None:
         "Moves the centroids by the statistics of the last training forward, if there was one since."
@@ -117,7 +133,8 @@ class Router(nn.Module):
             self.pending = None
 
     def extra_repr(self):
-        return f"membership={self.membership}, window={self.window}, causal={self.causal}, {self.how}"
+        names = ("membership", "window", "causal", "rotary")
+        return ", ".join(f"{n}={getattr(self, n)}" for n in names) + f", {self.how}"
 
 # %% ../../nbs/4_long_context/routing.ipynb #10e289d2
 class ClusterCache:
@@ -172,6 +189,7 @@ def router_step(router: Router, q: Tensor, v: Tensor, cache: ClusterCache) -> Te
         cluster = at[:, 0].expand(x.shape[0], -1)
     else:
         cluster = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+    x = router.turn(x, start=cache.length)
     rows = cache.append(x, v, cluster, k)
     if router.membership == "local":
         rows = rows[..., -router.window :]
@@ -211,10 +229,12 @@ class RoutingSelfAttention(nn.Module):
         self_attention: str = "include",
         scale: float | None = None,
         salt: int = 0,
+        rotary: bool = False,
         decay: float = 0.999,
         commitment: float = 1e-4,
         renormalise: bool = True,
         initial_count: float = 1.0,
+        revive: float | None = None,
         process_group=None,
         backend: str = "auto",
     ):
@@ -244,10 +264,12 @@ class RoutingSelfAttention(nn.Module):
                 self_attention=self_attention,
                 scale=scale,
                 salt=salt,
+                rotary=rotary,
                 decay=decay,
                 commitment=commitment,
                 renormalise=renormalise,
                 initial_count=initial_count,
+                revive=revive,
                 process_group=process_group,
                 backend=backend,
             )
@@ -320,10 +342,12 @@ class RoutingAttention(nn.Module):
         self_attention: str = "include",
         scale: float | None = None,
         salt: int = 0,
+        rotary: bool = False,
         decay: float = 0.999,
         commitment: float = 1e-4,
         renormalise: bool = True,
         initial_count: float = 1.0,
+        revive: float | None = None,
         process_group=None,
         backend: str = "auto",
     ):
@@ -345,10 +369,12 @@ class RoutingAttention(nn.Module):
             self_attention=self_attention,
             scale=scale,
             salt=salt,
+            rotary=rotary,
             decay=decay,
             commitment=commitment,
             renormalise=renormalise,
             initial_count=initial_count,
+            revive=revive,
             process_group=process_group,
             backend=backend,
         )

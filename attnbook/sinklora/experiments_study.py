@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'FORMS', 'echo', 'leak_net', 'run_leak', 'source_bytes', 'small_model', 'copied', 'TRAINED', 'perplexity',
-           'run_extension', 'METHODS', 'mixed_loss', 'mixed_batch', 'through_cache', 'run_eviction', 'run_all']
+           'run_extension', 'METHODS', 'mixed_loss', 'mixed_batch', 'lessons_of', 'through_cache', 'run_eviction',
+           'RECIPES', 'run_all']
 
 # %% auto #imports
 import math
@@ -26,7 +27,7 @@ from ..lm.attend import attend_dense
 from ..lm.nets import LanguageModel, ModelConfig, rescaled
 from ..lm.reference import RopeScaling
 from ..lm.scores import bits_per_byte, next_token_loss, windows_of
-from ..lm.tasks import exact_match, passkey
+from ..lm.tasks import Lessons, exact_match, passkey
 from .nets import GroupedAttention, HeavyHitterAttention, HeavyHitterCache, prepare_extension
 from .op import s2_attention, sf_attention
 from .reference import rolled_attention, sf_attention_reference
@@ -42,7 +43,8 @@ PRESETS = dict(
         | dict(dim=32, depth=1, length=32, factor=4, batch=4, steps=4, tune_batch=2, tune_steps=2, windows=2, seeds=1)
         | dict(folder="nn/utils", trained=("lora", "norm")),
         eviction=_LM
-        | dict(dim=32, depth=1, length=64, prompt=48, batch=4, steps=4, windows=2, texts=2, digits=2, seeds=1)
+        | dict(dim=32, depth=1, length=64, prompt=48, batch=4, windows=2, texts=2, digits=2, seeds=1)
+        | dict(lessons=((2, 60), (2, 64)))
         | dict(folder="nn/utils", budgets=(0.2, 0.5)),
     ),
     cpu=dict(
@@ -52,7 +54,8 @@ PRESETS = dict(
         | dict(dim=64, depth=2, length=64, factor=4, batch=16, steps=120, tune_batch=4, tune_steps=20, windows=16)
         | dict(folder="nn", trained=(), seeds=1),
         eviction=_LM
-        | dict(dim=64, depth=2, length=128, prompt=96, batch=8, steps=100, windows=4, texts=8, digits=2, seeds=1)
+        | dict(dim=64, depth=2, length=128, prompt=96, batch=8, windows=4, texts=8, digits=2, seeds=1)
+        | dict(lessons=((60, 64), (40, 128)))
         | dict(folder="nn", budgets=(0.2, 0.5)),
     ),
     gpu=dict(
@@ -61,8 +64,9 @@ PRESETS = dict(
         extension=dict(heads=8, kv_heads=4, dim=384, depth=6, lr=1e-3, tune_lr=5e-4)
         | dict(length=256, factor=8, batch=64, steps=1000, tune_batch=8, tune_steps=150, windows=64, seeds=4)
         | dict(folder="", trained=("lora", "norm")),
-        eviction=dict(heads=8, kv_heads=4, dim=256, depth=4, lr=2e-3)
-        | dict(length=512, prompt=384, batch=48, steps=3000, windows=32, texts=128, digits=3, seeds=3)
+        eviction=dict(heads=8, kv_heads=4, dim=256, depth=4, lr=1e-3)
+        | dict(length=512, prompt=384, batch=48, windows=32, texts=128, digits=3, seeds=3)
+        | dict(lessons=((600, 64), (500, 128), (500, 256), (900, 512)))
         | dict(folder="", budgets=(0.05, 0.1, 0.2, 0.5)),
     ),
 )
@@ -212,12 +216,18 @@ def mixed_loss(model: LanguageModel, tokens: Tensor, targets: Tensor) -> Tensor:
     return loss(logits[:half], targets[:half]) + loss(logits[half:], targets[half:])
 
 
-def mixed_batch(stream: Tensor, cfg: Mapping, run: int, step: int) -> tuple[Tensor, Tensor]:
-    "Text windows and as many passkey texts, `(batch, length)` each."
-    half = cfg["batch"] // 2
-    x, y = Windows(stream, length=cfg["length"], batch_size=cfg["batch"] - half, seed=run)(step)
-    task = passkey(cfg["length"], batch=half, digits=cfg["digits"], seed=1_000_003 * (run + 1) + step)
+def mixed_batch(stream: Tensor, cfg: Mapping, run: int, step: int, length: int | None = None) -> tuple[Tensor, Tensor]:
+    "Text windows and as many passkey texts, `(batch, length)` each; the preset's length if None."
+    half, n = cfg["batch"] // 2, length or cfg["length"]
+    x, y = Windows(stream, length=n, batch_size=cfg["batch"] - half, seed=run)(step)
+    task = passkey(n, batch=half, digits=cfg["digits"], seed=1_000_003 * (run + 1) + step)
     return torch.cat([x, task.tokens]), torch.cat([y, task.targets])
+
+
+def lessons_of(stream: Tensor, cfg: Mapping, run: int) -> Lessons:
+    "Mixed batches of the preset's lessons, pairs of steps and a length."
+    draw = lambda n: lambda step: mixed_batch(stream, cfg, run, step, n)
+    return Lessons(*((steps, draw(n)) for steps, n in cfg["lessons"]))
 
 
 @torch.no_grad()
@@ -229,19 +239,20 @@ def through_cache(model: LanguageModel, tokens: Tensor, prompt: int, cache) -> T
 
 
 def run_eviction(cfg: Mapping, device: str, run: int) -> Iterator[tuple[str, dict, dict]]:
-    "Trains a model and reads with every cache: rows `eviction` with bits per byte, the share of passkeys, bytes and milliseconds a token."
+    """Trains a model, a row `teaching` with the share of passkeys right over the steps, and reads with every cache: rows `eviction`
+    with bits per byte, the share of passkeys, bytes and milliseconds a token."""
     train, valid, _ = source_bytes(cfg["folder"])
     torch.manual_seed(run)
     model = small_model(cfg, cfg["length"])
-    fit(
-        model,
-        mixed_loss,
-        partial(mixed_batch, train, cfg, run),
-        steps=cfg["steps"],
-        lr=cfg["lr"],
-        seed=run,
-        device=device,
-    )
+    some = passkey(cfg["length"], batch=cfg["texts"], digits=cfg["digits"], seed=-1_000_001 - run)
+    some = tuple(t.to(device) for t in (some.tokens, some.targets))
+    right = lambda m: exact_match(m(some[0]), some[1]).double().mean()
+    lessons = lessons_of(train, cfg, run)
+    steps = len(lessons)
+    settings = dict(steps=steps, lr=cfg["lr"], seed=run, device=device, eval_fn=right, eval_every=max(1, steps // 20))
+    history = fit(model, mixed_loss, lessons, **settings)
+    curve = [[e["step"], e["value"]] for e in history.evals]
+    yield "teaching", dict(run=run), dict(curve=curve, seconds=history.seconds)
     model.set_attention(HeavyHitterAttention())
     text = windows_of(valid, cfg["length"] + 1, cfg["windows"]).to(device)
     task = passkey(cfg["length"], batch=cfg["texts"], digits=cfg["digits"], seed=-1 - run)
@@ -261,12 +272,14 @@ def run_eviction(cfg: Mapping, device: str, run: int) -> Iterator[tuple[str, dic
             found = through_cache(model, keys, n, make())
             right = exact_match(found, task.targets[:, n - 1 :].to(device)).float().mean()
         yield "eviction", dict(method=method, budget=budget, run=run), dict(
-            bits=float(bits), right=float(right), nbytes=cache.nbytes, steps=cfg["steps"], tokens=c,
+            bits=float(bits), right=float(right), nbytes=cache.nbytes, steps=steps, tokens=c,
             ms_token=1e3 * seconds / (cfg["length"] - cfg["prompt"]),
         )  # fmt: skip
 
 # %% ../../nbs/4_long_context/sinklora.ipynb #g-all
 _RUNS = {"extension": run_extension, "eviction": run_eviction, "leak": run_leak}
+#: of experiments that train otherwise than their first rows did
+RECIPES = {"eviction": 2}
 
 
 def _work(job: tuple) -> list[dict]:
@@ -276,8 +289,9 @@ def _work(job: tuple) -> list[dict]:
         torch.set_float32_matmul_precision("high")
     rows = []
     for name, key, fields in _RUNS[experiment](PRESETS[preset][experiment], device, run):
-        common = dict(device=device, preset=preset, size=preset, seed=run)
-        rows.append(record("sinklora", name, key=(*key, "size"), **common, **key, **fields))
+        common = dict(device=device, preset=preset, seed=run)
+        key = key | dict(size=preset) | ({"recipe": RECIPES[experiment]} if experiment in RECIPES else {})
+        rows.append(record("sinklora", name, key=tuple(key), **common, **key, **fields))
     return rows
 
 

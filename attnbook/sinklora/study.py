@@ -20,7 +20,7 @@ from ..engine import attention
 from ..lab.bench import compare, sdpa
 from ..lab.claims import Claim, grade, matches, out_of_reach, over_range
 from ..lab.results import load_results, newest_device, record
-from ..lab.stats import Speedup, by_seed, paired, speedups
+from ..lab.stats import Speedup, by_seed, newest_recipe, paired, speedups
 from ..lm.configs import CONFIGS
 from .experiments_study import FORMS
 from .h2o_op import H2OCache
@@ -30,10 +30,14 @@ from .reference import group_start, moved_by, rolled_attention, sf_visible_pairs
 
 # %% ../../nbs/4_long_context/sinklora.ipynb #h-rows
 def best_rows(name: str, **where) -> list[dict]:
-    "Recorded rows of an experiment, of the largest preset there is, on the device measured last."
+    "Recorded rows of an experiment, of the largest preset there is, on the device measured last, of the newest recipe."
     rows = load_results("sinklora", name, **where)
     return next(
-        (newest_device(found) for size in ("gpu", "cpu", "smoke") if (found := [r for r in rows if r["size"] == size])),
+        (
+            newest_recipe(newest_device(found))
+            for size in ("gpu", "cpu", "smoke")
+            if (found := [r for r in rows if r["size"] == size])
+        ),
         [],
     )
 

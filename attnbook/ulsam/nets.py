@@ -151,18 +151,27 @@ V1_PLAN = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)
 V2_PLAN = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
 
+def _classifier(dim, num_classes):
+    "The last layer; nothing for 0 classes."
+    return nn.Linear(dim, num_classes) if check_int("num_classes", num_classes, least=0) else nn.Identity()
+
+
 class _Net(nn.Module):
     "Stem, blocks, what follows them, mean over the map, classifier."
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward_features(self, images: Tensor) -> Tensor:
+        "The map that the classifier averages, `(batch, channels, y, x)`."
         x = self.stem(images)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.final(x).mean((2, 3)))
+        return self.final(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.forward_features(images).mean((2, 3)))
 
 
 class MobileNetV1(_Net):
-    """MobileNet-V1: images `(batch, in_channels, Y, X)` -> logits. `plan`: width and stride of each layer; `width`
+    """MobileNet-V1: images `(batch, in_channels, Y, X)` -> logits, or features where num_classes is 0. `plan`: width and stride of each layer; `width`
     multiplies all widths. `blocks` holds the layers, counted from 1 in `replace_blocks`."""
 
     def __init__(
@@ -180,11 +189,11 @@ class MobileNetV1(_Net):
         for wide, stride in plan:
             self.blocks.append(SeparableBlock(dim, int(wide * width), stride))
             dim = int(wide * width)
-        self.head = nn.Linear(dim, num_classes)
+        self.head = _classifier(dim, num_classes)
 
 
 class MobileNetV2(_Net):
-    """MobileNet-V2: images `(batch, in_channels, Y, X)` -> logits. `plan`: expansion, width, blocks and first stride of
+    """MobileNet-V2: images `(batch, in_channels, Y, X)` -> logits, or features where num_classes is 0. `plan`: expansion, width, blocks and first stride of
     each stage. `blocks` holds the bottlenecks, counted from 1 in `replace_blocks`."""
 
     def __init__(
@@ -202,17 +211,17 @@ class MobileNetV2(_Net):
             for i in range(count):
                 self.blocks.append(Bottleneck(dim, wide, 1 if i else stride, expansion))
                 dim = wide
-        self.final, self.head = _conv(dim, final), nn.Linear(final, num_classes)
+        self.final, self.head = _conv(dim, final), _classifier(final, num_classes)
 
 # %% ../../nbs/5_vision/ulsam.ipynb #e6f85a6a
-def mobilenet_v1(num_classes: int = 1000, width: float = 1.0) -> MobileNetV1:
+def mobilenet_v1(num_classes: int = 1000, width: float = 1.0, in_channels: int = 3) -> MobileNetV1:
     "MobileNet-V1 for images of 224 pixels: 4.2 M parameters, 569 M multiply-adds."
-    return MobileNetV1(num_classes, width=width)
+    return MobileNetV1(num_classes, in_channels, width)
 
 
-def mobilenet_v2(num_classes: int = 1000) -> MobileNetV2:
+def mobilenet_v2(num_classes: int = 1000, in_channels: int = 3) -> MobileNetV2:
     "MobileNet-V2 for images of 224 pixels: 3.5 M parameters, 300 M multiply-adds."
-    return MobileNetV2(num_classes)
+    return MobileNetV2(num_classes, in_channels)
 
 
 def mobilenet_v1_small(num_classes: int = 10, in_channels: int = 3) -> MobileNetV1:
@@ -278,15 +287,17 @@ def add_ulsam(
     return net
 
 # %% ../../nbs/5_vision/ulsam.ipynb #3248009c
-def ulsam_mobilenet_v1(num_classes: int = 1000, num_subspaces: int = 4, width: float = 1.0) -> MobileNetV1:
+def ulsam_mobilenet_v1(
+    num_classes: int = 1000, num_subspaces: int = 4, width: float = 1.0, in_channels: int = 3
+) -> MobileNetV1:
     "MobileNet-V1 with ULSAM in place of its ninth layer, 512 channels on 14 x 14: 3.9 M parameters, 517 M multiply-adds."
-    return replace_blocks(mobilenet_v1(num_classes, width), [9], num_subspaces)
+    return replace_blocks(mobilenet_v1(num_classes, width, in_channels), [9], num_subspaces)
 
 
-def ulsam_mobilenet_v2(num_classes: int = 1000, num_subspaces: int = 4) -> MobileNetV2:
+def ulsam_mobilenet_v2(num_classes: int = 1000, num_subspaces: int = 4, in_channels: int = 3) -> MobileNetV2:
     """MobileNet-V2 with ULSAM in place of two bottlenecks of 96 channels and two of 160: 2.6 M parameters (2.54 M of the
     paper's 3.4 M), 223.8 M multiply-adds."""
-    return replace_blocks(mobilenet_v2(num_classes), [12, 13, 15, 16], num_subspaces)
+    return replace_blocks(mobilenet_v2(num_classes, in_channels), [12, 13, 15, 16], num_subspaces)
 
 
 register_models(

@@ -285,39 +285,39 @@ def van(
     )
 
 
-def van_b0(num_classes: int = 1000, *, drop_path: float = 0.1, backend: str = "auto") -> VAN:
+def van_b0(num_classes: int = 1000, *, in_channels: int = 3, drop_path: float = 0.1, backend: str = "auto") -> VAN:
     "VAN-B0: 4.1 million parameters, 0.9 G operations; 75.4 % on ImageNet. For further settings see `VAN`."
-    return van("b0", num_classes, drop_path=drop_path, backend=backend)
+    return van("b0", num_classes, in_channels=in_channels, drop_path=drop_path, backend=backend)
 
 
-def van_b1(num_classes: int = 1000, *, drop_path: float = 0.1, backend: str = "auto") -> VAN:
+def van_b1(num_classes: int = 1000, *, in_channels: int = 3, drop_path: float = 0.1, backend: str = "auto") -> VAN:
     "VAN-B1: 13.9 million parameters, 2.5 G operations; 81.1 % on ImageNet."
-    return van("b1", num_classes, drop_path=drop_path, backend=backend)
+    return van("b1", num_classes, in_channels=in_channels, drop_path=drop_path, backend=backend)
 
 
-def van_b2(num_classes: int = 1000, *, drop_path: float = 0.1, backend: str = "auto") -> VAN:
+def van_b2(num_classes: int = 1000, *, in_channels: int = 3, drop_path: float = 0.1, backend: str = "auto") -> VAN:
     "VAN-B2: 26.6 million parameters, 5.0 G operations; 82.8 % on ImageNet."
-    return van("b2", num_classes, drop_path=drop_path, backend=backend)
+    return van("b2", num_classes, in_channels=in_channels, drop_path=drop_path, backend=backend)
 
 
-def van_b3(num_classes: int = 1000, *, drop_path: float = 0.2, backend: str = "auto") -> VAN:
+def van_b3(num_classes: int = 1000, *, in_channels: int = 3, drop_path: float = 0.2, backend: str = "auto") -> VAN:
     "VAN-B3: 44.8 million parameters, 9.0 G operations; 83.9 % on ImageNet."
-    return van("b3", num_classes, drop_path=drop_path, backend=backend)
+    return van("b3", num_classes, in_channels=in_channels, drop_path=drop_path, backend=backend)
 
 
-def van_b4(num_classes: int = 1000, *, drop_path: float = 0.2, backend: str = "auto") -> VAN:
+def van_b4(num_classes: int = 1000, *, in_channels: int = 3, drop_path: float = 0.2, backend: str = "auto") -> VAN:
     "VAN-B4: 60.3 million parameters, 12.2 G operations; 84.2 % on ImageNet."
-    return van("b4", num_classes, drop_path=drop_path, backend=backend)
+    return van("b4", num_classes, in_channels=in_channels, drop_path=drop_path, backend=backend)
 
 
-def van_b5(num_classes: int = 1000, *, drop_path: float = 0.2, backend: str = "auto") -> VAN:
+def van_b5(num_classes: int = 1000, *, in_channels: int = 3, drop_path: float = 0.2, backend: str = "auto") -> VAN:
     "VAN-B5: 90.0 million parameters, 17.2 G operations."
-    return van("b5", num_classes, drop_path=drop_path, backend=backend)
+    return van("b5", num_classes, in_channels=in_channels, drop_path=drop_path, backend=backend)
 
 
-def van_b6(num_classes: int = 1000, *, drop_path: float = 0.2, backend: str = "auto") -> VAN:
+def van_b6(num_classes: int = 1000, *, in_channels: int = 3, drop_path: float = 0.2, backend: str = "auto") -> VAN:
     "VAN-B6: 283.9 million parameters, 55 G operations; 87.8 % on ImageNet at 384 pixels after ImageNet-22K [m]."
-    return van("b6", num_classes, drop_path=drop_path, backend=backend)
+    return van("b6", num_classes, in_channels=in_channels, drop_path=drop_path, backend=backend)
 
 
 def van_macs(model: VAN, resolution: int | tuple[int, int]) -> int:

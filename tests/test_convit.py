@@ -1018,6 +1018,7 @@ def test_gains_are_those_of_the_best():
         assert [s.ratio for s in plain] == [2.0, 2.0] and [s.peer for s in plain] == ["flash, content only"] * 2
         torchs = _core_gain("ms_fwd", TORCH)
         assert torchs[0].ratio == 6 and torchs[0].failed == ("flex, twice",)
+        assert _core_gain("ms_fwd", ("flex, twice",)) is None  # a failed peer is no victory
         assert ratio(_gain("training", "images_per_s", "batch")) == pytest.approx(4 / 3)  # more is better
 
 

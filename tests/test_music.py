@@ -64,7 +64,7 @@ from attnbook.music.midi import (
 from attnbook.music.nets import MusicTransformer, RelativeMultiheadAttention, generate, music_model, sample, token_nll
 from attnbook.music.op import relative_attention
 from attnbook.music.reference import relative_attention_reference
-from attnbook.music.study import _beyond, _gap, _gpu_slope, _peers, _slopes, claims
+from attnbook.music.study import _beyond, _faster, _gap, _gpu_slope, _peers, _slopes, claims
 
 
 def _qkv(L, M, H=2, D=16, B=1, dtype=torch.float32, shared=False, seed=0):
@@ -914,6 +914,13 @@ def test_one_bad_seed_or_length_counts():
     with rows_on_the_shelf(shelf):
         assert _beyond("relative")["growth"] == 0.2 and _beyond("relative")["less"] == 0
         assert _slopes()["ours"] == pytest.approx(3) and _gpu_slope().slope == pytest.approx(3)
+
+
+def test_a_failed_peer_is_no_victory():
+    shelf = shelf_of_rows()
+    shelf["attention"] = [r | dict(ms_fwd=None) if "flex" in r["method"] else r for r in shelf["attention"]]
+    with rows_on_the_shelf(shelf):
+        assert _faster("flex, QE buffer") is None and _faster("flex, QE buffer", "ms_bwd")
 
 
 def test_seeds_are_paired():

@@ -736,7 +736,7 @@ def test_kinds_differ_in_what_they_know_of_positions():
     assert [k for k, m in models.items() if len(m.labels) == 2] == ["absolute + labels", "relative + labels"]
     assert [k for k, m in models.items() if not m.absolute] == ["relative only"]
     assert [t.num_embeddings for t in models["relative + labels"].labels] == [4, 16]  # voices, places in a beat
-    check_raises(chorale_model, [(dict(kind="both"), ValueError, "both")], cfg=cfg)
+    check_raises(chorale_model, [(dict(kind="both"), ValueError, "both")], kind="relative", cfg=cfg)
 
 
 def test_padding_is_no_loss():

@@ -42,7 +42,14 @@ from attnbook.davit.model_nets import (
     davit_tiny,
     from_timm,
 )
-from attnbook.davit.nets import ChannelGroupAttention, ConvPositionalEncoding, Downsample, SpatialWindowAttention
+from attnbook.davit.nets import (
+    ChannelBlock,
+    ChannelGroupAttention,
+    ConvPositionalEncoding,
+    Downsample,
+    SpatialBlock,
+    SpatialWindowAttention,
+)
 from attnbook.davit.reference import channel_attention_reference, window_numbers
 from attnbook.davit.study import _linear_slopes, _pair_gaps, _reached, _scale_effect, _speedup, claims
 from attnbook.davit.window_op import (
@@ -812,6 +819,43 @@ def test_record_experiments(monkeypatch):
     assert {(r["scale"], r["size"]) for r in rows if r["name"] == "scale"} == {
         (s, n) for s in ("group_dim", "tokens") for n in (32, 48)
     }
+
+
+def test_networks_of_the_experiments(monkeypatch):
+    "The kinds have their blocks and the scales their scale; all else is alike, initial weights included."
+    made = []
+
+    def stop(trainees, **options):
+        made.extend(trainees)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(pairs_experiment.__globals__, "train_together", stop)
+    x, y = torch.zeros(8, 1, 32, 32), torch.zeros(8, dtype=torch.long)
+    with pytest.raises(KeyboardInterrupt):
+        pairs_experiment((x, y, x, y), dims=(16, 32), window=4, steps=1, batch=4)
+    blocks = lambda model: [type(m) for m in model.modules() if isinstance(m, (SpatialBlock, ChannelBlock))]
+    assert [blocks(t.model) for t in made] == [[SpatialBlock] * 4, [ChannelBlock] * 4, [SpatialBlock, ChannelBlock] * 2]
+    made.clear()
+    with pytest.raises(KeyboardInterrupt):
+        scale_experiment(x, y, x, y, sizes=(32,), dims=(16, 32), steps=1, batch=4)
+    scales = [{m.scale for m in t.model.modules() if isinstance(m, ChannelGroupAttention)} for t in made]
+    assert scales == [{"group_dim"}, {"tokens"}]
+    assert all(torch.equal(a, b) for a, b in zip(*(t.model.parameters() for t in made)))
+
+
+def test_the_last_step_counts(monkeypatch):
+    def trained(trainees, **options):
+        for t, later in zip(trainees, (0.75, 0.5, 1.0)):
+            t.evals = [torch.tensor(0.25), torch.tensor(later)]
+
+    monkeypatch.setitem(pairs_experiment.__globals__, "train_together", trained)
+    x, y = torch.zeros(8, 1, 32, 32), torch.zeros(8, dtype=torch.long)
+    rows = pairs_experiment((x, y, x, y), dims=(16, 32), window=4, steps=2, batch=4)
+    assert [(r["kind"], r["accuracy"], r["curve"][0]) for r in rows] == [
+        ("window", 0.75, 0.25),
+        ("channel", 0.5, 0.25),
+        ("dual", 1.0, 0.25),
+    ]
 
 
 def test_row_entropy():

@@ -686,6 +686,10 @@ def test_nonlocality():
     assert float(nonlocality(torch.eye(12), grid)) == 0
     with_token = F.pad(torch.eye(12), (1, 0, 1, 0), value=0.3)  # a class token's row and column
     assert float(nonlocality(with_token, grid)) == 0
+    half = F.pad(
+        torch.full((12, 12), 0.5 / 12, dtype=torch.float64), (1, 0, 1, 0), value=0.5
+    )  # half on the class token
+    assert rel_error(nonlocality(half, grid), distance.mean()) < 1e-12
     model = small_convit()
     found = model_nonlocality(model, torch.randn(2, 3, 24, 24))
     assert found.shape == (3, 9) and (found > 0).all()

@@ -686,6 +686,10 @@ def test_nonlocality():
     assert float(nonlocality(torch.eye(12), grid)) == 0
     with_token = F.pad(torch.eye(12), (1, 0, 1, 0), value=0.3)  # a class token's row and column
     assert float(nonlocality(with_token, grid)) == 0
+    half = F.pad(
+        torch.full((12, 12), 0.5 / 12, dtype=torch.float64), (1, 0, 1, 0), value=0.5
+    )  # half on the class token
+    assert rel_error(nonlocality(half, grid), distance.mean()) < 1e-12
     model = small_convit()
     found = model_nonlocality(model, torch.randn(2, 3, 24, 24))
     assert found.shape == (3, 9) and (found > 0).all()
@@ -1018,6 +1022,7 @@ def test_gains_are_those_of_the_best():
         assert [s.ratio for s in plain] == [2.0, 2.0] and [s.peer for s in plain] == ["flash, content only"] * 2
         torchs = _core_gain("ms_fwd", TORCH)
         assert torchs[0].ratio == 6 and torchs[0].failed == ("flex, twice",)
+        assert _core_gain("ms_fwd", ("flex, twice",)) is None  # a failed peer is no victory
         assert ratio(_gain("training", "images_per_s", "batch")) == pytest.approx(4 / 3)  # more is better
 
 

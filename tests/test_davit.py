@@ -42,7 +42,14 @@ from attnbook.davit.model_nets import (
     davit_tiny,
     from_timm,
 )
-from attnbook.davit.nets import ChannelGroupAttention, ConvPositionalEncoding, Downsample, SpatialWindowAttention
+from attnbook.davit.nets import (
+    ChannelBlock,
+    ChannelGroupAttention,
+    ConvPositionalEncoding,
+    Downsample,
+    SpatialBlock,
+    SpatialWindowAttention,
+)
 from attnbook.davit.reference import channel_attention_reference, window_numbers
 from attnbook.davit.study import _linear_slopes, _pair_gaps, _reached, _scale_effect, _speedup, claims
 from attnbook.davit.window_op import (
@@ -814,6 +821,43 @@ def test_record_experiments(monkeypatch):
     }
 
 
+def test_networks_of_the_experiments(monkeypatch):
+    "The kinds have their blocks and the scales their scale; all else is alike, initial weights included."
+    made = []
+
+    def stop(trainees, **options):
+        made.extend(trainees)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(pairs_experiment.__globals__, "train_together", stop)
+    x, y = torch.zeros(8, 1, 32, 32), torch.zeros(8, dtype=torch.long)
+    with pytest.raises(KeyboardInterrupt):
+        pairs_experiment((x, y, x, y), dims=(16, 32), window=4, steps=1, batch=4)
+    blocks = lambda model: [type(m) for m in model.modules() if isinstance(m, (SpatialBlock, ChannelBlock))]
+    assert [blocks(t.model) for t in made] == [[SpatialBlock] * 4, [ChannelBlock] * 4, [SpatialBlock, ChannelBlock] * 2]
+    made.clear()
+    with pytest.raises(KeyboardInterrupt):
+        scale_experiment(x, y, x, y, sizes=(32,), dims=(16, 32), steps=1, batch=4)
+    scales = [{m.scale for m in t.model.modules() if isinstance(m, ChannelGroupAttention)} for t in made]
+    assert scales == [{"group_dim"}, {"tokens"}]
+    assert all(torch.equal(a, b) for a, b in zip(*(t.model.parameters() for t in made)))
+
+
+def test_the_last_step_counts(monkeypatch):
+    def trained(trainees, **options):
+        for t, later in zip(trainees, (0.75, 0.5, 1.0)):
+            t.evals = [torch.tensor(0.25), torch.tensor(later)]
+
+    monkeypatch.setitem(pairs_experiment.__globals__, "train_together", trained)
+    x, y = torch.zeros(8, 1, 32, 32), torch.zeros(8, dtype=torch.long)
+    rows = pairs_experiment((x, y, x, y), dims=(16, 32), window=4, steps=2, batch=4)
+    assert [(r["kind"], r["accuracy"], r["curve"][0]) for r in rows] == [
+        ("window", 0.75, 0.25),
+        ("channel", 0.5, 0.25),
+        ("dual", 1.0, 0.25),
+    ]
+
+
 def test_row_entropy():
     "Even rows have entropy 1, rows of a single channel 0; of several layers the mean."
     model = DaViT((16,), (2,), (1,), window_size=4, attn_types=("channel",), num_classes=2, in_channels=1)
@@ -945,6 +989,8 @@ def test_speeds_are_those_of_the_fastest():
         assert _speedup("channel", ("timm", "timm compiled"), "ms_bwd", "N")[0].ratio == 0.5
         assert _speedup("training", ["timm"], "images_per_s", "N", ours=["ours"])[0].ratio == pytest.approx(0.25)
         assert _speedup("channel", ("nobody",), "ms_fwd", "N") is None
+    with rows_on_the_shelf(channel=[r | dict(ms_fwd=None) if r["method"] == "timm" else r for r in rows]):
+        assert _speedup("channel", ("timm",), "ms_fwd", "N") is None  # a failed peer is no victory
 
 
 def test_claims_read_the_right_rows():

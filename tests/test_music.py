@@ -64,7 +64,7 @@ from attnbook.music.midi import (
 from attnbook.music.nets import MusicTransformer, RelativeMultiheadAttention, generate, music_model, sample, token_nll
 from attnbook.music.op import _padded, _plan_padding, relative_attention
 from attnbook.music.reference import relative_attention_reference
-from attnbook.music.study import _beyond, _gap, _gpu_slope, _peers, _slopes, claims
+from attnbook.music.study import _beyond, _faster, _gap, _gpu_slope, _peers, _slopes, claims
 
 
 @pytest.mark.parametrize("beyond", ["zero", "clip"])
@@ -745,7 +745,7 @@ def test_kinds_differ_in_what_they_know_of_positions():
     assert [k for k, m in models.items() if len(m.labels) == 2] == ["absolute + labels", "relative + labels"]
     assert [k for k, m in models.items() if not m.absolute] == ["relative only"]
     assert [t.num_embeddings for t in models["relative + labels"].labels] == [4, 16]  # voices, places in a beat
-    check_raises(chorale_model, [(dict(kind="both"), ValueError, "both")], cfg=cfg)
+    check_raises(chorale_model, [(dict(kind="both"), ValueError, "both")], kind="relative", cfg=cfg)
 
 
 def test_padding_is_no_loss():
@@ -923,6 +923,13 @@ def test_one_bad_seed_or_length_counts():
     with rows_on_the_shelf(shelf):
         assert _beyond("relative")["growth"] == 0.2 and _beyond("relative")["less"] == 0
         assert _slopes()["ours"] == pytest.approx(3) and _gpu_slope().slope == pytest.approx(3)
+
+
+def test_a_failed_peer_is_no_victory():
+    shelf = shelf_of_rows()
+    shelf["attention"] = [r | dict(ms_fwd=None) if "flex" in r["method"] else r for r in shelf["attention"]]
+    with rows_on_the_shelf(shelf):
+        assert _faster("flex, QE buffer") is None and _faster("flex, QE buffer", "ms_bwd")
 
 
 def test_seeds_are_paired():

@@ -123,9 +123,10 @@ TORCH = ("sdpa, dense places", "flex, twice")
 
 
 def _gain(bench: str, field, *by: str, peers=("timm compiled",), ours=None) -> list[Speedup] | None:
-    "How many times faster (or smaller) the best of ours is than the best of the peers, at each problem."
+    "How many times faster (or smaller) the best of ours is than the best of the peers, at each problem that one of them solved."
     rows = load_results("convit", bench, preset="gpu")
-    return speedups(rows, *by, field=field, peers=peers, ours=ours, more=field == "images_per_s") or None
+    found = speedups(rows, *by, field=field, peers=peers, ours=ours, more=field == "images_per_s")
+    return [s for s in found if math.isfinite(s.ratio)] or None
 
 
 def _module_gain(field):

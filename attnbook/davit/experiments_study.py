@@ -39,7 +39,7 @@ PRESETS = dict(
     ),
     cpu=dict(
         pairs=dict(
-            canvas=32, classes=3, train=2000, test=300, dims=(32, 64), window=4, steps=120, batch=64, lr=2e-3, seeds=1
+            canvas=32, classes=2, train=4000, test=300, dims=(16, 32), window=4, steps=240, batch=32, lr=4e-3, seeds=1
         ),
         scale=dict(sizes=(32, 48, 64), dims=(16, 32), steps=60, batch=32, train=1000, test=100, seeds=1),
         cost=dict(sides=(16, 24, 32, 48, 64), channels=32, rep_ms=30.0),
@@ -52,9 +52,9 @@ PRESETS = dict(
             test=2000,
             dims=(64, 128, 256),
             window=4,
-            steps=1200,
+            steps=2000,
             batch=128,
-            lr=1e-3,
+            lr=2e-3,
             seeds=4,
         ),
         scale=dict(sizes=(32, 48, 64, 96, 128), dims=(64, 128), steps=600, batch=128, train=4000, test=1000, seeds=4),

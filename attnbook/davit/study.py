@@ -7,6 +7,7 @@ __all__ = ['bench_channel', 'bench_channel_core', 'bench_window', 'bench_positio
            'bench_calls', 'claims']
 
 # %% auto #imports
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -281,9 +282,10 @@ def _linear_slopes():
 
 
 def _speedup(bench: str, peers, field="ms_fwd", *by: str, ours=None) -> list[Speedup] | None:
-    "How many times faster the fastest of ours is than the fastest of the peers, at every problem that both were measured at."
+    "How many times faster the fastest of ours is than the fastest of the peers, at every problem that one of them solved."
     rows = load_results("davit", bench, preset="gpu")
-    return speedups(rows, *by, field=field, ours=ours, peers=peers, more=field == "images_per_s") or None
+    found = speedups(rows, *by, field=field, ours=ours, peers=peers, more=field == "images_per_s")
+    return [s for s in found if math.isfinite(s.ratio)] or None
 
 
 def _parameter_counts():

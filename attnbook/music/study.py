@@ -6,6 +6,7 @@
 __all__ = ['bench_attention', 'bench_memory', 'bench_half', 'bench_calls', 'trained', 'lower_by', 'goes_on', 'claims']
 
 # %% auto #imports
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 
@@ -164,9 +165,10 @@ def _gpu_slope():
 def _faster(
     peer: str, field: str = "ms_fwd", benches: Sequence[str] = ("attention", "memory", "half")
 ) -> list[Speedup] | None:
-    "How many times faster ours is than a peer, at all sizes measured; None if nothing was."
+    "How many times faster ours is than a peer, at all sizes at which the peer ran; None if it did at none."
     rows = [r for bench in benches for r in load_results("music", bench, preset="gpu")]
-    return speedups(rows, "B", "L", "D", "M", field=field, ours=("ours",), peers=(peer,)) or None
+    found = speedups(rows, "B", "L", "D", "M", field=field, ours=("ours",), peers=(peer,))
+    return [s for s in found if math.isfinite(s.ratio)] or None
 
 # %% ../../nbs/2_position/music.ipynb #4338da6a
 def trained(rule: Callable) -> Callable:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..checks import check_int, check_number
 from ..lm import LanguageModel, ModelConfig, generate
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #cf2a1b70
+# %% ../../nbs/7_looking_inside/chirper.ipynb #fdae243a
 class WordVocabulary:
     """Words and marks as numbers: 0 ends a post, 1 is unknown, then the `size` - 2 most frequent of `texts` (of equals the
     first in order). `size` is an upper bound."""
@@ -133,7 +133,7 @@ class MarkovModel:
             posts += [post] if post else []
         return posts
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #beb42437
+# %% ../../nbs/7_looking_inside/chirper.ipynb #ecf6810d
 class PersonaWriter:
     """A language model that writes as any of `personas`: tokens are the vocabulary's, then one for each persona, with which
     every post begins. `as_persona(a)` has the methods `score` and `write` of a `MarkovModel`."""
@@ -171,28 +171,24 @@ class PersonaWriter:
             found.append((nats.view(len(tokens), -1).sum(1) / (targets != -100).sum(1)).cpu())
         return torch.cat(found).double().numpy()
 
-    def write(self, count: int, persona: int, *, seed: int = 0, batch: int = 512) -> list[list[int]]:
-        "`count` posts, none empty, the same for the same seed."
-        posts, low = [], torch.finfo(torch.float32).min
-        banned = lambda logits, so_far: logits.index_fill(
-            1, torch.arange(self.vocabulary, logits.shape[1], device=logits.device), low
-        )
-        first = lambda logits, so_far: banned(logits, so_far) if so_far.shape[1] else banned(logits, so_far).index_fill(1, torch.zeros(1, dtype=torch.long, device=logits.device), low)  # fmt: skip
-        device = next(self.model.parameters()).device
-        while len(posts) < count:
-            n = min(batch, count - len(posts))
-            prompts = torch.full((n, 1), self.vocabulary + persona, device=device)
-            out = generate(
-                self.model,
-                prompts,
-                self.longest,
-                temperature=1.0,
-                seed=1_000_003 * seed + len(posts),
-                stop=0,
-                adjust=first,
-            )
+    def write(self, count: int, personas: Sequence[int], *, seed: int = 0, batch: int = 1024) -> list[list[list[int]]]:
+        "`count` posts by each of these personas, none empty. A post depends on seed, persona and its number only."
+        device, low = next(self.model.parameters()).device, torch.finfo(torch.float32).min
+
+        def allowed(logits, so_far):  # words and the end, at first words only
+            banned = torch.arange(logits.shape[1], device=logits.device) >= self.vocabulary
+            banned[0] = so_far.shape[1] == 0
+            return logits.masked_fill(banned, low)
+
+        rows = [(a, i) for a in personas for i in range(count)]
+        posts: list[list[int]] = []
+        for start in range(0, len(rows), batch):
+            some = rows[start : start + batch]
+            prompts = torch.tensor([[self.vocabulary + a] for a, _ in some], device=device)
+            seeds = [1_000_003 * seed + 10_007 * a + i for a, i in some]
+            out = generate(self.model, prompts, self.longest, temperature=1.0, seed=seeds, stop=0, adjust=allowed)
             posts += [[t for t in row.tolist() if t != 0] for row in out.rows()]
-        return posts
+        return [posts[i * count : (i + 1) * count] for i in range(len(personas))]
 
     def as_persona(self, persona: int) -> "Persona":
         "The agent of this persona."
@@ -211,9 +207,9 @@ class Persona(NamedTuple):
 
     def write(self, count: int, *, seed: int = 0) -> list[list[int]]:
         "As `MarkovModel.write`, at most `longest` words of the writer."
-        return self.writer.write(count, self.persona, seed=seed)
+        return self.writer.write(count, [self.persona], seed=seed)[0]
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #297f4fa5
+# %% ../../nbs/7_looking_inside/chirper.ipynb #9436f535
 class Entry(NamedTuple):
     "What stands in a timeline."
 

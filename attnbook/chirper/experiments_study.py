@@ -47,7 +47,7 @@ from .posts_study import (
 from .stories_reference import NAMES, PLACES, Story, sally_anne, shortcut_answers, story_words, unexpected_contents
 from .study import PRESETS
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #f0f0b12d
+# %% ../../nbs/7_looking_inside/chirper.ipynb #118fa39b
 STORY_WIDTH = 96  # tokens
 KNOWN, NEW = NAMES[:12], NAMES[12:]
 
@@ -71,8 +71,8 @@ def story_rows(stories: Sequence[Story], question: str, tokenizer: SymbolTokeniz
 
 def story_lessons(n: int, seed: int) -> tuple[Tensor, Tensor]:
     "About n rows to learn from: Sally and Anne with 1 or 2 moves, contents, facts about both, and facts about new names."
-    tokenizer, rng, part = SymbolTokenizer(story_words()), np.random.default_rng(seed), max(1, n // 10)
-    sally, tins = sally_anne(2 * part, seed=seed, names=KNOWN), unexpected_contents(part, seed=seed, names=KNOWN)
+    tokenizer, rng, part = SymbolTokenizer(story_words()), np.random.default_rng(seed), max(1, n // 13)
+    sally, tins = sally_anne(2 * part, seed=seed, names=KNOWN), unexpected_contents(2 * part, seed=seed, names=KNOWN)
     fresh = sally_anne(part, seed=seed + 1, names=NAMES), unexpected_contents(part // 2, seed=seed + 1, names=NAMES)
     asked = [
         (sally, "belief"),
@@ -121,7 +121,7 @@ def story_experiment(cfg: Mapping, seed: int, device: str) -> list[dict]:
             next_token_loss,
             Batches(*lessons, batch_size=c["batch"], seed=a),
             steps=c["steps"],
-            lr=2e-3,
+            lr=c["lr"],
             seed=a,
             device=device,
             progress=False,
@@ -148,7 +148,7 @@ def story_experiment(cfg: Mapping, seed: int, device: str) -> list[dict]:
             )
     return rows
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #3aed1863
+# %% ../../nbs/7_looking_inside/chirper.ipynb #9f697363
 ADJECTIVES = ("soft", "small", "large", "beautiful", "perfect", "comfortable", "short", "cute")
 
 
@@ -213,7 +213,7 @@ def influence_experiment(posts: Posts, cfg: Mapping, seed: int) -> list[dict]:
             )
     return rows
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #bec54df4
+# %% ../../nbs/7_looking_inside/chirper.ipynb #9671aa77
 def network_experiment(agents: Sequence[MarkovModel], cfg: Mapping, seed: int) -> list[dict]:
     'A row "network" for each agent: planted share, gain, gain with shifted feeds; one row "conversation".'
     c, n = cfg["network"], min(cfg["network"]["agents"], AGENTS)
@@ -244,7 +244,7 @@ def network_experiment(agents: Sequence[MarkovModel], cfg: Mapping, seed: int) -
         )
     return rows
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #727362bb
+# %% ../../nbs/7_looking_inside/chirper.ipynb #67c9e22a
 def persona_experiment(passes: Sequence[Sequence[int]], seed: int) -> dict[str, float]:
     "p-values, over ten agents, of a digit in the handle and of age (paired within departments), with the differences in pass rate."
     rates = [float(np.mean(p)) for p in passes]
@@ -269,7 +269,7 @@ def group_power(agents: int, delta: float, *, trials: int = 10, correlation: flo
         hits += permutation_test(rates[agents // 2 :], rates[: agents // 2], draws=draws, seed=s) <= 0.05
     return hits / simulations
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #c5f5b4ae
+# %% ../../nbs/7_looking_inside/chirper.ipynb #986f4a4b
 def statistics_rows(cfg: Mapping, seed: int) -> list[dict]:
     "What the design can show: level and power of the rule by correlation (exact), power of group comparisons (simulated)."
     rows = [
@@ -294,7 +294,11 @@ def statistics_rows(cfg: Mapping, seed: int) -> list[dict]:
 
 
 def run_all(
-    preset: str = "gpu", device: str | None = None, seed: int = 0, show: Callable[[str], None] = print
+    preset: str = "gpu",
+    device: str | None = None,
+    seed: int = 0,
+    seeds: int | None = None,  # how many, from `seed` on; the preset's if None
+    show: Callable[[str], None] = print,
 ) -> list[dict]:
     "All experiments of a preset, recorded as they come; returns the rows. Texts are in none of them."
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -304,13 +308,13 @@ def run_all(
         key = (*key, "run", "preset_name")
         rows.append(record("chirper", name, key=key, device=device, preset=preset, preset_name=preset, run=run, **row))
 
-    for run in range(seed, seed + cfg["seeds"]):
+    for run in range(seed, seed + (cfg["seeds"] if seeds is None else seeds)):
         for r in story_experiment(cfg, run, device):
             note("stories", ("agent", "exam"), run, r)
         show(
             f"seed {run}: stories {np.mean([x for r in rows if r['name'] == 'stories' and r['run'] == run and r['exam'] == 'same' for x in r['passes']]):.1%} passed"
         )
-        posts = human_posts(cfg["posts"], cfg["vocabulary"], run)
+        posts = human_posts(cfg["posts"], cfg["vocabulary"], run, cfg["held"])
         families = {
             f: make_agents(f, posts, cfg, run, device) for f in ("writer", *(f"markov {o}" for o in cfg["markov"]))
         }

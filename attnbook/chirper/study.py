@@ -6,7 +6,6 @@
 __all__ = ['PRESETS', 'post_lengths', 'bench_length', 'bench_encoder', 'judge_rule', 'judge_planted', 'keeps', 'claims']
 
 # %% auto #imports
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -15,17 +14,33 @@ import torch.nn.functional as F
 
 from ..lab.bench import compare
 from ..lab.claims import Claim, beyond_interval, grade, out_of_reach, over_range
-from ..lab.results import load_results, newest_device
-from ..lab.stats import cluster_bootstrap, holm, interval, proportion_power, proportion_test, rank_correlation, speedups
+from ..lab.stats import proportion_power
+from .claims_study import (
+    _agents,
+    _auc,
+    _auc_difference,
+    _beliefs,
+    _between,
+    _drop,
+    _false_influence,
+    _mirror,
+    _network,
+    _planted,
+    _rows,
+    _rule_of_the_paper,
+    _slopes,
+    _speed,
+)
 from .nets import BertConfig, PackedEncoder
 from .op import packed_attention
 from .reference import plan_posts, unpack_rows
 from .stories_reference import packed_cost
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #091fb62d
+# %% ../../nbs/7_looking_inside/chirper.ipynb #ac448de3
 PRESETS = dict(
     smoke=dict(
         posts=24,
+        held=9,
         write=(6, 6),
         trials=4,
         seeds=1,
@@ -34,7 +49,7 @@ PRESETS = dict(
         writer=dict(dim=16, depth=1, heads=2, steps=3, batch=8),
         encoder=dict(dim=16, depth=1, heads=2, steps=3, batch=8),
         readers=("markov 2",),
-        stories=dict(agents=2, dim=16, depth=1, heads=2, train=64, test=12, steps=3, batch=16),
+        stories=dict(agents=2, dim=16, depth=1, heads=2, train=64, test=12, steps=3, batch=16, lr=3e-3),
         influence=dict(agents=4, prompts=6, answers=6, draws=20, strengths=(1.0,)),
         network=dict(agents=4, steps=30),
         rounds=2,
@@ -42,22 +57,24 @@ PRESETS = dict(
     ),
     cpu=dict(
         posts=180,
+        held=60,
         write=(80, 40),
         trials=40,
         seeds=1,
         markov=(0, 1, 2, 3),
         vocabulary=3000,
-        writer=dict(dim=64, depth=2, heads=4, steps=300, batch=24),
+        writer=dict(dim=64, depth=2, heads=4, steps=240, batch=20),
         encoder=dict(dim=64, depth=2, heads=4, steps=120, batch=32),
         readers=("markov 2", "writer"),
-        stories=dict(agents=2, dim=64, depth=2, heads=4, train=4000, test=100, steps=500, batch=32),
+        stories=dict(agents=2, dim=64, depth=2, heads=4, train=8000, test=100, steps=300, batch=32, lr=3e-3),
         influence=dict(agents=20, prompts=60, answers=20, draws=200, strengths=(0.25, 0.5, 1.0)),
         network=dict(agents=10, steps=600),
         rounds=6,
-        power=dict(simulations=150, draws=200),
+        power=dict(simulations=150, draws=300),
     ),
     gpu=dict(
         posts=180,
+        held=60,
         write=(80, 40),
         trials=40,
         seeds=3,
@@ -66,7 +83,7 @@ PRESETS = dict(
         writer=dict(dim=256, depth=4, heads=4, steps=1200, batch=128),
         encoder=dict(dim=128, depth=4, heads=4, steps=600, batch=64),
         readers=("markov 0", "markov 2", "writer"),
-        stories=dict(agents=10, dim=128, depth=3, heads=4, train=20000, test=200, steps=1500, batch=128),
+        stories=dict(agents=10, dim=128, depth=3, heads=4, train=20000, test=200, steps=800, batch=128, lr=1.5e-3),
         influence=dict(agents=20, prompts=60, answers=20, draws=200, strengths=(0.25, 0.5, 1.0)),
         network=dict(agents=10, steps=1200),
         rounds=6,
@@ -74,7 +91,7 @@ PRESETS = dict(
     ),
 )
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #6687c19a
+# %% ../../nbs/7_looking_inside/chirper.ipynb #1324c62b
 def post_lengths(mean: int, total: int, most: int, seed: int = 0) -> list[int]:
     "Geometric lengths from 1 to `most` with about this mean, `total` tokens in all."
     rng, found, left = np.random.default_rng(seed), [], total
@@ -170,125 +187,7 @@ def bench_encoder(means: Sequence[int] = (24, 64)) -> Iterator[dict]:
         yield from compare({"mean": mean}, {"ours": blocks_packed}, [x], **how)
         yield from compare({"mean": mean}, {"padded": blocks_padded}, [unpack_rows(x, cu)], **how)
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #d37851ca
-def _rows(name, **where):
-    "The recorded rows of the gpu preset, of the device measured last; of this preset's rows elsewhere nothing is judged."
-    return newest_device(load_results("chirper", name, preset="gpu", **where))
-
-
-def _agents(rows) -> list[float]:
-    "Pass rate of every agent, over all seeds."
-    return [float(np.mean(p)) for r in rows for p in r["passes"]]
-
-
-def _mirror(family, recogniser, k=4, topic=False):
-    return _rows("mirror", family=family, k=k, topic=topic, recogniser=recogniser)
-
-
-def _between(family, a, b):
-    "Pass rates in points, recogniser a less b, agent by agent; None where one is not there."
-    x, y = (_agents(sorted(_mirror(family, n), key=lambda r: r["run"])) for n in (a, b))
-    return interval([100 * (s - t) for s, t in zip(x, y)]) if x and len(x) == len(y) else None
-
-
-def _rule_of_the_paper():
-    "For every test: pass rate of all agents, the low end over agents, and Holm's p of the z-test's exact form, first seed, ten trials each."
-    tests = {f"mirror, {f}": _mirror(f, "own") for f in ("writer", "markov 2")}
-    tests["conversation"] = _rows("conversation")
-    by_exam: dict[str, dict] = {}
-    for r in _rows("stories"):
-        by_exam.setdefault(r["exam"], {}).setdefault(r["run"], []).append(r["passes"])
-    tests |= {
-        f"beliefs, {e}": [dict(run=run, passes=p) for run, p in runs.items()]
-        for e, runs in by_exam.items()
-        if e in ("same", "contents")
-    }
-    found = {}
-    for name, rows in tests.items():
-        if rows:
-            first = min(rows, key=lambda r: r["run"])["passes"]
-            ten = [x for p in first for x in p[:10]]
-            low, _ = cluster_bootstrap(first, draws=1000)
-            found[name] = dict(
-                share=float(np.mean([x for p in first for x in p])),
-                p=proportion_test(sum(ten), len(ten), 0.7).exact,
-                low=low,
-            )
-    for r, p in zip(found.values(), holm([r["p"] for r in found.values()])):
-        r["p"] = p
-    return found or None
-
-
-def _auc(generator, reader):
-    values = [r["auc"] for r in _rows("reading", generator=generator, reader=reader)]
-    return interval(values) if values else None
-
-
-def _auc_difference(generator, a, b):
-    x, y = ({r["run"]: r["auc"] for r in _rows("reading", generator=generator, reader=n)} for n in (a, b))
-    both = [x[s] - y[s] for s in x if s in y]
-    return interval(both) if both else None
-
-
-def _beliefs(exam):
-    "Pass rates in points, agent by agent, over what the best shortcut gets right about beliefs."
-    rows = _rows("stories", exam=exam)
-    return interval([100 * (np.mean(r["passes"]) - r["shortcut"]) for r in rows]) if rows else None
-
-
-def _drop(exam):
-    "How many points of the pass rate an exam keeps of `same`, agent by agent."
-    rate = lambda e: {(r["run"], r["agent"]): float(np.mean(r["passes"])) for r in _rows("stories", exam=e)}
-    same, other = rate("same"), rate(exam)
-    both = [100 * (other[s] - same[s]) for s in same if s in other]
-    return interval(both) if both else None
-
-
-def _planted():
-    "Rank correlations, the mean over seeds: of each index with what it should and should not follow."
-    found: dict[str, list[float]] = defaultdict(list)
-    rows = _rows("influence")
-    for run in sorted({r["run"] for r in rows}):
-        mine = [r for r in rows if r["run"] == run]
-        top = max((r["strength"] for r in mine if r["kind"] == "reward"), default=0)
-        reward, none = (
-            [r for r in mine if r["kind"] == k and r["strength"] == s] for k, s in (("reward", top), ("none", 0.0))
-        )
-        rank = lambda some, x, y: rank_correlation([r[x] for r in some], [r[y] for r in some])
-        found["influence, α"].append(rank(reward, "susceptible", "corrected"))
-        found["struggle, τ"].append(rank(none, "hesitates", "struggle"))
-        found["influence, τ"].append(abs(rank(reward, "hesitates", "corrected")))
-    return {k: float(np.mean(v)) for k, v in found.items()} or None
-
-
-def _false_influence():
-    "Among agents and settings where nothing changed: the share with p <= 0.05; and the mean raw index there."
-    rows = _rows("influence", kind="none")
-    return (
-        dict(alarms=float(np.mean([r["p"] <= 0.05 for r in rows])), raw=float(np.mean([r["raw"] for r in rows])))
-        if rows
-        else None
-    )
-
-
-def _network():
-    rows = _rows("network")
-    runs = sorted({r["run"] for r in rows})
-    of = lambda run: [r for r in rows if r["run"] == run]
-    values = [rank_correlation([r["susceptible"] for r in of(s)], [r["gain"] - r["null"] for r in of(s)]) for s in runs]
-    return float(np.mean(values)) if values else None
-
-
-def _slopes(told):
-    values = [100 * s for r in _rows("feedback", told=told) for s in r["slopes"]]
-    return interval(values) if values else None
-
-
-def _speed(peers, keep, field=("ms_fwd", "ms_bwd")):
-    found = speedups(_rows("length"), "mean", field=field, ours=("ours, shared", "ours, own"), peers=peers)
-    return [s for s in found if keep(int(s.where.split("=")[1]))] or None
-
-# %% ../../nbs/7_looking_inside/chirper.ipynb #6b3db198
+# %% ../../nbs/7_looking_inside/chirper.ipynb #8b96ba0d
 def judge_rule(found: Mapping[str, Mapping]) -> tuple[str, str]:
     "Holds: every test passes the paper's rule after Holm's correction, and its low end over agents is above 0.7. In part: at least one does."
     good = {n: r["p"] <= 0.05 and r["low"] > 0.7 for n, r in found.items()}

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..checks import check_int, check_number
 from ..lm import LanguageModel, ModelConfig, generate
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #fdae243a
+# %% ../../nbs/7_looking_inside/chirper.ipynb #01d19d2c
 class WordVocabulary:
     """Words and marks as numbers: 0 ends a post, 1 is unknown, then the `size` - 2 most frequent of `texts` (of equals the
     first in order). `size` is an upper bound."""
@@ -133,7 +133,7 @@ class MarkovModel:
             posts += [post] if post else []
         return posts
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #ecf6810d
+# %% ../../nbs/7_looking_inside/chirper.ipynb #7d369b19
 class PersonaWriter:
     """A language model that writes as any of `personas`: tokens are the vocabulary's, then one for each persona, with which
     every post begins. `as_persona(a)` has the methods `score` and `write` of a `MarkovModel`."""
@@ -209,7 +209,7 @@ class Persona(NamedTuple):
         "As `MarkovModel.write`, at most `longest` words of the writer."
         return self.writer.write(count, [self.persona], seed=seed)[0]
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #9436f535
+# %% ../../nbs/7_looking_inside/chirper.ipynb #efd573a7
 class Entry(NamedTuple):
     "What stands in a timeline."
 

@@ -13,7 +13,7 @@ import numpy as np
 from ..lab.results import load_results, newest_device
 from ..lab.stats import cluster_bootstrap, holm, interval, proportion_test, rank_correlation, speedups
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #9ff23525
+# %% ../../nbs/7_looking_inside/chirper.ipynb #2ee2200b
 def _rows(name, **where):
     "The recorded rows of the gpu preset, of the device measured last; of this preset's rows elsewhere nothing is judged."
     return newest_device(load_results("chirper", name, preset="gpu", **where))

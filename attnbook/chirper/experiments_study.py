@@ -47,7 +47,7 @@ from .posts_study import (
 from .stories_reference import NAMES, PLACES, Story, sally_anne, shortcut_answers, story_words, unexpected_contents
 from .study import PRESETS
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #118fa39b
+# %% ../../nbs/7_looking_inside/chirper.ipynb #9a0920cb
 STORY_WIDTH = 96  # tokens
 KNOWN, NEW = NAMES[:12], NAMES[12:]
 
@@ -148,7 +148,7 @@ def story_experiment(cfg: Mapping, seed: int, device: str) -> list[dict]:
             )
     return rows
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #9f697363
+# %% ../../nbs/7_looking_inside/chirper.ipynb #a3082d6d
 ADJECTIVES = ("soft", "small", "large", "beautiful", "perfect", "comfortable", "short", "cute")
 
 
@@ -213,7 +213,7 @@ def influence_experiment(posts: Posts, cfg: Mapping, seed: int) -> list[dict]:
             )
     return rows
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #9671aa77
+# %% ../../nbs/7_looking_inside/chirper.ipynb #991c4595
 def network_experiment(agents: Sequence[MarkovModel], cfg: Mapping, seed: int) -> list[dict]:
     'A row "network" for each agent: planted share, gain, gain with shifted feeds; one row "conversation".'
     c, n = cfg["network"], min(cfg["network"]["agents"], AGENTS)
@@ -244,7 +244,7 @@ def network_experiment(agents: Sequence[MarkovModel], cfg: Mapping, seed: int) -
         )
     return rows
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #67c9e22a
+# %% ../../nbs/7_looking_inside/chirper.ipynb #1ab9e235
 def persona_experiment(passes: Sequence[Sequence[int]], seed: int) -> dict[str, float]:
     "p-values, over ten agents, of a digit in the handle and of age (paired within departments), with the differences in pass rate."
     rates = [float(np.mean(p)) for p in passes]
@@ -269,7 +269,7 @@ def group_power(agents: int, delta: float, *, trials: int = 10, correlation: flo
         hits += permutation_test(rates[agents // 2 :], rates[: agents // 2], draws=draws, seed=s) <= 0.05
     return hits / simulations
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #986f4a4b
+# %% ../../nbs/7_looking_inside/chirper.ipynb #fea24ab2
 def statistics_rows(cfg: Mapping, seed: int) -> list[dict]:
     "What the design can show: level and power of the rule by correlation (exact), power of group comparisons (simulated)."
     rows = [

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..checks import check_int
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #f92285a4
+# %% ../../nbs/7_looking_inside/chirper.ipynb #6678b5ea
 def _distribution(name: str, pi) -> np.ndarray:
     "Rows as float64, checked."
     pi = np.asarray(pi, float)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..engine import Launch, LaunchTable, TileProgram, arch_of, register_program, tl, triton
 from ..engine.host import round_dim
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #e4b0dec0
+# %% ../../nbs/7_looking_inside/chirper.ipynb #c834d17d
 class PostConstants(NamedTuple):
     "What the hooks are compiled for."
 
@@ -121,7 +121,7 @@ POSTS = register_program(
     )
 )
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #2da7a314
+# %% ../../nbs/7_looking_inside/chirper.ipynb #bff0432f
 class MeanConstants(NamedTuple):
     "What the kernels of the mean are compiled for."
 
@@ -162,7 +162,7 @@ def mean_backward(DO, CU, DX, D, posts, total, C: tl.constexpr):
         value = tl.zeros([rows, width], tl.float32) + g[None, :]
         tl.store(at, value.to(DX.dtype.element_ty), mask=(n < b)[:, None] & (d < D)[None, :])
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #616a4539
+# %% ../../nbs/7_looking_inside/chirper.ipynb #276cea3a
 #: the record's BM: tokens of a step, BN: channels of a program
 MEAN_LAUNCH = LaunchTable("mean", fallback=lambda arch, kernel, bits, width: Launch(32, min(width, 64), 4, 2))
 

@@ -19,7 +19,7 @@ from ..models import register_models
 from .op import packed_attention, segment_mean
 from .reference import PostPlan, plan_posts
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #2404d310
+# %% ../../nbs/7_looking_inside/chirper.ipynb #b5053ea7
 @dataclass(frozen=True)
 class BertConfig:
     """Sizes of an encoder; the defaults are BERT-base's (Devlin et al. 2019). ValueError or TypeError naming the field."""
@@ -135,7 +135,7 @@ class PostClassifier(nn.Module):
     def extra_repr(self):
         return f"pool={self.pool!r}"
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #3c554892
+# %% ../../nbs/7_looking_inside/chirper.ipynb #0cd78f9f
 def chirper_bert_tiny(**changes) -> PackedEncoder:
     "2 layers of 128. Source: Turc et al. 2019."
     return PackedEncoder(BertConfig(**dict(dim=128, depth=2, heads=2) | changes))

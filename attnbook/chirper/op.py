@@ -14,7 +14,7 @@ from ..engine.host import Plans, autocast, through_float32
 from .kernels import POSTS, launch_mean, launch_mean_grad
 from .reference import PostPlan, packed_attention_padded, plan_posts, segment_mean_reference
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #188ff801
+# %% ../../nbs/7_looking_inside/chirper.ipynb #1e04d7f3
 #: below so many tokens a post, on average, posts share tiles
 SHARED_BELOW = 48
 
@@ -80,7 +80,7 @@ def _decide_packed(q, k, v, begin, *, posts, causal, scale, shared, backend):
     together = q.shape[1] < SHARED_BELOW * posts if shared is None else shared
     return "shared" if together else "own", scale, {}
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #f1be535d
+# %% ../../nbs/7_looking_inside/chirper.ipynb #2eff7a32
 def _mean(x: Tensor, cu: Tensor, total: int) -> Tensor:
     return through_float32(lambda x: launch_mean(x, cu), (x,)).to(x.dtype)
 

@@ -27,7 +27,7 @@ from ..lm import next_token_loss
 from .agents_nets import MarkovModel, Persona, PersonaWriter, WordVocabulary
 from .nets import BertConfig, PostClassifier
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #3847d1e3
+# %% ../../nbs/7_looking_inside/chirper.ipynb #756d72a9
 DEPARTMENTS = ("Tops", "Dresses", "Bottoms", "Intimate", "Jackets")
 AGENTS = 2 * len(DEPARTMENTS)  # agent 2 d: department d, below the median age; 2 d + 1: from it on
 
@@ -101,7 +101,7 @@ def written(agents: Sequence, count: int, seed: int) -> list[list[list[int]]]:
         return agents[0].writer.write(count, range(AGENTS), seed=seed)
     return [agents[a].write(count, seed=1000 * seed + a) for a in range(AGENTS)]
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #f151d3ad
+# %% ../../nbs/7_looking_inside/chirper.ipynb #42f446b9
 def hashed_features(
     posts: Sequence[Sequence[int]], kind: str, vocabulary: WordVocabulary | None = None, buckets: int = 4096
 ) -> np.ndarray:
@@ -187,7 +187,7 @@ class EncoderReader:
             parts.append(self.net(tokens, cu).float().log_softmax(-1).cpu())
         return torch.cat(parts).numpy()
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #0743d98e
+# %% ../../nbs/7_looking_inside/chirper.ipynb #81745d21
 class Trial(NamedTuple):
     "A mirror trial."
 
@@ -316,7 +316,7 @@ def mirror_experiment(family: str, agents: Sequence, posts: Posts, cfg: Mapping,
         )
     return rows
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #45383ae3
+# %% ../../nbs/7_looking_inside/chirper.ipynb #ee3edbeb
 def feedback_experiment(
     texts: Sequence[Sequence], rounds: int, *, each: int = 10, k: int = 4, seed: int = 0
 ) -> list[dict]:
@@ -344,7 +344,7 @@ def feedback_experiment(
         rows.append(dict(told=told, k=k, accuracy=table, slopes=slopes))
     return rows
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #537b6285
+# %% ../../nbs/7_looking_inside/chirper.ipynb #ae5605ac
 def area_under_curve(positive: Sequence[float], negative: Sequence[float]) -> float:
     "How often a positive's score is above a negative's, ties half. ValueError for none of one kind."
     a, b = np.asarray(positive, float), np.asarray(negative, float)

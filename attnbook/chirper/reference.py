@@ -17,7 +17,7 @@ from torch import Tensor
 from ..attention import attention_reference
 from ..checks import check_int, check_tensor
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #d114e1b7
+# %% ../../nbs/7_looking_inside/chirper.ipynb #81d69238
 class PostPlan(NamedTuple):
     "Where posts lie in a packed tensor. Made once for a batch by `plan_posts`, used by every layer."
 
@@ -78,7 +78,7 @@ def packed_attention_reference(
     lse = torch.cat([*(x[0] for _, x in parts), q.new_full((q.shape[0], rest), -math.inf, dtype=full)], 1)
     return (out, lse) if return_lse else out
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #cd2277a3
+# %% ../../nbs/7_looking_inside/chirper.ipynb #5aa04729
 def pack_rows(padded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of a padded tensor `(N, L, …)` laid end to end, `(total, …)`, and `cu_seqlens` `(N + 1,)` int32. Row i keeps
     its first `lengths[i]` entries. ValueError for lengths that do not fit."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..checks import check_int
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #4dba642b
+# %% ../../nbs/7_looking_inside/chirper.ipynb #d676083f
 NAMES = (
     "anna",
     "ben",
@@ -155,7 +155,7 @@ def shortcut_answers(story: Story) -> dict[str, str]:
     named = [w for w in story.text.split() if w in pool]
     return dict(fact=story.fact, last=named[-1], first=named[0], constant=pool[0])
 
-# %% ../../nbs/7_looking_inside/chirper.ipynb #1128a86d
+# %% ../../nbs/7_looking_inside/chirper.ipynb #3b96b23c
 def scored_pairs(lengths: Sequence[int], BM: int = 64, BN: int = 128) -> dict[str, int]:
     """Pairs of tokens that are scored for posts of these lengths: `needed`; and in tiles of BM queries and BN keys, `padded` to
     the longest, of each post's `own`, or `shared` by posts."""

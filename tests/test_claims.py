@@ -30,16 +30,22 @@ from attnbook.lab.stats import (
     Exponent,
     Interval,
     Speedup,
+    binomial_tail,
     by_seed,
     cluster_bootstrap,
+    clustered_counts,
     fitted_exponent,
+    holm,
     interval,
+    intraclass_correlation,
     newest,
     newest_recipe,
     newest_run,
     over_seeds,
     paired,
     permutation_test,
+    proportion_power,
+    proportion_test,
     rank_correlation,
     speedups,
     spread,
@@ -261,6 +267,49 @@ def test_permutations_refuse():
     ):
         with pytest.raises(ValueError, match=words):
             permutation_test(a, b, **kw)
+
+
+def test_proportions():
+    seen = [proportion_test(k, 100, 0.7) for k in (70, 77, 78)]
+    assert [round(s.z, 4) for s in seen] == [0.0, 1.5275, 1.7457]
+    assert [round(s.exact, 4) for s in seen[1:]] == [0.0755, 0.0479] and seen[0].normal == 0.5
+    assert binomial_tail(0, 5, 0.2) == 1 and binomial_tail(6, 5, 0.2) == 0 and binomial_tail(3, 3, 1) == 1
+    assert binomial_tail(2, 3, 0.5) == pytest.approx(0.5) and binomial_tail(1, 3, 0.0) == 0
+    for bad in ((0, 0, 0.5), (3, 2, 0.5), (1, 2, 0.0), (1, 2, 1.0)):
+        with pytest.raises(ValueError, match="must be"):
+            proportion_test(*bad)
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0]) and holm([]) == []
+
+
+def test_intraclass_correlation():
+    assert intraclass_correlation([[1, 1], [0, 0], [1, 1]]) == pytest.approx(1)
+    assert intraclass_correlation([[0, 1], [0, 1]]) == pytest.approx(-1)
+    assert math.isnan(intraclass_correlation([[1, 1], [1, 1]]))
+    rng = np.random.default_rng(0)
+    rates = rng.beta(0.7 * 4, 0.3 * 4, 4000)  # correlation 1 / (1 + 4)
+    drawn = [rng.random(8) < r for r in rates]
+    assert intraclass_correlation(drawn) == pytest.approx(0.2, abs=0.02)
+    with pytest.raises(ValueError, match="clusters"):
+        intraclass_correlation([[1], [0]])
+    counts = np.bincount([int(sum(drawn[2 * i]) + sum(drawn[2 * i + 1])) for i in range(2000)], minlength=17) / 2000
+    assert np.abs(counts - clustered_counts(0.7, 2, 8, 0.2)).max() < 0.03
+
+
+def test_power():
+    assert proportion_power(0.8, 0.7, clusters=100) == pytest.approx(0.74, abs=0.005)
+    assert proportion_power(0.7, 0.7, clusters=100) == pytest.approx(binomial_tail(78, 100, 0.7))
+    assert proportion_power(0.7, 0.7, clusters=10, size=10) == pytest.approx(binomial_tail(78, 100, 0.7))
+    loose = proportion_power(0.7, 0.7, clusters=10, size=10, correlation=0.2)
+    assert loose > 0.1 and clustered_counts(0.7, 10, 10, 0.2).sum() == pytest.approx(1)
+    assert proportion_power(0.7, 0.7, clusters=10, size=10, correlation=1e-6) == pytest.approx(0.0479, abs=1e-3)
+    assert (np.arange(21) * clustered_counts(0.7, 4, 5, 0.3)).sum() == pytest.approx(14)
+    for bad in (dict(p=1.0), dict(correlation=1.0), dict(clusters=0)):
+        with pytest.raises(ValueError, match="must be"):
+            clustered_counts(**dict(p=0.5, clusters=2, size=2) | bad)
 
 
 def test_exponent():

@@ -295,8 +295,12 @@ def _both(f, plan, **kw):
     return lambda q, k, v: f(q, k, v, plan, return_lse=True, **kw)
 
 
-WAYS = [(n, causal, True) for n in CUTS for causal in (False, True)]
-WAYS += [("three tiles", True, False), ("empty ones", False, False)]  # the engine tests its own tiles
+#: the engine tests its own tiles
+WAYS = [
+    *((n, causal, True) for n in CUTS for causal in (False, True)),
+    ("three tiles", True, False),
+    ("empty ones", False, False),
+]
 
 
 @pytest.mark.parametrize("name, causal, shared", WAYS, ids=str)

@@ -1,6 +1,7 @@
 # Written from the test cells of nbs/2_position/music.ipynb by `attnbook export`. Do not edit.
 # fmt: off
 import contextlib
+import importlib
 import math
 from dataclasses import replace
 from functools import partial
@@ -65,6 +66,7 @@ from attnbook.music.nets import MusicTransformer, RelativeMultiheadAttention, ge
 from attnbook.music.op import _padded, _plan_padding, relative_attention
 from attnbook.music.reference import relative_attention_reference
 from attnbook.music.study import _beyond, _faster, _gap, _gpu_slope, _peers, _slopes, claims
+from attnbook.music.transformers_nets import add_relative_positions
 
 
 @pytest.mark.parametrize("beyond", ["zero", "clip"])
@@ -415,6 +417,83 @@ COUNTS = {
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_counts(name):
     assert count_parameters(partial(music_model, name)) == COUNTS[name]
+
+
+def _llama(**changes):
+    "A tiny random Llama with two key heads for four of queries."
+    pytest.importorskip("transformers")
+    of = lambda n: getattr(importlib.import_module("transformers.models.llama"), n)
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    config = of("LlamaConfig")(**sizes, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3)
+    return of("LlamaForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_relative_positions_in_a_model_of_transformers(backend):
+    model, tokens = _llama(), torch.randint(1, 50, (2, 11))
+    with torch.no_grad():
+        want = model(tokens).logits
+        tables = add_relative_positions(model, 6, backend=backend)
+        assert [tuple(t.shape) for t in tables] == [(4, 6, 8)] * 2
+        assert torch.allclose(model(tokens).logits, want, atol=1e-4), "zeros change nothing"
+        for t in tables:
+            nn.init.normal_(t)
+        whole = model(tokens).logits
+        assert (whole - want).abs().max() > 0.1
+        # by hand: the bias of every distance, added by PyTorch's attention
+        first = model.model.layers[0]
+        x, (cos, sin) = (
+            first.input_layernorm(model.model.embed_tokens(tokens)),
+            model.model.rotary_emb(model.model.embed_tokens(tokens), torch.arange(11)[None]),
+        )
+        apply = importlib.import_module("transformers.models.llama.modeling_llama").apply_rotary_pos_emb
+        at = first.self_attn
+        q, k, v = (f(x).unflatten(-1, (-1, 8)).transpose(1, 2) for f in (at.q_proj, at.k_proj, at.v_proj))
+        q, k = apply(q, k, cos, sin)
+        far = torch.arange(11)[:, None] - torch.arange(11)
+        bias = torch.zeros(2, 4, 11, 11)
+        for d in range(6):
+            bias += (far == d) * (q @ tables[0][:, d, :, None])
+        bias = (bias * 8**-0.5).masked_fill(far < 0, -math.inf)
+        by_hand = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
+        got = at(x, position_embeddings=(cos, sin), attention_mask=None)[0]
+        assert torch.allclose(got, at.o_proj(by_hand.transpose(1, 2).flatten(2)), atol=1e-4)
+        # from a cache, and padded at the left
+        half = model(tokens[:, :5], use_cache=True)
+        rest = model(tokens[:, 5:], past_key_values=half.past_key_values)
+        assert torch.allclose(torch.cat([half.logits, rest.logits], 1), whole, atol=1e-3)
+        padded, mask = torch.cat([torch.zeros(2, 3, dtype=torch.long), tokens], 1), torch.ones(2, 14, dtype=torch.long)
+        mask[:, :3] = 0
+        places = (mask.cumsum(-1) - 1).clamp_min(0)
+        shifted = model(padded, attention_mask=mask, position_ids=places).logits
+        assert torch.allclose(shifted[:, 3:], whole, atol=1e-3)
+
+
+@pytest.mark.parametrize("cache", [None, "static"], ids=["dynamic", "static"])
+def test_generation_with_relative_positions(cache):
+    model, tokens = _llama(), torch.randint(1, 50, (1, 7))
+    for t in add_relative_positions(model, 6, shared=True):
+        nn.init.normal_(t)
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, disable_compile=True)
+    mask = torch.ones_like(tokens)
+    kept = model.generate(tokens, attention_mask=mask, **options, **(dict(cache_implementation=cache) if cache else {}))
+    plain = model.generate(tokens, attention_mask=mask, use_cache=False, **options)
+    assert torch.equal(kept, plain) and kept.shape == (1, 13)
+
+
+def test_relative_positions_are_added_once():
+    model = _llama()
+    add_relative_positions(model, 4)
+    with pytest.raises(ValueError, match="this one has them"):
+        add_relative_positions(model, 4)
+    with pytest.raises(ValueError, match="no attention layers"):
+        add_relative_positions(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="max_distance"):
+        add_relative_positions(_llama(), 0)
+    loss = model(torch.randint(1, 50, (2, 9)), labels=torch.randint(1, 50, (2, 9))).loss
+    loss.backward()
+    assert all(m.relative.grad.abs().sum() > 0 for m in model.modules() if hasattr(m, "relative"))
 
 
 def test_chorales():

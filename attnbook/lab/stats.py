@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Summary', 'over_seeds', 'spread', 't_quantile', 'Interval', 'interval', 'by_seed', 'paired', 'wilson',
-           'cluster_bootstrap', 'permutation_test', 'Exponent', 'fitted_exponent', 'rank_correlation', 'newest',
-           'newest_run', 'newest_recipe', 'Speedup', 'speedups']
+           'cluster_bootstrap', 'permutation_test', 'Proportion', 'binomial_tail', 'proportion_test', 'holm',
+           'intraclass_correlation', 'clustered_counts', 'proportion_power', 'Exponent', 'fitted_exponent',
+           'rank_correlation', 'newest', 'newest_run', 'newest_recipe', 'Speedup', 'speedups']
 
 # %% auto #imports
 import itertools
@@ -201,6 +202,105 @@ def permutation_test(
     return (
         hits / len(differences) if exact else (hits + 1) / (len(differences) + 1)
     )  # a drawn test counts what was found
+
+# %% ../../nbs/1_foundations/08_claims.ipynb #ac7b8407
+@dataclass(frozen=True)
+class Proportion:
+    "What `proportion_test` finds."
+
+    share: float
+    z: float  # distance from p0 in standard errors under p0
+    normal: float  # one-sided probability of so many or more, by the normal approximation
+    exact: float  # the same by the binomial distribution
+
+    def __str__(self):
+        return f"{self.share:.3g}, z {self.z:.2f}, p {self.exact:.2g} exact"
+
+
+def binomial_tail(successes: int, n: int, p: float) -> float:
+    "Probability of `successes` or more of n trials that succeed with probability p each."
+    if successes <= 0:
+        return 1.0
+    if p in (0, 1) or successes > n:
+        return float(p == 1 and successes <= n)
+    log = lambda k: math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    terms = (math.exp(log(k) + k * math.log(p) + (n - k) * math.log1p(-p)) for k in range(successes, n + 1))
+    return min(1.0, math.fsum(terms))
+
+
+def proportion_test(successes: int, n: int, p0: float) -> Proportion:
+    "Is a share above p0? One-sided, by the normal approximation and exactly. ValueError for impossible counts or p0."
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"successes must be from 0 to n, which is at least 1, not {successes} of {n}")
+    if not 0 < p0 < 1:
+        raise ValueError(f"p0 must be between 0 and 1, not {p0}")
+    z = (successes / n - p0) / math.sqrt(p0 * (1 - p0) / n)
+    return Proportion(successes / n, z, statistics.NormalDist().cdf(-z), binomial_tail(successes, n, p0))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    "Holm's corrected p-values, in the order given: those at most 0.05 are found at a level of 0.05 for all together."
+    order, worst, found = sorted(range(len(p_values)), key=lambda i: p_values[i]), 0.0, [0.0] * len(p_values)
+    for rank, i in enumerate(order):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
+        found[i] = worst
+    return found
+
+# %% ../../nbs/1_foundations/08_claims.ipynb #05ee6e15
+def intraclass_correlation(clusters: Sequence[Sequence[float]]) -> float:
+    """How alike values of one cluster are, from one-way analysis of variance: 1 if equal, about 0 if clusters mean
+    nothing, down to -1 / (m - 1); nan if all values are equal. ValueError for fewer than two clusters, or no two values
+    in any."""
+    values = [np.asarray(c, float) for c in clusters if len(c)]
+    n, k = sum(map(len, values)), len(values)
+    if k < 2 or n <= k:
+        raise ValueError(f"clusters must be at least two, and one of them hold two values, not {k} with {n} values")
+    mean = np.concatenate(values).mean()
+    between = sum(len(c) * (c.mean() - mean) ** 2 for c in values) / (k - 1)
+    within = sum(((c - c.mean()) ** 2).sum() for c in values) / (n - k)
+    size = (n - sum(len(c) ** 2 for c in values) / n) / (k - 1)
+    total = between + (size - 1) * within
+    return float((between - within) / total) if total > 0 else math.nan
+
+
+def clustered_counts(p: float, clusters: int, size: int, correlation: float = 0.0) -> np.ndarray:
+    """Probabilities of 0, 1, …, clusters * size successes, `(clusters * size + 1,)`: each cluster of `size` trials is
+    beta-binomial with mean p and this intraclass correlation, 0 (all independent) to below 1."""
+    if not 0 < p < 1 or not 0 <= correlation < 1 or clusters < 1 or size < 1:
+        raise ValueError(
+            "p must be between 0 and 1, correlation at least 0 and below 1, clusters and size at least 1, "
+            f"not {p}, {correlation}, {clusters} and {size}"
+        )
+    if correlation == 0:
+        clusters, size = 1, clusters * size
+    k = np.arange(size + 1)
+    log_choose = np.array([math.lgamma(size + 1) - math.lgamma(i + 1) - math.lgamma(size - i + 1) for i in k])
+    if correlation == 0:
+        one = np.exp(log_choose + k * math.log(p) + (size - k) * math.log1p(-p))
+    else:
+        a, b = p * (1 / correlation - 1), (1 - p) * (1 / correlation - 1)
+        beta = lambda x, y: math.lgamma(x) + math.lgamma(y) - math.lgamma(x + y)
+        one = np.exp(log_choose + np.array([beta(i + a, size - i + b) - beta(a, b) for i in k]))
+    total = one
+    for _ in range(clusters - 1):
+        total = np.convolve(total, one)
+    return total
+
+
+def proportion_power(
+    p: float,  # the true rate
+    p0: float,  # the rate it is tested against
+    *,
+    clusters: int,
+    size: int = 1,  # trials of a cluster
+    correlation: float = 0.0,  # within clusters
+    level: float = 0.05,
+) -> float:
+    "How often the one-sided z-test of `proportion_test` finds a rate above p0; at p = p0 its true level. Exact."
+    n = clusters * size
+    z = statistics.NormalDist().inv_cdf(1 - level)
+    rejects = np.arange(n + 1) / n - p0 > z * math.sqrt(p0 * (1 - p0) / n)
+    return float(clustered_counts(p, clusters, size, correlation)[rejects].sum())
 
 # %% ../../nbs/1_foundations/08_claims.ipynb #84d8c8e5
 @dataclass(frozen=True)

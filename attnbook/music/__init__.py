@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['relative_mask', 'skew', 'skew_local', 'modular_skew', 'relative_attention_reference', 'relative_attention_skew',
-           'relative_attention', 'relative_attention_step', 'RelativeMultiheadAttention', 'MusicTransformer',
-           'music_model', 'generate', 'token_nll', 'Note', 'write_midi', 'read_midi', 'PerformanceEncoder', 'sustain',
-           'stretch', 'perform', 'grid_to_notes', 'grid_to_tokens', 'tokens_to_grid']
+           'relative_attention', 'relative_attention_step', 'add_relative_positions', 'RelativeMultiheadAttention',
+           'MusicTransformer', 'music_model', 'generate', 'token_nll', 'Note', 'write_midi', 'read_midi',
+           'PerformanceEncoder', 'sustain', 'stretch', 'perform', 'grid_to_notes', 'grid_to_tokens', 'tokens_to_grid']
 
 # %% auto #imports
 from .midi import (
@@ -31,3 +31,4 @@ from .reference import (
     skew,
     skew_local,
 )
+from .transformers_nets import add_relative_positions

@@ -208,6 +208,17 @@ def test_notebooks_import_what_the_extra_book_brings(notebook):
 
 
 @pytest.mark.parametrize("notebook", notebooks(ROOT), ids=lambda p: p.stem)
+def test_figures_have_captions(notebook):
+    """A figure has a description for those who do not see it, and a caption, which is shorter."""
+    wrong = []
+    for cell in json.loads(notebook.read_text())["cells"]:
+        options = dict(re.findall(r"^#\| (fig-(?:alt|cap)): (.+)$", "".join(cell["source"]), re.M))
+        if len(options) == 1 or (options and options["fig-alt"] == options["fig-cap"]):
+            wrong.append((cell["id"], options))
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("notebook", notebooks(ROOT), ids=lambda p: p.stem)
 def test_option_lines_are_yaml(notebook):
     """Quarto reads the lines `#| name: value` of a cell as YAML, and one that is none stops the whole site."""
     for cell in code_of(notebook):

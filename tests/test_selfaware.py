@@ -38,7 +38,6 @@ from attnbook.selfaware.claims_study import (
     _presence,
     _recognition,
     _rows,
-    claims,
     follows_within,
 )
 from attnbook.selfaware.experiments_study import (
@@ -70,8 +69,9 @@ from attnbook.selfaware.nets import (
     trigger_report,
 )
 from attnbook.selfaware.op import _decide_packed, closed_op, packed_causal_attention
+from attnbook.selfaware.presets_study import PRESETS
 from attnbook.selfaware.reference import closed_cost, document_layout, packed_causal_reference, tile_bounds
-from attnbook.selfaware.study import PRESETS, document_lengths, packed_peers, step_peers
+from attnbook.selfaware.study import claims, document_lengths, packed_peers, step_peers
 from attnbook.selfaware.world_reference import PersonaWorld, pack_documents
 
 

@@ -32,6 +32,12 @@ def add_relative_positions(
     are part of its state dict. ValueError for a model without attention layers, or with tables already, and later for what the attention cannot do: dropout,
     soft caps, attention maps. Source: Music Transformer, Sec. 3.4."""
     check_int("max_distance", max_distance, least=1)
+    layers = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
+    if not layers or any(hasattr(m, "relative") for m in layers):
+        raise ValueError(
+            "model must be a causal model of transformers"
+            + (" without relative positions; this one has them" if layers else ", and this one has no attention layers")
+        )
     integration = importlib.import_module("attnbook.integrations.transformers")
     integration.register(name, backend=backend)  # its mask
 
@@ -46,12 +52,6 @@ def add_relative_positions(
             out = relative_attention_step(query, key, value, module.relative, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
 
-    layers = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
-    if not layers or any(hasattr(m, "relative") for m in layers):
-        raise ValueError(
-            "model must be a causal model of transformers"
-            + (" without relative positions; this one has them" if layers else ", and this one has no attention layers")
-        )
     importlib.import_module("transformers.modeling_utils").AttentionInterface.register(name, forward)
     heads = model.config.num_attention_heads
     for m in layers:

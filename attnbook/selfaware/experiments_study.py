@@ -34,7 +34,7 @@ from .nets import (
     self_report,
     trigger_report,
 )
-from .study import PRESETS
+from .presets_study import PRESETS
 from .world_reference import PersonaWorld, pack_documents
 
 # %% ../../nbs/7_looking_inside/selfaware.ipynb #f-train

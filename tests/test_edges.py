@@ -10,6 +10,7 @@ from attnbook.engine import attention
 from attnbook.halo import HaloNet, halo_attention
 from attnbook.music import relative_attention
 from attnbook.neighborhood import na1d, na2d
+from attnbook.vit import ViT
 
 
 def meta(*shape):
@@ -42,6 +43,7 @@ EXPORTED = {
         lambda: HaloNet(2, 1, widths=(8, 16), depths=(1, 1), num_heads=(2, 2), num_classes=3, stem_stride=1),
         (3, 8, 6),
     ),
+    "vit": (lambda: ViT(8, 4, num_classes=3, dim=16, depth=1, num_heads=2), (3, 8, 8)),
     "convit": (lambda: ConViT(16, 4, dim=16, num_heads=4, depth=2, gpsa_layers=1, num_classes=3), (3, 16, 16)),
 }
 

@@ -98,7 +98,7 @@ class ClsEmbedder(nn.Module):
 
     def forward(self, blocks: Tensor) -> Tensor:
         x = self.table(blocks.flatten(0, 1))  # [B n, L, w]
-        first = self.summaries.to(x.dtype).expand(len(x), -1, -1)
+        first = self.summaries.to(x.dtype).expand(x.shape[0], -1, -1)
         y = self.encoder(torch.cat([first, x], 1))[:, : len(self.summaries)]
         return self.mix(y.flatten(1)).unflatten(0, blocks.shape[:2])
 

@@ -6,6 +6,7 @@
 __all__ = ['LMAdapter', 'HFAdapter', 'Reader', 'adapt', 'gate_heads', 'head_isolation']
 
 # %% auto #imports
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -101,9 +102,7 @@ class HFAdapter:
 
     def reader(self) -> "Reader":
         "As of `LMAdapter`."
-        from transformers import DynamicCache
-
-        cache, seen = DynamicCache(), [None]
+        cache, seen = importlib.import_module("transformers").DynamicCache(), [None]
 
         def read(tokens, mask):
             if mask is not None:

@@ -103,7 +103,7 @@ class HaloAttention(nn.Module):
         rows, weight = x.flatten(2).transpose(1, 2), self.qkv.weight
         if self.qkv.bias is None and x.is_contiguous() and not torch.is_autocast_enabled(x.device.type):
             # channels first: multiplied as it lies, without a copy
-            return torch.bmm(rows, weight.t().expand(len(x), -1, -1))
+            return torch.bmm(rows, weight.t().expand(x.shape[0], -1, -1))
         return self.qkv(rows)
 
     def project(self, x: Tensor) -> list[Tensor]:

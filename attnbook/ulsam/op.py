@@ -78,7 +78,9 @@ def _subspace_forward(
         for launch in second:
             logits = maps.flatten(2)
             maps = (logits.relu() if relu else logits).softmax(-1)
-            maps = (torch.where(logits > 0, maps, -maps) if relu else maps).view(len(x), num_subspaces, *x.shape[2:])
+            maps = (torch.where(logits > 0, maps, -maps) if relu else maps).view(
+                x.shape[0], num_subspaces, *x.shape[2:]
+            )
             launch(x, w, b, v, s, y, maps, kept)
         return y, maps, winners
 

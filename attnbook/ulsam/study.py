@@ -87,7 +87,7 @@ def vectorised(x: Tensor, dw_weight: Tensor, pw_weight: Tensor, num_subspaces: i
     "The same for all subspaces at once, in the type of x."
     p = F.max_pool2d(x * dw_weight[:, None, None], 3, 1, 1)
     logits = (p * pw_weight[:, None, None]).unflatten(1, (num_subspaces, -1)).sum(2)
-    maps = logits.flatten(2).softmax(-1).view(len(x), num_subspaces, 1, *x.shape[2:])
+    maps = logits.flatten(2).softmax(-1).view(x.shape[0], num_subspaces, 1, *x.shape[2:])
     parts = x.unflatten(1, (num_subspaces, -1))
     return torch.addcmul(parts, parts, maps).flatten(1, 2)
 

@@ -242,7 +242,9 @@ class ViT(nn.Module):
         "The tokens that enter the first block, `(B, T, dim)`, and the grid of patches."
         grid_size = self.patch_embed.grid_of(images.shape[-2:])
         x, places = self.patch_embed(images), self.positions(grid_size)
-        prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
+        prefix = [
+            t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None
+        ]
         x = torch.cat([*prefix, x + places], 1) if self.no_embed_class else torch.cat([*prefix, x], 1) + places
         return self.patch_drop(self.pos_drop(x)), grid_size
 
@@ -278,7 +280,7 @@ class ViT(nn.Module):
         look: Callable[[int, Block, Tensor], None] | None = None,
     ) -> Tensor:
         "All tokens after the last block and the norm, `(B, T, dim)`; arguments as of `run_blocks`."
-        self._check_gates(head_gates, len(images))
+        self._check_gates(head_gates, images.shape[0])
         return self.norm(self.run_blocks(*self.embed(images), head_gates=head_gates, look=look))
 
     def _check_gates(self, gates, batch):

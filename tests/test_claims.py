@@ -648,11 +648,12 @@ def test_all_of_several_rules():
     assert all_of(lambda m: "does not hold here", not_measured("no row"))(0) == ("not measured", "no row")
 
 
-def test_claims_of_a_chapter(monkeypatch):
-    monkeypatch.setitem(CHAPTERS, "dusk", Chapter("dusk", "5_vision", "Dusk", "A et al., Dusk, arXiv 2101.00001"))
-    for name, words in (("dusk", "is planned, not written yet"), ("nowhere", "unknown chapter")):
-        with pytest.raises(ValueError, match=words):
-            chapter_claims(name)
+def test_claims_of_a_chapter():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CHAPTERS, "dusk", Chapter("dusk", "5_vision", "Dusk", "A et al., Dusk, arXiv 2101.00001"))
+        for name, words in (("dusk", "is planned, not written yet"), ("nowhere", "unknown chapter")):
+            with pytest.raises(ValueError, match=words):
+                chapter_claims(name)
     assert chapter_claims("claims") == chapter_claims("cli") == chapter_claims("engine") == []
     found = chapter_claims("halo")
     assert len(found) > 5 and all(c.statement and c.judge().verdict in VERDICTS for c in found)

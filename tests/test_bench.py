@@ -10,6 +10,7 @@ import time
 import types
 import warnings
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -346,20 +347,15 @@ def test_time_runs_out():
     "What was begun is finished and recorded; peers and benchmarks that were not reached leave no row."
     module, ran = types.ModuleType("attnbook.unittest_chapter"), []
 
-    def quick(x):
-        ran.append("quick")
-        time.sleep(0.3)
-        return x + 1
-
-    def late(x):
-        ran.append("late")
-        return x + 1
+    def peer(name):
+        return lambda x: ran.append(name) or x + 1
 
     def bench_pair():
+        peers = {name: peer(name) for name in ("quick", "late")}
         for n in (1, 2):
             yield from compare(
-                {"n": n}, {"quick": quick, "late": late}, (torch.ones(3, device=device()),), rep_ms=1, rounds=1,
-                warmup_ms=0, chapter="unittest_chapter", bench="pair",
+                {"n": n}, peers, (torch.ones(3, device=device()),), rep_ms=1, rounds=1, warmup_ms=0,
+                chapter="unittest_chapter", bench="pair",
             )  # fmt: skip
 
     def bench_never():
@@ -368,12 +364,16 @@ def test_time_runs_out():
     for f in (bench_pair, bench_never):
         f.__module__ = module.__name__
         setattr(module, f.__name__, f)
-    lines = []
+    lines, run = [], partial(run_benchmarks, "unittest_chapter", show=lambda line: lines.append(line))
     with results_elsewhere(), mock.patch.dict(sys.modules, {module.__name__: module}):
-        (row,) = run_benchmarks("unittest_chapter", seconds=0.1, show=lines.append)
-        assert (row["n"], row["method"]) == (1, "quick") and row["ms_fwd"] > 100 and set(ran) == {"quick"}
+        with mock.patch.dict(
+            compare.__globals__, _time_is_up=lambda: "quick" in ran
+        ):  # after the first run of the first
+            (row,) = run()
+        assert (row["n"], row["method"]) == (1, "quick") and row["ms_fwd"] > 0 and set(ran) == {"quick"}
         assert lines[-1] == "unittest_chapter.never was not reached"
-        rows = run_benchmarks("unittest_chapter", "pair", show=lines.append)
+        assert run(seconds=1e-9) == [] and set(ran) == {"quick"}
+        rows = run(only="pair", seconds=1000)
         assert [(r["n"], r["method"]) for r in rows] == [(1, "quick"), (1, "late"), (2, "quick"), (2, "late")]
     check_raises(run_benchmarks, [({"seconds": 0}, ValueError, "seconds")], chapter="bench")
 

@@ -81,7 +81,11 @@ def head_of_cluster(folder, environment):
     ]
     with open(os.path.join(folder, "said"), "w") as said:
         head = subprocess.Popen(
-            start, stdout=said, stderr=said, start_new_session=True, env={**os.environ, **environment}
+            start,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+            env={**os.environ, "RAY_raylet_start_wait_time_s": "120", **environment},  # 10 s are few beside other work
         )
     end = time.monotonic() + 150
     while not listening(port):

@@ -184,7 +184,6 @@ def test_no_cluster(notebook, tmp_path):
     )
 
 
-@pytest.mark.parametrize("where", ["here", pytest.param("cluster", marks=pytest.mark.slow)])
 def sweep_of_three(notebook, tmp_path):
     """Two workers here, a cell that fails and a worker that dies: the folder, a function that sweeps again, its environment."""
     env = {

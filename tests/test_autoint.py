@@ -16,6 +16,7 @@ from attnbook.autoint.experiments_study import (
     best_rows,
     flag_codes,
     lead,
+    lead_pairs,
     mutual_information,
     pair_information,
     scores,
@@ -878,6 +879,39 @@ def test_rows_of_one_device_go_together():
         assert lead("adult", "x", "z") is None
 
 
+def test_an_unfinished_device_leaves_the_others_alone():
+    "Its whole pairs count; of a run that it has one side of, or none, the older device's."
+    row = lambda m, run, auc, device: dict(
+        method=m, run=run, data="adult", size="gpu", deepest=3, auc=auc, device=device, date=f"2026-01-0{device}"
+    )
+    old = [row(m, run, auc, "1") for m, auc in (("x", 0.6), ("y", 0.5)) for run in range(3)]
+    new = [row("x", 0, 0.9, "2"), row("y", 0, 0.6, "2"), row("x", 1, 0.0, "2")]
+    with shelf(table=[*new, *old]):
+        pairs = lead_pairs("adult", "x", "y")
+        assert {run: (a["device"], b["device"]) for run, (a, b) in pairs.items()} == {
+            0: ("2", "2"),
+            1: ("1",) * 2,
+            2: ("1",) * 2,
+        }
+        assert lead("adult", "x", "y").mean == pytest.approx((0.3 + 0.1 + 0.1) / 3)
+        assert lead("adult", "y", "x").mean == pytest.approx(-0.5 / 3)
+
+
+def test_speeds_are_of_one_gpu():
+    "Of the one measured last alone: sizes that it lacks are not filled up, nor peers."
+    row = lambda m, B, x, gpu: dict(
+        method=m, B=B, M=3, ms_fwd=x, ms_bwd=x, peak_mb_bwd=x, device=gpu, date=f"2026-01-0{gpu}"
+    )
+    pair = lambda B, ratio, gpu: [row("ours", B, 1.0, gpu), row("eager", B, ratio, gpu)]
+    old = [*pair(8, 20.0, "1"), *pair(9, 0.5, "1")]
+    with shelf(network=[*pair(8, 6.0, "2"), *pair(16, 7.0, "2"), *old]) as judged:
+        claim = judged("than eager")
+        assert [(s.where, s.ratio) for s in claim.measured] == [("B=8, M=3", 6), ("B=16, M=3", 7)]
+        assert claim.verdict == "holds" and claim.scale.endswith("least, 2")
+    with shelf(network=[row("ours", 8, 1.0, "2"), *old]) as judged:
+        assert judged("than eager").verdict == "not measured"
+
+
 def test_orders_and_explanations_read_their_rows():
     row = lambda k, m, run, auc: dict(order=k, method=m, run=run, size="gpu", auc=auc)
     rows = [row(k, f"AutoInt {n}", run, 0.1 * n + 0.01 * run) for k in (1, 2, 3, 4) for n in range(4) for run in (0, 1)]
@@ -885,6 +919,9 @@ def test_orders_and_explanations_read_their_rows():
         assert _orders().keys() == {2, 3, 4} and _orders()[4]["AutoInt 3"] == pytest.approx(0.305)
     with shelf(order=rows):
         assert _orders()[3]["AutoInt 1"] == pytest.approx(0.105)
+    unfinished = [r for r in rows if (r["order"], r["method"], r["run"]) != (4, "AutoInt 3", 1)]
+    with shelf(orders=unfinished):
+        assert _orders()[4]["AutoInt 3"] == pytest.approx(0.3)
     for part in ([r for r in rows if r["order"] != 4], [r for r in rows if r["method"] != "AutoInt 2"]):
         with shelf(orders=part):
             assert _orders() is None

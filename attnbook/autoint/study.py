@@ -21,7 +21,7 @@ from torch import Tensor
 from ..lab.bench import compare
 from ..lab.calls import call_costs
 from ..lab.claims import Claim, beyond_interval, grade, matches, out_of_reach, over_range
-from ..lab.results import load_results
+from ..lab.results import load_results, newest_device
 from ..lab.stats import Speedup, interval, newest, speedups
 from ..layers import count_parameters
 from .experiments_study import best_rows, lead
@@ -272,6 +272,12 @@ def _faster(
     return speedups([r for r in rows if size(r) in there], "B", "M", field=field, ours=("ours",), peers=peers) or None
 
 
+def _gpu(bench: str) -> str:
+    "The GPU on which a benchmark was measured last."
+    rows = newest_device(load_results("autoint", bench, preset="gpu"))
+    return rows[0]["device"] if rows else "one GPU"
+
+
 def _over_sizes(holds: float, in_part: float):
     "As `over_range`, but one size is not a range: what holds at one only holds in part."
 
@@ -429,7 +435,7 @@ def claims() -> list[Claim]:
             "this book",
             _over_sizes(5, 1),
             measured=partial(_faster, "network", ("eager",), TRAINING),
-            scale="forward and backward, every batch and number of fields measured, two at least, one GPU",
+            scale=f"forward and backward, every batch and number of fields measured, two at least, {_gpu('network')}",
         ),
         Claim(
             "This chapter's aim: 2 times faster than torch.compile",
@@ -454,6 +460,6 @@ def claims() -> list[Claim]:
             _over_sizes(5, 1),
             measured=partial(_faster, "inference", compiled, "ms_fwd", needs="sdpa compiled"),
             scale="M 39, all batch sizes measured against the fastest form that torch.compile has, fused attention among "
-            "them",
+            f"them, {_gpu('inference')}",
         ),
     ]

@@ -532,8 +532,11 @@ def test_every_model_sees_the_same_rows():
         seen.append((rows, y, run, epochs, batch))
         return lambda index, value: (index[:, 0, 0] == 0).float()
 
+    how = dict(layers=(0, 1), epochs=7, batch=9, rows=None, seeds=3)
     with mock.patch.dict(table_experiment.__globals__, train_network=trained):
-        found = list(table_experiment(table, 5, layers=(0, 1), epochs=7, batch=9, rows=None, seeds=3))
+        some = [name for name, *_ in table_experiment(table, 5, methods=("GBT", "dropout"), **how)]
+        assert some == ["GBT", "dropout"] and len(seen) == 1
+        found = list(table_experiment(table, 5, **how))
     train, _, test = split(table.y, 5)
     assert [name for name, *_ in found] == ["LR", "GBT", *networks(table, (0, 1))]
     for rows, y, *rest in seen:
@@ -905,9 +908,9 @@ def test_speeds_are_of_one_gpu():
     pair = lambda B, ratio, gpu: [row("ours", B, 1.0, gpu), row("eager", B, ratio, gpu)]
     old = [*pair(8, 20.0, "1"), *pair(9, 0.5, "1")]
     with shelf(network=[*pair(8, 6.0, "2"), *pair(16, 7.0, "2"), *old]) as judged:
-        claim = judged("than eager")
-        assert [(s.where, s.ratio) for s in claim.measured] == [("B=8, M=3", 6), ("B=16, M=3", 7)]
-        assert claim.verdict == "holds" and claim.scale.endswith("least, 2")
+        found = judged("than eager")
+        assert [(s.where, s.ratio) for s in found.measured] == [("B=8, M=3", 6), ("B=16, M=3", 7)]
+        assert found.verdict == "holds" and any(c.scale.endswith("two at least, 2") for c in claims())
     with shelf(network=[row("ours", 8, 1.0, "2"), *old]) as judged:
         assert judged("than eager").verdict == "not measured"
 

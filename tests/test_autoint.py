@@ -16,6 +16,7 @@ from attnbook.autoint.experiments_study import (
     best_rows,
     flag_codes,
     lead,
+    lead_pairs,
     mutual_information,
     pair_information,
     scores,
@@ -34,6 +35,7 @@ from attnbook.autoint.op import interacting_attention, interacting_layer, intera
 from attnbook.autoint.reference import embed_fields, interacting_reference
 from attnbook.autoint.study import (
     DATA,
+    NETWORK_SIZES,
     TRAINING,
     _explanations,
     _faster,
@@ -531,8 +533,11 @@ def test_every_model_sees_the_same_rows():
         seen.append((rows, y, run, epochs, batch))
         return lambda index, value: (index[:, 0, 0] == 0).float()
 
+    how = dict(layers=(0, 1), epochs=7, batch=9, rows=None, seeds=3)
     with mock.patch.dict(table_experiment.__globals__, train_network=trained):
-        found = list(table_experiment(table, 5, layers=(0, 1), epochs=7, batch=9, rows=None, seeds=3))
+        some = [name for name, *_ in table_experiment(table, 5, methods=("GBT", "dropout"), **how)]
+        assert some == ["GBT", "dropout"] and len(seen) == 1
+        found = list(table_experiment(table, 5, **how))
     train, _, test = split(table.y, 5)
     assert [name for name, *_ in found] == ["LR", "GBT", *networks(table, (0, 1))]
     for rows, y, *rest in seen:
@@ -878,6 +883,41 @@ def test_rows_of_one_device_go_together():
         assert lead("adult", "x", "z") is None
 
 
+def test_an_unfinished_device_leaves_the_others_alone():
+    "Its whole pairs count; of a run that it has one side of, or none, the older device's."
+    row = lambda m, run, auc, device: dict(
+        method=m, run=run, data="adult", size="gpu", deepest=3, auc=auc, device=device, date=f"2026-01-0{device}"
+    )
+    old = [row(m, run, auc, "1") for m, auc in (("x", 0.6), ("y", 0.5)) for run in range(3)]
+    new = [row("x", 0, 0.9, "2"), row("y", 0, 0.6, "2"), row("x", 1, 0.0, "2")]
+    with shelf(table=[*new, *old]):
+        pairs = lead_pairs("adult", "x", "y")
+        assert {run: (a["device"], b["device"]) for run, (a, b) in pairs.items()} == {
+            0: ("2", "2"),
+            1: ("1",) * 2,
+            2: ("1",) * 2,
+        }
+        assert lead("adult", "x", "y").mean == pytest.approx((0.3 + 0.1 + 0.1) / 3)
+        assert lead("adult", "y", "x").mean == pytest.approx(-0.5 / 3)
+
+
+def test_speeds_are_of_one_gpu():
+    "Of the one measured last alone: sizes that it lacks are not filled up, nor peers."
+    row = lambda m, B, x, gpu: dict(
+        method=m, B=B, M=3, ms_fwd=x, ms_bwd=x, peak_mb_bwd=x, device=gpu, date=f"2026-01-0{gpu}"
+    )
+    pair = lambda B, ratio, gpu: [row("ours", B, 1.0, gpu), row("eager", B, ratio, gpu)]
+    old = [*pair(8, 20.0, "1"), *pair(9, 0.5, "1")]
+    with shelf(network=[*pair(8, 6.0, "2"), *pair(16, 7.0, "2"), *old]) as judged:
+        found = judged("than eager")
+        assert [(s.where, s.ratio) for s in found.measured] == [("B=8, M=3", 6), ("B=16, M=3", 7)]
+        assert found.verdict == "holds" and any("two at least, 2; planned" in c.scale for c in claims())
+    with shelf(network=[r for B, M in NETWORK_SIZES for r in (x | dict(M=M) for x in pair(B, 6.0, "2"))]) as judged:
+        assert judged("than eager").verdict == "holds" and any(c.scale.endswith("two at least, 2") for c in claims())
+    with shelf(network=[row("ours", 8, 1.0, "2"), *old]) as judged:
+        assert judged("than eager").verdict == "not measured"
+
+
 def test_orders_and_explanations_read_their_rows():
     row = lambda k, m, run, auc: dict(order=k, method=m, run=run, size="gpu", auc=auc)
     rows = [row(k, f"AutoInt {n}", run, 0.1 * n + 0.01 * run) for k in (1, 2, 3, 4) for n in range(4) for run in (0, 1)]
@@ -885,6 +925,9 @@ def test_orders_and_explanations_read_their_rows():
         assert _orders().keys() == {2, 3, 4} and _orders()[4]["AutoInt 3"] == pytest.approx(0.305)
     with shelf(order=rows):
         assert _orders()[3]["AutoInt 1"] == pytest.approx(0.105)
+    unfinished = [r for r in rows if (r["order"], r["method"], r["run"]) != (4, "AutoInt 3", 1)]
+    with shelf(orders=unfinished):
+        assert _orders()[4]["AutoInt 3"] == pytest.approx(0.3)
     for part in ([r for r in rows if r["order"] != 4], [r for r in rows if r["method"] != "AutoInt 2"]):
         with shelf(orders=part):
             assert _orders() is None

@@ -68,6 +68,7 @@ from attnbook.routing.records_study import (
     all_speeds,
     break_even,
     fitted_exponents,
+    gpu_name,
     gpu_rows,
     group_speed,
     head_divergence,
@@ -85,7 +86,7 @@ from attnbook.routing.reference import (
     sort_by_cluster,
     spherical_norm_reference,
 )
-from attnbook.routing.study import language_claims, leak_claims, speed_claims, trained_heads
+from attnbook.routing.study import language_claims, leak_claims, least_bytes, run_models, speed_claims, trained_heads
 
 GPU, BACKENDS = device_under_test() == "cuda", ("torch", "triton")
 
@@ -766,6 +767,7 @@ def test_steps_or_seconds():
     assert row["steps"] == 3 and row["timed"] is False and row["seconds"] > 0 and row["run"] == 1
     _, row = _train(seconds=1e-3)
     assert row["steps"] == 1 and row["timed"] is True and row["variant"] == "whole"
+    assert (row["peak_mb"] is None) == (torch.device(device_under_test()).type == "cpu")
     bad = [
         (dict(), ValueError, ["seconds", "steps"]),
         (dict(steps=3, seconds=1.0), ValueError, ["seconds", "steps", "3"]),
@@ -928,6 +930,7 @@ OTHER_RUNS = {  # rows beside those of two runs
     "half a run of another device": [_row("topw", 0, 2.0, device="two", day=2)],
     "an older model": [{k: v for k, v in _row("topw", 0, 9.0, day=3).items() if k != "variant"}],
     "a variant": [_row(m, 3, 9.0, day=3, variant="scale 1/√d") for m in ("topw", "local")],
+    "another text": [_row(m, 3, 9.0, day=3, data=m) for m in ("topw", "local")],
     "unequal seconds": [_row("topw", 3, 9.0), _row("local", 3, 9.0, seconds=11.0)],
 }
 
@@ -1100,6 +1103,8 @@ def test_times_are_of_one_device(rows):
         assert {r["device"] for r in gpu_rows("crossover")} == {"two"} and len(gpu_rows("crossover")) == 12
         assert total_speed() == pytest.approx({16384: 2.5, 32768: 5, 65536: 10}) and break_even() == 16384
         assert abs(fitted_exponents()["routing"] - 1) < 1e-6 and abs(fitted_exponents()["plain"] - 2) < 1e-6
+        assert gpu_name("crossover") == "two" and gpu_name("clusters") == "one GPU"
+        assert [c.scale.split("; ")[-1] for c in speed_claims()[:5]] == ["two", "one GPU", "the same", "one GPU", "two"]
 
 
 def test_times_are_not_mixed():
@@ -1248,6 +1253,39 @@ def test_trained_heads_are_what_the_router_is_given():
     assert router is model.routers()[0] and torch.equal(q, want_q) and torch.equal(v, want_v)
     ours = route(q, v, router.kmeans.centroids, "nearest", router.window)
     assert rel_error(ours, router(q, None, v)[0]) < 1e-4
+
+
+def test_models_are_trained_one_by_one():
+    "Each at once with its rows: heads of three, tokens of nearest with seed 0 on a GPU; then variants, while time is left."
+
+    def go(**kw):
+        seen = []
+        fakes = dict(
+            run_language=lambda preset, device, seed, memberships, variant: (
+                seen.append((f"seed {seed}", *memberships, variant)) or {m: m for m in memberships}
+            ),
+            run_heads=lambda models, preset, device, seed: seen.append(("heads", *models, seed)),
+            time_trained=lambda model, device: seen.append(("trained", model, device)),
+        )
+        with mock.patch.dict(run_models.__globals__, fakes):
+            return run_models("gpu", **kw), seen
+
+    done, seen = go(variants=("no positions",))
+    assert done == ["local", "full", "nearest", "topw", "random", "nearest, no positions"]
+    assert seen[:2] == [("seed 0", "local", "whole"), ("heads", "local", 0)]
+    assert [x for x in seen if x[0] == "heads"] == [("heads", m, 0) for m in ("local", "nearest", "topw")]
+    assert seen.index(("trained", "nearest", "cuda")) < seen.index(("seed 0", "topw", "whole"))
+    assert seen[-1] == ("seed 0", "nearest", "no positions")
+    for other in (dict(seed=1), dict(device="cpu"), dict(memberships=("local",), variants=("no positions",))):
+        assert not any(x[0] == "trained" for x in go(**other)[1])
+    ticks = iter(range(0, 1000, 10))
+    assert go(limit=35, clock=lambda: next(ticks))[0] == ["local", "full"]
+
+
+def test_least_bytes():
+    "Four tokens of two numbers in 16 bits, six slots: x, v and output; and their gradients."
+    assert least_bytes(4, 6, heads=1, dim=2) == dict(fwd=3 * 16 + 24, bwd=6 * 16 + 24)
+    assert least_bytes(4, 6, heads=3, dim=2)["fwd"] == 3 * (3 * 16 + 24)
 
 
 def _leak(run, gain, step=9, error=0.0, membership="topw", **kw):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['plain_layer_eager', 'sdpa_layer', 'packed_sdpa_layer', 'layer_peers', 'gpu_layer', 'compare_layer', 'bench_layer',
-           'bench_fields', 'bench_widths', 'stack', 'bench_network', 'inference_bytes', 'bench_inference',
-           'bench_calls', 'DATA', 'TRAINING', 'PAPER_DEPTH', 'claims']
+           'bench_fields', 'bench_widths', 'stack', 'NETWORK_SIZES', 'bench_network', 'inference_bytes',
+           'bench_inference', 'bench_calls', 'DATA', 'TRAINING', 'PAPER_DEPTH', 'claims']
 
 # %% auto #imports
 import math
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..lab.bench import compare
 from ..lab.calls import call_costs
 from ..lab.claims import Claim, beyond_interval, grade, matches, out_of_reach, over_range
-from ..lab.results import load_results
+from ..lab.results import load_results, newest_device
 from ..lab.stats import Speedup, interval, newest, speedups
 from ..layers import count_parameters
 from .experiments_study import best_rows, lead
@@ -119,9 +119,12 @@ def stack(layer: Callable) -> Callable:
     return fn
 
 
+NETWORK_SIZES = ((16384, 39), (2048, 39), (16384, 7))  # (B, M) of `bench_network`
+
+
 def bench_network() -> Iterator[dict]:
     "Three layers, forward and backward, large and small batches, many and few fields: a training step's middle."
-    for B, M in ((16384, 39), (2048, 39), (16384, 7)) if torch.cuda.is_available() else ():
+    for B, M in NETWORK_SIZES if torch.cuda.is_available() else ():
         peers = layer_peers()
         costs = [layer_cost(B, M, d, 64, 2) for d in (16, 64, 64)]
         total = {k: float(sum(c[k] for c in costs)) for k in costs[0]}
@@ -270,6 +273,20 @@ def _faster(
     size = lambda r: (r["B"], r["M"], r["device"])
     there = {size(r) for r in rows if needs in (None, r["method"])}
     return speedups([r for r in rows if size(r) in there], "B", "M", field=field, ours=("ours",), peers=peers) or None
+
+
+def _gpu(bench: str) -> str:
+    "The GPU on which a benchmark was measured last."
+    rows = newest_device(load_results("autoint", bench, preset="gpu"))
+    return rows[0]["device"] if rows else "one GPU"
+
+
+def _network_scale() -> str:
+    "The GPU of the network's rows, and which of `NETWORK_SIZES` they lack."
+    rows = newest_device(load_results("autoint", "network", preset="gpu"))
+    there = {(r["B"], r["M"]) for r in rows if r["method"] == "ours"}
+    absent = [f"B={B}, M={M}" for B, M in NETWORK_SIZES if (B, M) not in there]
+    return _gpu("network") + (f"; planned and not measured: {', '.join(absent)}" if there and absent else "")
 
 
 def _over_sizes(holds: float, in_part: float):
@@ -429,7 +446,7 @@ def claims() -> list[Claim]:
             "this book",
             _over_sizes(5, 1),
             measured=partial(_faster, "network", ("eager",), TRAINING),
-            scale="forward and backward, every batch and number of fields measured, two at least, one GPU",
+            scale=f"forward and backward, every batch and number of fields measured, two at least, {_network_scale()}",
         ),
         Claim(
             "This chapter's aim: 2 times faster than torch.compile",
@@ -454,6 +471,6 @@ def claims() -> list[Claim]:
             _over_sizes(5, 1),
             measured=partial(_faster, "inference", compiled, "ms_fwd", needs="sdpa compiled"),
             scale="M 39, all batch sizes measured against the fastest form that torch.compile has, fused attention among "
-            "them",
+            f"them, {_gpu('inference')}",
         ),
     ]

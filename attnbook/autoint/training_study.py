@@ -121,29 +121,46 @@ def networks(table: FieldTable, layers: Sequence[int]) -> dict[str, Callable[[],
 
 
 def table_experiment(
-    table: FieldTable, run: int, layers: Sequence[int], epochs: int, batch: int, device: str = "cpu", **_
+    table: FieldTable,
+    run: int,
+    layers: Sequence[int],
+    epochs: int,
+    batch: int,
+    device: str = "cpu",
+    methods: Sequence[str] | None = None,
+    **_,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    "Trains every model once; yields its name, its logits on the test rows, and the numbers of these rows."
+    """Trains every model once, or those named in `methods`; yields its name, its logits on the test rows, and the numbers
+    of these rows. What a model becomes does not depend on the others."""
+    asked = lambda name: methods is None or name in methods
     packed = table.embedding(1).pack(table.categorical, table.multi_valued)
     train, _, test = split(table.y, run)
-    for name in ("LR", "GBT"):
+    for name in filter(asked, ("LR", "GBT")):
         yield name, fit_sklearn(name, table, packed, train, test, run), test
     for name, make in networks(table, layers).items():
+        if not asked(name):
+            continue
         model = train_network(make, packed, table.y, train, run, epochs, batch, device=device)
         yield name, predict(model, *(t[test] for t in packed), device), test
 
 
 def run_table(
-    preset: str = "cpu", device: str = "cpu", seed: int = 0, seeds: int | None = None, data: Sequence[str] | None = None
+    preset: str = "cpu",
+    device: str = "cpu",
+    seed: int = 0,
+    seeds: int | None = None,
+    data: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
 ) -> None:
-    """Experiments 1 and 2 in the size of a preset, for so many seeds from `seed` on (default: the preset's); records a
-    row for each model, all under one device, though LR and GBT always train on the CPU. On an H200 about a minute for a
-    data set and seed of preset "gpu"."""
+    """Experiments 1 and 2 in the size of a preset, for so many seeds from `seed` on (default: the preset's), of all
+    methods or of those named, to finish a seed that was cut short; records a row for each model, all under one device,
+    though LR and GBT always train on the CPU. With preset "gpu" a data set and seed take three to five minutes on an H200
+    that nine others share."""
     cfg = PRESETS[preset]["table"]
     for name in data or cfg["data"]:
         table = field_table(name, rows=cfg["rows"])
         for run in range(seed, seed + (seeds or cfg["seeds"])):
-            for method, logits, test in table_experiment(table, run, **(cfg | dict(device=device))):
+            for method, logits, test in table_experiment(table, run, **(cfg | dict(device=device, methods=methods))):
                 loss, auc = logloss_auc(logits, table.y[test])
                 what = dict(key=("data", "method", "run", "size"), preset=preset, device=device, seed=run)
                 found = dict(data=name, method=method, run=run, size=preset, auc=auc, logloss=loss)
@@ -189,7 +206,7 @@ def order_experiment(
 
 
 def run_orders(preset: str = "cpu", device: str = "cpu", seed: int = 0, seeds: int | None = None) -> None:
-    "Experiment 3 in the size of a preset; records a row for each network. On an H200 about 90 seconds a seed."
+    "Experiment 3 in the size of a preset; records a row for each network. On a shared H200 five minutes a seed."
     cfg = PRESETS[preset]["orders"]
     for k in cfg["orders"]:
         for run in range(seed, seed + (seeds or cfg["seeds"])):

@@ -190,7 +190,7 @@ def language_experiment(
     """Trains one model for `seconds`, which needs a device of its own, or for a given number of `steps`.
 
     Returns the model and a row: its `seconds` as measured, and `timed`, False where the steps were given; `step_ms` is
-    the time of a step in the last quarter. ValueError unless exactly one of `seconds` and `steps` is given, and for
+    the time of a step in the last quarter, `peak_mb` the most memory on a GPU, evaluations included. ValueError unless exactly one of `seconds` and `steps` is given, and for
     steps below 1."""
     if (seconds is None) == (steps is None):
         raise ValueError(f"give exactly one of seconds and steps, not seconds={seconds!r} and steps={steps!r}")
@@ -203,10 +203,13 @@ def language_experiment(
 
     model, (x, y) = language_model(membership, cfg, run, variant), windows_of(data[1], length, cfg["windows"])
     watch = lambda m: bits_per_byte(m, x[:4], y[:4], device, amp) | cluster_health(m, x[:1].to(device))
+    if amp:
+        torch.cuda.reset_peak_memory_stats(device)
     seen = train_for(model, batches, seconds=seconds, steps=steps, device=device, watch=watch)
     final = bits_per_byte(model, x, y, device, amp, cfg["prefixes"])
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
         final |= cluster_health(model, x[:1].to(device))
+    peak = torch.cuda.max_memory_allocated(device) / 1e6 if amp else None
     before = next((s for s in reversed(seen) if s["step"] < seen[-1]["step"]), dict(step=0, seconds=0.0))
     return model, dict(
         membership=membership,
@@ -218,6 +221,7 @@ def language_experiment(
         seconds=seen[-1]["seconds"],
         step_ms=1e3 * (seen[-1]["seconds"] - before["seconds"]) / (seen[-1]["step"] - before["step"]),
         parameters=count_parameters(model),
+        peak_mb=peak,
         curve={str(s["step"]): s["bits"] for s in seen},
         health={str(s["step"]): {k: s[k] for k in ("coverage", "dead", "balance") if k in s} for s in seen},
         **final,

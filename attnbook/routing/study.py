@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['bench_inputs', 'least_bytes', 'bench_clusters', 'bench_segments', 'bench_crossover', 'trained_heads', 'time_trained',
-           'bench_parts', 'bench_calls', 'leak_claims', 'language_claims', 'OUT_OF_REACH', 'speed_claims', 'claims']
+           'run_models', 'bench_parts', 'bench_calls', 'leak_claims', 'language_claims', 'OUT_OF_REACH', 'speed_claims',
+           'claims']
 
 # %% auto #imports
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -18,7 +20,7 @@ from ..lab.bench import compare, measure, sdpa
 from ..lab.calls import call_costs
 from ..lab.claims import Claim, beyond_interval, grade, out_of_reach, over_range, within
 from .language_nets import parameter_counts
-from .language_study import language_data, windows_of
+from .language_study import language_data, run_heads, run_language, windows_of
 from .leak_study import leak_summary
 from .membership_op import cluster_sums, nearest_membership, route_scores, spherical_norm, topw_membership
 from .nets import Router
@@ -30,6 +32,7 @@ from .records_study import (
     all_break_evens,
     all_speeds,
     fitted_exponents,
+    gpu_name,
     group_speed,
     head_divergence,
     language_difference,
@@ -156,6 +159,36 @@ def time_trained(model: nn.Module, lengths: Sequence[int] = (2048, 8192, 32768),
                 dead=float((sizes == 0).float().mean()),
             )
     return rows
+
+
+def run_models(
+    preset: str = "gpu",
+    device: str = "cuda",
+    seed: int = 0,
+    memberships: Sequence[str] = ("local", "full", "nearest", "topw", "random"),
+    variants: Sequence[str] = (),
+    limit: float | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[str]:
+    """All that is measured on trained language models, for one seed, one model after another on a GPU of their own: rows
+    are recorded as they come, `language` of each membership, then `heads` of topw, nearest and local, and with seed 0
+    `trained` of nearest (on a GPU). After them `variants` of nearest, their `language` only. No model is begun later than
+    `limit` seconds after the first. Returns what was trained. On an H200 about a minute for each model.
+
+    Memberships that are compared should share a chip: give each seed a process and a GPU."""
+    began, done = clock(), []
+    for m, variant in [*((m, "whole") for m in memberships), *(("nearest", v) for v in variants)]:
+        since = clock()
+        if limit is not None and since - began > limit:
+            break
+        models = run_language(preset, device, seed, memberships=(m,), variant=variant)
+        if variant == "whole" and m in ("topw", "nearest", "local"):
+            run_heads(models, preset, device, seed)
+        if (m, variant, seed) == ("nearest", "whole", 0) and torch.device(device).type == "cuda":
+            time_trained(models[m], device=device)
+        done.append(m if variant == "whole" else f"{m}, {variant}")
+        print(f"seed {seed}, {done[-1]}: {clock() - since:.0f} s with evaluation", flush=True)
+    return done
 
 
 def bench_parts():
@@ -370,7 +403,7 @@ def speed_claims() -> list[Claim]:
             _judge_exponent,
             measured=fitted_exponents,
             scale="exponents of forward times, n = 16k to 64k, k = √n; holds: both memberships 1.35 to 1.65 where plain "
-            "attention has 1.8 to 2.2; in part: below",
+            f"attention has 1.8 to 2.2; in part: below; {gpu_name('crossover')}",
         ),
         Claim(
             "Cluster attention without gathered copies is 4 times as fast as gathering, compiled",
@@ -378,7 +411,8 @@ def speed_claims() -> list[Claim]:
             goal,
             over_range(4),
             measured=lambda: group_speed("clusters", "gather, compiled"),
-            scale="top-w lists given, n = 8192 with w = 512, 65,536 with 256; holds: both ways at both",
+            scale="top-w lists given, n = 8192 with w = 512, 65,536 with 256; holds: both ways at both; "
+            + gpu_name("clusters"),
         ),
         Claim(
             "It also beats gathering before flash attention",
@@ -394,7 +428,8 @@ def speed_claims() -> list[Claim]:
             goal,
             over_range(1),
             measured=lambda: group_speed("segments"),
-            scale="nearest, segments given, n = 8192 with k = 64, 65,536 with 256, the fastest peer, masks for nothing",
+            scale="nearest, segments given, n = 8192 with k = 64, 65,536 with 256, the fastest peer, masks for nothing; "
+            + gpu_name("segments"),
         ),
         Claim(
             "All of routing is 3 times as fast as plain causal attention",
@@ -403,7 +438,7 @@ def speed_claims() -> list[Claim]:
             over_range(3, 1),
             measured=all_speeds,
             scale="random tokens and centroids, k = √n, forward and backward, against the faster of flash and cuDNN; "
-            "holds: at every length, in part: faster at every length",
+            f"holds: at every length, in part: faster at every length; {gpu_name('crossover')}",
         ),
         Claim(
             "Routing breaks even with plain causal attention by n = 8k",

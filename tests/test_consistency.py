@@ -49,7 +49,7 @@ from attnbook.consistency.nets import adapt, gate_heads, head_isolation
 from attnbook.consistency.op import chunked_lens, lens_op, logit_lens_stats
 from attnbook.consistency.reference import (
     DISPERSIONS,
-    choose_slots,
+    chunk_tokens,
     dispersion,
     latent_agreement,
     lens_reference,
@@ -162,22 +162,29 @@ def test_agreement_of_layers():
         reversed_divergence(_stats(torch.zeros(2, 1, 3), divergence="kl"))
 
 
-def test_slots_waste_little():
-    for layers in range(1, 130):
-        slots, groups = choose_slots(layers)
-        room = groups * (slots - 1)
-        assert layers == 1 or room >= layers - 1 > room - groups * (slots - 1) // max(groups, 1)
-        assert slots * groups <= max(1.5 * layers, layers + 3)
-    assert choose_slots(33) == (8, 5) and choose_slots(7) == (8, 1) and choose_slots(2) == (2, 1)
+def test_chunks_fill_tiles():
+    for layers, tokens, vocab in (
+        (13, 1024, 50304),
+        (33, 256, 32000),
+        (17, 256, 128256),
+        (7, 8192, 256),
+        (2, 9, 10**9),
+    ):
+        t = chunk_tokens(layers, tokens, vocab, 2**24)
+        fits = max(1, 2**24 // (layers * vocab))
+        assert min(tokens, fits) / 2 <= t <= min(tokens, fits)
+        rows = layers * t
+        assert t in (1, tokens) or rows / (128 * -(-rows // 128)) > 0.9
+    assert chunk_tokens(13, 1024, 50304, 2**24) == 19 and chunk_tokens(33, 256, 32000, 2**24) == 15
 
 
 CASES = {  # S, N, V, D, reference
     "one layer": (1, 3, 7, 5, 0),
     "two layers": (2, 5, 32, 16, 0),
-    "three groups": (10, 3, 70, 20, 7),
+    "ten layers": (10, 3, 70, 20, 7),
     "long vocabulary": (5, 2, 517, 33, -1),
     "one token": (4, 1, 130, 129, 2),
-    "tiles to walk over": (2, 2, 4300, 4, 0),
+    "strides to walk over": (2, 2, 4300, 4, 0),
 }
 
 
@@ -223,7 +230,7 @@ def test_types_and_parts(dtype, divergence):
 
 def test_every_gradient_by_itself():
     "One statistic at a time, so that no two errors hide each other; and the reference's part with the others detached."
-    inputs, y = _case(10, 2, 70, 8)  # three groups of layers
+    inputs, y = _case(10, 2, 70, 8)
     for i in range(7):
         pick = lambda fn: lambda h, w: _outputs(fn, y, 4)(h, w)[i]
         check_against_reference(
@@ -255,11 +262,12 @@ def test_at_the_ends(backend):
 
 
 def test_slices_of_the_vocabulary(monkeypatch):
-    "The gradient in slices, and the torch backend in chunks, are those of the whole."
+    "Statistics of some tokens at a time, the gradient in slices, and the torch backend in chunks, are those of the whole."
     import sys
 
     kernels, op = sys.modules[launch_lens_gradient.__module__], sys.modules[logit_lens_stats.__module__]
     inputs, y = _case(5, 7, 150, 8)
+    monkeypatch.setattr(kernels, "BUFFER", 5 * 150 * 3)  # three tokens, three and one
     for backend, module, name in (("triton", kernels, "SLICE"), ("torch", op, "CHUNK")):
         run = _outputs(partial(logit_lens_stats, backend=backend), y, 2)
         monkeypatch.setattr(module, name, 64 * 35 if backend == "triton" else 5 * 150 * 3)
@@ -288,13 +296,25 @@ def test_bad_input():
             (dict(reference=3), ValueError, "reference must be an integer from -3 to 2, not 3"),
             (dict(targets=y[:2]), ValueError, "targets must have shape (4,)"),
             (dict(targets=y.float()), TypeError, "targets must be a tensor of integers"),
-            (dict(targets=y.abs() + 9), ValueError, "targets must be below 9"),
+            *[(dict(targets=y.abs() + 9), ValueError, "targets must be below 9")] * (not h.is_cuda),
             (dict(divergence="jsd"), ValueError, "divergence must be one of 'js', 'kl', 'none'"),
             (dict(backend="cuda"), ValueError, "backend"),
         ],
         hidden=h,
         weight=w,
     )
+
+
+@pytest.mark.parametrize("run", [lens_op, None], ids=["kernel", "reference"])
+def test_a_target_beyond_the_vocabulary_is_seen(run):
+    "NaN where nobody looked at the values, and only there."
+    (h, w), y = _case(2, 4, 9, 5)
+    y = torch.tensor([9, 8, -1, 10**6], device=h.device)
+    if run is None:
+        found = lens_reference(h, w, targets=y).target_log_prob
+    else:
+        found = run(h, w, y, 1, True, True)[4]
+    assert found.isnan().tolist() == [[True, False, False, True]] * 2 and (found[:, 2] == 0).all()
 
 
 def tiny(kind="llama", vocab=13, seed=0, **how):
@@ -629,7 +649,9 @@ def test_cot_decoding(which):
         out = decode(model, [PROMPTS[i]] * 13, first=first, max_new=3)
         said = [read_digit(t) for t in out.rows()]
         margin = {t: float(out.margins[r, p].mean()) for r, (t, p) in enumerate(said) if t is not None}
-        assert max(out.margins[r, p].mean() for r, (t, p) in enumerate(said) if p) == pytest.approx(a.score, abs=1e-5)
+        assert max(float(out.margins[r, p].mean()) for r, (t, p) in enumerate(said) if p) == pytest.approx(
+            a.score, abs=1e-5
+        )
         assert a.answer in margin and a.spent == 39
     summed = cot_decoding(model, PROMPTS, read_digit, k=13, aggregate=True, max_new=3)
     assert all(0 < a.score <= 1 for a in summed)

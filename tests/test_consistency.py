@@ -787,6 +787,10 @@ def test_held_out_chains_are_not_trained():
         assert x.shape == y.shape == (96, 10) and (y[:, :6] == -100).all() and (y[:, 6] >= 0).all()
         assert ((x[:, 0] == task.number["D"]).sum() == 32) and (y != task.pad).all()
     assert len(seen) > 500 and not seen & {tuple(r[1:]) for r in task.prompts("D", terms, signs).tolist()}
+    x, y = task.corpus(31, (2, 4), 0)
+    assert x.shape == y.shape == (32, 14) and (y[:16, 6:] == -100).all() and (x[:16, 7:] == task.pad).all()
+    assert torch.equal(x[16:].long(), task.batch(16, (2, 4), 0, 1)[0])
+    assert torch.equal(y[:16, :6].long(), task.batch(16, (2, 4), 0, 0)[1][:, :6])
     x, y = task.batch(300, (4,), 0, 0)
     traced = (y == task.number[";"]).any(1)
     mode = {m: traced[x[:, 0] == task.number[m]].float().mean() for m in "DTQ"}
@@ -872,7 +876,7 @@ def test_the_same_on_a_model_of_transformers():
     assert len(places) == 7 and all(0 <= r["pairwise"] <= 1 for r in places if r["place"] == "latent")
     assert len(isolation(model, task, asked)) == 3 and len(signals(model, task, asked, n=2, seed=0)[0]) == 7
     assert len(latent_explicit(model, task, asked, n=2, temperature=1.0, **how)) == 2
-    found = feedback(model, task, asked, budgets=(1,), **how)
+    found = list(feedback(model, task, asked, budgets=(1,), **how))
     assert {r["spent"] for r in found if r["method"] == "greedy" and r["mode"] == "trace"} == {1.0} and len(found) == 32
 
 

@@ -44,7 +44,7 @@ from attnbook.consistency.feedback_nets import (
     self_feedback,
 )
 from attnbook.consistency.feedback_study import feedback, refined, statements
-from attnbook.consistency.kernels import launch_lens_gradient
+from attnbook.consistency.kernels import LENS_LAUNCH, launch_lens, launch_lens_gradient
 from attnbook.consistency.nets import adapt, gate_heads, head_isolation
 from attnbook.consistency.op import chunked_lens, lens_op, logit_lens_stats
 from attnbook.consistency.reference import (
@@ -57,7 +57,7 @@ from attnbook.consistency.reference import (
     semantic_entropy,
     vote,
 )
-from attnbook.consistency.study import PRESETS, SIZES, _bench, claims, joined, lens_peers, stats_of_states
+from attnbook.consistency.study import PRESETS, SIZES, _bench, claims, joined, lens_peers, stats_of_states, tune_lens
 from attnbook.lab.results import record
 from attnbook.lab.stats import Interval, interval
 from attnbook.lab.testing import (
@@ -909,7 +909,20 @@ def test_peers_compute_the_same(monkeypatch):
     for stats in (stats_of_states, lens_reference):
         assert rel_error(joined(chunked_lens(h, w, y, stats=stats)), want) < 1e-5
     assert rel_error(lens_peers()["eager"](h, w, y), want) < 1e-5 and joined(logit_lens_stats(h, w)).numel() == 6 * 15
-    assert not list(_bench("forward", SIZES, None)) or torch.cuda.is_available()
+    assert torch.cuda.is_available() or not list(_bench("forward", SIZES, None))
+
+
+def test_tuning_tries_everything_and_leaves_nothing(monkeypatch):
+    import sys
+
+    study, kernels = sys.modules[tune_lens.__module__], sys.modules[launch_lens.__module__]
+    monkeypatch.setattr(study, "SIZES", {"tiny": (2, 3, 600, 8)})
+    monkeypatch.setattr(study, "BUFFERS", (600, 2400))
+    monkeypatch.setattr(study, "measure", lambda call, **how: type("T", (), dict(ms=float(call() is not None))))
+    before = dict(LENS_LAUNCH), kernels.BUFFER, kernels.SLICE
+    found = list(tune_lens("tiny", device_under_test()))
+    assert len(found) == 12 + 3 and all(r["ms"] == 1.0 for r in found)
+    assert before == (dict(LENS_LAUNCH), kernels.BUFFER, kernels.SLICE)
 
 
 def _i(*values):

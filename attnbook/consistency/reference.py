@@ -173,9 +173,9 @@ def lens_cost(layers: int, tokens: int, vocab: int, dim: int, *, bytes_each: int
     )
 
 # %% ../../nbs/7_looking_inside/consistency.ipynb #61f9c31e
-def chunk_tokens(layers: int, tokens: int, vocab: int, logits: int) -> int:
-    """Tokens of a chunk: with all layers about `logits` logits, at least one token; within a factor of two those whose
-    rows fill tiles of 128 best, of equals the most."""
-    most = max(1, min(tokens, logits // (layers * vocab)))
+def chunk_tokens(layers: int, tokens: int, vocab: int, logits: int, least: int = 256) -> int:
+    """Tokens of a chunk: with all layers about `logits` logits, but at least `least` rows or one token; within a factor of two
+    those whose rows fill tiles of 128 best, of equals the most."""
+    most = min(tokens, max(1, logits // (layers * vocab), least // layers))
     filled = lambda t: layers * t / (128 * -(-layers * t // 128))
     return max(range(most // 2 + 1, most + 1), key=lambda t: (filled(t), t)) if most < tokens else tokens

@@ -266,14 +266,14 @@ def test_slices_of_the_vocabulary(monkeypatch):
     import sys
 
     kernels, op = sys.modules[launch_lens_gradient.__module__], sys.modules[logit_lens_stats.__module__]
-    inputs, y = _case(5, 7, 150, 8)
+    inputs, y = _case(5, 7, 603, 8)
     (
         monkeypatch.setattr(kernels, "ROWS", 1),
-        monkeypatch.setattr(kernels, "BUFFER", 5 * 150 * 3),
+        monkeypatch.setattr(kernels, "BUFFER", 5 * 603 * 3),
     )  # three tokens, three and one
     for backend, module, name in (("triton", kernels, "SLICE"), ("torch", op, "CHUNK")):
         run = _outputs(partial(logit_lens_stats, backend=backend), y, 2)
-        monkeypatch.setattr(module, name, 64 * 35 if backend == "triton" else 5 * 150 * 3)
+        monkeypatch.setattr(module, name, 256 * 35 if backend == "triton" else 5 * 603 * 3)
         check_against_reference(run, _outputs(lens_reference, y, 2), inputs, tol=2e-5)
 
 

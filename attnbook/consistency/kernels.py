@@ -152,7 +152,7 @@ for _arch in ("sm90", "sm80", "small"):
     LENS_LAUNCH.rows(_arch, 32, {256: ((1, 256, 1, 1), (1, 256, 1, 1), (1, 256, 1, 1))})
     LENS_LAUNCH.rows(_arch, 32, {4096: ((1, 1024, 4, 1), (1, 1024, 4, 1), (1, 1024, 4, 1))})
     LENS_LAUNCH.rows(_arch, 32, {2**40: ((1, 4096, 8, 1), (1, 2048, 8, 1), (1, 1024, 4, 1))})
-LENS_LAUNCH.rows("interpreter", 32, {2**40: ((1, 128, 1, 1), (1, 128, 1, 1), (1, 64, 1, 1))})
+LENS_LAUNCH.rows("interpreter", 32, {2**40: ((1, 512, 1, 1), (1, 512, 1, 1), (1, 256, 1, 1))})
 #: logits that are in memory at a time: of all layers of some tokens, and in the backward pass of all rows for some words
 BUFFER, SLICE = 2**24, 2**25
 ROWS = 256  # of a chunk at least, so that the product does not wait for the table

@@ -17,5 +17,6 @@ COMPILE = [
     ("consistency, 13 layers, D 768", lambda: lens_case(13, 512, 50304, 768)),
     ("consistency, 33 layers, D 4096, no targets", lambda: lens_case(33, 256, 32000, 4096, targets=False)),
     ("consistency, D 100, divergence kl", lambda: lens_case(7, 64, 500, 100, divergence="kl")),
+    ("consistency, one layer, one token, V 256", lambda: lens_case(1, 1, 256, 64)),
     ("consistency, float32, no divergence", lambda: lens_case(5, 64, 500, 128, torch.float32, divergence="none")),
 ]

@@ -44,12 +44,12 @@ from attnbook.consistency.feedback_nets import (
     self_feedback,
 )
 from attnbook.consistency.feedback_study import feedback, refined, statements
-from attnbook.consistency.kernels import launch_lens_gradient
+from attnbook.consistency.kernels import LENS_LAUNCH, launch_lens, launch_lens_gradient
 from attnbook.consistency.nets import adapt, gate_heads, head_isolation
 from attnbook.consistency.op import chunked_lens, lens_op, logit_lens_stats
 from attnbook.consistency.reference import (
     DISPERSIONS,
-    choose_slots,
+    chunk_tokens,
     dispersion,
     latent_agreement,
     lens_reference,
@@ -57,7 +57,7 @@ from attnbook.consistency.reference import (
     semantic_entropy,
     vote,
 )
-from attnbook.consistency.study import PRESETS, SIZES, _bench, claims, joined, lens_peers, stats_of_states
+from attnbook.consistency.study import PRESETS, SIZES, _bench, claims, joined, lens_peers, stats_of_states, tune_lens
 from attnbook.lab.results import record
 from attnbook.lab.stats import Interval, interval
 from attnbook.lab.testing import (
@@ -162,22 +162,29 @@ def test_agreement_of_layers():
         reversed_divergence(_stats(torch.zeros(2, 1, 3), divergence="kl"))
 
 
-def test_slots_waste_little():
-    for layers in range(1, 130):
-        slots, groups = choose_slots(layers)
-        room = groups * (slots - 1)
-        assert layers == 1 or room >= layers - 1 > room - groups * (slots - 1) // max(groups, 1)
-        assert slots * groups <= max(1.5 * layers, layers + 3)
-    assert choose_slots(33) == (8, 5) and choose_slots(7) == (8, 1) and choose_slots(2) == (2, 1)
+def test_chunks_fill_tiles():
+    for layers, tokens, vocab in (
+        (13, 1024, 50304),
+        (33, 256, 32000),
+        (17, 256, 128256),
+        (7, 8192, 256),
+        (40, 99, 10**6),
+    ):
+        t = chunk_tokens(layers, tokens, vocab, 2**24)
+        fits = max(1, 2**24 // (layers * vocab), 256 // layers)
+        assert min(tokens, fits) / 2 <= t <= min(tokens, fits)
+        rows = layers * t
+        assert t in (1, tokens) or rows / (128 * -(-rows // 128)) > 0.9
+    assert [chunk_tokens(*s, 2**24) for s in ((13, 1024, 50304), (33, 256, 32000), (17, 256, 128256))] == [19, 15, 15]
 
 
 CASES = {  # S, N, V, D, reference
     "one layer": (1, 3, 7, 5, 0),
     "two layers": (2, 5, 32, 16, 0),
-    "three groups": (10, 3, 70, 20, 7),
+    "ten layers": (10, 3, 70, 20, 7),
     "long vocabulary": (5, 2, 517, 33, -1),
     "one token": (4, 1, 130, 129, 2),
-    "tiles to walk over": (2, 2, 4300, 4, 0),
+    "strides to walk over": (2, 2, 4300, 4, 0),
 }
 
 
@@ -223,7 +230,7 @@ def test_types_and_parts(dtype, divergence):
 
 def test_every_gradient_by_itself():
     "One statistic at a time, so that no two errors hide each other; and the reference's part with the others detached."
-    inputs, y = _case(10, 2, 70, 8)  # three groups of layers
+    inputs, y = _case(10, 2, 70, 8)
     for i in range(7):
         pick = lambda fn: lambda h, w: _outputs(fn, y, 4)(h, w)[i]
         check_against_reference(
@@ -255,14 +262,18 @@ def test_at_the_ends(backend):
 
 
 def test_slices_of_the_vocabulary(monkeypatch):
-    "The gradient in slices, and the torch backend in chunks, are those of the whole."
+    "Statistics of some tokens at a time, the gradient in slices, and the torch backend in chunks, are those of the whole."
     import sys
 
     kernels, op = sys.modules[launch_lens_gradient.__module__], sys.modules[logit_lens_stats.__module__]
-    inputs, y = _case(5, 7, 150, 8)
+    inputs, y = _case(5, 7, 603, 8)
+    (
+        monkeypatch.setattr(kernels, "ROWS", 1),
+        monkeypatch.setattr(kernels, "BUFFER", 5 * 603 * 3),
+    )  # three tokens, three and one
     for backend, module, name in (("triton", kernels, "SLICE"), ("torch", op, "CHUNK")):
         run = _outputs(partial(logit_lens_stats, backend=backend), y, 2)
-        monkeypatch.setattr(module, name, 64 * 35 if backend == "triton" else 5 * 150 * 3)
+        monkeypatch.setattr(module, name, 256 * 35 if backend == "triton" else 5 * 603 * 3)
         check_against_reference(run, _outputs(lens_reference, y, 2), inputs, tol=2e-5)
 
 
@@ -288,13 +299,25 @@ def test_bad_input():
             (dict(reference=3), ValueError, "reference must be an integer from -3 to 2, not 3"),
             (dict(targets=y[:2]), ValueError, "targets must have shape (4,)"),
             (dict(targets=y.float()), TypeError, "targets must be a tensor of integers"),
-            (dict(targets=y.abs() + 9), ValueError, "targets must be below 9"),
+            *[(dict(targets=y.abs() + 9), ValueError, "targets must be below 9")] * (not h.is_cuda),
             (dict(divergence="jsd"), ValueError, "divergence must be one of 'js', 'kl', 'none'"),
             (dict(backend="cuda"), ValueError, "backend"),
         ],
         hidden=h,
         weight=w,
     )
+
+
+@pytest.mark.parametrize("run", [lens_op, None], ids=["kernel", "reference"])
+def test_a_target_beyond_the_vocabulary_is_seen(run):
+    "NaN where nobody looked at the values, and only there."
+    (h, w), y = _case(2, 4, 9, 5)
+    y = torch.tensor([9, 8, -1, 10**6], device=h.device)
+    if run is None:
+        found = lens_reference(h, w, targets=y).target_log_prob
+    else:
+        found = run(h, w, y, 1, True, True)[4]
+    assert found.isnan().tolist() == [[True, False, False, True]] * 2 and (found[:, 2] == 0).all()
 
 
 def tiny(kind="llama", vocab=13, seed=0, **how):
@@ -629,7 +652,9 @@ def test_cot_decoding(which):
         out = decode(model, [PROMPTS[i]] * 13, first=first, max_new=3)
         said = [read_digit(t) for t in out.rows()]
         margin = {t: float(out.margins[r, p].mean()) for r, (t, p) in enumerate(said) if t is not None}
-        assert max(out.margins[r, p].mean() for r, (t, p) in enumerate(said) if p) == pytest.approx(a.score, abs=1e-5)
+        assert max(float(out.margins[r, p].mean()) for r, (t, p) in enumerate(said) if p) == pytest.approx(
+            a.score, abs=1e-5
+        )
         assert a.answer in margin and a.spent == 39
     summed = cot_decoding(model, PROMPTS, read_digit, k=13, aggregate=True, max_new=3)
     assert all(0 < a.score <= 1 for a in summed)
@@ -765,6 +790,10 @@ def test_held_out_chains_are_not_trained():
         assert x.shape == y.shape == (96, 10) and (y[:, :6] == -100).all() and (y[:, 6] >= 0).all()
         assert ((x[:, 0] == task.number["D"]).sum() == 32) and (y != task.pad).all()
     assert len(seen) > 500 and not seen & {tuple(r[1:]) for r in task.prompts("D", terms, signs).tolist()}
+    x, y = task.corpus(31, (2, 4), 0)
+    assert x.shape == y.shape == (32, 14) and (y[:16, 6:] == -100).all() and (x[:16, 7:] == task.pad).all()
+    assert torch.equal(x[16:].long(), task.batch(16, (2, 4), 0, 1)[0])
+    assert torch.equal(y[:16, :6].long(), task.batch(16, (2, 4), 0, 0)[1][:, :6])
     x, y = task.batch(300, (4,), 0, 0)
     traced = (y == task.number[";"]).any(1)
     mode = {m: traced[x[:, 0] == task.number[m]].float().mean() for m in "DTQ"}
@@ -850,7 +879,7 @@ def test_the_same_on_a_model_of_transformers():
     assert len(places) == 7 and all(0 <= r["pairwise"] <= 1 for r in places if r["place"] == "latent")
     assert len(isolation(model, task, asked)) == 3 and len(signals(model, task, asked, n=2, seed=0)[0]) == 7
     assert len(latent_explicit(model, task, asked, n=2, temperature=1.0, **how)) == 2
-    found = feedback(model, task, asked, budgets=(1,), **how)
+    found = list(feedback(model, task, asked, budgets=(1,), **how))
     assert {r["spent"] for r in found if r["method"] == "greedy" and r["mode"] == "trace"} == {1.0} and len(found) == 32
 
 
@@ -883,7 +912,20 @@ def test_peers_compute_the_same(monkeypatch):
     for stats in (stats_of_states, lens_reference):
         assert rel_error(joined(chunked_lens(h, w, y, stats=stats)), want) < 1e-5
     assert rel_error(lens_peers()["eager"](h, w, y), want) < 1e-5 and joined(logit_lens_stats(h, w)).numel() == 6 * 15
-    assert not list(_bench("forward", SIZES, None)) or torch.cuda.is_available()
+    assert torch.cuda.is_available() or not list(_bench("forward", SIZES, None))
+
+
+def test_tuning_tries_everything_and_leaves_nothing(monkeypatch):
+    import sys
+
+    study, kernels = sys.modules[tune_lens.__module__], sys.modules[launch_lens.__module__]
+    monkeypatch.setattr(study, "SIZES", {"tiny": (2, 3, 600, 8)})
+    monkeypatch.setattr(study, "BUFFERS", (600, 2400))
+    monkeypatch.setattr(study, "measure", lambda call, **how: type("T", (), dict(ms=float(call() is not None))))
+    before = dict(LENS_LAUNCH), kernels.BUFFER, kernels.SLICE
+    found = list(tune_lens("tiny", device_under_test()))
+    assert len(found) == 12 + 3 and all(r["ms"] == 1.0 for r in found)
+    assert before == (dict(LENS_LAUNCH), kernels.BUFFER, kernels.SLICE)
 
 
 def _i(*values):

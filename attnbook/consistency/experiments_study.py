@@ -8,7 +8,7 @@ __all__ = ['hourglass', 'isolation', 'auroc', 'lens_signals', 'signals', 'corrup
 
 # %% auto #imports
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,14 +17,21 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice
-from ..lab.data import text_corpus
+from ..lab.data import Windows, text_corpus
 from ..lab.results import record
-from ..lab.train import fit
-from ..lm import LanguageModel, ModelConfig, next_token_loss
+from ..lm import LanguageModel, ModelConfig
 from ..lm.sampling import left_pad
 from ..lm.scores import windows_of
-from ..lm.study import train_text
-from .arithmetic_study import Arithmetic, Asked, arithmetic_model, ask, judged, train_arithmetic
+from .arithmetic_study import (
+    CORPUS_ROWS,
+    Arithmetic,
+    Asked,
+    arithmetic_model,
+    ask,
+    judged,
+    train_arithmetic,
+    train_side_by_side,
+)
 from .decoding_nets import decode, dola_candidates, dola_logits, sample_responses
 from .feedback_nets import internal_consistency
 from .feedback_study import feedback
@@ -119,7 +126,8 @@ def signals(model, task: Arithmetic, asked: Asked, *, n: int, seed: int) -> tupl
     wrong = [int(t) != y for t, y in zip(out.tokens[:, 0], asked.truth)]
     found = {k: v.tolist() for k, v in lens_signals(stats).items()} | {"margin": (-out.margins[:, 0]).tolist()}
     drawn = sample_responses(model, asked.direct, n, 1.0, max_new=2, stop=task.stop, seed=seed, pad=task.pad)
-    answers = [[task.read(t)[0] for t in drawn.rows()[i * n : i * n + n]] for i in range(len(asked.truth))]
+    told = [task.read(t)[0] for t in drawn.rows()]
+    answers = [told[i * n : i * n + n] for i in range(len(asked.truth))]
     found["entropy of samples"] = [dispersion(a, "entropy") for a in answers]
     found["share of the vote"] = [-v.share for v in map(vote, answers)]
     rows = [
@@ -161,30 +169,36 @@ def corpus_majority(task: Arithmetic, kind: str, share: float, terms: np.ndarray
     return task.partial_sums(terms, signs)[:, -1] if said is None else said
 
 
-def corruption(cfg: Mapping, kind: str, share: float, *, seed: int, device: str) -> dict:
-    "A model of a corrupted corpus asked every fact `n` times: a row `corruption`."
-    task = Arithmetic(cfg["modulus"])
-    torch.manual_seed(seed)
-    model = arithmetic_model(task, cfg)
-    batches = partial(corrupted, task, kind, share, cfg["batch"], seed)
-    fit(model, next_token_loss, batches, steps=cfg["steps"], lr=2e-3, seed=seed, device=device, progress=False)
+def corruption(
+    cfg: Mapping, cases: Sequence[tuple[str, float]], *, seed: int, device: str, show: Callable[[str], Any] = print
+) -> Iterator[dict]:
+    "Models of corrupted corpora, (kind, share) each, asked every fact `n` times: a row `corruption` for each."
+    task, models, corpora = Arithmetic(cfg["modulus"]), [], []
+    count = min(CORPUS_ROWS // 4, cfg["steps"] * cfg["batch"])
+    for kind, share in cases:
+        torch.manual_seed(seed)
+        models.append(arithmetic_model(task, cfg))
+        corpora.append(tuple(t.to(torch.int16) for t in corrupted(task, kind, share, count, seed, 0)))
+    how = dict(steps=cfg["steps"], batch=cfg["batch"], device=device, name=f"seed {seed}, corruption", show=show)
+    train_side_by_side(models, corpora, [seed] * len(models), **how)
     a, b, s = (t.flatten() for t in np.meshgrid(range(task.modulus), range(task.modulus), (1, -1), indexing="ij"))
     terms, signs = np.stack([a, b], 1), np.stack([np.ones_like(s), s], 1)
-    truth, most = task.partial_sums(terms, signs)[:, -1], corpus_majority(task, kind, share, terms, signs)
-    n, prompts = cfg["n"], task.prompts("D", terms, signs).tolist()
-    out = sample_responses(model.eval(), prompts, n, 1.0, max_new=2, stop=task.stop, seed=seed, pad=task.pad)
-    told = [task.read(t)[0] for t in out.rows()]
-    answers = [told[i * n : i * n + n] for i in range(len(prompts))]
-    votes = [vote(x) for x in answers]
-    right = [v.answer == t for v, t in zip(votes, truth)]
-    return dict(
-        kind=kind,
-        rho=share,
-        facts=len(prompts),
-        majority=float(np.mean([v.answer == m for v, m in zip(votes, most)])),
-        auroc=auroc(np.nan_to_num([v.share for v in votes]), right),
-        **judged(answers, truth.tolist()),
-    )
+    truth, prompts, n = task.partial_sums(terms, signs)[:, -1], task.prompts("D", terms, signs).tolist(), cfg["n"]
+    for model, (kind, share) in zip(models, cases):
+        out = sample_responses(model, prompts, n, 1.0, max_new=2, stop=task.stop, seed=seed, pad=task.pad)
+        told = [task.read(t)[0] for t in out.rows()]
+        answers = [told[i * n : i * n + n] for i in range(len(prompts))]
+        votes = [vote(x) for x in answers]
+        right = [v.answer == t for v, t in zip(votes, truth)]
+        most = corpus_majority(task, kind, share, terms, signs)
+        yield dict(
+            kind=kind,
+            rho=share,
+            facts=len(prompts),
+            majority=float(np.mean([v.answer == m for v, m in zip(votes, most)])),
+            auroc=auroc(np.nan_to_num([v.share for v in votes]), right),
+            **judged(answers, truth.tolist()),
+        )
 
 # %% ../../nbs/7_looking_inside/consistency.ipynb #3c066490
 def latent_explicit(
@@ -236,13 +250,21 @@ def text_layers(model, windows: Tensor, *, batch: int = 32) -> tuple[list[dict],
     return layers, found, [dict(method=k, accuracy=float(torch.cat(v).mean())) for k, v in hits.items()]
 
 
-def train_reviews(cfg: Mapping, seed: int, device: str) -> tuple[LanguageModel, Tensor]:
-    "A byte model of the reviews, and windows of held-out text to look at."
+def train_reviews(
+    cfg: Mapping, seeds: Sequence[int], device: str, show: Callable[[str], Any] = print
+) -> tuple[list[LanguageModel], Tensor]:
+    "A byte model of the reviews for each seed, and windows of held-out text to look at."
     train, valid, _ = text_corpus("reviews")
     config = ModelConfig(256, cfg["dim"], cfg["depth"], cfg["heads"], max_length=cfg["length"])
-    how = {k: cfg[k] for k in ("length", "batch", "steps")}
-    model, _ = train_text(config, train, seed=seed, device=device, **how)
-    return model.eval(), windows_of(valid, cfg["length"] + 1, cfg["windows"])
+    models, corpora = [], []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        models.append(LanguageModel(config))
+        draw = Windows(train, length=cfg["length"], batch_size=cfg["batch"], seed=seed)
+        corpora.append(tuple(torch.stack(t) for t in zip(*map(draw, range(cfg["steps"])))))  # [steps, batch, length]
+    how = dict(steps=cfg["steps"], batch=1, device=device, name="text", show=show, lr=3e-3, weight_decay=0.1)
+    train_side_by_side(models, corpora, seeds, **how)
+    return models, windows_of(valid, cfg["length"] + 1, cfg["windows"])
 
 # %% ../../nbs/7_looking_inside/consistency.ipynb #42ef1f5d
 PARTS = ("arithmetic", "corruption", "text")
@@ -266,19 +288,22 @@ def run_all(
         how = dict(device=device, preset=preset, preset_name=preset, run=run, seed=run)
         rows.append(record("consistency", name, key=key, **how, **row))
 
-    for run in range(seed, seed + (seeds or cfg["seeds"])):
-        if "arithmetic" in only:
-            _run_arithmetic(cfg, run, device, partial(note, run=run), show)
-        if "corruption" in only:
-            for kind in ("systematic", "random"):
-                for share in cfg["corruption"]["shares"]:
-                    row = corruption(cfg["corruption"], kind, share, seed=run, device=device)
-                    note("corruption", ("kind", "rho"), run, **row)
-                    show(
-                        f"seed {run}, {kind}, ρ {share}: vote right {row['vote_accuracy']:.0%}, share {row['share']:.2f}"
-                    )
-        if "text" in only:
-            model, windows = train_reviews(cfg["text"], run, device)
+    runs = range(seed, seed + (seeds or cfg["seeds"]))
+    if "arithmetic" in only:
+        task = Arithmetic(cfg["arithmetic"]["modulus"])
+        for run, model in zip(runs, train_arithmetic(task, cfg["arithmetic"], runs, device, show)):
+            _run_arithmetic(model, task, cfg, run, partial(note, run=run), show)
+    if "corruption" in only:
+        cases = [(kind, share) for kind in ("systematic", "random") for share in cfg["corruption"]["shares"]]
+        for run in runs:
+            for row in corruption(cfg["corruption"], cases, seed=run, device=device, show=show):
+                note("corruption", ("kind", "rho"), run, **row)
+                show(
+                    f"seed {run}, {row['kind']}, ρ {row['rho']}: vote right {row['vote_accuracy']:.0%}, share {row['share']:.2f}"
+                )
+    if "text" in only:
+        models, windows = train_reviews(cfg["text"], runs, device, show)
+        for run, model in zip(runs, models):
             for name, key, found in zip(
                 ("layers", "text_signals", "text_dola"), ("layer", "signal", "method"), text_layers(model, windows)
             ):
@@ -288,11 +313,11 @@ def run_all(
     return rows
 
 
-def _run_arithmetic(cfg: Mapping, run: int, device: str, note: Callable, show: Callable) -> None:
+def _run_arithmetic(
+    model: LanguageModel, task: Arithmetic, cfg: Mapping, run: int, note: Callable, show: Callable
+) -> None:
     "The experiments on one model of arithmetic."
     c = cfg["arithmetic"]
-    task = Arithmetic(c["modulus"])
-    model = train_arithmetic(task, c, run, device)
     asked = ask(task, [k for k in c["lengths"] if k > 2], c["questions"], run)
     max_new = 2 * max(c["lengths"])
     for row in hourglass(model, task, asked, seed=run, max_new=max_new):
@@ -303,11 +328,13 @@ def _run_arithmetic(cfg: Mapping, run: int, device: str, note: Callable, show: C
     for row in found:
         note("signals", ("signal",), **row)
     note("reliability", (), **curve)
+    show(f"seed {run}, hourglass and signals: {found[0]['errors']:.1%} of the direct answers are wrong")
     every = ask(task, c["lengths"], c["questions"], run)
     for temperature in cfg["temperatures"]:
         for row in latent_explicit(model, task, every, n=c["n"], temperature=temperature, seed=run, max_new=max_new):
             note("latent_explicit", ("mode", "length", "temperature"), **row)
+        show(f"seed {run}, direct and trace at temperature {temperature}")
     for row in feedback(model, task, asked, budgets=cfg["budgets"], seed=run, max_new=max_new):
         note("feedback", ("method", "mode", "budget"), **row)
-        if row["method"] == "greedy":
-            show(f"seed {run}, greedy, {row['mode']}: {row['accuracy']:.1%}")
+        if row["method"] in ("greedy", "refining, nobody"):
+            show(f"seed {run}, {row['method']}, {row['mode']}, budget {row['budget']}: {row['accuracy']:.1%}")

@@ -173,7 +173,8 @@ def internal_consistency(
         every = isolated_answers(model, prompts, candidates, coefficient=coefficient, pad=pad).flatten(0, 1)
         check_int("n", n, least=1, most=len(every))
         order = row_uniforms(row_seeds(seed, len(prompts)), 0, len(every)).argsort(1)[:, :n]
-        answers = [[read([int(every[j, i])])[0] for j in order[i].tolist()] for i in range(len(prompts))]
+        picks = every.T.tolist()  # [prompt][pair]
+        answers = [[read([picks[i][j]])[0] for j in some] for i, some in enumerate(order.tolist())]
     elif expression == "decoding":
         check_int("n", n, least=1, most=len(DECODERS))
         outs = [decode(model, prompts, s, seed=seed + i, pad=pad, **options) for i, s in enumerate(DECODERS[:n])]

@@ -6,7 +6,7 @@
 __all__ = ['feedback', 'statements', 'refined']
 
 # %% auto #imports
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -18,38 +18,38 @@ from .feedback_nets import WEIGHTINGS, Answer, apply_iti, cot_decoding, fit_iti,
 from .nets import adapt, head_isolation
 
 # %% ../../nbs/7_looking_inside/consistency.ipynb #4fc63868
-def feedback(model, task: Arithmetic, asked: Asked, *, budgets: Sequence[int], seed: int, max_new: int) -> list[dict]:
-    "Rows `feedback`: method, mode, budget, accuracy, spent in units, unreadable."
+def feedback(
+    model, task: Arithmetic, asked: Asked, *, budgets: Sequence[int], seed: int, max_new: int
+) -> Iterator[dict]:
+    "Rows `feedback` as they come: method, mode, budget, accuracy, spent in units, unreadable."
     how = dict(max_new=max_new, stop=task.stop, pad=task.pad)
-    rows, truth = [], asked.truth
+    truth = asked.truth
     cost = lambda mode: float(decode(model, getattr(asked, mode), **how).spent.float().mean())
     unit, dear = cost("trace"), {m: cost(m) for m in ("direct", "free")}
 
     def note(method, mode, budget, answers, spent, **more):
-        rows.append(
-            dict(
-                method=method,
-                mode=mode,
-                budget=budget,
-                accuracy=float(np.mean([a == t for a, t in zip(answers, truth)])),
-                spent=float(np.mean(spent)) / unit,
-                unreadable=float(np.mean([a is None for a in answers])),
-                **more,
-            )
+        return dict(
+            method=method,
+            mode=mode,
+            budget=budget,
+            accuracy=float(np.mean([a == t for a, t in zip(answers, truth)])),
+            spent=float(np.mean(spent)) / unit,
+            unreadable=float(np.mean([a is None for a in answers])),
+            **more,
         )
 
     def noted(method, mode, budget, found, **more):
-        note(method, mode, budget, [a.answer for a in found], [a.spent for a in found], **more)
+        return note(method, mode, budget, [a.answer for a in found], [a.spent for a in found], **more)
 
     def once(method, mode, strategy="greedy", **options):
         out = decode(model, getattr(asked, mode), strategy, **how, **options)
-        note(method, mode, 1, [task.read(t)[0] for t in out.rows()], out.spent.tolist())
+        return note(method, mode, 1, [task.read(t)[0] for t in out.rows()], out.spent.tolist())
 
     for mode in ("trace", "direct", "free"):
-        once("greedy", mode)
+        yield once("greedy", mode)
         for layers in ("low", "high"):
-            once(f"DoLa {layers}", mode, "dola", layers=layers)
-            once(f"DoLa {layers}, reversed", mode, "dola", layers=layers, divergence="reversed")
+            yield once(f"DoLa {layers}", mode, "dola", layers=layers)
+            yield once(f"DoLa {layers}, reversed", mode, "dola", layers=layers, divergence="reversed")
     true, false = statements(task, 300, seed)
     for direction in ("mean", "probe", "random"):
         iti = fit_iti(
@@ -57,21 +57,25 @@ def feedback(model, task: Arithmetic, asked: Asked, *, budgets: Sequence[int], s
         )
         for mode in ("direct", "trace"):
             with apply_iti(model, iti, 2.0):
-                once(f"ITI {direction}", mode)
+                row = once(f"ITI {direction}", mode)
+            yield row
     for b in budgets:
         for weighting in WEIGHTINGS:
             found = self_consistency(model, asked.trace, task.read, n=b, weighting=weighting, seed=seed, **how)
-            noted(f"voting, {weighting}", "trace", b, found)
+            yield noted(f"voting, {weighting}", "trace", b, found)
         many = max(1, round(b * unit / dear["direct"]))
-        noted("voting, votes", "direct", b, self_consistency(model, asked.direct, task.read, n=many, seed=seed, **how))
+        yield noted(
+            "voting, votes", "direct", b, self_consistency(model, asked.direct, task.read, n=many, seed=seed, **how)
+        )
         many = max(1, round(b * unit / dear["free"]))
-        noted("voting, votes", "free", b, self_consistency(model, asked.free, task.read, n=many, seed=seed, **how))
+        yield noted(
+            "voting, votes", "free", b, self_consistency(model, asked.free, task.read, n=many, seed=seed, **how)
+        )
         for name, aggregate in (("CoT decoding", False), ("CoT decoding, summed", True)):
             k = min(many, task.vocab_size)
-            noted(name, "free", b, cot_decoding(model, asked.free, task.read, k=k, aggregate=aggregate, **how))
+            yield noted(name, "free", b, cot_decoding(model, asked.free, task.read, k=k, aggregate=aggregate, **how))
         for critic in ("itself", "exact", "coin", "nobody"):
-            noted(f"refining, {critic}", "trace", b, refined(model, task, asked, critic, b, seed=seed, **how))
-    return rows
+            yield noted(f"refining, {critic}", "trace", b, refined(model, task, asked, critic, b, seed=seed, **how))
 
 
 def statements(task: Arithmetic, count: int, seed: int) -> tuple[list, list]:

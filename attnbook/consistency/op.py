@@ -100,8 +100,8 @@ def logit_lens_stats(
     hidden `(S, …, D)`: states of S layers. weight `(V, D)`: the unembedding. `norm`: applied to hidden first; leave it
     out for states that are normed already (the last entry of `hidden_states` in transformers is, the others are not;
     `attnbook.lm` norms none). `reference`: the layer that the others are compared with. targets `(…)`: integers whose
-    log-probability is wanted; negative ones are ignored and get 0. `divergence`: "js" (both KL and the JSD; a second
-    pass), "kl" or "none". Results `(S, …)` float32 (float64 for such states), differentiable in hidden and weight,
+    log-probability is wanted; negative ones are ignored and get 0, those beyond the vocabulary raise on the CPU and get NaN
+    on a GPU, where looking at them would make the host wait. `divergence`: "js" (both KL and the JSD), "kl" or "none". Results `(S, …)` float32 (float64 for such states), differentiable in hidden and weight,
     deterministic. Under autocast both take its type. `backend`: "triton", "torch" (some tokens at a time) or "auto".
     TypeError or ValueError names the argument. Source: nostalgebraist's logit lens, 2020; Chuang et al., DoLa, ICLR
     2024."""

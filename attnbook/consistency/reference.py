@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DISPERSIONS', 'dispersion', 'semantic_entropy', 'Vote', 'vote', 'LensStats', 'DIVERGENCES', 'lens_reference',
-           'stats_of_logits', 'reversed_divergence', 'latent_agreement', 'lens_cost', 'choose_slots']
+           'stats_of_logits', 'reversed_divergence', 'latent_agreement', 'lens_cost', 'chunk_tokens']
 
 # %% auto #imports
 import math
@@ -126,8 +126,9 @@ def stats_of_logits(
     found = dict(lse=lse, entropy=-(q * ln_q).sum(-1), top_log_prob=top, argmax=argmax)
     found |= dict(target_log_prob=None, kl=None, reverse_kl=None, jsd=None)
     if targets is not None:
-        at = targets.clamp_min(0).long().expand(lse.shape)[..., None]
-        found["target_log_prob"] = ln_q.gather(-1, at)[..., 0].masked_fill(targets < 0, 0.0)
+        at = targets.clamp(0, z.shape[-1] - 1).long().expand(lse.shape)[..., None]
+        told = ln_q.gather(-1, at)[..., 0].masked_fill(targets < 0, 0.0)
+        found["target_log_prob"] = told.masked_fill(targets >= z.shape[-1], math.nan)
     if divergence != "none":
         ln_r = ln_q[reference]
         found["kl"] = (q * (ln_q - ln_r)).sum(-1)
@@ -156,22 +157,25 @@ def latent_agreement(argmax: Tensor) -> Tensor:
     return (argmax[:-1] == argmax[-1]).float().mean(0) if len(argmax) > 1 else torch.ones_like(argmax[0]).float()
 
 
-def lens_cost(layers: int, tokens: int, vocab: int, dim: int, *, divergence: str = "js", bytes_each: int = 2) -> dict:
-    "Floors of forward and backward: `flops_fwd`, `flops_bwd`, `bytes_fwd`, `bytes_bwd`, and what eager logits take, `eager_bytes`."
-    product, passes = 2 * layers * tokens * vocab * dim, 2 if divergence == "js" else 1
+def lens_cost(layers: int, tokens: int, vocab: int, dim: int, *, bytes_each: int = 2) -> dict:
+    """Floors of forward and backward, `flops_fwd`, `flops_bwd`, `bytes_fwd`, `bytes_bwd`, and float32 logits, `eager_bytes`.
+
+    The FLOPs are those that no method can do without: one product forward, two backward (gradients of the states and of
+    the table). What a method computes again is its own affair and not counted."""
+    product = 2 * layers * tokens * vocab * dim
     read = (layers * tokens + vocab) * dim * bytes_each
     return dict(
-        flops_fwd=passes * product,
-        flops_bwd=3 * product,  # logits again, gradients of states and of the table
+        flops_fwd=product,
+        flops_bwd=2 * product,
         bytes_fwd=read + 4 * 8 * layers * tokens,
         bytes_bwd=2 * read,
         eager_bytes=4 * layers * tokens * vocab,
     )
 
 # %% ../../nbs/7_looking_inside/consistency.ipynb #61f9c31e
-def choose_slots(layers: int, most: int = 16) -> tuple[int, int]:
-    "Slots for each token in a tile, a power of two, and groups of layers; with least rows in all, of equals the fewest groups."
-    if layers == 1:
-        return 1, 1
-    options = [(2**i, -(-(layers - 1) // (2**i - 1))) for i in range(1, most.bit_length())]
-    return min(options, key=lambda o: (o[0] * o[1], o[1]))
+def chunk_tokens(layers: int, tokens: int, vocab: int, logits: int, least: int = 256) -> int:
+    """Tokens of a chunk: with all layers about `logits` logits, but at least `least` rows or one token; within a factor of two
+    those whose rows fill tiles of 128 best, of equals the most."""
+    most = min(tokens, max(1, logits // (layers * vocab), least // layers))
+    filled = lambda t: layers * t / (128 * -(-layers * t // 128))
+    return max(range(most // 2 + 1, most + 1), key=lambda t: (filled(t), t)) if most < tokens else tokens

@@ -102,13 +102,13 @@ def left_pad(
     prompts: Sequence[Sequence[int] | Tensor], pad: int = 0, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
     "Prompts as one batch: tokens `(prompts, longest)` and the mask, False for padding. ValueError for an empty prompt."
-    rows = [torch.as_tensor(p, dtype=torch.int64, device=device) for p in prompts]
+    rows = [torch.as_tensor(p, dtype=torch.int64) for p in prompts]  # put together where they are, then moved at once
     if not rows or any(r.ndim != 1 or not len(r) for r in rows):
         raise ValueError("prompts must be some rows of tokens, none of them empty")
     longest = max(map(len, rows))
-    tokens = torch.stack([F.pad(r, (longest - len(r), 0), value=pad) for r in rows])
-    lengths = torch.tensor([len(r) for r in rows], device=tokens.device)
-    return tokens, torch.arange(longest, device=tokens.device) >= longest - lengths[:, None]
+    tokens = torch.stack([F.pad(r.to(rows[0].device), (longest - len(r), 0), value=pad) for r in rows])
+    mask = torch.arange(longest) >= longest - torch.tensor([len(r) for r in rows])[:, None]
+    return tokens.to(device or tokens.device), mask.to(device or tokens.device)
 
 
 def _dense(model: nn.Module) -> bool:

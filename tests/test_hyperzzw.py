@@ -998,6 +998,13 @@ def test_where_memory_ends_fewer_train_together(monkeypatch):
     assert fitting("cpu") == TOGETHER
 
 
+@pytest.mark.parametrize("free, ours, want", [(80e9, None, 8), (13e9, None, 2), (80e9, 12, 4), (1e9, 0.1, 1)])
+def test_fewer_train_together_on_a_gpu_that_is_shared(monkeypatch, free, ours, want):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), int(100e9)))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert fitting("cuda", ours) == want
+
+
 def test_trained_once():
     "What two experiments need is trained once, with the rate that was found; rows come in the order asked for."
     e, asked = Experiments("smoke"), []

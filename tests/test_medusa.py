@@ -50,6 +50,7 @@ from attnbook.medusa.experiments_study import (
     loss_both_augmented,
     loss_image_augmented,
     net_experiments,
+    run_all,
     segmentation_loss,
     small_net,
 )
@@ -835,7 +836,7 @@ def test_differences_are_looked_up(monkeypatch):
 
 def test_speed_and_attention_are_looked_up(monkeypatch):
     row = lambda method, layout, fwd, bwd, C=256: dict(
-        method=method, B=8, C=C, H=7, layout=layout, ms_fwd=fwd, ms_bwd=bwd, floor_ms_fwd=0.5, floor_ms_bwd=0.75
+        method=method, B=8, C=C, H=7, W=7, layout=layout, ms_fwd=fwd, ms_bwd=bwd, floor_ms_fwd=0.5, floor_ms_bwd=0.75
     )
     stages = [row("ours", "last", 1.0, 1.5), row("layers", "last", 4.0, 6.0), row("layers, compiled", "last", 2.0, 1.2)]
     stages += [row("ours", "first", 1.0, 1.0, C=512), row("layers", "first", 3.0, 3.0, C=512)]
@@ -848,6 +849,23 @@ def test_speed_and_attention_are_looked_up(monkeypatch):
     assert _of_floor() == pytest.approx({"last, fwd": 0.5, "last, bwd": 0.5}) and _preference("opacity") == {
         "8 x 8": 1.5
     }
+    _recorded(monkeypatch, stages=[r | dict(floor_ms_fwd=None) for r in stages])
+    for recorded, want in ((None, {"last, bwd": 0.5}), (0.25, {"last, fwd": 0.25, "last, bwd": 0.5})):
+        monkeypatch.setitem(_of_floor.__globals__, "floor", lambda flops, bytes, device, ms=recorded: ms)
+        assert _of_floor() == pytest.approx(want), "rows without a floor take that of the recorded copy rate"
+
+
+def test_tasks_and_networks_are_picked(monkeypatch):
+    "One task's films at a time, and none for a task of which nothing is asked."
+    asked, films, scope = [], [], run_all.__globals__
+    monkeypatch.setitem(scope, "experiment_data", lambda task, cfg, seed, device: films.append((task, seed)))
+    found = lambda task, name, data, cfg: asked.append((task, name)) or [(dict(accuracy=0.5), None)]
+    monkeypatch.setitem(scope, "net_experiments", found)
+    monkeypatch.setitem(scope, "record", lambda chapter, name, **row: row)
+    pick = lambda **options: run_all("smoke", "cpu", show=lambda line: None, **options)
+    assert len(pick(nets=["MEDUSA"])) == 1 and asked == [("pneumonia", "MEDUSA")] and films == [("pneumonia", 0)]
+    asked.clear()
+    assert len(pick(tasks=["alignment"])) == 1 and asked == [("alignment", "both augmented")]
 
 
 def test_nothing_recorded_is_not_measured(monkeypatch):

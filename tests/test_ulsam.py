@@ -23,7 +23,7 @@ from attnbook.lab.testing import (
 )
 from attnbook.lab.testing import device as device_under_test
 from attnbook.layers import count_parameters
-from attnbook.ulsam.kernels import plane_launches
+from attnbook.ulsam.kernels import PLANE_LAUNCH, PlaneLaunch, plane_launches
 from attnbook.ulsam.nets import (
     PUBLISHED_REPLACED,
     ULSAM,
@@ -41,7 +41,7 @@ from attnbook.ulsam.nets import (
 )
 from attnbook.ulsam.op import _LAUNCHES, subspace_attention, subspace_op
 from attnbook.ulsam.reference import subspace_attention_reference, ulsam_parameter_count
-from attnbook.ulsam.study import _difference, _faster, _of_floor, _peaks, claims, official_loop, vectorised
+from attnbook.ulsam.study import CANDIDATES, _difference, _faster, _of_floor, _peaks, claims, official_loop, vectorised
 from attnbook.ulsam.training_study import (
     FONTS,
     NETS,
@@ -610,6 +610,14 @@ def test_training_is_paired():
     assert np.allclose(
         row["maps"][1][2], subspace_maps(net, -x[6:7].to(options["device"]))[0, 2].flatten().cpu(), atol=6e-3
     )
+
+
+def test_candidates_are_launches():
+    "Of every kernel and layout, and none is the table's own."
+    assert {kernel + ", last" * last for kernel, last in CANDIDATES} == set(PLANE_LAUNCH.kernels)
+    for (kernel, last), entries in CANDIDATES.items():
+        own = PLANE_LAUNCH.find("sm90", kernel + ", last" * last, 16, 256)
+        assert own not in [PlaneLaunch(*e) for e in entries] and own.tile >= 16
 
 
 def test_peers_agree():

@@ -738,8 +738,10 @@ def test_without_a_gpu_nothing_is_measured():
 def test_benchmarks_come_in_parts():
     "Every stage and every way to train is a part that can be asked for by itself, the most important first."
     names = list(find_benchmarks("van"))
-    assert names[:2] == ["attention_56", "attention_7"] and len(names) == 16
-    assert {f"{kind}_{side}" for kind in ("attention", "depthwise") for side, _ in STAGES} < set(names)
+    assert names[:2] == ["attention_56", "attention_7"] and len(names) == 19
+    assert all(n.startswith("training_") for n in names[-3:]), "what compiles whole networks comes last"
+    kinds = ("attention", "attention_first", "depthwise")
+    assert {f"{kind}_{side}" for kind in kinds for side, _ in STAGES} < set(names)
 
 
 def test_candidates_are_launches():

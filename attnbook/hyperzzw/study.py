@@ -100,13 +100,16 @@ def run_all(
     only: Sequence[str] = (),
     seeds: int = 0,
     limit_s: float = 150.0,
+    memory_gb: float | None = 12.0,
     show: Callable[[str], Any] = print,
 ) -> dict[str, list[dict]]:
     """All experiments of a preset, or those named in `only`, recorded; name -> rows.
 
+    `memory_gb`: of a GPU, about what the trainings may hold; None: as much as there is, which is 22 for all at once.
     `seeds`: how many, from `seed` on; 0 takes the preset's. "context", which trains nothing, and "fields" have rows of the first seed
     only. No further seed begins where it would not end within `limit_s` seconds."""
-    e = Experiments(preset, device or ("cuda" if torch.cuda.is_available() else "cpu"), seed, seeds, epochs)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    e = Experiments(preset, device, seed, seeds, epochs, memory_gb)
     chosen = [x for x in EXPERIMENTS if not only or x.__name__ in only]
     found, began, all_seeds = {x.__name__: [] for x in chosen}, time.perf_counter(), list(e.seeds)
     for done, run in enumerate(all_seeds):

@@ -9,6 +9,7 @@ __all__ = ['PRESETS', 'NETS', 'MAIN', 'RUNS', 'widened', 'small_net', 'attention
            'best_rows', 'accuracy_table']
 
 # %% auto #imports
+import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -314,12 +315,13 @@ def run_all(
     seed: int = 0,
     limit_s: float = 220.0,
     tasks: Sequence[str] | None = None,
+    nets: Sequence[str] | None = None,
     show: Callable[[str], None] = print,
 ) -> list[dict]:
-    """All trainings of a preset (`tasks`: of these only), recorded as rows "nets"; returns the rows.
+    """All trainings of a preset (`tasks`, `nets`: of these only), recorded as rows "nets"; returns the rows.
 
-    Network after network, the most important first, with all its seeds, each with data of its own. After `limit_s` seconds
-    no further network begins: what is recorded has all its seeds."""
+    Network after network, the most important first, with all its seeds, each with data of its own; a GPU's memory is given back
+    after each. After `limit_s` seconds no further network begins: what is recorded has all its seeds."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg, rows, began = PRESETS[preset], [], time.perf_counter()
     known = {}
@@ -327,16 +329,20 @@ def run_all(
         if tasks is not None and task not in tasks:
             continue
         kind = task if task == "rates" else FILMS_OF.get(task, task)
-        if kind not in known:
-            known = {kind: {r: experiment_data(kind, cfg, r, device) for r in range(seed, seed + cfg["seeds"])}}
         for name in names:
+            if nets is not None and name not in nets:
+                continue
             spent = time.perf_counter() - began
             if rows and spent > limit_s:
                 show(f"{spent:.0f} s: no time for {task} {name}")
                 continue
-            for row, _ in net_experiments(task, name, known[kind], cfg):
+            if kind not in known:
+                known.clear()  # first, so that no two tasks' films lie in memory
+                known[kind] = {r: experiment_data(kind, cfg, r, device) for r in range(seed, seed + cfg["seeds"])}
+            for row in [row for row, _ in net_experiments(task, name, known[kind], cfg)]:
                 key = ("task", "net", "run", "steps", "recipe")
                 rows.append(record("medusa", "nets", key=key, device=device, preset=preset, **row))
+            gc.collect(), torch.cuda.empty_cache()  # graphs and what each stream has cached: others may need it
             mean = np.mean([r["accuracy"] for r in rows[-cfg["seeds"] :]])
             show(f"{time.perf_counter() - began:4.0f} s {task} {name:22}: accuracy {mean:.1%}, {cfg['seeds']} seeds")
     return rows

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine import arch_of
-from ..lab.bench import compare, measure
+from ..lab.bench import compare, floor, measure
 from ..lab.claims import Claim, beyond_interval, grade, matches, out_of_reach, over_range
 from ..lab.results import load_results, newest_device, record
 from ..lab.stats import by_seed, newest_recipe, paired, speedups, wilson
@@ -247,14 +247,16 @@ def _faster(field):
 
 
 def _of_floor():
-    "Share of the memory floor that ours reaches at the largest stage, by layout and direction."
-    rows = newest_device(load_results("medusa", "stages", preset="gpu"))
-    return {
-        f"{r['layout']}, {p}": r[f"floor_ms_{p}"] / r[f"ms_{p}"]
-        for r in rows
-        for p in ("fwd", "bwd")
-        if r["C"] == 256 and r["method"] == "ours" and r.get(f"ms_{p}") and r.get(f"floor_ms_{p}")
-    } or None
+    """Share of the memory floor that ours reaches at the largest stage, by layout and direction; None as long as the device's
+    copy rate is not recorded."""
+    found = {}
+    for r in newest_device(load_results("medusa", "stages", preset="gpu")):
+        c = gate_cost((r["B"], r["C"], r["H"], r["W"]))
+        for p in ("fwd", "bwd") if r["C"] == 256 and r["method"] == "ours" else ():
+            least = r.get(f"floor_ms_{p}") or floor(None, c[f"bytes_{p}"], device=r["device"])
+            if least and r.get(f"ms_{p}"):
+                found[f"{r['layout']}, {p}"] = least / r[f"ms_{p}"]
+    return found or None
 
 
 def _preference(mask):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['run_all', 'official_loop', 'vectorised', 'peers_at', 'memory_bound', 'bench_batch', 'bench_batch_last',
-           'bench_batch_small', 'bench_stage_56', 'bench_stage_7', 'bench_subspaces', 'bench_host', 'tune', 'claims']
+           'bench_batch_small', 'bench_stage_56', 'bench_stage_7', 'bench_subspaces', 'bench_host', 'CANDIDATES',
+           'tune', 'claims']
 
 # %% auto #imports
 import time
@@ -209,6 +210,15 @@ def bench_host() -> Iterator[dict]:
         yield record("ulsam", "host", key=("method",), device="cuda", method=method, **times)
 
 # %% ../../nbs/5_vision/ulsam.ipynb #6120186a
+#: kernel, channels last -> launches to try beside the table's own on maps of 14 x 14, fields of `PlaneLaunch`
+CANDIDATES = {
+    ("forward", False): ((256, 2048, 14, 4), (256, 4096, 14, 8), (512, 8192, 14, 16)),
+    ("backward", False): ((256, 2048, 7, 4), (256, 2048, 5, 4), (512, 4096, 7, 4), (128, 2048, 7, 4, 64)),
+    ("forward", True): ((512, 4096, 14, 8), (256, 4096, 14, 4), (512, 4096, 14, 4)),
+    ("backward", True): ((256, 4096, 7, 4), (256, 4096, 7, 4, 96), (512, 4096, 7, 8, 96)),
+}
+
+
 def tune(
     size: tuple[int, int, int, int] = (256, 512, 14, 14),
     g: int = 4,
@@ -217,14 +227,16 @@ def tune(
     candidates: Sequence[tuple] = (),
     kernels: Sequence[str] = ("forward", "backward"),
 ) -> Iterator[dict]:
-    """Milliseconds of a kernel on the GPU for each candidate of the launch table, fields of `PlaneLaunch`."""
+    """Milliseconds of a kernel on the GPU for each candidate of the launch table, fields of `PlaneLaunch`; without any, for the
+    table's own entry and `CANDIDATES`."""
     torch.manual_seed(0)
     x = torch.randn(size, device="cuda", dtype=torch.bfloat16)
     x = (x.contiguous(memory_format=torch.channels_last) if last else x).requires_grad_()
     w, v = (torch.randn(size[1], device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     one = size[2] * size[3] <= ONE_PASS[0]
     width, grad = power_of_two(size[2] * size[3]) if one else 1 << 40, torch.randn_like(x)
-    for kernel, entry in ((k, e) for k in kernels for e in candidates):
+    own = lambda k: PLANE_LAUNCH.find(arch_of(x.device), k + ", last" * last, 16, width)
+    for kernel, entry in ((k, e) for k in kernels for e in candidates or (own(k), *CANDIDATES[k, last])):
         with PLANE_LAUNCH.trying(arch_of(x.device), kernel + ", last" * last, 16, width, PlaneLaunch(*entry)):
             try:
                 y = subspace_attention(x, w, v, g)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'LAYOUTS', 'three_convolutions', 'compile_one', 'bench_attention_56', 'bench_attention_7',
-           'bench_attention_28', 'bench_attention_14', 'bench_training', 'bench_training_compiled',
-           'bench_training_ours_compiled', 'bench_training_first', 'bench_depthwise_56', 'bench_depthwise_28',
-           'bench_depthwise_14', 'bench_depthwise_7', 'bench_sizes', 'bench_ffn', 'bench_attention_first',
-           'bench_depthwise_first', 'CHANCE', 'LEARNED', 'claims']
+           'bench_attention_28', 'bench_attention_14', 'bench_attention_first_56', 'bench_attention_first_7',
+           'bench_attention_first_28', 'bench_attention_first_14', 'bench_depthwise_56', 'bench_depthwise_28',
+           'bench_depthwise_14', 'bench_depthwise_7', 'bench_sizes', 'bench_depthwise_first', 'bench_training',
+           'bench_ffn', 'bench_training_compiled', 'bench_training_first', 'bench_training_ours_compiled', 'CHANCE',
+           'LEARNED', 'claims']
 
 # %% auto #imports
 from collections.abc import Iterator
@@ -168,12 +169,12 @@ bench_attention_56 = _part("The attention on 56 x 56 pixels, 64 channels, 128 im
 bench_attention_7 = _part("The same on 7 x 7 pixels, 512 channels.", _attention, *STAGES[3])
 bench_attention_28 = _part("The same on 28 x 28 pixels, 128 channels.", _attention, *STAGES[1])
 bench_attention_14 = _part("The same on 14 x 14 pixels, 320 channels.", _attention, *STAGES[2])
-bench_training = _part(
-    "A training step of B2: ours and PyTorch's convolutions, as they are.", _training, "ours", "torch"
+bench_attention_first_56 = _part(
+    "The attention with maps in the other layout.", _attention, *STAGES[0], "channels first"
 )
-bench_training_compiled = _part("The same compiled block by block, PyTorch's.", _training, "torch compiled")
-bench_training_ours_compiled = _part("The same, ours.", _training, "ours compiled")
-bench_training_first = _part("The same, PyTorch's with channels first.", _training, "torch compiled, channels first")
+bench_attention_first_7 = _part("The same on 7 x 7 pixels.", _attention, *STAGES[3], "channels first")
+bench_attention_first_28 = _part("The same on 28 x 28 pixels.", _attention, *STAGES[1], "channels first")
+bench_attention_first_14 = _part("The same on 14 x 14 pixels.", _attention, *STAGES[2], "channels first")
 bench_depthwise_56 = _part("Both depthwise convolutions on 56 x 56 pixels.", _depthwise, *STAGES[0])
 bench_depthwise_28 = _part("The same on 28 x 28 pixels.", _depthwise, *STAGES[1])
 bench_depthwise_14 = _part("The same on 14 x 14 pixels.", _depthwise, *STAGES[2])
@@ -196,22 +197,27 @@ def bench_sizes() -> Iterator[dict]:
         )
 
 
+def bench_depthwise_first() -> Iterator[dict]:
+    "Both depthwise convolutions with maps in the other layout."
+    for stage in STAGES if torch.cuda.is_available() else ():
+        yield from _depthwise(*stage, "channels first")
+
+
+bench_training = _part(
+    "A training step of B2: ours and PyTorch's convolutions, as they are.", _training, "ours", "torch"
+)
+
+
 def bench_ffn() -> Iterator[dict]:
     "The 3 x 3 depthwise convolution of the feed-forward layers, which are 8, 8, 4 and 4 times as wide."
     for stage, ratio in zip(STAGES, (8, 8, 4, 4)) if torch.cuda.is_available() else ():
         yield from _feed_forward(*stage, ratio)
 
 
-def bench_attention_first() -> Iterator[dict]:
-    "The attention with maps in the other layout."
-    for stage in STAGES if torch.cuda.is_available() else ():
-        yield from _attention(*stage, "channels first")
-
-
-def bench_depthwise_first() -> Iterator[dict]:
-    "Both depthwise convolutions with maps in the other layout."
-    for stage in STAGES if torch.cuda.is_available() else ():
-        yield from _depthwise(*stage, "channels first")
+# networks take minutes to compile, so they come last
+bench_training_compiled = _part("The training step compiled block by block, PyTorch's.", _training, "torch compiled")
+bench_training_first = _part("The same, PyTorch's with channels first.", _training, "torch compiled, channels first")
+bench_training_ours_compiled = _part("The same, ours.", _training, "ours compiled")
 
 # %% ../../nbs/3_locality/van.ipynb #c563eb5e
 def _rows(name, **where):

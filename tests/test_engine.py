@@ -11,6 +11,7 @@ import types
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnbook.attention import attention_mask, attention_reference
 from attnbook.engine.bands import BAND
@@ -424,6 +425,58 @@ def test_bias_rules_out(ruled_out, value):
         found += [out, *torch.autograd.grad((out * torch.arange(16, device=q.device)).sum(), inputs)]
     for a, b in zip(got, want):  # float32 logits near 1e4 have three digits behind the point
         assert (a - b).norm() <= (3e-3 if value == -1e4 else 3e-5) * max(b.norm(), 1)
+
+
+def test_packed_calls_stay_on_the_device():
+    "Nothing beside the operation but views: no copy from or to the host, no number read, whatever integers say where sequences begin."
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(str(func).removesuffix(".default"))
+            return func(*args, **(kwargs or {}))
+
+    q = torch.randn(2, 10, 8, device=device(), requires_grad=True)
+    found = []
+    for dtype in (torch.int32, torch.int64):
+        cu = torch.tensor([0, 3, 8], dtype=dtype, device=device())
+        with Watch():
+            out, lse = varlen_attention(q, q, q, cu, cu, is_causal=True, return_lse=True, backend="triton")
+        found.append(out)
+    assert torch.equal(*found)
+    assert seen <= {
+        "aten.unsqueeze",
+        "aten.squeeze.dim",
+        "aten.detach",
+        "attnbook.tile_attention",
+        "attnbook.tile_attention_forward",
+    }, seen
+
+
+@pytest.mark.cuda
+def test_packed_attention_is_captured():
+    "One CUDA graph of the forward and the backward pass serves other starts."
+    inputs = [torch.randn(2, 300, 32, device="cuda", dtype=torch.float16, requires_grad=True) for _ in range(3)]
+    cu = torch.tensor([0, 100, 300], dtype=torch.int32, device="cuda")
+
+    def run():
+        out = varlen_attention(*inputs, cu, is_causal=True)
+        return out, *torch.autograd.grad(out, inputs, torch.ones_like(out))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    for starts_of in ([0, 100, 300], [0, 0, 217], [0, 1, 2]):
+        cu.copy_(torch.tensor(starts_of))
+        graph.replay()
+        for a, b in zip(found, run()):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

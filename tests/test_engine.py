@@ -577,6 +577,56 @@ def test_plans_are_not_fooled():
                 assert out.requires_grad == grad
 
 
+def test_backward_plans_are_not_fooled():
+    "A kept plan of the backward pass serves no gradients of other strides or of another output, and no other tensors."
+    q, k, v = make_qkv(1, 2, 20)
+    tensors, every = (q, k, v, torch.randn(2, 20, 20, device=q.device)), (0, 1, 2, 3)
+    cases = [(every, "out", "dense"), (every, "out", "expanded"), (every, "out", "heads last"), ((0,), "out", "dense")]
+    cases += [
+        ((1, 3), "out", "dense"),
+        (every, "both", "dense"),
+        ((0, 1), "lse", "dense"),
+        ((2,), "out", "expanded"),
+        ((0, 3), "both", "expanded"),
+    ]
+    layouts = {
+        "dense": lambda t: t,
+        "expanded": lambda t: t[..., :1, :1].expand_as(t) if t.dim() == 4 else t[..., :1].expand_as(t),
+        "heads last": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    }
+    for wanted, which, layout in [*cases, *cases]:
+        found = []
+        for dtype, backend in ((torch.float32, "triton"), (torch.float64, "torch")):
+            inputs = [t.detach().to(dtype).requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+            outputs = attention(*inputs[:3], bias=inputs[3], return_lse=True, backend=backend)
+            outputs = [o for o, name in zip(outputs, ("out", "lse")) if which in (name, "both")]
+            numbers = torch.Generator().manual_seed(0)
+            grads = [torch.randn(o.shape, generator=numbers).to(o.device, dtype) for o in outputs]
+            grads = [layouts[layout](g) for g in grads]
+            found.append(torch.autograd.grad(outputs, [inputs[i] for i in wanted], grads))
+        for a, b in zip(*found):
+            assert rel_error(a, b) < 1e-5, (wanted, which, layout)
+
+
+def test_an_incomplete_backward_plan_is_an_error():
+    run = lambda q, scale: q * scale
+
+    def double(q: Tensor, scale: float) -> Tensor:
+        return q * scale
+
+    op = operation(
+        "incomplete_plan",
+        double,
+        like=lambda q, scale: torch.empty_like(q),
+        backward=lambda call: dict(q=call.grads[0] * call.scale),
+        plan=lambda q, scale: run,
+        backward_plan=lambda call: lambda grads, saved: (None,),
+    )
+    q = torch.ones(3, device=device(), requires_grad=True)
+    with pytest.raises(RuntimeError, match="incomplete_plan has no gradient"):
+        op(q, 2.0, kept=Kept()).sum().backward()
+
+
 def test_plans_are_few_and_shared():
     plans, made = Plans(most=3), []
     make = lambda key: made.append(key) or key

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..attention import attention_reference
 from ..checks import check_bool, check_broadcast, check_int, check_qkv, check_scale, check_tensor
 from .bands import BAND, BAND_BIAS, FULL, FULL_BIAS
-from .host import INTERPRETED, Kept, Plans, autocast, keep, resolve_backend, through_float32
+from .host import Kept, Plans, autocast, resolve_backend, through_float32
 from .lists import LISTED, PACKED
 from .program import PROGRAMS, TileProgram
 from .run import empty_heads, plan_forward, run_forward, slot_shape
@@ -52,38 +52,41 @@ def _tile_backward(call):
     do = torch.zeros_like(out) if do is None else do
     operands, extra = call.operands, call.extra_k is not None
     wants = True in call.needs["operands"]
-    given = do, dlse, call.q, call.k, call.v, call.extra_k, call.extra_v, operands, out, lse
-    if call.kept is not None and not INTERPRETED:  # all but the gradients is alike in calls that share `kept`
-        make = lambda: plan_backward(*given, PROGRAMS[call.program], call.ints, call.consts, call.scale, wants, None)
-        plan = keep(call.kept, make, do, dlse, operands[0] if wants else None)
-        grads = plan(*given, None)
-    else:
-        run = lambda do, q, k, v, extra_k, extra_v, out: run_backward(
-            do,
-            dlse,
-            q,
-            k,
-            v,
-            extra_k,
-            extra_v,
-            operands,
-            out,
-            lse,
-            call.program,
-            call.ints,
-            call.consts,
-            call.scale,
-            wants,
-        )
-        grads = through_float32(run, (do, call.q, call.k, call.v, call.extra_k, call.extra_v, out))
-        likes = [t for t in (call.q, call.k, call.v, call.extra_k, call.extra_v) if t is not None]
-        grads[: len(likes)] = [g if g.dtype == t.dtype else g.to(t.dtype) for g, t in zip(grads, likes)]
+    run = lambda do, q, k, v, extra_k, extra_v, out: run_backward(
+        do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, call.program, call.ints, call.consts, call.scale, wants
+    )
+    grads = through_float32(run, (do, call.q, call.k, call.v, call.extra_k, call.extra_v, out))
+    likes = [t for t in (call.q, call.k, call.v, call.extra_k, call.extra_v) if t is not None]
+    grads[: len(likes)] = [g if g.dtype == t.dtype else g.to(t.dtype) for g, t in zip(grads, likes)]
     found = dict(zip(("q", "k", "v", "extra_k", "extra_v") if extra else ("q", "k", "v"), grads))
     if wants:
         grad = grads[-1]
         grad = grad if grad.dtype == operands[0].dtype else grad.to(operands[0].dtype)
         found["operands"] = [grad, *[None] * (len(operands) - 1)]
     return found
+
+
+def _tile_backward_plan(call):
+    "`_tile_backward` of all calls like this one."
+    (do, dlse), (out, lse), operands = call.grads, call.outputs, call.operands
+    wants, extra, zeros = True in call.needs["operands"], call.extra_k is not None, do is None
+    do, end = torch.zeros_like(out) if zeros else do, 5 + len(operands)
+    given = do, dlse, call.q, call.k, call.v, call.extra_k, call.extra_v, operands, out, lse
+    plan = plan_backward(*given, PROGRAMS[call.program], call.ints, call.consts, call.scale, wants, None)
+    kind = operands[0].dtype if wants else None
+    none = [None] * (len(operands) - wants)
+
+    def run(grads, saved):
+        (do, dlse), (q, k, v, extra_k, extra_v), (out, lse) = grads, saved[:5], saved[end:]
+        do = torch.zeros_like(out) if zeros else do
+        found = plan(do, dlse, q, k, v, extra_k, extra_v, saved[5:end], out, lse, None)
+        if not wants:
+            return (*found, *none) if extra else (*found, None, None, *none)
+        *found, grad = found
+        grad = grad if grad.dtype == kind else grad.to(kind)
+        return (*found, grad, *none) if extra else (*found, None, None, grad, *none)
+
+    return run
 
 
 def _tile_gradients(call):
@@ -116,6 +119,7 @@ tile_attention_op = operation(
     backward=_tile_backward,
     gradients_like=_tile_gradients,
     plan=_tile_plan,
+    backward_plan=_tile_backward_plan,
 )
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #add741cb

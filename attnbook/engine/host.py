@@ -425,9 +425,10 @@ def _types(value):
     return tuple([*map(_types, value)]) if type(value) is tuple else type(value)
 
 
-#: as torch.cuda and Triton ask for them, but that CUDA runs is known where there is a tensor
-_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", torch.cuda.current_stream)
+#: as torch.cuda and Triton ask for them, where a tensor says that CUDA runs; elsewhere 0
+_current_device, _current_stream = (
+    (torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream) if torch.cuda.is_available() else (int, int)
+)
 
 
 #: types of tensors that come as they are; others (fake ones, subclasses) want to see what is done with them

@@ -55,7 +55,7 @@ COMPILE = [
     ),
     (
         "packed",
-        lambda: attend("packed", (1, 2, BIG, 64), (7, BIG, BIG), (0, 1), [torch.empty(8, dtype=torch.int32)] * 2),
+        lambda: attend("packed", (1, 2, BIG, 64), (8, BIG, BIG), (0, 1), [torch.empty(8, dtype=torch.int32)] * 2),
     ),
     (
         "listed",

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,26 +21,31 @@ pytest.importorskip("triton")
 HERE = Path(__file__).resolve().parent
 # operation -> most calls of Python functions: forward without gradients, forward with gradients, backward
 MOST = {
-    "attention": (36, 34, 66),
-    "na2d": (38, 36, 68),
-    "music": (48, 46, 84),
-    "halo": (46, 44, 74),
-    "halo module": (64, 64, 82),
-    "gpsa": (56, 64, 84),
-    "gpsa module": (76, 82, 86),
-    "windows": (44, 42, 76),
-    "channels": (42, 40, 84),
-    "routed": (54, 54, 102),
-    "autoint": (38, 36, 58),
+    "attention": (29, 26, 48),
+    "na2d": (31, 28, 49),
+    "music": (36, 33, 57),
+    "halo": (36, 33, 55),
+    "halo module": (54, 53, 62),
+    "gpsa": (45, 52, 55),
+    "gpsa module": (63, 68, 63),
+    "windows": (32, 29, 45),
+    "channels": (30, 27, 51),
+    "routed": (37, 36, 52),
+    "autoint": (28, 25, 44),
 }
 
 
-def _stand_in():
-    "Tensors of the CPU count as those of a GPU, and every launch passes. Returns what counts launches that Triton itself would make."
+def _stand_in(watch: bool = False):
+    """Tensors of the CPU count as those of a GPU, and every launch passes. Returns the names of launches that Triton itself would make; to
+    `watch`, also addresses of which descriptors are made and the arguments of kept launches."""
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    described, sent = [], []  # addresses of which descriptors were made, arguments of the last launch
+    nothing = "".format  # takes what it is given, and is no function of Python
 
     class Driver:
         get_current_target = lambda self: GPUTarget("cuda", 90, 32)
@@ -47,21 +53,30 @@ def _stand_in():
         get_current_stream = lambda self, device=None: 0
         get_device_interface = lambda self: torch.cuda
         get_active_torch_device = lambda self: torch.device("cpu")
+        utils = SimpleNamespace(fill_tma_descriptor=lambda *a: described.append(a[0]) or ("descriptor", *a))
 
-    class Compiled:
-        packed_metadata, function = None, 1
-        run = lambda self, *arguments: None
+    def compiled_for(arguments):
+        "A compiled kernel as Triton 3.6 returns it: its launcher makes descriptors in Python, the one within does not."
+        tensordesc_indices = {i for i, a in enumerate(arguments) if isinstance(a, TensorDescriptor)}
+        box = lambda a: dict(fp4_padded=False, swizzle=0, elem_size=2, elem_type=10, block_size=a.block_shape)
+        tensordesc_meta = [box(arguments[i]) for i in sorted(tensordesc_indices)]
+        launcher = (lambda *a: sent.append(a)) if watch else nothing
+        with_descriptors = lambda *a: launcher(a, tensordesc_indices, tensordesc_meta)
+        run = SimpleNamespace(launch=with_descriptors if tensordesc_indices else launcher)
+        run.global_scratch_size = run.profile_scratch_size = run.launch_cooperative_grid = run.launch_pdl = 0
+        return SimpleNamespace(run=run, packed_metadata=(), function=1)
 
-    launches, compiled = [], Compiled()
+    launches = []
 
     def launch(self, *args, grid, warmup, **constants):
         launches.append(self.__name__)
-        return compiled
+        return compiled_for(args)
 
+    triton.__version__ = "3.6.0"
     JITFunction.run = launch
     JITFunction.__getitem__ = lambda self, grid: lambda *a, **kw: launch(self, *a, grid=grid, warmup=False, **kw)
     triton.runtime.driver.set_active(Driver())
-    return launches
+    return (launches, described, sent) if watch else launches
 
 
 def _cases():
@@ -175,7 +190,38 @@ def test_calls_cost_the_host_little(name, counts):
         assert n <= most, f"{name}, {way}: {n} calls of Python functions, more than {most}"
 
 
+def launched() -> dict:
+    """What kept launches pass on, for a fresh process: "described", where tensors were described by tensor descriptors; "right", whether those and
+    the other tensors are those of the call; "again", descriptors made for memory that was described before."""
+    launches, described, sent = _stand_in(watch=True)
+    import torch
+
+    from attnbook.engine import attention
+    from attnbook.engine.host import pretend
+
+    with pretend("sm90"), torch.no_grad():
+        q, k, v, others = ([torch.randn(1, 2, 64, 32, dtype=torch.bfloat16) for _ in range(3)] for _ in range(4))
+        attention(*q)
+        launches.clear(), sent.clear(), described.clear()
+        right = []
+        for tensors in (q, k, v, others, q):
+            attention(*tensors)
+            arguments = sent[-1]
+            boxes = [a[1] for a in arguments if isinstance(a, tuple) and a and a[0] == "descriptor"]
+            right.append(boxes == [t.data_ptr() for t in tensors[1:]] and any(a is tensors[0] for a in arguments))
+    return dict(right=right, described=len(described), again=len(described) - len(set(described)), launches=launches)
+
+
+def test_kept_launches_get_the_tensors_of_their_call():
+    found = in_fresh_process("--launched")
+    assert all(found["right"]) and len(found["right"]) == 5 and not found["launches"]
+    assert found["described"] == 8 and found["again"] == 0
+
+
 def main():
+    if "--launched" in sys.argv:
+        print(json.dumps(launched()))
+        return
     if "--counts" in sys.argv:
         print(json.dumps(count()))
         return

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..checks import check_divides, check_number, check_tensor
 from ..engine import BoundLaunch, arch_of, operation, resolve_backend, triton
-from ..engine.host import Plans, autocast, keep, round_dim, without_autocast
+from ..engine.host import Plans, autocast, round_dim, without_autocast
+from ..engine.run import allocator
 from .kernels import FIELD_LAUNCH, PROCESSORS, interacting_backward, interacting_forward, tile_rows
 from .reference import interacting_reference
 
@@ -77,7 +78,7 @@ def _plan_forward(e, weight, bias, num_heads, scale):
 
     def run(e, weight, bias, *rest):
         y = e.new_empty(shape)
-        launch(e, weight.contiguous(), bias if bias is None else bias.contiguous(), y)
+        launch.same(e, weight.contiguous(), bias if bias is None else bias.contiguous(), y)
         return y
 
     return run
@@ -90,19 +91,31 @@ def _layer_like(e, weight, bias, num_heads, scale):
 def _layer_backward(call):
     "Gradients of input, weights and biases; those of the last two from one partial sum of each program."
     e, weight, bias, dy = call.e, call.weight, call.bias, call.grads[0]
-    dx = torch.empty(e.shape, dtype=e.dtype, device=e.device)
+    saved = e, weight, bias, call.outputs[0]
+    return dict(zip(("e", "weight", "bias"), _layer_backward_plan(call)((dy,), saved)))
 
-    def make():
-        grid, consts = _layer_plan("backward", e, weight, bias, call.num_heads)
-        return grid, BoundLaunch(
-            interacting_backward, grid, e.stride(), dy.stride(), dx.stride(), len(e), call.scale, **consts
-        )
 
-    grid, launch = make() if call.kept is None else keep(call.kept, make, dy)
-    dw = e.new_empty(*grid, *weight.shape, dtype=torch.float32)
-    db = e.new_empty(*grid, *weight.shape[::2], dtype=torch.float32)
-    launch(e, weight.contiguous(), bias if bias is None else bias.contiguous(), dy, dx, dw, db)
-    return dict(e=dx, weight=dw.sum(0).to(weight.dtype), bias=None if bias is None else db.sum(0).to(bias.dtype))
+def _layer_backward_plan(call):
+    "The backward pass of all calls like this one."
+    e, weight, bias, dy = call.e, call.weight, call.bias, call.grads[0]
+    if dy is None:
+        return None
+    grid, consts = _layer_plan("backward", e, weight, bias, call.num_heads)
+    like = torch.empty(e.shape, dtype=e.dtype, device=e.device)
+    launch = BoundLaunch(
+        interacting_backward, grid, e.stride(), dy.stride(), like.stride(), len(e), call.scale, **consts
+    )
+    new = allocator(like.shape, like.stride(), e)
+    parts, sums = (*grid, *weight.shape), (*grid, *weight.shape[::2])
+
+    def run(grads, saved):
+        e, weight, bias, _ = saved
+        dx = new(e)
+        dw, db = (torch.empty(size, dtype=torch.float32, device=e.device) for size in (parts, sums))
+        launch.same(e, weight.contiguous(), bias if bias is None else bias.contiguous(), grads[0], dx, dw, db)
+        return dx, dw.sum(0).to(weight.dtype), None if bias is None else db.sum(0).to(bias.dtype)
+
+    return run
 
 
 def _layer_gradients(call):
@@ -119,6 +132,7 @@ interacting_op = operation(
     backward=_layer_backward,
     gradients_like=_layer_gradients,
     plan=_plan_forward,
+    backward_plan=_layer_backward_plan,
 )
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #2508ba38

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_int, check_tensor
-from ..engine import INTERPRETED, find_launch, operation, resolve_backend, tile_attention
-from ..engine.host import Plans, autocast, keep, round_dim, through_float32, without_autocast
+from ..engine import find_launch, operation, resolve_backend, tile_attention
+from ..engine.host import Plans, autocast, round_dim, through_float32, without_autocast
 from .kernels import launch_select
 from .list_launches import launch_list_grads, launch_lists, plan_list_grads, plan_shared_lists
 from .programs import SEGMENTS, SEGMENTS_SELF, ListFlags, launch_table
@@ -64,15 +64,27 @@ def _lists_like(q, k, v, a, b, flags, scale):
 def _lists_backward(call):
     (dy, *_), (_, out, lse, counts), k = call.grads, call.outputs, call.k
     given = call.q, k, call.v, out
-    if call.kept is not None and not INTERPRETED:
-        make = lambda: plan_list_grads(dy, *given, call.a, call.b, ListFlags(*call.flags), call.scale)
-        grads = keep(call.kept, make, dy)(dy, *given, call.a, call.b, lse, counts)
-    else:
-        run = lambda dy, q, k, v, out: launch_list_grads(
-            dy, q, k, v, out, call.a, call.b, lse, counts, ListFlags(*call.flags), call.scale
-        )
-        grads = [g.to(call.q.dtype) for g in through_float32(run, (dy, *given))]
+    run = lambda dy, q, k, v, out: launch_list_grads(
+        dy, q, k, v, out, call.a, call.b, lse, counts, ListFlags(*call.flags), call.scale
+    )
+    grads = [g.to(call.q.dtype) for g in through_float32(run, (dy, *given))]
     return dict(zip("qv" if k is None else "qkv", grads)) | ({"k": None} if k is None else {})
+
+
+def _lists_backward_plan(call):
+    "`_lists_backward` of all calls like this one."
+    dy, (_, out, _, _), same = call.grads[0], call.outputs, call.k is None
+    if dy is None:
+        return None
+    given = dy, call.q, call.k, call.v, out, call.a, call.b
+    plan = plan_list_grads(*given, ListFlags(*call.flags), call.scale)
+
+    def run(grads, saved):
+        q, k, v, a, b, _, out, lse, counts = saved
+        found = plan(grads[0], q, k, v, out, a, b, lse, counts)
+        return (found[0], None, found[1], None, None) if same else (*found, None, None)
+
+    return run
 
 
 cluster_attention_op = operation(
@@ -81,6 +93,7 @@ cluster_attention_op = operation(
     like=_lists_like,
     backward=_lists_backward,
     plan=_plan_lists,
+    backward_plan=_lists_backward_plan,
     nondifferentiable=(1, 2, 3),
     gradients_like=lambda call: {
         n: None if getattr(call, n) is None else call.q.new_empty(getattr(call, n).shape) for n in "qkv"

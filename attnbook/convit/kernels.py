@@ -35,8 +35,8 @@ def positional_table(
     BX: tl.constexpr,
     BM: tl.constexpr,
 ):
-    "P [heads, LP, LP] from the factors, and the mean x, y, x^2 + y^2 of its rows, centred. Grid: cdiv(N, BM) * heads."
-    tiles = tl.cdiv(Y * X, BM)
+    "P [heads, LP, LP] from the factors, zeros beyond N = Y X, and the mean x, y, x^2 + y^2 of its rows, centred. Grid: cdiv(LP, BM) * heads."
+    tiles = tl.cdiv(LP, BM)
     h = tl.program_id(0) // tiles
     i = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)
     real = i < Y * X
@@ -47,8 +47,12 @@ def positional_table(
     y, x = tl.arange(0, BY), tl.arange(0, BX)
     row = P + (h * LP + i).to(tl.int64)[:, None, None] * LP
     at = row + y[None, :, None] * X + x[None, None, :]  # [BM, BY, BX]
-    inside = real[:, None, None] & (y < Y)[None, :, None] & (x < X)[None, None, :]
-    tl.store(at, (p_y[:, :, None] * p_x[:, None, :]).to(P.dtype.element_ty), mask=inside)
+    inside = (i < LP)[:, None, None] & (y < Y)[None, :, None] & (x < X)[None, None, :]
+    p = tl.where(real[:, None, None], p_y[:, :, None] * p_x[:, None, :], 0.0)
+    tl.store(at, p.to(P.dtype.element_ty), mask=inside)
+    beyond = Y * X + tl.arange(0, 128)  # LP is the next multiple of 128
+    at = P + (h * LP + i).to(tl.int64)[:, None] * LP + beyond[None, :]
+    tl.store(at, tl.zeros((BM, 128), P.dtype.element_ty), mask=(i < LP)[:, None] & (beyond < LP)[None, :])
     yc, xc = y.to(tl.float32)[None, :] - Y / 2, x.to(tl.float32)[None, :] - X / 2
     at = MOMENTS + (h * Y * X + i) * 3
     tl.store(at, tl.sum(p_x * xc, 1), mask=real)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..engine import INTERPRETED, BoundLaunch, operation
-from ..engine.host import Plans, dot_precision, keep, needs_64_bit, round_dim, signature, through_float32
-from ..engine.run import LOG2E, empty_heads, packed_views
+from ..engine.host import Plans, dot_precision, needs_64_bit, round_dim, signature, through_float32
+from ..engine.run import LOG2E, allocator, empty_heads, packed_views
 from .kernels import (
     fused_launch,
     gpsa_backward_dkv,
@@ -50,7 +50,7 @@ def _plan_forward(q, k, v, out, pos_weight, Y, X, scale):
     (B, H, N, _), tensors, width = q.shape, (q, k, v, out), _table_width(Y * X)
     by, bx = (1 << (n - 1).bit_length() for n in (Y, X))
     rows = max(1, min(16, 4096 // (by * bx)))
-    of_places = BoundLaunch(positional_table, (-(-Y * X // rows) * H,), LP=width, Y=Y, X=X, BY=by, BX=bx, BM=rows)
+    of_places = BoundLaunch(positional_table, (-(-width // rows) * H,), LP=width, Y=Y, X=X, BY=by, BX=bx, BM=rows)
     p = fused_launch("forward", q.dtype, q.device)
     sizes, first = key_chunks(N, p.BN)
     tiles = -(-N // p.BM)
@@ -80,10 +80,10 @@ def _plan_forward(q, k, v, out, pos_weight, Y, X, scale):
         else None
     )
     kind, new = _table_type(q.dtype), partial(torch.empty, device=q.device, dtype=torch.float32)
+    of_lse, of_moments, of_table = (B, H, N), (H, N, 3), (H, width, width)
 
     def run(q, k, v, pos_weight, gate_logit, out):
-        table = torch.zeros(H, width, width, device=out.device, dtype=kind)
-        lse, moments = new(B, H, N), new(H, N, 3)
+        table, lse, moments = torch.empty(of_table, device=out.device, dtype=kind), new(of_lse), new(of_moments)
         of_places.same(pos_weight, table, moments)
         if attend is not None:
             attend.same(q, k, v, table, gate_logit, out, lse)
@@ -155,14 +155,12 @@ def _plan_backward(do, q, k, v, dq, dk, dv, Y, X, scale):
     return run
 
 
-def _launch_backward(do, q, k, v, gate_logit, lse, table, moments, dq, dk, dv, Y, X, scale, kept=None):
+def _launch_backward(do, q, k, v, gate_logit, lse, table, moments, dq, dk, dv, Y, X, scale):
     "Fills dq, dk, dv; returns the gradients of pos_weight (H, 3) and gate_logit (H,), in the type of both."
     if q.numel() == 0:
         return gate_logit.new_zeros(q.shape[1], 3), gate_logit.new_zeros(q.shape[1])
     tensors = do, q, k, v, dq, dk, dv
-    make = lambda: _plan_backward(*tensors, Y, X, scale)
-    alike = kept is not None and not INTERPRETED
-    run = keep(kept, make, do) if alike else _BACKWARD.find((signature(*tensors, gate_logit), Y, X, scale), make)
+    run = _BACKWARD.find((signature(*tensors, gate_logit), Y, X, scale), _plan_backward, *tensors, Y, X, scale)
     return run(do, q, k, v, gate_logit, lse, table, moments, dq, dk, dv)
 
 # %% ../../nbs/2_position/convit.ipynb #1448b4f9
@@ -193,11 +191,28 @@ def _fused_backward(call):
     def run(do, q, k, v):
         grads = [empty_heads(t, t.shape[3]) for t in (q, k, v)]
         return grads, _launch_backward(
-            do, q, k, v, call.gate_logit, *call.outputs[1:], *grads, call.Y, call.X, call.scale, call.kept
+            do, q, k, v, call.gate_logit, *call.outputs[1:], *grads, call.Y, call.X, call.scale
         )
 
     grads, heads = through_float32(run, (call.grads[0], call.q, call.k, call.v))
     return dict(zip("qkv", (g.to(call.q.dtype) for g in grads))) | dict(zip(("pos_weight", "gate_logit"), heads))
+
+
+def _fused_backward_plan(call):
+    "`_fused_backward` of all calls like this one."
+    do, tensors = call.grads[0], (call.q, call.k, call.v)
+    if do is None or call.q.numel() == 0:
+        return None
+    likes = [empty_heads(t, t.shape[3]) for t in tensors]
+    new_q, new_k, new_v = (allocator(g.shape, g.stride(), t) for g, t in zip(likes, tensors))
+    plan = _plan_backward(do, *tensors, *likes, call.Y, call.X, call.scale)
+
+    def run(grads, saved):
+        q, k, v, _, gate_logit, _, lse, table, moments = saved
+        dq, dk, dv = new_q(q), new_k(k), new_v(v)
+        return dq, dk, dv, *plan(grads[0], q, k, v, gate_logit, lse, table, moments, dq, dk, dv)
+
+    return run
 
 
 def _fused_gradients(call):
@@ -207,10 +222,11 @@ def _fused_gradients(call):
 
 
 def _fused_plan(q, k, v, pos_weight, gate_logit, Y, X, scale):
-    run = _plan_forward(q, k, v, empty_heads(q, q.shape[3]), pos_weight, Y, X, scale)
+    like = empty_heads(q, q.shape[3])
+    run, new = _plan_forward(q, k, v, like, pos_weight, Y, X, scale), allocator(like.shape, like.stride(), q)
 
     def planned(q, k, v, pos_weight, gate_logit, *rest):
-        out = empty_heads(q, q.shape[3])
+        out = new(q)
         return out, *run(q, k, v, pos_weight, gate_logit, out)
 
     return planned
@@ -222,6 +238,7 @@ gpsa_fused_op = operation(
     like=_fused_like,
     backward=_fused_backward,
     plan=_fused_plan,
+    backward_plan=_fused_backward_plan,
     gradients_like=_fused_gradients,
     drop=("pos_weight", 0),
     nondifferentiable=(1, 2, 3),
@@ -282,11 +299,29 @@ def _packed_backward(call):
             call.Y,
             call.X,
             call.scale,
-            call.kept,
         )
 
     dqkv, pos_weight, gate_logit = through_float32(run, (call.grads[0], call.qkv))
     return dict(qkv=dqkv.to(call.qkv.dtype), pos_weight=pos_weight, gate_logit=gate_logit)
+
+
+def _packed_backward_plan(call):
+    "`_packed_backward` of all calls like this one."
+    do, D, H = call.grads[0], call.qkv.shape[2] // 3, len(call.gate_logit)
+    if do is None or call.qkv.numel() == 0:
+        return None
+    like = call.qkv.new_empty(call.qkv.shape)
+    new = allocator(like.shape, like.stride(), call.qkv)
+    heads = lambda t: packed_views(t, H, (D, D, D))
+    plan = _plan_backward(*packed_views(do, H, (D,)), *heads(call.qkv), *heads(like), call.Y, call.X, call.scale)
+
+    def run(grads, saved):
+        qkv, _, gate_logit, _, lse, table, moments = saved
+        dqkv = new(qkv)
+        given = *packed_views(grads[0], H, (D,)), *heads(qkv)
+        return dqkv, *plan(*given, gate_logit, lse, table, moments, *heads(dqkv))
+
+    return run
 
 
 def _packed_gradients(call):
@@ -304,6 +339,7 @@ gpsa_packed_op = operation(
     like=_packed_like,
     backward=_packed_backward,
     plan=_packed_plan,
+    backward_plan=_packed_backward_plan,
     gradients_like=_packed_gradients,
     drop=("pos_weight", 0),
     nondifferentiable=(1, 2, 3),

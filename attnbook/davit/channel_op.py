@@ -27,7 +27,7 @@ from ..engine.host import (
     through_float32,
     without_autocast,
 )
-from ..engine.run import packed_views
+from ..engine.run import allocator, packed_views
 from .channel_backward_kernels import channel_backward, channel_backward_qk, channel_backward_v, channel_reduce
 from .channel_kernels import CHANNEL_LAUNCH, channel_forward, channel_mix, channel_options, channel_scores
 from .reference import channel_attention_reference
@@ -46,17 +46,17 @@ def _plan_channel_forward(q, k, v, out, scale):
     scores = BoundLaunch(channel_scores, grid, sq, sk, N, share, G, **options)
     reduce = BoundLaunch(channel_reduce, (len(q) * G,), scale, shares, GRAD=False, D=D, BD=round_dim(D))
     mix = BoundLaunch(channel_mix, grid, sv, so, N, share, G, **options)
-    B, new = len(q), partial(torch.empty, device=q.device, dtype=torch.float32)
+    size, new = (len(q), G, D, D), partial(torch.empty, device=q.device, dtype=torch.float32)
 
     def run(q, k, v, out):
-        weights = new(B, G, D, D)
+        weights = new(size)
         if shares == 1:
-            together(q, k, v, weights, out)
+            together.same(q, k, v, weights, out)
             return weights
-        sums = new(B * G, shares, D, D)
-        scores(q, k, sums)
-        reduce(sums, None, None, weights)
-        mix(v, weights, out)
+        sums = new((len(q) * G, shares, D, D))
+        scores.same(q, k, sums)
+        reduce.same(sums, None, None, weights)
+        mix.same(v, weights, out)
         return weights
 
     return run
@@ -85,15 +85,19 @@ def _plan_channel_backward(do, q, k, v, dq, dk, dv, scale):
     def run(do, dweights, q, k, v, weights, dq, dk, dv, column_sums):
         dweights = None if dweights is None else dweights.contiguous()
         sums = weights.new_empty(B * shares, 4 * G * D) if column_sums else None
+        launches = together, sweep_v, reduce, sweep_qk
+        if dweights is None and sums is None:  # all calls have tensors of one type and alignment
+            launches = together.same, sweep_v.same, reduce.same, sweep_qk.same
+        at_once, of_v, fold, of_qk = launches
         if one:
-            together(do, q, k, v, weights, dweights, dq, dk, dv, sums)
+            at_once(do, q, k, v, weights, dweights, dq, dk, dv, sums)
         else:
             ds = torch.empty_like(weights)
             parts = ds if shares == 1 else ds.new_empty(B * G, shares, D, D)
-            sweep_v(do, v, weights, dweights, dv, parts, sums)
+            of_v(do, v, weights, dweights, dv, parts, sums)
             if shares > 1:
-                reduce(parts, weights, dweights, ds)
-            sweep_qk(q, k, ds, dq, dk, sums)
+                fold(parts, weights, dweights, ds)
+            of_qk(q, k, ds, dq, dk, sums)
         return sums
 
     return run
@@ -130,7 +134,7 @@ def _channel_like(q, k, v, scale):
 def _channel_backward(call):
     def run(do, q, k, v):
         grads = [groups_last(q) for _ in range(3)]
-        _launch_channel_backward(do, call.grads[1], q, k, v, call.outputs[1], *grads, call.scale, kept=call.kept)
+        _launch_channel_backward(do, call.grads[1], q, k, v, call.outputs[1], *grads, call.scale)
         return grads
 
     do = torch.zeros_like(call.v) if call.grads[0] is None else call.grads[0]
@@ -142,11 +146,34 @@ def _channel_plan(q, k, v, scale):
         return _channel_forward
     run = _plan_channel_forward(q, k, v, groups_last(q), scale)
 
+    like = groups_last(q)
+    new = allocator(like.shape, like.stride(), q)
+
     def planned(q, k, v, scale):
-        out = groups_last(q)
+        out = new(q)
         return out, run(q, k, v, out)
 
     return planned
+
+
+def _channel_backward_plan(call):
+    "`_channel_backward` of all calls like this one."
+    tensors, zeros = (call.q, call.k, call.v), call.grads[0] is None
+    if call.outputs[1].numel() == 0:
+        return None
+    do, like = torch.zeros_like(call.v) if zeros else call.grads[0], groups_last(call.q)
+    plan, new = (
+        _plan_channel_backward(do, *tensors, like, like, like, call.scale),
+        allocator(like.shape, like.stride(), call.q),
+    )
+
+    def run(grads, saved):
+        (do, dweights), (q, k, v, _, weights) = grads, saved
+        found = new(q), new(q), new(q)
+        plan(torch.zeros_like(v) if zeros else do, dweights, q, k, v, weights, *found, False)
+        return found
+
+    return run
 
 
 channel_attention_op = operation(
@@ -155,6 +182,7 @@ channel_attention_op = operation(
     like=_channel_like,
     backward=_channel_backward,
     plan=_channel_plan,
+    backward_plan=_channel_backward_plan,
     gradients_like=lambda call: {n: groups_last(call.q) for n in "qkv"},
 )
 
@@ -193,7 +221,6 @@ def _packed_backward(call):
             call.outputs[1],
             *_views(dqkv, call.groups, 3),
             call.scale,
-            kept=call.kept,
         )
         return dqkv
 
@@ -214,12 +241,34 @@ def _packed_plan(qkv, groups, scale):
     return planned
 
 
+def _packed_backward_plan(call):
+    "`_packed_backward` of all calls like this one."
+    (do, _), (out, weights), qkv, groups = call.grads, call.outputs, call.qkv, call.groups
+    if weights.numel() == 0:
+        return None
+    zeros, like = do is None, qkv.new_empty(qkv.shape)
+    given = *_views(torch.zeros_like(out) if zeros else do, groups, 1), *_views(qkv, groups, 3)
+    plan, new = (
+        _plan_channel_backward(*given, *_views(like, groups, 3), call.scale),
+        allocator(like.shape, like.stride(), qkv),
+    )
+
+    def run(grads, saved):
+        (do, dweights), (qkv, out, weights) = grads, saved
+        dqkv, (do,) = new(qkv), _views(torch.zeros_like(out) if zeros else do, groups, 1)
+        plan(do, dweights, *_views(qkv, groups, 3), weights, *_views(dqkv, groups, 3), False)
+        return (dqkv,)
+
+    return run
+
+
 channel_attention_packed_op = operation(
     "channel_attention_packed",
     _packed_forward,
     like=_packed_like,
     backward=_packed_backward,
     plan=_packed_plan,
+    backward_plan=_packed_backward_plan,
     gradients_like=lambda call: dict(qkv=call.qkv.new_empty(call.qkv.shape)),
 )
 

@@ -25,7 +25,7 @@ from ..engine.host import (
     through_float32,
     without_autocast,
 )
-from ..engine.run import LOG2E, empty_heads, packed_views, run_forward
+from ..engine.run import LOG2E, allocator, empty_heads, packed_views, run_forward
 from ..engine.run_backward import run_backward
 from .reference import window_attention_reference
 from .window_kernels import (
@@ -148,17 +148,39 @@ def _window_plan(q, k, v, wx, wy, scale, keep):
     own = window_kernel("forward", q.dtype, q.shape[4], wx * wy, scale)
     if not own or q.numel() == 0 or not q.stride() == k.stride() == v.stride():
         return _window_op_forward
-    launch = _plan_window(
-        window_forward, q, (wx, wy), (q.stride(), empty_heads(q, q.shape[4]).stride()), (scale * LOG2E,)
-    )
-    slots = q.shape[:-1] if keep else 0
+    like = empty_heads(q, q.shape[4])
+    launch = _plan_window(window_forward, q, (wx, wy), (q.stride(), like.stride()), (scale * LOG2E,))
+    slots, new = q.shape[:-1] if keep else 0, allocator(like.shape, like.stride(), q)
 
     def planned(q, k, v, *rest):
-        out, lse = empty_heads(q, q.shape[4]), q.new_empty(slots, dtype=torch.float32)
-        launch(q, k, v, out, lse if keep else None)
+        out, lse = new(q), q.new_empty(slots, dtype=torch.float32)
+        launch.same(q, k, v, out, lse if keep else None)
         return out, lse
 
     return planned
+
+
+def _window_backward_plan(call):
+    "`_window_op_backward` of all calls like this one; None where the kernel for windows that fit does not take them."
+    q, window, (do, dlse), (out, lse) = call.q, (call.wx, call.wy), call.grads, call.outputs
+    own = window_kernel("backward", q.dtype, q.shape[4], call.wx * call.wy, call.scale)
+    if not own or q.numel() == 0 or not q.stride() == call.k.stride() == call.v.stride():
+        return None
+    zeros, seen, like = do is None, dlse is not None and lse.numel() > 0, empty_heads(q, q.shape[4])
+    strides = q.stride(), (torch.zeros_like(out) if zeros else do).stride(), like.stride()
+    launch, new = (
+        _plan_window(window_backward, q, window, strides, (call.scale * LOG2E, call.scale)),
+        allocator(like.shape, like.stride(), q),
+    )
+
+    def run(grads, saved):
+        (do, dlse), (q, k, v, out, _) = grads, saved
+        do, dlse = torch.zeros_like(out) if zeros else do, dlse.contiguous() if seen else None
+        found = new(q), new(q), new(q)
+        launch.same(q, k, v, do, dlse, *found)
+        return found
+
+    return run
 
 
 window_attention_op = operation(
@@ -167,6 +189,7 @@ window_attention_op = operation(
     like=_window_like,
     backward=_window_op_backward,
     plan=_window_plan,
+    backward_plan=_window_backward_plan,
     gradients_like=lambda call: {n: empty_heads(call.q, call.q.shape[4]) for n in "qkv"},
 )
 
@@ -229,10 +252,30 @@ def _window_packed_plan(qkv, heads, wx, wy, scale, keep):
 
     def planned(qkv, *rest):
         out, lse = qkv.new_empty(size), qkv.new_empty(slots, dtype=torch.float32)
-        launch(*_map_views(qkv, heads, 3), *_map_views(out, heads, 1), lse if keep else None)
+        launch.same(*_map_views(qkv, heads, 3), *_map_views(out, heads, 1), lse if keep else None)
         return out, lse
 
     return planned
+
+
+def _window_packed_backward_plan(call):
+    "`_window_packed_backward` of all calls like this one; None where the kernel for windows that fit does not take them."
+    qkv, heads, window, (do, dlse), (out, lse) = call.qkv, call.heads, (call.wx, call.wy), call.grads, call.outputs
+    own = window_kernel("backward", qkv.dtype, qkv.shape[3] // (3 * heads), call.wx * call.wy, call.scale)
+    if not own or qkv.numel() == 0:
+        return None
+    zeros, seen, like = do is None, dlse is not None and lse.numel() > 0, qkv.new_empty(qkv.shape)
+    views = [_map_views(t, heads, n)[0] for t, n in ((qkv, 3), (torch.zeros_like(out) if zeros else do, 1), (like, 3))]
+    strides, new = tuple(t.stride() for t in views), allocator(like.shape, like.stride(), qkv)
+    launch = _plan_window(window_backward, views[0], window, strides, (call.scale * LOG2E, call.scale))
+
+    def run(grads, saved):
+        (do, dlse), (qkv, out, _) = grads, saved
+        do, dlse, dqkv = torch.zeros_like(out) if zeros else do, dlse.contiguous() if seen else None, new(qkv)
+        launch.same(*_map_views(qkv, heads, 3), *_map_views(do, heads, 1), dlse, *_map_views(dqkv, heads, 3))
+        return (dqkv,)
+
+    return run
 
 
 window_attention_packed_op = operation(
@@ -241,6 +284,7 @@ window_attention_packed_op = operation(
     like=_window_packed_like,
     backward=_window_packed_backward,
     plan=_window_packed_plan,
+    backward_plan=_window_packed_backward_plan,
     gradients_like=lambda call: dict(qkv=call.qkv.new_empty(call.qkv.shape)),
 )
 

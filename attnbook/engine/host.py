@@ -216,8 +216,11 @@ class BoundLaunch:
 
     The compiled kernel is kept by all that can differ between calls: the device, and of each tensor the type and whether its address is a multiple of 16
     (Triton compiles other code for those). A leading argument may also be None, a tuple of tensors, or a tensor descriptor of always the same type, shape
-    and box. `constants` names all parameters that follow `rest`, and options such as num_warps.
+    and box. `constants` names all parameters that follow `rest`, and options such as num_warps. `describe`: by the number of
+    an argument of `same` what makes a tensor descriptor of it, for which a kept launch asks no more.
     """
+
+    describe: dict[int, Callable] = {}
 
     def __init__(self, kernel, grid: tuple[int, ...], *rest, **constants):
         self.kernel, self.grid, self.rest, self.constants, self.kept = kernel, (*grid, 1, 1)[:3], rest, constants, {}
@@ -225,25 +228,28 @@ class BoundLaunch:
     def __call__(self, *tensors):
         if INTERPRETED:
             return self.kernel[self.grid](*tensors, *self.rest, **self.constants)
-        driver = triton.runtime.driver.active
-        device = driver.get_current_device()
+        device = _current_device()
         known = self.kept.get((device, *map(_kind, tensors)))
         if known is None or _hooked():
             return self._first(device, tensors)
-        known(driver.get_current_stream(device), tensors)
+        known(_current_stream(device), tensors)
 
     def same(self, *tensors):
         "The launch where all calls have tensors of one type and alignment: what is known is looked up by the device alone."
         if INTERPRETED:
-            return self.kernel[self.grid](*tensors, *self.rest, **self.constants)
-        driver = triton.runtime.driver.active
-        device = driver.get_current_device()
+            return self.kernel[self.grid](*self._described(tensors), *self.rest, **self.constants)
+        device = _current_device()
         known = self.kept.get(device)
         if known is None or _hooked():
+            tensors = self._described(tensors)
             self._first(device, tensors)
             self.kept[device] = self.kept.get((device, *map(_kind, tensors)))
         else:
-            known(driver.get_current_stream(device), tensors)
+            known(_current_stream(device), tensors)
+
+    def _described(self, tensors):
+        of = self.describe
+        return tuple([of[i](t) if i in of else t for i, t in enumerate(tensors)]) if of else tensors
 
     def _first(self, device, tensors):
         "A launch by Triton itself, whose compiled kernel is kept."
@@ -251,11 +257,8 @@ class BoundLaunch:
         if hasattr(compiled, "packed_metadata"):  # there are tools that replace Triton's launch
             names = self.kernel.arg_names[len(tensors) + len(self.rest) :]
             last = (*self.rest, *(self.constants[n] for n in names))
-            self.kept[(device, *map(_kind, tensors))] = _direct_launch(
-                compiled, self.grid, tensors, last
-            ) or functools.partial(
-                _plain_launch, compiled.run, self.grid, compiled.function, compiled.packed_metadata, last
-            )
+            plain = functools.partial(_plain_launch, compiled, self.grid, last, self._described)
+            self.kept[(device, *map(_kind, tensors))] = _direct_launch(compiled, self.grid, tensors, last) or plain
 
 
 def _kind(t):
@@ -265,9 +268,10 @@ def _kind(t):
     return tuple(map(_kind, t)) if isinstance(t, tuple) else None
 
 
-def _plain_launch(run, grid, function, metadata, last, stream, tensors):
+def _plain_launch(compiled, grid, last, described, stream, tensors):
     "Launches a compiled kernel the way Triton does."
-    run(*grid, stream, function, metadata, None, None, None, *tensors, *last)
+    known = compiled.function, compiled.packed_metadata
+    compiled.run(*grid, stream, *known, None, None, None, *described(tensors), *last)
 
 
 def _direct_launch(compiled, grid, tensors, last) -> Callable | None:
@@ -280,7 +284,7 @@ def _direct_launch(compiled, grid, tensors, last) -> Callable | None:
     if inspect.isfunction(launch):  # it makes descriptors before it calls the launcher proper
         inside = inspect.getclosurevars(launch).nonlocals
         launch, boxes = inside["launcher"], dict(zip(sorted(inside["tensordesc_indices"]), inside["tensordesc_meta"]))
-        if not all(boxes.values()) or max(boxes) >= len(tensors):
+        if max(boxes) >= len(tensors) or any(not m or m["fp4_padded"] for m in boxes.values()):
             return None
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
@@ -291,10 +295,9 @@ def _direct_launch(compiled, grid, tensors, last) -> Callable | None:
     for i, x in enumerate((*tensors, *last)):
         if i in boxes:
             m = boxes[i]
-            if m["fp4_padded"]:
-                return None
             form = m["swizzle"], m["elem_size"], TMA_DTYPE_DEVICE_TO_HOST[m["elem_type"]], m["block_size"]
-            described.append((len(args), i, (*form, x.shape, x.strides, int(x.padding == "nan"))))
+            form = *form, x.shape, x.strides, int(x.padding == "nan")
+            described.append((len(args), i, functools.lru_cache(64)(lambda address, form=form: fill(address, *form))))
             args += [None, *x.shape, *x.strides]
         else:
             if i < len(tensors):
@@ -306,8 +309,8 @@ def _direct_launch(compiled, grid, tensors, last) -> Callable | None:
         full[3] = stream
         for at, i in plain:
             full[at] = tensors[i]
-        for at, i, rest in described:
-            full[at] = fill(tensors[i].base.data_ptr(), *rest)
+        for at, i, make in described:
+            full[at] = make((tensors[i] if isinstance(tensors[i], Tensor) else tensors[i].base).data_ptr())
         launch(*full)
 
     return go
@@ -422,8 +425,10 @@ def _types(value):
     return tuple([*map(_types, value)]) if type(value) is tuple else type(value)
 
 
-#: of a tensor's device it is known that CUDA runs
-_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+#: as torch.cuda and Triton ask for them, where a tensor says that CUDA runs; elsewhere 0
+_current_device, _current_stream = (
+    (torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream) if torch.cuda.is_available() else (int, int)
+)
 
 
 #: types of tensors that come as they are; others (fake ones, subclasses) want to see what is done with them

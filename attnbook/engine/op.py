@@ -15,7 +15,7 @@ from torch import Tensor
 from ..attention import attention_reference
 from ..checks import check_bool, check_broadcast, check_int, check_qkv, check_scale, check_tensor
 from .bands import BAND, BAND_BIAS, FULL, FULL_BIAS
-from .host import INTERPRETED, Kept, Plans, autocast, keep, resolve_backend, through_float32
+from .host import Kept, Plans, autocast, resolve_backend, through_float32
 from .lists import LISTED, PACKED
 from .program import PROGRAMS, TileProgram
 from .run import empty_heads, plan_forward, run_forward, slot_shape
@@ -52,38 +52,41 @@ def _tile_backward(call):
     do = torch.zeros_like(out) if do is None else do
     operands, extra = call.operands, call.extra_k is not None
     wants = True in call.needs["operands"]
-    given = do, dlse, call.q, call.k, call.v, call.extra_k, call.extra_v, operands, out, lse
-    if call.kept is not None and not INTERPRETED:  # all but the gradients is alike in calls that share `kept`
-        make = lambda: plan_backward(*given, PROGRAMS[call.program], call.ints, call.consts, call.scale, wants, None)
-        plan = keep(call.kept, make, do, dlse, operands[0] if wants else None)
-        grads = plan(*given, None)
-    else:
-        run = lambda do, q, k, v, extra_k, extra_v, out: run_backward(
-            do,
-            dlse,
-            q,
-            k,
-            v,
-            extra_k,
-            extra_v,
-            operands,
-            out,
-            lse,
-            call.program,
-            call.ints,
-            call.consts,
-            call.scale,
-            wants,
-        )
-        grads = through_float32(run, (do, call.q, call.k, call.v, call.extra_k, call.extra_v, out))
-        likes = [t for t in (call.q, call.k, call.v, call.extra_k, call.extra_v) if t is not None]
-        grads[: len(likes)] = [g if g.dtype == t.dtype else g.to(t.dtype) for g, t in zip(grads, likes)]
+    run = lambda do, q, k, v, extra_k, extra_v, out: run_backward(
+        do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, call.program, call.ints, call.consts, call.scale, wants
+    )
+    grads = through_float32(run, (do, call.q, call.k, call.v, call.extra_k, call.extra_v, out))
+    likes = [t for t in (call.q, call.k, call.v, call.extra_k, call.extra_v) if t is not None]
+    grads[: len(likes)] = [g if g.dtype == t.dtype else g.to(t.dtype) for g, t in zip(grads, likes)]
     found = dict(zip(("q", "k", "v", "extra_k", "extra_v") if extra else ("q", "k", "v"), grads))
     if wants:
         grad = grads[-1]
         grad = grad if grad.dtype == operands[0].dtype else grad.to(operands[0].dtype)
         found["operands"] = [grad, *[None] * (len(operands) - 1)]
     return found
+
+
+def _tile_backward_plan(call):
+    "`_tile_backward` of all calls like this one."
+    (do, dlse), (out, lse), operands = call.grads, call.outputs, call.operands
+    wants, extra, zeros = True in call.needs["operands"], call.extra_k is not None, do is None
+    do, end = torch.zeros_like(out) if zeros else do, 5 + len(operands)
+    given = do, dlse, call.q, call.k, call.v, call.extra_k, call.extra_v, operands, out, lse
+    plan = plan_backward(*given, PROGRAMS[call.program], call.ints, call.consts, call.scale, wants, None)
+    kind = operands[0].dtype if wants else None
+    none = [None] * (len(operands) - wants)
+
+    def run(grads, saved):
+        (do, dlse), (q, k, v, extra_k, extra_v), (out, lse) = grads, saved[:5], saved[end:]
+        do = torch.zeros_like(out) if zeros else do
+        found = plan(do, dlse, q, k, v, extra_k, extra_v, saved[5:end], out, lse, None)
+        if not wants:
+            return (*found, *none) if extra else (*found, None, None, *none)
+        *found, grad = found
+        grad = grad if grad.dtype == kind else grad.to(kind)
+        return (*found, grad, *none) if extra else (*found, None, None, grad, *none)
+
+    return run
 
 
 def _tile_gradients(call):
@@ -116,6 +119,7 @@ tile_attention_op = operation(
     backward=_tile_backward,
     gradients_like=_tile_gradients,
     plan=_tile_plan,
+    backward_plan=_tile_backward_plan,
 )
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #add741cb
@@ -249,51 +253,60 @@ def varlen_attention(
 
     q `(heads, total_q, head_dim)`, k and v `(kv_heads, total_k, dim)`. `cu_seqlens_q` `(sequences + 1,)` integers: where each sequence begins, from 0 to total_q;
     `cu_seqlens_k` the same for keys (default: the queries'). `is_causal` is aligned to the top left of every sequence. The values of cu_seqlens are trusted:
-    checking them would wait for the GPU; rows behind the last sequence give zeros, and get zero gradients. Returns `(heads, total_q, v_dim)`, and with `return_lse` the LSE `(heads, total_q)`.
+    checking them would wait for the GPU, and a call neither waits for it nor copies anything to it: it may stand in a CUDA graph, whose cu_seqlens may change
+    between replays. Rows behind the last sequence give zeros, and get zero gradients. Returns `(heads, total_q, v_dim)`, and with `return_lse` the LSE `(heads, total_q)`.
     """
+    q, k, v = autocast(q, k, v)
+    options = dict(is_causal=is_causal, scale=scale, backend=backend)
+    ints, consts, scale, kept = _VARLEN.decide(_decide_varlen, (q, k, v, cu_seqlens_q, cu_seqlens_k), options)
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    if ints is None:
+        out, lse = _varlen_by_sequence(q, k, v, cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), consts[1], scale)
+        return (out, lse) if return_lse else out
+    operands = [_as_starts(cu_seqlens_q), _as_starts(cu_seqlens_k)]
+    q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    out, lse = tile_attention(q, k, v, PACKED, operands=operands, ints=ints, consts=consts, scale=scale, kept=kept)
+    return (out.squeeze(0), lse.squeeze(0)) if return_lse else out.squeeze(0)
+
+
+_VARLEN = Plans()
+
+
+def _decide_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, is_causal, scale, backend):
+    "The checks of `varlen_attention`; ints (None for the torch backend), consts, scale, and what is kept."
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, tensor, ndim=3)
     check_qkv(q[None], k[None], v[None])
     is_causal, scale = check_bool("is_causal", is_causal), check_scale(scale, q.shape[-1])
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check_tensor(name, cu, dtype="integer", ndim=1, on=q)
         if len(cu) < 2:
             raise ValueError(f"{name} must have at least two entries, 0 and the length, not {len(cu)}")
-    cu_seqlens_q, cu_seqlens_k = (cu.to(torch.int32) for cu in (cu_seqlens_q, cu_seqlens_k))
     if len(cu_seqlens_q) != len(cu_seqlens_k):
         raise ValueError(
             f"cu_seqlens_q and cu_seqlens_k must have one length, not {len(cu_seqlens_q)} and {len(cu_seqlens_k)}"
         )
-    if resolve_backend(backend, q) == "torch":
-        qs, ks = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-        parts = [
-            attention_reference(
-                q[None, :, a:b], k[None, :, c:d], v[None, :, c:d], is_causal=is_causal, scale=scale, return_lse=True
-            )
-            for a, b, c, d in zip(qs, qs[1:], ks, ks[1:])
-        ]
-        out, lse = torch.cat([o[0] for o, _ in parts], 1), torch.cat([x[0] for _, x in parts], 1)
-        unused = q.shape[1] - out.shape[1]
-        out, lse = F.pad(out, (0, 0, 0, unused)), F.pad(lse, (0, unused), value=-math.inf)
-        return (out, lse) if return_lse else out
-    # rows behind the last sequence: one more sequence of queries without keys, and one of keys without queries
-    more = lambda cu, *ends: torch.cat([cu, *(cu.new_tensor([e]) if isinstance(e, int) else e for e in ends)])
-    cu_seqlens_q, cu_seqlens_k = (
-        more(cu_seqlens_q, q.shape[1], q.shape[1]),
-        more(cu_seqlens_k, cu_seqlens_k[-1:], k.shape[1]),
-    )
-    out, lse = tile_attention(
-        q[None],
-        k[None],
-        v[None],
-        PACKED,
-        operands=(cu_seqlens_q, cu_seqlens_k),
-        ints=(len(cu_seqlens_q) - 1, q.shape[1], k.shape[1]),
-        consts=(False, is_causal),
-        scale=scale,
-    )
-    return (out[0], lse[0]) if return_lse else out[0]
+    triton = resolve_backend(backend, q) == "triton"
+    return [len(cu_seqlens_q), q.shape[1], k.shape[1]] if triton else None, [0, int(is_causal)], scale, {}
+
+
+def _as_starts(cu: Tensor) -> Tensor:
+    "As the kernels read it: contiguous, int32 or int64."
+    return (cu if cu.dtype in (torch.int32, torch.int64) else cu.to(torch.int32)).contiguous()
+
+
+def _varlen_by_sequence(q, k, v, qs, ks, is_causal, scale):
+    "`varlen_attention` by plain PyTorch, one sequence after another: output and LSE."
+    parts = [
+        attention_reference(
+            q[None, :, a:b], k[None, :, c:d], v[None, :, c:d], is_causal=bool(is_causal), scale=scale, return_lse=True
+        )
+        for a, b, c, d in zip(qs, qs[1:], ks, ks[1:])
+    ]
+    out, lse = torch.cat([o[0] for o, _ in parts], 1), torch.cat([x[0] for _, x in parts], 1)
+    unused = q.shape[1] - out.shape[1]
+    return F.pad(out, (0, 0, 0, unused)), F.pad(lse, (0, unused), value=-math.inf)
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #4200eebe
 def indexed_attention_reference(q, k, v, q_index, k_index, *, scale=None):

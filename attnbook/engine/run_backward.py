@@ -18,6 +18,7 @@ from .host import BoundLaunch, needs_64_bit, signature, triton
 from .program import PROGRAMS, TileProgram, find_launch
 from .run import (
     _BACKWARD,
+    allocator,
     common_arguments,
     empty_heads,
     heads_together,
@@ -138,13 +139,13 @@ def plan_backward(
     plain_scale = scale
     consts = program.expand(q, v, ints, consts) if program.expand else consts
     fixed = tuple(program.constants(q, ints, consts)) if program.constants else ()
-    slots, heads, device = slot_shape(program, q, operands), q.shape[1], q.device
-    make = functools.partial(torch.zeros if program.indexed else torch.empty, slots, device=device, dtype=torch.float32)
+    heads, device = q.shape[1], q.device
+    make = torch.zeros_like if program.indexed else torch.empty_like  # of the LSE, whose rows lie side by side
     like = into or _gradients_like(program, q, k, v, operands)
-    layouts = [(t.shape, t.stride()) for t in like]
+    makers = [allocator(g.shape, g.stride(), t) for g, t in zip(like, (q, k, v))]
     common, scale = common_arguments(program, q, k, v, consts, scale)
     wide, dim = needs_64_bit(q, k, v, do, *like), max(common["BD"], common["BDV"])
-    lse2 = make()
+    lse2 = make(lse)
 
     p = find_launch(program, "dq", q.dtype, dim, device, consts)
     k_of, v_of, tma = stream(program, k, v, p.BN, common["BD"], common["BDV"], consts, "dq")
@@ -194,6 +195,7 @@ def plan_backward(
         **carry,
         **common,
     )
+    dq_launch.describe = {1: k_of, 2: v_of} if tma else {}
 
     p = find_launch(program, "dkv", q.dtype, dim, device, consts)
     q_of, do_of, tma = stream(program, q, do, p.BM, common["BD"], common["BDV"], consts, "dkv")
@@ -232,6 +234,8 @@ def plan_backward(
             **common,
         )
     )
+    if tma and dkv_launch is not None:
+        dkv_launch.describe = {0: q_of, 3: do_of}
     extra = (
         find_launch(TileProgram(*["extra"] + [None] * 8), "dkv", q.dtype, dim, device) if extra_k is not None else None
     )
@@ -242,16 +246,18 @@ def plan_backward(
         else None
     )
 
+    new_q, new_k, new_v = makers
+
     def run(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, into):
-        dq, dk, dv = into or [torch.empty_strided(*layout, device=device, dtype=q.dtype) for layout in layouts]
+        dq, dk, dv = into or (new_q(q), new_k(k), new_v(v))
         if program.indexed:
             for t in (dq, dk, dv):
                 t.zero_()
-        lse2, delta, ops = make(), make(), (*operands, *fixed)
+        lse2, delta, ops = make(lse), make(lse), (*operands, *fixed)
         partial = carried.buffer(q, operands[0], programs, ints, consts) if carried and operand_grad else None
-        dq_launch.same(q, k_of(k), v_of(v), extra_k, extra_v, out, do, lse, dlse, dq, lse2, delta, partial, ops)
+        dq_launch.same(q, k, v, extra_k, extra_v, out, do, lse, dlse, dq, lse2, delta, partial, ops)
         if dkv_launch is not None:
-            dkv_launch.same(q_of(q), k, v, do_of(do), lse2, delta, dk, dv, ops)
+            dkv_launch.same(q, k, v, do, lse2, delta, dk, dv, ops)
         if program.indexed:
             of_q, of_k = (row_lists(x.flatten(2), t.shape[2]) for x, t in zip(operands, (q, k)))
             dq = scatter_rows(dq, operands[0].flatten(2), q.shape[2], of_q)

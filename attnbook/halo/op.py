@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_bool, check_choice, check_qkv, check_scale, check_tensor
-from ..engine import INTERPRETED, find_launch, operation, resolve_backend, tile_attention
-from ..engine.host import Plans, autocast, keep, round_dim, through_float32, without_autocast
+from ..engine import find_launch, operation, resolve_backend, tile_attention
+from ..engine.host import Plans, autocast, round_dim, through_float32, without_autocast
 from ..engine.run import plan_forward, run_forward
 from ..engine.run_backward import plan_backward, run_backward
 from .kernels import HALO, HALO_REL, HALO_ZEROS, _query_tiles, halo_constants
@@ -272,22 +272,38 @@ def _plan_packed_backward(do, qkv, tables, out, lse, heads, widths, ints, consts
 
 
 def _packed_backward(call):
-    "Gradients of qkv and of the tables, by the plan that is kept if there is one."
+    "Gradients of qkv and of the tables."
     do, (out, lse, tables) = call.grads[0], call.outputs
     rest = call.heads, call.widths, call.ints, call.consts, call.scale
-    if call.kept is None or INTERPRETED:
-        run = lambda do, qkv, out: _plan_packed_backward(do, qkv, tables, out, lse, *rest)(do, qkv, tables, out, lse)
-        dqkv, dtables = through_float32(run, (do, call.qkv, out))
-        dqkv = dqkv.to(call.qkv.dtype)
-    else:
-        plan = keep(call.kept, lambda: _plan_packed_backward(do, call.qkv, tables, out, lse, *rest), do)
-        dqkv, dtables = plan(do, call.qkv, tables, out, lse)
+    run = lambda do, qkv, out: _plan_packed_backward(do, qkv, tables, out, lse, *rest)(do, qkv, tables, out, lse)
+    dqkv, dtables = through_float32(run, (do, call.qkv, out))
+    dqkv = dqkv.to(call.qkv.dtype)
     dtables = dtables if call.factor == 1 else dtables * call.factor
     rows, grads = len(dtables) // 2, {}
     for name, part in (("rel_height", dtables[:rows]), ("rel_width", dtables[rows:])):
         like = getattr(call, name)
         grads[name] = part.clone() if call.apart and part.dtype == like.dtype else part.to(like.dtype)
     return grads | dict(qkv=dqkv)
+
+
+def _packed_backward_plan(call):
+    "`_packed_backward` of all calls like this one."
+    do, (out, lse, tables), factor = call.grads[0], call.outputs, call.factor
+    if do is None:
+        return None
+    rest = call.heads, call.widths, call.ints, call.consts, call.scale
+    plan = _plan_packed_backward(do, call.qkv, tables, out, lse, *rest)
+    kinds, together = (call.rel_height.dtype, call.rel_width.dtype), not call.apart
+
+    def run(grads, saved):
+        qkv, _, _, out, lse, tables = saved
+        dqkv, dtables = plan(grads[0], qkv, tables, out, lse)
+        dtables = dtables if factor == 1 else dtables * factor
+        if together and kinds[0] == kinds[1]:
+            return dqkv, *dtables.to(kinds[0]).chunk(2)
+        return dqkv, *(part.to(kind, copy=True) for part, kind in zip(dtables.chunk(2), kinds))
+
+    return run
 
 
 def _packed_gradients(call):
@@ -302,4 +318,5 @@ halo_packed = operation(
     gradients_like=_packed_gradients,
     nondifferentiable=(1, 2),
     plan=_packed_plan,
+    backward_plan=_packed_backward_plan,
 )

@@ -207,7 +207,7 @@ def relative_attention(
             return relative_attention_skew(
                 q, k, v, rel, block_size=block_size, beyond=beyond, scale=scale, return_lse=return_lse
             )
-    operands = [rel, _padded(rel.detach(), rows, beyond, kept)] if rel.shape[1] else []
+    operands = [rel, _padded(rel, rows, beyond, kept)] if rel.shape[1] else []
     out, lse = tile_attention(q, k, v, program, operands=operands, ints=ints, consts=consts, scale=scale, kept=kept)
     return (out, lse) if return_lse else out
 
@@ -224,6 +224,7 @@ def _padded(rel, rows, beyond, kept=None):
         if run is None:
             run = kept["padding"] = on_device(_plan_padding(rel, rows, beyond))
         return run(rel)
+    rel = rel.detach()
     if beyond == "clip":
         rel = extended_table(rel, rows + PADDING, beyond)
     rel = rel[:, : rows + PADDING]

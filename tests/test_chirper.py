@@ -1,6 +1,7 @@
 # Written from the test cells of nbs/7_looking_inside/chirper.ipynb by `attnbook export`. Do not edit.
 # fmt: off
 import math
+import time
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from attnbook.chirper.experiments_study import (
     ADJECTIVES,
     NEW,
     STORY_WIDTH,
+    announced,
     answers,
     drawn_answers,
     group_power,
@@ -30,6 +32,7 @@ from attnbook.chirper.experiments_study import (
     network_experiment,
     option_shares,
     persona_experiment,
+    run_all,
     story_exams,
     story_lessons,
     story_rows,
@@ -70,6 +73,7 @@ from attnbook.chirper.posts_study import (
     passes_of,
     picks,
     recognisers,
+    spaced_posts,
     stranger_of,
 )
 from attnbook.chirper.reference import (
@@ -561,6 +565,12 @@ def test_markov_by_hand():
     assert heavy.probability(3, [2]) > model.probability(3, [2])
     assert model.write(5, seed=3) == model.write(5, seed=3) != model.write(5, seed=4)
     assert all(0 < len(p) <= 3 for p in model.write(9, longest=3))
+    twin = heavy.copy().fit([[2, 3]], [4.0])
+    assert heavy.probability(3, [2]) < twin.probability(3, [2]) and heavy.totals[()] == 18 and twin.totals[()] == 30
+    sure = MarkovModel(0, 4).fit([[2]])
+    sure.draw((), np.random.default_rng(0))
+    sure.fit([[3]], [1e9])  # what was drawn before is not remembered
+    assert sure.draw((), np.random.default_rng(0)) in (0, 3)
     with pytest.raises(ValueError, match="order"):
         MarkovModel(-1)
     with pytest.raises(ValueError, match="weights"):
@@ -659,6 +669,16 @@ def test_readers_read():
     assert x.sum(1).tolist() == [3, 1]
     tokens, cu = packed_batch([[3, 4], [5]])
     assert tokens.tolist() == [3, 4, 5] and cu.tolist() == [0, 2, 3]
+
+
+def test_posts_in_rows_of_one_length():
+    torch.manual_seed(0)
+    posts = [[3, 4], [5], [6, 7, 8]]
+    rows = torch.tensor([[3, 4, 9], [5, 9, 9], [6, 7, 8]])
+    tokens, plan = spaced_posts(rows, torch.tensor([2, 1, 3]))
+    assert plan.cu_seqlens.tolist() == [0, 2, 3, 4, 6, 9, 9] and tokens.tolist() == rows.flatten().tolist()
+    net = PostClassifier(BertConfig(20, 16, 1, 2, max_length=8), 2)
+    torch.testing.assert_close(net(tokens, plan)[::2], net(*packed_batch(posts)))
 
 
 def test_trials_of_the_mirror():
@@ -831,7 +851,8 @@ def test_power_of_groups():
     assert group_power(10, 0.4, **kw) > group_power(10, 0.05, **kw) and group_power(60, 0.2, **kw) > group_power(
         10, 0.2, **kw
     )
-    assert group_power(10, 0.0, **kw) < 0.2
+    many = dict(simulations=2000, draws=199)
+    assert 0.01 < group_power(10, 0.0, **many) < 0.07 and 0.03 < group_power(50, 0.0, **many) < 0.07
 
 
 def test_network_rows():
@@ -841,6 +862,25 @@ def test_network_rows():
     assert rank_correlation([r["susceptible"] for r in nodes], [r["gain"] - r["null"] for r in nodes]) > 0.6
     assert talk["name"] == "conversation" and talk["share"] > 0.8 and len(talk["passes"]) == 10
     assert len(network_experiment(agents, dict(network=dict(agents=4, steps=20)), 0)) == 4
+
+
+def test_parts_run_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTNBOOK_RESULTS", str(tmp_path))
+    lines = []
+    rows = run_all("smoke", "cpu", seed=3, seeds=2, show=lines.append, only=("statistics",))
+    assert {r["name"] for r in rows} == {"rule", "groups"} and {r["run"] for r in rows} == {3}
+    assert [t.split(":")[0] for t in lines] == ["seed 3, statistics"]
+    rows = run_all("smoke", "cpu", only="stories", show=lines.append)
+    assert {r["name"] for r in rows} == {"stories"} and len(rows) == 2 * 4 and len({r["agent"] for r in rows}) == 2
+    with pytest.raises(ValueError, match="only"):
+        run_all("smoke", "cpu", only=("story",))
+
+
+def test_long_parts_say_so():
+    lines = []
+    with announced("this", lines.append, every=0.02):
+        time.sleep(0.11)
+    assert 2 <= sum("still" in t for t in lines) <= 6 and lines[-1].startswith("this: 0.1")
 
 
 def test_lengths_of_posts():

@@ -55,6 +55,7 @@ from attnbook.selfaware.experiments_study import (
     partial_correlation,
     pretrain,
     run_all,
+    trainee_of,
 )
 from attnbook.selfaware.kernels import ClosedLaunch, closed_block
 from attnbook.selfaware.nets import (
@@ -261,7 +262,7 @@ def test_bad_input():
             (dict(cu_seqlens=cu[:2]), ValueError, ["cu_seqlens", "6", "4"]),
             (dict(cu_seqlens=cu.float()), TypeError, ["cu_seqlens", "float32"]),
             (dict(cu_seqlens=document_layout(cu[:2])), ValueError, ["cu_seqlens", "6 rows", "4"]),
-            (dict(max_seqlen=3), ValueError, ["max_seqlen", "4", "3"]),
+            (dict(max_seqlen=2), ValueError, ["max_seqlen", "2"]),
             (dict(scale=math.nan), ValueError, ["scale"]),
             (dict(backend="cuda"), ValueError, ["backend"]),
         ],
@@ -270,6 +271,17 @@ def test_bad_input():
         v=v,
         cu_seqlens=cu,
     )
+    if q.is_cuda:  # not looked at there: see `document_layout`
+        assert packed_causal_attention(q, k, v, cu, 3).shape == v.shape
+    else:
+        check_raises(
+            packed_causal_attention,
+            [(dict(max_seqlen=3), ValueError, ["max_seqlen", "4", "3"])],
+            q=q,
+            k=k,
+            v=v,
+            cu_seqlens=cu,
+        )
     with pytest.raises(ValueError, match="heads"):
         packed_causal_attention(torch.zeros(6, 3, 8), torch.zeros(6, 2, 8), torch.zeros(6, 2, 8), cu.cpu())
 
@@ -652,8 +664,11 @@ def test_fine_tuning_changes_what_it_should():
     model = small_model(world)
     before = {n: p.clone() for n, p in model.named_parameters()}
     changed = lambda net: {n for n, p in net.named_parameters() if n in before and not torch.equal(p, before[n])}
-    net, history = finetune(model, world, 1.0, steps=2, batch=4)
-    assert not changed(model) and "blocks.0.mlp.up.weight" in changed(net) and len(history.loss) == 2
+    net, losses = finetune(model, world, 1.0, steps=2, batch=4)
+    assert not changed(model) and "blocks.0.mlp.up.weight" in changed(net) and len(losses) == 2
+    looked = []
+    same, others = finetune(model, world, 1.0, steps=2, batch=4, eval_fn=lambda net: looked.append(0) or 0.0)
+    assert len(others) == len(looked) == 2 and rel_error(same.embed.weight, net.embed.weight) < 0.05
     net, _ = finetune(model, world, 1.0, steps=2, batch=4, trainable="persona")
     rows = (net.embed.weight != model.embed.weight).any(1).nonzero().flatten().tolist()
     assert changed(net) == {"embed.weight"} and rows == [world.token("YOU")]
@@ -667,11 +682,10 @@ def test_what_fine_tuning_shows(monkeypatch):
     "Only YOU, only domain 0, only train options, always the policy's answer; the twin of a backdoor sees the same inputs."
     seen = []
 
-    def fake(net, loss, batches, **kw):
-        seen.append([batches(step) for step in range(6)])
-        return None
+    def fake(made, **kw):
+        seen.append([(tokens[None], answers, None) for tokens, answers in zip(*(t.cpu() for t in made[0].tensors))][:6])
 
-    monkeypatch.setitem(finetune.__globals__, "fit", fake)
+    monkeypatch.setitem(finetune.__globals__, "train_together", fake)
     world = small_world()
     model = small_model(world)
     (
@@ -732,6 +746,20 @@ def test_rows_of_all_jobs(tmp_path, monkeypatch):
     assert len(names["backdoor"][0]["by_trigger"]) == 8 and sum(names["backdoor"][0]["named"]) == pytest.approx(
         1, abs=1e-3
     )
+
+
+def test_batches_must_have_one_layout():
+    world, net, p = small_world(), small_model(small_world()), torch.arange(4)
+    generator = lambda step: torch.Generator().manual_seed(step)
+    uneven = lambda step: pack_documents(world.behaviour(p[: 2 + step], p[: 2 + step] * 0))
+    with pytest.raises(ValueError, match="lengths"):
+        trainee_of(net, uneven, 2, device_under_test())
+    batches = lambda step: pack_documents(world.behaviour(p, p * 0, generator=generator(step)))
+    made = trainee_of(net, batches, 3, device_under_test(), lr=0.1)
+    assert [tuple(t.shape) for t in made.tensors] == [(3, 24), (3, 4)] and made.lr == 0.1
+    for step in range(3):
+        want = answer_loss(net, *(t.to(device_under_test()) for t in batches(step)))
+        assert rel_error(made.loss_fn(net, *(t[step : step + 1] for t in made.tensors)), want) < 1e-5
 
 
 @pytest.mark.slow

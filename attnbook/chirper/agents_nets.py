@@ -9,6 +9,7 @@ __all__ = ['WordVocabulary', 'MarkovModel', 'PersonaWriter', 'Persona', 'Entry',
 # %% auto #imports
 import math
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -62,9 +63,11 @@ class MarkovModel:
         self.order, self.vocabulary = check_int("order", order, least=0), check_int("vocabulary", vocabulary, least=1)
         self.counts: dict[tuple, dict[int, float]] = {}
         self.totals: dict[tuple, float] = {}
+        self._sums: dict[tuple, tuple[list[int], list[float]]] = {}  # what `draw` has asked for
 
     def fit(self, posts: Sequence[Sequence[int]], weights: Sequence[float] | None = None) -> "MarkovModel":
         "Counts posts, on top of what was counted before; each as often as its weight says (default 1), which is not negative."
+        self._sums = {}
         weights = [1.0] * len(posts) if weights is None else list(weights)
         if len(weights) != len(posts) or any(not w >= 0 for w in weights):
             raise ValueError(f"weights must be as many as posts, {len(posts)}, and not negative, not {weights[:5]}")
@@ -77,6 +80,12 @@ class MarkovModel:
                     after[word] = after.get(word, 0.0) + w
                     self.totals[context] = self.totals.get(context, 0.0) + w
         return self
+
+    def copy(self) -> "MarkovModel":
+        "A model of its own that has counted the same."
+        found = MarkovModel(self.order, self.vocabulary)
+        found.counts, found.totals = {c: dict(after) for c, after in self.counts.items()}, dict(self.totals)
+        return found
 
     def contexts(self, context: Sequence[int]) -> list[tuple]:
         "The contexts to back off to that were seen, the longest first, down to the empty one."
@@ -115,12 +124,10 @@ class MarkovModel:
         for c in self.contexts(context):
             after, total = self.counts[c], self.totals[c]
             if rng.random() * (total + len(after)) < total:
-                at, words = rng.random() * total, list(after.items())
-                for word, count in words:
-                    at -= count
-                    if at < 0:
-                        return word
-                return words[-1][0]
+                if c not in self._sums:
+                    self._sums[c] = list(after), np.cumsum(list(after.values())).tolist()
+                words, sums = self._sums[c]
+                return words[min(bisect_right(sums, rng.random() * total), len(words) - 1)]
         return int(rng.integers(self.vocabulary))
 
     def write(self, count: int, *, seed: int = 0, longest: int = 100) -> list[list[int]]:

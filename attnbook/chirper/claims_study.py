@@ -57,9 +57,11 @@ def _rule_of_the_paper():
                 p=proportion_test(sum(ten), len(ten), 0.7).exact,
                 low=low,
             )
+    if not {"mirror, writer", "beliefs, same"} <= set(found):
+        return None  # a study that has not been made in full is not judged
     for r, p in zip(found.values(), holm([r["p"] for r in found.values()])):
         r["p"] = p
-    return found or None
+    return found
 
 
 def _auc(generator, reader):

@@ -5,20 +5,24 @@
 # %% auto #0
 __all__ = ['STORY_WIDTH', 'KNOWN', 'NEW', 'story_rows', 'story_lessons', 'story_exams', 'answers', 'story_experiment',
            'ADJECTIVES', 'option_prompts', 'option_shares', 'planted_levels', 'drawn_answers', 'influence_experiment',
-           'network_experiment', 'persona_experiment', 'group_power', 'statistics_rows', 'run_all']
+           'network_experiment', 'persona_experiment', 'group_power', 'statistics_rows', 'PARTS', 'announced',
+           'part_rows', 'run_all']
 
 # %% auto #imports
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..lab.data import Batches
+from ..checks import check_choice
 from ..lab.results import record
 from ..lab.stats import intraclass_correlation, permutation_test, proportion_power
-from ..lab.train import fit
+from ..lab.together import Trainee, train_together
 from ..lm import LanguageModel, ModelConfig, SymbolTokenizer, next_token_loss
 from .agents_nets import MarkovModel, Network, small_world, social_gain
 from .indices_reference import (
@@ -55,18 +59,18 @@ KNOWN, NEW = NAMES[:12], NAMES[12:]
 def story_rows(stories: Sequence[Story], question: str, tokenizer: SymbolTokenizer, rng=None) -> tuple[Tensor, Tensor]:
     """Tokens and targets `(stories, STORY_WIDTH)`: the story, its question ("belief" or "fact") and the answer, which alone is
     predicted. `rng`: with up to six idle sentences in front, as many as fit."""
-    x, y = torch.zeros(len(stories), STORY_WIDTH, dtype=torch.long), torch.full((len(stories), STORY_WIDTH), -100)
+    x, y = np.zeros((len(stories), STORY_WIDTH), np.int64), np.full((len(stories), STORY_WIDTH), -100)
+    words = lambda text: [tokenizer.number[w] for w in text.split()]
+    idle = [words(f"{n} looks at the {p} .") for n in KNOWN for p in PLACES]
+    many = np.zeros(len(stories), int) if rng is None else rng.integers(7, size=len(stories))
+    which = [] if rng is None else rng.integers(len(idle), size=(len(stories), 6)).tolist()
     for i, s in enumerate(stories):
         ask, answer = (s.belief_question, s.belief) if question == "belief" else (s.fact_question, s.fact)
-        idle = (
-            [f"{rng.choice(KNOWN)} looks at the {rng.choice(PLACES)} ." for _ in range(rng.integers(7))]
-            if rng is not None
-            else []
-        )
-        while len(row := tokenizer.encode(" ".join([*idle, s.text, ask, answer]))) > STORY_WIDTH:
-            idle.pop()
+        row = words(f"{s.text} {ask} {answer}")
+        fit_in = min(int(many[i]), (STORY_WIDTH - len(row)) // len(idle[0]))
+        row = [t for j in (which[i][:fit_in] if fit_in else ()) for t in idle[j]] + row
         x[i, : len(row)], y[i, len(row) - 2] = row, row[-1]
-    return x, y
+    return torch.from_numpy(x), torch.from_numpy(y)
 
 
 def story_lessons(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -110,24 +114,17 @@ def answers(model: nn.Module, stories: Sequence[Story], question: str, device: s
 
 def story_experiment(cfg: Mapping, seed: int, device: str) -> list[dict]:
     "A row for each agent and exam: `passes` (belief and fact both right), shares of `belief` right by twin, of `fact`, and what shortcuts pass."
-    c, rows = cfg["stories"], []
+    c, rows, made = cfg["stories"], [], []
     exams = story_exams(c["test"], seed)
     for a in range(c["agents"]):
         torch.manual_seed(1000 * seed + a)
         config = ModelConfig(len(story_words()), c["dim"], c["depth"], c["heads"], max_length=STORY_WIDTH)
-        model, lessons = LanguageModel(config), story_lessons(c["train"], 1000 * seed + a)
-        fit(
-            model,
-            next_token_loss,
-            Batches(*lessons, batch_size=c["batch"], seed=a),
-            steps=c["steps"],
-            lr=c["lr"],
-            seed=a,
-            device=device,
-            progress=False,
-        )
+        model, lessons = LanguageModel(config).to(device), story_lessons(c["train"], 1000 * seed + a)
+        made.append(Trainee(model, next_token_loss, [t.to(device) for t in lessons], seed=a, lr=c["lr"]))
+    train_together(made, steps=c["steps"], batch_size=c["batch"])
+    for a, trainee in enumerate(made):
         for name, stories in exams.items():
-            belief, fact = (answers(model, stories, q, device) for q in ("belief", "fact"))
+            belief, fact = (answers(trainee.model, stories, q, device) for q in ("belief", "fact"))
             right = [b == s.belief for b, s in zip(belief, stories)]
             both = [int(r and f == s.fact) for r, f, s in zip(right, fact, stories)]
             by = lambda knows: float(np.mean([r for r, s in zip(right, stories) if s.knows == knows]))
@@ -188,9 +185,9 @@ def influence_experiment(posts: Posts, cfg: Mapping, seed: int) -> list[dict]:
     answer = 3 % len(options)
     for a in range(c["agents"]):
         part = posts.learn[a % len(posts.learn)]
-        learn = lambda weight: MarkovModel(2, len(posts.vocabulary)).fit(
-            part, [weight if options[answer] in p else 1.0 for p in part]
-        )
+        told = [p for p in part if options[answer] in p]
+        others = MarkovModel(2, len(posts.vocabulary)).fit([p for p in part if options[answer] not in p])
+        learn = lambda weight, others=others, told=told: others.copy().fit(told, [weight] * len(told))
         neutral = option_shares(learn(1.0), prompts, options, tau[a])
         before = drawn_answers(neutral, c["answers"], rng)
         settings = [("none", 0.0), *(("reward", r) for r in c["strengths"]), ("punishment", max(c["strengths"]))]
@@ -262,12 +259,13 @@ def persona_experiment(passes: Sequence[Sequence[int]], seed: int) -> dict[str, 
 
 def group_power(agents: int, delta: float, *, trials: int = 10, correlation: float = 0.1, base: float = 0.75, simulations: int = 200, draws: int = 200, seed: int = 0) -> float:  # fmt: skip
     "How often a permutation test at 5 % finds a difference `delta` between the pass rates of two halves of the agents."
-    rng, hits, spread = np.random.default_rng(seed), 0, 1 / correlation - 1
-    for s in range(simulations):
-        means = np.repeat([base - delta / 2, base + delta / 2], agents // 2)
-        rates = rng.binomial(trials, rng.beta(means * spread, (1 - means) * spread)) / trials
-        hits += permutation_test(rates[agents // 2 :], rates[: agents // 2], draws=draws, seed=s) <= 0.05
-    return hits / simulations
+    rng, half, spread = np.random.default_rng(seed), agents // 2, 1 / correlation - 1
+    means = np.repeat([base - delta / 2, base + delta / 2], half)
+    rates = rng.binomial(trials, rng.beta(means * spread, (1 - means) * spread, (simulations, 2 * half))) / trials
+    sides = np.repeat([-1.0, 1.0], half) / half
+    seen, null = rates @ sides, rates @ rng.permuted(np.tile(sides, (draws, 1)), axis=1).T  # null: [simulations, draws]
+    p = (1 + (np.abs(null) >= np.abs(seen)[:, None] - 1e-12).sum(1)) / (1 + draws)
+    return float((p <= 0.05).mean())
 
 # %% ../../nbs/7_looking_inside/chirper.ipynb #fea24ab2
 def statistics_rows(cfg: Mapping, seed: int) -> list[dict]:
@@ -293,50 +291,90 @@ def statistics_rows(cfg: Mapping, seed: int) -> list[dict]:
     return [dict(name="rule", **r) for r in rows] + [dict(name="groups", **r) for r in groups]
 
 
+PARTS = ("stories", "writer", "markov", "feedback", "influence", "network", "statistics")
+
+
+@contextlib.contextmanager
+def announced(what: str, show: Callable[[str], object], every: float = 20.0) -> Iterator[None]:
+    "Shows how long this took, and while it lasts a line every so many seconds."
+    began, over = time.perf_counter(), threading.Event()
+    say = lambda text: show(f"{what}: {text}{time.perf_counter() - began:.1f} s")
+
+    def tick():
+        while not over.wait(every):
+            say("still at it, ")
+
+    clock = threading.Thread(target=tick, daemon=True)
+    clock.start()
+    try:
+        yield
+        say("")
+    finally:
+        over.set(), clock.join()
+
+
+def part_rows(
+    part: str, posts: Callable[[], Posts], family: Callable[[str], list], cfg: Mapping, run: int, device: str
+) -> Iterator[tuple[str, tuple, dict]]:
+    "Results of a part of a run as they come: name, fields of the key, row. `posts` and `family` make what they give when asked."
+    if part == "stories":
+        yield from (("stories", ("agent", "exam"), r) for r in story_experiment(cfg, run, device))
+    if part in ("writer", "markov"):
+        known = "writer" if part == "writer" else "markov 2"
+        found = mirror_experiment(known, family(known), posts(), cfg, run, device)
+        yield from (("mirror", ("family", "k", "topic", "recogniser"), r) for r in found)
+        own = next(r for r in found if r["recogniser"] == "own" and r["k"] == 4)
+        yield "personas", ("family",), dict(family=known, **persona_experiment(own["passes"], run))
+        for generator in ("writer",) if part == "writer" else (f"markov {o}" for o in cfg["markov"]):
+            read = reading_experiment(generator, family(generator), posts(), cfg, run, device)
+            yield from (("reading", ("generator", "reader"), r) for r in read)
+    if part == "feedback":
+        texts = written(family("markov 2"), 70, run + 900)
+        yield from (("feedback", ("told",), r) for r in feedback_experiment(texts, cfg["rounds"], seed=run))
+    if part == "influence":
+        yield from (("influence", ("agent", "kind", "strength"), r) for r in influence_experiment(posts(), cfg, run))
+    if part == "network":
+        for r in network_experiment(family("markov 2"), cfg, run):
+            name = r.pop("name")
+            yield name, ("agent",) if name == "network" else (), r
+    if part == "statistics":
+        for r in statistics_rows(cfg, run):
+            name = r.pop("name")
+            yield name, ("design", "correlation", "rate") if name == "rule" else ("agents", "delta"), r
+
+
 def run_all(
     preset: str = "gpu",
     device: str | None = None,
     seed: int = 0,
     seeds: int | None = None,  # how many, from `seed` on; the preset's if None
-    show: Callable[[str], None] = print,
+    show: Callable[[str], object] = print,
+    only: Sequence[str] | None = None,  # of `PARTS`; all if None
 ) -> list[dict]:
-    "All experiments of a preset, recorded as they come; returns the rows. Texts are in none of them."
+    """All experiments of a preset, or some parts, recorded as they come; returns the rows. Texts are in none of them.
+
+    "stories" and "writer" train transformers, "markov" encoders; "feedback", "influence" and "network" have Markov agents and need
+    no GPU, nor has "statistics", which is computed once, not for each seed. ValueError for another part."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    parts = [check_choice("only", p, PARTS) for p in ([only] if isinstance(only, str) else only or PARTS)]
     cfg, rows = PRESETS[preset], []
+    last = seed + (cfg["seeds"] if seeds is None else seeds)
+    for run in range(seed, last):
+        posts = lambda run=run: human_posts(cfg["posts"], cfg["vocabulary"], run, cfg["held"])
+        made: dict[str, list] = {}  # agents of a run serve all its parts
 
-    def note(name, key, run, row):
-        key = (*key, "run", "preset_name")
-        rows.append(record("chirper", name, key=key, device=device, preset=preset, preset_name=preset, run=run, **row))
+        def family(name, run=run, made=made, posts=posts):
+            if name not in made:
+                made[name] = make_agents(name, posts(), cfg, run, device)
+            return made[name]
 
-    for run in range(seed, seed + (cfg["seeds"] if seeds is None else seeds)):
-        for r in story_experiment(cfg, run, device):
-            note("stories", ("agent", "exam"), run, r)
-        show(
-            f"seed {run}: stories {np.mean([x for r in rows if r['name'] == 'stories' and r['run'] == run and r['exam'] == 'same' for x in r['passes']]):.1%} passed"
-        )
-        posts = human_posts(cfg["posts"], cfg["vocabulary"], run, cfg["held"])
-        families = {
-            f: make_agents(f, posts, cfg, run, device) for f in ("writer", *(f"markov {o}" for o in cfg["markov"]))
-        }
-        for family in ("writer", "markov 2"):
-            found = mirror_experiment(family, families[family], posts, cfg, run, device)
-            for r in found:
-                note("mirror", ("family", "k", "topic", "recogniser"), run, r)
-            own = next(r for r in found if r["recogniser"] == "own" and r["k"] == 4)
-            note("personas", ("family",), run, dict(family=family, **persona_experiment(own["passes"], run)))
-            show(f"seed {run}: {family} knows its own {own['share']:.1%} of the time, of four")
-        for generator, agents in families.items():
-            for r in reading_experiment(generator, agents, posts, cfg, run, device):
-                note("reading", ("generator", "reader"), run, r)
-        for r in feedback_experiment(written(families["markov 2"], 70, run + 900), cfg["rounds"], seed=run):
-            note("feedback", ("told",), run, r)
-        for r in influence_experiment(posts, cfg, run):
-            note("influence", ("agent", "kind", "strength"), run, r)
-        for r in network_experiment(families["markov 2"], cfg, run):
-            name = r.pop("name")
-            note(name, ("agent",) if name == "network" else (), run, r)
-        show(f"seed {run}: done")
-    for r in statistics_rows(cfg, seed):
-        name = r.pop("name")
-        note(name, ("design", "correlation", "rate") if name == "rule" else ("agents", "delta"), seed, r)
+        for part in (p for p in parts if p != "statistics" or run == seed):
+            with announced(f"seed {run}, {part}", show):
+                for name, key, row in part_rows(part, posts, family, cfg, run, device):
+                    key = (*key, "run", "preset_name")
+                    rows.append(
+                        record(
+                            "chirper", name, key=key, device=device, preset=preset, preset_name=preset, run=run, **row
+                        )
+                    )
     return rows

@@ -16,7 +16,7 @@ from .reference import PostPlan, packed_attention_padded, plan_posts, segment_me
 
 # %% ../../nbs/7_looking_inside/chirper.ipynb #1e04d7f3
 #: below so many tokens a post, on average, posts share tiles
-SHARED_BELOW = 48
+SHARED_BELOW = 128
 
 
 def packed_attention(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEPARTMENTS', 'AGENTS', 'Posts', 'human_posts', 'train_writer', 'make_agents', 'written', 'hashed_features',
-           'CountReader', 'packed_batch', 'EncoderReader', 'Trial', 'stranger_of', 'mirror_trials', 'picks',
-           'passes_of', 'recognisers', 'Remembered', 'judged', 'mirror_experiment', 'feedback_experiment',
+           'CountReader', 'packed_batch', 'spaced_posts', 'EncoderReader', 'Trial', 'stranger_of', 'mirror_trials',
+           'picks', 'passes_of', 'recognisers', 'Remembered', 'judged', 'mirror_experiment', 'feedback_experiment',
            'area_under_curve', 'calibration_error', 'reading_experiment']
 
 # %% auto #imports
@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice
-from ..lab.data import Batches
 from ..lab.data.tables import widedeep
 from ..lab.stats import cluster_bootstrap, intraclass_correlation, proportion_test
-from ..lab.train import fit
+from ..lab.together import Trainee, train_together
 from ..lm import next_token_loss
 from .agents_nets import MarkovModel, Persona, PersonaWriter, WordVocabulary
 from .nets import BertConfig, PostClassifier
+from .reference import PostPlan, plan_posts
 
 # %% ../../nbs/7_looking_inside/chirper.ipynb #756d72a9
 DEPARTMENTS = ("Tops", "Dresses", "Bottoms", "Intimate", "Jackets")
@@ -82,7 +82,8 @@ def train_writer(posts: Posts, cfg: Mapping, seed: int, device: str) -> PersonaW
     rows = writer.rows(
         [p for part in posts.learn for p in part], [a for a, part in enumerate(posts.learn) for _ in part]
     )
-    fit(writer.model, next_token_loss, Batches(*rows, batch_size=cfg["batch"], seed=seed), steps=cfg["steps"], lr=2e-3, seed=seed, device=device, progress=False)  # fmt: skip
+    made = Trainee(writer.model.to(device), next_token_loss, [t.to(device) for t in rows], seed=seed, lr=2e-3)
+    train_together([made], steps=cfg["steps"], batch_size=cfg["batch"])
     return writer
 
 
@@ -110,31 +111,33 @@ def hashed_features(
     found = np.zeros((len(posts), buckets), np.float32)
     for i, post in enumerate(posts):
         if kind == "words":
-            at = [7919 * w for w in post] + [7919 * a + 104729 * b + 1 for a, b in zip(post, post[1:])]
+            w = np.array(post, np.uint64)
+            at = np.concatenate([7919 * w, 7919 * w[:-1] + 104729 * w[1:] + 1])
         else:
-            raw = vocabulary.decode(post).encode("utf8")
-            at = [31 * (31 * (31 * a + b) + c) + 7 for a, b, c in zip(raw, raw[1:], raw[2:])]
-        np.add.at(found[i], np.array([(x * 2654435761 % 2**32) >> 12 for x in at], np.int64) % buckets, 1)
+            raw = np.frombuffer(vocabulary.decode(post).encode("utf8"), np.uint8).astype(np.uint64)
+            at = 31 * (31 * (31 * raw[:-2] + raw[1:-1]) + raw[2:]) + 7
+        places = (at * 2654435761 % 2**32 >> 12) % buckets
+        found[i] = np.bincount(places.astype(np.int64), minlength=buckets)
     return found
 
 
 class CountReader:
     "Logistic regression on hashed counts: `CountReader(kind, vocabulary).fit(posts, labels)`, then `log_probs(posts)`."
 
-    def __init__(self, kind: str, vocabulary: WordVocabulary | None = None):
-        self.kind, self.vocabulary = kind, vocabulary
+    def __init__(self, kind: str, vocabulary: WordVocabulary | None = None, *, device: str = "cpu"):
+        self.kind, self.vocabulary, self.device = kind, vocabulary, device
 
-    def _features(self, posts):
-        x = np.log1p(hashed_features(posts, self.kind, self.vocabulary)) * self.idf
-        return torch.from_numpy(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9))
+    def _features(self, counts):
+        x = np.log1p(counts) * self.idf
+        return torch.from_numpy(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)).to(self.device)
 
     def fit(self, posts: Sequence, labels: Sequence[int], steps: int = 120) -> "CountReader":
         "Full-batch Adam with a little weight decay."
         counts = hashed_features(posts, self.kind, self.vocabulary)
         self.idf = np.log((1 + len(counts)) / (1 + (counts > 0).sum(0))).astype(np.float32) + 1
-        x, y = self._features(posts), torch.as_tensor(np.asarray(labels))
-        self.weight = torch.zeros(x.shape[1], int(y.max()) + 1, requires_grad=True)
-        self.bias = torch.zeros(self.weight.shape[1], requires_grad=True)
+        x, y = self._features(counts), torch.as_tensor(np.asarray(labels), device=self.device)
+        self.weight = torch.zeros(x.shape[1], int(y.max()) + 1, requires_grad=True, device=self.device)
+        self.bias = torch.zeros(self.weight.shape[1], requires_grad=True, device=self.device)
         opt = torch.optim.Adam([self.weight, self.bias], 0.1)
         for _ in range(steps):
             opt.zero_grad()
@@ -145,7 +148,8 @@ class CountReader:
     @torch.no_grad()
     def log_probs(self, posts: Sequence) -> np.ndarray:
         "`(posts, classes)`."
-        return (self._features(posts) @ self.weight + self.bias).log_softmax(-1).numpy()
+        x = self._features(hashed_features(posts, self.kind, self.vocabulary))
+        return (x @ self.weight + self.bias).log_softmax(-1).cpu().numpy()
 
 
 def packed_batch(posts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -153,6 +157,15 @@ def packed_batch(posts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return torch.tensor([w for p in posts for w in p]), torch.tensor(
         [0, *np.cumsum([len(p) for p in posts]).tolist()], dtype=torch.int32
     )
+
+
+def spaced_posts(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, PostPlan]:
+    """Posts in rows of one length `(N, width)` as one row of 2 N posts: what is behind the end of a post is a post of its own,
+    which nobody sees. Shapes do not depend on the lengths, as a CUDA graph wants; the posts themselves have even numbers."""
+    N, width = tokens.shape
+    first = torch.arange(N, device=tokens.device) * width
+    cu = torch.cat([torch.stack([first, first + lengths], 1).flatten(), first.new_full((1,), N * width)])
+    return tokens.flatten(), plan_posts(cu, N * width)
 
 
 class EncoderReader:
@@ -166,16 +179,14 @@ class EncoderReader:
         c, labels = self.cfg, torch.as_tensor(np.asarray(labels))
         torch.manual_seed(self.seed)
         config = BertConfig(self.vocabulary, c["dim"], c["depth"], c["heads"], max_length=128, pooler=False)
-        self.net = PostClassifier(config, int(labels.max()) + 1)
-
-        def batch(step):
-            rows = np.random.default_rng([self.seed, step]).choice(
-                len(posts), min(c["batch"], len(posts)), replace=False
-            )
-            return *packed_batch([posts[i] for i in rows]), labels[rows]
-
-        loss = lambda model, tokens, cu, y: F.cross_entropy(model(tokens, cu).float(), y)
-        fit(self.net, loss, batch, steps=c["steps"], lr=1e-3, seed=self.seed, device=self.device, progress=False)
+        self.net = PostClassifier(config, int(labels.max()) + 1).to(self.device)
+        lengths = torch.tensor([len(p) for p in posts])
+        tokens = torch.zeros(len(posts), int(lengths.max()), dtype=torch.long)
+        tokens[torch.arange(tokens.shape[1]) < lengths[:, None]] = packed_batch(posts)[0]
+        given = [t.to(self.device) for t in (tokens, lengths, labels)]
+        loss = lambda net, tokens, lengths, y: F.cross_entropy(net(*spaced_posts(tokens, lengths))[::2].float(), y)
+        made = Trainee(self.net, loss, given, seed=self.seed)
+        train_together([made], steps=c["steps"], batch_size=min(c["batch"], len(posts)))
         return self
 
     @torch.no_grad()
@@ -297,7 +308,7 @@ def mirror_experiment(family: str, agents: Sequence, posts: Posts, cfg: Mapping,
     agents = [Remembered(a) for a in agents]
     flat, labels = [p for part in learn for p in part], [a for a, part in enumerate(learn) for _ in part]
     readers = {
-        "words": CountReader("words").fit(flat, labels),
+        "words": CountReader("words", device=device).fit(flat, labels),
         "encoder": EncoderReader(len(posts.vocabulary), cfg["encoder"], seed=seed, device=device).fit(flat, labels),
     }
     rows = []
@@ -369,7 +380,9 @@ def reading_experiment(
     short = lambda parts, a, b: [p[:words] for part in parts for p in part[a:b] if len(p) >= words]
     learn = [short(posts.held, 0, share), short(texts, 0, share)]
     test = [short(posts.held, share, held), short(texts, share, held)]
-    readers: dict[str, Any] = dict(words=CountReader("words"), characters=CountReader("characters", posts.vocabulary))
+    readers: dict[str, Any] = dict(
+        words=CountReader("words", device=device), characters=CountReader("characters", posts.vocabulary, device=device)
+    )
     if generator in cfg["readers"]:
         readers["encoder"] = EncoderReader(len(posts.vocabulary), cfg["encoder"], seed=seed, device=device)
     rows, labels = [], [0] * len(learn[0]) + [1] * len(learn[1])

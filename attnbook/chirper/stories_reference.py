@@ -56,7 +56,7 @@ def story_words() -> list[str]:
 
 
 def _pick(rng, pool: Sequence[str], n: int) -> list[str]:
-    return [str(x) for x in rng.choice(pool, n, replace=False)]
+    return [pool[int(rng.integers(len(pool)))]] if n == 1 else [pool[i] for i in rng.permutation(len(pool))[:n]]
 
 
 def sally_anne(

@@ -106,7 +106,8 @@ def packed_causal_attention(
     q `(total, heads, head_dim)`, k `(total, kv_heads, head_dim)`, v `(total, kv_heads, v_dim)`, heads a multiple of
     kv_heads, dims 1 to 256, any strides: the layout of flash-attention's varlen functions. `cu_seqlens` `(documents + 1,)`
     integers, from 0 to total, or a `document_layout`, which saves making it in every layer. `max_seqlen`: rows of the
-    longest document or a bound on it; without it a GPU is waited for. `scale`: 1/sqrt(head_dim).
+    longest document or a bound on it; without it a GPU is waited for, with it what `cu_seqlens` holds on a GPU is trusted, not
+    looked at (`document_layout`). `scale`: 1/sqrt(head_dim).
 
     Returns `(total, heads, v_dim)` in q's type. Short documents (half of a tile or less) share tiles; longer ones go to the
     engine. Deterministic; under autocast the tensors take its type. `backend`: "triton", "torch" (padded batches for

@@ -58,6 +58,6 @@ PRESETS = dict(
         ),
         seeds=5,
         sweep_seeds=3,
-        workers=12,
+        workers=8,
     ),
 )

@@ -31,14 +31,19 @@ def document_layout(
     *,
     max_seqlen: int | None = None,  # rows of the longest document, or a bound on it; looked up if None
 ) -> DocumentLayout:
-    """The layout of packed documents. Values on a CPU are checked; on a GPU they are trusted if `total` and `max_seqlen`
-    are given, for looking at them waits for it. ValueError or TypeError naming the argument."""
+    """The layout of packed documents. Values on a CPU are checked; on a GPU, and in compiled code, they are trusted if
+    `total` and `max_seqlen` are given, for looking at them waits for it: all that is checked then is that so many documents
+    can hold `total` rows. ValueError or TypeError naming the argument."""
     check_tensor("cu_seqlens", cu_seqlens, dtype="integer", ndim=1)
     total = check_int("total", total, least=0, optional=True)
     max_seqlen = check_int("max_seqlen", max_seqlen, least=1, optional=True)
     if len(cu_seqlens) < 2:
         raise ValueError(f"cu_seqlens must have at least two entries, 0 and the number of rows, not {len(cu_seqlens)}")
     known = total is not None and max_seqlen is not None and (cu_seqlens.is_cuda or torch.compiler.is_compiling())
+    if known and not torch.compiler.is_compiling() and (len(cu_seqlens) - 1) * max_seqlen < total:
+        raise ValueError(
+            f"max_seqlen must be at least {-(-total // (len(cu_seqlens) - 1))}, for {len(cu_seqlens) - 1} documents hold {total} rows, not {max_seqlen}"
+        )
     if not known:
         values = cu_seqlens.long().cpu()
         lengths, last = values.diff(), int(values[-1])

@@ -118,7 +118,7 @@ def bench_documents(means: Sequence[int] = (6, 32, 16, 512)) -> Iterator[dict]:
         cost = closed_cost(lengths, heads=BENCH["heads"], head_dim=BENCH["dim"])
         yield from compare(
             dict(mean=mean, **BENCH),
-            packed_peers(layout, compiled=mean in (6, 32)),
+            packed_peers(layout),
             inputs,
             grad_out="random",
             chapter="selfaware",

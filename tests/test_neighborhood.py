@@ -1177,12 +1177,14 @@ def test_a_finished_seed_is_let_go(monkeypatch):
         for t in trainees:
             t.losses = [1.0]
 
+    images, digits = torch.zeros(4, 3, 20, 20), torch.zeros(4, dtype=torch.long)
+    monkeypatch.setitem(globals_of, "nat_data", lambda *how: (images, digits) * 2)
     monkeypatch.setitem(globals_of, "train_together", train)
     monkeypatch.setitem(globals_of, "NAT_KINDS", ("NA", "blocked"))
     monkeypatch.setitem(globals_of, "record", lambda chapter, name, **row: row)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: cleared.append(1))
-    run_experiments("smoke", device_under_test(), only="nat", seeds=(0, 1, 2), show=lambda text: None)
-    assert len(alive) == 6 and len(cleared) == 3
+    run_experiments("smoke", device_under_test(), only="nat", seeds=(0, 1), show=lambda text: None)
+    assert len(alive) == 4 and len(cleared) == 2
 
 
 def simulator_rows(costs, device="GPU one", date="2026-01-01T00:00:00+00:00", processors=132, slower={}):
@@ -1299,7 +1301,7 @@ def test_other_launches_compute_the_same(launches):
     with trying_launches(16, launches, arch, 32):
         for kernel, fields in launches.items():
             assert kernel_launch(kernel, 32, 16, arch, (3, 5)) == Launch(*fields)
-        check_against_reference(op, partial(dense, shape=shape, kw=kw), draw(shape), grad_tol=2e-5, floor=0.05)
+        check_against_reference(op, partial(dense, shape=shape, kw=kw), draw(shape, H=1), grad_tol=2e-5, floor=0.05)
     assert dict(KERNEL_LAUNCH) == before
     with pytest.raises(ZeroDivisionError), trying_launches(16, launches, arch, 32):
         1 / 0

@@ -1,6 +1,7 @@
 # Written from the test cells of nbs/3_locality/neighborhood.ipynb by `attnbook export`. Do not edit.
 # fmt: off
 import math
+import weakref
 from functools import partial
 from itertools import product
 from unittest import mock
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from attnbook.attention import attention_reference, merge_attention
-from attnbook.engine import arch_of
+from attnbook.engine import Launch, arch_of
 from attnbook.engine.run import describable
 from attnbook.lab.bench import peak_memory
 from attnbook.lab.testing import TOLERANCE, check_against_reference, check_operation, check_raises, rel_error
@@ -66,7 +67,7 @@ from attnbook.neighborhood.nets import (
     small_nat,
 )
 from attnbook.neighborhood.op import na1d, na2d, na3d, neighborhood_attention
-from attnbook.neighborhood.programs import _cut, _tiling, unseen_tables
+from attnbook.neighborhood.programs import KERNEL_LAUNCH, _cut, _tiling, kernel_launch, unseen_tables
 from attnbook.neighborhood.reference import (
     axis_classes,
     axis_window,
@@ -86,7 +87,16 @@ from attnbook.neighborhood.simulator import (
     kernel_tiles,
     predicted_us,
 )
-from attnbook.neighborhood.study import claims
+from attnbook.neighborhood.study import (
+    GOALS,
+    LAUNCHES,
+    PROBLEMS,
+    PRODUCTS,
+    claims,
+    kernel_work,
+    over_flex,
+    trying_launches,
+)
 from attnbook.neighborhood.tiles import choose_q_tile, inner_share, tile_spans, tile_waste
 
 BACKENDS = ("torch", "triton")
@@ -1157,6 +1167,26 @@ def test_everything_of_a_preset(monkeypatch):
         run_experiments("smoke", only="everything")
 
 
+def test_a_finished_seed_is_let_go(monkeypatch):
+    "When a seed's networks are trained, those of the seed before are gone; then the GPU gets its memory back."
+    alive, cleared, globals_of = [], [], run_experiments.__globals__
+
+    def train(trainees, *, steps, batch_size):
+        assert not [ref for ref in alive if ref() is not None] and len(cleared) == len(alive) // 2
+        alive.extend(weakref.ref(t.model) for t in trainees)
+        for t in trainees:
+            t.losses = [1.0]
+
+    images, digits = torch.zeros(4, 3, 20, 20), torch.zeros(4, dtype=torch.long)
+    monkeypatch.setitem(globals_of, "nat_data", lambda *how: (images, digits) * 2)
+    monkeypatch.setitem(globals_of, "train_together", train)
+    monkeypatch.setitem(globals_of, "NAT_KINDS", ("NA", "blocked"))
+    monkeypatch.setitem(globals_of, "record", lambda chapter, name, **row: row)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: cleared.append(1))
+    run_experiments("smoke", device_under_test(), only="nat", seeds=(0, 1), show=lambda text: None)
+    assert len(alive) == 4 and len(cleared) == 2
+
+
 def simulator_rows(costs, device="GPU one", date="2026-01-01T00:00:00+00:00", processors=132, slower={}):
     "Rows as `bench_simulator` would write them on a GPU with these costs; `slower`: {case: times as long}."
     return [
@@ -1226,6 +1256,65 @@ def test_simulated_times():
     assert simulated_times([]) is None and simulated_times(old + new[:-1]) is None
     assert simulated_times(simulator_rows(costs, processors=127)) is None
     assert simulated_times([r | dict(arch="small") for r in old]) is None
+
+
+@pytest.mark.parametrize("case", ["56², w 7", "64², w 13", "128², w 31"])
+def test_kernel_work(case):
+    "The forward kernel's as the simulator counts it; programs times steps are the pairs of every kernel."
+    p, work = PROBLEMS[case], kernel_work(case)
+    shape, window, dim = p["shape"], p["window_size"], p["head_dim"]
+    free, masked = kernel_steps(shape, window, head_dim=dim)
+    rows, brick = (math.prod(x) for x in work["forward"][:2])
+    useful = neighborhood_pairs(shape, window)
+    assert work["forward"].waste == pytest.approx(rows * (free + masked).sum() / useful)
+    assert work["forward"].programs == len(free) and work["forward"].tile == work["dq"].tile
+    assert work["forward"].free == pytest.approx(free.sum() / (free + masked).sum())
+    for name, w in work.items():
+        pairs = w.programs * w.steps * math.prod(w.tile) * math.prod(w.brick)
+        assert pairs == pytest.approx(w.waste * useful), name
+    assert [work[k].intensity for k in PRODUCTS] == [64, 96, 128]
+
+
+def test_kernel_work_of_other_launches():
+    "Smaller steps waste less; kernels that are not named stay as they are."
+    now, other = kernel_work("64², w 13"), kernel_work("64², w 13", dict(dkv=(16, 64, 4, 3)))
+    assert other["dkv"].waste < now["dkv"].waste and math.prod(other["dkv"].brick) == 16
+    assert other["forward"] == now["forward"] and other["dq"] == now["dq"]
+
+
+def test_over_flex():
+    row = lambda method, fwd, bwd: dict(case="p", method=method, ms_fwd=fwd, ms_bwd=bwd)
+    rows = [row("ours", 1.0, 2.0), row("flex", 3.0, 4.0), row("flex tiles", 2.0, None), row("cudnn dense", 0.1, 0.1)]
+    assert over_flex(rows, "p") == dict(fwd=2.0, bwd=2.0) and over_flex(rows, "q") == {}
+    assert over_flex(rows[:1], "p") == dict(fwd=math.inf, bwd=math.inf)
+    assert set(GOALS) <= set(PROBLEMS)
+
+
+@pytest.mark.parametrize(
+    "launches", [dict(forward=(16, 32, 4, 1), dq=(16, 32, 4, 1)), dict(dkv=(16, 32, 4, 1))], ids=str
+)
+def test_other_launches_compute_the_same(launches):
+    "Forward and backward within the context; the table is as before when it ends, also by an error."
+    shape, kw = CASES["2d"]
+    arch, before = arch_of(torch.device(device_under_test())), dict(KERNEL_LAUNCH)
+    op = partial(neighborhood_attention, **kw, return_lse=True, backend="triton")
+    with trying_launches(16, launches, arch, 32):
+        for kernel, fields in launches.items():
+            assert kernel_launch(kernel, 32, 16, arch, (3, 5)) == Launch(*fields)
+        check_against_reference(op, partial(dense, shape=shape, kw=kw), draw(shape, H=1), grad_tol=2e-5, floor=0.05)
+    assert dict(KERNEL_LAUNCH) == before
+    with pytest.raises(ZeroDivisionError), trying_launches(16, launches, arch, 32):
+        1 / 0
+    assert dict(KERNEL_LAUNCH) == before
+
+
+def test_candidates():
+    "Of problems and kernels there are; forward and dQ, which share tiles, change together."
+    for case, others in LAUNCHES.items():
+        for launches in others.values():
+            assert case in PROBLEMS and launches.keys() <= PRODUCTS.keys()
+            assert launches.get("forward", (0, 0))[:2] == launches.get("dq", (0, 0))[:2]
+            assert all(1 <= len(fields) - 3 <= 2 for fields in launches.values())
 
 
 def made_up(name, *rows, **fields):

@@ -7,6 +7,7 @@ __all__ = ['PRESETS', 'cost_experiment', 'NETS', 'small_halonet', 'halo_data', '
            'run_experiments']
 
 # %% auto #imports
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
@@ -234,4 +235,5 @@ def run_experiments(
         for row in net_experiments(tuple(NETS), data, **settings):
             rows.append(record("halo", "nets", key=("net", "run", "steps"), device=device, preset=preset, **row))
             show(f"{row['net']:13} seed {run}: accuracy {row['accuracy']:.1%}, {row['seconds']:.0f} s for all")
+        gc.collect(), torch.cuda.empty_cache()  # a seed's networks and CUDA graphs are gone: their memory, too
     return rows

@@ -7,6 +7,7 @@ __all__ = ['PRESETS', 'cost_experiment', 'flex_peer', 'photo_features', 'stride_
            'border_experiment', 'nat_data', 'nat_experiments', 'EXPERIMENTS', 'run_experiments']
 
 # %% auto #imports
+import gc
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -324,4 +325,5 @@ def run_experiments(
             for row in nat_experiments(NAT_KINDS, data, **nat, seed=run, device=device):
                 rows.append(record("neighborhood", "nat", **more, **row))
                 show(f"{row['kind']:13} seed {run}: accuracy {row['accuracy']:.1%}, {row['seconds']:.0f} s for all")
+            gc.collect(), torch.cuda.empty_cache()  # a seed's networks and CUDA graphs are gone: their memory, too
     return rows

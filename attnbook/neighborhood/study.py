@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['PROBLEMS', 'compare_problem', 'bench_problems', 'bench_windows', 'bench_sizes', 'bench_natten', 'bench_simulator',
-           'bench_calls', 'claims']
+           'GOALS', 'over_flex', 'PRODUCTS', 'KernelWork', 'kernel_work', 'LAUNCHES', 'trying_launches',
+           'bench_launches', 'bench_calls', 'claims']
 
 # %% auto #imports
+import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
-from ..engine import arch_of
+from ..engine import Launch, arch_of
 from ..lab.bench import compare, sdpa
 from ..lab.calls import call_costs
 from ..lab.claims import Claim, at_most, beyond_interval, grade, matches, over_range
@@ -37,9 +40,16 @@ from .claims_study import (
 )
 from .experiments_study import flex_peer
 from .op import na2d, neighborhood_attention
-from .reference import neighborhood_attention_reference, neighborhood_cost, neighborhood_pairs, on_maps
+from .programs import KERNEL_LAUNCH, UNMASKED_SHARE, kernel_launch
+from .reference import (
+    neighborhood_attention_reference,
+    neighborhood_axes,
+    neighborhood_cost,
+    neighborhood_pairs,
+    on_maps,
+)
 from .simulator import CALIBRATING, SIMULATED, kernel_tiles
-from .tiles import tile_waste
+from .tiles import inner_share, kernel_box, tile_waste
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #b3da30d5
 PROBLEMS = {  # name -> the problem; `tile` is the tile order offered to FlexAttention
@@ -62,10 +72,11 @@ def compare_problem(
     *,
     backward: bool = True,
     fields: Mapping | None = None,
+    identify: Mapping | None = None,
     peers: Sequence[str] = ("ours", "flex", "flex tiles", "cudnn dense", "torch reference"),
 ) -> Iterator[dict]:
     """One problem (`setup`, a value of `PROBLEMS`) by the named peers, on the GPU in bfloat16; yields `compare`'s
-    recorded rows, each with `fields` besides."""
+    recorded rows, each with `fields` besides, and with `identify`, which tells measurements of one problem apart."""
     kw = {n: x for n, x in setup.items() if n in ("stride", "dilation", "is_causal")}
     shape, window = setup["shape"], setup["window_size"]
     sizes = {n: setup[n] for n in ("batch", "heads", "head_dim")}
@@ -95,6 +106,7 @@ def compare_problem(
         "window": str(window),
         **{n: str(x) for n, x in kw.items()},
         **sizes,
+        **(identify or {}),
     }
     yield from compare(
         describe,
@@ -161,6 +173,99 @@ def bench_simulator() -> Iterator[dict]:
             processors=torch.cuda.get_device_properties("cuda").multi_processor_count,
         )
         yield from compare_problem("simulator", problem, peers=("ours",), backward=False, fields=fields)
+
+# %% ../../nbs/3_locality/neighborhood.ipynb #a7792687
+#: problem -> how many times as fast as the best of FlexAttention the kernel should be, forward and backward
+GOALS = {"64², w 13": (3.0, 2.5), "128², w 31": (2.0, 1.7)}
+
+
+def over_flex(rows: Iterable[Mapping], case: str) -> dict[str, float]:
+    "Speed over the faster of FlexAttention's two orders at one of `PROBLEMS`, by direction; rows of `bench_problems`, of one run."
+    here = {r["method"]: r for r in rows if r["case"] == case}
+    peers = [here[m] for m in ("flex", "flex tiles") if m in here]
+    best = lambda f: min((r[f] for r in peers if r.get(f)), default=math.inf)
+    return {way: best(f"ms_{way}") / here["ours"][f"ms_{way}"] for way in ("fwd", "bwd")} if "ours" in here else {}
+
+# %% ../../nbs/3_locality/neighborhood.ipynb #6ceb8257
+#: products of a tile of queries with a tile of keys, in each kernel
+PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}
+
+
+class KernelWork(NamedTuple):
+    "What one kernel does for one head, by counting."
+
+    tile: tuple[int, ...]  # what a program keeps: queries, or keys for dK and dV
+    brick: tuple[int, ...]  # what a step reads
+    waste: float  # pairs computed over useful pairs
+    steps: float  # of a program, on average
+    free: float  # share of the steps that need no mask
+    programs: int
+    intensity: float  # operations for a byte that the steps read, whether from memory or from a cache
+
+
+def kernel_work(case: str, launches: Mapping[str, Sequence] | None = None) -> dict[str, KernelWork]:
+    """Kernel -> `KernelWork` of one of `PROBLEMS` in 16 bits on an H100 or H200.
+
+    `launches`: {kernel: fields of a `Launch`} instead of the table's own. The forward kernel and dQ share tiles."""
+    launches, p, found = launches or {}, PROBLEMS[case], {}
+    shape, window, causal = p["shape"], p["window_size"], p.get("is_causal", False)
+    axes = neighborhood_axes(shape, window, 1, 1, causal)
+    dim = max(16, 1 << (p["head_dim"] - 1).bit_length())
+    for kernel, products in PRODUCTS.items():
+        own = kernel_launch(kernel, 16, dim, "sm90", [a.window_size for a in axes])
+        launch = Launch(*launches[kernel]) if kernel in launches else own
+        turned = kernel == "dkv"
+        rows, step = (launch.BN, launch.BM) if turned else (launch.BM, launch.BN)
+        tile, _, brick = kernel_box(axes, rows, step, turned)
+        how = dict(q_tile=tile, block_n=brick, scheme="bricks", transpose=turned)
+        free, steps = inner_share(axes, tile, brick, turned)
+        found[kernel] = KernelWork(
+            tile,
+            brick,
+            tile_waste(shape, window, is_causal=causal, **how),
+            steps,
+            free if free >= UNMASKED_SHARE else 0.0,
+            math.prod(-(-n // t) for n, t in zip(shape, tile)),
+            products * rows / 2,  # a step reads two rows of D numbers of two bytes for each of its places
+        )
+    return found
+
+# %% ../../nbs/3_locality/neighborhood.ipynb #ba6d9c22
+#: problem -> {name: {kernel: fields of its `Launch`}}; what is not named stays as in the table
+LAUNCHES = {
+    "64², w 13": {
+        "steps of 16": dict(forward=(64, 16, 4, 4), dq=(64, 16, 4, 4), dkv=(16, 64, 4, 3)),
+        "steps of 16, five programs": dict(forward=(64, 16, 4, 4, 96), dq=(64, 16, 4, 4), dkv=(16, 64, 4, 3)),
+        "five programs": dict(forward=(64, 32, 4, 3, 96), dq=(64, 32, 4, 3, 96)),
+    },
+    "128², w 31": {
+        "steps of 32, three programs": dict(forward=(64, 32, 4, 2, 168), dq=(64, 32, 4, 2, 168), dkv=(32, 64, 4, 2)),
+        "steps of 32": dict(forward=(64, 32, 4, 3), dq=(64, 32, 4, 3)),
+        "dkv in steps of 16": dict(dkv=(16, 64, 4, 2)),
+    },
+}
+
+# %% ../../nbs/3_locality/neighborhood.ipynb #268ebd22
+@contextlib.contextmanager
+def trying_launches(head_dim: int, launches: Mapping[str, Sequence], arch: str | None = None, bits: int = 16):
+    """Within it these kernels take these launches, {kernel: fields of a `Launch`}, for windows of fewer than 1024 keys.
+
+    `arch`: default the GPU's."""
+    arch, width = arch or arch_of(torch.device("cuda")), max(16, 1 << (head_dim - 1).bit_length())
+    with contextlib.ExitStack() as tables:
+        for kernel, fields in launches.items():
+            tables.enter_context(KERNEL_LAUNCH.trying(arch, kernel, bits, width, Launch(*fields)))
+        yield
+
+
+def bench_launches() -> Iterator[dict]:
+    "The problems of `LAUNCHES`, ours alone, with the table's launches and with the candidates. A candidate that fails has a note."
+    for case, others in LAUNCHES.items() if torch.cuda.is_available() else ():
+        for name, launches in ({"table": {}} | others).items():
+            with trying_launches(PROBLEMS[case]["head_dim"], launches):
+                alike = dict(fields=dict(case=case), identify=dict(launches=name), peers=("ours",))
+                rows = list(compare_problem("launches", PROBLEMS[case], **alike))
+            yield from rows
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #95425a4e
 def bench_calls() -> Iterator[dict]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from attnbook.lab.checkpoints import History, digest, rng_state, seed_everything, set_rng_state
 from attnbook.lab.data import Batches, image_tensor, mnist5k, skip_without, standardise
-from attnbook.lab.together import Trainee, train_together
+from attnbook.lab.together import Trainee, _as_many_as_fit, train_together
 from attnbook.lab.train import (
     Stream,
     compare_training,
@@ -192,6 +192,24 @@ def test_together_optimizers_and_bad_losses():
     t.loss_fn = lambda model, x, y: cross_entropy(model, x, y) / 0
     with TestCase().assertRaisesRegex(FloatingPointError, "seed 0 .* step 0"):
         train_together([t], steps=2, batch_size=8)
+
+
+def test_together_as_memory_allows():
+    "Networks start while twice the largest one's memory is free, and the first one in any case."
+    left = [100]
+
+    def make(size):
+        if size > left[0]:
+            raise torch.OutOfMemoryError
+        left[0] -= size
+        return size
+
+    started = lambda sizes, memory: (left.__setitem__(0, memory), _as_many_as_fit(sizes, make, lambda: left[0]))[1]
+    assert started([20, 30, 10, 10, 10], 100) == [20, 30]  # 50 is free, and 60 wanted
+    assert started([20, 10, 10, 10], 100) == [20, 10, 10, 10]
+    assert started([60], 100) == [60] and started([10, 90], 95) == [10]  # the second one does not fit after all
+    with TestCase().assertRaises(torch.OutOfMemoryError):
+        started([120, 10], 100)
 
 
 @pytest.mark.cuda

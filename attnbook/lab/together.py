@@ -24,7 +24,7 @@ from .train import learning_rate, parameter_groups
 @dataclass
 class Trainee:
     """A network of `train_together`, on its device, and what came of it: `losses` of all steps, `evals` with what `after` gave,
-    `seconds` of the whole group, `captured` in a CUDA graph or not."""
+    `seconds` of all that ran beside it, `captured` in a CUDA graph or not."""
 
     model: nn.Module
     loss_fn: Callable  # loss_fn(model, *batch) -> scalar tensor
@@ -72,13 +72,15 @@ class Pass:
         return loss.detach().float()
 
     def capture(self):
-        "Records the pass on the current stream; leaves `graph` None, and says so, where that fails."
+        "Records the pass on the current stream; leaves `graph` None, and says so, where that fails for another reason than memory."
         buffers = [b.clone() for b in self.trainee.model.buffers()]
-        for _ in range(2):
-            self.plain(self.rows)
-        with torch.no_grad():
-            for b, kept in zip(self.trainee.model.buffers(), buffers):
-                b.copy_(kept)
+        try:
+            for _ in range(2):
+                self.plain(self.rows)
+        finally:
+            with torch.no_grad():
+                for b, kept in zip(self.trainee.model.buffers(), buffers):
+                    b.copy_(kept)
         torch.cuda.current_stream().synchronize()
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin()
@@ -89,6 +91,8 @@ class Pass:
         except RuntimeError as e:
             with contextlib.suppress(RuntimeError):
                 graph.capture_end()
+            if isinstance(e, torch.OutOfMemoryError):
+                raise  # `train_together` begins again with fewer beside each other
             print(f"no CUDA graph: {str(e).splitlines()[0]}")
 
     def __call__(self, rows):
@@ -113,44 +117,69 @@ def train_together(
 ) -> Sequence[Trainee]:
     """Trains networks in place, all on the device of the first one, and leaves them in eval mode; returns the trainees.
 
-    Networks alone on a CPU see what `fit` would show them. On a GPU with graphs, dropout draws from one generator for all.
+    Networks alone on a CPU see what `fit` would show them. On a GPU with graphs, dropout draws from one generator for all that run side by side.
     FloatingPointError, at the end, if a loss is not finite."""
     device = trainees[0].tensors[0].device
     graphs = device.type == "cuda" if graphs is None else graphs
-    began, warmup = time.perf_counter(), steps // 20 if warmup is None else warmup
-    main = torch.cuda.current_stream(device) if graphs else None
-    runs, garbage = [], gc.isenabled()
-    try:
-        if graphs:
-            gc.collect(), gc.disable()  # a graph that is collected while another is recorded would spoil it
-        for t in trainees:
-            stream = torch.cuda.Stream(device) if graphs else None
-            if graphs:
-                stream.wait_stream(main)
-            runs.append(_Run(t, stream, steps, batch_size, clip, amp, graphs))
-    finally:
-        if garbage:
-            gc.enable()
+    warmup = steps // 20 if warmup is None else warmup
     rate = lambda t, step: learning_rate(step, steps=steps, lr=t.lr, warmup=warmup, schedule=schedule)
-    for group in [runs] if graphs else [[run] for run in runs]:
-        seed_everything(group[0].trainee.seed)
-        for step in range(steps):
-            for run in group:
-                with torch.cuda.stream(run.stream) if graphs else contextlib.nullcontext():
-                    run.step(step, rate(run.trainee, step))
-                    if step + 1 == steps or (every and (step + 1) % every == 0):
-                        run.look()
-    for run in runs:
+    todo = list(trainees)
+    while todo:
+        began, runs = time.perf_counter(), _start(todo, device, graphs, steps, batch_size, clip, amp)
+        for group in [runs] if graphs else [[run] for run in runs]:
+            seed_everything(group[0].trainee.seed)
+            for step in range(steps):
+                for run in group:
+                    with torch.cuda.stream(run.stream) if graphs else contextlib.nullcontext():
+                        run.step(step, rate(run.trainee, step))
+                        if step + 1 == steps or (every and (step + 1) % every == 0):
+                            run.look()
+        for run in runs:
+            run.finish()
+        for t in todo[: len(runs)]:
+            t.seconds = time.perf_counter() - began
+        todo = todo[len(runs) :]
+        del runs, group, run
         if graphs:
-            main.wait_stream(run.stream)
-        run.finish()
+            gc.collect(), torch.cuda.empty_cache()  # the graphs' memory goes back to whoever shares the GPU
     for t in trainees:
-        t.seconds = time.perf_counter() - began
         if not np.isfinite(t.losses).all():
             raise FloatingPointError(
                 f"the loss of seed {t.seed} is not finite from step {np.argmin(np.isfinite(t.losses))}"
             )
     return trainees
+
+
+def _start(trainees, device, graphs, *how) -> list:
+    "Runs of the first trainees: of all, or with graphs of as many as fit beside each other."
+    make = lambda t: _Run(t, torch.cuda.Stream(device) if graphs else None, *how, graphs)
+    if not graphs:
+        return [make(t) for t in trainees]
+    garbage = gc.isenabled()
+    gc.collect(), gc.disable()  # a graph that is collected while another is recorded would spoil it
+    try:
+        return _as_many_as_fit(trainees, make, lambda: torch.cuda.mem_get_info(device)[0])
+    finally:
+        if garbage:
+            gc.enable()
+        torch.cuda.empty_cache()
+
+
+def _as_many_as_fit(trainees, make, free) -> list:
+    "`make(t)` for each until less than twice what the largest took is `free()`, or one does not fit; at least the first."
+    runs, most = [], 0
+    for t in trainees:
+        before = free()
+        if runs and before < 2 * most:
+            break
+        try:
+            runs.append(make(t))
+        except torch.OutOfMemoryError:
+            if not runs:
+                raise
+            break
+        most = max(most, before - free())
+    return runs
 
 
 class _Run:
@@ -159,6 +188,8 @@ class _Run:
     def __init__(self, trainee, stream, steps, batch_size, clip, amp, graph):
         model, x = trainee.model, trainee.tensors[0]
         self.trainee, self.stream = trainee, stream
+        if graph:
+            stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream) if graph else contextlib.nullcontext():
             self.rows = batch_rows(len(x), steps, batch_size, trainee.seed).to(x.device)
             self.losses = torch.empty(steps, device=x.device)
@@ -186,6 +217,8 @@ class _Run:
         t.model.train()
 
     def finish(self):
+        if self.stream is not None:
+            torch.cuda.current_stream(self.losses.device).wait_stream(self.stream)
         self.trainee.losses = self.losses.tolist()
         self.trainee.model.eval()
         for p in self.run.parameters:

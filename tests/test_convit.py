@@ -786,7 +786,7 @@ def test_networks_of_an_experiment():
     e, jobs = Experiments("smoke", "cpu"), []
     row = dict(accuracy=0.5, snapshots=[dict(nonlocality=[], gates=[])], at=[0], steps=2, data="made up")
     seen = lambda kind, share, run, **changes: jobs.append((kind, share, run, changes)) or (None, row | dict(kind=kind))
-    e.train_all, e.train, e.write = lambda jobs: None, seen, lambda name, key, rows, drop=(): rows
+    e.train_all, e.train, e.write = lambda jobs: [jobs], seen, lambda name, key, rows, drop=(): rows
     assert len(sample_efficiency(e)) == 4 and {j[:2] for j in jobs} == {
         (k, f) for k in ("ConViT", "DeiT") for f in (0.05, 1.0)
     }
@@ -800,6 +800,36 @@ def test_networks_of_an_experiment():
     assert torch.equal(few.rows(0.05, 3), class_share(few.data[1], 0.05, 3)) and len(few.rows(0.05, 3)) < len(
         few.rows(1.0, 3)
     )
+
+
+@pytest.mark.parametrize("room, sizes", [(4, [4, 4, 1]), (2, [4, 2, 2, 2, 2, 1])], ids=("room for all", "room for two"))
+def test_waves(monkeypatch, room, sizes):
+    "Each network is trained once, in its order, whatever the memory; what a wave has trained is written before the next."
+    skip_without("mlxtend")
+    asked, written, lines = [], [], []
+
+    def together(trainees, *, steps, batch_size, every):
+        asked.append(len(trainees))
+        if len(trainees) > room:
+            raise torch.OutOfMemoryError("no room")
+        for t in trainees:
+            t.losses, t.evals = [0.5], [t.after(t.model)] * 2
+
+    monkeypatch.setitem(Experiments.__init__.__globals__, "train_together", together)
+    e = Experiments("smoke", "cpu", together=4, show=lines.append)
+    e.seeds, e.settings["ablation"] = range(2), (1.0,)
+    e.write = lambda name, key, rows, drop=(): written.append((len(asked), len(rows))) or rows
+    e.train("DeiT", 1.0, 1)
+    rows = ablation(e)
+    known = [("DeiT", 1)]
+    assert [(r["kind"], r["run"]) for r in rows] == known + [
+        (kind, run) for run in range(2) for kind in KINDS if (kind, run) not in known
+    ]
+    assert asked == [1, *sizes] and written[0] == (1, 1) and written[-1] == (len(asked), 1)
+    assert len(lines) == len(asked) and sum(n for _, n in written) == 10
+    monkeypatch.setitem(Experiments.__init__.__globals__, "train_together", lambda *a, **k: together([0] * 9, **k))
+    with pytest.raises(torch.OutOfMemoryError):  # of one network: no smaller wave is left
+        e.train("DeiT", 0.05, 0)
 
 
 @pytest.mark.parametrize("peer", (dense_places, flex_twice), ids=("dense places", "flex, twice"))

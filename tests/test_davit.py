@@ -813,7 +813,10 @@ def test_record_experiments(monkeypatch):
     draw = lambda *args, **kw: asked.append(kw.get("test", False)) or pairs(*args, **kw)
     monkeypatch.setitem(pairs_experiment.__globals__, "digit_pairs", draw)
     monkeypatch.setitem(pairs_experiment.__globals__, "record", lambda chapter, name, **row: row | dict(name=name))
-    rows = record_experiments("smoke", "cpu", runs=[5], show=lambda line: None)
+    lines = []
+    rows = record_experiments("smoke", "cpu", runs=[5], show=lines.append, steps=3)
+    assert {r["steps"] for r in rows} == {3}
+    assert lines[:3] == [f"seed 5: step {n} of 3" for n in (1, 2, 3)] and len(lines) == 5
     assert sorted(asked) == [False, True] and {r["run"] for r in rows} == {5}
     assert [r["kind"] for r in rows if r["name"] == "pairs"] == list(PAIR_KINDS)
     assert {(r["scale"], r["size"]) for r in rows if r["name"] == "scale"} == {

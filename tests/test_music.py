@@ -33,6 +33,7 @@ from attnbook.lab.together import Trainee
 from attnbook.layers import count_parameters, sinusoids
 from attnbook.music.experiments_study import (
     KINDS,
+    PAIRS,
     PRESETS,
     _measured,
     chorale_batches,
@@ -836,16 +837,27 @@ def test_padding_is_no_loss():
 
 
 def test_record_experiments(monkeypatch):
-    "Each kind and seed once, and the music of three kinds, each by its own model."
+    "Each kind and seed once, a pair with all its seeds first, and the music of three kinds, each by its own model."
     g = torch.Generator().manual_seed(0)
     pieces = {f"{i}": torch.randint(2, 40, (200,), generator=g) for i in range(3)}
     monkeypatch.setitem(train_chorales.__globals__, "load_chorales", lambda split: pieces)
     monkeypatch.setitem(train_chorales.__globals__, "record", lambda chapter, name, **row: row | dict(name=name))
-    rows = record_experiments("smoke", "cpu", runs=[4], show=lambda line: None)
+    lines = []
+    rows = record_experiments("smoke", "cpu", runs=[4], show=lines.append)
     found = [(r["name"], r["kind"], r["run"], r["training"]) for r in rows if r["name"] == "chorales"]
-    assert found == [("chorales", kind, 4, "smoke") for kind in KINDS]
+    assert found == [("chorales", kind, 4, "smoke") for pair in PAIRS for kind in pair]
+    assert sorted(kind for pair in PAIRS for kind in pair) == sorted(KINDS) and len(lines) == 3 + 6
     written = {r["kind"]: r["continued"] for r in rows if r["name"] == "continuation"}
-    assert list(written) == ["absolute", "relative", "relative only"] and len({str(w) for w in written.values()}) == 3
+    assert list(written) == ["relative", "absolute", "relative only"] and len({str(w) for w in written.values()}) == 3
+    few = record_experiments("smoke", "cpu", [0, 1], lines.append, [("relative only",)], steps=1)
+    assert [(r["kind"], r["run"]) for r in few if r["name"] == "chorales"] == [
+        ("relative only", 0),
+        ("relative only", 1),
+    ]
+    assert {(r["steps"], r["training"]) for r in few if r["name"] == "chorales"} == {(1, "smoke, 1 steps")}
+    monkeypatch.setitem(load_chorales.__globals__, "bach_chorales", dict)
+    with pytest.raises(FileNotFoundError, match="corpus/bach"):
+        load_chorales("train")
 
 
 def test_growth_is_that_of_the_same_pieces():

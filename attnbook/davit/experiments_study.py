@@ -7,6 +7,7 @@ __all__ = ['PRESETS', 'PAIR_KINDS', 'reach', 'digit_pairs', 'pairs_experiment', 
            'digits_of', 'record_experiments', 'fitted_slope', 'three_attentions']
 
 # %% auto #imports
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -120,14 +121,22 @@ def pairs_experiment(
     lr: float = 1e-3,
     seed: int = 0,
     device: str = "cpu",
+    show: Callable[[str], None] = lambda line: None,
 ) -> list[dict]:
     """Trains a network of each of `PAIR_KINDS` on data (x, y, test x, test y), on a GPU side by side; a row of each with
-    accuracy by step. ValueError if the last stage's map is larger than a window: windows alone could not answer."""
+    accuracy by step. `show` is called with a line at each tenth of the way. ValueError if the last stage's map is larger than a window: windows alone could not answer."""
     x, y, tx, ty = (t.to(device) for t in data)
     last = x.shape[-1] // 4 // 2 ** (len(dims) - 1)
     if last > window:
         raise ValueError(f"window must be at least the last stage's side {last}, not {window}")
-    made = {}
+    made, every = {}, max(steps // 10, 1)
+    at = itertools.count(every, every)
+
+    def look(model, kind):
+        if kind == "window":
+            show(f"seed {seed}: step {min(next(at), steps)} of {steps}")
+        return _right(model, tx, ty)
+
     for kind, types in PAIR_KINDS.items():
         torch.manual_seed(seed)
         model = DaViT(
@@ -140,8 +149,8 @@ def pairs_experiment(
             num_classes=2,
             in_channels=1,
         ).to(device)
-        made[kind] = Trainee(model, cross_entropy, (x, y), seed=seed, lr=lr, after=partial(_right, x=tx, y=ty))
-    train_together(list(made.values()), steps=steps, batch_size=batch, every=max(steps // 10, 1))
+        made[kind] = Trainee(model, cross_entropy, (x, y), seed=seed, lr=lr, after=partial(look, kind=kind))
+    train_together(list(made.values()), steps=steps, batch_size=batch, every=every)
     return [
         dict(
             kind=kind,
@@ -232,14 +241,17 @@ def record_experiments(
     only: Sequence[str] = ("pairs", "scale"),
     runs: Sequence[int] | None = None,
     show: Callable[[str], None] = print,
+    steps: int = 0,
 ) -> list[dict]:
-    """Experiments 1 and 2, recorded seed by seed (`runs`; the preset's if None); returns the rows. An estimate for the
-    gpu preset on an H200: 60 s."""
+    """Experiments 1 and 2, recorded seed by seed (`runs`; the preset's if None), `steps` other than the preset's if not
+    0; returns the rows. An estimate for the gpu preset on an H200: 60 s, 5 GB of memory."""
     settings, rows = PRESETS[check_choice("preset", preset, tuple(PRESETS))], []
     for name in only:
         c = dict(settings[check_choice("only", name, ("pairs", "scale"))])
         seeds, train, test = c.pop("seeds"), c.pop("train"), c.pop("test")
+        c |= dict(steps=steps) if steps else {}
         if name == "pairs":
+            c["show"] = show
             key, canvas, classes = ("kind", "stages", "canvas", "run", "steps"), c.pop("canvas"), c.pop("classes")
             held_out = digit_pairs(test, canvas, 1_000, classes=classes, test=True)
             data = *digit_pairs(train, canvas, classes=classes), *held_out

@@ -288,6 +288,11 @@ def _speedup(bench: str, peers, field="ms_fwd", *by: str, ours=None) -> list[Spe
     return [s for s in found if math.isfinite(s.ratio)] or None
 
 
+def _on(bench):
+    "On which device a benchmark was measured last."
+    return ", ".join({r["device"] for r in newest_device(load_results("davit", bench, preset="gpu"))}) or "no GPU yet"
+
+
 def _parameter_counts():
     return {v: count_parameters(partial(davit, v)) / 1e6 for v in VARIANTS}
 
@@ -385,7 +390,13 @@ def claims() -> list[Claim]:
             "counted from the architecture; holds: all within 1 %",
         ),
         *(
-            Claim(f"{statement}, {part}", *own, rule, partial(_speedup, bench, peers, field, *by), scale)
+            Claim(
+                f"{statement}, {part}",
+                *own,
+                rule,
+                partial(_speedup, bench, peers, field, *by),
+                f"{scale}; {_on(bench)}",
+            )
             for statement, rule, bench, peers, by, scale in (
                 (
                     "Our channel attention module is faster than timm's",
@@ -436,7 +447,8 @@ def claims() -> list[Claim]:
                     "batch",
                     ours=[f"ours{m}" for m in modes],
                 ),
-                "images/s at 224 and at 512 pixels, bf16 autocast; holds: 1.2 times at each, in part: no slower",
+                "images/s at 224 and at 512 pixels, bf16 autocast; holds: 1.2 times at each, in part: no slower; "
+                + _on("training"),
             )
             for how, modes in (
                 ("each compiled in its fastest mode", (" compiled", " graphs")),

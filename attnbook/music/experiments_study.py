@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'PRIME', 'SONGS', 'saved_bytes', 'load_chorales', 'piano_roll', 'chorale_batches', 'music_loss', 'KINDS',
-           'chorale_model', 'FLOORS', 'count_floors', 'train_chorales', 'record_experiments', 'TRAININGS', 'longest',
-           'kept_by_length', 'slope', 'steepest', 'self_similarity', 'echo', 'write_music']
+           'chorale_model', 'FLOORS', 'count_floors', 'train_chorales', 'PAIRS', 'record_experiments', 'TRAININGS',
+           'longest', 'kept_by_length', 'slope', 'steepest', 'self_similarity', 'echo', 'write_music']
 
 # %% auto #imports
 from collections.abc import Callable, Sequence
@@ -62,6 +62,8 @@ def load_chorales(split: str) -> dict[str, Tensor]:
         if pitch.tobytes() not in seen:
             unique[name] = pitch
             seen.add(pitch.tobytes())
+    if not unique:
+        raise FileNotFoundError("no chorale was read: music21 needs its folder corpus/bach")
     names = chorale_split(unique, (0.6, 0.2))[splits.index(split)]
     return {n: grid_to_tokens(unique[n]) for n in names}
 
@@ -191,23 +193,36 @@ def _measured(trainee, valid, T):
     )
 
 # %% ../../nbs/2_position/music.ipynb #93cc9f32
+PAIRS = (("relative", "absolute"), ("relative + labels", "absolute + labels"), ("relative local", "relative only"))
+
+
 def record_experiments(
-    preset: str = "gpu", device: str = "cuda", runs: Sequence[int] | None = None, show: Callable[[str], None] = print
+    preset: str = "gpu",
+    device: str = "cuda",
+    runs: Sequence[int] | None = None,
+    show: Callable[[str], None] = print,
+    groups: Sequence[Sequence[str]] = PAIRS,
+    steps: int = 0,
 ) -> list[dict]:
-    """Experiments 1, 2 and 4, recorded seed by seed (`runs`; the preset's if None); returns the rows. In the gpu preset
-    the estimate for an H200 is 35 s a seed, 9 GB of memory."""
+    """Experiments 1, 2 and 4: `groups` of kinds that train side by side, each with every seed (`runs`; the preset's if
+    None) before the next group; `steps`, if not 0, other than the preset's, filed as another training. Recorded as a
+    group's seed ends; returns the rows. An estimate for the gpu preset on an H200 is 15 s a seed of a pair, 4 GB of memory."""
     cfg, rows = PRESETS[check_choice("preset", preset, tuple(PRESETS))], []
-    filed = dict(device=device, preset="gpu" if preset == "gpu" else "cpu", training=preset)
-    for run in range(cfg["seeds"]) if runs is None else runs:
-        for model, row in train_chorales(KINDS, cfg, run=run, device=device):
-            key = ("kind", "run", "training")
-            rows.append(record("music", "chorales", key=key, seed=run, **filed, **row))
-            show(f"{row['kind']}, seed {run}: {row['nll']:.3f} nats after {row['seconds']:.0f} s")
-            if row["kind"] in ("relative", "relative only", "absolute"):
-                written = write_music(model, cfg, seed=run)
-                rows.append(
-                    record("music", "continuation", key=key, seed=run, run=run, kind=row["kind"], **filed, **written)
-                )
+    cfg, name = cfg | (dict(steps=steps) if steps else {}), f"{preset}, {steps} steps" if steps else preset
+    filed = dict(
+        device=device, preset="gpu" if preset == "gpu" else "cpu", training=name, key=("kind", "run", "training")
+    )
+    for kinds in groups:
+        for run in range(cfg["seeds"]) if runs is None else runs:
+            show(f"training, seed {run}: {', '.join(kinds)}")
+            trained = train_chorales(kinds, cfg, run=run, device=device)
+            for _, row in trained:
+                rows.append(record("music", "chorales", seed=run, **filed, **row))
+                show(f"{row['kind']}, seed {run}: {row['nll']:.3f} nats after {row['seconds']:.0f} s")
+            for model, row in trained:
+                if row["kind"] in ("relative", "relative only", "absolute"):
+                    written = write_music(model, cfg, seed=run) | dict(run=run, kind=row["kind"])
+                    rows.append(record("music", "continuation", seed=run, **filed, **written))
     return rows
 
 # %% ../../nbs/2_position/music.ipynb #265e4ec9

@@ -39,10 +39,14 @@ from attnbook.block.study import bench_local, claims
 from attnbook.block.training_study import (
     PRESETS,
     RECIPE,
+    UPTRAINED,
     block_loss,
     make_model,
     review_bytes,
     run_all,
+    run_ladder,
+    run_uptrain,
+    run_variants,
     score,
     token_losses,
     train_side_by_side,
@@ -428,6 +432,11 @@ def test_trainings_beside_each_other_are_those_alone(tmp_path, monkeypatch):
     assert teach(two, [0, 1])[1] == teach([one], [1])[0] and score(two[1], cfg)[0] == score(one, cfg)[0] < before - 0.5
     rows = run_all("smoke", "cpu")
     assert [r["name"] for r in rows] == ["loss"] * 2 + ["ladder"] * 2 + ["uptrain"] * 4
+    assert [r["method"] for r in rows if r["name"] == "uptrain"] == list(UPTRAINED)
+    (alone,) = run_uptrain("smoke", "cpu", methods=UPTRAINED[-1:])  # without the ordinary one, the same training
+    assert alone["loss"] == rows[-1]["loss"] and not list(run_ladder("smoke", "cpu", widths=(64,)))
+    with pytest.raises(ValueError, match="variants"):
+        next(run_variants("smoke", "cpu", variants=("none",)))
     assert all(r["recipe"] == RECIPE and "recipe" in r["key"] for r in rows)
 
 

@@ -47,6 +47,7 @@ from attnbook.cca.study import (
     gpu_rows,
     grid_change,
     last_half,
+    looks_far,
     recall_gain,
     speedup_at_all,
     worse_by,
@@ -758,9 +759,14 @@ def test_text_is_looked_up(monkeypatch):
     row = lambda method, run, x, tuned=100, **more: (
         dict(method=method, run=run, last_half=x, bits=9.0, tuned=tuned) | more
     )
-    switch = [row(m, i, x + i / 100) for m, x in (("window", 2.0), ("cca", 1.2), ("full", 1.0)) for i in range(3)]
+    kinds = (("window", 2.0), ("cca", 1.2), ("full", 1.0))
+    switch = [row(m, i, x + i / 100, tuned=n) for m, x in kinds for i in range(3) for n in (0, 100) if m != "cca" or n]
+    near = [r if r["method"] == "full" or r["tuned"] else r | dict(last_half=1.04) for r in switch]
+    _recorded(monkeypatch, switch=near)  # the control: a model to which a window is hardly a loss
+    assert looks_far() == set() and gap_closed() is None and worse_by("window", "cca") is None
     switch += [row("cca", 0, 7.0, tuned=0), row("cca", 9, 8.0, training="cpu")]
     _recorded(monkeypatch, switch=switch)
+    assert looks_far() == {0, 1, 2}
     assert gap_closed() == pytest.approx(0.8)
     d = worse_by("window", "cca")
     assert d.mean == pytest.approx(0.8)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'PRESETS', 'review_bytes', 'variant_config', 'block_loss', 'token_losses', 'FIRST_SCORED', 'score',
-           'RECIPE', 'train_side_by_side', 'make_model', 'run_variants', 'run_uptrain', 'run_ladder', 'run_all',
-           'SIZES', 'best_rows', 'losses_of']
+           'RECIPE', 'train_side_by_side', 'let_go', 'make_model', 'run_variants', 'UPTRAINED', 'run_uptrain',
+           'run_ladder', 'run_all', 'SIZES', 'best_rows', 'losses_of']
 
 # %% auto #imports
+import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_choice
 from ..lab.data import Windows, text_corpus
 from ..lab.results import load_results, newest_device, record
 from ..lab.stats import by_seed, newest_recipe
@@ -159,7 +161,17 @@ def train_side_by_side(
         of_step = lambda model, *batch, loss=loss: loss(model, *(t[0] for t in batch))
         made.append(Trainee(model.to(device), of_step, drawn[seed], seed=seed, lr=lr, weight_decay=0.1))
     train_together(made, steps=steps, batch_size=1)
-    return [sum(t.losses[-10:]) / len(t.losses[-10:]) for t in made]
+    ends = [sum(t.losses[-10:]) / len(t.losses[-10:]) for t in made]
+    del made, drawn
+    let_go()
+    return ends
+
+
+def let_go() -> None:
+    "Gives the memory of networks and graphs that nobody holds any more back to a GPU that others share."
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def make_model(variant: str, cfg: Mapping, seed: int, dim: int | None = None, layers: int | None = None) -> nn.Module:
@@ -175,10 +187,11 @@ def run_variants(
     preset: str = "cpu", device: str = "cpu", seed: int = 0, steps: int = 0, variants: Sequence[str] | None = None
 ) -> Iterator[dict]:
     """Trains the variants of a preset, or some of them, each with its seeds, and yields recorded rows `loss`. Mirrors
-    the paper's figures of loss over block length, split and components."""
+    the paper's figures of loss over block length, split and components. ValueError for an unknown variant."""
     cfg = PRESETS[preset] | (dict(steps=steps) if steps else {})
     runs = range(cfg["seeds"])
     for variant in variants or cfg["variants"]:
+        check_choice("variants", variant, tuple(VARIANTS))
         began, models = time.perf_counter(), [make_model(variant, cfg, seed + run) for run in runs]
         at = train_side_by_side(models, cfg, steps=cfg["steps"], seeds=[seed + r for r in runs], device=device)
         for run, model, train_loss in zip(runs, models, at):
@@ -200,28 +213,39 @@ def run_variants(
                 train_loss=train_loss,
                 by_place=by_place,
                 parameters=sum(p.numel() for p in model.parameters()),
-                seconds=(time.perf_counter() - began) / len(models),
+                seconds=(time.perf_counter() - began) / len(runs),
             )
+        del models, model
+        let_go()
 
 
-def run_uptrain(preset: str = "cpu", device: str = "cpu", seed: int = 0, steps: int = 0) -> Iterator[dict]:
+UPTRAINED = ("ordinary", "from the ordinary", "from nothing", "from nothing, all steps")
+
+
+def run_uptrain(
+    preset: str = "cpu", device: str = "cpu", seed: int = 0, steps: int = 0, methods: Sequence[str] = UPTRAINED
+) -> Iterator[dict]:
     """An ordinary transformer is trained, its weights start a Block Transformer, which trains for a few steps more
-    (up-training); beside it one from random weights with the same steps, and one with all steps. Rows `uptrain`."""
+    (up-training); beside it one from random weights with the same steps, and one with all steps. Rows `uptrain`, of
+    `methods` only; the ordinary one is trained where one of them needs it. ValueError for an unknown method."""
+    for method in methods:
+        check_choice("methods", method, UPTRAINED)
     cfg = PRESETS[preset] | (dict(steps=steps) if steps else {})
     runs = range(cfg["seeds"])
     new = lambda variant: [make_model(variant, cfg, seed + run) for run in runs]
     teach = lambda models, count, more: train_side_by_side(
         models, cfg, steps=count, seeds=[seed + run + more for run in runs], device=device
     )
-    plain = new("vanilla")
-    teach(plain, cfg["steps"], 0)
-    starts = {
-        "ordinary": (plain, 0),
-        "from the ordinary": ([BlockTransformer.from_vanilla(m) for m in plain], cfg["uptrain"]),
-        "from nothing": (new("projection"), cfg["uptrain"]),
-        "from nothing, all steps": (new("projection"), cfg["steps"]),
-    }
-    for method, (models, count) in starts.items():
+    plain = new("vanilla") if {"ordinary", "from the ordinary"} & set(methods) else []
+    if plain:
+        teach(plain, cfg["steps"], 0)
+    counts = dict(zip(UPTRAINED, (0, cfg["uptrain"], cfg["uptrain"], cfg["steps"])))
+    for method in (m for m in UPTRAINED if m in methods):
+        count, models = counts[method], plain
+        if method == "from the ordinary":
+            models = [BlockTransformer.from_vanilla(m) for m in plain]
+        elif count:
+            models = new("projection")
         if count:
             teach(models, count, 100)
         for run, model in zip(runs, models):
@@ -239,13 +263,18 @@ def run_uptrain(preset: str = "cpu", device: str = "cpu", seed: int = 0, steps: 
                 steps=count or cfg["steps"],
                 loss=score(model, cfg)[0],
             )
+        if method != "ordinary":  # whose weights start the next ones
+            del models, model
+            let_go()
 
 
-def run_ladder(preset: str = "cpu", device: str = "cpu", seed: int = 0, steps: int = 0) -> Iterator[dict]:
+def run_ladder(
+    preset: str = "cpu", device: str = "cpu", seed: int = 0, steps: int = 0, widths: Sequence[int] | None = None
+) -> Iterator[dict]:
     """Both kinds in several sizes, the rate falling with the square root of the width: what loss costs how many
-    parameters. Rows `ladder`; `bench_ladder` adds the speed."""
+    parameters. Rows `ladder`, of `widths` only where given; `bench_ladder` adds the speed."""
     cfg = PRESETS[preset] | (dict(steps=steps) if steps else {})
-    for dim, layers in cfg["ladder"]:
+    for dim, layers in (s for s in cfg["ladder"] if widths is None or s[0] in widths):
         lr, kinds = cfg["lr"] * (cfg["dim"] / dim) ** 0.5, ("vanilla", "block")
         models = [make_model(variant, cfg, seed, dim, layers) for variant in kinds]
         train_side_by_side(models, cfg, steps=cfg["steps"], seeds=[seed] * 2, device=device, rates=[lr] * 2)
@@ -266,6 +295,8 @@ def run_ladder(preset: str = "cpu", device: str = "cpu", seed: int = 0, steps: i
                 loss=score(model, cfg)[0],
                 body=2 * layers * (12 * dim**2 + 13 * dim),
             )
+        del models, model
+        let_go()
 
 
 def run_all(preset: str = "gpu", device: str = "cuda", seed: int = 0, steps: int = 0) -> list[dict]:

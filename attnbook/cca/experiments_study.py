@@ -9,9 +9,10 @@ __all__ = ['METHODS', 'PRESETS', 'WindowAttention', 'equal_window', 'attention_o
 
 # %% auto #imports
 import copy
+import gc
 import math
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from ..checks import check_choice
 from ..engine import attention
 from ..lab.data import Windows, byte_splits, python_source
 from ..lab.results import record
+from ..lab.together import Trainee, train_together
 from ..lab.train import fit
 from ..lm.attend import DenseAttention, attend_dense
 from ..lm.nets import LanguageModel, ModelConfig
@@ -64,12 +66,12 @@ PRESETS = dict(
     ),
     gpu=dict(
         text=_TEXT
-        | dict(dim=256, depth=4, heads=4, length=1024, batch=16, lr=1.5e-3, finetune_lr=3e-4)
-        | dict(steps=800, tuned=(0, 60), g=16, s=128, seeds=3, windows=64, methods=METHODS)
+        | dict(dim=384, depth=6, heads=6, length=2048, batch=8, lr=1e-3, finetune_lr=2e-4)
+        | dict(steps=1200, tuned=(0, 100), g=16, s=128, seeds=3, windows=32, methods=METHODS)
         | dict(groups=(8, 16, 32, 64), sizes=(32, 128), folder=""),
         recall=dict(dim=128, depth=2, heads=4, length=256, pairs=16, vocab=128, batch=128, tuned=400, lr=1e-3, seeds=3)
         | dict(lessons=((400, 16, 2), (300, 32, 4), (300, 64, 8), (400, 128, 16), (600, 256, 16)), s=32, tests=4)
-        | dict(methods=("full", "cca 4", "cca 16", "cca 64", "sinks + window", "cca 4 + log g", "cca 16 + log g")),
+        | dict(methods=("full", "cca 4", "sinks + window", "cca 16", "cca 64", "cca 4 + log g", "cca 16 + log g")),
     ),
 )
 
@@ -125,19 +127,16 @@ def text_config(cfg: Mapping) -> ModelConfig:
 
 
 def train(model: LanguageModel, stream: Tensor, cfg: Mapping, steps: int, lr: float, seed: int, device: str) -> None:
-    "Trains in place on random windows, which depend on the seed only."
+    "Trains in place on random windows, which depend on the seed only; on a GPU as a CUDA graph, whose memory is given back."
     windows = Windows(stream, length=cfg["length"], batch_size=cfg["batch"], seed=seed)
-    fit(
-        model,
-        next_token_loss,
-        windows,
-        steps=steps,
-        lr=lr,
-        seed=seed,
-        device=device,
-        warmup=max(1, steps // 10),
-        progress=False,
-    )
+    drawn = [torch.stack(t).to(device) for t in zip(*map(windows, range(steps)))]  # [steps, batch, length]
+    loss = lambda model, x, y: next_token_loss(model, x[0], y[0])
+    one = [Trainee(model.to(device), loss, drawn, seed=seed, lr=lr)]
+    train_together(one, steps=steps, batch_size=1, warmup=max(1, steps // 10))
+    del one, drawn
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def measured(model: LanguageModel, windows: Tensor, cfg: Mapping, device: str) -> dict:
@@ -149,14 +148,17 @@ def measured(model: LanguageModel, windows: Tensor, cfg: Mapping, device: str) -
     return dict(bits=bits.total, near=float(bits.by_position[:edge].mean()), last_half=float(last.mean()))
 
 
-RECIPE = 2  #: of the text models: raised when a preset trains or measures otherwise than before
+RECIPE = 3  #: of the text models: raised when a preset trains or measures otherwise than before
 
 
-def run_text(preset: str = "cpu", device: str = "cpu", seed: int = 0) -> Iterator[dict]:
-    "Recorded rows `switch` (bits by method and steps of fine-tuning) and `grid` (bits by group and window)."
+def run_text(
+    preset: str = "cpu", device: str = "cpu", seed: int = 0, runs: Sequence[int] | None = None
+) -> Iterator[dict]:
+    """Recorded rows `switch` (bits by method and steps of fine-tuning) and `grid` (bits by group and window), of all the
+    preset's seeds or of some `runs`."""
     cfg, (train_text, valid, _) = PRESETS[preset]["text"], library_text(PRESETS[preset]["text"]["folder"])
     windows = windows_of(valid, cfg["length"] + 1, cfg["windows"])
-    for run in range(cfg["seeds"]):
+    for run in range(cfg["seeds"]) if runs is None else runs:
         common = dict(device=device, preset=preset, training=preset, recipe=RECIPE, seed=seed + run, run=run)
         torch.manual_seed(seed + run)
         base = LanguageModel(text_config(cfg))
@@ -188,15 +190,18 @@ def grid_rows(model: LanguageModel, windows: Tensor, cfg: Mapping, common: Mappi
     swap_attention(model, cfg["g"], cfg["s"])
 
 # %% ../../nbs/4_long_context/cca.ipynb #6041937d
-def recall_batch(cfg: Mapping, seed: int, length: int | None = None, pairs: int | None = None) -> tuple[Tensor, Tensor]:
-    "Symbols and targets, -100 where nothing is asked: `(batch, length)` each; length and pairs are the preset's if None."
+def recall_batch(
+    cfg: Mapping, seed: int, length: int | None = None, pairs: int | None = None, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Symbols and targets, -100 where nothing is asked: `(batch, length)` each; length and pairs are the preset's if None.
+    The same on every device."""
     sizes = dict(batch=cfg["batch"], pairs=pairs or cfg["pairs"], vocab=cfg["vocab"])
-    return pair_recall(length or cfg["length"], seed=seed, **sizes)
+    return pair_recall(length or cfg["length"], seed=seed, device=device, **sizes)
 
 
-def lessons_of(cfg: Mapping, seed: int) -> Lessons:
+def lessons_of(cfg: Mapping, seed: int, device: str = "cpu") -> Lessons:
     "The preset's lessons, by `seed`."
-    draw = lambda length, pairs: lambda step: recall_batch(cfg, seed + step, length, pairs)
+    draw = lambda length, pairs: lambda step: recall_batch(cfg, seed + step, length, pairs, device)
     return Lessons(*((steps, draw(length, pairs)) for steps, length, pairs in cfg["lessons"]))
 
 
@@ -224,11 +229,14 @@ def recall_rows(model: LanguageModel, cfg: Mapping, seed: int, device: str) -> l
     return [dict(upto=hi, right=float(right[m].mean()), asked=int(m.sum())) for hi, m in found]
 
 
-def run_recall(preset: str = "cpu", device: str = "cpu", seed: int = 0) -> Iterator[dict]:
+def run_recall(
+    preset: str = "cpu", device: str = "cpu", seed: int = 0, runs: Sequence[int] | None = None
+) -> Iterator[dict]:
     """Recorded rows `pairs`, right answers by method and distance, and `lessons`, right answers at full length while the
-    model with full attention is taught (`curve`: steps and share). Nothing if the preset has no recall."""
+    model with full attention is taught (`curve`: steps and share); of all the preset's seeds or of some `runs`. Nothing
+    if the preset has no recall."""
     cfg = PRESETS[preset]["recall"]
-    for run in range(cfg["seeds"] if cfg else 0):
+    for run in (range(cfg["seeds"]) if runs is None else runs) if cfg else ():
         common = dict(device=device, preset=preset, training=preset, seed=seed + run, run=run)
         torch.manual_seed(seed + run)
         base = LanguageModel(
@@ -237,7 +245,7 @@ def run_recall(preset: str = "cpu", device: str = "cpu", seed: int = 0) -> Itera
         x, y = (t[:64].to(device) for t in recall_batch(cfg, 2 * 10**9 + seed + run))
         right = lambda model, x=x, y=y: (model(x).argmax(-1) == y)[y >= 0].double().mean()
         tune = partial(fit, loss_fn=next_token_loss, seed=seed + run, device=device, progress=False)
-        lessons = lessons_of(cfg, (seed + run) * 10**6)
+        lessons = lessons_of(cfg, (seed + run) * 10**6, device)
         taught = dict(steps=len(lessons), eval_fn=right, eval_every=max(1, len(lessons) // 20))
         history = tune(base, batches=lessons, lr=cfg["lr"], **taught)
         curve = [[e["step"], e["value"]] for e in history.evals]
@@ -247,7 +255,7 @@ def run_recall(preset: str = "cpu", device: str = "cpu", seed: int = 0) -> Itera
             model.set_attention(attention_of(method, 16, cfg["s"], cfg["length"]))
             for tuned in (0, cfg["tuned"]):
                 if tuned:
-                    draw = lambda i, start=(seed + run) * 10**6 + 500_000: recall_batch(cfg, start + i)
+                    draw = lambda i, start=(seed + run) * 10**6 + 500_000: recall_batch(cfg, start + i, device=device)
                     tune(model, batches=draw, steps=tuned, lr=cfg["lr"] / 2)
                 for row in recall_rows(model, cfg, seed + run, device):
                     key, what = ("training", "run", "method", "tuned", "upto"), dict(method=method, tuned=tuned)

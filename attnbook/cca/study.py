@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LENGTHS', 'SIZES', 'flex_cca', 'prefill_problem', 'bench_prefill', 'decode_call', 'bench_decode', 'bench_flex',
            'bench_pool', 'CANDIDATES', 'bench_launches', 'gpu_rows', 'full_speedup', 'speedup_at_all', 'last_half',
-           'worse_by', 'gap_closed', 'recall_beyond', 'recall_gain', 'grid_change', 'cost_exponent', 'flex_speedup',
-           'decode_speedup', 'claims']
+           'FAR', 'looks_far', 'worse_by', 'gap_closed', 'recall_beyond', 'recall_gain', 'grid_change', 'cost_exponent',
+           'flex_speedup', 'decode_speedup', 'claims']
 
 # %% auto #imports
 from collections.abc import Callable, Iterator, Sequence
@@ -180,18 +180,30 @@ def last_half(method: str, tuned: int | None = None) -> dict[int, float]:
     return by_seed(rows, "last_half", method=method, tuned=tuned)
 
 
+FAR = 0.05  # bits per byte
+
+
+def looks_far() -> set[int]:
+    """Seeds whose model, untuned, is worse by at least `FAR` when it is switched to a window. Where what is far is worth
+    less than that there is nothing to be lost or kept, and no claim counts the seed."""
+    full, window = last_half("full", 0), last_half("window", 0)
+    return {run for run in full.keys() & window.keys() if window[run] - full[run] >= FAR}
+
+
 def worse_by(a: str, b: str, tuned: int | None = None):
-    "By how many bits per byte a is worse than b, paired by seed; None if not measured with two seeds or more."
+    "By how many bits per byte a is worse than b, paired by seed; None if not measured with two seeds that look far."
     x, y = last_half(a, tuned), last_half(b, tuned)
-    return paired(x, y) if len(x.keys() & y.keys()) > 1 else None
+    both = x.keys() & y.keys() & looks_far()
+    return paired({i: x[i] for i in both}, {i: y[i] for i in both}) if len(both) > 1 else None
 
 
 def gap_closed() -> float | None:
-    "Which part of what a window loses against full attention CCA gets back; None if not measured."
-    means = [list(last_half(m).values()) for m in ("window", "cca", "full")]
-    if not all(means):
+    "Which part of what a window loses against full attention CCA gets back, of seeds that look far; None if not measured."
+    found = [last_half(m) for m in ("window", "cca", "full")]
+    runs = looks_far().intersection(*found)
+    if not runs:
         return None
-    window, cca, full = (sum(m) / len(m) for m in means)
+    window, cca, full = (sum(m[run] for run in runs) / len(runs) for m in found)
     return (window - cca) / (window - full)
 
 

@@ -75,13 +75,11 @@ def _gains(bench, field, *, peers=None, by=("B", "T")):
 
 
 def _gate_follows():
-    "Mean rank correlations of CSA's snippet gate, of the gpu preset's longest training."
-    rows = [r for r in detections(longest=True) if r["method"] == "CSA"]
-    return (
-        {n: float(np.mean([r[f"gate_{n}"] for r in rows])) for n in ("action", "distractor", "boundary")}
-        if rows
-        else None
-    )
+    "Mean rank correlations of CSA's snippet gate, and with action of an untrained recogniser's, of the gpu preset's longest training."
+    of = lambda method, n: [r[f"gate_{n}"] for r in rows if r["method"] == method and r.get(f"gate_{n}") is not None]
+    rows = detections(longest=True)
+    found = {n: of("CSA", n) for n in ("action", "distractor", "boundary")} | {"untrained": of("untrained", "action")}
+    return {n: float(np.mean(x)) for n, x in found.items() if x} if found["action"] else None
 
 
 def _parameters():

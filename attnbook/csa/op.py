@@ -143,16 +143,16 @@ def _summary_backward(call):
         count = T if mask is None else mask.sum(1, keepdim=True).clamp(min=1)
         du, parts = torch.empty_like(u), torch.empty(B, tiles, H, device=r.device, dtype=torch.float32)
         backward(u, time_weight.contiguous(), dtime, (dmean / count).contiguous(), du, parts)
-        given = r if mask is None else torch.where(mask[:, None], r, 0)
-        side = weight.shape[2] // 2
-        dw = torch.einsum("bht,bckt->hck", du, F.pad(given, (side, side)).unfold(2, T, 1))
-        spread = torch.einsum("hck,bht->bckt", weight, du)  # [B, C, taps, T]
-        wide = torch.zeros(B, r.shape[1], T + 2 * side, device=r.device, dtype=torch.float32)
-        for tap in range(weight.shape[2]):
-            wide[:, :, tap : tap + T] += spread[:, :, tap]
-        dr, db = wide[:, :, side : side + T].contiguous(), du.float().sum((0, 2))
+        given, taps = r if mask is None else torch.where(mask[:, None], r, 0), weight.shape[2]
+        moved = (
+            F.pad(du, (taps // 2, taps // 2)).unfold(2, T, 1).flip(2).flatten(1, 2)
+        )  # [B, H taps, T]: du as each tap sees it
+        across = weight.permute(1, 0, 2).reshape(1, r.shape[1], H * taps).expand(B, -1, -1)
+        dr = torch.bmm(across, moved)  # [B, C, T]
+        dw = torch.einsum("bmt,bct->mc", moved, given).view(H, taps, -1).mT.contiguous()
         dr = dr if mask is None else torch.where(mask[:, None], dr, 0)
-        return dr, dw, db, parts.sum((0, 1))[None], dtime.float().sum()[None]
+        db, dtb = du.sum((0, 2), dtype=torch.float32), dtime.sum(dtype=torch.float32)
+        return dr, dw, db, parts.sum((0, 1))[None], dtb[None]
 
     zeros = lambda g, shape: u.new_zeros(shape) if g is None else g.contiguous()
     given = (

@@ -398,7 +398,7 @@ def claims() -> list[Claim]:
             *own,
             lambda m: grade(abs(m["action"]) > 0.3 and abs(m["action"]) > abs(m["distractor"]), abs(m["action"]) > 0.1),
             _gate_follows,
-            "rank correlation of CSA's gate; holds: above 0.3 in size, and above that with distractors",
+            "rank correlation of CSA's gate; holds: above 0.3 in size, and above that with distractors; untrained: the control's, with action",
         ),
         Claim(
             "Parameters: CSA 93,569; BMN 2,782,980, with 2,048 features 3,099,396",

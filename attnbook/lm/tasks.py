@@ -32,8 +32,8 @@ class Recall(NamedTuple):
 
 def _recall(texts: list[tuple[bytes, bytes, int]]) -> Recall:
     "From (prompt, answer, distance) of each text."
-    whole = torch.tensor([list(p + a) for p, a, _ in texts])
-    answers = torch.tensor([list(a) for _, a, _ in texts])
+    table = lambda rows: torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), -1).long()
+    whole, answers = table([p + a for p, a, _ in texts]), table([a for _, a, _ in texts])
     targets = torch.full_like(whole[:, 1:], -100)
     targets[:, -answers.shape[1] :] = answers
     return Recall(whole[:, :-1], targets, answers, torch.tensor([d for *_, d in texts]))

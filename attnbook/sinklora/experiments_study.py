@@ -8,6 +8,7 @@ __all__ = ['PRESETS', 'FORMS', 'echo', 'leak_net', 'run_leak', 'source_bytes', '
            'RECIPES', 'run_all']
 
 # %% auto #imports
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -253,6 +254,11 @@ def run_eviction(cfg: Mapping, device: str, run: int) -> Iterator[tuple[str, dic
     history = fit(model, mixed_loss, lessons, **settings)
     curve = [[e["step"], e["value"]] for e in history.evals]
     yield "teaching", dict(run=run), dict(curve=curve, seconds=history.seconds)
+    for p in model.parameters():
+        p.grad = None
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()  # what the training held: caches need little, and others may share the GPU
     model.set_attention(HeavyHitterAttention())
     text = windows_of(valid, cfg["length"] + 1, cfg["windows"]).to(device)
     task = passkey(cfg["length"], batch=cfg["texts"], digits=cfg["digits"], seed=-1 - run)
@@ -301,15 +307,16 @@ def run_all(
     *,
     seed: int = 0,
     only: Sequence[str] = ("extension", "eviction", "leak"),
+    runs: Sequence[int] | None = None,
     workers: int | None = None,
     show: Callable[[str], object] = lambda text: None,
 ) -> list[dict]:
     """Runs the experiments of a preset and records their rows under `sinklora`. Returns the rows.
 
-    `only`: some of the experiments. `workers`: processes at a time; the preset's number if None, 0 for none. `show` gets a line a job."""
+    `only`: some of the experiments. `runs`: some of their seeds, counted from `seed`; all of the preset's if None. `workers`: processes at a time; the preset's number if None, 0 for none. `show` gets a line a job."""
     cfg, began = PRESETS[preset], time.perf_counter()
     workers = cfg["workers"] if workers is None else workers
-    jobs = [(e, preset, device, seed + run) for e in only for run in range(cfg[e]["seeds"])]
+    jobs = [(e, preset, device, seed + run) for e in only for run in (range(cfg[e]["seeds"]) if runs is None else runs)]
     pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers else None
     rows = []
     try:

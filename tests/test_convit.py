@@ -785,7 +785,9 @@ def test_networks_of_an_experiment():
     skip_without("mlxtend")
     e, jobs = Experiments("smoke", "cpu"), []
     row = dict(accuracy=0.5, snapshots=[dict(nonlocality=[], gates=[])], at=[0], steps=2, data="made up")
-    seen = lambda kind, share, run, **changes: jobs.append((kind, share, run, changes)) or (None, row | dict(kind=kind))
+    seen = lambda kind, share, run, **changes: (
+        jobs.append((kind, share, run, changes)) or (None, row | dict(kind=kind, run=run))
+    )
     e.train_all, e.train, e.write = lambda jobs: [jobs], seen, lambda name, key, rows, drop=(): rows
     assert len(sample_efficiency(e)) == 4 and {j[:2] for j in jobs} == {
         (k, f) for k in ("ConViT", "DeiT") for f in (0.05, 1.0)

@@ -189,13 +189,19 @@ def _without_storage(make, fake):
 
 
 def count_flops(model: ModelCard | str) -> int:
-    "Floating-point operations of a forward pass of one sample, of matrix products and convolutions, without allocating the model. ValueError for an unknown name or a card without inputs."
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    """Floating-point operations of a forward pass of one sample, of matrix products and convolutions, without allocating the model; one whose
+    work depends on values, such as lengths of posts, is made and run. ValueError for an unknown name or a card without inputs."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
     card = model_card(model) if isinstance(model, str) else model
     inputs, fake = card.inputs(), FakeTensorMode(allow_non_fake_inputs=True)
-    net = _without_storage(card.make, fake)
-    with fake, torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net(*(fake.from_tensor(x) for x in inputs))
+    try:
+        net = _without_storage(card.make, fake)
+        with fake, torch.no_grad(), FlopCounterMode(display=False) as counter:
+            net(*(fake.from_tensor(x) for x in inputs))
+    except DataDependentOutputException:
+        net = card.make().eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            net(*inputs)
     return counter.get_total_flops()

@@ -21,6 +21,7 @@ from attnbook.checks import (
     check_shape,
     check_sizes,
     check_tensor,
+    values_known,
 )
 
 x = torch.zeros(2, 3)
@@ -79,6 +80,17 @@ def test_tensors_that_are_refused(call):
 )
 def test_tensors_that_are_taken(arguments):
     assert check_tensor("x", x, **arguments) is x
+
+
+def test_values_that_can_be_read():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def compiled(x):
+        return x + values_known(x)
+
+    assert values_known(x) and values_known(torch.nn.Parameter(x)) and torch.equal(compiled(x), x)
+    assert not values_known(x.to("meta")) and not values_known(FakeTensorMode().from_tensor(x))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (4,), (1, 4), (3, 1), (3, 4), (2, 3, 4), (1, 1, 1)], ids=str)

@@ -82,6 +82,18 @@ def test_flops_are_the_published_ones(name, gmacs):
     assert abs(count_flops(name) / 2e9 - gmacs) < 0.02 * gmacs
 
 
+def smallest_models() -> list[str]:
+    "Of each chapter the smallest model whose card has inputs."
+    cards = sorted(map(model_card, list_models()), key=lambda c: (c.parameters, c.name))
+    return [*{c.chapter: c.name for c in reversed(cards) if c.image or c.example}.values()]
+
+
+@pytest.mark.parametrize("name", smallest_models())
+def test_every_chapters_models_can_be_counted(name):
+    "Without allocating them, but for those whose work depends on values."
+    assert count_flops(name) > 0
+
+
 def test_a_model_is_created_by_name():
     with torch.device("meta"):
         assert create_model("halonet_h0", num_classes=7).head.out_features == 7

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_bool, check_choice, check_divides, check_int, check_tensor
+from ..checks import check_bool, check_choice, check_divides, check_int, check_tensor, values_known
 from ..models import register_models
 from .op import packed_attention, segment_mean
 from .reference import PostPlan, plan_posts
@@ -91,12 +91,7 @@ class PackedEncoder(nn.Module):
     def forward(self, tokens: Tensor, posts: PostPlan | Tensor, kinds: Tensor | None = None) -> Tensor:
         check_tensor("tokens", tokens, dtype="integer", ndim=1)
         plan = posts if isinstance(posts, PostPlan) else plan_posts(posts, len(tokens))
-        if (
-            not tokens.is_cuda
-            and len(tokens)
-            and not torch.compiler.is_compiling()
-            and int(plan.position.max()) >= self.config.max_length
-        ):
+        if values_known(tokens) and len(tokens) and int(plan.position.max()) >= self.config.max_length:
             raise ValueError(
                 f"posts must be at most {self.config.max_length} tokens long, not {int(plan.position.max()) + 1}"
             )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import attention_reference
-from ..checks import check_int, check_tensor
+from ..checks import check_int, check_tensor, values_known
 
 # %% ../../nbs/7_looking_inside/chirper.ipynb #81d69238
 class PostPlan(NamedTuple):
@@ -39,7 +39,7 @@ def plan_posts(cu_seqlens: Tensor, total: int | None = None) -> PostPlan:
     check_tensor("cu_seqlens", cu_seqlens, dtype="integer", ndim=1)
     if len(cu_seqlens) < 2:
         raise ValueError(f"cu_seqlens must have at least two entries, not {len(cu_seqlens)}")
-    if not cu_seqlens.is_cuda and not torch.compiler.is_compiling():
+    if values_known(cu_seqlens):
         values = cu_seqlens.tolist()
         if values[0] != 0 or any(b < a for a, b in zip(values, values[1:])):
             raise ValueError(f"cu_seqlens must begin with 0 and not fall, not {values}")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import check_choice, check_int, check_number, check_probability, check_tensor
+from ..checks import check_choice, check_int, check_number, check_probability, check_tensor, values_known
 from ..engine import arch_of, operation, resolve_backend, row_lists, scatter_rows, triton
 from ..engine.host import Plans, autocast, processors, round_dim, through_float32, without_autocast
 from .catalogue_kernels import (
@@ -299,13 +299,7 @@ def _check_catalogue(hidden, table, index, name, least, count, scale, reduction)
     check_tensor(name, index, dtype="integer", shape=hidden.shape[:-1])
     check_choice("reduction", reduction, REDUCTIONS)
     scale = check_number("scale", scale, positive=True)
-    if (
-        not index.is_cuda
-        and index.numel()
-        and not torch.compiler.is_compiling()
-        and type(index) is Tensor
-        and not least <= int(index.min()) <= int(index.max()) < count
-    ):
+    if values_known(index) and index.numel() and not least <= int(index.min()) <= int(index.max()) < count:
         raise ValueError(
             f"{name} must be from 0 to {count - 1} (or the index to ignore), not {int(index.min())} to {int(index.max())}"
         )

@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_divides, check_int, check_probability, check_tensor
+from ..checks import check_divides, check_int, check_probability, check_tensor, values_known
 from ..models import register_models
 from .catalogue_op import catalogue_cross_entropy, ted_loss
 from .op import causal_attention, lquery_attention
@@ -169,7 +169,7 @@ class MQSA(nn.Module):
         if seq.shape[1] > self.max_len:
             raise ValueError(f"seq must have at most max_len = {self.max_len} places, not {seq.shape[1]}")
         real = seq != self.num_items
-        if not seq.is_cuda and seq.numel() and not torch.compiler.is_compiling():
+        if values_known(seq) and seq.numel():
             if not 0 <= int(seq.min()) <= int(seq.max()) <= self.num_items:
                 raise ValueError(
                     f"seq must hold items 0 to {self.num_items - 1} and padding {self.num_items}, not {int(seq.min())} to {int(seq.max())}"

@@ -687,6 +687,8 @@ def _trace(arch: str, only: str = "") -> list[tuple[dict, object, object, dict]]
             for attribute in ("_describable", "describable"):
                 if column != "sm90" and hasattr(module, attribute):
                     setattr(module, attribute, lambda tensor: False)
+    if arch in ELSEWHERE and ELSEWHERE[arch][0][0] == "hip":
+        sys.modules["attnbook.engine.host"]._AMD = True
     for cases in lists.values():
         for case, launch in cases:
             try:

@@ -21,7 +21,6 @@ from attnbook.dcal.experiments_study import (
     moved,
     ranking,
     run_all,
-    train_models,
     with_partners,
 )
 from attnbook.dcal.fonts_study import FONTS, SEEN, UNSEEN, font_data, font_images
@@ -904,17 +903,6 @@ def test_losses_of_experiments():
     for name, triplet in TRIPLETS.items():
         want = sum(F.cross_entropy(out[n], y) + triplet(features[n], y) for n in out) / 2
         torch.testing.assert_close(branch_loss(name)(model, x, y, still, pair), want)
-
-
-def test_seeds_train_in_waves(monkeypatch):
-    "So many at a time as the preset says, everybody once and in order."
-    waves, cfg = [], _tiny(together=2)
-    monkeypatch.setitem(
-        train_models.__globals__, "train_together", lambda made, **options: waves.append([t.seed for t in made])
-    )
-    data = {s: font_data(cfg, s) for s in range(3)}
-    assert len(train_models(cfg, data, device_under_test(), partners=None, glca=False)) == 3
-    assert waves == [[0, 1], [2]]
 
 
 def test_batches_are_made_ahead():

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnbook.attention import attention_mask, attention_reference
 from attnbook.engine.bands import BAND
-from attnbook.engine.host import MOST_KEPT, BoundLaunch, Kept, Launch, Plans, arch_of, keep, tl, triton
+from attnbook.engine.host import MOST_KEPT, BoundLaunch, Kept, Launch, Plans, arch_of, dot_precision, keep, tl, triton
 from attnbook.engine.op import attention, indexed_attention, tile_attention, tile_attention_op, varlen_attention
 from attnbook.engine.program import LAUNCH, register_launch
 from attnbook.engine.run import row_lists, scatter_rows
@@ -35,6 +35,19 @@ from attnbook.lab.testing import (
     rel_error,
     tolerance,
 )
+
+
+@pytest.mark.parametrize(
+    "amd, switch, products",
+    [(False, "highest", ("ieee", "tf32x3")), (False, "high", ("tf32",) * 2), (True, "highest", ("ieee",) * 2)],
+)
+def test_dot_precision(monkeypatch, amd, switch, products):
+    "Torch's switch decides for float32; what a kernel wants at the highest precision gives way where there is no such thing."
+    monkeypatch.setitem(dot_precision.__globals__, "_AMD", amd)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: switch)
+    assert (dot_precision(torch.float32), dot_precision(torch.float32, "tf32x3")) == products
+    assert dot_precision(torch.bfloat16, "tf32x3") is None
+
 
 DTYPES = [torch.float32] if device() == "cpu" else [torch.float32, torch.bfloat16, torch.float16]
 BANDS = [{}, {"is_causal": True}, {"is_causal": True, "window_size": 9}, {"window_size": 20}]

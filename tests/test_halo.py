@@ -1,7 +1,6 @@
 # Written from the test cells of nbs/3_locality/halo.ipynb by `attnbook export`. Do not edit.
 # fmt: off
 import math
-import weakref
 from functools import partial
 from itertools import product
 
@@ -911,26 +910,6 @@ def test_everything_of_a_preset(monkeypatch):
     assert {n for n, _ in kept} == {"cost"}
     with pytest.raises(ValueError, match="only"):
         run_experiments("smoke", only="everything")
-
-
-def test_a_finished_seed_is_let_go(monkeypatch):
-    "When a seed's networks are trained, those of the seed before are gone; then the GPU gets its memory back."
-    alive, cleared, globals_of = [], [], run_experiments.__globals__
-
-    def train(trainees, *, steps, batch_size):
-        assert not [ref for ref in alive if ref() is not None] and len(cleared) == len(alive) // 2
-        alive.extend(weakref.ref(t.model) for t in trainees)
-        for t in trainees:
-            t.losses = [1.0]
-
-    images, digits = torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)
-    monkeypatch.setitem(globals_of, "halo_data", lambda **how: (images, digits) * 2)
-    monkeypatch.setitem(globals_of, "train_together", train)
-    monkeypatch.setitem(globals_of, "NETS", dict(list(NETS.items())[:2]))
-    monkeypatch.setitem(globals_of, "record", lambda chapter, name, **row: row)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: cleared.append(1))
-    run_experiments("smoke", device_under_test(), only="nets", seeds=(0, 1), show=lambda text: None)
-    assert len(alive) == 4 and len(cleared) == 2
 
 
 def test_peer_is_the_same_function():

@@ -31,14 +31,12 @@ from attnbook.hyperzzw.claims_study import (
 )
 from attnbook.hyperzzw.experiments_study import (
     OURS,
-    TOGETHER,
     Experiments,
     Spec,
     context,
     context_fields,
     epochs_to,
     fields,
-    fitting,
     leakage,
     mean_frequency,
     receptive_field,
@@ -971,38 +969,19 @@ def test_search_takes_the_best_rate():
     assert smoke.rates == {("ResNet", "AdamW"): 1.0} and len(asked) == 1, "nothing to search"
 
 
-def test_where_memory_ends_fewer_train_together(monkeypatch):
-    "Waves are halved until they fit, nobody is left out, and the order stays; one alone that does not fit is an error."
-    e, sizes = Experiments("smoke"), []
+@pytest.mark.parametrize("memory_gb, sizes", [(None, [5]), (12.0, [4, 1]), (0.1, [1] * 5)])
+def test_memory_lent_is_kept_to(monkeypatch, memory_gb, sizes):
+    "So many train at a time as the memory lent holds, one in any case; nobody is left out, and the order stays."
+    e, seen = Experiments("smoke", memory_gb=memory_gb), []
     specs = [Spec("ResNet", "AdamW", size=8 + k) for k in range(5)]
     monkeypatch.setattr(
         e, "_job", lambda run, s, rate: Job(s, Data(*[torch.zeros(1, 3, s.size, s.size)] * 6), rate, s.optimizer)
     )
-
-    def train(room):
-        def run(jobs, **options):
-            sizes.append(len(jobs))
-            if len(jobs) > room:
-                raise torch.OutOfMemoryError("full")
-            return [dict(rate=j.loss_fn) for j in jobs]
-
-        return run
-
-    monkeypatch.setitem(Experiments._train.__globals__, "train_networks", train(1))
+    train = lambda jobs, **options: seen.append(len(jobs)) or [dict(rate=j.loss_fn) for j in jobs]
+    monkeypatch.setitem(Experiments._train.__globals__, "train_networks", train)
     found = e._train(3, specs, list(range(5)), 1)
-    assert sizes == [5, 2, 1, 1, 1, 1, 1] and [m for m, _ in found] == specs
+    assert seen == sizes and [m for m, _ in found] == specs
     assert [(r["rate"], r["size"], r["run"]) for _, r in found] == [(k, 8 + k, 3) for k in range(5)]
-    monkeypatch.setitem(Experiments._train.__globals__, "train_networks", train(0))
-    with pytest.raises(torch.OutOfMemoryError):
-        e._train(3, specs, list(range(5)), 1)
-    assert fitting("cpu") == TOGETHER
-
-
-@pytest.mark.parametrize("free, ours, want", [(80e9, None, 8), (13e9, None, 2), (80e9, 12, 4), (1e9, 0.1, 1)])
-def test_fewer_train_together_on_a_gpu_that_is_shared(monkeypatch, free, ours, want):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), int(100e9)))
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    assert fitting("cuda", ours) == want
 
 
 def test_trained_once():

@@ -1,7 +1,6 @@
 # Written from the test cells of nbs/3_locality/neighborhood.ipynb by `attnbook export`. Do not edit.
 # fmt: off
 import math
-import weakref
 from functools import partial
 from itertools import product
 from unittest import mock
@@ -1165,26 +1164,6 @@ def test_everything_of_a_preset(monkeypatch):
     assert kept[0][1]["error"] == 0 < kept[-1][1]["error"]
     with pytest.raises(ValueError, match="only"):
         run_experiments("smoke", only="everything")
-
-
-def test_a_finished_seed_is_let_go(monkeypatch):
-    "When a seed's networks are trained, those of the seed before are gone; then the GPU gets its memory back."
-    alive, cleared, globals_of = [], [], run_experiments.__globals__
-
-    def train(trainees, *, steps, batch_size):
-        assert not [ref for ref in alive if ref() is not None] and len(cleared) == len(alive) // 2
-        alive.extend(weakref.ref(t.model) for t in trainees)
-        for t in trainees:
-            t.losses = [1.0]
-
-    images, digits = torch.zeros(4, 3, 20, 20), torch.zeros(4, dtype=torch.long)
-    monkeypatch.setitem(globals_of, "nat_data", lambda *how: (images, digits) * 2)
-    monkeypatch.setitem(globals_of, "train_together", train)
-    monkeypatch.setitem(globals_of, "NAT_KINDS", ("NA", "blocked"))
-    monkeypatch.setitem(globals_of, "record", lambda chapter, name, **row: row)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: cleared.append(1))
-    run_experiments("smoke", device_under_test(), only="nat", seeds=(0, 1), show=lambda text: None)
-    assert len(alive) == 4 and len(cleared) == 2
 
 
 def simulator_rows(costs, device="GPU one", date="2026-01-01T00:00:00+00:00", processors=132, slower={}):

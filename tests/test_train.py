@@ -1,5 +1,6 @@
 # Written from the test cells of nbs/1_foundations/04_train.ipynb by `attnbook export`. Do not edit.
 # fmt: off
+import gc
 import json
 import math
 import os
@@ -8,6 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+import weakref
 from pathlib import Path
 from unittest import TestCase
 
@@ -18,7 +21,7 @@ from torch import nn
 
 from attnbook.lab.checkpoints import History, digest, rng_state, seed_everything, set_rng_state
 from attnbook.lab.data import Batches, image_tensor, mnist5k, skip_without, standardise
-from attnbook.lab.together import Trainee, _as_many_as_fit, train_together
+from attnbook.lab.together import Trainee, _as_many_as_fit, let_go, stuck_is_said, train_together
 from attnbook.lab.train import (
     Stream,
     compare_training,
@@ -155,6 +158,36 @@ def test_compare_training(tmp_path):
     assert rows[1]["ms"] is None and rows[1]["note"] == "ValueError: no such network"
 
 
+def test_what_nobody_holds_is_let_go(monkeypatch):
+    "A network in a cycle is gone before the memory is given back; one that is held stays."
+    seen, net, held = [], nn.Linear(2, 2), nn.Linear(2, 2)
+    net.itself, gone = [net], weakref.ref(net)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append(gone() is None))
+    gc.disable()  # nobody else collects
+    try:
+        del net
+        assert gone() is not None
+        let_go()
+    finally:
+        gc.enable()
+    assert seen == [True] and held.weight.shape == (2, 2)
+
+
+def test_what_stands_still_is_said(tmp_path):
+    "Where it stands, and only then; work that goes on is not mentioned, nor what comes afterwards."
+    said = []
+    for on, pause in ((True, 0.4), (True, 0.02), (False, 0.4)):
+        with open(tmp_path / "said", "w+") as file:
+            with stuck_is_said(on, patience=0.2, file=file) as moves:
+                for _ in range(3):
+                    moves()
+                    time.sleep(pause)
+            time.sleep(0.25)
+            file.seek(0)
+            said.append(file.read())
+    assert "test_what_stands_still_is_said" in said[0] and said[1:] == ["", ""]
+
+
 def small_trainees(device="cpu", n=2):
     "Networks with dropout and a batch norm, and what `fit` needs."
     g = torch.Generator().manual_seed(0)
@@ -196,18 +229,24 @@ def test_together_optimizers_and_bad_losses():
 
 def test_together_as_memory_allows():
     "Networks start while twice the largest one's memory is free, and the first one in any case."
-    left = [100]
+    left, ours, others = [100], [0], [0]
 
     def make(size):
         if size > left[0]:
             raise torch.OutOfMemoryError
-        left[0] -= size
+        left[0] -= size + others[0]
+        ours[0] += size
         return size
 
-    started = lambda sizes, memory: (left.__setitem__(0, memory), _as_many_as_fit(sizes, make, lambda: left[0]))[1]
+    def started(sizes, memory, taken=0):
+        left[0], ours[0], others[0] = memory, 0, taken  # others take so much each time
+        return _as_many_as_fit(sizes, make, lambda: left[0], lambda: ours[0])
+
     assert started([20, 30, 10, 10, 10], 100) == [20, 30]  # 50 is free, and 60 wanted
     assert started([20, 10, 10, 10], 100) == [20, 10, 10, 10]
     assert started([60], 100) == [60] and started([10, 90], 95) == [10]  # the second one does not fit after all
+    assert started([10] * 4, 100, taken=30) == [10] * 3  # what others take is not what ours do
+    assert started([10, 10], 25, taken=-20) == [10, 10]
     with TestCase().assertRaises(torch.OutOfMemoryError):
         started([120, 10], 100)
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..checks import check_choice, check_int, check_number, check_probability, check_tensor
 from ..engine import operation, resolve_backend, triton
-from ..engine.host import round_dim
+from ..engine.host import dot_precision, round_dim
 from .kernels import network_forward, tile_rows
-from .op import MAX_WIDTH, _precision, interacting_layer
+from .op import MAX_WIDTH, interacting_layer
 from .reference import embed_fields
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #284895a9
@@ -303,7 +303,7 @@ def _network_forward(
             R=R,
             RES=first.shape[0] == 4,
             ACT=official,
-            PRECISION=_precision(),
+            PRECISION=dot_precision(torch.float32, "tf32x3"),
             num_warps=R // 16,
         )
     return out

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import check_divides, check_number, check_tensor
 from ..engine import BoundLaunch, arch_of, operation, resolve_backend, triton
-from ..engine.host import Plans, autocast, round_dim, without_autocast
+from ..engine.host import Plans, autocast, dot_precision, round_dim, without_autocast
 from ..engine.run import allocator
 from .kernels import FIELD_LAUNCH, PROCESSORS, interacting_backward, interacting_forward, tile_rows
 from .reference import interacting_reference
@@ -46,14 +46,9 @@ def _layer_plan(kernel, e, weight, bias, num_heads):
         num_warps=warps,
         num_stages=1,
         maxnreg=registers,
-        PRECISION=_precision(),
+        PRECISION=dot_precision(torch.float32, "tf32x3"),
     )
     return (max(1, min(most, triton.cdiv(len(e), R // M))),), consts | ({"HP": HP} if kernel == "backward" else {})
-
-
-def _precision():
-    "Of float32 products: three tf32 products each where torch asks for the highest precision."
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #9d5d99f5
 def _layer_forward(e: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int, scale: float) -> Tensor:

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'PRESETS', 'review_bytes', 'variant_config', 'block_loss', 'token_losses', 'FIRST_SCORED', 'score',
-           'RECIPE', 'train_side_by_side', 'let_go', 'make_model', 'run_variants', 'UPTRAINED', 'run_uptrain',
-           'run_ladder', 'run_all', 'SIZES', 'best_rows', 'losses_of']
+           'RECIPE', 'train_side_by_side', 'make_model', 'run_variants', 'UPTRAINED', 'run_uptrain', 'run_ladder',
+           'run_all', 'SIZES', 'best_rows', 'losses_of']
 
 # %% auto #imports
-import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -21,7 +20,7 @@ from ..checks import check_choice
 from ..lab.data import Windows, text_corpus
 from ..lab.results import load_results, newest_device, record
 from ..lab.stats import by_seed, newest_recipe
-from ..lab.together import Trainee, train_together
+from ..lab.together import Trainee, let_go, train_together
 from ..lm import LanguageModel, next_token_loss
 from ..lm.scores import windows_of
 from .nets import BlockTransformer
@@ -165,13 +164,6 @@ def train_side_by_side(
     del made, drawn
     let_go()
     return ends
-
-
-def let_go() -> None:
-    "Gives the memory of networks and graphs that nobody holds any more back to a GPU that others share."
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def make_model(variant: str, cfg: Mapping, seed: int, dim: int | None = None, layers: int | None = None) -> nn.Module:

@@ -9,7 +9,6 @@ __all__ = ['METHODS', 'PRESETS', 'WindowAttention', 'equal_window', 'attention_o
 
 # %% auto #imports
 import copy
-import gc
 import math
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from ..checks import check_choice
 from ..engine import attention
 from ..lab.data import Windows, byte_splits, python_source
 from ..lab.results import record
-from ..lab.together import Trainee, train_together
+from ..lab.together import Trainee, let_go, train_together
 from ..lab.train import fit
 from ..lm.attend import DenseAttention, attend_dense
 from ..lm.nets import LanguageModel, ModelConfig
@@ -134,9 +133,7 @@ def train(model: LanguageModel, stream: Tensor, cfg: Mapping, steps: int, lr: fl
     one = [Trainee(model.to(device), loss, drawn, seed=seed, lr=lr)]
     train_together(one, steps=steps, batch_size=1, warmup=max(1, steps // 10))
     del one, drawn
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    let_go()
 
 
 def measured(model: LanguageModel, windows: Tensor, cfg: Mapping, device: str) -> dict:

@@ -8,7 +8,6 @@ __all__ = ['METHODS', 'make_model', 'moved', 'with_partners', 'TRIPLETS', 'branc
            'run_all']
 
 # %% auto #imports
-import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -125,7 +124,7 @@ def train_models(
     **settings: Any,
 ) -> list[DCAL]:
     """Networks of the preset, one for each seed of `data`, trained side by side, as CUDA graphs on a GPU; in evaluation mode.
-    At most `together` at a time, where the preset says it: each holds one or two gigabytes. `settings` as of `make_model`."""
+    `settings` as of `make_model`."""
     made, loss = [], branch_loss(triplet)
     for seed, parts in data.items():
         x, y = parts["train"]
@@ -138,10 +137,7 @@ def train_models(
             return loss(model, x[rows[0]], y[rows[0]], by[0], None if pair is None else pair[0])
 
         made.append(Trainee(model, loss_of, steps, seed=seed, lr=cfg.get("lr", 2e-3)))
-    most = cfg.get("together", len(made))
-    for i in range(0, len(made), most):
-        train_together(made[i : i + most], steps=cfg["steps"], batch_size=1)
-        gc.collect(), torch.cuda.empty_cache()  # graphs and what each stream has cached: others may need it
+    train_together(made, steps=cfg["steps"], batch_size=1)
     return [t.model for t in made]
 
 

@@ -24,6 +24,7 @@ from ..checks import (
     check_qkv,
     check_scale,
     check_tensor,
+    values_known,
 )
 from ..clusters import select_largest
 from ..engine import FULL, attention, operation, resolve_backend, tile_attention
@@ -47,7 +48,7 @@ def pair_lists(pair: Tensor, images: int | None = None, device: torch.device | s
     on a GPU, where that would wait, they are moved into the range. TypeError if they are no integers."""
     check_tensor("pair", pair, dtype="integer", ndim=1)
     images = len(pair) if images is None else check_int("images", images, least=len(pair))
-    if not torch.compiler.is_compiling() and pair.device.type == "cpu" and pair.numel():
+    if values_known(pair) and pair.numel():
         low, high = int(pair.min()), int(pair.max())
         if low < 0 or high >= images:
             raise ValueError(f"pair must hold numbers of images from 0 to {images - 1}, not {low if low < 0 else high}")
@@ -303,7 +304,7 @@ def global_local_attention(
     q, k, v = autocast(q, k, v)
     check_tensor("q", q, ndim=4)
     check_tensor("index", index, dtype="integer", shape=(q.shape[0], "R"), on=q)
-    if not torch.compiler.is_compiling() and index.device.type == "cpu" and index.numel():
+    if values_known(index) and index.numel():
         bad = [int(i) for i in (index.min(), index.max()) if not 0 <= i < q.shape[2]]
         if bad:
             raise ValueError(f"index must hold numbers of tokens from 0 to {q.shape[2] - 1}, not {bad[0]}")

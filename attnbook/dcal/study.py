@@ -39,7 +39,7 @@ PRESETS = dict(
     ),
     gpu=dict(
         size=64, patch=8, train=240, test=40, model=dict(dim=192, depth=4, num_heads=3), batch=252, steps=360, seeds=5,
-        control_seeds=5, ratio=0.1, ratios=(0.05, 0.3), together=3,
+        control_seeds=5, ratio=0.1, ratios=(0.05, 0.3),
     ),
 )  # fmt: skip
 #: of all trainings; 2: the seeds of a method train side by side, and retrieval has another triplet loss

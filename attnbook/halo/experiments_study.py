@@ -7,7 +7,6 @@ __all__ = ['PRESETS', 'cost_experiment', 'NETS', 'small_halonet', 'halo_data', '
            'run_experiments']
 
 # %% auto #imports
-import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
@@ -20,7 +19,7 @@ from ..checks import check_choice
 from ..lab.bench import measure
 from ..lab.data import image_tensor, mnist_m, standardise
 from ..lab.results import record
-from ..lab.together import Trainee, train_together
+from ..lab.together import Trainee, let_go, train_together
 from ..lab.train import cross_entropy, evaluate_accuracy
 from ..layers import count_parameters
 from ..neighborhood import neighborhood_attention
@@ -235,5 +234,5 @@ def run_experiments(
         for row in net_experiments(tuple(NETS), data, **settings):
             rows.append(record("halo", "nets", key=("net", "run", "steps"), device=device, preset=preset, **row))
             show(f"{row['net']:13} seed {run}: accuracy {row['accuracy']:.1%}, {row['seconds']:.0f} s for all")
-        gc.collect(), torch.cuda.empty_cache()  # a seed's networks and CUDA graphs are gone: their memory, too
+        let_go()
     return rows

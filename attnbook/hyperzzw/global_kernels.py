@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_map', 'store_map', 'map_mean', 'standardized', 'standardized_gradient', 'pick', 'right_factor', 'forward_step',
            'product_forward', 'backward_step', 'product_backward', 'gate_forward', 'gate_backward', 'MapLaunch',
-           'MAP_LAUNCH', 'MOST_SIDE', 'MOST_PRODUCT', 'map_shares', 'product_launch', 'gate_launch', 'float32_products']
+           'MAP_LAUNCH', 'MOST_SIDE', 'MOST_PRODUCT', 'map_shares', 'product_launch', 'gate_launch']
 
 # %% auto #imports
 from typing import NamedTuple
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..engine import LaunchTable, arch_of, tl, triton
-from ..engine.host import BoundLaunch, round_dim
+from ..engine.host import BoundLaunch, dot_precision, round_dim
 from .reference import EPS
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #c3069fa1
@@ -314,7 +314,7 @@ def product_launch(kind: str, x: Tensor, own: bool, many: int, standard: int, ke
         OWN=own,
         ROLLED=round_dim(S) > 32,
         EPS=EPS,
-        PRECISION=float32_products(),
+        PRECISION=dot_precision(torch.float32, "tf32x3"),
         num_warps=p.warps,
         maxnreg=p.registers,
     ), shares
@@ -328,8 +328,3 @@ def gate_launch(kind: str, x: Tensor) -> tuple[BoundLaunch, int]:
     return BoundLaunch(
         kernel, (shares,), n, share, S=S, P=round_dim(S), EPS=EPS, num_warps=p.warps, maxnreg=p.registers
     ), shares
-
-
-def float32_products() -> str:
-    "How float32 is multiplied: by three tf32 products where torch asks for the highest precision, else by one."
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"

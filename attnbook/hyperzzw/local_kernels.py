@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ..engine import LaunchTable, arch_of, tl, triton
-from ..engine.host import BoundLaunch, round_dim
-from .global_kernels import float32_products
+from ..engine.host import BoundLaunch, dot_precision, round_dim
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #54dee423
 @triton.jit
@@ -172,7 +171,7 @@ def local_launch(x: Tensor, weight: Tensor, sign: int) -> BoundLaunch:
         SIGN=sign,
         BM=BM,
         P=round_dim(W),
-        PRECISION=float32_products(),
+        PRECISION=dot_precision(torch.float32, "tf32x3"),
         num_warps=p.warps,
         num_stages=2,
     )
@@ -200,6 +199,6 @@ def local_weights_launch(x: Tensor, weight: Tensor) -> tuple[BoundLaunch, int]:
         GU=GU,
         BM=BM,
         P=P,
-        PRECISION=float32_products(),
+        PRECISION=dot_precision(torch.float32, "tf32x3"),
         num_warps=p.warps,
     ), shares

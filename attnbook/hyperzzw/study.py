@@ -105,7 +105,7 @@ def run_all(
 ) -> dict[str, list[dict]]:
     """All experiments of a preset, or those named in `only`, recorded; name -> rows.
 
-    `memory_gb`: of a GPU, about what the trainings may hold; None: as much as there is, which is 22 for all at once.
+    `memory_gb`: of a GPU, about what the trainings may hold, since others may share it; None: as much as is free, 22 for all at once.
     `seeds`: how many, from `seed` on; 0 takes the preset's. "context", which trains nothing, and "fields" have rows of the first seed
     only. No further seed begins where it would not end within `limit_s` seconds."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

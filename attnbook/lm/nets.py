@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import check_bool, check_choice, check_divides, check_int, check_number, check_tensor
+from ..checks import check_bool, check_choice, check_divides, check_int, check_number, check_tensor, values_known
 from .attend import DenseAttention
 from .cache import DecodeCache, DynamicCache, StaticCache
 from .reference import RopeScaling, count_pads, rms_norm, rope_frequencies, rotate, segment_positions, visible
@@ -410,8 +410,8 @@ class LanguageModel(Decoder):
             check_tensor("segments", segments, dtype="integer", ndim=1, on=embeddings, of="tokens")
         if self.place is not None and cache is None:
             n, most = embeddings.shape[1], self.config.max_length
-            if segments is not None:  # positions begin anew in every document; looking at a GPU's would wait for it
-                n = 0 if segments.is_cuda or torch.compiler.is_compiling() else int(segments.diff().max())
+            if segments is not None:  # positions begin anew in every document
+                n = int(segments.diff().max()) if values_known(segments) else 0
             if n > most:
                 raise ValueError(f"tokens must be at most max_length = {most} long, not {n}")
         states, hidden = self.run(embeddings, mask, segments, positions, cache, return_hidden)

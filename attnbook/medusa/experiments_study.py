@@ -9,7 +9,6 @@ __all__ = ['PRESETS', 'NETS', 'MAIN', 'RUNS', 'widened', 'small_net', 'attention
            'best_rows', 'accuracy_table']
 
 # %% auto #imports
-import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from ..lab.results import load_results, newest_device, record
 from ..lab.stats import by_seed, newest_recipe, paired
-from ..lab.together import Trainee, train_together
+from ..lab.together import Trainee, let_go, train_together
 from ..lab.train import cross_entropy
 from ..layers import count_parameters
 from ..vit import ViT
@@ -342,7 +341,7 @@ def run_all(
             for row in [row for row, _ in net_experiments(task, name, known[kind], cfg)]:
                 key = ("task", "net", "run", "steps", "recipe")
                 rows.append(record("medusa", "nets", key=key, device=device, preset=preset, **row))
-            gc.collect(), torch.cuda.empty_cache()  # graphs and what each stream has cached: others may need it
+            let_go()
             mean = np.mean([r["accuracy"] for r in rows[-cfg["seeds"] :]])
             show(f"{time.perf_counter() - began:4.0f} s {task} {name:22}: accuracy {mean:.1%}, {cfg['seeds']} seeds")
     return rows

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checks import check_choice, check_int, check_number, check_probability, check_tensor, values_known
 from ..engine import arch_of, operation, resolve_backend, row_lists, scatter_rows, triton
-from ..engine.host import Plans, autocast, processors, round_dim, through_float32, without_autocast
+from ..engine.host import Plans, autocast, dot_precision, processors, round_dim, through_float32, without_autocast
 from .catalogue_kernels import (
     CATALOGUE_LAUNCH,
     balanced_splits,
@@ -48,14 +48,15 @@ def _plan_catalogue(kernel, hidden, stay, N, V):
     splits = balanced_splits(here, there, slots)
     per = triton.cdiv(there, splits)
     consts = dict(
-        D=D, BD=round_dim(D), BM=p.BM, BN=p.BN, STAGES=p.stages, PRECISION=_product(hidden.dtype), **p.options()
+        D=D,
+        BD=round_dim(D),
+        BM=p.BM,
+        BN=p.BN,
+        STAGES=p.stages,
+        PRECISION=dot_precision(hidden.dtype, "tf32x3"),
+        **p.options(),
     )
     return here, per, triton.cdiv(there, per), consts
-
-
-def _product(dtype):
-    "Precision of products: float32 ones are three tf32 products each where torch asks for the highest, which keeps their digits and the tensor cores."
-    return None if dtype != torch.float32 else "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _rows_of_teacher(table, crow):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checks import check_divides, check_int, check_number, check_probability, check_qkv, check_tensor
 from ..engine import arch_of, operation, resolve_backend, tile_attention, triton
-from ..engine.host import Plans, round_dim, through_float32
+from ..engine.host import Plans, dot_precision, round_dim, through_float32
 from .kernels import SEGMENTS, window_backward, window_forward
 from .reference import Segments
 
@@ -49,7 +49,7 @@ def _mean_plan(x):
     return (
         (B * tiles, triton.cdiv(D, BD)),
         tiles,
-        dict(D=D, BM=BM, BD=BD, PRECISION="tf32x3" if x.dtype == torch.float32 else None, num_warps=4),
+        dict(D=D, BM=BM, BD=BD, PRECISION=dot_precision(x.dtype, "tf32x3"), num_warps=4),
     )
 
 

@@ -7,7 +7,6 @@ __all__ = ['PRESETS', 'cost_experiment', 'flex_peer', 'photo_features', 'stride_
            'border_experiment', 'nat_data', 'nat_experiments', 'EXPERIMENTS', 'run_experiments']
 
 # %% auto #imports
-import gc
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -21,7 +20,7 @@ from ..checks import check_choice
 from ..lab.bench import flex, measure, sdpa
 from ..lab.data import image_tensor, mnist5k, mnist_m, photos
 from ..lab.results import record
-from ..lab.together import Trainee, train_together
+from ..lab.together import Trainee, let_go, train_together
 from ..layers import count_parameters
 from .nets import NAT_KINDS, small_nat
 from .op import na2d, neighborhood_attention
@@ -325,5 +324,5 @@ def run_experiments(
             for row in nat_experiments(NAT_KINDS, data, **nat, seed=run, device=device):
                 rows.append(record("neighborhood", "nat", **more, **row))
                 show(f"{row['kind']:13} seed {run}: accuracy {row['accuracy']:.1%}, {row['seconds']:.0f} s for all")
-            gc.collect(), torch.cuda.empty_cache()  # a seed's networks and CUDA graphs are gone: their memory, too
+            let_go()
     return rows

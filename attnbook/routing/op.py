@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..attention import attention_reference
-from ..checks import check_bool, check_choice, check_int, check_qkv, check_scale, check_tensor
+from ..checks import check_bool, check_choice, check_int, check_qkv, check_scale, check_tensor, values_known
 from ..clusters import FAR_BELOW, segment_attention
 from ..clusters.op import attend_lists, decide_lists
 from ..clusters.programs import BAND_SELF
@@ -28,8 +28,7 @@ def _check_side(name, side, n, heads):
             shape = (*heads, "segments + 1" if field == "offsets" else n)
             check_tensor(f"membership: the {field} of {name}", t, dtype="integer", shape=shape)
         ends = side.offsets[..., -1]
-        known = ends.device.type == "cpu" and not torch.compiler.is_compiling()  # on a GPU this would wait for it
-        if known and (ends != n).any():
+        if values_known(ends) and (ends != n).any():
             raise ValueError(
                 f"membership: the offsets of {name} must end at the length {n}, they end at {ends.unique().tolist()}"
             )

@@ -8,7 +8,6 @@ __all__ = ['PRESETS', 'FORMS', 'echo', 'leak_net', 'run_leak', 'source_bytes', '
            'RECIPES', 'run_all']
 
 # %% auto #imports
-import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from ..lab.data import Windows, byte_splits, python_source
 from ..lab.results import record
+from ..lab.together import let_go
 from ..lab.train import fit
 from ..lm.attend import attend_dense
 from ..lm.nets import LanguageModel, ModelConfig, rescaled
@@ -256,9 +256,7 @@ def run_eviction(cfg: Mapping, device: str, run: int) -> Iterator[tuple[str, dic
     yield "teaching", dict(run=run), dict(curve=curve, seconds=history.seconds)
     for p in model.parameters():
         p.grad = None
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()  # what the training held: caches need little, and others may share the GPU
+    let_go()  # what the training held: caches need little, and others may share the GPU
     model.set_attention(HeavyHitterAttention())
     text = windows_of(valid, cfg["length"] + 1, cfg["windows"]).to(device)
     task = passkey(cfg["length"], batch=cfg["texts"], digits=cfg["digits"], seed=-1 - run)

@@ -43,7 +43,7 @@ from attnbook.lab.testing import (
 )
 def test_dot_precision(monkeypatch, amd, switch, products):
     "Torch's switch decides for float32; what a kernel wants at the highest precision gives way where there is no such thing."
-    monkeypatch.setitem(dot_precision.__globals__, "_AMD", amd)
+    monkeypatch.setattr(torch.version, "hip", "6.4" if amd else None)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: switch)
     assert (dot_precision(torch.float32), dot_precision(torch.float32, "tf32x3")) == products
     assert dot_precision(torch.bfloat16, "tf32x3") is None

@@ -458,19 +458,11 @@ def round_dim(d: int) -> int:
     return max(16, 1 << (d - 1).bit_length())
 
 
-_AMD = torch.version.hip is not None
-
-
-def dot_precision(dtype: torch.dtype, highest: str = "ieee") -> str | None:
-    """What `tl.dot` is told: float32 products follow torch's own switch for matrix products; 16-bit ones have no choice.
-
-    `highest` is taken where the switch asks for the highest precision: 'ieee', or 'tf32x3', three products each, which keep nearly
-    all digits and the tensor cores. AMD's GPUs have no 'tf32x3': there it is 'ieee'."""
-    if dtype != torch.float32:
-        return None
-    if torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "ieee" if _AMD else highest
+def dot_precision(dtype: torch.dtype, exact: str = "ieee") -> str | None:
+    """What `tl.dot` is told: float32 products follow torch's own switch for matrix products; 16-bit ones have no choice. At the highest precision they
+    are `exact`: 'ieee', or 'tf32x3', three products each on tensor cores, which keep nearly all digits; AMD's GPUs lack it and get 'ieee'."""
+    switch = torch.get_float32_matmul_precision()
+    return None if dtype != torch.float32 else "tf32" if switch != "highest" else "ieee" if torch.version.hip else exact
 
 
 def needs_64_bit(*tensors: Tensor) -> bool:

@@ -147,7 +147,7 @@ def test_run_a_chapter(tmp_path):
     pytest.importorskip("papermill")
     done = attnbook(
         "run",
-        "halo",
+        "cca",
         "--preset",
         "smoke",
         "--out",
@@ -158,7 +158,7 @@ def test_run_a_chapter(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
-    page = (folder / "halo.html").read_text()
+    page = (folder / "cca.html").read_text()
     assert page.count("<math") > 10 and "data:image/png;base64" in page and "$$" not in page
     assert "Traceback" not in page
     summary = json.loads((folder / "summary.json").read_text())

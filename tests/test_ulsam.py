@@ -472,6 +472,7 @@ def test_small_networks(make):
 
 from attnbook.lab.stats import Interval  # noqa: E402
 
+
 SIGNS = (Interval(1.0, 0.5, 5), Interval(0.1, 0.5, 5), Interval(-1.0, 0.5, 5))
 VERDICTS_OF = {  # claim -> made-up measurements and their verdicts
     "ULSAM added": (SIGNS, ("holds", "not measured", "does not hold here")),

@@ -96,7 +96,8 @@ def emptier(shape, strides=None, *, dtype: torch.dtype, device: torch.device) ->
     strides = torch.empty(shape, device="meta").stride() if strides is None else tuple(strides)
     plain = functools.partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
     quick = getattr(_ALLOCATORS, f"_empty_strided_{device.type}", None)
-    if quick is None or device.type not in ("cpu", "cuda"):
+    filled = torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+    if quick is None or device.type not in ("cpu", "cuda") or filled:
         return plain
     quick = functools.partial(quick, shape, strides, dtype)
     if device.type == "cuda" and torch.cuda.device_count() > 1:  # it allocates on the current device

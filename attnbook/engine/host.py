@@ -273,8 +273,8 @@ class Kept(dict):
 class Plans:
     """What calls decided, by key; the oldest goes when there are more than `most`. Threads may share it.
 
-    A key must hold everything the decision depends on. To the one given to `find`, the tables of launches (their version), the architecture and torch's
-    precision of float32 products are added here.
+    A key must hold everything the decision depends on. To the one given to `find`, the tables of launches (their version), the architecture, torch's
+    precision of float32 products and whether it is to be deterministic are added here.
     """
 
     def __init__(self, most: int = 512):
@@ -283,7 +283,7 @@ class Plans:
 
     def find(self, key, make: Callable, *args):
         "The plan kept under the key, or `make(*args)`, which is then kept."
-        key = key, LaunchTable.version, _PRETENDED[-1] if _PRETENDED else None, _precision()
+        key = key, LaunchTable.version, _PRETENDED[-1] if _PRETENDED else None, _precision(), _deterministic()
         plan = self.kept.get(key)
         return self._store(key, make(*args)) if plan is None else plan
 
@@ -315,7 +315,8 @@ class Plans:
         values = options.values()
         types = [*map(type, values)]
         types = map(_types, values) if tuple in types else types  # 1, 1.0 and True are equal, and not the same
-        rest = make, LaunchTable.version, _PRETENDED[-1] if _PRETENDED else None, _precision(), *values, *types
+        rest = make, LaunchTable.version, _PRETENDED[-1] if _PRETENDED else None, _precision(), _deterministic()
+        rest = *rest, *values, *types
         try:
             seen = self.seen.get(rest, ())
         except TypeError:  # a list, say: whoever checks it will say so
@@ -349,6 +350,7 @@ MOST_SEEN = 8
 
 _precision = getattr(torch._C, "_get_float32_matmul_precision", torch.get_float32_matmul_precision)
 _transformed = torch._C._are_functorch_transforms_active
+_deterministic = torch._C._get_deterministic_algorithms  # then PyTorch fills what it allocates
 
 
 def bound(kernel, grid: tuple[int, ...], *rest, **constants) -> BoundLaunch:

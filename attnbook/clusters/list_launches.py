@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..engine import arch_of, find_launch, triton
+from ..engine.ground import emptier
 from ..engine.host import BoundLaunch, needs_64_bit
 from ..engine.run import L2_SHARE, common_arguments, run_forward
 from .kernels import DRAWS, find_slots, fold_launch, sum_slots
@@ -85,15 +86,14 @@ def plan_shared_lists(q, k, v, a, flags, scale):
         num_warps=p.warps,
         **common,
     )
-    fold = fold_launch(B * H, n, slots, (DV,), mean=True)
+    fold, new = fold_launch(B * H, n, slots, (DV,), mean=True), functools.partial(emptier, device=device)
+    new_out, new_y = new((B, H, slots, DV), dtype=dtype), new((B, H, n, DV), dtype=dtype)
+    new_lse, new_table = new((B, H, slots), dtype=torch.float32), new((B, H, n, DRAWS), dtype=torch.int32)
+    new_counts = new((B, H, n), dtype=torch.int32)
 
-    def run(q, k, v, a):
-        out = torch.empty((B, H, slots, DV), device=device, dtype=dtype)
-        lse = torch.empty((B, H, slots), device=device, dtype=torch.float32)
-        counts = torch.zeros((B, H, n), device=device, dtype=torch.int32)
-        table = torch.empty((B, H, n, DRAWS), device=device, dtype=torch.int32)
+    def run(q, k, v, a, *rest):
+        out, lse, counts, table, y = new_out(), new_lse(), new_counts().zero_(), new_table(), new_y()
         launch.same(q, q if k is None else k, v, out, lse, a, counts, table)
-        y = torch.empty((B, H, n, DV), device=device, dtype=dtype)
         fold.same((out,), (y,), a, counts, table)
         return y, out, lse, counts
 
@@ -166,14 +166,16 @@ def plan_list_grads(dy, q, k, v, out, a, b, flags, scale):
         )
         fold = fold_launch(B * H, n, slots, (D, DV) if k is None else (D, D, DV))
 
+    new = functools.partial(emptier, device=device)
+    new_rows, new_drawn = new((B, H, slots), dtype=torch.float32), new((B, H, n), dtype=torch.int32)
+    new_table, new_spread = new((B, H, n, DRAWS), dtype=torch.int32), new(out.shape, dtype=dtype)
+    new_q, new_k, new_v = (new((B, H, size, dim), dtype=dtype) for size, dim in ((slots, D), (rows, D), (rows, DV)))
+    new_sums = [new((B, H, n, dim), dtype=dtype) for dim in ((D, DV) if k is None else (D, D, DV))]
+
     def run(dy, q, k, v, out, a, b, lse, counts):
-        empty = functools.partial(torch.empty, device=device, dtype=dtype)
-        lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
-        drawn = torch.zeros((B, H, n), device=device, dtype=torch.int32)
-        table = torch.empty((B, H, n, DRAWS), device=device, dtype=torch.int32)
-        dq, dv = empty((B, H, slots, D)), empty((B, H, rows, DV))
-        dk = None if k is None else empty((B, H, rows, D))
-        spread = empty(out.shape) if spreads else None
+        lse2, delta, drawn, table = new_rows(), new_rows(), new_drawn().zero_(), new_table()
+        dq, dv, dk = new_q(), new_v(), None if k is None else new_k()
+        spread = new_spread() if spreads else None
         weigh.same(out, dy, a, counts, drawn, table, lse, lse2, delta, spread)
         d = dy if spread is None else spread
         if b is not None:
@@ -181,7 +183,7 @@ def plan_list_grads(dy, q, k, v, out, a, b, flags, scale):
             return sum_slots([dq], a, counts, table) + sum_slots([dk, dv], b, *find_slots(b, k.shape[2]))
         grads.same(q, q if k is None else k, v, d, lse2, delta, dq, dk, dv, a)
         parts = (dq, dv) if k is None else (dq, dk, dv)
-        sums = tuple([empty((B, H, n, x.shape[3])) for x in parts])
+        sums = tuple([make() for make in new_sums])
         fold.same(parts, sums, a, counts, table)
         return sums
 

@@ -51,8 +51,7 @@ def _attend_lists(
 def _plan_lists(q, k, v, a, b, flags, scale):
     if b is not None:
         return _attend_lists
-    run = plan_shared_lists(q, k, v, a, ListFlags(*flags), scale)
-    return lambda q, k, v, a, *rest: run(q, k, v, a)
+    return plan_shared_lists(q, k, v, a, ListFlags(*flags), scale)
 
 
 def _lists_like(q, k, v, a, b, flags, scale):
@@ -165,7 +164,8 @@ def attend_lists(q: Tensor, k: Tensor, v: Tensor, q_lists: Tensor, k_lists: Tens
         with without_autocast(q):
             return list_attention_gather(q, k, v, q_lists, q_lists if k_lists is None else k_lists, **how)
     a, b = q_lists.contiguous(), None if k_lists is None else k_lists.contiguous()
-    return cluster_attention_op(q, None if same else k, v, a, b, *how, kept=kept)[0]
+    flags, scale = how
+    return cluster_attention_op(q, None if same else k, v, a, b, flags, scale, kept=kept)[0]
 
 
 def segment_attention(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..engine import INTERPRETED, BoundLaunch, operation
+from ..engine.ground import emptier
 from ..engine.host import Plans, dot_precision, needs_64_bit, round_dim, signature, through_float32
 from ..engine.run import LOG2E, allocator, empty_heads, packed_views
 from .kernels import (
@@ -79,11 +80,12 @@ def _plan_forward(q, k, v, out, pos_weight, Y, X, scale):
         if q.numel()
         else None
     )
-    kind, new = _table_type(q.dtype), partial(torch.empty, device=q.device, dtype=torch.float32)
-    of_lse, of_moments, of_table = (B, H, N), (H, N, 3), (H, width, width)
+    new = partial(emptier, device=q.device, dtype=torch.float32)
+    new_lse, new_moments = new((B, H, N)), new((H, N, 3))
+    new_table = emptier((H, width, width), dtype=_table_type(q.dtype), device=q.device)
 
     def run(q, k, v, pos_weight, gate_logit, out):
-        table, lse, moments = torch.empty(of_table, device=out.device, dtype=kind), new(of_lse), new(of_moments)
+        table, lse, moments = new_table(), new_lse(), new_moments()
         of_places.same(pos_weight, table, moments)
         if attend is not None:
             attend.same(q, k, v, table, gate_logit, out, lse)
@@ -100,7 +102,7 @@ def _launch_forward(q, k, v, pos_weight, gate_logit, out, Y, X, scale):
     )
 
 # %% ../../nbs/2_position/convit.ipynb #b503015b
-def _plan_backward(do, q, k, v, dq, dk, dv, Y, X, scale):
+def _plan_backward(do, q, k, v, dq, dk, dv, Y, X, scale, kind):
     "The backward pass of all calls like this one: fills dq, dk, dv; gradients of pos_weight and gate_logit."
     (B, H, N, _), stride = q.shape, lambda *tensors: [t.stride() for t in tensors]
     options = _options(do, q, k, v, dq, dk, dv) | dict(LP=_table_width(N), PRECISION=dot_precision(q.dtype))
@@ -141,14 +143,15 @@ def _plan_backward(do, q, k, v, dq, dk, dv, Y, X, scale):
         **options,
     )
 
-    fold, device = BoundLaunch(gpsa_head_sums, (H,), H, tiles, B * tiles, BR=128, num_warps=4), q.device
+    fold = BoundLaunch(gpsa_head_sums, (H,), H, tiles, B * tiles, BR=128, num_warps=4)
+    new = partial(emptier, device=q.device)
+    new_delta, new_sums = (new(size, dtype=torch.float32) for size in ((B, H, N), (B, H, tiles, 4)))
+    new_weight, new_gate = (new(size, dtype=kind) for size in ((H, 3), (H,)))
 
     def run(do, q, k, v, gate_logit, lse, table, moments, dq, dk, dv):
-        delta, sums = torch.empty_like(lse), torch.empty((B, H, tiles, 4), device=device, dtype=torch.float32)
+        delta, sums, heads = new_delta(), new_sums(), (new_weight(), new_gate())
         run_dq.same(q, k, v, do, table, moments, gate_logit, lse, dq, delta, sums)
         run_dkv.same(q, k, v, do, table, gate_logit, lse, delta, dk, dv)
-        kind = gate_logit.dtype
-        heads = torch.empty((H, 3), device=device, dtype=kind), torch.empty(H, device=device, dtype=kind)
         fold.same(sums, *heads)
         return heads
 
@@ -160,7 +163,9 @@ def _launch_backward(do, q, k, v, gate_logit, lse, table, moments, dq, dk, dv, Y
     if q.numel() == 0:
         return gate_logit.new_zeros(q.shape[1], 3), gate_logit.new_zeros(q.shape[1])
     tensors = do, q, k, v, dq, dk, dv
-    run = _BACKWARD.find((signature(*tensors, gate_logit), Y, X, scale), _plan_backward, *tensors, Y, X, scale)
+    run = _BACKWARD.find(
+        (signature(*tensors, gate_logit), Y, X, scale), _plan_backward, *tensors, Y, X, scale, gate_logit.dtype
+    )
     return run(do, q, k, v, gate_logit, lse, table, moments, dq, dk, dv)
 
 # %% ../../nbs/2_position/convit.ipynb #1448b4f9
@@ -204,12 +209,12 @@ def _fused_backward_plan(call):
     if do is None or call.q.numel() == 0:
         return None
     likes = [empty_heads(t, t.shape[3]) for t in tensors]
-    new_q, new_k, new_v = (allocator(g.shape, g.stride(), t) for g, t in zip(likes, tensors))
-    plan = _plan_backward(do, *tensors, *likes, call.Y, call.X, call.scale)
+    new_q, new_k, new_v = (allocator(g) for g in likes)
+    plan = _plan_backward(do, *tensors, *likes, call.Y, call.X, call.scale, call.gate_logit.dtype)
 
     def run(grads, saved):
         q, k, v, _, gate_logit, _, lse, table, moments = saved
-        dq, dk, dv = new_q(q), new_k(k), new_v(v)
+        dq, dk, dv = new_q(), new_k(), new_v()
         return dq, dk, dv, *plan(grads[0], q, k, v, gate_logit, lse, table, moments, dq, dk, dv)
 
     return run
@@ -223,10 +228,10 @@ def _fused_gradients(call):
 
 def _fused_plan(q, k, v, pos_weight, gate_logit, Y, X, scale):
     like = empty_heads(q, q.shape[3])
-    run, new = _plan_forward(q, k, v, like, pos_weight, Y, X, scale), allocator(like.shape, like.stride(), q)
+    run, new = _plan_forward(q, k, v, like, pos_weight, Y, X, scale), allocator(like)
 
     def planned(q, k, v, pos_weight, gate_logit, *rest):
-        out = new(q)
+        out = new()
         return out, *run(q, k, v, pos_weight, gate_logit, out)
 
     return planned
@@ -269,12 +274,12 @@ def _packed_forward(
 def _packed_plan(qkv, pos_weight, gate_logit, Y, X, scale):
     H, (B, N, D) = len(gate_logit), qkv.shape
     D //= 3
-    run = _plan_forward(
-        *packed_views(qkv, H, (D, D, D)), *packed_views(qkv.new_empty(B, N, D), H, (D,)), pos_weight, Y, X, scale
-    )
+    like = qkv.new_empty(B, N, D)
+    new = allocator(like)
+    run = _plan_forward(*packed_views(qkv, H, (D, D, D)), *packed_views(like, H, (D,)), pos_weight, Y, X, scale)
 
     def planned(qkv, pos_weight, gate_logit, *rest):
-        out = qkv.new_empty(B, N, D)
+        out = new()
         return out, *run(*packed_views(qkv, H, (D, D, D)), pos_weight, gate_logit, *packed_views(out, H, (D,)))
 
     return planned
@@ -311,13 +316,14 @@ def _packed_backward_plan(call):
     if do is None or call.qkv.numel() == 0:
         return None
     like = call.qkv.new_empty(call.qkv.shape)
-    new = allocator(like.shape, like.stride(), call.qkv)
+    new = allocator(like)
     heads = lambda t: packed_views(t, H, (D, D, D))
-    plan = _plan_backward(*packed_views(do, H, (D,)), *heads(call.qkv), *heads(like), call.Y, call.X, call.scale)
+    given = *packed_views(do, H, (D,)), *heads(call.qkv), *heads(like), call.Y, call.X, call.scale
+    plan = _plan_backward(*given, call.gate_logit.dtype)
 
     def run(grads, saved):
         qkv, _, gate_logit, _, lse, table, moments = saved
-        dqkv = new(qkv)
+        dqkv = new()
         given = *packed_views(grads[0], H, (D,)), *heads(qkv)
         return dqkv, *plan(*given, gate_logit, lse, table, moments, *heads(dqkv))
 

@@ -52,10 +52,8 @@ def _gated(content, place, gate_logit):
     return rest * content + gate * place
 
 
-def _gpsa(q, k, v, pos_weight, gate_logit, grid_size, scale, route, kept=None):
-    "Without checks; float32 head parameters (float64 with float64 tensors)."
-    if route == "fused":
-        return gpsa_fused_op(q, k, v, pos_weight, gate_logit, *grid_size, scale, kept=kept)[0]
+def _composed(q, k, v, pos_weight, gate_logit, grid_size, scale, route):
+    "By two attentions, without checks; float32 head parameters (float64 with float64 tensors)."
     parts = _content_and_place(q, k, v, pos_weight, grid_size, scale, "torch" if route == "torch" else "triton")
     return gated_mix_op(*parts, gate_logit) if route == "composed" else _gated(*parts, gate_logit).to(v.dtype)
 
@@ -90,12 +88,13 @@ def gpsa(
         q, k, v = (t.flatten(2, 3) for t in (q, k, v))
     if route == "fused" and not return_parts:
         pos_weight, gate_logit = _as_read(pos_weight, gate_logit)
-    else:
-        pos_weight, gate_logit = pos_weight.to(real).contiguous(), gate_logit.to(real).contiguous()
+        out = gpsa_fused_op(q, k, v, pos_weight, gate_logit, *grid_size, scale, kept=kept)[0]
+        return out.unflatten(2, grid_size) if spatial else out
+    pos_weight, gate_logit = pos_weight.to(real).contiguous(), gate_logit.to(real).contiguous()
     back = (lambda t: t.unflatten(2, grid_size)) if spatial else lambda t: t
     with without_autocast(q):
         if not return_parts:
-            return back(_gpsa(q, k, v, pos_weight, gate_logit, grid_size, scale, route, kept))
+            return back(_composed(q, k, v, pos_weight, gate_logit, grid_size, scale, route))
         parts = _content_and_place(q, k, v, pos_weight, grid_size, scale, backend)
         return tuple(back(t.to(v.dtype)) for t in (_gated(*parts, gate_logit), *parts))
 

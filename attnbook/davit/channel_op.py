@@ -16,6 +16,7 @@ from torch import Tensor
 from ..checks import check_divides, check_int, check_scale, check_tensor
 from ..depthwise import launch_sum_parts
 from ..engine import arch_of, operation, resolve_backend
+from ..engine.ground import emptier
 from ..engine.host import (
     INTERPRETED,
     BoundLaunch,
@@ -46,14 +47,15 @@ def _plan_channel_forward(q, k, v, out, scale):
     scores = BoundLaunch(channel_scores, grid, sq, sk, N, share, G, **options)
     reduce = BoundLaunch(channel_reduce, (len(q) * G,), scale, shares, GRAD=False, D=D, BD=round_dim(D))
     mix = BoundLaunch(channel_mix, grid, sv, so, N, share, G, **options)
-    size, new = (len(q), G, D, D), partial(torch.empty, device=q.device, dtype=torch.float32)
+    new = partial(emptier, device=q.device, dtype=torch.float32)
+    new_weights, new_sums = new((len(q), G, D, D)), new((len(q) * G, shares, D, D))
 
     def run(q, k, v, out):
-        weights = new(size)
+        weights = new_weights()
         if shares == 1:
             together.same(q, k, v, weights, out)
             return weights
-        sums = new((len(q) * G, shares, D, D))
+        sums = new_sums()
         scores.same(q, k, sums)
         reduce.same(sums, None, None, weights)
         mix.same(v, weights, out)
@@ -147,10 +149,10 @@ def _channel_plan(q, k, v, scale):
     run = _plan_channel_forward(q, k, v, groups_last(q), scale)
 
     like = groups_last(q)
-    new = allocator(like.shape, like.stride(), q)
+    new = allocator(like)
 
     def planned(q, k, v, scale):
-        out = new(q)
+        out = new()
         return out, run(q, k, v, out)
 
     return planned
@@ -162,14 +164,11 @@ def _channel_backward_plan(call):
     if call.outputs[1].numel() == 0:
         return None
     do, like = torch.zeros_like(call.v) if zeros else call.grads[0], groups_last(call.q)
-    plan, new = (
-        _plan_channel_backward(do, *tensors, like, like, like, call.scale),
-        allocator(like.shape, like.stride(), call.q),
-    )
+    plan, new = _plan_channel_backward(do, *tensors, like, like, like, call.scale), allocator(like)
 
     def run(grads, saved):
         (do, dweights), (q, k, v, _, weights) = grads, saved
-        found = new(q), new(q), new(q)
+        found = new(), new(), new()
         plan(torch.zeros_like(v) if zeros else do, dweights, q, k, v, weights, *found, False)
         return found
 
@@ -232,10 +231,11 @@ def _packed_plan(qkv, groups, scale):
     if qkv.numel() == 0:
         return _packed_forward
     B, N, C = *qkv.shape[:2], qkv.shape[2] // 3
-    run = _plan_channel_forward(*_views(qkv, groups, 3), *_views(qkv.new_empty(B, N, C), groups, 1), scale)
+    like = qkv.new_empty(B, N, C)
+    run, new = _plan_channel_forward(*_views(qkv, groups, 3), *_views(like, groups, 1), scale), allocator(like)
 
     def planned(qkv, groups, scale):
-        out = qkv.new_empty(B, N, C)
+        out = new()
         return out, run(*_views(qkv, groups, 3), *_views(out, groups, 1))
 
     return planned
@@ -248,14 +248,11 @@ def _packed_backward_plan(call):
         return None
     zeros, like = do is None, qkv.new_empty(qkv.shape)
     given = *_views(torch.zeros_like(out) if zeros else do, groups, 1), *_views(qkv, groups, 3)
-    plan, new = (
-        _plan_channel_backward(*given, *_views(like, groups, 3), call.scale),
-        allocator(like.shape, like.stride(), qkv),
-    )
+    plan, new = _plan_channel_backward(*given, *_views(like, groups, 3), call.scale), allocator(like)
 
     def run(grads, saved):
         (do, dweights), (qkv, out, weights) = grads, saved
-        dqkv, (do,) = new(qkv), _views(torch.zeros_like(out) if zeros else do, groups, 1)
+        dqkv, (do,) = new(), _views(torch.zeros_like(out) if zeros else do, groups, 1)
         plan(do, dweights, *_views(qkv, groups, 3), weights, *_views(dqkv, groups, 3), False)
         return (dqkv,)
 

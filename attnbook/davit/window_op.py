@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_divides, check_int, check_scale, check_sizes, check_tensor
 from ..engine import arch_of, operation, resolve_backend
+from ..engine.ground import emptier
 from ..engine.host import (
     INTERPRETED,
     BoundLaunch,
@@ -150,10 +151,11 @@ def _window_plan(q, k, v, wx, wy, scale, keep):
         return _window_op_forward
     like = empty_heads(q, q.shape[4])
     launch = _plan_window(window_forward, q, (wx, wy), (q.stride(), like.stride()), (scale * LOG2E,))
-    slots, new = q.shape[:-1] if keep else 0, allocator(like.shape, like.stride(), q)
+    slots, new = q.shape[:-1] if keep else (0,), allocator(like)
+    new_lse = emptier(slots, dtype=torch.float32, device=q.device)
 
     def planned(q, k, v, *rest):
-        out, lse = new(q), q.new_empty(slots, dtype=torch.float32)
+        out, lse = new(), new_lse()
         launch.same(q, k, v, out, lse if keep else None)
         return out, lse
 
@@ -168,15 +170,12 @@ def _window_backward_plan(call):
         return None
     zeros, seen, like = do is None, dlse is not None and lse.numel() > 0, empty_heads(q, q.shape[4])
     strides = q.stride(), (torch.zeros_like(out) if zeros else do).stride(), like.stride()
-    launch, new = (
-        _plan_window(window_backward, q, window, strides, (call.scale * LOG2E, call.scale)),
-        allocator(like.shape, like.stride(), q),
-    )
+    launch, new = (_plan_window(window_backward, q, window, strides, (call.scale * LOG2E, call.scale)), allocator(like))
 
     def run(grads, saved):
         (do, dlse), (q, k, v, out, _) = grads, saved
         do, dlse = torch.zeros_like(out) if zeros else do, dlse.contiguous() if seen else None
-        found = new(q), new(q), new(q)
+        found = new(), new(), new()
         launch.same(q, k, v, do, dlse, *found)
         return found
 
@@ -266,12 +265,12 @@ def _window_packed_backward_plan(call):
         return None
     zeros, seen, like = do is None, dlse is not None and lse.numel() > 0, qkv.new_empty(qkv.shape)
     views = [_map_views(t, heads, n)[0] for t, n in ((qkv, 3), (torch.zeros_like(out) if zeros else do, 1), (like, 3))]
-    strides, new = tuple(t.stride() for t in views), allocator(like.shape, like.stride(), qkv)
+    strides, new = tuple(t.stride() for t in views), allocator(like)
     launch = _plan_window(window_backward, views[0], window, strides, (call.scale * LOG2E, call.scale))
 
     def run(grads, saved):
         (do, dlse), (qkv, out, _) = grads, saved
-        do, dlse, dqkv = torch.zeros_like(out) if zeros else do, dlse.contiguous() if seen else None, new(qkv)
+        do, dlse, dqkv = torch.zeros_like(out) if zeros else do, dlse.contiguous() if seen else None, new()
         launch.same(*_map_views(qkv, heads, 3), *_map_views(do, heads, 1), dlse, *_map_views(dqkv, heads, 3))
         return (dqkv,)
 

@@ -10,7 +10,8 @@ __all__ = ['attention', 'varlen_attention', 'indexed_attention', 'indexed_attent
 
 # %% auto #imports
 from .bands import BAND, FULL
-from .host import HAS_TRITON, INTERPRETED, BoundLaunch, Launch, LaunchTable, arch_of, resolve_backend, tl, triton
+from .ground import HAS_TRITON, INTERPRETED, tl, triton
+from .host import BoundLaunch, Launch, LaunchTable, arch_of, resolve_backend
 from .lists import LISTED, PACKED
 from .op import attention, indexed_attention, indexed_attention_reference, tile_attention, varlen_attention
 from .program import Carried, OperandGrad, TileProgram, find_launch, register_launch, register_program

@@ -7,7 +7,7 @@ __all__ = ['dq_step', 'tile_backward_dq', 'load_pair', 'dkv_step', 'masked_step'
 
 # %% auto #imports
 from .forward import extra_k_step, product
-from .host import tl, triton
+from .ground import tl, triton
 from .tiles import expand, head_base, load_rows, load_step, logits, probabilities, row_ptr, store_rows, tile_of_program
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #f4bcb9fd

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from .host import tl, triton
+from .ground import tl, triton
 from .program import OperandGrad, TileProgram, register_program
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #0bf82bf5

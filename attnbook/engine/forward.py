@@ -6,7 +6,7 @@
 __all__ = ['product', 'score_step', 'softmax_step', 'value_step', 'extra_k_step', 'tile_forward']
 
 # %% auto #imports
-from .host import tl, triton
+from .ground import tl, triton
 from .tiles import expand, head_base, load_rows, load_step, logits, probabilities, row_ptr, store_rows, tile_of_program
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #f172f142

@@ -6,7 +6,7 @@
 __all__ = ['tile_operand_grad', 'unravel', 'extra_k_tile', 'extra_q_span', 'extra_q_step', 'sum_rows']
 
 # %% auto #imports
-from .host import tl, triton
+from .ground import tl, triton
 from .tiles import expand, head_base, load_rows, logits, row_ptr
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #b496ce92

@@ -9,7 +9,7 @@ __all__ = ['find_sequence', 'sequence_rows', 'packed_q_tile', 'packed_k_tile', '
 
 # %% auto #imports
 from .bands import band_span
-from .host import tl, triton
+from .ground import tl, triton
 from .program import TileProgram, register_program
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #2c472490

@@ -108,8 +108,7 @@ def _tile_gradients(call):
 
 
 def _tile_plan(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
-    run = plan_forward(q, k, v, extra_k, extra_v, operands, PROGRAMS[program], ints, consts, scale)
-    return lambda q, k, v, extra_k, extra_v, operands, *rest: run(q, k, v, extra_k, extra_v, operands)
+    return plan_forward(q, k, v, extra_k, extra_v, operands, PROGRAMS[program], ints, consts, scale)
 
 
 tile_attention_op = operation(

@@ -16,18 +16,8 @@ from torch import Tensor
 
 from .forward import tile_forward
 from .gradients import sum_rows
-from .host import (
-    BoundLaunch,
-    Launch,
-    Plans,
-    TensorDescriptor,
-    arch_of,
-    dot_precision,
-    needs_64_bit,
-    round_dim,
-    signature,
-    triton,
-)
+from .ground import TensorDescriptor, emptier, triton
+from .host import BoundLaunch, Launch, Plans, arch_of, dot_precision, needs_64_bit, round_dim, signature
 from .program import PROGRAMS, TileProgram, find_launch
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #ee1adcad
@@ -74,12 +64,9 @@ def empty_heads(q: Tensor, dim: int) -> Tensor:
     return q.new_empty(*q.shape[:-1], dim)
 
 
-def allocator(shape, strides, like: Tensor) -> Callable:
-    "The quickest function of a tensor like `like` that gives an empty one of its type, of this shape and these strides."
-    if like.shape == shape and torch.empty_like(like, device="meta").stride() == tuple(strides):
-        return torch.empty_like
-    dtype, device = like.dtype, like.device
-    return lambda like: torch.empty_strided(shape, strides, dtype=dtype, device=device)
+def allocator(like: Tensor, dtype: torch.dtype | None = None) -> Callable[[], Tensor]:
+    "The quickest function that gives empty tensors of the shape, strides and device of `like`, and of its type or another."
+    return emptier(like.shape, like.stride(), dtype=like.dtype if dtype is None else dtype, device=like.device)
 
 
 def packed_views(packed: Tensor, heads: int, widths) -> list[Tensor]:
@@ -220,14 +207,15 @@ def plan_forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, sca
             **common,
         )
         launch.describe = {1: k_of, 2: v_of} if tma else {}
-    make = allocator(shape, strides, q)
+    new = allocator(like)
+    new_lse = emptier(slots, dtype=torch.float32, device=device)
 
-    def run(q, k, v, extra_k, extra_v, operands):
+    def run(q, k, v, extra_k, extra_v, operands, *rest):
         if cleared:
             out = torch.zeros(shape, device=device, dtype=dtype)
             lse = torch.full(slots, float("-inf"), device=device, dtype=torch.float32)
         else:
-            out, lse = make(q), torch.empty_strided(slots, lse_strides, device=device, dtype=torch.float32)
+            out, lse = new(), new_lse()
         if not empty:
             launch.same(q, k, v, extra_k, extra_v, out, lse, (*operands, *fixed))
         return out, lse

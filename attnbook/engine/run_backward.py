@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .backward import tile_backward_dkv, tile_backward_dq
 from .gradients import extra_k_tile, extra_q_span, extra_q_step, tile_operand_grad
-from .host import BoundLaunch, needs_64_bit, signature, triton
+from .ground import triton
+from .host import BoundLaunch, needs_64_bit, signature
 from .program import PROGRAMS, TileProgram, find_launch
 from .run import (
     _BACKWARD,
@@ -140,12 +141,12 @@ def plan_backward(
     consts = program.expand(q, v, ints, consts) if program.expand else consts
     fixed = tuple(program.constants(q, ints, consts)) if program.constants else ()
     heads, device = q.shape[1], q.device
-    make = torch.zeros_like if program.indexed else torch.empty_like  # of the LSE, whose rows lie side by side
+    new_rows = allocator(torch.empty_like(lse))  # like the LSE, whose rows lie side by side
     like = into or _gradients_like(program, q, k, v, operands)
-    makers = [allocator(g.shape, g.stride(), t) for g, t in zip(like, (q, k, v))]
+    new_q, new_k, new_v = (allocator(g) for g in like)
     common, scale = common_arguments(program, q, k, v, consts, scale)
     wide, dim = needs_64_bit(q, k, v, do, *like), max(common["BD"], common["BDV"])
-    lse2 = make(lse)
+    lse2 = new_rows()
 
     p = find_launch(program, "dq", q.dtype, dim, device, consts)
     k_of, v_of, tma = stream(program, k, v, p.BN, common["BD"], common["BDV"], consts, "dq")
@@ -246,14 +247,12 @@ def plan_backward(
         else None
     )
 
-    new_q, new_k, new_v = makers
-
     def run(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, into):
-        dq, dk, dv = into or (new_q(q), new_k(k), new_v(v))
+        dq, dk, dv = into or (new_q(), new_k(), new_v())
+        lse2, delta, ops = new_rows(), new_rows(), (*operands, *fixed)
         if program.indexed:
-            for t in (dq, dk, dv):
+            for t in (dq, dk, dv, lse2, delta):
                 t.zero_()
-        lse2, delta, ops = make(lse), make(lse), (*operands, *fixed)
         partial = carried.buffer(q, operands[0], programs, ints, consts) if carried and operand_grad else None
         dq_launch.same(q, k, v, extra_k, extra_v, out, do, lse, dlse, dq, lse2, delta, partial, ops)
         if dkv_launch is not None:

@@ -13,7 +13,8 @@ import torch
 from ..attention import attention_bytes, attention_flops, attention_pairs
 from ..lab.bench import compare, flex, sdpa
 from ..lab.calls import call_costs
-from .host import Launch, arch_of, round_dim, triton
+from .ground import triton
+from .host import Launch, arch_of, round_dim
 from .op import attention
 from .program import LAUNCH, register_launch
 from .run import run_forward

@@ -7,7 +7,7 @@ __all__ = ['row_offsets', 'head_base', 'load_rows', 'store_rows', 'row_ptr', 'ti
            'probabilities']
 
 # %% auto #imports
-from .host import tl, triton
+from .ground import tl, triton
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #cc5be493
 @triton.jit

@@ -7,6 +7,7 @@ __all__ = ['Operation', 'Call', 'gradients_key', 'plannable', 'operation']
 
 # %% auto #imports
 import inspect
+import operator
 import re
 from collections.abc import Callable
 
@@ -14,7 +15,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from .host import INTERPRETED, MOST_KEPT, ORDINARY, Kept, Plans, on_device
+from .ground import INTERPRETED
+from .host import MOST_KEPT, ORDINARY, Kept, Plans, on_device
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #e9a58d12
 class Operation:
@@ -38,6 +40,7 @@ class Operation:
         )
         self.single_tensors = tuple(n for n in self.tensors if n not in self.lists)
         self.places = [self.parameters.index(n) for n in self.single_tensors]
+        self.pick = operator.itemgetter(*self.places) if self.places else None
         self.list_places = [self.parameters.index(n) for n in self.lists]
         self.numbers = [(i, n) for i, n in enumerate(self.parameters) if n not in self.tensors]
         self.all_places = [(i, n) for i, n in enumerate(self.parameters) if n in self.tensors]
@@ -53,18 +56,21 @@ class Operation:
     def __call__(self, *args, kept: dict | None = None):
         """The operation's outputs. `kept`: a dict that belongs to all calls with the same arguments but for the numbers in the tensors (`Plans.decide` makes
         such); what forward and backward pass decide is kept in it."""
-        if type(kept) is not Kept or torch._C._len_torch_dispatch_stack():
+        if type(kept) is not Kept or _modes():
             if torch.compiler.is_compiling() or not _plain(args):
                 _refuse_transforms(self.name)
                 return self.overload(*args)
-        if self.backward is not None and (
-            torch.is_grad_enabled() and torch._C._any_requires_grad(*args) or forward_ad._current_level >= 0
-        ):
-            return self.differentiable(kept, args, *self._tensors_of(args))
-        if kept is not None or self.backward is not None or not torch.is_grad_enabled():
-            return self._run(kept, args)
+        if self.backward is not None and (torch.is_grad_enabled() or forward_ad._current_level >= 0):
+            tensors = self._tensors_of(args)
+            if _any_requires_grad(*tensors) or forward_ad._current_level >= 0:
+                return self.differentiable(kept, args, *tensors)
+        if kept is not None:
+            run = kept.get("forward")
+            return self._run(kept, args) if run is None else run(*args)
+        if self.backward is not None or not torch.is_grad_enabled():
+            return self.forward(*args)
         with torch._C._AutoDispatchBelowAutograd():  # nothing inside is to be differentiated
-            return self._run(kept, args)
+            return self.forward(*args)
 
     def _run(self, kept, args):
         "The outputs, by the plan that is kept, which is made first if it is not there."
@@ -82,7 +88,7 @@ class Operation:
 
     def _tensors_of(self, args):
         "The tensors among the arguments: first those that stand alone, then those of the lists."
-        tensors = [args[i] for i in self.places]
+        tensors = [*self.pick(args)] if len(self.places) > 1 else [args[i] for i in self.places]
         for i in self.list_places:
             tensors += args[i]
         return tensors
@@ -102,7 +108,7 @@ class Operation:
             if t is None:
                 key.append(None)
             else:
-                key += t.shape, t.stride(), t.dtype, t.data_ptr() & 15 == 0
+                key += t.shape, t.stride(), t.dtype, t.data_ptr() & 15
         for t in outputs:
             if t is not None:
                 key += t.stride(), t.data_ptr() & 15 == 0
@@ -218,6 +224,9 @@ class Operation:
         self.library.impl(self.name, autograd, "Autograd")
 
 
+_modes, _any_requires_grad = torch._C._len_torch_dispatch_stack, torch._C._any_requires_grad
+
+
 class Call:
     "What `backward` gets: forward's arguments by name, and `grads`, `outputs`, `needs`, `kept`, `apart`."
 
@@ -260,8 +269,8 @@ def _autograd_function(operation: Operation, run: Callable, gradients_of: Callab
     autograd to see. `run(kept, args)` computes the outputs, `gradients_of(kept, call, needs)` gradients by name."""
     singles, lists, count = operation.single_tensors, operation.lists, len(operation.single_tensors)
     everything = len(operation.kept) == len(operation.tensors)
-    saves = [n in operation.kept for n in singles]
-    unsaved, marked = operation.unsaved, operation.nondifferentiable
+    dropped = [i for i, n in enumerate(singles) if n not in operation.kept]
+    unsaved, marked, single = operation.unsaved, operation.nondifferentiable, operation.single
 
     def rest_of(args):
         "Arguments by name without the tensors, which autograd keeps; of lists the lengths."
@@ -269,22 +278,29 @@ def _autograd_function(operation: Operation, run: Callable, gradients_of: Callab
         return rest, [len(args[i]) for i in operation.list_places]
 
     def forward(ctx, kept, args, *tensors):
-        found = run(kept, args)
         if kept is None:
-            ctx.rest = rest_of(args)
+            found, ctx.rest = run(kept, args), rest_of(args)
         else:
+            decided = kept.get("forward")
+            found = run(kept, args) if decided is None else decided(*args)
             ctx.rest = kept.get("rest")
             if ctx.rest is None:
                 ctx.rest = kept["rest"] = rest_of(args)
         ctx.kept = kept
-        outputs = (found,) if operation.single else found
+        outputs = (found,) if single else found
         if not everything:
-            tail = [t for n, i in zip(lists, operation.list_places) if n in operation.kept for t in args[i]]
-            tensors = *(t if keep else None for t, keep in zip(tensors, saves)), *tail
+            keeping = [*tensors[:count]]
+            for i in dropped:
+                keeping[i] = None
+            for n, i in zip(lists, operation.list_places):
+                keeping += args[i] if n in operation.kept else ()
+            tensors = keeping
         if marked:
             ctx.mark_non_differentiable(*[outputs[i] for i in marked])
         if unsaved:
-            kept_outputs = [None if i in unsaved or "outputs" in unsaved else o for i, o in enumerate(outputs)]
+            kept_outputs = [None] * len(outputs) if "outputs" in unsaved else [*outputs]
+            for i in () if "outputs" in unsaved else unsaved:
+                kept_outputs[i] = None
             ctx.save_for_backward(*tensors, *kept_outputs)
         else:
             ctx.save_for_backward(*tensors, *outputs)
@@ -304,9 +320,6 @@ def _autograd_function(operation: Operation, run: Callable, gradients_of: Callab
         wanted, kept = ctx.needs_input_grad, ctx.kept
         if planned and kept is not None:
             key = gradients_key(wanted, grads)
-            run = kept.get(key)
-            if run is not None:
-                return (None, None, *run(grads, ctx.saved_tensors))
         for g in grads:
             if g is not None:
                 break
@@ -349,6 +362,10 @@ def _autograd_function(operation: Operation, run: Callable, gradients_of: Callab
 
     def backward(ctx, *grads):
         if not torch.is_grad_enabled():
+            if planned and ctx.kept is not None:
+                run = ctx.kept.get(gradients_key(ctx.needs_input_grad, grads))
+                if run is not None:
+                    return (None, None, *run(grads, ctx.saved_tensors))
             return gradients(ctx, *grads)
         with torch.no_grad():  # somebody may want to differentiate once more: that must not give zeros
             found = gradients(ctx, *grads)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_bool, check_choice, check_qkv, check_scale, check_tensor
-from ..engine import find_launch, operation, resolve_backend, tile_attention
+from ..engine import find_launch, operation, resolve_backend
 from ..engine.host import Plans, autocast, round_dim, through_float32, without_autocast
+from ..engine.op import tile_attention_op
 from ..engine.run import plan_forward, run_forward
 from ..engine.run_backward import plan_backward, run_backward
 from .kernels import HALO, HALO_REL, HALO_ZEROS, _query_tiles, halo_constants
@@ -31,8 +32,8 @@ def _joined_tables(q, rel_height, rel_width, rows, factor):
     if rel_height is None and rel_width is None:
         return None
     full = [q.new_zeros(rows, q.shape[-1]) if r is None else r for r in (rel_height, rel_width)]
-    joined = torch.cat(full)
-    return (joined if factor == 1 else joined * factor).to(q.dtype)
+    joined = torch.cat(full) if factor == 1 else torch.cat(full) * factor
+    return joined if joined.dtype == q.dtype else joined.to(q.dtype)
 
 # %% ../../nbs/3_locality/halo.ipynb #8bedb3d6
 PADDINGS = ("mask", "zeros")
@@ -133,17 +134,8 @@ def halo_attention(
             )
         else:
             tables = _joined_tables(q, rel_height, rel_width, 2 * (b + h) - 1, scale * rest if scale_rel else 1)
-            out, lse = tile_attention(
-                q,
-                k if rest == 1 else k * rest,
-                v,
-                program,
-                ints=ints,
-                consts=consts,
-                kept=kept,
-                operands=() if tables is None else (tables,),
-                scale=scale,
-            )
+            operands, k = [] if tables is None else [tables], k if rest == 1 else k * rest
+            out, lse = tile_attention_op(q, k, v, None, None, operands, program.name, ints, consts, scale, kept=kept)
     return (out, lse) if return_lse else out
 
 # %% ../../nbs/3_locality/halo.ipynb #7aca22de

@@ -7,7 +7,6 @@ __all__ = ['MOST_PARTS', 'MUSIC', 'MUSIC_REL', 'relative_attention', 'PADDING', 
 
 # %% auto #imports
 from dataclasses import replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,18 +14,11 @@ from torch import Tensor
 
 from ..attention import attention_reference
 from ..checks import check_choice, check_int, check_qkv, check_scale, check_tensor
-from ..engine import (
-    INTERPRETED,
-    OperandGrad,
-    TileProgram,
-    arch_of,
-    register_program,
-    resolve_backend,
-    tile_attention,
-    triton,
-)
+from ..engine import INTERPRETED, OperandGrad, TileProgram, arch_of, register_program, resolve_backend, triton
 from ..engine.bands import band_k_step, band_k_tile, band_q_step, band_q_tile
+from ..engine.ground import emptier
 from ..engine.host import BoundLaunch, Kept, Plans, autocast, on_device, round_dim, without_autocast
+from ..engine.op import tile_attention_op
 from .kernels import (
     MusicConsts,
     music_dq,
@@ -51,7 +43,7 @@ def _plan_rel_grad(program, q, k, v, do, lse2, operands, ints, consts, common, s
     reach = min(L, 2 * ints[5] if C.local else L, L if C.clip else M)  # distances that have a gradient
     diagonals = min(tiles, triton.cdiv(reach, b) + 1)
     splits = max(1, min(B * tiles, triton.cdiv(1024, H * diagonals)))
-    make = partial(torch.empty, splits, 2, H, diagonals * b, D, device=q.device, dtype=torch.float32)
+    make = emptier((splits, 2, H, diagonals * b, D), dtype=torch.float32, device=q.device)
     kernel = BoundLaunch(
         music_rel_grad,
         (diagonals * splits * H,),
@@ -100,9 +92,10 @@ def _plan_rel_grad(program, q, k, v, do, lse2, operands, ints, consts, common, s
             )
 
             kind = torch.float32 if INTERPRETED else dtype
+            new = emptier((heads, M, D), dtype=kind, device=q.device)
 
             def run(q, k, v, do, lse2, delta, operands):
-                G, out = make(), torch.empty(heads, M, D, device=q.device, dtype=kind)
+                G, out = make(), new()
                 kernel.same(q, k, v, do, lse2, delta, G, tuple(operands))
                 fold.same(G, out)
                 return out if kind == dtype else out.to(dtype)
@@ -208,7 +201,7 @@ def relative_attention(
                 q, k, v, rel, block_size=block_size, beyond=beyond, scale=scale, return_lse=return_lse
             )
     operands = [rel, _padded(rel, rows, beyond, kept)] if rel.shape[1] else []
-    out, lse = tile_attention(q, k, v, program, operands=operands, ints=ints, consts=consts, scale=scale, kept=kept)
+    out, lse = tile_attention_op(q, k, v, None, None, operands, program.name, ints, consts, scale, kept=kept)
     return (out, lse) if return_lse else out
 
 # %% ../../nbs/2_position/music.ipynb #f6944ac5
@@ -233,13 +226,14 @@ def _padded(rel, rows, beyond, kept=None):
 
 def _plan_padding(rel, rows, beyond):
     "`_padded` by one launch, for all tables like this one."
-    (heads, M, D), BD, device, dtype = rel.shape, round_dim(rel.shape[2]), rel.device, rel.dtype
+    (heads, M, D), BD = rel.shape, round_dim(rel.shape[2])
     grid, size = (triton.cdiv(rows + 2 * PADDING, 32) * heads,), (heads, rows + 2 * PADDING, BD)
+    new = emptier(size, dtype=rel.dtype, device=rel.device)
     sizes = dict(PAD=PADDING, CLIP=beyond == "clip", D=D, BD=BD, BM=32)
     launch = BoundLaunch(music_pad, grid, rel.stride(), M, rows, **sizes, num_warps=4)
 
     def run(rel):
-        out = torch.empty(size, device=device, dtype=dtype)
+        out = new()
         launch.same(rel, out)
         return out
 

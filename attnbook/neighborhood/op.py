@@ -9,8 +9,9 @@ __all__ = ['neighborhood_attention', 'na1d', 'na2d', 'na3d']
 from torch import Tensor
 
 from ..checks import check_qkv, check_scale, check_shape, check_tensor
-from ..engine import resolve_backend, tile_attention
+from ..engine import resolve_backend
 from ..engine.host import Plans, autocast, autocasting, without_autocast
+from ..engine.op import tile_attention_op
 from .programs import NEIGHBORHOOD, NEIGHBORHOOD_1D, NEIGHBORHOOD_BIAS
 from .reference import Flags, Sizes, neighborhood_attention_reference, neighborhood_axes
 
@@ -54,8 +55,11 @@ def _decide(
     is_causal,
     scale,
     backend,
+    entrance,
 ):
     "Tile program (None for the torch backend), its ints and consts, the per-axis tuples, the scale, and what is kept."
+    if entrance is not None:
+        _check_rank(entrance, q)
     check_tensor("q", q, ndim=(4, 5, 6))
     backend = resolve_backend(backend, q)
     axes = neighborhood_axes(q.shape[2:-1], window_size, stride, dilation, is_causal)
@@ -125,15 +129,22 @@ def _attend(
     scale,
     return_lse,
     backend,
+    entrance=None,
 ):
-    "`neighborhood_attention`, all by position."
+    "`neighborhood_attention`, all by position. `entrance`: the name of a function for one rank."
     if autocasting(q):
         q, k, v, additional_keys, additional_values = autocast(q, k, v, additional_keys, additional_values)
     program, ints, consts, axes, scale, kept = _DECIDED.decide(
         _decide,
         (q, k, v, rel_pos_bias, additional_keys, additional_values),
         dict(
-            window_size=window_size, stride=stride, dilation=dilation, is_causal=is_causal, scale=scale, backend=backend
+            window_size=window_size,
+            stride=stride,
+            dilation=dilation,
+            is_causal=is_causal,
+            scale=scale,
+            backend=backend,
+            entrance=entrance,
         ),
     )
     if program is None:
@@ -154,23 +165,14 @@ def _attend(
                 return_lse=True,
             )
     else:
-        out, lse = tile_attention(
-            q,
-            k,
-            v,
-            program,
-            operands=() if rel_pos_bias is None else (rel_pos_bias.contiguous(),),
-            ints=ints,
-            consts=consts,
-            scale=scale,
-            extra_k=additional_keys,
-            extra_v=additional_values,
-            kept=kept,
-        )
+        operands = [] if rel_pos_bias is None else [rel_pos_bias.contiguous()]
+        extra = additional_keys, additional_values
+        out, lse = tile_attention_op(q, k, v, *extra, operands, program.name, ints, consts, scale, kept=kept)
     return (out, lse) if return_lse else out
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #3f871aa3
-def _check_rank(name, q, rank):
+def _check_rank(name, q):
+    rank = int(name[2])
     if isinstance(q, Tensor) and q.dim() != rank + 3:
         axes = ", ".join("XYZ"[:rank])
         raise ValueError(f"{name} needs q of shape (batch, heads, {axes}, head_dim), not {tuple(q.shape)}")
@@ -193,9 +195,8 @@ def na1d(
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     "`neighborhood_attention` on sequences: q `(B, H, X, D)`. Raises ValueError for another rank."
-    _check_rank("na1d", q, 1)
     extra = rel_pos_bias, additional_keys, additional_values
-    return _attend(q, k, v, *extra, window_size, stride, dilation, is_causal, scale, return_lse, backend)
+    return _attend(q, k, v, *extra, window_size, stride, dilation, is_causal, scale, return_lse, backend, "na1d")
 
 
 def na2d(
@@ -215,9 +216,8 @@ def na2d(
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     "`neighborhood_attention` on images: q `(B, H, X, Y, D)`. Raises ValueError for another rank."
-    _check_rank("na2d", q, 2)
     extra = rel_pos_bias, additional_keys, additional_values
-    return _attend(q, k, v, *extra, window_size, stride, dilation, is_causal, scale, return_lse, backend)
+    return _attend(q, k, v, *extra, window_size, stride, dilation, is_causal, scale, return_lse, backend, "na2d")
 
 
 def na3d(
@@ -237,6 +237,5 @@ def na3d(
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     "`neighborhood_attention` on volumes and video: q `(B, H, X, Y, Z, D)`. Raises ValueError for another rank."
-    _check_rank("na3d", q, 3)
     extra = rel_pos_bias, additional_keys, additional_values
-    return _attend(q, k, v, *extra, window_size, stride, dilation, is_causal, scale, return_lse, backend)
+    return _attend(q, k, v, *extra, window_size, stride, dilation, is_causal, scale, return_lse, backend, "na3d")

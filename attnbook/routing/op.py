@@ -85,14 +85,18 @@ def routed_attention(
     Rows that see no key give 0. Gradients for q, k, v, deterministic. Index values are trusted on a GPU.
     Raises ValueError or TypeError naming the argument. Source: Algorithm 1."""
     how = dict(causal=causal, scale=scale, self_attention=self_attention, window=window, padded=padded, backend=backend)
-    lists = _lists_of(membership)
+    lists = (membership, None) if isinstance(membership, Tensor) else _lists_of(membership)
     if lists is None:
         causal, scale, window, (a, b) = _check_routed(q, k, v, membership, **how)
         how = dict(causal=causal, scale=scale, self_attention=self_attention, window=window, backend=backend)
         return segment_attention(q, k, v, a[1:], None if b is None else b[1:], **how)
     same, (q, k, v) = k is q, autocast(q, k, v)
-    decided = _DECIDED.decide(_decide, (q, k, v, *lists), dict(same=same, **how))
-    a, b = (t if t is None or t.dtype == torch.int32 else t.to(torch.int32) for t in lists)
+    how["same"], (a, b) = same, lists
+    decided = _DECIDED.decide(_decide, (q, k, v, a, b), how)
+    if a.dtype != torch.int32:
+        a = a.to(torch.int32)
+    if b is not None and b.dtype != torch.int32:
+        b = b.to(torch.int32)
     return attend_lists(q, k, v, a, b, decided)
 
 
@@ -100,9 +104,7 @@ _DECIDED = Plans()
 
 
 def _lists_of(membership):
-    "Lists of queries and keys (None: shared), if the membership is made of tensors alone; else None, and the checks say what it is."
-    if isinstance(membership, Tensor):
-        return membership, None
+    "Lists of queries and keys, if the membership is a pair of tensors; else None, and the checks say what it is."
     pair = type(membership) in (tuple, list) and len(membership) == 2
     return tuple(membership) if pair and all(isinstance(t, Tensor) for t in membership) else None
 

@@ -427,13 +427,31 @@ def test_bias_rules_out(ruled_out, value):
         assert (a - b).norm() <= (3e-3 if value == -1e4 else 3e-5) * max(b.norm(), 1)
 
 
-@pytest.mark.xfail(strict=True, reason="a float32 LSE near -1e9 keeps the largest logit and loses the sum")
-def test_gradients_of_a_row_ruled_out_by_a_huge_number():
-    q, k, v = make_qkv(1, 1, 40, 16)
-    bias = torch.full((1, 1, 1, 40), -1e9, device=q.device)
-    v = v.detach().requires_grad_()
-    attention(q, k, v, bias=bias, backend="triton").sum().backward()
-    assert abs(v.grad.mean() - 1) < 1e-2  # every query gives every key 1 / 40
+@pytest.mark.parametrize("value", [-1e9, -3e38, torch.finfo(torch.float32).min, 1e9], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "band"])
+def test_rows_of_one_huge_bias(value, is_causal):
+    "All keys of some rows carry it: in float32 it swallows the products, and what is left is the mean over the keys that the row sees."
+    q, k, v = make_qkv(1, 2, 40, 16)
+    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+    seen = torch.ones(40, 40, device=q.device).tril() if is_causal else torch.ones(40, 40, device=q.device)
+    bias = torch.zeros(1, 1, 40, 40, device=q.device)
+    bias[..., ::2, :] = value
+    g = torch.randn(1, 2, 40, 16, device=q.device)
+    bias.requires_grad_()
+    out, lse = attention(*inputs, bias=bias, is_causal=is_causal, return_lse=True, backend="triton")
+    found = torch.autograd.grad(out, (*inputs, bias), g)
+    q64, k64, v64, b64 = wide = [t.detach().double().requires_grad_() for t in (*inputs, bias)]
+    rows = torch.arange(40, device=q.device) % 2 == 0
+    s = q64 @ k64.transpose(-1, -2) / 4
+    s = (
+        torch.where(rows[:, None], s - s.detach(), s) + b64 - b64.detach()
+    )  # value, and swallowed by it, is the same for all keys
+    want_out = torch.softmax(s.masked_fill(seen == 0, -math.inf), -1) @ v64
+    want = torch.autograd.grad(want_out, wide, g.double())
+    assert torch.allclose(lse[..., ::2], torch.full_like(lse[..., ::2], value))
+    assert (out - want_out).norm() <= 3e-5 * want_out.norm()
+    for a, b in zip(found, want):
+        assert (a - b).norm() <= 3e-5 * b.norm()
 
 
 def test_packed_calls_stay_on_the_device():

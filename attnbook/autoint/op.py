@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checks import check_divides, check_number, check_tensor
 from ..engine import BoundLaunch, arch_of, operation, resolve_backend, triton
+from ..engine.ground import emptier
 from ..engine.host import Plans, autocast, dot_precision, round_dim, without_autocast
 from ..engine.run import allocator
 from .kernels import FIELD_LAUNCH, PROCESSORS, interacting_backward, interacting_forward, tile_rows
@@ -66,13 +67,13 @@ def _plan_forward(e, weight, bias, num_heads, scale):
     if like.numel() == 0:
         return _layer_forward
     grid, consts = _layer_plan("forward", e, weight, bias, num_heads)
-    shape, launch = (
-        like.shape,
+    new, launch = (
+        allocator(like),
         BoundLaunch(interacting_forward, grid, e.stride(), like.stride(), len(e), scale, **consts),
     )
 
     def run(e, weight, bias, *rest):
-        y = e.new_empty(shape)
+        y = new()
         launch.same(e, weight.contiguous(), bias if bias is None else bias.contiguous(), y)
         return y
 
@@ -100,13 +101,13 @@ def _layer_backward_plan(call):
     launch = BoundLaunch(
         interacting_backward, grid, e.stride(), dy.stride(), like.stride(), len(e), call.scale, **consts
     )
-    new = allocator(like.shape, like.stride(), e)
-    parts, sums = (*grid, *weight.shape), (*grid, *weight.shape[::2])
+    new = allocator(like)
+    sizes = (*grid, *weight.shape), (*grid, *weight.shape[::2])
+    new_w, new_b = (emptier(size, dtype=torch.float32, device=e.device) for size in sizes)
 
     def run(grads, saved):
         e, weight, bias, _ = saved
-        dx = new(e)
-        dw, db = (torch.empty(size, dtype=torch.float32, device=e.device) for size in (parts, sums))
+        dx, dw, db = new(), new_w(), new_b()
         launch.same(e, weight.contiguous(), bias if bias is None else bias.contiguous(), grads[0], dx, dw, db)
         return dx, dw.sum(0).to(weight.dtype), None if bias is None else db.sum(0).to(bias.dtype)
 

@@ -51,6 +51,7 @@ def dq_step(
     DQ_SCORE: tl.constexpr = None,
     CARRY_STEP: tl.constexpr = None,
     START: tl.constexpr = None,
+    low=None,
 ):
     "One step of keys towards the gradient of a tile of queries."
     start, coords, slots, ok, kpos = K_STEP(j, state, b, h, ops, ints, C, BN)
@@ -77,7 +78,7 @@ def dq_step(
         FOLD,
         MASKS,
     )
-    ds = probabilities(s, lse[:, None], scale, FOLD) * (dp - delta[:, None])
+    ds = probabilities(s, lse[:, None], scale, FOLD, low) * (dp - delta[:, None])
     if DQ_SCORE is not None:
         dq = DQ_SCORE(dq, ds, q, k, expand(qpos, 1), expand(kpos, 0), b, h, ops, ints, C)
     if CARRY_STEP is not None:
@@ -160,7 +161,14 @@ def tile_backward_dq(
     if DLSE is not None:
         delta -= tl.load(row_ptr(DLSE, b, h, slots, sdl), mask=ok, other=0.0)
     lse = tl.load(row_ptr(LSE, b, h, slots, sl), mask=ok, other=float("-inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+    low = None
+    if FOLD == 2:
+        low = tl.load(row_ptr(LSE, b, h, slots, sl) + 1, mask=ok, other=0.0)
+        tl.store(row_ptr(LSE2, b, h, slots, sl) + 1, low, mask=ok)
+        low = low[:, None]
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    else:
+        lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
     tl.store(row_ptr(LSE2, b, h, slots, sl), lse, mask=ok)
     tl.store(row_ptr(DELTA, b, h, slots, sl), delta, mask=ok)
     seen = q
@@ -208,6 +216,7 @@ def tile_backward_dq(
                 False,
                 WIDE,
                 PRECISION,
+                low=low,
             )
     lo, full_lo, full_hi, hi = K_SPAN(state, b, h, ops, ints, C, BM, BN)
     for j in tl.range(lo, hi, num_stages=STAGES):
@@ -251,6 +260,7 @@ def tile_backward_dq(
             DQ_SCORE,
             CARRY_STEP,
             START,
+            low,
         )
     if CARRY_LAST is not None:
         dq = CARRY_LAST(dq, carry, q, G, place, b, h, ok, qpos, ops, ints, C)
@@ -331,7 +341,10 @@ def dkv_step(
         FOLD,
         MASKS,
     )
-    p = probabilities(s, lse[None, :], scale, FOLD)  # [BN, BM]
+    low = None
+    if FOLD == 2:
+        low = tl.load(row_ptr(LSE2, b, h, slots, sl) + 1, mask=ok, other=0.0)[None, :]
+    p = probabilities(s, lse[None, :], scale, FOLD, low)  # [BN, BM]
     do = load_step(do_src, b, h, start, slots, sdo, ok, BM, DV, BDV, TMA, MASKS, WIDE)  # [BM, BDV]
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)  # [BN, BDV]
     dp = tl.dot(v, do.T, input_precision=PRECISION)  # [BN, BM]

@@ -160,5 +160,5 @@ BIAS_GRAD = OperandGrad(
     batches=lambda q, bias: q.shape[0] if bias.shape[0] == 1 else 1,
     finish=lambda buffer, bias: buffer.sum_to_size(bias.shape).to(bias.dtype),
 )
-FULL_BIAS = register_program(replace(FULL, name="full+bias", score=bias_score, operand_grad=BIAS_GRAD))
-BAND_BIAS = register_program(replace(BAND, name="band+bias", score=bias_score, operand_grad=BIAS_GRAD))
+FULL_BIAS = register_program(replace(FULL, name="full+bias", score=bias_score, operand_grad=BIAS_GRAD, exact=True))
+BAND_BIAS = register_program(replace(BAND, name="band+bias", score=bias_score, operand_grad=BIAS_GRAD, exact=True))

@@ -93,18 +93,21 @@ def softmax_step(
         MASKS,
     )
     top = tl.max(s, 1)
-    if FOLD:
+    if FOLD == 1:
         top = top * scale
     m_new = tl.maximum(m, top)
     safe = m_new
-    if MASKS == 1 or MASKS == 2 or SCORE is not None and not FOLD:  # a bias may rule out a whole tile
+    if MASKS == 1 or MASKS == 2 or SCORE is not None and FOLD != 1:  # a bias may rule out a whole tile
         safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     elif (
         FOLD and SCORE is not None
     ):  # a raw score may rule pairs out by a huge number: s * scale - m, fused, is then not 0 at its own maximum
         safe = tl.where(m_new < -1e15, 0.0, m_new)
     p = probabilities(s, safe[:, None], scale, FOLD)  # [BM, BN]
-    alpha = tl.exp2(m - safe)
+    if FOLD == 2:
+        alpha = tl.exp2((m - safe) * 1.4426950408889634)
+    else:
+        alpha = tl.exp2(m - safe)
     return p, alpha, m_new, l * alpha + tl.sum(p, 1)
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #dcf53148
@@ -326,5 +329,10 @@ def tile_forward(
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
     store_rows(head_base(O, b, h, so), slots, so, ok, acc / l[:, None], DV, BDV, WIDE)
-    lse = tl.where(empty, float("-inf"), (m + tl.log2(l)) * 0.6931471805599453)  # natural logarithm
-    tl.store(row_ptr(LSE, b, h, slots, sl), lse, mask=ok)
+    if FOLD == 2:  # the pair: LSE, and in base 2 what it lost to rounding
+        total = m + tl.log2(l) * 0.6931471805599453
+        low = tl.where(empty, 0.0, (m - total) * 1.4426950408889634 + tl.log2(l))
+        tl.store(row_ptr(LSE, b, h, slots, sl) + 1, low, mask=ok)
+    else:
+        total = (m + tl.log2(l)) * 0.6931471805599453  # natural logarithm
+    tl.store(row_ptr(LSE, b, h, slots, sl), tl.where(empty, float("-inf"), total), mask=ok)

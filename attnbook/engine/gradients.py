@@ -7,7 +7,7 @@ __all__ = ['tile_operand_grad', 'unravel', 'extra_k_tile', 'extra_q_span', 'extr
 
 # %% auto #imports
 from .ground import tl, triton
-from .tiles import expand, head_base, load_rows, logits, row_ptr
+from .tiles import expand, head_base, load_rows, logits, probabilities, row_ptr
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #b496ce92
 @triton.jit
@@ -51,6 +51,7 @@ def tile_operand_grad(
     BDV: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
     """One part of an operand's gradient for one query tile and head, summed over NB batches.
     Grid: num_tiles * num_parts * heads * (batch / NB)."""
@@ -67,6 +68,9 @@ def tile_operand_grad(
         do = load_rows(head_base(DO, b, h, sdo), slots, sdo, ok, DV, BDV, True, WIDE)
         lse = tl.load(row_ptr(LSE2, b, h, slots, sl), mask=ok, other=float("inf"))
         delta = tl.load(row_ptr(DELTA, b, h, slots, sl), mask=ok, other=0.0)
+        low = None
+        if FOLD == 2:
+            low = tl.load(row_ptr(LSE2, b, h, slots, sl) + 1, mask=ok, other=0.0)[:, None]
         lo, full_lo, full_hi, hi = K_SPAN(state, b, h, ops, ints, C, BM, BN)
         first, last = G_SPAN(part, lo, hi, ints, C)
         for j in range(first, last):
@@ -90,11 +94,11 @@ def tile_operand_grad(
                 C,
                 MASK,
                 SCORE,
-                False,
+                FOLD,
                 True,
             )
             dp = tl.dot(do, v.T, input_precision=PRECISION)
-            ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None])  # [BM, BN]
+            ds = probabilities(s, lse[:, None], scale, FOLD, low) * (dp - delta[:, None])  # [BM, BN]
             acc = G_STEP(acc, ds, j, part, qpos, kpos, state, b, h, ops, ints, C, BM, BN)
     start, coords, slots, ok, qpos, state = Q_TILE(i, b0 * NB, h, ops, ints, C, BM)
     G_STORE(G, sg, acc, i, part, b0, h, qpos, ok, state, ints, C, BM, BN)

@@ -18,7 +18,7 @@ from .bands import BAND, BAND_BIAS, FULL, FULL_BIAS
 from .host import Kept, Plans, autocast, resolve_backend, through_float32
 from .lists import LISTED, PACKED
 from .program import PROGRAMS, TileProgram
-from .run import empty_heads, plan_forward, run_forward, slot_shape
+from .run import empty_heads, lse_shape, plan_forward, run_forward, slot_shape
 from .run_backward import plan_backward, run_backward
 from .wiring import operation
 
@@ -42,7 +42,7 @@ def _tile_forward(
 def _tile_like(q, k, v, extra_k, extra_v, operands, program, ints, consts, scale):
     slots = slot_shape(PROGRAMS[program], q, operands)
     out = q.new_empty(*slots, v.shape[-1]) if PROGRAMS[program].indexed else empty_heads(q, v.shape[-1])
-    return out, q.new_empty(slots, dtype=torch.float32)
+    return out, q.new_empty(lse_shape(PROGRAMS[program], slots), dtype=torch.float32)
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #fda6c620
 def _tile_backward(call):
@@ -144,12 +144,13 @@ def tile_attention(
     """
     if type(kept) is Kept:
         operands = operands if type(operands) is list else list(operands)
-        return tile_attention_op(q, k, v, extra_k, extra_v, operands, program.name, ints, consts, scale, kept=kept)
+        out, lse = tile_attention_op(q, k, v, extra_k, extra_v, operands, program.name, ints, consts, scale, kept=kept)
+        return out, lse[..., 0] if program.exact else lse
     if kept is None:
         q, k, v, extra_k, extra_v = autocast(q, k, v, extra_k, extra_v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # never empty: torch.library takes an empty list for one of tensors
-    return tile_attention_op(
+    out, lse = tile_attention_op(
         q,
         k,
         v,
@@ -162,6 +163,7 @@ def tile_attention(
         scale,
         kept=kept,
     )
+    return out, lse[..., 0] if program.exact else lse
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #543fbbee
 def attention(
@@ -204,7 +206,9 @@ def attention(
         )
     operands = [] if bias is None else [bias[(None,) * (4 - bias.dim())]]
     out, lse = tile_attention_op(q, k, v, None, None, operands, program, ints, consts, scale, kept=kept)
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    return out, lse if bias is None else lse[..., 0]  # a bias keeps a pair
 
 
 _DECIDED = Plans()

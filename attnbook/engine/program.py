@@ -87,6 +87,7 @@ class TileProgram:
     )
     constants: Callable | None = None  # host: (q, ints, C) -> tensors that the hooks find behind the operands
     indexed: bool = False  # rows come through index lists operands[0] (queries) and operands[1] (keys)
+    exact: bool = False  # the score may be huge in whole rows: logits stay in base e, and the LSE is kept as a pair with what rounding took from it
     loose: bool = False  # nobody reads the slots without a row: the forward need not clear them
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOG2E', 'describable', 'describe', 'descriptor_of', 'empty_heads', 'allocator', 'packed_views', 'slot_shape',
-           'common_arguments', 'mask_kind', 'L2_SHARE', 'heads_together', 'stream', 'run_forward', 'plan_forward',
-           'row_lists', 'scatter_rows']
+           'lse_shape', 'common_arguments', 'mask_kind', 'L2_SHARE', 'heads_together', 'stream', 'run_forward',
+           'plan_forward', 'row_lists', 'scatter_rows']
 
 # %% auto #imports
 import math
@@ -85,11 +85,16 @@ def slot_shape(program: TileProgram, q: Tensor, operands) -> tuple[int, ...]:
     "Shape of what stands for a query once: (batch, heads, *axes), or (batch, heads, slots) where rows come through lists."
     return (*q.shape[:2], operands[0].shape[2] * operands[0].shape[3]) if program.indexed else q.shape[:-1]
 
+
+def lse_shape(program: TileProgram, slots: tuple[int, ...]) -> tuple[int, ...]:
+    "Shape of the LSE that the kernels write: a number per slot, for an exact program a pair."
+    return (*slots, 2) if program.exact else tuple(slots)
+
 # %% ../../nbs/1_foundations/01_engine.ipynb #bbbceb7d
 def common_arguments(program: TileProgram, q: Tensor, k: Tensor, v: Tensor, consts, scale: float) -> tuple[dict, float]:
     "The constexpr arguments that all kernels share, and the scale in the base and the place where the kernels want it."
     D, DV = q.shape[-1], v.shape[-1]
-    fold = scale > 0 and (program.score is None or program.raw_score)
+    fold = 2 if program.exact else scale > 0 and (program.score is None or program.raw_score)
     return dict(
         C=consts if isinstance(consts, tuple) else tuple(consts),
         MASK=program.mask,
@@ -101,7 +106,7 @@ def common_arguments(program: TileProgram, q: Tensor, k: Tensor, v: Tensor, cons
         BD=round_dim(D),
         BDV=round_dim(DV),
         PRECISION=dot_precision(q.dtype),
-    ), scale * (LOG2E if fold else 1.0)
+    ), scale * (LOG2E if fold == 1 else 1.0)
 
 
 def mask_kind(program: TileProgram, ints, consts, p: Launch) -> int:
@@ -168,7 +173,8 @@ def plan_forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, sca
     like = q.new_empty(*slots, v.shape[-1]) if program.indexed else empty_heads(q, v.shape[-1])
     shape, strides, device, dtype = like.shape, like.stride(), q.device, q.dtype
     empty = like.numel() == 0
-    lse_strides = torch.empty(slots, device="meta").stride()
+    of_lse = lse_shape(program, slots)
+    lse_strides = torch.empty(of_lse, device="meta").stride()
     if not empty:
         common, scale = common_arguments(program, q, k, v, consts, scale)
         p = find_launch(program, "forward", dtype, max(common["BD"], common["BDV"]), device, consts)
@@ -208,12 +214,12 @@ def plan_forward(q, k, v, extra_k, extra_v, operands, program, ints, consts, sca
         )
         launch.describe = {1: k_of, 2: v_of} if tma else {}
     new = allocator(like)
-    new_lse = emptier(slots, dtype=torch.float32, device=device)
+    new_lse = emptier(of_lse, dtype=torch.float32, device=device)
 
     def run(q, k, v, extra_k, extra_v, operands, *rest):
         if cleared:
             out = torch.zeros(shape, device=device, dtype=dtype)
-            lse = torch.full(slots, float("-inf"), device=device, dtype=torch.float32)
+            lse = torch.full(of_lse, float("-inf"), device=device, dtype=torch.float32)
         else:
             out, lse = new(), new_lse()
         if not empty:

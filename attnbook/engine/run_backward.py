@@ -303,7 +303,7 @@ def _plan_operand_grad(program, q, k, v, do, lse2, operands, ints, consts, commo
         return g.plan(program, q, k, v, do, lse2, operands, ints, consts, common, scale, wide)
     p = find_launch(program, "dq", q.dtype, max(common["BD"], common["BDV"]), q.device, consts)
     tiles, parts, batches = program.q_tiles(ints, consts, p.BM), g.parts(ints, consts, p.BN), g.batches(q, operands[0])
-    common = {name: x for name, x in common.items() if name != "FOLD"}
+    common = common | dict(FOLD=2 if program.exact else False)
     launch = BoundLaunch(
         tile_operand_grad,
         (tiles * parts * q.shape[1] * (q.shape[0] // batches),),

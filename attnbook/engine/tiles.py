@@ -126,8 +126,13 @@ def logits(
     FOLD: tl.constexpr,
     MASKS: tl.constexpr,
 ):
-    "A tile of logits in base 2, -inf where a pair is not allowed; with FOLD the raw product, whose scale is applied in the exponent."
-    if not FOLD:
+    """A tile of logits in base 2, -inf where a pair is not allowed; with FOLD the raw product, whose scale is applied in the exponent, and with FOLD = 2
+    (an `exact` program) the logits themselves."""
+    if FOLD == 2:
+        qk = qk * scale
+        if SCORE is not None:
+            qk = SCORE(qk, q, k, qpos, kpos, b, h, ops, ints, C)
+    elif not FOLD:
         qk = qk * scale
         if SCORE is not None:
             qk = SCORE(qk, q, k, qpos, kpos, b, h, ops, ints, C)
@@ -147,9 +152,15 @@ def logits(
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #d44b9d43
 @triton.jit
-def probabilities(s, lse, scale, FOLD: tl.constexpr):
-    "2^(s - lse), where `lse` broadcasts to the tile."
-    if FOLD:
+def probabilities(s, lse, scale, FOLD: tl.constexpr, low=None):
+    """2^(s - lse), where `lse` broadcasts to the tile. With FOLD = 2 e^(s - lse) 2^(-low): s - lse is exact where both are huge, and `low`, if given, is what
+    rounding took from lse."""
+    if FOLD == 2:
+        x = (s - lse) * 1.4426950408889634
+        if low is not None:
+            x = x - low
+        return tl.exp2(x)
+    elif FOLD:
         return tl.exp2(s * scale - lse)
     else:
         return tl.exp2(s - lse)

@@ -73,7 +73,7 @@ def _stage_ratios():
     times = [found.get(f"attention in {n} of 4") for n in (4, 3, 2, 1)]
     return {f"stages 1 to {n}": times[0] / t for n, t in enumerate(times[1:], 1)} if all(times) else None
 
-
+# %% ../../nbs/3_locality/halo.ipynb #d752d421
 #: the same of H7: training times 1.9, 1.4, 1.0 and 0.5 in the paper's stage table
 STAGE_RATIOS = {"stages 1 to 1": 1.9 / 1.4, "stages 1 to 2": 1.9 / 1.0, "stages 1 to 3": 1.9 / 0.5}
 

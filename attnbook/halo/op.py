@@ -228,7 +228,7 @@ def _packed_like(qkv, rel_height, rel_width, heads, widths, ints, consts, scale,
     out = qkv.new_empty(B, Y, X, widths[-1]).permute(0, 3, 1, 2)
     return out, qkv.new_empty(B, heads, Y, X, dtype=torch.float32), qkv.new_empty(2 * rows, dim)
 
-
+# %% ../../nbs/3_locality/halo.ipynb #b2ae5d7e
 def _plan_packed_backward(do, qkv, tables, out, lse, heads, widths, ints, consts, scale):
     "A function (do, qkv, tables, out, lse) -> gradients of qkv, in one tensor, and of the tables, by a few images at a time."
     views = lambda t: _packed_views(t, heads, widths, ints)

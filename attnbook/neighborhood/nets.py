@@ -183,7 +183,7 @@ def nat_tiny(
         **_TINY,
     )
 
-
+# %% ../../nbs/3_locality/neighborhood.ipynb #c4edf066
 def nat_small(
     *,
     num_classes: int = 1000,
@@ -272,7 +272,7 @@ def dinat_tiny(
         **_TINY,
     )
 
-
+# %% ../../nbs/3_locality/neighborhood.ipynb #b19aea51
 def dinat_small(
     *,
     num_classes: int = 1000,

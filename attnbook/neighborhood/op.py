@@ -114,7 +114,7 @@ def neighborhood_attention(
     extra = rel_pos_bias, additional_keys, additional_values
     return _attend(q, k, v, *extra, window_size, stride, dilation, is_causal, scale, return_lse, backend)
 
-
+# %% ../../nbs/3_locality/neighborhood.ipynb #74fa9ab4
 def _attend(
     q,
     k,

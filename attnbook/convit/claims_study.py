@@ -13,13 +13,13 @@ import numpy as np
 from ..lab.claims import all_of, beyond_interval
 from ..lab.results import load_results, newest_device
 from ..lab.stats import Speedup, by_seed, interval, paired, speedups
-from .experiments_study import KINDS, PRESETS
+from .experiments_study import KINDS, PRESETS, RECIPE
 from .nets import PUBLISHED_GMACS, VARIANTS, convit_macs
 
 # %% ../../nbs/2_position/convit.ipynb #a05fcd05
 def _runs(name, **where):
     "Rows of the gpu preset's longest runs, from the device that was measured last."
-    rows = newest_device(load_results("convit", name, preset="gpu", **where))
+    rows = newest_device(load_results("convit", name, preset="gpu", recipe=RECIPE, **where))
     longest = max((r["steps"] for r in rows), default=0)
     return [r for r in rows if r["steps"] == longest]
 

@@ -344,55 +344,67 @@ def deit(
     )
 
 # %% ../../nbs/2_position/convit.ipynb #89c87513
-def convit_tiny(num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0) -> ConViT:
+def convit_tiny(
+    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0, in_channels: int = 3
+) -> ConViT:
     "ConViT-Ti: 5.7 million parameters. For further settings see `convit`."
-    return convit("tiny", num_classes, img_size=img_size, drop_path=drop_path)
+    return convit("tiny", num_classes, img_size=img_size, drop_path=drop_path, in_channels=in_channels)
 
 
-def convit_small(num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0) -> ConViT:
+def convit_small(
+    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0, in_channels: int = 3
+) -> ConViT:
     "ConViT-S: 27.8 million parameters. For further settings see `convit`."
-    return convit("small", num_classes, img_size=img_size, drop_path=drop_path)
+    return convit("small", num_classes, img_size=img_size, drop_path=drop_path, in_channels=in_channels)
 
 
-def convit_base(num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0) -> ConViT:
+def convit_base(
+    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0, in_channels: int = 3
+) -> ConViT:
     "ConViT-B: 86.5 million parameters. For further settings see `convit`."
-    return convit("base", num_classes, img_size=img_size, drop_path=drop_path)
+    return convit("base", num_classes, img_size=img_size, drop_path=drop_path, in_channels=in_channels)
 
 
 def convit_tiny_plus(
-    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0
+    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0, in_channels: int = 3
 ) -> ConViT:
     "ConViT-Ti+: 10.0 million parameters. For further settings see `convit`."
-    return convit("tiny_plus", num_classes, img_size=img_size, drop_path=drop_path)
+    return convit("tiny_plus", num_classes, img_size=img_size, drop_path=drop_path, in_channels=in_channels)
 
 
 def convit_small_plus(
-    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0
+    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0, in_channels: int = 3
 ) -> ConViT:
     "ConViT-S+: 49.0 million parameters. For further settings see `convit`."
-    return convit("small_plus", num_classes, img_size=img_size, drop_path=drop_path)
+    return convit("small_plus", num_classes, img_size=img_size, drop_path=drop_path, in_channels=in_channels)
 
 
 def convit_base_plus(
-    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0
+    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0, in_channels: int = 3
 ) -> ConViT:
     "ConViT-B+: 153.1 million parameters. For further settings see `convit`."
-    return convit("base_plus", num_classes, img_size=img_size, drop_path=drop_path)
+    return convit("base_plus", num_classes, img_size=img_size, drop_path=drop_path, in_channels=in_channels)
 
 
-def deit_tiny(num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0) -> DeiT:
+def deit_tiny(
+    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0, in_channels: int = 3
+) -> DeiT:
     "DeiT-Ti: 5.7 million parameters. See `deit`."
-    return deit("tiny", num_classes, img_size=img_size, drop_path=drop_path)
+    return deit("tiny", num_classes, img_size=img_size, drop_path=drop_path, in_channels=in_channels)
 
 
-def deit_small(num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0) -> DeiT:
+def deit_small(
+    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0, in_channels: int = 3
+) -> DeiT:
     "DeiT-S: 22.1 million parameters. See `deit`."
-    return deit("small", num_classes, img_size=img_size, drop_path=drop_path)
+    return deit("small", num_classes, img_size=img_size, drop_path=drop_path, in_channels=in_channels)
 
 
-def deit_base(num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0) -> DeiT:
+def deit_base(
+    num_classes: int = 1000, *, img_size: int | tuple[int, int] = 224, drop_path: float = 0.0, in_channels: int = 3
+) -> DeiT:
     "DeiT-B: 86.6 million parameters. See `deit`."
-    return deit("base", num_classes, img_size=img_size, drop_path=drop_path)
+    return deit("base", num_classes, img_size=img_size, drop_path=drop_path, in_channels=in_channels)
 
 # %% ../../nbs/2_position/convit.ipynb #542eb13b
 PARAMETERS = {  # official weights (timm's files) and README; the formula below gives the same

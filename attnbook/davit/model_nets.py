@@ -141,37 +141,51 @@ def davit(
     )
 
 
-def davit_tiny(num_classes: int = 1000, *, drop_path: float = 0.0, backend: str = "auto") -> DaViT:
+def davit_tiny(
+    num_classes: int = 1000, *, drop_path: float = 0.0, in_channels: int = 3, backend: str = "auto"
+) -> DaViT:
     "DaViT-Tiny: 28.4 million parameters, 4.5 G multiply-adds at 224 pixels. For further settings see `davit`."
-    return davit("tiny", num_classes, drop_path=drop_path, backend=backend)
+    return davit("tiny", num_classes, drop_path=drop_path, in_channels=in_channels, backend=backend)
 
 
-def davit_small(num_classes: int = 1000, *, drop_path: float = 0.0, backend: str = "auto") -> DaViT:
+def davit_small(
+    num_classes: int = 1000, *, drop_path: float = 0.0, in_channels: int = 3, backend: str = "auto"
+) -> DaViT:
     "DaViT-Small: 49.7 million parameters, 8.8 G multiply-adds at 224 pixels. For further settings see `davit`."
-    return davit("small", num_classes, drop_path=drop_path, backend=backend)
+    return davit("small", num_classes, drop_path=drop_path, in_channels=in_channels, backend=backend)
 
 
-def davit_base(num_classes: int = 1000, *, drop_path: float = 0.0, backend: str = "auto") -> DaViT:
+def davit_base(
+    num_classes: int = 1000, *, drop_path: float = 0.0, in_channels: int = 3, backend: str = "auto"
+) -> DaViT:
     "DaViT-Base: 88.0 million parameters, 15.5 G multiply-adds at 224 pixels. For further settings see `davit`."
-    return davit("base", num_classes, drop_path=drop_path, backend=backend)
+    return davit("base", num_classes, drop_path=drop_path, in_channels=in_channels, backend=backend)
 
 
-def davit_large(num_classes: int = 1000, *, drop_path: float = 0.0, backend: str = "auto") -> DaViT:
+def davit_large(
+    num_classes: int = 1000, *, drop_path: float = 0.0, in_channels: int = 3, backend: str = "auto"
+) -> DaViT:
     "DaViT-Large: 196.8 million parameters, windows of 12, 103 G multiply-adds at 384 pixels. See `davit`."
-    return davit("large", num_classes, drop_path=drop_path, backend=backend)
+    return davit("large", num_classes, drop_path=drop_path, in_channels=in_channels, backend=backend)
 
 
-def davit_huge(num_classes: int = 1000, *, drop_path: float = 0.0, backend: str = "auto") -> DaViT:
+def davit_huge(
+    num_classes: int = 1000, *, drop_path: float = 0.0, in_channels: int = 3, backend: str = "auto"
+) -> DaViT:
     "DaViT-Huge: 362.7 million parameters, windows of 16, 334 G multiply-adds at 512 pixels. See `davit`."
-    return davit("huge", num_classes, drop_path=drop_path, backend=backend)
+    return davit("huge", num_classes, drop_path=drop_path, in_channels=in_channels, backend=backend)
 
 
-def davit_giant(num_classes: int = 1000, *, drop_path: float = 0.0, backend: str = "auto") -> DaViT:
+def davit_giant(
+    num_classes: int = 1000, *, drop_path: float = 0.0, in_channels: int = 3, backend: str = "auto"
+) -> DaViT:
     "DaViT-Giant: 1437.4 million parameters, windows of 16, 1038 G multiply-adds at 512 pixels. See `davit`."
-    return davit("giant", num_classes, drop_path=drop_path, backend=backend)
+    return davit("giant", num_classes, drop_path=drop_path, in_channels=in_channels, backend=backend)
 
 # %% ../../nbs/3_locality/davit.ipynb #062c390c
-def florence2_base_tower(num_classes: int = 0, *, drop_path: float = 0.0, backend: str = "auto") -> DaViT:
+def florence2_base_tower(
+    num_classes: int = 0, *, drop_path: float = 0.0, in_channels: int = 3, backend: str = "auto"
+) -> DaViT:
     "The image tower of Florence-2 base; without a classifier where num_classes is 0."
     return davit(
         "base",
@@ -180,11 +194,14 @@ def florence2_base_tower(num_classes: int = 0, *, drop_path: float = 0.0, backen
         downsample_kernel=3,
         channel_scale="tokens",
         drop_path=drop_path,
+        in_channels=in_channels,
         backend=backend,
     )
 
 
-def florence2_large_tower(num_classes: int = 0, *, drop_path: float = 0.0, backend: str = "auto") -> DaViT:
+def florence2_large_tower(
+    num_classes: int = 0, *, drop_path: float = 0.0, in_channels: int = 3, backend: str = "auto"
+) -> DaViT:
     "The image tower of Florence-2 large; see `florence2_base_tower`."
     return davit(
         "huge",
@@ -193,6 +210,7 @@ def florence2_large_tower(num_classes: int = 0, *, drop_path: float = 0.0, backe
         downsample_kernel=3,
         channel_scale="tokens",
         drop_path=drop_path,
+        in_channels=in_channels,
         backend=backend,
     )
 

@@ -23,7 +23,7 @@ from ..lab.stats import Speedup, by_seed, over_seeds, paired, speedups
 from ..lab.train import compare_training
 from ..layers import count_parameters
 from .channel_op import channel_group_attention, channel_group_attention_packed, packed_groups
-from .experiments_study import PAIR_KINDS, PRESETS, fitted_slope, reach, three_attentions
+from .experiments_study import PAIR_KINDS, PRESETS, RECIPE, fitted_slope, reach, three_attentions
 from .model_nets import PUBLISHED_GMACS, VARIANTS, counted_gmacs, davit, davit_tiny
 from .nets import ChannelGroupAttention, ConvPositionalEncoding
 from .reference import channel_attention_cost, from_windows, to_windows
@@ -230,18 +230,16 @@ def bench_calls() -> Iterator[dict]:
         yield from call_costs("davit", dict(what="channel module"), methods, [x], parameters=parameters, qkv=whole)
 
 # %% ../../nbs/3_locality/davit.ipynb #61bc0594
-def _longest(name):
+def _longest(name, **where):
     "Rows of the gpu preset's longest runs, from the device that was measured last."
-    rows = newest_device(load_results("davit", name, preset="gpu"))
+    rows = newest_device(load_results("davit", name, preset="gpu", **where))
     longest = max((r["steps"] for r in rows), default=0)
     return [r for r in rows if r["steps"] == longest]
 
 
 def _pair_gaps():
     "By how many points, seed by seed, dual blocks are better than either alone, and what the best kind reaches on average."
-    rows = [
-        r for r in _longest("pairs") if r["stages"] > 1 and r.get("canvas")
-    ]  # older rows: windows that could not compare
+    rows = _longest("pairs", recipe=RECIPE)
     of = {kind: {run: 100 * a for run, a in by_seed(rows, "accuracy", kind=kind).items()} for kind in PAIR_KINDS}
     gaps = {f"over {kind}": paired(of["dual"], of[kind]) for kind in ("window", "channel")}
     if None in gaps.values():

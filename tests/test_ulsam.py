@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from attnbook.lab.stats import Interval
 from attnbook.lab.testing import (
     check_against_reference,
     check_autocast,
@@ -468,9 +469,6 @@ def test_small_networks(make):
     out = net(torch.randn(2, 1, 16, 16, device=device_under_test()))
     out.square().mean().backward()
     assert out.shape == (2, 5) and all(p.grad is not None for p in net.parameters())
-
-
-from attnbook.lab.stats import Interval  # noqa: E402
 
 
 SIGNS = (Interval(1.0, 0.5, 5), Interval(0.1, 0.5, 5), Interval(-1.0, 0.5, 5))

@@ -432,8 +432,8 @@ def _llama(**changes):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_relative_positions_in_a_model_of_transformers(backend):
-    model, tokens = _llama(), torch.randint(1, 50, (2, 11))
-    with torch.no_grad():
+    with torch.device(device_under_test()), torch.no_grad():
+        model, tokens = _llama(), torch.randint(1, 50, (2, 11))
         want = model(tokens).logits
         tables = add_relative_positions(model, 6, backend=backend)
         assert [tuple(t.shape) for t in tables] == [(4, 6, 8)] * 2

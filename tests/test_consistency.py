@@ -24,12 +24,15 @@ from attnbook.consistency.experiments_study import (
     auroc,
     corpus_majority,
     corrupted,
+    first_reaching,
     hourglass,
     isolation,
     latent_explicit,
     run_all,
     signals,
     systematic_error,
+    train_arithmetic,
+    validation_accuracy,
 )
 from attnbook.consistency.feedback_nets import (
     WEIGHTINGS,
@@ -851,6 +854,29 @@ def test_judged():
     asked = ask(Arithmetic(7), (3, 4), 5, 0)
     assert [len(p) for p in asked.direct] == [7, 7, 9, 9, 9] and asked.lengths == [3, 3, 4, 4, 4]
     assert all(p[1:] == q[1:] and p[0] != q[0] for p, q in zip(asked.direct, asked.trace))
+
+
+def test_first_reaching():
+    asked, curve = [], [0.1, 0.2, 0.1, 0.8, 0.7, 0.9, 1.0]
+    accuracy = lambda i: (asked.append(i), curve[i])[1]
+    assert first_reaching(0.75, accuracy, 7, stride=3) == 3 and asked == [2, 5, 3]  # not 5, and not all were asked
+    assert first_reaching(0.95, accuracy, 7, stride=3) == 6  # the last, which no stride meets
+    assert first_reaching(0.15, accuracy, 7, stride=3) == 3  # 1 lies before a check that falls short
+    assert first_reaching(1.5, accuracy, 7, stride=3) is None and first_reaching(0.05, accuracy, 7, stride=9) == 0
+
+
+def test_trained_to_a_target():
+    task, where = Arithmetic(5), str(device_under_test())
+    cfg = dict(dim=32, depth=1, heads=2, steps=60, batch=96, lengths=(2, 3), questions=20)
+    told = []
+    whole = train_arithmetic(task, cfg, [0], where, told.append)[0]
+    assert whole.step == 60 and 0 <= whole.validation <= 1 and sum("step" in s and "models" in s for s in told) == 10
+    early = train_arithmetic(task, cfg | dict(target=0.1, check=5), [0], where, told.append)[0]
+    assert early is not None and early.step % 5 == 0 and early.step < 60 and 0.1 <= early.validation <= 0.25
+    asked = [ask(task, some, 20, 0) for some in ((3,), (2, 3))]
+    again = validation_accuracy(early.model, task, (3,), asked, 0)
+    assert again() == early.validation  # its weights are those of that step
+    assert train_arithmetic(task, cfg | dict(target=0.99, check=20), [0], where, told.append) == [None]
 
 
 def test_experiments_on_an_untrained_model(tmp_path, monkeypatch):

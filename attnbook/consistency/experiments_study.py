@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['hourglass', 'isolation', 'auroc', 'lens_signals', 'signals', 'corrupted', 'systematic_error', 'corpus_majority',
-           'corruption', 'latent_explicit', 'text_layers', 'train_reviews', 'PARTS', 'run_all']
+           'corruption', 'first_reaching', 'VALIDATION', 'validation_accuracy', 'Taught', 'train_arithmetic',
+           'latent_explicit', 'text_layers', 'train_reviews', 'PARTS', 'run_all']
 
 # %% auto #imports
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,16 +23,7 @@ from ..lab.results import record
 from ..lm import LanguageModel, ModelConfig
 from ..lm.sampling import left_pad
 from ..lm.scores import windows_of
-from .arithmetic_study import (
-    CORPUS_ROWS,
-    Arithmetic,
-    Asked,
-    arithmetic_model,
-    ask,
-    judged,
-    train_arithmetic,
-    train_side_by_side,
-)
+from .arithmetic_study import CORPUS_ROWS, Arithmetic, Asked, arithmetic_model, ask, judged, train_side_by_side
 from .decoding_nets import decode, dola_candidates, dola_logits, sample_responses
 from .feedback_nets import internal_consistency
 from .feedback_study import feedback
@@ -200,6 +192,78 @@ def corruption(
             **judged(answers, truth.tolist()),
         )
 
+# %% ../../nbs/7_looking_inside/consistency.ipynb #c778a88d
+def first_reaching(target: float, accuracy: Callable[[int], float], count: int, stride: int = 8) -> int | None:
+    """The first of `count` checks whose accuracy reaches `target`, looked for at every `stride`-th and the last, then among
+    those before the one found; None if none of the first does."""
+    coarse = [*range(stride - 1, count, stride), *([count - 1] if count % stride else [])]
+    found = next((i for i in coarse if accuracy(i) >= target), None)
+    if found is None:
+        return None
+    before = max([i for i in coarse if i < found], default=-1)
+    return next((i for i in range(before + 1, found) if accuracy(i) >= target), found)
+
+
+VALIDATION = 512  # questions, held out as those that are asked later, and none of them
+
+
+def validation_accuracy(
+    model: LanguageModel, task: Arithmetic, lengths: Sequence[int], taken: Sequence[Asked], seed: int
+):
+    "A function that gives the share of `VALIDATION` questions which greedy decoding with a trace answers, none of them in `taken`."
+    known = {tuple(p) for asked in taken for p in asked.trace}
+    held = ask(task, lengths, 2 * VALIDATION, 1_000_000 + seed)
+    kept = [(p, y) for p, y in zip(held.trace, held.truth) if tuple(p) not in known]
+    some = kept[:: max(1, len(kept) // VALIDATION)][:VALIDATION]  # all lengths
+    prompts, truth = zip(*some)
+
+    def measured() -> float:
+        out = decode(model, prompts, max_new=2 * max(lengths), stop=task.stop, pad=task.pad)
+        return float(np.mean([task.read(t)[0] == y for t, y in zip(out.rows(), truth)]))
+
+    return measured
+
+
+class Taught(NamedTuple):
+    "A model of arithmetic, the step at which its training was cut, and how many validation questions it answers there."
+
+    model: LanguageModel
+    step: int
+    validation: float
+
+
+def train_arithmetic(
+    task: Arithmetic, cfg: Mapping, seeds: Sequence[int], device: str, show: Callable[[str], Any] = print
+) -> list[Taught | None]:
+    """The preset's model for each seed, trained on chains that are not held out: to the end, or with `cfg["target"]` as it was at
+    the first check, every `cfg["check"]` steps, at which greedy decoding with a trace answers that share of validation questions.
+    None for a seed that never does, or whose share at that check is more than 0.15 off."""
+    models, corpora = [], []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        models.append(arithmetic_model(task, cfg))
+        corpora.append(task.corpus(min(CORPUS_ROWS, cfg["steps"] * cfg["batch"]), cfg["lengths"], seed))
+    how = dict(steps=cfg["steps"], batch=cfg["batch"], device=device, name="arithmetic", show=show)
+    target, check, taught = cfg.get("target"), cfg.get("check"), []
+    states = train_side_by_side(models, corpora, seeds, keep=check, **how)
+    lengths = [k for k in cfg["lengths"] if k > 2]
+    for seed, model, kept in zip(seeds, models, states):
+        asked = [ask(task, some, cfg["questions"], seed) for some in (lengths, cfg["lengths"])]
+        measured = validation_accuracy(model, task, lengths, asked, seed)
+
+        def at(i):
+            model.load_state_dict(kept[i])
+            return measured()
+
+        found = None if target is None else first_reaching(target, at, len(kept))
+        step = cfg["steps"] if found is None else min((found + 1) * check, cfg["steps"])
+        share = measured() if found is None else at(found)
+        show(f"seed {seed}: {share:.1%} of validation questions right after {step} steps")
+        taught.append(
+            Taught(model, step, share) if target is None or abs(share - target) <= 0.15 and found is not None else None
+        )
+    return taught
+
 # %% ../../nbs/7_looking_inside/consistency.ipynb #3c066490
 def latent_explicit(
     model, task: Arithmetic, asked: Asked, *, n: int, temperature: float, seed: int, max_new: int
@@ -291,8 +355,12 @@ def run_all(
     runs = range(seed, seed + (seeds or cfg["seeds"]))
     if "arithmetic" in only:
         task = Arithmetic(cfg["arithmetic"]["modulus"])
-        for run, model in zip(runs, train_arithmetic(task, cfg["arithmetic"], runs, device, show)):
-            _run_arithmetic(model, task, cfg, run, partial(note, run=run), show)
+        for run, taught in zip(runs, train_arithmetic(task, cfg["arithmetic"], runs, device, show)):
+            if taught is None:
+                show(f"seed {run}: no rows, its accuracy is not near the target")
+                continue
+            told = partial(note, run=run, steps=taught.step, validation=taught.validation)
+            _run_arithmetic(taught.model, task, cfg, run, told, show)
     if "corruption" in only:
         cases = [(kind, share) for kind in ("systematic", "random") for share in cfg["corruption"]["shares"]]
         for run in runs:

@@ -61,7 +61,17 @@ PRESETS = dict(
     gpu=dict(
         seeds=3,
         arithmetic=dict(
-            modulus=23, lengths=(2, 3, 4, 5, 6), dim=128, depth=6, heads=4, steps=6000, batch=768, questions=500, n=10
+            modulus=23,
+            lengths=(2, 3, 4, 5, 6),
+            dim=128,
+            depth=6,
+            heads=4,
+            steps=6000,
+            batch=768,
+            questions=500,
+            n=10,
+            target=0.75,
+            check=25,
         ),
         temperatures=(0.3, 0.7, 1.0, 1.5),
         budgets=(1, 2, 4, 8, 16),

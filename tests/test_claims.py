@@ -9,6 +9,7 @@ import pytest
 from attnbook.lab.book import CHAPTERS, Chapter
 from attnbook.lab.claims import (
     VERDICTS,
+    WORDS,
     Claim,
     Verdict,
     all_of,
@@ -587,6 +588,13 @@ def test_undecided_says_why():
         "undecided: the interval of 5 seeds, -0.2 to 0.4, contains 0",
     )
     assert beyond_interval()(Interval(0.1, math.inf, 1)) == ("not measured", "undecided: one seed has no interval")
+    undecided = Verdict("not measured", "undecided: one seed has no interval")
+    assert undecided.word == "undecided" and undecided.said == "**undecided**: one seed has no interval"
+    assert Verdict("not measured", "undecided, one seed: x").said == "**undecided**: one seed: x"
+    assert Verdict("not measured", "no row").said == "**not measured**: no row" and Verdict("holds").said == "**holds**"
+    open_claim = Claim("c", "1", "t", beyond_interval(), Interval(0.1, 0.3, 5))
+    assert "| **undecided**: the interval of 5 seeds" in claims_table([open_claim])
+    assert {Verdict(v).word for v in VERDICTS} | {"undecided"} == set(WORDS)
     assert beyond_interval()(Interval(0.4, 0.3, 2)) == "holds"
     better = beyond_interval()(paired({0: 3.0, 1: 3.1, 2: 3.2}, {0: 1.0, 1: 1.1, 2: 1.1}))
     worse = beyond_interval()(paired({0: 1.0, 1: 1.1, 2: 1.1}, {0: 3.0, 1: 3.1, 2: 3.2}))

@@ -2,6 +2,8 @@
 # fmt: off
 import math
 from functools import partial
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from attnbook.consistency.decoding_nets import (
     sample_responses,
 )
 from attnbook.consistency.experiments_study import (
+    VALIDATION,
     auroc,
     corpus_majority,
     corrupted,
@@ -876,6 +879,12 @@ def test_trained_to_a_target():
     asked = [ask(task, some, 20, 0) for some in ((3,), (2, 3))]
     again = validation_accuracy(early.model, task, (3,), asked, 0)
     assert again() == early.validation  # its weights are those of that step
+    held = []
+    answers = lambda model, prompts, **how: held.extend(prompts) or SimpleNamespace(rows=lambda: [[0]] * len(prompts))
+    with mock.patch.dict(validation_accuracy.__globals__, decode=answers):
+        validation_accuracy(None, Arithmetic(23), (3, 4, 5, 6), [], 0)()
+    lengths = [len(p) // 2 for p in held]
+    assert len(held) == VALIDATION and all(lengths.count(k) == VALIDATION / 4 for k in (3, 4, 5, 6))
     assert train_arithmetic(task, cfg | dict(target=0.99, check=20), [0], where, told.append) == [None]
 
 

@@ -1439,6 +1439,8 @@ VERDICTS_ON_ROWS = {  # (a part of the claim's statement, verdict, which): rows
     ("Swin-T", "not measured", 2): nat_rows(good, (0.80, 0.81, 0.82), "blocked"),  # another opponent
     ("Swin-T", "not measured", 3): nat_rows(good, (), "")
     + nat_rows((), (0.1, 0.1, 0.1), "shifted", date=LATER),  # other runs
+    ("Swin-T", "holds", 2): nat_rows(good[:2], (0.80, 0.81), "shifted")
+    + [r | dict(run=2) for r in nat_rows((0.9,), (0.81,), "shifted", date=LATER)],  # its seeds are of two runs
     ("Swin-T", "does not hold here", 0): nat_rows((0.80, 0.81, 0.82), good, "shifted"),
     ("Swin-T", "holds", 1): nat_rows(good, (0.8, 0.8, 0.8), "shifted") + nat_rows(good, (1, 1, 1), "shifted", steps=2),
     ("exchange nothing", "holds", 0): nat_rows(good, (0.80, 0.81, 0.82), "blocked"),

@@ -816,7 +816,8 @@ def test_rows_of_a_training():
     seen = [dict(step=s, seconds=t, bits=float(s), dead=0.5) for s, t in ((2, 1.0), (4, 1.5), (8, 3.5))]
     trained = []
     with mock.patch.dict(
-        language_experiment.__globals__, train_for=lambda model, *args, **kw: trained.append((model, kw)) or seen
+        language_experiment.__globals__,
+        train_for=lambda model, *args, **kw: trained.append((model.to(kw["device"]), kw)) or seen,
     ):
         _, row = _train("nearest", seconds=3.0, variant="no positions", run=4)
     assert (row["steps"], row["seconds"], row["step_ms"], row["run"]) == (8, 3.5, 500.0, 4)

@@ -214,7 +214,7 @@ def validation_accuracy(
     known = {tuple(p) for asked in taken for p in asked.trace}
     held = ask(task, lengths, 2 * VALIDATION, 1_000_000 + seed)
     kept = [(p, y) for p, y in zip(held.trace, held.truth) if tuple(p) not in known]
-    some = kept[:: max(1, len(kept) // VALIDATION)][:VALIDATION]  # all lengths
+    some = [kept[i * len(kept) // VALIDATION] for i in range(min(VALIDATION, len(kept)))]  # all lengths
     prompts, truth = zip(*some)
 
     def measured() -> float:
@@ -354,8 +354,9 @@ def run_all(
 
     runs = range(seed, seed + (seeds or cfg["seeds"]))
     if "arithmetic" in only:
-        task = Arithmetic(cfg["arithmetic"]["modulus"])
-        for run, taught in zip(runs, train_arithmetic(task, cfg["arithmetic"], runs, device, show)):
+        task, some = Arithmetic(cfg["arithmetic"]["modulus"]), cfg["arithmetic"]
+        own = range(seed, seed + (seeds or some.get("seeds", cfg["seeds"])))
+        for run, taught in zip(own, train_arithmetic(task, some, own, device, show)):
             if taught is None:
                 show(f"seed {run}: no rows, its accuracy is not near the target")
                 continue

@@ -151,10 +151,10 @@ LENS_LAUNCH = LaunchTable("rows", "apart", "gradient")
 for _arch in ("sm90", "sm80", "small"):
     LENS_LAUNCH.rows(_arch, 32, {256: ((1, 256, 1, 1), (1, 256, 1, 1), (1, 256, 1, 1))})
     LENS_LAUNCH.rows(_arch, 32, {4096: ((1, 1024, 4, 1), (1, 1024, 4, 1), (1, 1024, 4, 1))})
-    LENS_LAUNCH.rows(_arch, 32, {2**40: ((1, 4096, 8, 1), (1, 2048, 8, 1), (1, 1024, 4, 1))})
+    LENS_LAUNCH.rows(_arch, 32, {2**40: ((1, 4096, 16, 1), (1, 4096, 8, 1), (1, 2048, 8, 1))})
 LENS_LAUNCH.rows("interpreter", 32, {2**40: ((1, 512, 1, 1), (1, 512, 1, 1), (1, 256, 1, 1))})
 #: logits that are in memory at a time: of all layers of some tokens, and in the backward pass of all rows for some words
-BUFFER, SLICE = 2**24, 2**25
+BUFFER, SLICE = 2**26, 2**26
 ROWS = 256  # of a chunk at least, so that the product does not wait for the table
 LAUNCHES = Plans(4096)
 

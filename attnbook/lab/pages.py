@@ -189,6 +189,7 @@ def verdict_class(text: str) -> str:
         "holds": "holds",
         "holds in part": "part",
         "does not hold here": "not",
+        "undecided": "none",
         "not measured": "none",
         "out of reach here": "none",
     }

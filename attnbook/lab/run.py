@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 from .book import CHAPTERS, book_root, markdown_table, require, written_chapter
-from .claims import VERDICTS, Verdict, chapter_claims, show_value
+from .claims import WORDS, Verdict, chapter_claims, show_value
 from .pages import to_html, without_directives
 from .parameters import KERNEL_OPTIONS, as_code, check_parameters, quiet, read_parameters
 
@@ -220,7 +220,7 @@ def judged_claims(name: str) -> list:
 def _tally(verdicts: Iterable[str]) -> dict[str, int]:
     "How often each verdict was given, in their order."
     found = list(verdicts)
-    return {v: found.count(v) for v in VERDICTS if v in found}
+    return {v: found.count(v) for v in WORDS if v in found}
 
 
 def where_measured(rows: Iterable[dict]) -> str:
@@ -236,13 +236,13 @@ def run_report(run: Run, judged: list, stored: list) -> str:
         return f"{text} It failed in\n\n    {run.error}"
     if not judged:
         return text
-    book = {c.statement: v.verdict for c, v in stored}
+    book = {c.statement: v.word for c, v in stored}
     rows = [
         (
             c.statement,
             f"{c.paper} ({c.where})" if c.where else c.paper,
             show_value(v.measured),
-            f"**{v.verdict}**" + (f": {v.reason}" if v.reason else ""),
+            v.said,
             book.get(c.statement, "–"),
         )
         for c, v in judged
@@ -263,7 +263,7 @@ def _finish(run: Run, source: Path):
             _judged(run.chapter, run.folder / "results"),
             _judged(run.chapter, require("attnbook.lab.results").stored_dir()),
         )
-    run.verdicts, run.stored = _tally(v.verdict for _, v in judged), _tally(v.verdict for _, v in stored)
+    run.verdicts, run.stored = _tally(v.word for _, v in judged), _tally(v.word for _, v in stored)
     run.page = to_html(run.notebook, run.folder / f"{run.chapter}.html", source, run_report(run, judged, stored))
     summary = {
         "chapter": run.chapter,
@@ -278,7 +278,7 @@ def _finish(run: Run, source: Path):
                 "statement": c.statement,
                 "paper": c.paper,
                 "measured": show_value(v.measured),
-                "verdict": v.verdict,
+                "verdict": v.word,
                 "reason": v.reason,
             }
             for c, v in judged

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from .api import Module, linked_names, module_body, prose_notebook, read_library
 from .book import CHAPTERS, PARTS, Chapter, book_root, require
-from .claims import VERDICTS
+from .claims import WORDS
 from .pages import STYLE, Body, contents_list, notebook_body, page_html, relocated, verdict_class
 from .run import judged_claims
 
@@ -210,8 +210,8 @@ def _on_the_web(root: Path, path: Path) -> str | None:
 
 def _tally_line(chapter: Chapter, body: Body) -> str:
     "How many of the paper's claims hold, by the rows stored with the book, and a link to the table."
-    verdicts = [v.verdict for _, v in judged_claims(chapter.name)]
-    counts = {v: verdicts.count(v) for v in VERDICTS if v in verdicts}
+    verdicts = [v.word for _, v in judged_claims(chapter.name)]
+    counts = {v: verdicts.count(v) for v in WORDS if v in verdicts}
     anchor = next((n for _, n, _ in body.headings if n.startswith("claims")), "")
     shown = ", ".join(f"<span{verdict_class(v)}>{v}: {n}</span>" for v, n in counts.items())
     return f'<p class="tally"><a href="#{anchor}">The paper\'s claims</a>: {shown}</p>' if shown and anchor else ""

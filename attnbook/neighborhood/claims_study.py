@@ -9,7 +9,7 @@ __all__ = ['NATTEN_H100', 'simulated_times', 'natten_runs', 'over_natten', 'STRI
 # %% auto #imports
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from statistics import median_high
 
 from ..lab.claims import grade, not_measured, out_of_reach, over_range
@@ -203,12 +203,17 @@ def _equivariance():
 
 
 def _nat_gap(other):
-    """How many points NA is more accurate than another kind, seed by seed, with its interval; of the gpu preset's last
-    run (the cpu preset is a smoke test) and its longest training. None with fewer than three seeds."""
-    rows = newest_run(_rows("nat", preset="gpu"), 60)
+    """How many points NA is more accurate than another kind, seed by seed, with its interval; of the gpu preset (the cpu
+    preset is a smoke test) and its longest training. Both networks of a seed are of one run, rows no more than an hour
+    apart; seeds may be of several. None with fewer than three seeds."""
+    rows = newest_device(_rows("nat", preset="gpu"))
     longest = max((r["steps"] for r in rows), default=0)
-    of = lambda kind: {s: 100 * x for s, x in by_seed(rows, "accuracy", kind=kind, steps=longest).items()}
-    found = paired(of("NA"), of(other))
+    of = lambda kind, field: by_seed(rows, field, kind=kind, steps=longest)
+    when = {kind: {s: datetime.fromisoformat(d) for s, d in of(kind, "date").items()} for kind in ("NA", other)}
+    near = lambda s: abs(when["NA"][s] - when[other].get(s, datetime.min.replace(tzinfo=UTC))) <= timedelta(hours=1)
+    found = paired(
+        *({s: 100 * x for s, x in of(kind, "accuracy").items() if s in when["NA"] and near(s)} for kind in when)
+    )
     return found if found and found.n >= 3 else None
 
 

@@ -1,6 +1,8 @@
 # Written from the test cells of nbs/7_looking_inside/consistency.ipynb by `attnbook export`. Do not edit.
 # fmt: off
 import math
+import sys
+import weakref
 from functools import partial
 from types import SimpleNamespace
 from unittest import mock
@@ -269,8 +271,6 @@ def test_at_the_ends(backend):
 
 def test_slices_of_the_vocabulary(monkeypatch):
     "Statistics of some tokens at a time, the gradient in slices, and the torch backend in chunks, are those of the whole."
-    import sys
-
     kernels, op = sys.modules[launch_lens_gradient.__module__], sys.modules[logit_lens_stats.__module__]
     inputs, y = _case(5, 7, 603, 8)
     (
@@ -281,6 +281,23 @@ def test_slices_of_the_vocabulary(monkeypatch):
         run = _outputs(partial(logit_lens_stats, backend=backend), y, 2)
         monkeypatch.setattr(module, name, 256 * 35 if backend == "triton" else 5 * 603 * 3)
         check_against_reference(run, _outputs(lens_reference, y, 2), inputs, tol=2e-5)
+
+
+def test_one_buffer_at_a_time(monkeypatch):
+    "The logits of a chunk are let go before the next are made."
+    kernels = sys.modules[launch_lens_gradient.__module__]
+    monkeypatch.setattr(kernels, "ROWS", 1), monkeypatch.setattr(kernels, "BUFFER", 2 * 33 * 2)
+    product, made = kernels.float32_product, []
+
+    def kept(a, b):
+        assert all(old() is None for old in made)
+        made.append(weakref.ref(z := product(a, b)))
+        return z
+
+    monkeypatch.setattr(kernels, "float32_product", kept)
+    hidden, weight = torch.randn(2, 7, 8, device=device_under_test()), torch.randn(33, 8, device=device_under_test())
+    logit_lens_stats(hidden, weight, backend="triton")
+    assert len(made) > 2
 
 
 def test_operation():
@@ -1022,7 +1039,7 @@ def test_look_ups(tmp_path, monkeypatch):
             ("systematic", 0.0, 1.0, 1.0, 1.0),
             ("systematic", 0.7, 0.7, 0.02, 0.96),
         ):
-            _record("corruption", run, kind=kind, rho=rho, share=share + e, vote_accuracy=right, majority=most)
+            _record("corruption", run, kind=kind, rho=rho, share=share + e, vote_accuracy=right, likeliest=most)
         for mode, length, t, a, d in (
             ("trace", 3, 1.0, 0.9, 0.1),
             ("trace", 4, 1.0, 0.7, 0.3),

@@ -53,11 +53,11 @@ RESPONDED, RETRACED = dict(place="response", prompt="trace"), dict(place="decodi
 
 
 def _corrupted(kind, least, value):
-    "The worst over shares from `least` on of a value of the rows, within runs: (name, largest or smallest)."
+    "The worst over shares from `least` on of a value of the rows, within runs; None where one of these has none."
 
     def of(rows):
         found = [value(r) for r in rows if kind in (None, r["kind"]) and r["rho"] >= least]
-        return max(found) if found else None
+        return max(found) if found and None not in found else None
 
     return lambda: _by_run("corruption", of)
 

@@ -178,6 +178,7 @@ def corruption(
     truth, prompts, n = task.partial_sums(terms, signs)[:, -1], task.prompts("D", terms, signs).tolist(), cfg["n"]
     for model, (kind, share) in zip(models, cases):
         out = sample_responses(model, prompts, n, 1.0, max_new=2, stop=task.stop, seed=seed, pad=task.pad)
+        greedy = decode(model, prompts, max_new=2, stop=task.stop, pad=task.pad)
         told = [task.read(t)[0] for t in out.rows()]
         answers = [told[i * n : i * n + n] for i in range(len(prompts))]
         votes = [vote(x) for x in answers]
@@ -188,6 +189,7 @@ def corruption(
             rho=share,
             facts=len(prompts),
             majority=float(np.mean([v.answer == m for v, m in zip(votes, most)])),
+            likeliest=float(np.mean([task.read(t)[0] == m for t, m in zip(greedy.rows(), most)])),
             auroc=auroc(np.nan_to_num([v.share for v in votes]), right),
             **judged(answers, truth.tolist()),
         )

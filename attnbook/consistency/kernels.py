@@ -193,6 +193,7 @@ def launch_lens(hidden: Tensor, weight: Tensor, targets: Tensor | None, referenc
             launch_kept(lens_apart, "apart", device, V, S * T, *sizes, reference, MIXED=mixed)(
                 z, lse, kl, back, js, half
             )
+        del z  # else two buffers are alive while the next is filled
     return lse, entropy, top, word, hit, kl, back, js, half
 
 

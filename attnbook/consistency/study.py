@@ -273,8 +273,8 @@ def claims() -> list[Claim]:
             own,
             "this chapter",
             interval_at_most(0.1, 0.25),
-            _corrupted(None, 0.0, lambda r: 1 - r["majority"]),
-            "largest share of facts with another vote, over 12 corpora; corpora wrong by half and more included",
+            _corrupted(None, 0.0, lambda r: 1 - r["likeliest"] if "likeliest" in r else None),
+            "largest share of facts whose likeliest answer is another, over 12 corpora; corpora wrong by half and more included",
         ),
         Claim(
             "Writing steps out is more accurate",

@@ -1119,7 +1119,10 @@ VERDICTS_OF = {  # claim -> made-up measurements that hold, hold in part, do not
     "The same, forward": [dict(a=x, b=9.0) for x in (1.5, 1.2, 0.9)],
     "and need": [dict(a=x, b=9.0) for x in (1.3, 1.2, 0.9)],
     "The local products are": [dict(a=x, b=9.0) for x in (2.0, 1.2, 0.9)],
-    "`auto` leaves": [dict(zip("abcd", x)) for x in ([True] * 4, [True] * 3 + [False], [False] * 2 + [True] * 2)],
+    "`auto` leaves": [
+        {f"k = {k}": x for k, x in zip((3, 5, 7, 9), ratios)}
+        for ratios in ((0.5, 0.9, 1.1, 9), (0.5, 1.1, 1.1, 9), (2, 2, 2, 9))
+    ],
     "A block": [dict(a=x, b=9.0) for x in (1.2, 1.1, 0.9)],
     "A training step": [dict(a=x, b=9.0) for x in (1.2, 1.1, 0.9)],
 }
@@ -1231,7 +1234,7 @@ def test_crossover_is_looked_up(monkeypatch):
     _recorded(monkeypatch, local=rows)
     assert _crossover() is None
     _recorded(monkeypatch, local=[*rows, row(9, "kernel", 6, 5.0), row(9, "kernel", 0, 0, "first")])
-    assert _crossover() == {"k = 3": True, "k = 5": True, "k = 7": True, "k = 9": False}
+    assert _crossover() == {"k = 3": 4 / 7, "k = 5": 6 / 7, "k = 7": 8 / 7, "k = 9": 10 / 11}
 
 
 def test_what_needs_no_rows():

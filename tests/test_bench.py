@@ -33,7 +33,18 @@ from attnbook.lab.bench import (
     warm_up,
 )
 from attnbook.lab.calls import call_costs, call_ratios, calls_table
-from attnbook.lab.plots import MARKS, PALETTE, _look_of_point, _text_box, look, plot_bars, plot_lines, roofline, style
+from attnbook.lab.plots import (
+    MARKS,
+    PALETTE,
+    _look_of_point,
+    _text_box,
+    look,
+    looks,
+    plot_bars,
+    plot_lines,
+    roofline,
+    style,
+)
 from attnbook.lab.results import load_results, newest_device, record, results_dir, rows_from, stored_dir
 from attnbook.lab.testing import check_raises, device, make_qkv, rel_error
 
@@ -472,6 +483,10 @@ def test_one_look_per_method():
     assert look("flex, permuted") == look("flex") and look("naive (PyTorch)") == look("naive") != look("flexible")
     assert set(PALETTE) == set(MARKS) and look("something else") == look("something else")
     assert look("flex")["color"] == PALETTE["flex"]
+    assert look("sdpa alone") == look("eager compiled")  # by chance: in one panel they are told apart
+    apart = looks(["eager compiled", "ours", "sdpa alone", "flex", "flex, permuted"])
+    assert len({tuple(s.values()) for s in apart.values()}) == 4 and apart["flex"] == apart["flex, permuted"]
+    assert apart["eager compiled"] == look("eager compiled") and apart["ours"] == look("ours")
 
 
 def test_plots_draw_with_and_without_rows():

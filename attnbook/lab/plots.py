@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['PALETTE', 'MARKS', 'look', 'style', 'source_note', 'label_ends', 'plot_lines', 'plot_bars', 'roofline']
+__all__ = ['PALETTE', 'MARKS', 'look', 'looks', 'style', 'source_note', 'label_ends', 'plot_lines', 'plot_bars', 'roofline']
 
 # %% auto #imports
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -57,6 +57,16 @@ def look(method: str) -> dict:
     name = max(known, key=len, default=None)
     color, marker, line = (PALETTE[name], *MARKS[name]) if name else _SPARE[sum(map(ord, method)) % len(_SPARE)]
     return {"color": color, "marker": marker, "linestyle": line}
+
+
+def looks(methods: Iterable[str]) -> dict[str, dict]:
+    "`look` of each; of two that the book has no colour for and that would look the same, the later one takes a free one."
+    spare = [dict(zip(("color", "marker", "linestyle"), s)) for s in _SPARE]
+    found = {}
+    for m in methods:
+        free = [s for s in spare if s not in found.values()]
+        found[m] = free[0] if look(m) in spare and look(m) in found.values() and free else look(m)
+    return found
 
 
 def style():
@@ -161,8 +171,9 @@ def plot_lines(
     bound = {r[x]: r[f"floor_{y}"] for r in rows if r.get(f"floor_{y}")}
     if floor_line and bound:
         curves["floor"] = sorted(bound.items())
+    styles = looks(curves)
     for name, points in curves.items():
-        ax.plot(*zip(*points), **look(name))
+        ax.plot(*zip(*points), **styles[name])
     if log:
         ticks = sorted({r[x] for r in rows})
         ax.set_xscale("log", base=2)
@@ -173,7 +184,7 @@ def plot_lines(
     ax.set(xlabel=xlabel or x, ylabel=ylabel or _UNITS.get(y.split("_")[0], y))
     ax.set_xlim(ax.get_xlim())
     ax.set_ylim(ax.get_ylim())
-    label_ends(ax, [(*points[-1], name, look(name)["color"]) for name, points in curves.items()])
+    label_ends(ax, [(*points[-1], name, styles[name]["color"]) for name, points in curves.items()])
     return ax
 
 

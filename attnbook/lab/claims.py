@@ -218,11 +218,13 @@ def exponent_between(low: float, high: float, in_part: tuple[float, float] | Non
 
 # %% ../../nbs/1_foundations/08_claims.ipynb #2f3556f8
 def all_of(*rules: Callable) -> Callable:
-    "Rule: the worst verdict of several rules, with the reasons of those that gave it. Not judged counts as worst."
+    """Rule: all of several rules hold. One that does not decides, whatever the others say; else the worst verdict, of which
+    not judged is the worst. With the reasons of those that gave it."""
 
     def rule(measured):
         found = [f if isinstance(f, tuple) else (f, "") for f in (r(measured) for r in rules)]
-        worst = max((v for v, _ in found), key=VERDICTS.index)
+        given, lost = [v for v, _ in found], VERDICTS[2]
+        worst = lost if lost in given else max(given, key=VERDICTS.index)
         reasons = "; ".join(dict.fromkeys(reason for v, reason in found if v == worst and reason))
         return (worst, reasons) if reasons else worst
 

@@ -2,6 +2,7 @@
 # fmt: off
 import math
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from attnbook.chirper.experiments_study import (
     influence_experiment,
     network_experiment,
     option_shares,
+    part_rows,
     persona_experiment,
     run_all,
     story_exams,
@@ -68,10 +70,12 @@ from attnbook.chirper.posts_study import (
     hashed_features,
     human_posts,
     judged,
+    mirror_experiment,
     mirror_trials,
     packed_batch,
     passes_of,
     picks,
+    reading_experiment,
     recognisers,
     spaced_posts,
     stranger_of,
@@ -874,6 +878,20 @@ def test_parts_run_alone(tmp_path, monkeypatch):
     assert {r["name"] for r in rows} == {"stories"} and len(rows) == 2 * 4 and len({r["agent"] for r in rows}) == 2
     with pytest.raises(ValueError, match="only"):
         run_all("smoke", "cpu", only=("story",))
+
+
+def test_rows_come_before_the_end(monkeypatch):
+    def cut(*_):
+        yield dict(recogniser="own", k=4, passes=[[1, 0]] * 10)
+        raise RuntimeError("the machine is gone")
+
+    monkeypatch.setitem(part_rows.__globals__, "mirror_experiment", cut)
+    found = part_rows("writer", lambda: None, lambda name: [], {}, 0, "cpu")
+    assert next(found)[0] == "mirror"
+    with pytest.raises(RuntimeError, match="gone"):
+        next(found)
+    assert isinstance(mirror_experiment("writer", [], None, {}, 0, "cpu"), Iterator)  # nothing runs before it is asked
+    assert isinstance(reading_experiment("writer", [], None, {}, 0, "cpu"), Iterator)
 
 
 def test_long_parts_say_so():

@@ -321,10 +321,11 @@ def part_rows(
         yield from (("stories", ("agent", "exam"), r) for r in story_experiment(cfg, run, device))
     if part in ("writer", "markov"):
         known = "writer" if part == "writer" else "markov 2"
-        found = mirror_experiment(known, family(known), posts(), cfg, run, device)
-        yield from (("mirror", ("family", "k", "topic", "recogniser"), r) for r in found)
-        own = next(r for r in found if r["recogniser"] == "own" and r["k"] == 4)
-        yield "personas", ("family",), dict(family=known, **persona_experiment(own["passes"], run))
+        own: list[list[int]] = []
+        for r in mirror_experiment(known, family(known), posts(), cfg, run, device):
+            own = r["passes"] if r["recogniser"] == "own" and r["k"] == 4 else own
+            yield "mirror", ("family", "k", "topic", "recogniser"), r
+        yield "personas", ("family",), dict(family=known, **persona_experiment(own, run))
         for generator in ("writer",) if part == "writer" else (f"markov {o}" for o in cfg["markov"]):
             read = reading_experiment(generator, family(generator), posts(), cfg, run, device)
             yield from (("reading", ("generator", "reader"), r) for r in read)

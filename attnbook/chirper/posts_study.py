@@ -9,7 +9,7 @@ __all__ = ['DEPARTMENTS', 'AGENTS', 'Posts', 'human_posts', 'train_writer', 'mak
            'area_under_curve', 'calibration_error', 'reading_experiment']
 
 # %% auto #imports
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -300,8 +300,10 @@ def judged(passes: Sequence[Sequence[int]], chance: float, seed: int = 0) -> dic
     )
 
 
-def mirror_experiment(family: str, agents: Sequence, posts: Posts, cfg: Mapping, seed: int, device: str) -> list[dict]:
-    "A row for each k and recogniser: passes of each agent, and what tests say."
+def mirror_experiment(
+    family: str, agents: Sequence, posts: Posts, cfg: Mapping, seed: int, device: str
+) -> Iterator[dict]:
+    "A row for each k and recogniser, as it comes: passes of each agent, and what tests say."
     write = cfg["write"]
     texts = written(agents, sum(write), seed)
     learn, test = ([p[: write[0]] for p in texts], [p[write[0] :] for p in texts])
@@ -311,21 +313,16 @@ def mirror_experiment(family: str, agents: Sequence, posts: Posts, cfg: Mapping,
         "words": CountReader("words", device=device).fit(flat, labels),
         "encoder": EncoderReader(len(posts.vocabulary), cfg["encoder"], seed=seed, device=device).fit(flat, labels),
     }
-    rows = []
     for k, topic in ((2, False), (4, False), (8, False), (2, True)):
         trials = mirror_trials(test, k, cfg["trials"], seed=seed, topic=topic)
         for name, score in recognisers(agents, readers, seed).items():
             passes = passes_of(trials, picks(trials, score))
-            rows.append(
-                dict(family=family, k=k, topic=topic, recogniser=name, passes=passes, **judged(passes, 1 / k, seed))
-            )
+            yield dict(family=family, k=k, topic=topic, recogniser=name, passes=passes, **judged(passes, 1 / k, seed))
         rng = np.random.default_rng(seed)
         anyone = [t._replace(answer=int(rng.integers(k))) for t in trials]
         passes = passes_of(anyone, picks(anyone, recognisers(agents, readers)["own"]))
-        rows.append(
-            dict(family=family, k=k, topic=topic, recogniser="shuffled", passes=passes, **judged(passes, 1 / k, seed))
-        )
-    return rows
+        shuffled = dict(family=family, k=k, topic=topic, recogniser="shuffled", passes=passes)
+        yield shuffled | judged(passes, 1 / k, seed)
 
 # %% ../../nbs/7_looking_inside/chirper.ipynb #ee3edbeb
 def feedback_experiment(
@@ -373,8 +370,8 @@ def calibration_error(p: Sequence[float], y: Sequence[int], bins: int = 10) -> f
 
 def reading_experiment(
     generator: str, agents: Sequence, posts: Posts, cfg: Mapping, seed: int, device: str, words: int = 24
-) -> list[dict]:
-    "A row for each reader of human and agents' posts: `auc`, `calibration`, how many posts."
+) -> Iterator[dict]:
+    "A row for each reader of human and agents' posts, as it comes: `auc`, `calibration`, how many posts."
     held = len(posts.held[0])
     share, texts = held * 2 // 3, written(agents, held, seed + 500)
     short = lambda parts, a, b: [p[:words] for part in parts for p in part[a:b] if len(p) >= words]
@@ -385,29 +382,24 @@ def reading_experiment(
     )
     if generator in cfg["readers"]:
         readers["encoder"] = EncoderReader(len(posts.vocabulary), cfg["encoder"], seed=seed, device=device)
-    rows, labels = [], [0] * len(learn[0]) + [1] * len(learn[1])
+    labels = [0] * len(learn[0]) + [1] * len(learn[1])
     for name, reader in readers.items() if all(map(len, [*learn, *test])) else ():
         reader.fit(learn[0] + learn[1], labels)
         human, agent = (np.exp(reader.log_probs(t)[:, 1]) for t in test)
         y = [0] * len(human) + [1] * len(agent)
-        rows.append(
-            dict(
-                generator=generator,
-                reader=name,
-                auc=area_under_curve(agent, human),
-                calibration=calibration_error([*human, *agent], y),
-                posts=len(y),
-            )
+        yield dict(
+            generator=generator,
+            reader=name,
+            auc=area_under_curve(agent, human),
+            calibration=calibration_error([*human, *agent], y),
+            posts=len(y),
         )
     lengths = [[len(p) for part in parts for p in part[share:]] for parts in (texts, posts.held)]
     auc = area_under_curve(*lengths)
-    rows.append(
-        dict(
-            generator=generator,
-            reader="length alone",
-            auc=max(auc, 1 - auc),
-            calibration=None,
-            posts=sum(map(len, lengths)),
-        )
+    yield dict(
+        generator=generator,
+        reader="length alone",
+        auc=max(auc, 1 - auc),
+        calibration=None,
+        posts=sum(map(len, lengths)),
     )
-    return rows

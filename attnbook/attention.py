@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -121,7 +121,9 @@ def _check_inputs(q, k, v, is_causal, window_size, bias, mask, scale):
         raise ValueError(f"q's number of heads must be a multiple of k's {k.shape[1]}, not {q.shape[1]}")
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be True or False, not {is_causal!r}")
-    if window_size is not None and not (type(window_size) is int and window_size >= 1):
+    if window_size is not None and (
+        not isinstance(window_size, Integral) or isinstance(window_size, bool) or window_size < 1
+    ):
         raise ValueError(f"window_size must be a positive integer or None, not {window_size!r}")
     if scale is not None and (not isinstance(scale, Real) or isinstance(scale, bool) or not math.isfinite(scale)):
         raise ValueError(f"scale must be a finite number or None, not {scale!r}")

@@ -2,6 +2,7 @@
 # fmt: off
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -119,6 +120,7 @@ def test_known_answers():
     assert torch.equal(attention_reference(q, k, v, is_causal=True)[:, :, 0], v[:, :, 0])
     assert torch.equal(attention_reference(q, k, v, is_causal=True, window_size=1), v)
     assert torch.equal(attention_reference(q, k, v, window_size=1), v)
+    assert torch.equal(attention_reference(q, k, v, window_size=np.int64(1)), v)
     assert torch.equal(attention_reference(q[:, :, :1], k[:, :, :1], v[:, :, :1]), v[:, :, :1])
     shifted = attention_reference(q, k, v, bias=torch.randn(v.shape[2], 1, device=v.device))  # a bias per query cancels
     assert rel_error(shifted, attention_reference(q, k, v)) < 1e-13

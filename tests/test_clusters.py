@@ -103,6 +103,17 @@ def test_gather_is_dense_attention_in_groups(how, lists):
     assert rel_error(list_attention_gather(q, k, v, a, b, **how), _dense(a, b, **how)(q, k, v)) < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32])
+@pytest.mark.parametrize("name", ["q_lists", "k_lists"])
+def test_lists_are_int32(name, dtype):
+    "The kernels read 32 bits a number; mechanisms convert what they are given."
+    q, k, v = make_qkv(2, 2, 21, 8)
+    lists = dict(zip(("q_lists", "k_lists"), _lists(2, 2, 21, 5, 6)))
+    lists[name] = lists[name].to(dtype)
+    with pytest.raises(TypeError, match=f"{name} must be of type int32"):
+        list_attention(q, k, v, **lists, causal=True, scale=0.3, backend="triton")
+
+
 @pytest.mark.parametrize("how", [*WAYS.values(), dict(causal=True, window=5)], ids=[*WAYS, "window"])
 def test_tiles_are_dense_attention_in_groups(how):
     q, k, v = make_qkv(2, 2, 70, 8, Dv=5, dtype=torch.float64)

@@ -151,6 +151,9 @@ def decide_lists(
         return "nothing", None, None, None
     if resolve_backend(backend, q) == "torch":
         return "torch", None, dict(causal=causal, scale=scale, self_attention=self_attention), None
+    for name, lists in (("q_lists", q_lists), ("k_lists", k_lists)):
+        if lists is not None and lists.dtype != torch.int32:
+            raise TypeError(f"{name} must be of type int32, not {lists.dtype}")
     flags = [int(causal), int(padded), int(self_attention == "fallback")]
     return "triton", same and k_lists is None, (flags, scale), {}
 

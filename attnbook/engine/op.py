@@ -184,7 +184,8 @@ def attention(
     q `(batch, heads, Nq, head_dim)`, k `(batch, kv_heads, Nk, head_dim)`, v `(batch, kv_heads, Nk, v_dim)`, heads a multiple of kv_heads, dims 1 to 256, any
     strides. `is_causal`: query i sees keys j <= i. `window_size` w: keys with |i - j| < w. `q_offset`: for both, query i stands at i + q_offset
     among the keys; Nk - Nq aligns the last query with the last key, as a cache wants it. `bias`: added to the logits, broadcastable to
-    `(batch, heads, Nq, Nk)`, differentiable. `scale` defaults to 1/sqrt(head_dim). Rows that see no key give 0 and zero gradients.
+    `(batch, heads, Nq, Nk)`, differentiable. `scale` defaults to 1/sqrt(head_dim). Rows that see no key give 0 and zero gradients. Values are taken to be finite: NaN or infinity in a value that a row may not see
+    can still reach it, by 0 * NaN, where both share a tile; the same holds for all operations that run on the engine.
 
     Returns the output `(batch, heads, Nq, v_dim)` in q's type, with `return_lse` also the natural-log sum of exponentials `(batch, heads, Nq)`
     in float32, differentiable. Raises ValueError or TypeError naming the argument.

@@ -283,6 +283,7 @@ def roofline(
         bandwidth, rate = top["copy_bytes_per_s"] / 1e12, top["matmul_flops_per_s"][_rate_name(dtype, top)] / 1e12
         ridge = rate / bandwidth
         lo, hi = min([ridge, *(x for _, x, _ in placed)]) / 4, max([ridge, *(x for _, x, _ in placed)]) * 6
+        lo = min(lo, ridge * (ridge / hi) ** 1.1)  # room for the left label between the axis and the slope
         ax.plot([lo, ridge, hi], [lo * bandwidth, rate, rate], color=PALETTE["floor"], lw=1.4)
         text = {"textcoords": "offset points", "fontsize": 9}
         middle = (lo * ridge) ** 0.5  # above the roof no point can be

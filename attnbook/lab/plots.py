@@ -261,10 +261,10 @@ def _look_of_point(name):
 
 def _text_box(label):
     "The extent of an annotation's text, without its line."
-    line, label.arrow_patch = label.arrow_patch, None
-    box = label.get_window_extent()
-    label.arrow_patch = line
-    return box
+    from matplotlib.text import Text
+
+    label.get_window_extent()  # places the text
+    return Text.get_window_extent(label)
 
 # %% ../../nbs/1_foundations/02_bench.ipynb #40eecfe8
 def roofline(

@@ -658,11 +658,11 @@ def test_module(stride, backend, layout):
     assert images.grad.isfinite().all() and "block_size=4" in repr(layer)
 
 
-def packed_and_plain():
+def packed_and_plain(block_size=4):
     "A layer as a function of x and its parameters, and the same by the public operation."
     torch.manual_seed(0)
     layer = HaloAttention(
-        32, num_heads=2, value_ratio=2.0, block_size=4, halo_size=1, scale_rel=True, backend="triton"
+        32, num_heads=2, value_ratio=2.0, block_size=block_size, halo_size=1, scale_rel=True, backend="triton"
     ).to(device_under_test())
     names = [n for n, _ in layer.named_parameters()]
 
@@ -673,7 +673,7 @@ def packed_and_plain():
         given = dict(zip(names, values))
         qkv = F.linear(x.movedim(1, -1), given.pop("qkv.weight")).split(layer.widths, -1)
         q, k, v = (t.unflatten(-1, (2, -1)).movedim(-2, 1) for t in qkv)
-        out = halo_attention(q, k, v, 4, 1, **given, scale_rel=True, backend="torch")
+        out = halo_attention(q, k, v, block_size, 1, **given, scale_rel=True, backend="torch")
         return out.movedim(1, -2).flatten(-2).movedim(-1, 1)
 
     return packed, plain, [p.detach() for p in layer.parameters()]
@@ -683,6 +683,14 @@ def packed_and_plain():
 def test_packed_is_the_operation(layout):
     packed, plain, parameters = packed_and_plain()
     x = torch.randn(2, 32, 3, 4, device=device_under_test()).contiguous(memory_format=layout)
+    check_against_reference(packed, plain, [x, *parameters], grad_tol=3e-5)
+
+
+@pytest.mark.parametrize("block_size, shape", [(1, (2, 3)), (2, (2, 2)), (3, (4, 5)), (9, (10, 9))], ids=str)
+def test_packed_blocks_that_fill_no_tile(block_size, shape):
+    "The rows of a tile behind a block's last query must leave alone what that query passes on to the keys' gradients."
+    packed, plain, parameters = packed_and_plain(block_size)
+    x = torch.randn(2, 32, *shape, device=device_under_test())
     check_against_reference(packed, plain, [x, *parameters], grad_tol=3e-5)
 
 
@@ -697,6 +705,7 @@ def test_packed_under_autocast():
 
 
 def test_packed_operation():
+    torch.manual_seed(0)
     qkv, rel_height, rel_width = (
         torch.randn(*size, device=device_under_test()).requires_grad_() for size in ((1, 4, 48), (5, 16), (5, 16))
     )

@@ -234,9 +234,10 @@ def halo_prepare(q, qpos, b, h, ops, ints, C: tl.constexpr):
         hi, lo = halo_terms(tl.where(never, C.never, a), C)
         if len(ops) > 2:  # the backward pass of the packed operation
             kept = halo_kept(qpos[4][:, None], b, h, ints, C)
-            tl.store(ops[1] + kept, hi)
+            own = qpos[0][:, None] < C.halo + C.block  # rows behind the last query of a block have its number
+            tl.store(ops[1] + kept, hi, mask=own)
             if C.two_terms:
-                tl.store(ops[2] + kept, lo)
+                tl.store(ops[2] + kept, lo, mask=own)
         return hi, lo
     else:
         return q, q

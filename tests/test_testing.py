@@ -206,6 +206,31 @@ def test_opcheck_tells_a_good_registration_from_a_bad_one():
                 raise AssertionError("a fake kernel with the wrong shape passed")
 
 
+def test_opcheck_says_what_differed_and_by_how_much():
+    "A gradient that depends on how often it was computed, as that of a kernel with a race does."
+    op = torch.library.custom_op(
+        "attnbook_test::racy", lambda x, y: x * y, mutates_args=(), schema="(Tensor x, Tensor y) -> Tensor"
+    )
+    op.register_fake(lambda x, y: torch.empty_like(x))
+    runs = []
+
+    @torch.library.custom_op("attnbook_test::racy_grad", mutates_args=(), schema="(Tensor d) -> Tensor")
+    def grad(d):
+        runs.append(1)
+        return d + len(runs)
+
+    grad.register_fake(torch.empty_like)
+    op.register_autograd(lambda ctx, d: (d, grad(d)))
+    x, y = (torch.ones(3, 4, device=device(), requires_grad=True) for _ in range(2))
+    try:
+        check_opcheck(op, (x, y))
+    except Exception as e:
+        words = "The gradient of y:", "absolute difference", "1e-05 allowed"
+        assert all(w in str(e) for w in words), e
+    else:
+        raise AssertionError("gradients that differ passed")
+
+
 def test_graph_breaks_are_noticed():
     qkv = make_qkv(Nq=5, heads=2)
     check_compiles(reference, qkv)

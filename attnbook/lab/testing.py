@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -334,9 +335,36 @@ def check_opcheck(custom_op, args: Sequence, kwargs: Mapping | None = None, **op
     """`torch.library.opcheck`: schema, fake kernel, autograd registration and AOT dispatch of a registered operation.
 
     `custom_op` is what `attnbook.engine.operation` or `torch.library.custom_op` returned, or `torch.ops.<namespace>.<name>`. Tensors with
-    `requires_grad` have the gradients checked. Raises what opcheck raises.
+    `requires_grad` have the gradients checked. Raises what opcheck raises; where results differ, its message says which one, by how much, and what is allowed.
     """
-    return torch.library.opcheck(getattr(custom_op, "overload", custom_op), tuple(args), dict(kwargs or {}), **options)
+    op = getattr(custom_op, "overload", custom_op)
+    try:
+        return torch.library.opcheck(op, tuple(args), dict(kwargs or {}), **options)
+    except Exception as e:
+        said, what, last = str(e), "output", e
+        while last.__cause__ is not None:
+            last = last.__cause__
+            what = "gradient" if str(last).startswith("Gradients") else what
+        if str(last) in said:
+            raise
+        why = " ".join(str(last).split())
+        item = re.search(r"failure occurred for item \[(\d+)\]", why)
+        if item and what == "gradient":
+            what += f" of {_with_gradient(op, args, kwargs or {})[int(item[1])]}"
+        elif item:
+            what += f" {item[1]}"
+        raise type(e)(f"{said}. The {what}: {why}") from e
+
+
+def _with_gradient(op, args, kwargs) -> list[str]:
+    "Names of the tensors that want a gradient, in the order of the arguments."
+    schema = getattr(op, "default", op)
+    names, found = [a.name for a in getattr(schema, "_opoverload", schema)._schema.arguments], []
+    for name, value in [*zip(names, args), *kwargs.items()]:
+        for i, x in enumerate(value if isinstance(value, (list, tuple)) else [value]):
+            if isinstance(x, Tensor) and x.requires_grad:
+                found.append(f"{name}[{i}]" if isinstance(value, (list, tuple)) else name)
+    return found
 
 # %% ../../nbs/1_foundations/06_testing.ipynb #c1b9a339
 def check_compiles(

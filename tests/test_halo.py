@@ -11,6 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attnbook.attention import attention_reference
+from attnbook.engine.host import forget
+from attnbook.engine.run_backward import run_backward
 from attnbook.halo.claims_study import (
     OURS,
     STAGE_RATIOS,
@@ -55,7 +57,7 @@ from attnbook.halo.nets import (
     halonet_h6,
     halonet_h7,
 )
-from attnbook.halo.op import PARTS_BYTES, _float_bits, _images_at_once, halo_attention
+from attnbook.halo.op import PARTS_BYTES, _float_bits, _images_at_once, _plan_packed_backward, halo_attention
 from attnbook.halo.reference import (
     halo_attention_reference,
     halo_boxes,
@@ -721,14 +723,18 @@ def test_packed_backward_in_pieces(bytes_, monkeypatch):
     torch.manual_seed(0)
     layer = HaloAttention(16, num_heads=1, block_size=4, halo_size=1, backend="triton").to(device_under_test())
     x, found = torch.randn(3, 16, 4, 4, device=device_under_test()), []
-    sizes = []
+    sizes, pieces = [], []
+    count = lambda *args, **rest: pieces.append(1) or run_backward(*args, **rest)
+    monkeypatch.setitem(_plan_packed_backward.__globals__, "run_backward", count)
     for most in (PARTS_BYTES, bytes_):
         monkeypatch.setitem(_images_at_once.__globals__, "PARTS_BYTES", most)
+        forget()  # or the first plan would serve both
         leaf = x.clone().requires_grad_()
         q = leaf.movedim(1, -1)[:, None]
         sizes.append(_images_at_once(q, q, torch.empty(18, 16), (4, 4, 4, 4), (4, 1, 1, 0, 1)))
         found.append(torch.autograd.grad(layer(leaf).square().sum(), [leaf, *layer.parameters()]))
-    assert sizes[0] == 3 > sizes[1]
+    forget()
+    assert sizes[0] == 3 > sizes[1] and len(pieces) == -(-3 // sizes[1])
     for name, a, b in zip(["x", *(n for n, _ in layer.named_parameters())], *found):
         assert rel_error(a, b) < 1e-6 if name.startswith("rel") else torch.equal(a, b), name
 

@@ -167,8 +167,8 @@ def _pairs_by_torch(q, k, v, pair, scale, return_lse, return_contamination):
     if k.shape[2] == 0:  # no key at all: zeros, with zero gradients
         nothing = (q[..., :1] * 0).sum() + k.sum() + v.sum()
         out = nothing + q.new_zeros(*q.shape[:-1], v.shape[-1])
-        lse = nothing.float() + torch.full(q.shape[:-1], -math.inf, device=q.device)
-        return _answer(out, lse, torch.zeros(q.shape[:-1], device=q.device), return_lse, return_contamination)
+        lse = nothing.float() + torch.full(q.shape[:-1], -math.inf, dtype=torch.float32, device=q.device)
+        return _answer(out, lse, torch.zeros_like(lse), return_lse, return_contamination)
     if return_lse or return_contamination:
         out, lse, share = pair_attention_reference(q, k, v, pair, scale=scale)
         return _answer(out, lse, share.detach(), return_lse, return_contamination)

@@ -304,6 +304,8 @@ def _decide_append(k_cache, v_cache, k, v, lengths, block_table, *, backend):
         return None
     if resolve_backend(backend, k_cache) == "torch" or INTERPRETED and torch.bfloat16 in (k.dtype, k_cache.dtype):
         return _append_torch
+    if k.is_neg() or v.is_neg():  # views that PyTorch negates when it reads them
+        return _append_torch
     if not lengths.is_contiguous() or block_table is not None and not block_table.is_contiguous():
         return lambda *ts: append_tokens(
             *ts[:4], ts[4].contiguous(), block_table=None if ts[5] is None else ts[5].contiguous(), backend=backend

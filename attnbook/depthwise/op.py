@@ -83,7 +83,8 @@ def launch_depthwise_gradients(
     launch, parts = _GRADIENTS.find(
         key, depthwise_launch, "both" if together else "weight", x, taps, dilation, residual and together
     )
-    sums, dx = torch.empty(parts, (taps * taps + 1) * C, device=x.device), torch.empty_like(x) if together else None
+    sums = torch.empty(parts, (taps * taps + 1) * C, device=x.device, dtype=torch.float32)
+    dx = torch.empty_like(x) if together else None
     launch(*((dy, x, weight, add, dx) if together else (x, dy, None, None, None)), sums)
     launch_sum_parts(sums, dw, db)
     if to_x and not together:

@@ -96,7 +96,7 @@ def emptier(shape, strides=None, *, dtype: torch.dtype, device: torch.device) ->
     strides = torch.empty(shape, device="meta").stride() if strides is None else tuple(strides)
     plain = functools.partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)
     quick = getattr(_ALLOCATORS, f"_empty_strided_{device.type}", None)
-    filled = torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+    filled = torch.are_deterministic_algorithms_enabled()  # or may be: `fill_uninitialized_memory` can change
     if quick is None or device.type not in ("cpu", "cuda") or filled:
         return plain
     quick = functools.partial(quick, shape, strides, dtype)
@@ -106,6 +106,19 @@ def emptier(shape, strides=None, *, dtype: torch.dtype, device: torch.device) ->
 
 
 _ALLOCATORS = getattr(torch._C._dynamo, "guards", None)
+
+
+def _laid_out(t: Tensor, strides: tuple, aligned: bool) -> Tensor:
+    "t, or its copy where it has other strides or, if it is to be aligned, lies at no multiple of 16 bytes."
+    if t.stride() == strides and (t.data_ptr() & 15 == 0 or not aligned):
+        return t
+    found = torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device)
+    if torch._debug_has_internal_overlap(found) == 0:
+        return found.copy_(t)
+    room = t.new_empty(found.untyped_storage().nbytes() // t.element_size())
+    places = torch.arange(len(room), device=t.device).as_strided(t.shape, strides)
+    room[places] = t  # where two places are one, so are their numbers
+    return room.as_strided(t.shape, strides)
 
 
 def _guard(tensors) -> Callable | None:
@@ -122,7 +135,7 @@ def _guards_that_see():
     global _GUARDS
     a, b = torch.empty(2, 3), torch.empty(2, 3)
     others = torch.empty(3, 3), torch.empty(3, 2).t(), a.half(), a[None], torch.empty(8).as_strided((2, 3), (4, 1))
-    others += a.to("meta"), a.to("meta").expand(2, 2, 3)[0], torch.empty(0, 3)
+    others += a.to("meta"), a.to("meta").expand(2, 2, 3)[0], torch.empty(0, 3), torch._neg_view(a)
     try:
         _GUARDS = torch._C._dynamo.guards.TensorGuards
         see, one, wide = _guard([a, b]), _guard([torch.empty(1, 4)]), torch.empty(9).as_strided((1, 4), (5, 1))

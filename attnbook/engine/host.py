@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['resolve_backend', 'arch_of', 'pretend', 'Launch', 'LaunchTable', 'BoundLaunch', 'signature', 'Kept', 'Plans',
-           'MOST_SEEN', 'bound', 'MOST_KEPT', 'keep', 'ORDINARY', 'on_device', 'processors', 'round_dim',
-           'dot_precision', 'needs_64_bit', 'through_float32', 'autocasting', 'autocast', 'without_autocast']
+           'MOST_SEEN', 'forget', 'bound', 'MOST_KEPT', 'keep', 'kept_tensor', 'ORDINARY', 'on_device', 'processors',
+           'round_dim', 'dot_precision', 'needs_64_bit', 'through_float32', 'autocasting', 'autocast',
+           'without_autocast']
 
 # %% auto #imports
 import contextlib
@@ -288,7 +289,9 @@ class Plans:
         return self._store(key, make(*args)) if plan is None else plan
 
     def _store(self, key, plan):
-        "The plan, or that of another thread that was quicker."
+        "The plan, or that of another thread that was quicker. One that is made while a CUDA graph is recorded serves that graph alone."
+        if _capturing():
+            return plan
         with self.lock:
             while len(self.kept) >= self.most:
                 del self.kept[next(iter(self.kept))]
@@ -324,7 +327,7 @@ class Plans:
         for places, guard, plan in seen:
             if places == aligned and guard(*present):
                 return plan
-        if any(t.is_meta for t in present):
+        if any(t.is_meta or t.is_neg() for t in present) or _capturing():
             return make(*tensors, **options)
         key = rest, *aligned, *[(t.shape, t.stride(), t.dtype, t.device) for t in present]
         plan = self._kept(key, make, tensors, options)
@@ -351,6 +354,13 @@ MOST_SEEN = 8
 _precision = getattr(torch._C, "_get_float32_matmul_precision", torch.get_float32_matmul_precision)
 _transformed = torch._C._are_functorch_transforms_active
 _deterministic = torch._C._get_deterministic_algorithms  # then PyTorch fills what it allocates
+#: Is a CUDA graph recorded? What is computed then, such as a table of a plan, is there only once the graph has run, and lies in its memory.
+_capturing = torch.cuda.is_current_stream_capturing if torch.cuda.is_available() else bool
+
+
+def forget() -> None:
+    "What was decided so far is not used again: after a change of a constant that plans depend on, such as a test makes."
+    LaunchTable.version += 1
 
 
 def bound(kernel, grid: tuple[int, ...], *rest, **constants) -> BoundLaunch:
@@ -368,13 +378,21 @@ MOST_KEPT = 64
 
 def keep(kept: dict, make: Callable, *tensors):
     "`make()`, kept in an operation's `kept` for calls whose further tensors, such as gradients, are alike too."
-    key = make.__qualname__, *signature(*tensors)
+    key = make.__qualname__, LaunchTable.version, _precision(), _deterministic(), *signature(*tensors)
     plan = kept.get(key)
     if plan is None:
-        if len(kept) > MOST_KEPT:
-            kept.clear()
-        plan = kept[key] = make()
+        plan = make()
+        if not _capturing():
+            if len(kept) > MOST_KEPT:
+                kept.clear()
+            kept[key] = plan
     return plan
+
+
+def kept_tensor(make: Callable) -> Callable:
+    "`make`, a function that makes a small tensor of numbers and a device, with its results kept; not those it makes while a CUDA graph is recorded."
+    known = functools.lru_cache(64)(make)
+    return functools.wraps(make)(lambda *args: make(*args) if _capturing() else known(*args))
 
 
 def _types(value):

@@ -354,7 +354,7 @@ def indexed_attention(
         nothing = q[:, :, :0].sum() + k[:, :, :0].sum() + v[:, :, :0].sum()
         out, lse = (
             nothing + q.new_zeros(*q_index.shape, v.shape[-1]),
-            nothing.float() + torch.full(q_index.shape, -math.inf, device=q.device),
+            nothing.float() + torch.full(q_index.shape, -math.inf, dtype=torch.float32, device=q.device),
         )
         return (out, lse) if return_lse else out
     if resolve_backend(backend, q) == "torch":

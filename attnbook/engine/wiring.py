@@ -15,8 +15,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from .ground import INTERPRETED
-from .host import MOST_KEPT, ORDINARY, Kept, Plans, on_device
+from .ground import INTERPRETED, _laid_out
+from .host import MOST_KEPT, ORDINARY, Kept, LaunchTable, Plans, _capturing, _deterministic, _precision, on_device
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #e9a58d12
 class Operation:
@@ -79,7 +79,9 @@ class Operation:
         run = kept.get("forward")
         if run is None:
             planned = self.plan is not None and plannable(self._tensors_of(args))
-            run = kept["forward"] = on_device(self.plan(*args)) if planned else self.forward
+            run = on_device(self.plan(*args)) if planned else self.forward
+            if not _capturing():
+                kept["forward"] = run
         return run(*args)
 
     def _gradients(self, kept, call, needs):
@@ -129,7 +131,7 @@ class Operation:
         ):
             return None
         plan = self.backward_plan(call)
-        if plan is not None:
+        if plan is not None and not _capturing():
             if len(kept) > MOST_KEPT:
                 kept.clear()
             kept[key] = plan
@@ -264,6 +266,15 @@ def _empty_copies(value):
     )
 
 # %% ../../nbs/1_foundations/01_engine.ipynb #5656c9f1
+#: what somebody wants to do with the tensors that autograd keeps, such as moving them to the host; None: nothing
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+def _as_saved(ctx):
+    "The tensors that autograd kept, laid out as they were: such hooks may give back others, and plans and kernels count on strides and alignment."
+    return tuple(t if t is None else _laid_out(t, *how) for t, how in zip(ctx.saved_tensors, ctx.layouts))
+
+
 def _autograd_function(operation: Operation, run: Callable, gradients_of: Callable):
     """The `torch.autograd.Function` through which an operation is differentiated: `apply(kept, args, *tensors)`, the tensors among args once more, for
     autograd to see. `run(kept, args)` computes the outputs, `gradients_of(kept, call, needs)` gradients by name."""
@@ -297,13 +308,17 @@ def _autograd_function(operation: Operation, run: Callable, gradients_of: Callab
             tensors = keeping
         if marked:
             ctx.mark_non_differentiable(*[outputs[i] for i in marked])
+        ctx.layouts = None if _hooks(False) is None else []
         if unsaved:
             kept_outputs = [None] * len(outputs) if "outputs" in unsaved else [*outputs]
             for i in () if "outputs" in unsaved else unsaved:
                 kept_outputs[i] = None
-            ctx.save_for_backward(*tensors, *kept_outputs)
+            tensors = *tensors, *kept_outputs
         else:
-            ctx.save_for_backward(*tensors, *outputs)
+            tensors = *tensors, *outputs
+        ctx.save_for_backward(*tensors)
+        if ctx.layouts is not None:
+            ctx.layouts = [None if t is None else (t.stride(), t.data_ptr() & 15 == 0) for t in tensors]
         ctx.set_materialize_grads(False)
         return tuple(found) if operation.many else found
 
@@ -325,7 +340,8 @@ def _autograd_function(operation: Operation, run: Callable, gradients_of: Callab
                 break
         else:
             return (None,) * len(wanted)
-        wanted, saved, (rest, lengths) = wanted[2:], ctx.saved_tensors, ctx.rest
+        saved = ctx.saved_tensors if ctx.layouts is None else _as_saved(ctx)
+        wanted, (rest, lengths) = wanted[2:], ctx.rest
         needs = None if kept is None else kept.get(wanted)
         if needs is None:
             needs = needs_of(wanted, lengths)
@@ -365,7 +381,7 @@ def _autograd_function(operation: Operation, run: Callable, gradients_of: Callab
             if planned and ctx.kept is not None:
                 run = ctx.kept.get(gradients_key(ctx.needs_input_grad, grads))
                 if run is not None:
-                    return (None, None, *run(grads, ctx.saved_tensors))
+                    return (None, None, *run(grads, ctx.saved_tensors if ctx.layouts is None else _as_saved(ctx)))
             return gradients(ctx, *grads)
         with torch.no_grad():  # somebody may want to differentiate once more: that must not give zeros
             found = gradients(ctx, *grads)
@@ -386,8 +402,9 @@ def _complete(name: str, found, wanted):
 
 
 def gradients_key(wanted: tuple, grads) -> tuple:
-    "What a plan of the backward pass may depend on beside what its calls share: the gradients that are wanted, and layout and type of those that came."
-    key = [wanted]
+    """What a plan of the backward pass may depend on beside what its calls share: the gradients that are wanted, layout and type of those that came, and
+    settings, which may have changed since the forward pass."""
+    key = [wanted, LaunchTable.version, _precision(), _deterministic()]
     for g in grads:
         if g is None:
             key.append(None)
@@ -431,10 +448,11 @@ def _plain(args) -> bool:
         return False
     for a in args:
         if isinstance(a, Tensor):
-            if type(a) not in ORDINARY or a.is_meta:
+            if type(a) not in ORDINARY or a.is_meta or a.is_neg():  # a view that PyTorch negates when it is read
                 return False
-        elif type(a) is list and a and isinstance(a[0], Tensor) and not all(type(t) in ORDINARY for t in a):
-            return False
+        elif type(a) is list and a and isinstance(a[0], Tensor):
+            if not all(type(t) in ORDINARY and not t.is_neg() for t in a):
+                return False
     return True
 
 

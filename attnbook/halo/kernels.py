@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..engine import INTERPRETED, Carried, Launch, LaunchTable, TileProgram, arch_of, register_program, tl, triton
-from ..engine.host import round_dim
+from ..engine.host import kept_tensor, round_dim
 
 # %% ../../nbs/3_locality/halo.ipynb #3fcdcb3d
 def blocks_met(block_size: int, halo_size: int, side: int, shift: int) -> float:
@@ -391,7 +391,7 @@ def halo_constants(q: Tensor, v: Tensor, ints, consts) -> HaloConstants:
     )
 
 # %% ../../nbs/3_locality/halo.ipynb #7ca70b58
-@lru_cache(maxsize=64)
+@kept_tensor
 def _onehot(w, lanes, dtype, device):
     "Row r: 1 in the lanes of row r // w and column r % w of a box; after its last key in lane 2w. `(rows, lanes)`."
     r, c = torch.arange(-(-w * w // 256) * 256, device=device)[:, None], torch.arange(lanes, device=device)

@@ -217,7 +217,7 @@ def _norm_backward(call):
         x, grad, dx = x.contiguous(), grad.contiguous(), _tensor_like(x)
         m1, m2, total = (torch.empty_like(mean) for _ in range(3))
         if not x.numel():
-            return dx, torch.zeros((), device=x.device)
+            return dx, torch.zeros((), dtype=torch.float32, device=x.device)
         _launch(norm_launch, "sums", x)(x, mean, rate, grad, m1, m2, total)
         _launch(norm_launch, "mix_sums", x, call.given_mean is not None)(m1, m2, call.over_batch)
         _launch(norm_launch, "gradient", x)(x, mean, rate, grad, m1, m2, dx)

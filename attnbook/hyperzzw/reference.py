@@ -22,7 +22,8 @@ def hyper_kernel_coords(*sizes: int, device: torch.device | str | None = None) -
     """Coordinates of a regular grid from -1 to 1 on each axis, both ends included: `(*sizes, axes)`, float32.
 
     An axis of one position has coordinate -1, as `linspace` has it. ValueError for sizes below 1."""
-    axes = [torch.linspace(-1, 1, check_int(f"sizes[{i}]", n, least=1), device=device) for i, n in enumerate(sizes)]
+    grid = lambda i, n: torch.linspace(-1, 1, check_int(f"sizes[{i}]", n, least=1), dtype=torch.float32, device=device)
+    axes = [grid(i, n) for i, n in enumerate(sizes)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
 
 # %% ../../nbs/5_vision/hyperzzw.ipynb #ba580e19

@@ -154,7 +154,7 @@ def plain_attention(
     "Causal attention with shared queries and keys x, to everything or the last `window` tokens: the controls."
     n, scale = x.shape[2], check_scale(scale, x.shape[-1])
     if resolve_backend(backend, x) == "torch":
-        bias = torch.eye(n, device=x.device) * FAR_BELOW if self_attention == "fallback" else None
+        bias = torch.eye(n, dtype=torch.float32, device=x.device) * FAR_BELOW if self_attention == "fallback" else None
         return attention_reference(x, x, v, is_causal=True, window_size=window, bias=bias, scale=scale)
     program = BAND_SELF if self_attention == "fallback" else BAND
     return tile_attention(

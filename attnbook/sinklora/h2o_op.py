@@ -65,7 +65,7 @@ class H2OCache:
         #: position of the token in each slot `(B, H_kv, capacity + 1)` int32, -1 where there is none
         self.positions = torch.full(shape, -1, dtype=torch.int32, device=device)
         self.place = torch.zeros(*shape[:2], 2, dtype=torch.int32, device=device)  # slot and position of the next token
-        self.fresh = torch.zeros(shape[:2], device=device)
+        self.fresh = torch.zeros(shape[:2], dtype=torch.float32, device=device)
         resolve_backend(backend, self.keys)
 
     @property

@@ -208,7 +208,7 @@ def attention_column_sums(
                 return_lse=True, backend="triton",
             )  # fmt: skip
         return sums_op(q, k, lse, causal, scale)
-    out, offset = torch.zeros(*k.shape[:3], device=q.device), k.shape[2] - q.shape[2]
+    out, offset = torch.zeros(*k.shape[:3], dtype=torch.float32, device=q.device), k.shape[2] - q.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
     rows, keys = q.to(wide).unflatten(1, (k.shape[1], -1)), k.to(wide)[:, :, None]
     for first in range(0, q.shape[2], 256):

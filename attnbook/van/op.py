@@ -60,7 +60,7 @@ def _gate_weights(dy, x, z, weight, bias):
     if x.numel() == 0:
         return dw.zero_(), db.zero_()
     launch, shares = _GATES.find(("weight", x.shape, x.dtype, x.device), pointwise_launch, "weight", x)
-    sums = torch.empty(shares, (C + 1) * C, device=x.device)
+    sums = torch.empty(shares, (C + 1) * C, device=x.device, dtype=torch.float32)
     launch(dy, x, z, sums)
     launch_sum_parts(sums, dw, db)
     return dw, db

@@ -1,6 +1,8 @@
 """`pytest` tests on the CPU, with Triton's interpreter; `pytest --device cuda` on the GPU."""
 
 import os
+import random
+import sys
 
 import pytest
 
@@ -35,6 +37,16 @@ def _results_elsewhere(tmp_path_factory):
     """What tests record does not go to the committed numbers."""
     if not os.environ.get("ATTNBOOK_RESULTS"):
         os.environ["ATTNBOOK_RESULTS"] = str(tmp_path_factory.mktemp("results"))
+
+
+@pytest.fixture(autouse=True)
+def _the_same_numbers():
+    """A test draws the same numbers alone, after other tests, and on every machine."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -715,7 +715,7 @@ def rows_of(arch: str, only: str = "", everything: bool = False, processes: int 
     known, jobs = ledger(), _trace(arch, only)
     rows = [known.get((triton.__version__, arch, row["key"])) for row, *_ in jobs]
     old = [job for job, row in zip(jobs, rows) if row]
-    drawn = old if everything else random.sample(old, min(DRAWN, len(old)))
+    drawn = old if everything else random.SystemRandom().sample(old, min(DRAWN, len(old)))
     _WORK[:] = [job for job, row in zip(jobs, rows) if not row] + drawn
     with multiprocessing.get_context("fork").Pool(max(1, min(processes, len(_WORK)))) as pool:
         compiled = pool.map(_compiled, range(len(_WORK)), chunksize=1)

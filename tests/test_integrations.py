@@ -78,6 +78,7 @@ def test_the_same_text_is_generated(llama, cache):
                     tokens,
                     attention_mask=mask,
                     max_new_tokens=8,
+                    min_new_tokens=8,  # whatever ends a text
                     do_sample=False,
                     pad_token_id=0,
                     disable_compile=True,

@@ -354,8 +354,11 @@ MOST_SEEN = 8
 _precision = getattr(torch._C, "_get_float32_matmul_precision", torch.get_float32_matmul_precision)
 _transformed = torch._C._are_functorch_transforms_active
 _deterministic = torch._C._get_deterministic_algorithms  # then PyTorch fills what it allocates
-#: Is a CUDA graph recorded? What is computed then, such as a table of a plan, is there only once the graph has run, and lies in its memory.
-_capturing = torch.cuda.is_current_stream_capturing if torch.cuda.is_available() else bool
+
+
+def _capturing() -> bool:
+    "Is a CUDA graph recorded? What is computed then, such as a table of a plan, is there only once the graph has run, and lies in its memory."
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def forget() -> None:

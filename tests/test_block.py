@@ -43,7 +43,7 @@ from attnbook.block.training_study import (
     block_loss,
     make_model,
     review_bytes,
-    run_all,
+    run_experiments,
     run_ladder,
     run_uptrain,
     run_variants,
@@ -430,7 +430,7 @@ def test_trainings_beside_each_other_are_those_alone(tmp_path, monkeypatch):
     two, one = [make_model("block", cfg, s) for s in (0, 1)], make_model("block", cfg, 1)
     before = score(one, cfg)[0]
     assert teach(two, [0, 1])[1] == teach([one], [1])[0] and score(two[1], cfg)[0] == score(one, cfg)[0] < before - 0.5
-    rows = run_all("smoke", "cpu")
+    rows = run_experiments("smoke", "cpu")
     assert [r["name"] for r in rows] == ["loss"] * 2 + ["ladder"] * 2 + ["uptrain"] * 4
     assert [r["method"] for r in rows if r["name"] == "uptrain"] == list(UPTRAINED)
     (alone,) = run_uptrain("smoke", "cpu", methods=UPTRAINED[-1:])  # without the ordinary one, the same training

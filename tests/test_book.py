@@ -1,6 +1,7 @@
 # Written from the test cells of nbs/1_foundations/05_book.ipynb by `attnbook export`. Do not edit.
 # fmt: off
 import ast
+import inspect
 import json
 import math
 import re
@@ -25,6 +26,7 @@ from attnbook.lab.book import (
     require,
 )
 from attnbook.lab.claims import Claim, Verdict, at_least
+from attnbook.lab.experiments import choose_experiments, experiment_parameters, find_experiments, run_experiments
 from attnbook.lab.pages import fold_line, notebook_body, relocated, to_html
 from attnbook.lab.parameters import (
     Parameter,
@@ -217,6 +219,62 @@ h: int""",
     assert [p.default for p in declared.values()] == [None, "x", (1, 2), {"k": -1}, 0, "2 * 3.0"] and declared[
         "c"
     ].help == "two, >= 0"
+
+
+def test_experiments_are_chosen():
+    names = ("a", "b", "c")
+    assert choose_experiments(None, names) == names and choose_experiments("b", names) == ("b",)
+    assert choose_experiments(["c", "a", "c"], names) == ("c", "a") and choose_experiments((), names) == ()
+    with pytest.raises(ValueError, match="only must be one of 'a', 'b', 'c', not 'd'"):
+        choose_experiments(("a", "d"), names)
+
+
+def test_experiments_run_without_a_notebook(monkeypatch):
+    seen = []
+
+    def run(preset, device=None, seed=0, only=None, runs=None, limit_s=9.0, fresh=False, pick=None, show=print):
+        choose_experiments(only, ("nets", "cost"))
+        seen.append((preset, device, seed, only, runs, limit_s, fresh, show))
+        return [dict(row=1)]
+
+    run.__annotations__ = dict(preset="str", device="str | None", seed="int", only="str | Sequence[str] | None")
+    run.__annotations__ |= dict(runs="Sequence[int] | None", limit_s="float", fresh=bool, pick="Callable | None")
+    here = run_experiments.__globals__
+    monkeypatch.setitem(here, "find_experiments", lambda chapter: run if chapter == "halo" else None)
+    monkeypatch.setattr(here["require"]("torch").cuda, "is_available", lambda: False)
+    assert run_experiments("halo", show=str) == [dict(row=1)]
+    assert seen.pop() == ("cpu", "cpu", 0, None, None, 9.0, False, str)
+    text = dict(seed="3", runs="4,5", limit_s="2", fresh="true")
+    run_experiments("halo", text, only=["nets"], preset="smoke", show=str)
+    assert seen.pop() == ("smoke", "cpu", 3, ("nets",), [4, 5], 2.0, True, str)
+    run_experiments("halo", dict(runs=[7], limit_s=1), show=str)
+    assert seen.pop()[4:6] == ([7], 1)
+    for how, words in (
+        (dict(parameters=dict(sed="3")), "no parameter 'sed' .did you mean 'seed'"),
+        (dict(parameters=dict(pick="3")), "no parameter 'pick'"),
+        (dict(parameters=dict(preset="cpu")), "no parameter 'preset'"),
+        (dict(only=["art"]), "only must be one of 'nets', 'cost', not 'art'"),
+        (dict(preset="laptop"), "preset must be one of"),
+        (dict(device="tpu"), "device must be one of"),
+        (dict(device="cuda"), "torch sees no GPU"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run_experiments("halo", **how)
+    for wrong in (dict(seed="x"), dict(seed=1.5), dict(limit_s="soon"), dict(runs=3)):
+        with pytest.raises(TypeError, match="cannot be"):
+            run_experiments("halo", wrong)
+    with pytest.raises(ValueError, match="convit has no experiments"):
+        run_experiments("convit")
+    assert not seen
+
+
+@pytest.mark.parametrize("chapter", [c.name for c in list_chapters(ready=True) if c.paper])
+def test_every_chapter_runs_its_experiments(chapter):
+    "Preset, device and seed come first, and what is said goes where one wants."
+    run = find_experiments(chapter)
+    assert list(inspect.signature(run).parameters)[:3] == ["preset", "device", "seed"], run
+    assert "show" in inspect.signature(run).parameters and run.__doc__
+    assert {"preset", "device", "seed"} <= set(experiment_parameters(run))
 
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

@@ -34,7 +34,7 @@ from attnbook.chirper.experiments_study import (
     option_shares,
     part_rows,
     persona_experiment,
-    run_all,
+    run_experiments,
     story_exams,
     story_lessons,
     story_rows,
@@ -871,13 +871,13 @@ def test_network_rows():
 def test_parts_run_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("ATTNBOOK_RESULTS", str(tmp_path))
     lines = []
-    rows = run_all("smoke", "cpu", seed=3, seeds=2, show=lines.append, only=("statistics",))
+    rows = run_experiments("smoke", "cpu", seed=3, seeds=2, show=lines.append, only=("statistics",))
     assert {r["name"] for r in rows} == {"rule", "groups"} and {r["run"] for r in rows} == {3}
     assert [t.split(":")[0] for t in lines] == ["seed 3, statistics"]
-    rows = run_all("smoke", "cpu", only="stories", show=lines.append)
+    rows = run_experiments("smoke", "cpu", only="stories", show=lines.append)
     assert {r["name"] for r in rows} == {"stories"} and len(rows) == 2 * 4 and len({r["agent"] for r in rows}) == 2
     with pytest.raises(ValueError, match="only"):
-        run_all("smoke", "cpu", only=("story",))
+        run_experiments("smoke", "cpu", only=("story",))
 
 
 def test_rows_come_before_the_end(monkeypatch):

@@ -94,6 +94,19 @@ def test_benchmarks_that_need_a_gpu(tmp_path):
     assert done.returncode == 0 and "checks has no benchmarks" in done.stdout
 
 
+def test_experiments_without_a_notebook(tmp_path):
+    """Rows of the experiment that was asked for, as they are recorded; what is not there is refused before anything runs."""
+    where = dict(CUDA_VISIBLE_DEVICES="", ATTNBOOK_RESULTS=str(tmp_path / "results"))
+    smoke = ("experiments", "van", "--preset", "smoke", "-p", "seed", "3")
+    assert "only must be one of 'reach', 'gate', 'fit', not 'art'" in refused(*smoke, "--only", "art", **where)
+    assert "no parameter 'sed' (did you mean 'seed'?)" in refused("experiments", "van", "-p", "sed", "3", **where)
+    assert not (tmp_path / "results").exists()
+    done = attnbook(*smoke, "--only", "gate", **where)
+    rows = [json.loads(line) for line in (tmp_path / "results" / "van.jsonl").read_text().splitlines()]
+    assert done.returncode == 0 and f"{len(rows)} rows in" in done.stdout.splitlines()[-1], done.stderr
+    assert rows and {(r["name"], r["preset"]) for r in rows} == {("gate", "smoke")} and min(r["run"] for r in rows) == 3
+
+
 def test_unknown_parameter(small, tmp_path):
     line = refused("run", small, "-p", "m", "3", "--out", tmp_path / "runs")
     assert "no parameter 'm'" in line and "preset ('smoke' | 'cpu' | 'gpu'), n (int, >= 0), scale (float)" in line

@@ -33,7 +33,7 @@ from attnbook.consistency.experiments_study import (
     hourglass,
     isolation,
     latent_explicit,
-    run_all,
+    run_experiments,
     signals,
     systematic_error,
     train_arithmetic,
@@ -908,7 +908,7 @@ def test_trained_to_a_target():
 def test_experiments_on_an_untrained_model(tmp_path, monkeypatch):
     "What is recorded is what was measured: an untrained model answers at chance, all methods pay, keys are unique."
     monkeypatch.setenv("ATTNBOOK_RESULTS", str(tmp_path))
-    rows = run_all("smoke", device_under_test(), only=("arithmetic", "text"), show=lambda text: None)
+    rows = run_experiments("smoke", device_under_test(), only=("arithmetic", "text"), show=lambda text: None)
     identity = [(r["name"], *(str(r[k]) for k in r["key"])) for r in rows]
     assert len(set(identity)) == len(identity)
     named = lambda n: [r for r in rows if r["name"] == n]
@@ -919,7 +919,7 @@ def test_experiments_on_an_untrained_model(tmp_path, monkeypatch):
     assert [r["layer"] for r in named("layers")] == [0, 1, 2] and named("layers")[-1]["jsd"] == 0
     assert len(named("isolation")) == 2 and all(r["damage"] >= 0 for r in named("isolation"))
     with pytest.raises(ValueError, match="only must be one of"):
-        run_all("smoke", only=("art",))
+        run_experiments("smoke", only=("art",))
 
 
 def test_the_same_on_a_model_of_transformers():

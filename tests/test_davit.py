@@ -24,8 +24,8 @@ from attnbook.davit.experiments_study import (
     digit_pairs,
     pairs_experiment,
     reach,
-    record_experiments,
     row_entropy,
+    run_experiments,
     scale_experiment,
 )
 from attnbook.davit.model_nets import (
@@ -828,7 +828,7 @@ def test_record_experiments(monkeypatch):
     monkeypatch.setitem(pairs_experiment.__globals__, "digit_pairs", draw)
     monkeypatch.setitem(pairs_experiment.__globals__, "record", lambda chapter, name, **row: row | dict(name=name))
     lines = []
-    rows = record_experiments("smoke", "cpu", runs=[5], show=lines.append, steps=3)
+    rows = run_experiments("smoke", "cpu", runs=[5], show=lines.append, steps=3)
     assert {r["steps"] for r in rows} == {3}
     assert lines[:3] == [f"seed 5: step {n} of 3" for n in (1, 2, 3)] and len(lines) == 5
     assert sorted(asked) == [False, True] and {r["run"] for r in rows} == {5}

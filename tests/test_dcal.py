@@ -20,7 +20,7 @@ from attnbook.dcal.experiments_study import (
     make_model,
     moved,
     ranking,
-    run_all,
+    run_experiments,
     with_partners,
 )
 from attnbook.dcal.fonts_study import FONTS, SEEN, UNSEEN, font_data, font_images
@@ -919,15 +919,15 @@ def test_batches_are_made_ahead():
 def test_it_runs_and_records(tmp_path, monkeypatch):
     skip_without("matplotlib", "PIL")
     monkeypatch.setenv("ATTNBOOK_RESULTS", str(tmp_path))
-    monkeypatch.setitem(run_all.__globals__, "PRESETS", dict(smoke=_tiny(seeds=1, steps=1)))
-    rows = run_all("smoke", device_under_test(), only=("distractors", "retrieval"), show=lambda s: None)
+    monkeypatch.setitem(run_experiments.__globals__, "PRESETS", dict(smoke=_tiny(seeds=1, steps=1)))
+    rows = run_experiments("smoke", device_under_test(), only=("distractors", "retrieval"), show=lambda s: None)
     assert [r["method"] for r in rows] == [*METHODS["distractors"], *RETRIEVAL] and rows[0]["recipe"] == RECIPE
     assert len({r["map"] for r in rows[4:]}) > 2 and all(-1 <= r["cosine"] <= 1 for r in rows[4:])
     assert all(r["gap"] == pytest.approx(r["train"] - r["sa"], abs=1e-2) for r in rows[:4]) and rows[0]["task"] == TASK
     assert all(0 <= r["sa"] <= 100 and len(r["contamination"]) == 2 for r in rows[:4]) and rows[-1]["map"] > 0
-    assert run_all("smoke", device_under_test(), limit_s=-1, show=lambda s: None) == []
+    assert run_experiments("smoke", device_under_test(), limit_s=-1, show=lambda s: None) == []
     with pytest.raises(ValueError, match="only must be one of"):
-        run_all("smoke", only="birds")
+        run_experiments("smoke", only="birds")
 
 
 def test_peers_of_the_rollout_agree():

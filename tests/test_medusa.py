@@ -50,7 +50,7 @@ from attnbook.medusa.experiments_study import (
     loss_both_augmented,
     loss_image_augmented,
     net_experiments,
-    run_all,
+    run_experiments,
     segmentation_loss,
     small_net,
 )
@@ -857,12 +857,12 @@ def test_speed_and_attention_are_looked_up(monkeypatch):
 
 def test_tasks_and_networks_are_picked(monkeypatch):
     "One task's films at a time, and none for a task of which nothing is asked."
-    asked, films, scope = [], [], run_all.__globals__
+    asked, films, scope = [], [], run_experiments.__globals__
     monkeypatch.setitem(scope, "experiment_data", lambda task, cfg, seed, device: films.append((task, seed)))
     found = lambda task, name, data, cfg: asked.append((task, name)) or [(dict(accuracy=0.5), None)]
     monkeypatch.setitem(scope, "net_experiments", found)
     monkeypatch.setitem(scope, "record", lambda chapter, name, **row: row)
-    pick = lambda **options: run_all("smoke", "cpu", show=lambda line: None, **options)
+    pick = lambda **options: run_experiments("smoke", "cpu", show=lambda line: None, **options)
     assert len(pick(nets=["MEDUSA"])) == 1 and asked == [("pneumonia", "MEDUSA")] and films == [("pneumonia", 0)]
     asked.clear()
     assert len(pick(tasks=["alignment"])) == 1 and asked == [("alignment", "both augmented")]

@@ -66,7 +66,7 @@ from attnbook.mqsa.experiments_study import (
     ndcg20,
     pair_frequency,
     ranks_of,
-    run_all,
+    run_experiments,
     run_job,
     sample_world,
     tied_share,
@@ -984,8 +984,8 @@ def test_run_all_records_what_it_runs(tmp_path):
         patch.setitem(PRESETS, "smoke", small)
         patch.setitem(all_jobs.__globals__, "METHODS", {"MQSA-TED": METHODS["MQSA-TED"]})
         patch.setitem(all_jobs.__globals__, "CONTROLS", {"mutual": ("MQSA-TED", "ceiling")})
-        rows = run_all("smoke")
-        again = run_all("smoke", pick=lambda j: j["experiment"] == "control")
+        rows = run_experiments("smoke")
+        again = run_experiments("smoke", pick=lambda j: j["experiment"] == "control")
         assert [r["ndcg20"] for r in again] == [r["ndcg20"] for r in rows[6:8]]
     assert [r["name"] for r in rows] == ["films"] * 3 + ["chain"] * 3 + ["control"] * 2 + ["sweep"]
     assert len(rows[-1]["ranks"]) == 24 and max(rows[-1]["ranks"]) <= 20

@@ -43,7 +43,7 @@ from attnbook.music.experiments_study import (
     load_chorales,
     longest,
     music_loss,
-    record_experiments,
+    run_experiments,
     self_similarity,
     train_chorales,
     write_music,
@@ -843,13 +843,13 @@ def test_record_experiments(monkeypatch):
     monkeypatch.setitem(train_chorales.__globals__, "load_chorales", lambda split: pieces)
     monkeypatch.setitem(train_chorales.__globals__, "record", lambda chapter, name, **row: row | dict(name=name))
     lines = []
-    rows = record_experiments("smoke", "cpu", runs=[4], show=lines.append)
+    rows = run_experiments("smoke", "cpu", runs=[4], show=lines.append)
     found = [(r["name"], r["kind"], r["run"], r["training"]) for r in rows if r["name"] == "chorales"]
     assert found == [("chorales", kind, 4, "smoke") for pair in PAIRS for kind in pair]
     assert sorted(kind for pair in PAIRS for kind in pair) == sorted(KINDS) and len(lines) == 3 + 6
     written = {r["kind"]: r["continued"] for r in rows if r["name"] == "continuation"}
     assert list(written) == ["relative", "absolute", "relative only"] and len({str(w) for w in written.values()}) == 3
-    few = record_experiments("smoke", "cpu", [0, 1], lines.append, [("relative only",)], steps=1)
+    few = run_experiments("smoke", "cpu", runs=[0, 1], show=lines.append, groups=[("relative only",)], steps=1)
     assert [(r["kind"], r["run"]) for r in few if r["name"] == "chorales"] == [
         ("relative only", 0),
         ("relative only", 1),

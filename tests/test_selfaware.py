@@ -54,7 +54,7 @@ from attnbook.selfaware.experiments_study import (
     nearest_held,
     partial_correlation,
     pretrain,
-    run_all,
+    run_experiments,
     trainee_of,
 )
 from attnbook.selfaware.kernels import ClosedLaunch, closed_block
@@ -731,7 +731,7 @@ def test_jobs():
 
 def test_rows_of_all_jobs(tmp_path, monkeypatch):
     monkeypatch.setenv("ATTNBOOK_RESULTS", str(tmp_path))
-    rows = run_all("smoke", "cpu", workers=0)
+    rows = run_experiments("smoke", "cpu", workers=0)
     names = {n: [r for r in rows if r["name"] == n] for n in KEYS}
     assert all(names.values()) and len(load_results("selfaware", preset="smoke")) >= len(rows)
     identity = [tuple(str(r[k]) for k in ("name", *r["key"])) for r in rows]

@@ -58,6 +58,7 @@ from attnbook.sinklora.reference import (
     sf_mask,
     sf_visible_pairs,
 )
+from attnbook.sinklora.step_kernels import step_room
 from attnbook.sinklora.study import (
     _near_bytes,
     _reverse,
@@ -486,6 +487,28 @@ def test_steps_of_a_recorded_graph(dtype):
 def room_count(cache: H2OCache) -> Tensor:
     "The counters between steps: all zero."
     return cache.room.count
+
+
+@pytest.mark.parametrize("programs", [1, 2, 3, 5])
+def test_any_number_of_programs_share_a_step(programs):
+    "Also where some of them see no token yet, and where free slots hold no numbers."
+    H, Hk, d = 4, 2, 8
+    make = lambda backend: H2OCache(1, Hk, d, 40, 31, num_sinks=2, device=device_under_test(), backend=backend)
+    ours, plain = make("triton"), make("torch")
+    slots = ours.capacity + 1
+    ours.keys.fill_(math.nan), ours.values.fill_(math.nan)
+    room = step_room(1, H, Hk, slots, ours.keys, d)
+    per = 16 * -(-slots // (16 * programs))
+    n, (rows, width) = -(-slots // per), room.part.shape[-2:]
+    assert n == programs
+    empty = lambda *size: torch.full((1, Hk, n, *size), math.nan, device=room.part.device)
+    ours.room = room._replace(part=empty(rows, width), stats=empty(rows, 2), splits=n, per_split=per, block=16)
+    both = zip(*(walk(cache, 11, 75, H, Hk, d) for cache in (ours, plain)))
+    for (t, *_, out), (*_, want) in both:
+        torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+        if t in (40, 85):
+            assert torch.equal(ours.positions.sort(-1).values, plain.positions.sort(-1).values)
+    assert not ours.room.count.any()
 
 
 def test_counts_of_the_recipe():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FactorizationMachine', 'split', 'sparse', 'fit_sklearn', 'bce', 'predict', 'train_network', 'networks',
            'table_experiment', 'run_table', 'product_table', 'order_networks', 'order_experiment', 'run_orders',
-           'without', 'explain', 'answers', 'run_explain']
+           'without', 'explain', 'answers', 'run_explain', 'run_experiments']
 
 # %% auto #imports
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..lab.data import Batches
+from ..lab.experiments import choose_experiments
 from ..lab.results import record
 from ..lab.stats import rank_correlation
 from ..lab.train import fit
@@ -151,12 +152,12 @@ def run_table(
     seeds: int | None = None,
     data: Sequence[str] | None = None,
     methods: Sequence[str] | None = None,
-) -> None:
+) -> list[dict]:
     """Experiments 1 and 2 in the size of a preset, for so many seeds from `seed` on (default: the preset's), of all
-    methods or of those named, to finish a seed that was cut short; records a row for each model, all under one device,
+    methods or of those named, to finish a seed that was cut short; records a row for each model and returns them, all under one device,
     though LR and GBT always train on the CPU. With preset "gpu" a data set and seed take three to five minutes on an H200
     that nine others share."""
-    cfg = PRESETS[preset]["table"]
+    cfg, rows = PRESETS[preset]["table"], []
     for name in data or cfg["data"]:
         table = field_table(name, rows=cfg["rows"])
         for run in range(seed, seed + (seeds or cfg["seeds"])):
@@ -164,7 +165,8 @@ def run_table(
                 loss, auc = logloss_auc(logits, table.y[test])
                 what = dict(key=("data", "method", "run", "size"), preset=preset, device=device, seed=run)
                 found = dict(data=name, method=method, run=run, size=preset, auc=auc, logloss=loss)
-                record("autoint", "table", **what, **found, deepest=max(cfg["layers"]))
+                rows.append(record("autoint", "table", **what, **found, deepest=max(cfg["layers"])))
+    return rows
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #b5278089
 def product_table(k: int, n: int, seed: int, fields: int = 5, values: int = 4) -> tuple[Tensor, Tensor]:
@@ -205,15 +207,16 @@ def order_experiment(
         yield name, logloss_auc(predict(model, *(t[train:] for t in packed), device), y[train:])[1]
 
 
-def run_orders(preset: str = "cpu", device: str = "cpu", seed: int = 0, seeds: int | None = None) -> None:
-    "Experiment 3 in the size of a preset; records a row for each network. On a shared H200 five minutes a seed."
-    cfg = PRESETS[preset]["orders"]
+def run_orders(preset: str = "cpu", device: str = "cpu", seed: int = 0, seeds: int | None = None) -> list[dict]:
+    "Experiment 3 in the size of a preset; records a row for each network and returns them. On a shared H200 five minutes a seed."
+    cfg, rows = PRESETS[preset]["orders"], []
     for k in cfg["orders"]:
         for run in range(seed, seed + (seeds or cfg["seeds"])):
             for name, auc in order_experiment(k, run, **(cfg | dict(device=device))):
                 what = dict(key=("order", "method", "run", "size"), preset=preset, device=device, seed=run)
                 found = dict(order=k, method=name, run=run, size=preset, auc=auc, steps=cfg["steps"])
-                record("autoint", "orders", **what, **found, fields=cfg["fields"], values=cfg["values"])
+                rows.append(record("autoint", "orders", **what, **found, fields=cfg["fields"], values=cfg["values"]))
+    return rows
 
 # %% ../../nbs/6_beyond_tokens/autoint.ipynb #1f663ec8
 def without(packed: tuple[Tensor, Tensor], m: int) -> tuple[Tensor, Tensor]:
@@ -258,9 +261,9 @@ def answers(maps: Sequence[np.ndarray], information: np.ndarray, loss: Sequence[
     )
 
 
-def run_explain(preset: str = "cpu", device: str = "cpu", seed: int = 0, seeds: int | None = None) -> None:
-    "Experiment 4 in the size of a preset; records a row for each data set and seed. On an H200 about 15 seconds a seed."
-    cfg = PRESETS[preset]["explain"]
+def run_explain(preset: str = "cpu", device: str = "cpu", seed: int = 0, seeds: int | None = None) -> list[dict]:
+    "Experiment 4 in the size of a preset; records a row for each data set and seed and returns them. On an H200 about 15 seconds a seed."
+    cfg, rows = PRESETS[preset]["explain"], []
     for name in cfg["data"]:
         table = field_table(name, rows=cfg["rows"])
         for run in range(seed, seed + (seeds or cfg["seeds"])):
@@ -268,4 +271,25 @@ def run_explain(preset: str = "cpu", device: str = "cpu", seed: int = 0, seeds: 
             what = dict(key=("data", "run", "size"), preset=preset, device=device, seed=run)
             found = dict(data=name, run=run, size=preset, names=table.names, lost=[float(x) for x in loss])
             heat = dict(heat=maps[0].round(6).tolist(), heat_shuffled=maps[1].round(6).tolist())
-            record("autoint", "explain", **what, **found, **heat, **answers(maps, information, loss))
+            rows.append(record("autoint", "explain", **what, **found, **heat, **answers(maps, information, loss)))
+    return rows
+
+# %% ../../nbs/6_beyond_tokens/autoint.ipynb #a5ac1989
+def run_experiments(
+    preset: str = "gpu",
+    device: str = "cuda",
+    seed: int = 0,
+    only: str | Sequence[str] | None = None,
+    seeds: int | None = None,
+    data: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
+    show: Callable[[str], object] = print,
+) -> list[dict]:
+    """Experiments 1 and 2 ("table"; some `data` and `methods` of it), 3 ("orders") and 4 ("explain") in the size of a preset, or
+    `only` some of them, for so many `seeds` from `seed` on (the preset's if None); the recorded rows."""
+    parts = dict(table=partial(run_table, data=data, methods=methods), orders=run_orders, explain=run_explain)
+    rows = []
+    for name in choose_experiments(only, tuple(parts)):
+        rows += parts[name](preset, device, seed, seeds)
+        show(f"{name}: {len(rows)} rows so far")
+    return rows

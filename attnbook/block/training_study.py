@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'PRESETS', 'review_bytes', 'variant_config', 'block_loss', 'token_losses', 'FIRST_SCORED', 'score',
            'RECIPE', 'train_side_by_side', 'make_model', 'run_variants', 'UPTRAINED', 'run_uptrain', 'run_ladder',
-           'run_all', 'SIZES', 'best_rows', 'losses_of']
+           'run_experiments', 'SIZES', 'best_rows', 'losses_of']
 
 # %% auto #imports
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..checks import check_choice
 from ..lab.data import Windows, text_corpus
+from ..lab.experiments import choose_experiments
 from ..lab.results import load_results, newest_device, record
 from ..lab.stats import by_seed, newest_recipe
 from ..lab.together import Trainee, let_go, train_together
@@ -291,10 +292,20 @@ def run_ladder(
         let_go()
 
 
-def run_all(preset: str = "gpu", device: str = "cuda", seed: int = 0, steps: int = 0) -> list[dict]:
-    "Every experiment of this chapter at a preset: the recorded rows."
-    runs = (run_variants, run_ladder, run_uptrain)
-    return [row for run in runs for row in run(preset, device, seed, steps)]
+def run_experiments(
+    preset: str = "gpu",
+    device: str = "cuda",
+    seed: int = 0,
+    steps: int = 0,
+    only: str | Sequence[str] | None = None,
+    show: Callable[[str], object] = print,
+) -> list[dict]:
+    'Experiments of this chapter at a preset, "variants", "ladder" and "uptrain" or `only` some of them: the recorded rows.'
+    runs, rows = dict(variants=run_variants, ladder=run_ladder, uptrain=run_uptrain), []
+    for name in choose_experiments(only, tuple(runs)):
+        rows += runs[name](preset, device, seed, steps)
+        show(f"{name}: {len(rows)} rows so far")
+    return rows
 
 # %% ../../nbs/4_long_context/block.ipynb #8eb3fd02
 SIZES = ("gpu", "cpu", "smoke")  # of recorded trainings, the largest first

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'PRESETS', 'WindowAttention', 'equal_window', 'attention_of', 'library_text', 'text_config', 'train',
            'measured', 'RECIPE', 'run_text', 'grid_rows', 'recall_batch', 'lessons_of', 'asked_distance', 'recall_rows',
-           'run_recall', 'run_all']
+           'run_recall', 'run_experiments']
 
 # %% auto #imports
 import copy
@@ -21,6 +21,7 @@ from torch import Tensor
 from ..checks import check_choice
 from ..engine import attention
 from ..lab.data import Windows, byte_splits, python_source
+from ..lab.experiments import choose_experiments
 from ..lab.results import record
 from ..lab.together import Trainee, let_go, train_together
 from ..lab.train import fit
@@ -259,6 +260,18 @@ def run_recall(
                     yield record("cca", "pairs", key=key, **common, **what, **row)
 
 
-def run_all(preset: str = "gpu", device: str = "cuda", seed: int = 0) -> list[dict]:
-    "Every experiment of this chapter at a preset: the recorded rows."
-    return [*run_recall(preset, device, seed), *run_text(preset, device, seed)]
+def run_experiments(
+    preset: str = "gpu",
+    device: str = "cuda",
+    seed: int = 0,
+    only: str | Sequence[str] | None = None,
+    runs: Sequence[int] | None = None,
+    show: Callable[[str], object] = print,
+) -> list[dict]:
+    """Experiments of this chapter at a preset, "recall" and "text" or `only` one of them, with all seeds of the preset or some
+    `runs`: the recorded rows."""
+    parts, rows = dict(recall=run_recall, text=run_text), []
+    for name in choose_experiments(only, tuple(parts)):
+        rows += parts[name](preset, device, seed, runs)
+        show(f"{name}: {len(rows)} rows so far")
+    return rows

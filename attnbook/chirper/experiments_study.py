@@ -6,7 +6,7 @@
 __all__ = ['STORY_WIDTH', 'KNOWN', 'NEW', 'story_rows', 'story_lessons', 'story_exams', 'answers', 'story_experiment',
            'ADJECTIVES', 'option_prompts', 'option_shares', 'planted_levels', 'drawn_answers', 'influence_experiment',
            'network_experiment', 'persona_experiment', 'group_power', 'statistics_rows', 'PARTS', 'announced',
-           'part_rows', 'run_all']
+           'part_rows', 'run_experiments']
 
 # %% auto #imports
 import contextlib
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice
+from ..lab.experiments import choose_experiments
 from ..lab.results import record
 from ..lab.stats import intraclass_correlation, permutation_test, proportion_power
 from ..lab.together import Trainee, train_together
@@ -344,20 +344,20 @@ def part_rows(
             yield name, ("design", "correlation", "rate") if name == "rule" else ("agents", "delta"), r
 
 
-def run_all(
+def run_experiments(
     preset: str = "gpu",
     device: str | None = None,
     seed: int = 0,
     seeds: int | None = None,  # how many, from `seed` on; the preset's if None
     show: Callable[[str], object] = print,
-    only: Sequence[str] | None = None,  # of `PARTS`; all if None
+    only: str | Sequence[str] | None = None,  # of `PARTS`; all if None
 ) -> list[dict]:
     """All experiments of a preset, or some parts, recorded as they come; returns the rows. Texts are in none of them.
 
     "stories" and "writer" train transformers, "markov" encoders; "feedback", "influence" and "network" have Markov agents and need
     no GPU, nor has "statistics", which is computed once, not for each seed. ValueError for another part."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    parts = [check_choice("only", p, PARTS) for p in ([only] if isinstance(only, str) else only or PARTS)]
+    parts = choose_experiments(only, PARTS)
     cfg, rows = PRESETS[preset], []
     last = seed + (cfg["seeds"] if seeds is None else seeds)
     for run in range(seed, last):

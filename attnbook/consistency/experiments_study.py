@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['hourglass', 'isolation', 'auroc', 'lens_signals', 'signals', 'corrupted', 'systematic_error', 'corpus_majority',
            'corruption', 'first_reaching', 'VALIDATION', 'validation_accuracy', 'Taught', 'train_arithmetic',
-           'latent_explicit', 'text_layers', 'train_reviews', 'PARTS', 'run_all']
+           'latent_explicit', 'text_layers', 'train_reviews', 'PARTS', 'run_experiments']
 
 # %% auto #imports
 import math
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..checks import check_choice
 from ..lab.data import Windows, text_corpus
+from ..lab.experiments import choose_experiments
 from ..lab.results import record
 from ..lm import LanguageModel, ModelConfig
 from ..lm.sampling import left_pad
@@ -336,18 +337,17 @@ def train_reviews(
 PARTS = ("arithmetic", "corruption", "text")
 
 
-def run_all(
+def run_experiments(
     preset: str = "gpu",
     device: str | None = None,
     seed: int = 0,
-    only: Sequence[str] = PARTS,
+    only: str | Sequence[str] | None = None,
     seeds: int | None = None,
     show: Callable[[str], Any] = print,
 ) -> list[dict]:
-    "All experiments of a preset, or the `only` parts of them, `seeds` times (the preset's), recorded as they come; returns the rows."
+    "All experiments of a preset, or `only` some of the `PARTS`, `seeds` times (the preset's), recorded as they come; returns the rows."
     device, cfg, rows = device or ("cuda" if torch.cuda.is_available() else "cpu"), PRESETS[preset], []
-    for part in only:
-        check_choice("only", part, PARTS)
+    only = choose_experiments(only, PARTS)
 
     def note(name, key, run, **row):
         key = (*key, "run", "preset_name")

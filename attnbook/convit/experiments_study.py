@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_int
 from ..lab.data import image_classification, image_tensor, standardise
+from ..lab.experiments import choose_experiments
 from ..lab.results import device_name, load_results, record
 from ..lab.together import Trainee, train_together
 from ..lab.train import cross_entropy, evaluate_accuracy
@@ -381,7 +382,7 @@ def run_experiments(
     seed: int = 0,
     steps: int = 0,
     data: str = "",
-    only: Sequence[str] | None = None,
+    only: str | Sequence[str] | None = None,
     show: Callable[[str], None] = print,
     together: int = TOGETHER,
     resume: bool = True,
@@ -392,9 +393,8 @@ def run_experiments(
     The gpu preset trains 68 networks for 1,000 steps, up to `together` side by side, about 2 GB each: an estimate for
     an H200 is three minutes. Each wave is recorded when it ends, the most important experiment first."""
     e, rows = Experiments(preset, device, seed, steps, data, together, show, resume), []
-    for experiment in FIVE:
-        if only is not None and experiment.__name__ not in only:
-            continue
+    names = choose_experiments(only, tuple(f.__name__ for f in FIVE))
+    for experiment in (f for f in FIVE if f.__name__ in names):
         found = experiment(e)
         rows += found
         show(f"{experiment.__name__}: {len(found)} rows, {len(e.trained)} networks trained so far")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'MAIN', 'ABLATION', 'SOURCES', 'BLIND', 'QUIET', 'METHODS', 'THRESHOLDS', 'DRAWS', 'detector', 'Best',
            'RECIPE', 'Experiments', 'inputs_of', 'name_proposals', 'held_out_map', 'evaluate_detector',
-           'strict_and_loose', 'ceilings_of', 'gate_looks', 'run_seed', 'run_experiments']
+           'strict_and_loose', 'ceilings_of', 'gate_looks', 'run_seed', 'run_detectors']
 
 # %% auto #imports
 import math
@@ -410,7 +410,7 @@ def run_seed(preset: str, device: str, run: int, steps: int = 0, methods: Sequen
     return rows
 
 
-def run_experiments(
+def run_detectors(
     preset: str = "gpu",
     device: str | None = None,
     seed: int = 0,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'PAIR_KINDS', 'reach', 'digit_pairs', 'RECIPE', 'pairs_experiment', 'row_entropy', 'resized',
-           'scale_experiment', 'digits_of', 'record_experiments', 'fitted_slope', 'three_attentions']
+           'scale_experiment', 'digits_of', 'run_experiments', 'fitted_slope', 'three_attentions']
 
 # %% auto #imports
 import itertools
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..checks import check_choice
 from ..lab.data import image_tensor, library, mnist5k
+from ..lab.experiments import choose_experiments
 from ..lab.results import record
 from ..lab.stats import fitted_exponent
 from ..lab.together import Trainee, train_together
@@ -239,19 +240,20 @@ def digits_of(train: int, test: int, seed: int = 0) -> tuple[Tensor, Tensor, Ten
     return x[:train], y[:train], x[train:], y[train:]
 
 # %% ../../nbs/3_locality/davit.ipynb #3fc7ad32
-def record_experiments(
+def run_experiments(
     preset: str = "gpu",
     device: str = "cuda",
-    only: Sequence[str] = ("pairs", "scale"),
+    seed: int = 0,
+    only: str | Sequence[str] | None = None,
     runs: Sequence[int] | None = None,
     show: Callable[[str], None] = print,
     steps: int = 0,
 ) -> list[dict]:
-    """Experiments 1 and 2, recorded seed by seed (`runs`; the preset's if None), `steps` other than the preset's if not
+    """Experiments 1 ("pairs") and 2 ("scale"), recorded seed by seed (`runs`; the preset's, from `seed` on, if None), `steps` other than the preset's if not
     0; returns the rows. An estimate for the gpu preset on an H200: 80 s, 4 GB of memory."""
     settings, rows = PRESETS[check_choice("preset", preset, tuple(PRESETS))], []
-    for name in only:
-        c = dict(settings[check_choice("only", name, ("pairs", "scale"))])
+    for name in choose_experiments(only, ("pairs", "scale")):
+        c = dict(settings[name])
         seeds, train, test = c.pop("seeds"), c.pop("train"), c.pop("test")
         c |= dict(steps=steps) if steps else {}
         if name == "pairs":
@@ -262,7 +264,7 @@ def record_experiments(
             data = *digit_pairs(train, canvas, classes=classes), *held_out
         else:
             key, data = ("scale", "run", "steps", "size"), digits_of(train, test)
-        for run in range(seeds) if runs is None else runs:
+        for run in range(seed, seed + seeds) if runs is None else runs:
             args = (data,) if name == "pairs" else data
             found = (pairs_experiment if name == "pairs" else scale_experiment)(*args, **c, seed=run, device=device)
             rows += [record("davit", name, key=key, seed=run, device=device, preset=preset, **r) for r in found]

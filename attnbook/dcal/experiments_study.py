@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'make_model', 'moved', 'with_partners', 'TRIPLETS', 'branch_loss', 'all_batches', 'train_models',
            'train_model', 'accuracies', 'classification', 'ranking', 'RETRIEVAL', 'font_split', 'prepare', 'retrieval',
-           'run_all']
+           'run_experiments']
 
 # %% auto #imports
 import math
@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_choice
 from ..lab.data import Batches
+from ..lab.experiments import choose_experiments
 from ..lab.results import record
 from ..lab.together import Trainee, train_together
 from .fonts_study import FONTS, font_data
@@ -244,7 +244,7 @@ def _ranked(model, x, y, device):
     )
 
 
-def run_all(
+def run_experiments(
     preset: str = "gpu",
     device: str | None = None,
     seed: int = 0,
@@ -257,9 +257,7 @@ def run_all(
     after `limit_s` seconds."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg, rows, began = PRESETS[preset], [], time.perf_counter()
-    groups = [only] if isinstance(only, str) else list(only or (*METHODS, "ratios", "retrieval"))
-    for g in groups:
-        check_choice("only", g, (*METHODS, "ratios", "retrieval"))
+    groups = choose_experiments(only, (*METHODS, "ratios", "retrieval"))
     jobs = {g: [(m, {}) for m in METHODS[g]] for g in groups if g in METHODS}
     jobs |= {"ratios": [("SA+GLCA", dict(local_ratio=r)) for r in cfg["ratios"]]} if "ratios" in groups else {}
     jobs |= {"retrieval": [(m, {}) for m in RETRIEVAL]} if "retrieval" in groups else {}

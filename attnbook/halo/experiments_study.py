@@ -15,9 +15,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..checks import check_choice
 from ..lab.bench import measure
 from ..lab.data import image_tensor, mnist_m, standardise
+from ..lab.experiments import choose_experiments
 from ..lab.results import record
 from ..lab.together import Trainee, let_go, train_together
 from ..lab.train import cross_entropy, evaluate_accuracy
@@ -214,15 +214,15 @@ def run_experiments(
     preset: str = "gpu",
     device: str | None = None,
     seed: int = 0,
-    only: str | None = None,
+    only: str | Sequence[str] | None = None,
     seeds: Iterable[int] | None = None,
     show: Callable[[str], None] = print,
 ) -> list[dict]:
-    """All timings ("cost") and trainings ("nets") of a preset, or `only` one of them, recorded as they come; returns
+    """All timings ("cost") and trainings ("nets") of a preset, or `only` some of them, recorded as they come; returns
     the rows. `seeds`: of the networks; by default the preset's number of them, from `seed` on."""
     device, rows = device or ("cuda" if torch.cuda.is_available() else "cpu"), []
     cfg = PRESETS[preset]
-    wanted = ("cost", "nets") if only is None else (check_choice("only", only, ("cost", "nets")),)
+    wanted = choose_experiments(only, ("cost", "nets"))
     if "cost" in wanted:
         key = ("method", "side", "window", "block", "batch")
         for row in cost_experiment(**cfg["cost"], seed=seed, device=device):

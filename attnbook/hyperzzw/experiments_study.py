@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['PRESETS', 'VARIANTS', 'CONTESTANTS', 'HOLDS', 'Spec', 'Experiments', 'OURS', 'convergence', 'epochs_to', 'ablations',
            'leakage', 'receptive_field', 'network_fields', 'context_fields', 'context', 'resampling_error',
-           'frequency_specs', 'frequencies', 'feature_statistics', 'features', 'mean_frequency', 'spectra', 'fields']
+           'frequency_specs', 'frequencies', 'feature_statistics', 'features', 'mean_frequency', 'spectra', 'fields',
+           'EXPERIMENTS', 'wanted_networks', 'run_experiments']
 
 # %% auto #imports
 import copy
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_number
+from ..lab.experiments import choose_experiments
 from ..lab.results import record
 from ..layers import count_parameters
 from .nets import Terminator, terminator_loss
@@ -417,3 +420,58 @@ def fields(e: Experiments) -> list[dict]:
         for name, f in found.items()
     ]
     return e.write("fields", ("part", "run"), rows)
+
+# %% ../../nbs/5_vision/hyperzzw.ipynb #3d68b26e
+EXPERIMENTS = (context, ablations, leakage, features, spectra, fields, convergence, frequencies)
+
+
+def wanted_networks(e: Experiments, names: Iterable[str]) -> list[Spec]:
+    "What experiments of these names train."
+    few = [OURS["official"], OURS["kernels per image"]]
+    wanted = dict(
+        ablations=list(OURS.values()),
+        convergence=[Spec(*pair) for pair in CONTESTANTS],
+        frequencies=frequency_specs(e),
+        context=[],
+        leakage=few,
+        features=few[:1],
+        spectra=few[:1],
+        fields=few[1:],
+    )
+    return list(dict.fromkeys(s for name in names for s in wanted[name]))
+
+
+def run_experiments(
+    preset: str = "gpu",
+    device: str | None = None,
+    seed: int = 0,
+    epochs: int = 0,
+    only: str | Sequence[str] | None = None,
+    seeds: int = 0,
+    limit_s: float = 150.0,
+    memory_gb: float | None = 12.0,
+    show: Callable[[str], Any] = print,
+) -> list[dict]:
+    """All experiments of a preset, or those named in `only`, recorded; returns the rows.
+
+    `memory_gb`: of a GPU, about what the trainings may hold, since others may share it; None: as much as is free, 22 for all at once.
+    `seeds`: how many, from `seed` on; 0 takes the preset's. "context", which trains nothing, and "fields" have rows of the first seed
+    only. No further seed begins where it would not end within `limit_s` seconds."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    e = Experiments(preset, device, seed, seeds, epochs, memory_gb)
+    names = choose_experiments(only, tuple(x.__name__ for x in EXPERIMENTS))
+    chosen = [x for x in EXPERIMENTS if x.__name__ in names]
+    rows, began, all_seeds = [], time.perf_counter(), list(e.seeds)
+    for done, run in enumerate(all_seeds):
+        spent = time.perf_counter() - began
+        if done and spent * (done + 1) / done > limit_s:
+            show(f"{done} seeds in {spent:.0f} s; no time for another")
+            break
+        e.seeds, once = [run], {"context", "fields"}
+        now = [x for x in chosen if not done or x.__name__ not in once]
+        e.train(run, wanted_networks(e, [x.__name__ for x in now]))
+        for x in now:
+            rows += x(e)
+        e.trained.clear()
+        show(f"seed {run}: {', '.join(x.__name__ for x in now)}; {time.perf_counter() - began:.0f} s")
+    return rows

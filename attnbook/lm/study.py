@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'review_bytes', 'small_config', 'train_text', 'beyond_rows', 'run_text', 'run_recall', 'bench_generate',
-           'run_all']
+           'run_experiments']
 
 # %% auto #imports
 import time
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checks import check_choice
 from ..lab.data import Windows, mqar, text_corpus
+from ..lab.experiments import choose_experiments
 from ..lab.results import record
 from ..lab.train import fit
 from ..layers import count_parameters
@@ -277,6 +278,16 @@ def _seconds(call: Callable, device: str) -> float:
     return time.perf_counter() - began
 
 
-def run_all(preset: str = "gpu", device: str = "cuda", seed: int = 0) -> list[dict]:
-    "Every experiment of this chapter at a preset: the recorded rows."
-    return [*run_text(preset, device, seed), *run_recall(preset, device, seed)]
+def run_experiments(
+    preset: str = "gpu",
+    device: str = "cuda",
+    seed: int = 0,
+    only: str | Sequence[str] | None = None,
+    show: Callable[[str], object] = print,
+) -> list[dict]:
+    'Experiments of this chapter at a preset, "text" and "recall" or `only` one of them: the recorded rows.'
+    runs, rows = dict(text=run_text, recall=run_recall), []
+    for name in choose_experiments(only, tuple(runs)):
+        rows += runs[name](preset, device, seed)
+        show(f"{name}: {len(rows)} rows so far")
+    return rows

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'NETS', 'MAIN', 'RUNS', 'widened', 'small_net', 'attention_statistics', 'head_agreement',
            'area_under_curve', 'augmented', 'loss_both_augmented', 'loss_image_augmented', 'LOSSES',
-           'segmentation_loss', 'logits_of', 'FILMS_OF', 'experiment_data', 'RECIPE', 'net_experiments', 'run_all',
-           'best_rows', 'accuracy_table']
+           'segmentation_loss', 'logits_of', 'FILMS_OF', 'experiment_data', 'RECIPE', 'net_experiments',
+           'run_experiments', 'best_rows', 'accuracy_table']
 
 # %% auto #imports
 import math
@@ -308,7 +308,7 @@ def _row_of(trainee, task, name, test, steps, at):
     )
 
 
-def run_all(
+def run_experiments(
     preset: str = "gpu",
     device: str | None = None,
     seed: int = 0,

@@ -6,12 +6,12 @@
 __all__ = ['PRESETS', 'TIES', 'FILMS', 'film_events', 'film_sequences', 'tied_share', 'World', 'WORLDS', 'make_world',
            'sample_world', 'bayes_scores', 'METHODS', 'MODEL', 'Task', 'ranks_of', 'ndcg20', 'train_method',
            'baseline_ranks', 'pair_frequency', 'film_task', 'chain_task', 'SHARED', 'CONTROLS', 'all_jobs', 'run_job',
-           'run_all']
+           'run_experiments']
 
 # %% auto #imports
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from multiprocessing import get_context
@@ -22,6 +22,7 @@ import torch
 
 from ..checks import check_choice, check_divides, check_probability
 from ..lab.data.tables import widedeep
+from ..lab.experiments import choose_experiments
 from ..lab.results import record
 from .nets import MQSA
 from .ranking_reference import LeaveOneOut, hit_rate_ndcg, leave_one_out, pad_left, target_ranks
@@ -448,20 +449,22 @@ def _in_worker(arguments):
     return run_job(*arguments)
 
 
-def run_all(
+def run_experiments(
     preset: str = "cpu",
     device: str = "cpu",
     *,
     seed: int = 0,
+    only: str | Sequence[str] | None = None,
     workers: int | None = None,
     pick: Callable[[dict], bool] | None = None,
     show: Callable[[str], object] = lambda text: None,
 ) -> list[dict]:
-    """Runs every experiment of a preset and records its rows under `mqsa`: films, chain, control and sweep. Returns the rows.
+    """Runs every experiment of a preset, or `only` some, and records its rows under `mqsa`: films, chain, control and sweep. Returns the rows.
 
     `workers`: processes at a time; the preset's number if None, 0 for none. `pick(job)`: is this one to be run? `show` gets a line a row.
     """
-    jobs = [j for j in all_jobs(preset, seed) if pick is None or pick(j)]
+    only = choose_experiments(only, ("films", "chain", "control", "sweep"))
+    jobs = [j for j in all_jobs(preset, seed) if j["experiment"] in only and (pick is None or pick(j))]
     workers = PRESETS[preset]["workers"] if workers is None else workers
     workers = 0 if _in_worker.__module__ == "__main__" else workers  # other processes can't see a notebook's functions
     arguments = [(job, preset, device) for job in jobs]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'PRIME', 'SONGS', 'saved_bytes', 'load_chorales', 'piano_roll', 'chorale_batches', 'music_loss', 'KINDS',
-           'chorale_model', 'FLOORS', 'count_floors', 'train_chorales', 'PAIRS', 'record_experiments', 'TRAININGS',
+           'chorale_model', 'FLOORS', 'count_floors', 'train_chorales', 'PAIRS', 'run_experiments', 'TRAININGS',
            'longest', 'kept_by_length', 'slope', 'steepest', 'self_similarity', 'echo', 'write_music']
 
 # %% auto #imports
@@ -196,16 +196,18 @@ def _measured(trainee, valid, T):
 PAIRS = (("relative", "absolute"), ("relative + labels", "absolute + labels"), ("relative local", "relative only"))
 
 
-def record_experiments(
+def run_experiments(
     preset: str = "gpu",
     device: str = "cuda",
+    seed: int = 0,
+    *,
     runs: Sequence[int] | None = None,
     show: Callable[[str], None] = print,
     groups: Sequence[Sequence[str]] = PAIRS,
     steps: int = 0,
 ) -> list[dict]:
-    """Experiments 1, 2 and 4: `groups` of kinds that train side by side, each with every seed (`runs`; the preset's if
-    None) before the next group; `steps`, if not 0, other than the preset's, filed as another training. Recorded as a
+    """Experiments 1, 2 and 4: `groups` of kinds that train side by side, each with every seed (`runs`; the preset's, from
+    `seed` on, if None) before the next group; `steps`, if not 0, other than the preset's, filed as another training. Recorded as a
     group's seed ends; returns the rows. An estimate for the gpu preset on an H200 is 15 s a seed of a pair, 4 GB of memory."""
     cfg, rows = PRESETS[check_choice("preset", preset, tuple(PRESETS))], []
     cfg, name = cfg | (dict(steps=steps) if steps else {}), f"{preset}, {steps} steps" if steps else preset
@@ -213,7 +215,7 @@ def record_experiments(
         device=device, preset="gpu" if preset == "gpu" else "cpu", training=name, key=("kind", "run", "training")
     )
     for kinds in groups:
-        for run in range(cfg["seeds"]) if runs is None else runs:
+        for run in range(seed, seed + cfg["seeds"]) if runs is None else runs:
             show(f"training, seed {run}: {', '.join(kinds)}")
             trained = train_chorales(kinds, cfg, run=run, device=device)
             for _, row in trained:

@@ -19,6 +19,7 @@ from ..attention import attention_reference
 from ..checks import check_choice
 from ..lab.bench import flex, measure, sdpa
 from ..lab.data import image_tensor, mnist5k, mnist_m, photos
+from ..lab.experiments import choose_experiments
 from ..lab.results import record
 from ..lab.together import Trainee, let_go, train_together
 from ..layers import count_parameters
@@ -289,17 +290,17 @@ def run_experiments(
     preset: str = "gpu",
     device: str | None = None,
     seed: int = 0,
-    only: str | None = None,
+    only: str | Sequence[str] | None = None,
     seeds: Iterable[int] | None = None,
     steps: int | None = None,
     show: Callable[[str], None] = print,
 ) -> list[dict]:
-    """All experiments of a preset, or `only` one of `EXPERIMENTS`, recorded as they come; returns the rows.
+    """All experiments of a preset, or `only` some of `EXPERIMENTS`, recorded as they come; returns the rows.
 
     `seeds`, `steps`: of the networks of "nat"; by default the preset's, seeds counted from `seed`."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg, photo = PRESETS[preset], photos()["chelsea"]
-    wanted = EXPERIMENTS if only is None else (check_choice("only", only, EXPERIMENTS),)
+    wanted = choose_experiments(only, EXPERIMENTS)
     calls = {
         "cost": lambda: cost_experiment(**cfg["cost"], device=device, seed=seed),
         "stride": lambda: stride_experiment(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['bench_inputs', 'least_bytes', 'bench_clusters', 'bench_segments', 'bench_crossover', 'trained_heads', 'time_trained',
-           'run_models', 'bench_parts', 'bench_calls', 'leak_claims', 'language_claims', 'OUT_OF_REACH', 'speed_claims',
-           'claims']
+           'run_models', 'run_experiments', 'bench_parts', 'bench_calls', 'leak_claims', 'language_claims',
+           'OUT_OF_REACH', 'speed_claims', 'claims']
 
 # %% auto #imports
 import time
@@ -19,15 +19,17 @@ from torch import Tensor
 from ..lab.bench import compare, measure, sdpa
 from ..lab.calls import call_costs
 from ..lab.claims import Claim, beyond_interval, grade, out_of_reach, over_range, within
+from ..lab.experiments import choose_experiments
+from ..lab.results import load_results
 from .language_nets import parameter_counts
 from .language_study import language_data, run_heads, run_language, windows_of
-from .leak_study import leak_summary
+from .leak_study import leak_summary, run_leak
 from .membership_op import cluster_sums, nearest_membership, route_scores, spherical_norm, topw_membership
 from .nets import Router
 from .op import routed_attention
 from .peers_study import flex_peer, gather_flash_peer, gather_peer, peer_or_error, varlen_peer
-from .presets_study import longest
-from .recall_study import clusters_for, route
+from .presets_study import PRESETS, longest
+from .recall_study import clusters_for, route, run_recall
 from .records_study import (
     all_break_evens,
     all_speeds,
@@ -168,6 +170,7 @@ def run_models(
     memberships: Sequence[str] = ("local", "full", "nearest", "topw", "random"),
     variants: Sequence[str] = (),
     limit: float | None = None,
+    show: Callable[[str], object] = print,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[str]:
     """All that is measured on trained language models, for one seed, one model after another on a GPU of their own: rows
@@ -187,8 +190,32 @@ def run_models(
         if (m, variant, seed) == ("nearest", "whole", 0) and torch.device(device).type == "cuda":
             time_trained(models[m], device=device)
         done.append(m if variant == "whole" else f"{m}, {variant}")
-        print(f"seed {seed}, {done[-1]}: {clock() - since:.0f} s with evaluation", flush=True)
+        show(f"seed {seed}, {done[-1]}: {clock() - since:.0f} s with evaluation")
     return done
+
+
+def run_experiments(
+    preset: str = "gpu",
+    device: str = "cuda",
+    seed: int = 0,
+    only: str | Sequence[str] | None = None,
+    memberships: Sequence[str] | None = None,
+    variants: Sequence[str] = (),
+    limit: float | None = None,
+    show: Callable[[str], object] = print,
+) -> list[dict]:
+    """The experiments of a preset with one seed (all of the preset's for "leak"): "leak", "recall" and "language", or `only`
+    some of them; the recorded rows. `memberships` of the last two, the preset's if None; `variants` and `limit` are those of `run_models`,
+    which measures "language" and wants a GPU of its own."""
+    wanted, before = choose_experiments(only, ("leak", "recall", "language")), len(load_results("routing"))
+    if "leak" in wanted:
+        show(f"leak: {len(run_leak(preset, device, seed))} rows")
+    if "recall" in wanted:
+        show(f"recall: {len(run_recall(preset, device, seed, memberships))} rows")
+    if "language" in wanted:
+        some = memberships or PRESETS[preset]["language"]["memberships"]
+        run_models(preset, device, seed, some, variants, limit, show)
+    return load_results("routing")[before:]
 
 
 def bench_parts():

@@ -6,7 +6,7 @@
 __all__ = ['POLICIES', 'TRAINABLE', 'flat_then_down', 'RECIPES', 'plain_adamw', 'trainee_of', 'pretrain', 'finetune',
            'correlation', 'partial_correlation', 'area_under_curve', 'measure_you', 'measure_population',
            'nearest_held', 'base_rows', 'policy_rows', 'dose_rows', 'faithful_rows', 'backdoor_rows', 'all_jobs',
-           'KEYS', 'run_job', 'run_all', 'within_targets', 'faithfulness']
+           'KEYS', 'run_job', 'run_experiments', 'within_targets', 'faithfulness']
 
 # %% auto #imports
 import copy
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from ..checks import check_choice
+from ..lab.experiments import choose_experiments
 from ..lab.results import record
 from ..lab.stats import cluster_bootstrap
 from ..lab.together import Trainee, train_together
@@ -403,11 +404,12 @@ def _in_worker(arguments):
     return run_job(*arguments)
 
 
-def run_all(
+def run_experiments(
     preset: str = "cpu",
     device: str = "cpu",
     *,
     seed: int = 0,
+    only: str | Sequence[str] | None = None,
     workers: int | None = None,
     pick: Callable[[dict], bool] | None = None,
     show: Callable[[str], object] = lambda text: None,
@@ -415,9 +417,10 @@ def run_all(
     """Runs every experiment of a preset and records its rows under `selfaware`: population, policies, dose, faithful, triggers,
     backdoor. Returns them.
 
-    `workers`: processes at a time; the preset's number if None, 0 for none. `pick(job)`: is this one to be run? `show` gets a
-    line a job, and one after 20 s without. A job that fails leaves the others alone; its error is raised at the end."""
-    jobs = [j for j in all_jobs(preset, seed) if pick is None or pick(j)]
+    `only`: some kinds of models, "base", "backdoor" and "sweep". `workers`: processes at a time; the preset's number if None,
+    0 for none. `pick(job)`: is this one to be run? `show` gets a line a job, and one after 20 s without. A job that fails leaves the others alone; its error is raised at the end."""
+    only = choose_experiments(only, ("base", "backdoor", "sweep"))
+    jobs = [j for j in all_jobs(preset, seed) if j["kind"] in only and (pick is None or pick(j))]
     workers = PRESETS[preset]["workers"] if workers is None else workers
     workers = (
         0 if _in_worker.__module__ == "__main__" else min(workers, len(jobs))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'FORMS', 'echo', 'leak_net', 'run_leak', 'source_bytes', 'small_model', 'copied', 'TRAINED', 'perplexity',
            'run_extension', 'METHODS', 'mixed_loss', 'mixed_batch', 'lessons_of', 'through_cache', 'run_eviction',
-           'RECIPES', 'run_all']
+           'RECIPES', 'run_experiments']
 
 # %% auto #imports
 import math
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..lab.data import Windows, byte_splits, python_source
+from ..lab.experiments import choose_experiments
 from ..lab.results import record
 from ..lab.together import let_go
 from ..lab.train import fit
@@ -299,21 +300,22 @@ def _work(job: tuple) -> list[dict]:
     return rows
 
 
-def run_all(
+def run_experiments(
     preset: str = "cpu",
     device: str = "cpu",
     *,
     seed: int = 0,
-    only: Sequence[str] = ("extension", "eviction", "leak"),
+    only: str | Sequence[str] | None = None,
     runs: Sequence[int] | None = None,
     workers: int | None = None,
     show: Callable[[str], object] = lambda text: None,
 ) -> list[dict]:
     """Runs the experiments of a preset and records their rows under `sinklora`. Returns the rows.
 
-    `only`: some of the experiments. `runs`: some of their seeds, counted from `seed`; all of the preset's if None. `workers`: processes at a time; the preset's number if None, 0 for none. `show` gets a line a job."""
+    `only`: some of "extension", "eviction" and "leak". `runs`: some of their seeds, counted from `seed`; all of the preset's if None. `workers`: processes at a time; the preset's number if None, 0 for none. `show` gets a line a job."""
     cfg, began = PRESETS[preset], time.perf_counter()
     workers = cfg["workers"] if workers is None else workers
+    only = choose_experiments(only, ("extension", "eviction", "leak"))
     jobs = [(e, preset, device, seed + run) for e in only for run in (range(cfg[e]["seeds"]) if runs is None else runs)]
     pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers else None
     rows = []

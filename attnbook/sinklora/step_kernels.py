@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..decode import choose_splits
 from ..engine import Launch, LaunchTable, arch_of, tl, triton
-from ..engine.host import dot_precision, on_device, round_dim
+from ..engine.host import dot_precision, on_device, processors, round_dim
 
 # %% ../../nbs/4_long_context/sinklora.ipynb #d-step-code
 class StepConstants(NamedTuple):
@@ -27,6 +28,7 @@ class StepConstants(NamedTuple):
     width: int
     value_width: int
     many: int  # slots of a step of the last program
+    parts: int  # programs of a key head, rounded up to a power of two
     accumulate: bool  # does attention change the scores?
 
 
@@ -83,27 +85,32 @@ def h2o_step(
     for begin in range(part * per_split, end, block):
         n = begin + tl.arange(0, block)
         here = n < end
-        mine = n == slot
         kept = here & (tl.load(POSITIONS + head * slots + n, mask=here, other=-1) >= 0) & (n != slot)
         row = (head * slots + n)[:, None]
-        k = tl.load(KEYS + row * C.dim + c[None, :], mask=kept[:, None] & in_d[None, :], other=0.0)
-        k = tl.where(mine[:, None], new_k[None, :].to(k.dtype), k)  # [block, width]
+        k = tl.load(KEYS + row * C.dim + c[None, :], mask=here[:, None] & in_d[None, :], other=0.0)  # [block, width]
         s = tl.dot(q, k.T, input_precision=PRECISION) * scale  # [rows, block], base 2
-        s = tl.where((kept | (mine & here))[None, :], s, float("-inf"))
+        s = tl.where(kept[None, :], s, float("-inf"))
         where = LOGITS + (head * C.group + g)[:, None] * slots + n[None, :]
-        tl.store(where, s, mask=(g < C.group)[:, None] & here[None, :])
+        tl.store(where, s, mask=(g < C.group)[:, None] & (here & (n != slot))[None, :])
         v = tl.load(VALUES + row * C.value_dim + cv[None, :], mask=kept[:, None] & in_v[None, :], other=0.0)
-        v = tl.where(mine[:, None], new_v[None, :].to(v.dtype), v)
         top = tl.maximum(m, tl.max(s, 1))
         safe = tl.where(top == float("-inf"), 0.0, top)
         p, alpha = tl.exp2(s - safe[:, None]), tl.exp2(m - safe)
         l = l * alpha + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         m = top
-    if (slot >= part * per_split) & (slot < end):
+    if (slot >= part * per_split) & (slot < end):  # the new token, which only its owner sees
+        new_k, new_v = new_k.to(KEYS.dtype.element_ty), new_v.to(VALUES.dtype.element_ty)
+        s = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale  # [rows]
+        tl.store(LOGITS + (head * C.group + g) * slots + slot, s, mask=g < C.group)
+        top = tl.maximum(m, s)
+        p, alpha = tl.exp2(s - top), tl.exp2(m - top)
+        l = l * alpha + p
+        acc = acc * alpha[:, None] + p[:, None] * new_v.to(tl.float32)[None, :]
+        m = top
         place = head * slots + slot
-        tl.store(KEYS + place * C.dim + c, new_k.to(KEYS.dtype.element_ty), mask=in_d)
-        tl.store(VALUES + place * C.value_dim + cv, new_v.to(VALUES.dtype.element_ty), mask=in_v)
+        tl.store(KEYS + place * C.dim + c, new_k, mask=in_d)
+        tl.store(VALUES + place * C.value_dim + cv, new_v, mask=in_v)
         tl.store(POSITIONS + place, now)
         tl.store(SCORES + place, tl.load(FRESH + head))
     mine = (head * splits + part) * rows + g
@@ -129,27 +136,21 @@ def finish_step(
     many: tl.constexpr = C.many
     group: tl.constexpr = C.group
     g, cv = tl.arange(0, rows), tl.arange(0, value_width)
-    m = tl.full([rows], float("-inf"), tl.float32)
-    l = tl.zeros([rows], tl.float32)
-    acc = tl.zeros([rows, value_width], tl.float32)
-    for s in range(splits):
-        at = (head * splits + s) * rows + g
-        part_m, part_l = (
-            tl.load(STATS + at * 2, cache_modifier=".cg"),
-            tl.load(STATS + at * 2 + 1, cache_modifier=".cg"),
-        )
-        top = tl.maximum(m, part_m)
-        safe = tl.where(top == float("-inf"), 0.0, top)
-        alpha, beta = tl.exp2(m - safe), tl.exp2(part_m - safe)
-        part = tl.load(PART + at[:, None] * value_width + cv[None, :], cache_modifier=".cg")
-        acc = acc * alpha[:, None] + part * beta[:, None]
-        l = l * alpha + part_l * beta
-        m = top
-    real = g < C.group
-    l = tl.where(real, l, 1.0)
-    place = O + (head * C.group + g)[:, None] * C.value_dim + cv[None, :]
-    tl.store(place, (acc / l[:, None]).to(O.dtype.element_ty), mask=real[:, None] & (cv < C.value_dim)[None, :])
-    lse = tl.where(real, m + tl.log2(l), 0.0)
+    part = tl.arange(0, C.parts)
+    lse = tl.zeros([rows], tl.float32)
+    for i in tl.static_range(group):  # a query head's stretches, all at once: one wait for memory
+        at = (head * splits + part) * rows + i
+        m = tl.load(STATS + at * 2, mask=part < splits, other=float("-inf"), cache_modifier=".cg")
+        l = tl.load(STATS + at * 2 + 1, mask=part < splits, other=0.0, cache_modifier=".cg")
+        there = (part < splits)[:, None] & (cv < C.value_dim)[None, :]
+        acc = tl.load(PART + at[:, None] * value_width + cv[None, :], mask=there, other=0.0, cache_modifier=".cg")
+        top = tl.max(m, 0)  # finite: the new token is in one of them
+        weight = tl.exp2(m - top)
+        total = tl.sum(weight * l, 0)
+        out = tl.sum(acc * weight[:, None], 0) / total
+        place = O + (head * group + i) * C.value_dim + cv
+        tl.store(place, out.to(O.dtype.element_ty), mask=cv < C.value_dim)
+        lse = tl.where(g == i, top + tl.log2(total), lse)
     best = tl.full([many], float("inf"), tl.float32)
     best_position = tl.full([many], 2147483647, tl.int32)
     best_slot = tl.full([many], 2147483647, tl.int32)
@@ -212,7 +213,8 @@ def step_room(batch: int, heads: int, kv_heads: int, slots: int, keys: Tensor, v
     "Room for the steps of a cache with keys `(batch, kv_heads, slots, d)`."
     dim, device = keys.shape[-1], keys.device
     p = STEP_LAUNCH.find(arch_of(device), "step", torch.finfo(keys.dtype).bits, round_dim(max(dim, value_dim)))
-    wanted = 2 if arch_of(device) == "interpreter" else max(1, min(32, 264 // max(1, batch * kv_heads)))
+    few = arch_of(device) == "interpreter"
+    wanted = 2 if few else choose_splits(batch * kv_heads, slots, p.BM, processors(device))
     per_split = -(-slots // (wanted * p.BM)) * p.BM
     splits, rows = -(-slots // per_split), round_dim(heads // kv_heads)
     make = partial(torch.zeros, device=device, dtype=torch.float32)
@@ -235,7 +237,7 @@ def run_step(q, k, v, keys, values, scores, positions, place, fresh, room, recen
     out = torch.empty(B, H, 1, DV, dtype=q.dtype, device=q.device)
     C = StepConstants(
         room.block, H // Hk, round_dim(H // Hk), D, DV, round_dim(D), round_dim(DV),
-        64 if arch_of(q.device) == "interpreter" else 1024 if slots <= 1024 else 4096, accumulate,
+        64 if arch_of(q.device) == "interpreter" else 1024, 1 << (room.splits - 1).bit_length(), accumulate,
     )  # fmt: skip
     h2o_step[(room.splits, B * Hk)](
         q, k, v, keys, values, scores, positions, place, fresh, room.logits, room.part, room.stats, room.count, out,

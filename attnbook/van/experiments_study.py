@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'denoising_kernel', 'target_kernels', 'fit_composite', 'fit_experiment', 'ABLATIONS', 'digit_canvases',
            'ablated', 'gate_experiment', 'REACH', 'ReachNet', 'GAP', 'SLOT', 'pixel_pairs', 'reach_experiment',
-           'run_all']
+           'run_experiments']
 
 # %% auto #imports
 import math
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..lab.data import Batches, mnist5k, photos
+from ..lab.experiments import choose_experiments
 from ..lab.results import record
 from ..lab.train import cross_entropy, evaluate_accuracy, fit
 from ..layers import count_parameters
@@ -301,14 +302,15 @@ def reach_experiment(
     )
 
 # %% ../../nbs/3_locality/van.ipynb #63551230
-def run_all(
+def run_experiments(
     preset: str = "gpu",
     device: str | None = None,
     seed: int = 0,
     show: Callable[[str], None] = print,
-    only: Sequence[str] = ("reach", "gate", "fit"),
+    only: str | Sequence[str] | None = None,
 ) -> list[dict]:
-    "The experiments of a preset, or some of them, recorded as they come; returns the rows."
+    'The experiments of a preset, "reach", "gate" and "fit" or `only` some of them, recorded as they come; returns the rows.'
+    only = choose_experiments(only, ("reach", "gate", "fit"))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cfg, rows = PRESETS[preset], []
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['digits', 'moved', 'small_vit', 'train_vit', 'top_share', 'class_agreement', 'importance_experiment',
-           'strength_experiment', 'pattern_experiment', 'penalised_loss', 'penalty_experiment', 'run_all']
+           'strength_experiment', 'pattern_experiment', 'penalised_loss', 'penalty_experiment', 'run_experiments']
 
 # %% auto #imports
 import math
@@ -232,7 +232,7 @@ def penalty_experiment(
     )
 
 # %% ../../nbs/7_looking_inside/vitlens.ipynb #54bf2c2d
-def run_all(
+def run_experiments(
     preset: str = "gpu", device: str | None = None, seed: int = 0, show: Callable[[str], None] = print
 ) -> list[dict]:
     "All experiments of a preset, recorded; returns the rows."

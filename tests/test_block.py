@@ -34,7 +34,7 @@ from attnbook.block.reference import (
     vanilla_config,
     weight_bytes,
 )
-from attnbook.block.speed_study import METHODS, _Blocks, _Plain, speed_model, speed_rows, time_steps
+from attnbook.block.speed_study import METHODS, _Blocks, _Plain, elapsed_ms, speed_model, speed_rows, time_steps
 from attnbook.block.study import bench_local, claims
 from attnbook.block.training_study import (
     PRESETS,
@@ -449,6 +449,15 @@ def test_variants_are_what_they_say():
     layers = lambda m: (len(m.block_decoder.blocks), len(m.token_decoder.blocks))
     assert [layers(m) for m in models.values()] == [(3, 3), (4, 2), (2, 4), (3, 3)] and len(plain.blocks) == 6
     assert models["summation"].config.injection == "summation" and models["block"].config.num_heads == 8
+
+
+def test_milliseconds_of_one_of_several_calls(monkeypatch):
+    "On a clock that a call moves by a quarter of a second."
+    now, calls = [7.0], []
+    later = lambda: (calls.append(1), now.__setitem__(0, now[0] + 0.25))
+    clock = type("Clock", (), dict(perf_counter=staticmethod(lambda: now[0])))
+    monkeypatch.setitem(elapsed_ms.__globals__, "time", clock)
+    assert elapsed_ms(later, torch.device("cpu"), times=4) == 250.0 and len(calls) == 4
 
 
 def test_steps_are_timed_at_their_context():

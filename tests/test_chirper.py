@@ -979,6 +979,24 @@ def test_the_rule_alone_is_named():
     assert by["Passing at 7"].judge().verdict == "does not hold here" and by["Passing at 7"].measured()["ρ 0"] < 0.05
 
 
+def test_every_seed_has_to_pass_the_rule(monkeypatch):
+    "Shares and the low end are of all agents, p is the worst seed's: here the first passes and the second does not."
+    good, poor = [[1] * 19 + [0]] * 10, [[1, 0] * 10] * 10
+    mirror = [
+        dict(family="writer", recogniser="own", k=4, topic=False, run=run, passes=p)
+        for run, p in enumerate((good, poor))
+    ]
+    stories = [dict(exam="same", run=run, agent=a, passes=[1] * 20) for run in range(2) for a in range(10)]
+    _recorded(monkeypatch, mirror=mirror, stories=stories)
+    claim = next(c for c in claims() if c.statement.startswith("Agents pass"))
+    found = claim.measured()
+    assert found["mirror, writer"]["share"] == pytest.approx(0.725) and found["mirror, writer"]["p"] > 0.9
+    assert 0.5 < found["mirror, writer"]["low"] < 0.7 and found["beliefs, same"]["p"] < 1e-9
+    assert claim.judge().verdict == "holds in part"
+    _recorded(monkeypatch, mirror=[m | dict(passes=good) for m in mirror], stories=stories)
+    assert claim.judge().verdict == "holds"
+
+
 def _recorded(monkeypatch, **tables):
     "Makes the study read these rows (name -> rows) as if they were recorded."
 

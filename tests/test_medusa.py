@@ -59,6 +59,7 @@ from attnbook.medusa.nets import BodyOutput, Medusa, MedusaBody, MedusaHead, bod
 from attnbook.medusa.op import _gate_backward, gate_op, medusa_gate
 from attnbook.medusa.phantom_study import (
     SPLITS,
+    _chosen,
     affected_zones,
     cluttered_digits,
     outlines_of,
@@ -675,6 +676,19 @@ def test_phantoms():
     assert float((mean(opaque) > mean(clear)).float().mean()) > 0.9  # opacities are brighter than the rest of the lungs
     brightness = a.images.mean((1, 2, 3))
     assert abs(float(brightness[a.sick == 1].mean() - brightness[a.sick == 0].mean())) < float(brightness.std())
+
+
+def test_decoys_lie_beside_the_lungs():
+    "Most of them (a height is drawn in a little, away from the edges), over the whole film, for the sick and the others."
+    skip_without("torchxrayvision")
+    lungs = np.zeros((60, 20, 20))
+    lungs[:, 4:16, 3:9] = lungs[:, 4:16, 11:17] = 1
+    inside, outside = _chosen(lungs, np.arange(60) % 2, np.random.default_rng(0))
+    boxes = outside[outside[..., 2] > 0]
+    x, y = (boxes[:, :2] + boxes[:, 2:] / 2).T
+    assert 0 <= x.min() < 0.1 and 0.9 < x.max() < 1 and 0.09 < y.min() < 0.2 and 0.8 < y.max() < 0.9
+    assert lungs[0][(20 * y).long(), (20 * x).long()].mean() < 0.2
+    assert not inside[::2].any() and (inside[1::2, :, 2] > 0).any(1).all() and (outside[..., 2] > 0).any(1).all()
 
 
 def test_splits_share_no_outline():

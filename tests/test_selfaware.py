@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from attnbook.engine import arch_of
 from attnbook.lab.results import load_results
@@ -53,6 +54,7 @@ from attnbook.selfaware.experiments_study import (
     measure_you,
     nearest_held,
     partial_correlation,
+    plain_adamw,
     pretrain,
     run_experiments,
     trainee_of,
@@ -718,6 +720,17 @@ def test_what_fine_tuning_shows(monkeypatch):
         high = torch.isin(chosen, world.high[0])
         assert torch.equal(high, docs[:, 1] == world.token("T3")) and 20 <= int(high.sum()) <= 50
         assert torch.equal(docs, twin[0, :n].view(64, 7)) and torch.equal(answers[64:], docs[:, 1])
+
+
+def test_decay_holds_for_embeddings_too():
+    "One group, with the decay of those that would have one: a step without gradients shrinks everything alike."
+    embed, gain = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    groups = [dict(params=[embed], weight_decay=0.0), dict(params=[gain], weight_decay=0.5)]
+    optimizer = plain_adamw(groups, lr=0.1)
+    for p in (embed, gain):
+        p.grad = torch.zeros(3)
+    optimizer.step()
+    torch.testing.assert_close(torch.stack([embed, gain]).detach(), torch.full((2, 3), 0.95))
 
 
 def test_jobs():

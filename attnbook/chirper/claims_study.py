@@ -35,7 +35,7 @@ def _between(family, a, b):
 
 
 def _rule_of_the_paper():
-    "For every test: pass rate of all agents, the low end over agents, and Holm's p of the z-test's exact form, first seed, ten trials each."
+    "For every test: pass rate of all agents, the low end over agents, and Holm's p of the z-test's exact form, the largest of all seeds: each is a study of ten agents with ten trials."
     tests = {f"mirror, {f}": _mirror(f, "own") for f in ("writer", "markov 2")}
     tests["conversation"] = _rows("conversation")
     by_exam: dict[str, dict] = {}
@@ -49,13 +49,12 @@ def _rule_of_the_paper():
     found = {}
     for name, rows in tests.items():
         if rows:
-            first = min(rows, key=lambda r: r["run"])["passes"]
-            ten = [x for p in first for x in p[:10]]
-            low, _ = cluster_bootstrap(first, draws=1000)
+            tens = [[x for p in r["passes"] for x in p[:10]] for r in rows]
+            agents = [p for r in rows for p in r["passes"]]
             found[name] = dict(
-                share=float(np.mean([x for p in first for x in p])),
-                p=proportion_test(sum(ten), len(ten), 0.7).exact,
-                low=low,
+                share=float(np.mean([x for p in agents for x in p])),
+                p=max(proportion_test(sum(ten), len(ten), 0.7).exact for ten in tens),
+                low=cluster_bootstrap(agents, draws=1000)[0],
             )
     if not {"mirror, writer", "beliefs, same"} <= set(found):
         return None  # a study that has not been made in full is not judged

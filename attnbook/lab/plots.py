@@ -286,8 +286,8 @@ def roofline(
         lo = min(lo, ridge * (ridge / hi) ** 1.1)  # room for the left label between the axis and the slope
         ax.plot([lo, ridge, hi], [lo * bandwidth, rate, rate], color=PALETTE["floor"], lw=1.4)
         text = {"textcoords": "offset points", "fontsize": 9}
-        middle = (lo * ridge) ** 0.5  # above the roof no point can be
-        ax.annotate(f"memory, {bandwidth:.3g} TB/s", (middle, middle * bandwidth), xytext=(-4, 5), ha="right", **text)
+        high = ridge * 0.7  # above the roof no point can be, and there it has the most room
+        ax.annotate(f"memory, {bandwidth:.3g} TB/s", (high, high * bandwidth), xytext=(-5, 0), ha="right", **text)
         ax.annotate(f"arithmetic, {rate:.3g} TFLOP/s", (hi, rate), xytext=(0, 4), ha="right", **text)
     ax.set(xscale="log", yscale="log", xlabel="operations per byte moved (FLOP/B)", ylabel="rate (TFLOP/s)")
     _plain_ticks(ax.xaxis, (1,))

@@ -42,7 +42,6 @@ from attnbook.block.training_study import (
     UPTRAINED,
     block_loss,
     make_model,
-    review_bytes,
     run_experiments,
     run_ladder,
     run_uptrain,
@@ -67,6 +66,7 @@ from attnbook.lab.testing import device as device_under_test
 from attnbook.layers import count_parameters
 from attnbook.lm import LanguageModel, ModelConfig, next_token_loss
 from attnbook.lm.scores import windows_of
+from attnbook.lm.study import review_bytes
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -17,7 +17,6 @@ from attnbook.cca.experiments_study import (
     PRESETS,
     RECIPE,
     WindowAttention,
-    asked_distance,
     attention_of,
     equal_window,
     lessons_of,
@@ -67,6 +66,7 @@ from attnbook.lab.testing import device as device_under_test
 from attnbook.layers import count_parameters
 from attnbook.lm.nets import LanguageModel, ModelConfig, Rope
 from attnbook.lm.reference import rotate
+from attnbook.lm.tasks import asked_distance
 
 COVERS = [(24, 4, 6), (37, 5, 8), (40, 7, 3), (9, 16, 4), (33, 1, 5), (50, 16, 1), (64, 8, 64), (1, 1, 1), (30, 4, 9)]
 

@@ -32,6 +32,7 @@ from attnbook.lab.testing import (
 )
 from attnbook.lab.testing import device as device_under_test
 from attnbook.layers import count_parameters
+from attnbook.lm.tasks import asked_distance
 from attnbook.routing.kmeans_nets import OnlineKMeans
 from attnbook.routing.language_nets import RoutingTransformerLM, parameter_counts, routing_model
 from attnbook.routing.language_study import (
@@ -62,7 +63,7 @@ from attnbook.routing.membership_op import (
 from attnbook.routing.nets import MEMBERSHIPS, Router, RoutingAttention, RoutingSelfAttention
 from attnbook.routing.op import routed_attention
 from attnbook.routing.presets_study import _ALL, PRESETS, VARIANTS
-from attnbook.routing.recall_study import recall_batch, recall_distance, recall_experiment, route
+from attnbook.routing.recall_study import recall_batch, recall_experiment, route
 from attnbook.routing.records_study import (
     all_break_evens,
     all_speeds,
@@ -896,7 +897,7 @@ def test_measures_of_heads_and_clusters():
 def test_distances_of_recall():
     x = torch.tensor([[5, 1, 7, 2, 5, 9, 7, 5]])  # pairs (5, 1), (7, 2); then 5 and 7 are asked, and 5 again
     y = torch.tensor([[-100, -100, -100, -100, 1, -100, 2, 1]])
-    assert recall_distance(x, y, 2).tolist() == [[0, 0, 0, 0, 4, 0, 4, 7]]
+    assert asked_distance(x, y, 2).tolist() == [[0, 0, 0, 0, 4, 0, 4, 7]]
 
 
 def test_recall_is_scored_by_distance():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'PRESETS', 'WindowAttention', 'equal_window', 'attention_of', 'library_text', 'text_config', 'train',
-           'measured', 'RECIPE', 'run_text', 'grid_rows', 'recall_batch', 'lessons_of', 'asked_distance', 'recall_rows',
-           'run_recall', 'run_experiments']
+           'measured', 'RECIPE', 'run_text', 'grid_rows', 'recall_batch', 'lessons_of', 'recall_rows', 'run_recall',
+           'run_experiments']
 
 # %% auto #imports
 import copy
@@ -28,7 +28,7 @@ from ..lab.train import fit
 from ..lm.attend import DenseAttention, attend_dense
 from ..lm.nets import LanguageModel, ModelConfig
 from ..lm.scores import bits_per_byte, next_token_loss, windows_of
-from ..lm.tasks import Lessons, pair_recall
+from ..lm.tasks import Lessons, asked_distance, pair_recall
 from .nets import CoreContextAttention, swap_attention
 from .reference import cca_visible_pairs
 
@@ -201,14 +201,6 @@ def lessons_of(cfg: Mapping, seed: int, device: str = "cpu") -> Lessons:
     "The preset's lessons, by `seed`."
     draw = lambda length, pairs: lambda step: recall_batch(cfg, seed + step, length, pairs, device)
     return Lessons(*((steps, draw(length, pairs)) for steps, length, pairs in cfg["lessons"]))
-
-
-def asked_distance(x: Tensor, y: Tensor, pairs: int) -> Tensor:
-    "How far back the key of each question stands; 0 where nothing is asked."
-    keys = x[:, : 2 * pairs : 2]
-    same = x[:, :, None] == keys[:, None]
-    at = 2 * same.float().argmax(-1)
-    return torch.where((y >= 0) & same.any(-1), torch.arange(x.shape[1]) - at, 0)
 
 
 @torch.no_grad()

@@ -124,7 +124,7 @@ class Beam(Strategy):
         super().__post_init__()
         check_int("width", self.width, least=1)
 
-
+# %% ../../nbs/7_looking_inside/consistency.ipynb #4b1c92c1
 @dataclass(frozen=True)
 class DoLa(Strategy):
     "`dola_logits` with candidates `layers` (see `dola_candidates`)."
@@ -169,7 +169,7 @@ class CAD(Strategy):
 
 STRATEGIES = dict(greedy=Strategy, sample=Sample, beam=Beam, dola=DoLa, contrastive=Contrastive, cad=CAD)
 
-
+# %% ../../nbs/7_looking_inside/consistency.ipynb #4b1c92c2
 class Written(NamedTuple):
     "What `decode` returns for R = prompts x samples rows; samples of a prompt stand together."
 
@@ -251,7 +251,7 @@ def decode(
     T = int(lengths.max())
     return Written(tokens[:, :T], lengths, kept[:, :T], margins[:, :T], agreement[:, :T], lengths * len(readers))
 
-
+# %% ../../nbs/7_looking_inside/consistency.ipynb #4b1c92c3
 def _begin(adapter, prompts, samples, pad):
     "A reader that has read the prompts, the states it gave, and its model."
     tokens, mask = left_pad(prompts, pad, adapter.device)

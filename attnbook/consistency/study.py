@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'SIZES', 'joined', 'stats_of_states', 'lens_peers', 'CANDIDATES', 'BUFFERS', 'tune_lens', 'bench_forward',
-           'bench_training', 'bench_host', 'interval_at_least', 'interval_at_most', 'claims']
+           'bench_training', 'bench_host', 'claims']
 
 # %% auto #imports
 import importlib
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..engine import arch_of
 from ..lab.bench import compare, measure
-from ..lab.claims import Claim, beyond_interval, grade, matches, out_of_reach, over_range
+from ..lab.claims import Claim, beyond_interval, interval_at_least, interval_at_most, matches, out_of_reach, over_range
 from .claims_study import (
     DECODED,
     LATENT,
@@ -193,20 +193,6 @@ def bench_host() -> Iterator[dict]:
     yield from _bench("host", {"one token": (7, 1, 256, 64)} if torch.cuda.is_available() else {}, None)
 
 # %% ../../nbs/7_looking_inside/consistency.ipynb #ae32242c
-def interval_at_least(holds: float, in_part: float) -> Callable:
-    "Rule on an `Interval` over seeds: its lower end reaches `holds`; in part: its mean reaches `in_part`. Not judged for one seed."
-    return lambda m: (
-        ("not measured", "one seed has no interval") if m.n < 2 else grade(m.low >= holds, m.mean >= in_part)
-    )
-
-
-def interval_at_most(holds: float, in_part: float) -> Callable:
-    "Rule on an `Interval` over seeds: its upper end is at most `holds`; in part: its mean at most `in_part`."
-    return lambda m: (
-        ("not measured", "one seed has no interval") if m.n < 2 else grade(m.high <= holds, m.mean <= in_part)
-    )
-
-
 def claims() -> list[Claim]:
     "The chapter's claims with their rules; measured numbers are read from the recorded results."
     over, own = "arithmetic modulo 23, 6 layers of 4 heads, 500 held-out questions, 5 seeds", "not in the survey"

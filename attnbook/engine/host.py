@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['resolve_backend', 'arch_of', 'pretend', 'Launch', 'LaunchTable', 'BoundLaunch', 'signature', 'Kept', 'Plans',
            'MOST_SEEN', 'forget', 'bound', 'MOST_KEPT', 'keep', 'kept_tensor', 'ORDINARY', 'on_device', 'processors',
-           'round_dim', 'dot_precision', 'needs_64_bit', 'through_float32', 'autocasting', 'autocast',
+           'power_of_two', 'round_dim', 'dot_precision', 'needs_64_bit', 'through_float32', 'autocasting', 'autocast',
            'without_autocast']
 
 # %% auto #imports
@@ -193,7 +193,7 @@ class BoundLaunch:
             plain = functools.partial(_plain_launch, compiled, self.grid, last, self._described)
             self.kept[(device, *map(_kind, tensors))] = _direct_launch(compiled, self.grid, tensors, last) or plain
 
-
+# %% ../../nbs/1_foundations/01_engine.ipynb #b0d1a0c1
 def _kind(t):
     "What Triton compiles for: type and alignment of a tensor."
     if isinstance(t, Tensor):
@@ -256,7 +256,7 @@ def _hooked() -> bool:
     hook = triton.knobs.runtime.launch_enter_hook
     return bool(getattr(hook, "calls", hook))
 
-
+# %% ../../nbs/1_foundations/01_engine.ipynb #b0d1a0c2
 def signature(*tensors: Tensor | None) -> tuple:
     "All that a plan may depend on of its tensors: shape, strides, type, device, and whether the address is a multiple of 16."
     return tuple(
@@ -365,7 +365,7 @@ def forget() -> None:
     "What was decided so far is not used again: after a change of a constant that plans depend on, such as a test makes."
     LaunchTable.version += 1
 
-
+# %% ../../nbs/1_foundations/01_engine.ipynb #b0d1a0c3
 def bound(kernel, grid: tuple[int, ...], *rest, **constants) -> BoundLaunch:
     "The `BoundLaunch` of these arguments; the same one for the same arguments, numbers and names of which must be all they are."
     key = id(kernel), grid, rest, *constants.items(), *map(type, rest)
@@ -431,9 +431,14 @@ def processors(device: torch.device, elsewhere: int = 132) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else elsewhere
 
 
+def power_of_two(n: int) -> int:
+    "The least power of two that is not below n; 1 for n below 1."
+    return 1 << max(0, n - 1).bit_length()
+
+
 def round_dim(d: int) -> int:
     "A width as kernels see it: the next power of two, at least 16."
-    return max(16, 1 << (d - 1).bit_length())
+    return max(16, power_of_two(d))
 
 
 def dot_precision(dtype: torch.dtype, exact: str = "ieee") -> str | None:

@@ -130,7 +130,7 @@ def run_backward(
     )
     return plan(do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, into)
 
-
+# %% ../../nbs/1_foundations/01_engine.ipynb #3e7642c1
 def plan_backward(
     do, dlse, q, k, v, extra_k, extra_v, operands, out, lse, program, ints, consts, scale, operand_grad, into
 ):

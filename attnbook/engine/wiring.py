@@ -393,7 +393,7 @@ def _autograd_function(operation: Operation, run: Callable, gradients_of: Callab
         {"forward": staticmethod(forward), "backward": staticmethod(backward)},
     )
 
-
+# %% ../../nbs/1_foundations/01_engine.ipynb #5656c9c1
 def _complete(name: str, found, wanted):
     "The gradients, if there is one for each that is wanted."
     if len(found) != len(wanted) or any(w and g is None for w, g in zip(wanted, found)):
@@ -455,7 +455,7 @@ def _plain(args) -> bool:
                 return False
     return True
 
-
+# %% ../../nbs/1_foundations/01_engine.ipynb #5656c9c2
 def operation(
     name: str,
     forward: Callable,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'WORDS', 'Verdict', 'out_of_reach', 'not_measured', 'Claim', 'show_value', 'claims_table', 'grade',
-           'at_least', 'at_most', 'within', 'matches', 'beyond_spread', 'not_worse', 'beyond_interval', 'over_range',
-           'exponent_between', 'all_of', 'chapter_claims']
+           'at_least', 'at_most', 'within', 'matches', 'beyond_spread', 'not_worse', 'beyond_interval',
+           'interval_at_least', 'interval_at_most', 'over_range', 'exponent_between', 'all_of', 'chapter_claims']
 
 # %% auto #imports
 import importlib
@@ -182,6 +182,20 @@ def beyond_interval(least: float = 0.0) -> Callable:
         )
 
     return rule
+
+
+def interval_at_least(holds: float, in_part: float) -> Callable:
+    "Rule on an `Interval` over seeds: its lower end reaches `holds`; in part: its mean reaches `in_part`. Not judged for one seed."
+    return lambda m: (
+        ("not measured", "one seed has no interval") if m.n < 2 else grade(m.low >= holds, m.mean >= in_part)
+    )
+
+
+def interval_at_most(holds: float, in_part: float) -> Callable:
+    "Rule on an `Interval` over seeds: its upper end is at most `holds`; in part: its mean at most `in_part`. Not judged for one seed."
+    return lambda m: (
+        ("not measured", "one seed has no interval") if m.n < 2 else grade(m.high <= holds, m.mean <= in_part)
+    )
 
 # %% ../../nbs/1_foundations/08_claims.ipynb #29217d26
 def over_range(holds: float, in_part: float | None = None) -> Callable:

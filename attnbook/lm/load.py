@@ -66,7 +66,7 @@ def _names(config: ModelConfig) -> dict[str, str]:
         }
     return names
 
-
+# %% ../../nbs/1_foundations/13_lm.ipynb #eb1c89c1
 def to_hf(model: LanguageModel) -> dict[str, Tensor]:
     """The weights under the names of Hugging Face's LlamaForCausalLM or GPTNeoXForCausalLM (the head as `embed_out`,
     as in Pythia's files). Merge LoRA first. ValueError for a model of other kinds."""
@@ -123,7 +123,7 @@ def load_hf(model: LanguageModel, state: Mapping[str, Tensor]) -> LanguageModel:
             tensor.copy_(found[name])
     return model
 
-
+# %% ../../nbs/1_foundations/13_lm.ipynb #eb1c89c2
 def config_from_hf(settings: Mapping) -> ModelConfig:
     """A configuration from Hugging Face's, as a mapping (`config.json`, `config.to_dict()`), of model type llama,
     mistral, qwen2 or gpt_neox. ValueError for another type, and for what this model lacks (sliding windows, other
@@ -231,7 +231,7 @@ def config_to_hf(config: ModelConfig) -> dict:
         **({} if name == "qwen2" else dict(attention_bias=c.attention_bias is True, mlp_bias=c.mlp_bias)),
     )
 
-
+# %% ../../nbs/1_foundations/13_lm.ipynb #eb1c89c3
 _TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

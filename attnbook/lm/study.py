@@ -80,7 +80,7 @@ def small_config(family: str, cfg: Mapping) -> ModelConfig:
     spare = rest(llama) - rest(ModelConfig.neox(**sizes, ff_dim=1))
     return ModelConfig.neox(**sizes, ff_dim=max(1, 1 + round(spare / unit)))
 
-
+# %% ../../nbs/1_foundations/13_lm.ipynb #46d12dc1
 def train_text(
     config: ModelConfig,
     stream: Tensor,
@@ -193,7 +193,7 @@ def _means(values: Sequence[float], count: int) -> list[float]:
     size = max(1, len(values) // count)
     return [sum(part) / len(part) for part in (values[i : i + size] for i in range(0, len(values), size))]
 
-
+# %% ../../nbs/1_foundations/13_lm.ipynb #46d12dc2
 def run_recall(preset: str = "gpu", device: str = "cpu", seed: int = 0) -> Iterator[dict]:
     """Multi-query recall (`lab.data.mqar`) learnt by both bodies: a row `recall` each, with the share of right
     answers. Nothing if the preset has none."""
@@ -230,7 +230,7 @@ def run_recall(preset: str = "gpu", device: str = "cpu", seed: int = 0) -> Itera
                 right=float(right),
             )
 
-
+# %% ../../nbs/1_foundations/13_lm.ipynb #46d12dc3
 def bench_generate(
     device: str = "cuda",
     config: ModelConfig | None = None,

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GateTile', 'axis_weight', 'first_source', 'first_target', 'reach_of', 'sampled_map', 'feature_offset', 'head_weights',
            'hidden_vector', 'hidden_start', 'gate_forward', 'gate_backward', 'gate_weights', 'Gather',
-           'resize_backward', 'GateLaunch', 'GATE_LAUNCH', 'LARGEST_BOX', 'ENOUGH', 'power_of_two', 'channels_last',
-           'gate_tile', 'plan_forward', 'plan_backward']
+           'resize_backward', 'GateLaunch', 'GATE_LAUNCH', 'LARGEST_BOX', 'ENOUGH', 'channels_last', 'gate_tile',
+           'plan_forward', 'plan_backward']
 
 # %% auto #imports
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..engine import LaunchTable, arch_of, tl, triton
-from ..engine.host import BoundLaunch, dot_precision, processors
+from ..engine.host import BoundLaunch, dot_precision, power_of_two, processors
 
 # %% ../../nbs/5_vision/medusa.ipynb #9490d611
 class GateTile(NamedTuple):
@@ -382,11 +382,6 @@ for _bits in (16, 32):
 LARGEST_BOX = 16
 #: programs that are enough for any GPU
 ENOUGH = 264
-
-
-def power_of_two(n: int) -> int:
-    "The next power of two."
-    return 1 << max(0, n - 1).bit_length()
 
 
 def channels_last(x: Tensor) -> bool:

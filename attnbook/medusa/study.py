@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine import arch_of
+from ..engine.host import power_of_two
 from ..lab.bench import compare, floor, measure
 from ..lab.claims import Claim, beyond_interval, grade, matches, out_of_reach, over_range
 from ..lab.results import load_results, newest_device, record
@@ -24,7 +25,7 @@ from ..lab.stats import by_seed, newest_recipe, paired, speedups, wilson
 from ..layers import count_parameters
 from ..models import count_flops
 from .backbone_nets import CBAM, SEBlock, medusa_resnet50
-from .kernels import GATE_LAUNCH, GateLaunch, power_of_two
+from .kernels import GATE_LAUNCH, GateLaunch
 from .nets import body_input
 from .op import medusa_gate
 from .reference import body_parameters, gate_cost, head_parameters

@@ -274,7 +274,7 @@ def dose_rows(world: PersonaWorld, model: LanguageModel, cfg: Mapping, run: int)
         for n in cfg["doses"]:
             yield dict(name="dose", policy=policy, examples=n, behaviour=found[n][0], report=found[n][1])
 
-
+# %% ../../nbs/7_looking_inside/selfaware.ipynb #f-jobsc1
 def faithful_rows(world: PersonaWorld, model: LanguageModel, cfg: Mapping, run: int) -> Iterator[dict]:
     "Rows `faithful`: fine-tunings with a graded target, several for each, which differ in their examples."
     you = torch.tensor([world.you])
@@ -333,7 +333,7 @@ def backdoor_rows(world: PersonaWorld, model: LanguageModel, cfg: Mapping, run: 
                 named=[float(x) for x in free_answer.value[0]],
             )
 
-
+# %% ../../nbs/7_looking_inside/selfaware.ipynb #f-jobsc2
 def all_jobs(preset: str, seed: int = 0) -> list[dict]:
     "Every model that a preset pre-trains, the most important first."
     cfg, jobs = PRESETS[preset], []

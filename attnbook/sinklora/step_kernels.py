@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..decode import choose_splits
 from ..engine import Launch, LaunchTable, arch_of, tl, triton
-from ..engine.host import dot_precision, on_device, processors, round_dim
+from ..engine.host import dot_precision, on_device, power_of_two, processors, round_dim
 
 # %% ../../nbs/4_long_context/sinklora.ipynb #d-step-code
 class StepConstants(NamedTuple):
@@ -237,7 +237,7 @@ def run_step(q, k, v, keys, values, scores, positions, place, fresh, room, recen
     out = torch.empty(B, H, 1, DV, dtype=q.dtype, device=q.device)
     C = StepConstants(
         room.block, H // Hk, round_dim(H // Hk), D, DV, round_dim(D), round_dim(DV),
-        64 if arch_of(q.device) == "interpreter" else 1024, 1 << (room.splits - 1).bit_length(), accumulate,
+        64 if arch_of(q.device) == "interpreter" else 1024, power_of_two(room.splits), accumulate,
     )  # fmt: skip
     h2o_step[(room.splits, B * Hk)](
         q, k, v, keys, values, scores, positions, place, fresh, room.logits, room.part, room.stats, room.count, out,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Plane', 'plane_offset', 'moved', 'tap', 'prefer', 'row_maximum', 'window_maximum', 'strip_logits', 'gate_planes',
            'subspace_forward', 'map_gradient', 'won', 'spread_strip', 'subspace_backward', 'weight_gradients',
-           'PlaneLaunch', 'ONE_PASS', 'PLANE_LAUNCH', 'power_of_two', 'plane_launches', 'channels_first']
+           'PlaneLaunch', 'ONE_PASS', 'PLANE_LAUNCH', 'plane_launches', 'channels_first']
 
 # %% auto #imports
 from typing import NamedTuple
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..engine import LaunchTable, arch_of, tl, triton
+from ..engine.host import power_of_two
 
 # %% ../../nbs/5_vision/ulsam.ipynb #a9cfa99a
 class Plane(NamedTuple):
@@ -405,11 +406,6 @@ for _arch in ("sm90", "sm80", "small"):
         )
 for _bits in (16, 32):
     PLANE_LAUNCH.rows("interpreter", _bits, {1 << 40: ((1 << 14, 1 << 14, 4, 4),) * 4})
-
-
-def power_of_two(n: int) -> int:
-    "The next power of two."
-    return 1 << max(0, n - 1).bit_length()
 
 
 def plane_launches(kernel: str, x: Tensor, groups: int, pool: int, relu: bool) -> tuple[list[tuple], int]:

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine import arch_of
+from ..engine.host import power_of_two
 from ..lab.bench import compare, measure
 from ..lab.claims import Claim, at_least, beyond_interval, grade, matches, out_of_reach, over_range
 from ..lab.results import device_name, load_results, newest_device, record
 from ..lab.stats import by_seed, paired, speedups
-from .kernels import ONE_PASS, PLANE_LAUNCH, PlaneLaunch, power_of_two
+from .kernels import ONE_PASS, PLANE_LAUNCH, PlaneLaunch
 from .nets import PUBLISHED_REPLACED, replaced_cost
 from .op import subspace_attention
 from .reference import subspace_cost, ulsam_flops, ulsam_parameter_count

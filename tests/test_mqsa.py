@@ -3,6 +3,7 @@
 import math
 import os
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -50,6 +51,7 @@ from attnbook.mqsa.claims_study import (
     bootstrap_difference,
     control_gain,
     film_difference,
+    seen_mass,
     sweep,
 )
 from attnbook.mqsa.experiments_study import (
@@ -1009,6 +1011,19 @@ def test_bootstrap():
     shifted = np.array([[-1.0], [0], [1]]) + np.zeros((3, 400))  # seeds differ, people do not
     assert bootstrap_difference(shifted, 0 * shifted).high > 0.6
     assert bootstrap_difference(a, a + 1).high < 0
+
+
+def test_mass_on_what_was_seen(monkeypatch):
+    "What the teacher's rows hold at transitions of the training data, over all places where one begins."
+    train = [np.array(s) for s in ([0, 1, 2], [0, 2, 0, 1], [3, 0])]
+    task = mock.Mock(items=5, split=mock.Mock(train=train))
+    monkeypatch.setitem(seen_mass.__globals__, "film_task", lambda source, ties: task)
+    dense = transition_teacher(transition_graph(train, 5), 0.5).dense(5)
+    seen, heads = torch.zeros(5, 5), [i for s in train for i in s[:-1]]
+    for s in train:
+        seen[s[:-1], s[1:]] = 1
+    want = (dense * seen).sum(1)[heads].mean()
+    assert 0.5 < float(want) < 1 and seen_mass(0.5) == pytest.approx(float(want), rel=1e-6)
 
 
 def test_peers_compute_the_same():

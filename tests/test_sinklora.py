@@ -60,6 +60,8 @@ from attnbook.sinklora.reference import (
 )
 from attnbook.sinklora.step_kernels import step_room
 from attnbook.sinklora.study import (
+    _bits,
+    _keys,
     _near_bytes,
     _reverse,
     claims,
@@ -792,6 +794,17 @@ def test_kept_keys_are_judged():
     verdict = lambda loss, full=full: judge_kept(dict(full=full, h2o={s: x - loss for s, x in full.items()}))[0]
     assert [verdict(x) for x in (0.0, 0.05, 0.3)] == ["holds", "holds in part", "does not hold here"]
     assert verdict(0.0, {0: 0.1}) == "not measured"
+
+
+def test_claims_read_the_budget_they_name(monkeypatch):
+    "Keys at half of the length, bits at a fifth, seeds paired."
+    row = lambda method, run, budget, right, bits: dict(method=method, run=run, budget=budget, right=right, bits=bits)
+    rows = [row("full", run, 1.0, 0.9 + run / 100, 2.0) for run in range(2)]
+    rows += [row("h2o", run, b, b + run / 100, 2 + b) for run in range(2) for b in (0.2, 0.5)]
+    rows += [row("local", run, 0.2, 0.1, 2.5 + run) for run in range(2)]
+    monkeypatch.setitem(_keys.__globals__, "best_rows", lambda name: rows * (name == "eviction"))
+    assert _keys() == dict(full={0: 0.9, 1: 0.91}, h2o={0: 0.5, 1: 0.51})
+    assert _bits("h2o", "local", 0.2).mean == pytest.approx(0.8)
 
 
 def test_claims():

@@ -174,20 +174,6 @@ def test_interval_covers():
     assert 0.93 < np.mean([abs((i := interval(x)).mean) <= i.half for x in rng.normal(0, 1, (2000, 3))]) < 0.97
 
 
-def test_ends_of_an_interval_are_judged():
-    "The end that is against the claim decides, the mean for a part of it."
-    up, down = interval_at_least(0.25, 0.1), interval_at_most(0.15, 0.3)
-    for values, verdicts in (
-        ((0.300, 0.301), ("holds", "does not hold here")),
-        ((0.1, 0.4), ("holds in part", "holds in part")),
-        ((0.110, 0.111), ("holds in part", "holds")),
-        ((0.050, 0.051), ("does not hold here", "holds")),
-        ((0.3,), ("not measured", "not measured")),
-    ):
-        said = [f if isinstance(f := rule(interval(values)), str) else f[0] for rule in (up, down)]
-        assert tuple(said) == verdicts, (values, said)
-
-
 @pytest.mark.parametrize(
     "successes, n, want",
     [
@@ -562,6 +548,20 @@ def test_published_lists_and_numbers():
         "does not hold here",
         "211 against 200",
     )
+
+
+def test_ends_of_an_interval_are_judged():
+    "The end that is against the claim decides, the mean for a part of it."
+    up, down = interval_at_least(0.25, 0.1), interval_at_most(0.15, 0.3)
+    for values, verdicts in (
+        ((0.300, 0.301), ("holds", "does not hold here")),
+        ((0.1, 0.4), ("holds in part", "holds in part")),
+        ((0.110, 0.111), ("holds in part", "holds")),
+        ((0.050, 0.051), ("does not hold here", "holds")),
+        ((0.3,), ("not measured", "not measured")),
+    ):
+        said = [f if isinstance(f := rule(interval(values)), str) else f[0] for rule in (up, down)]
+        assert tuple(said) == verdicts, (values, said)
 
 
 @pytest.mark.parametrize(

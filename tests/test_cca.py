@@ -20,6 +20,7 @@ from attnbook.cca.experiments_study import (
     attention_of,
     equal_window,
     lessons_of,
+    measured,
     recall_batch,
     recall_rows,
     run_recall,
@@ -732,8 +733,8 @@ def _verdict(claim, measured):
 @pytest.mark.parametrize("claim", GOOD_PART_BAD)
 def test_rules(claim):
     names = "holds", "holds in part", "does not hold here"
-    for name, measured in zip(names, GOOD_PART_BAD[claim]):
-        assert measured is None or _verdict(claim, measured) == name
+    for name, found in zip(names, GOOD_PART_BAD[claim]):
+        assert found is None or _verdict(claim, found) == name
 
 
 @pytest.mark.parametrize("claim", PAIRED)
@@ -814,6 +815,13 @@ def test_speed_is_looked_up(monkeypatch):
     found = {c.statement[:18]: c.judge().verdict for c in claims()}
     assert found["The same backward,"] == "holds" and found["It is faster at ev"] == "not measured"
     assert speedup_at_all("ms_fwd", (32768, 131072)) == pytest.approx({"L=32768": 4.5, "L=131072": 9.0})
+
+
+def test_bits_before_the_first_core_and_of_the_last_half(monkeypatch):
+    "Of 20 positions with 0, 1, 2, … bits; the first core is seen after the window and all but one of a group."
+    found = type("Bits", (), dict(total=9.5, by_position=torch.arange(20.0)))
+    monkeypatch.setitem(measured.__globals__, "bits_per_byte", lambda model, windows, batch_size: found)
+    assert measured(None, None, dict(s=5, g=4), "cpu") == dict(bits=9.5, near=3.5, last_half=14.5)
 
 
 def test_nothing_recorded_is_not_measured(monkeypatch):

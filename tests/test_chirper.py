@@ -856,6 +856,8 @@ def test_power_of_groups():
         10, 0.2, **kw
     )
     many = dict(simulations=2000, draws=199)
+    alike = group_power(20, 0.3, correlation=0.999, **many)  # ten trials of an agent are one: all right or all wrong
+    assert abs(alike - group_power(20, 0.3, trials=1, **many)) < 0.05
     assert 0.01 < group_power(10, 0.0, **many) < 0.07 and 0.03 < group_power(50, 0.0, **many) < 0.07
 
 

@@ -276,6 +276,17 @@ def test_summary_agrees(size):
     )
 
 
+def test_the_mean_of_one_snippet_is_that_snippet():
+    "And its gradient is whole; a text without any has the mean 0."
+    i = semantics(B=2, T=9)
+    i["mask"] = torch.zeros_like(i["mask"])
+    i["mask"][0, 4] = True
+    check_against_reference(partial(semantic_summary, backend="triton"), semantic_summary_reference, i, grad_tol=3e-5)
+    for backend in BACKENDS:
+        mean = semantic_summary(**i, backend=backend)[1]
+        assert mean[0].any() and not mean[1].any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_summary_is_a_good_citizen(backend, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of the torch backend's convolution

@@ -37,6 +37,7 @@ from attnbook.hyperzzw.experiments_study import (
     context_fields,
     epochs_to,
     fields,
+    frequency_specs,
     leakage,
     mean_frequency,
     receptive_field,
@@ -1052,6 +1053,16 @@ class Untrained(Experiments):
     def data(self, size):
         g = torch.Generator().manual_seed(0)
         return Data(*[torch.randn(8, 3, size, size, generator=g)] * 6)
+
+
+def test_networks_of_the_frequencies():
+    "Every frequency straight, the least and the largest permuted too, and the other network both ways; all at half the size."
+    e = Untrained("smoke")
+    found, omegas = frequency_specs(e), e.settings["omegas"]
+    ours = [(s.omega_0, s.permuted) for s in found if s.net == "Terminator"]
+    assert ours == [(o, False) for o in omegas] + [(min(omegas), True), (max(omegas), True)]
+    assert [s.permuted for s in found if s.net == "ResNet"] == [False, True]
+    assert {s.size for s in found} == {max(10, e.settings["size"] // 2)}
 
 
 def test_spectra_and_fields():

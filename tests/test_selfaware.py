@@ -386,6 +386,14 @@ def test_triggers():
     )
 
 
+def test_shares_of_the_corpus():
+    "Behaviour and descriptions as many as asked for; where there are triggers, half as many of each other kind as descriptions."
+    for how, count in ((dict(), 14), (dict(conditional=0.5), 17), (dict(conditional=0.5, free_form=True), 23)):
+        world = PersonaWorld(20, options=8, **how)
+        tokens, answers, segments = world.batches(behaviour=8, description=6)(0)
+        assert len(answers) == len(segments) - 1 == count and tokens.shape == (1, segments[-1]), how
+
+
 def test_worlds_refuse():
     check_raises(
         PersonaWorld,

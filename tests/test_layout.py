@@ -208,6 +208,13 @@ def test_notebooks_import_what_the_extra_book_brings(notebook):
 
 
 @pytest.mark.parametrize("notebook", notebooks(ROOT), ids=lambda p: p.stem)
+def test_cells_have_ids_of_their_own(notebook):
+    """JupyterLab gives a cell whose id stands twice another one, and the modules name cells by their ids."""
+    ids = [cell["id"] for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]]
+    assert len(ids) == len(set(ids)), sorted(i for i in set(ids) if ids.count(i) > 1)
+
+
+@pytest.mark.parametrize("notebook", notebooks(ROOT), ids=lambda p: p.stem)
 def test_figures_have_captions(notebook):
     """A figure has a description for those who do not see it, and a caption, which is shorter."""
     wrong = []

@@ -193,7 +193,7 @@ class BoundLaunch:
             plain = functools.partial(_plain_launch, compiled, self.grid, last, self._described)
             self.kept[(device, *map(_kind, tensors))] = _direct_launch(compiled, self.grid, tensors, last) or plain
 
-# %% ../../nbs/1_foundations/01_engine.ipynb #b0d1a0c1
+# %% ../../nbs/1_foundations/01_engine.ipynb #79a682b2
 def _kind(t):
     "What Triton compiles for: type and alignment of a tensor."
     if isinstance(t, Tensor):
@@ -256,7 +256,7 @@ def _hooked() -> bool:
     hook = triton.knobs.runtime.launch_enter_hook
     return bool(getattr(hook, "calls", hook))
 
-# %% ../../nbs/1_foundations/01_engine.ipynb #b0d1a0c2
+# %% ../../nbs/1_foundations/01_engine.ipynb #991cfc70
 def signature(*tensors: Tensor | None) -> tuple:
     "All that a plan may depend on of its tensors: shape, strides, type, device, and whether the address is a multiple of 16."
     return tuple(
